@@ -499,7 +499,7 @@ class Scan:
     Attributes:
         betas: float32 (trials, voxels), percent signal change, with trial noise and the drift of sessions.
         trials: one row a trial: trial, row (index into the images shown), session, run, repeat.
-        voxels: one row a voxel: roi, x, y, z (mm), noise_ceiling (single trial, fraction of variance; the simulation's own).
+        voxels: one row a voxel: a Boolean column an area, x, y, z (mm), noise_ceiling (single trial, fraction of variance; the simulation's own).
     """
 
     betas: np.ndarray
@@ -532,7 +532,7 @@ class VisualCortex:
         ceiling = self.rng.beta(2.5, 2.5 * (1 - mean) / mean).clip(0.005, 0.7)
         xyz = np.array([_CENTRES[r] for r in self.roi]) * self.rng.choice((-1, 1), n)[:, None] ** np.array([1, 0, 0])
         xyz = xyz + self.rng.normal(0, 4, (n, 3))
-        self.voxels = pd.DataFrame({"roi": self.roi, "x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2], "noise_ceiling": ceiling}).round(4)
+        self.voxels = pd.DataFrame({**{area: self.roi == area for area in AREAS}, "x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2], "noise_ceiling": ceiling}).round(4)
         self._build_early()
         self._build_higher()
         self.mean, self.sd = np.zeros(n, np.float32), np.ones(n, np.float32)

@@ -1,0 +1,144 @@
+# %% [markdown]
+# # 03 · Reconstruct: from voxels to images
+#
+# **Question.** What did the person see, as far as the brain activity, the decoder and the generator together can tell?
+#
+# **Reads** the checkpoints of notebooks 01 and 02. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
+# and the ridge's reconstructions, the low level alone, and the controls), and under the published names
+# `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
+#
+# Cost: full size about 8 s an image and sample on an A100 (published figure, not run here); mini about 1.5 minutes on two CPU cores.
+#
+# Source: MindEye, arXiv 2305.18274, section 2.4.
+
+# %% tags=["parameters"]
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+dataset = "nsd"  # prepared dataset under data/
+subj = 1  # subject
+weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+decoder = "network"  # one of network, ridge, both
+checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
+img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself
+recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one
+prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
+timesteps = 0  # sampling steps of the prior, 0 for all of its schedule
+guidance_scale = 3.5  # classifier-free guidance
+num_inference_steps = 20  # steps of the image generator
+test_repeats = 0  # repeats averaged at test, 0 for all
+first_images = 0  # reconstruct only so many test images, 0 for all
+seed = 42  # of everything random
+
+# %%
+from src.utils import configure
+
+run = configure(globals(), "03_reconstruct")
+run
+
+# %%
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from src.data import Normaliser, cached_targets, open_subject
+from src.figures import contact_sheet, save
+from src.pretrained import Clipper, VersatileDiffusion
+from src.reconstruct import generate_images, load_decoder, pick_best, predict_latents, predict_tokens
+from src.retrieval import nearest
+from src.utils import atomic
+
+# %% [markdown]
+# ## Data: the test images, their repeats averaged
+
+# %%
+subject = open_subject(dataset, subj)
+normaliser = Normaliser.load(run.logs / "normaliser.safetensors")
+voxels, image_ids = subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)
+keep = slice(0, first_images or None)
+voxels, image_ids = voxels[keep], image_ids[keep]
+seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
+print(f"(test images, voxels) = {voxels.shape}   protocol {subject.protocol}, test set {subject.test_set}")
+
+# %%
+clipper = Clipper(weights, hidden=True, norm_embs=True, device=run.device)
+diffusion = VersatileDiffusion(weights, device=run.device)
+options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed}
+names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+files = {
+    "network": (run.logs / "high_level" / f"{checkpoint}.safetensors", run.logs / "low_level" / f"{checkpoint}.safetensors"),
+    "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
+}
+
+# %% [markdown]
+# ## The step
+# Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where the generator begins, the tokens are
+# what it is told; of several samples the one nearest to the tokens that the projector predicts is kept.
+
+
+# %%
+def reconstruct(name):
+    """All rows that one decoder gives: reconstruction, low level alone, and the projected tokens for retrieval."""
+    high, config = load_decoder(files[name][0], run.device)
+    low, _ = load_decoder(files[name][1], run.device)
+    tokens, projected = predict_tokens(
+        high, voxels, tuple(config["tokens"]), recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device
+    )
+    latents = predict_latents(low, voxels, diffusion.latent_shape, device=run.device)
+    candidates = generate_images(diffusion, tokens, image_ids, latents, **options)
+    chosen, _ = pick_best(clipper, projected, candidates)
+    return {"recons": chosen, "low_level": diffusion.decode(latents).cpu(), "tokens": tokens[:, 0], "projected": projected}
+
+
+# %%
+made = {name: reconstruct(name) for name in names}
+rows = {name: rows["recons"] for name, rows in made.items()} | {f"low_level_{name}": rows["low_level"] for name, rows in made.items()}
+main = names[0]
+
+# %% [markdown]
+# ## Floors and ceiling
+# Each is scored in notebook 06 exactly as a reconstruction is.
+# - **mean image**: no brain data at all.
+# - **nearest training image**: the training image whose tokens are nearest to those predicted: what a lookup would show.
+# - **ceiling**: the same generator, given the true tokens and the true latents.
+
+# %%
+train_ids = subject.image_ids("train")
+clip_targets = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+train_tokens = torch.from_numpy(clip_targets.rows(train_ids).astype(np.float32)).flatten(1)
+found = nearest(made[main]["projected"].flatten(1), train_tokens, k=1)[0][:, 0]
+lookup = subject.images(train_ids[np.asarray(found)])
+rows["nearest_train"] = torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255
+mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
+rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1).float() / 255).expand(len(seen), -1, -1, -1).contiguous()
+
+# %%
+true_tokens = clipper.embed_image(seen)[:, None].cpu()
+true_latents = diffusion.encode(seen).cpu()
+rows["ceiling"] = generate_images(diffusion, true_tokens, image_ids, true_latents, **options)[:, 0]
+rows["ceiling_tokens_only"] = generate_images(diffusion, true_tokens, image_ids, None, **(options | {"strength": 1.0}))[:, 0]
+rows["autoencoder"] = diffusion.decode(true_latents).cpu()
+
+# %%
+tensors = {"seen": seen, **rows} | {f"projected_{name}": made[name]["projected"] for name in names} | {"true_tokens": true_tokens[:, 0]}
+tensors |= {f"tokens_{name}": made[name]["tokens"] for name in names} | {"image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
+with atomic(run.results / "reconstructions.safetensors") as path:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main]}
+for name, tensor in published.items():
+    with atomic(run.results / name) as path:
+        torch.save(tensor, path)
+print({name: tuple(row.shape) for name, row in rows.items()})
+
+# %% [markdown]
+# ## The contact sheet
+# The first test images in their own order; nothing is selected.
+
+# %%
+columns = {"seen": seen, "low level": rows[f"low_level_{main}"], "reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
+sheet = contact_sheet(columns, first=16)
+save(sheet, run.results / "contact_sheet.png")
+
+# %% [markdown]
+# ## What to look at
+# Compare "reconstructed" with "nearest training": a generator that shows no more than the nearest training image is a lookup. Compare it with the
+# "ceiling" to see what the generator itself cannot do. Next: notebook 05 asks how well the brain finds an image among others; 06 scores.

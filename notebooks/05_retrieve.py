@@ -1,0 +1,135 @@
+# %% [markdown]
+# # 05 · Retrieve: which of these images was seen?
+#
+# **Question.** Given brain activity, is the image that was seen nearer than all the others, and given an image, is the right brain
+# activity nearest? And is it still so among images that resemble each other?
+#
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens predicted from the brain, true tokens). **Writes**
+# `results/<run>/retrieval.json` and figures; notebook 06 adds the records to `metrics.json`.
+#
+# Cost: seconds, and half a minute for the UMAP where it is asked for.
+#
+# Source: MindEye, arXiv 2305.18274, section 3.2.
+
+# %% tags=["parameters"]
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+dataset = "nsd"  # prepared dataset under data/
+subj = 1  # subject
+decoder = "network"  # one of network, ridge, both
+pool = 300  # candidates of the published protocol
+draws = 30  # random pools of the published protocol
+hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
+plot_umap = False  # draw a UMAP of brain and image embeddings
+umap_label = ""  # column of the image labels that colours the UMAP
+seed = 42  # of the pools and of the UMAP
+
+# %%
+from src.utils import configure
+
+run = configure(globals(), "05_retrieve")
+run
+
+# %%
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from src import retrieval
+from src.data import open_subject
+from src.figures import retrieval_curve, retrieval_grid, save, umap_scatter
+from src.metrics import make_record, paired_bootstrap
+from src.utils import PerceptError, write_json
+
+# %%
+subject = open_subject(dataset, subj)
+path = run.results / "reconstructions.safetensors"
+if not path.exists():
+    raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
+made = load_file(path)
+names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+brain = {name: made[f"projected_{name}"] for name in names}
+clip, image_ids = made["true_tokens"], made["image_ids"].numpy()
+print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
+
+# %% [markdown]
+# ## Top-1 both ways
+# *Image from brain*: the brain is the query, images are the candidates. *Brain from image*: the other way round. The published scripts
+# name them the other way round (see `src/retrieval.py`). The floor pairs brains with the wrong images.
+
+# %%
+directions = {"image_from_brain": retrieval.top1_image_from_brain_each, "brain_from_image": retrieval.top1_brain_from_image_each}
+shuffle = np.roll(np.arange(len(clip)), 1)
+each = {(name, d): top1(brain[name], clip).astype(float) for name in names for d, top1 in directions.items()}
+common = {"better": "higher", "protocol": subject.protocol, "test_set": subject.test_set, "ceiling": "the true image is among the candidates, so 1"}
+records = [
+    make_record(
+        f"{d}_top1" + ("" if name == names[0] else f" ({name})"), each[name, d], floors={"shuffled": directions[d](brain[name], clip[shuffle]).astype(float)},
+        chance=1 / len(clip), description=f"top-1 of {len(clip)} test images, {name}", source="MindEye, section 3.2", **common,
+    )
+    for name, d in each
+]  # fmt: skip
+pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
+
+# %% [markdown]
+# ## The published protocol
+# Random pools, repeated; its interval speaks of the pools, not of the images.
+
+# %%
+pools = pd.concat([retrieval.published_protocol(brain[n], clip, min(pool, len(clip)), draws, seed).assign(decoder=n) for n in names])
+curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
+save(retrieval_curve(curve), run.results / "figures" / "05_pool_size.png")
+pools
+
+# %% [markdown]
+# ## Hard negatives
+# Candidates are only images that share the given labels with the one that was seen, e.g. the same object in the same scene.
+
+# %%
+if hard_negatives:
+    labels = subject.labels.set_index("image").loc[image_ids]
+    groups = labels[[c.strip() for c in hard_negatives.split(",")]].astype(str).agg(" ".join, axis=1).to_numpy()
+    for name in names:
+        for d in directions:
+            hard = retrieval.hard_negative_top1(brain[name], clip, groups, d)
+            keep = np.isfinite(hard.each)
+            each[name, f"hard_{d}"] = hard.each[keep]
+            records.append(make_record(
+                f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"), hard.each[keep], floors={"chance": hard.chance_each[keep]}, chance=hard.chance,
+                description=f"top-1 among test images with the same {hard_negatives}, {name}", source="hard negatives", **common,
+            ))  # fmt: skip
+pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
+
+# %% [markdown]
+# ## Network against ridge
+# A paired bootstrap over the test images: the same images, the same candidates.
+
+# %%
+differences = []
+if len(names) == 2:
+    for d in sorted({d for _, d in each}):
+        result = paired_bootstrap(each["network", d], each["ridge", d])
+        better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
+        differences.append({"metric": f"{d}_top1", **result._asdict(), "better": better})
+pd.DataFrame(differences)
+
+# %%
+write_json(run.results / "retrieval.json", {"metrics": records, "differences": differences, "published_protocol": pools.to_dict("records")})
+
+# %%
+seen = made["seen"]
+found = retrieval.nearest(brain[names[0]], clip, k=8)[1]
+grid = retrieval_grid(seen, seen, found, np.arange(len(seen)), n=8, k=8)
+save(grid, run.results / "figures" / "05_retrieval.png")
+
+# %%
+if plot_umap:
+    table = subject.labels.set_index("image").loc[image_ids] if umap_label else None
+    categories = table[umap_label].tolist() if umap_label else ["test image"] * len(clip)
+    save(umap_scatter(brain[names[0]], clip, categories, seed=seed), run.results / "figures" / "05_umap.png")
+
+# %% [markdown]
+# ## What to look at
+# Where the seen image is not first, do the first ones share its scene, colour or object? In the UMAP, brain and image embeddings of one
+# category should lie together; two separate clouds would mean that the two spaces have not been joined. Next: notebook 06 scores the reconstructions.

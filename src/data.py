@@ -1,0 +1,1154 @@
+"""The prepared layout of brain data, and everything that reads it.
+
+- One layout for every source: `images.h5`, `captions.parquet` and `labels.parquet` for a dataset,
+  `betas.h5`, `trials.parquet` and `voxels.parquet` for each of its subjects. Readers (`src.readers`) write
+  it, everything else opens it with `open_subject`.
+- Large arrays are contiguous and uncompressed inside HDF5, so that they are memory-mapped at their offset:
+  no decoding, no copies, true shuffles.
+- A split is a property of an image. `check_trials` refuses an image on both sides, on writing and again on
+  opening.
+- Everything is written under a temporary name and renamed, so that a failure leaves earlier results as they
+  were.
+- Which repeat an image shows is a pure function of (seed, epoch, image): independent of batch size, workers
+  and resuming.
+- Statistics are accumulated in float64 over blocks of rows: 30,000 trials of 15,724 voxels never need to fit
+  in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import Dataset
+
+from src.utils import HOME, PerceptError, atomic, progress, read_json, write_json
+
+SPLITS = ("train", "val", "test", "exclude")
+TRIAL_COLUMNS = ("trial", "image", "session", "run", "repeat", "split")
+REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
+REPEATS = ("random", "mean", "all")
+BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
+SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
+# mean absolute difference (of 255) up to which two copies of an image count as one image, compressed differently
+SAME_IMAGE = 8.0
+
+
+# ------------------------------------------------------------------------------------------------ writing safely
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin a write of `needed` bytes that the disk of `folder` cannot hold.
+
+    Raises:
+        PerceptError: with the space needed and the space there is.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed + SPARE_BYTES > free:
+        raise PerceptError(
+            f"No space for {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
+            "free some, or set PERCEPT_HOME to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a disk that fills up during a write into one clear PerceptError; any other error passes
+    unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            message = f"The disk of {folder} filled up during the write: free some space and run this "
+                f"again (earlier files are intact)."
+            raise PerceptError(message) from error
+        raise
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place on success and disappears on failure."""
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """An array (rows, ...) in blocks of about 64 MB; an iterable of blocks passes through."""
+    if not isinstance(rows, np.ndarray):
+        yield from rows
+        return
+    step = max(1, BLOCK_BYTES // max(1, int(np.prod(rows.shape[1:])) * rows.itemsize))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def _store_rows(
+    path: Path,
+    name: str,
+    blocks: Iterable[np.ndarray],
+    n_rows: int,
+    inspect: Callable[[np.ndarray, int], np.ndarray],
+) -> tuple[tuple[int, ...], str]:
+    """Write row blocks as one contiguous dataset: its shape and the blake2b checksum of its bytes.
+
+    `inspect(block, first_row)` checks a block and returns it in the dtype to be stored.
+    """
+    digest, written = hashlib.blake2b(digest_size=16), 0
+    with h5py.File(path, "w") as file:
+        for raw in blocks:
+            block = np.ascontiguousarray(inspect(np.asarray(raw), written))
+            if name not in file:
+                check_space(path.parent, n_rows * int(np.prod(block.shape[1:])) * block.itemsize)
+                file.create_dataset(name, (n_rows, *block.shape[1:]), block.dtype)
+            target = file[name]
+            if block.shape[1:] != target.shape[1:]:
+                raise PerceptError(
+                    f"Row {written} of {name} has shape {block.shape[1:]}, the rows before it "
+                        f"{target.shape[1:]}."
+                )
+            if written + len(block) > n_rows:
+                raise PerceptError(
+                    f"There are more than the {n_rows} rows of {name} that were announced: check the "
+                        f"table against the array."
+                )
+            target[written : written + len(block)] = block.astype(target.dtype, copy=False)
+            digest.update(block.astype(target.dtype, copy=False).data)
+            written += len(block)
+        if written != n_rows:
+            raise PerceptError(
+                f"There are {written} rows of {name} where {n_rows} were announced: check the table "
+                    f"against the array."
+            )
+        if name not in file:
+            raise PerceptError(f"There is not one row of {name}: nothing to write.")
+        return file[name].shape, digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def check_trials(trials: pd.DataFrame) -> None:
+    """Check the table of trials: columns trial, image, session, run, repeat (integers) and split (train,
+    val, test or exclude).
+
+    Raises:
+        PerceptError: naming the missing column, the unknown split, the trial or repeat that occurs twice, or
+            the image that lies on both sides of a split. Trials of an image may be excluded one by one.
+    """
+    missing = [c for c in TRIAL_COLUMNS if c not in trials.columns]
+    if missing:
+        raise PerceptError(
+            f"The table of trials lacks the columns {missing}: it needs {list(TRIAL_COLUMNS)}."
+        )
+    for column in TRIAL_COLUMNS[:-1]:
+        if not pd.api.types.is_integer_dtype(trials[column]):
+            raise PerceptError(
+                f"Column {column} of the table of trials is {trials[column].dtype}, it must hold whole "
+                    f"numbers without gaps."
+            )
+    unknown = sorted(set(trials["split"].astype(str)) - set(SPLITS))
+    if unknown:
+        raise PerceptError(f"The table of trials has the splits {unknown}: only {list(SPLITS)} are known.")
+    twice = trials["trial"][trials["trial"].duplicated()]
+    if len(twice):
+        raise PerceptError(
+            f"Trial {twice.iloc[0]} is twice in the table of trials: each row must be a trial of its own."
+        )
+    again = trials[trials.duplicated(["image", "repeat"])]
+    if len(again):
+        row = again.iloc[0]
+        raise PerceptError(
+            f"Image {row['image']} has its repeat {row['repeat']} twice (again in trial {row['trial']}): "
+                f"number its repeats 0, 1, 2..."
+        )
+    _check_sides(trials[trials["split"] != "exclude"])
+
+
+def _check_sides(trials: pd.DataFrame) -> None:
+    sides = trials.drop_duplicates(["image", "split"])
+    both = sides[sides["image"].duplicated(keep=False)].sort_values(["image", "trial"])
+    if len(both):
+        image, rows = both["image"].iloc[0], both[both["image"] == both["image"].iloc[0]]
+        where = " and ".join(f"{s} (trial {t})" for s, t in zip(rows["split"], rows["trial"], strict=True))
+        raise PerceptError(
+            f"Image {image} is in {where}, and so are {both['image'].nunique() - 1} others: "
+            "split by image, never by trial, or mark its trials as exclude."
+        )
+
+
+def number_repeats(trials: pd.DataFrame) -> pd.Series:
+    """Repeat of each row, 0 for the first presentation of its image in the order of column `trial`."""
+    order = trials["trial"].argsort(kind="stable").to_numpy()
+    return trials["image"].iloc[order].groupby(trials["image"].iloc[order]).cumcount().reindex(trials.index)
+
+
+def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table about images (captions or labels, with a column `image`) as parquet; rows of other
+    images already there are kept.
+
+    Raises:
+        PerceptError: if there is no column `image`, or the disk is full.
+    """
+    path = Path(path)
+    if "image" not in table.columns:
+        raise PerceptError(f"The table for {path.name} has no column image (it has {list(table.columns)}).")
+    if path.exists():
+        old = pd.read_parquet(path)
+        table = pd.concat([old[~old["image"].isin(table["image"])], table], ignore_index=True)
+    with disk_errors(path.parent), atomic(path) as temporary:
+        table.sort_values("image", kind="stable").reset_index(drop=True).to_parquet(temporary)
+
+
+# ------------------------------------------------------------------------------------------------ images
+def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
+    """Memory-map a contiguous dataset of an HDF5 file, read-only, with its attributes."""
+    try:
+        with h5py.File(path, "r") as file:
+            if name not in file:
+                raise PerceptError(f"{path} has no dataset {name}: prepare the data again.")
+            stored = file[name]
+            shape, dtype, offset = stored.shape, stored.dtype, stored.id.get_offset()
+            attributes = {k: v.item() if isinstance(v, np.generic) else v for k, v in stored.attrs.items()}
+    except OSError as error:
+        raise PerceptError(
+            f"{path} cannot be read, it is damaged or incomplete ({error}): prepare the data again."
+        ) from error
+    if offset is None or offset + int(np.prod(shape)) * dtype.itemsize > path.stat().st_size:
+        raise PerceptError(
+            f"Dataset {name} of {path} is compressed, chunked or cut off, so it cannot be memory-mapped: "
+                f"prepare the data again."
+        )
+    return np.memmap(path, dtype, "r", offset, shape), attributes
+
+
+class ImageStore:
+    """The images of a dataset, memory-mapped.
+
+    Attributes:
+        image_ids: int64 (images,), in the order in which they are stored.
+        crc: int64 (images,), CRC-32 of the pixels of each.
+
+    Raises:
+        PerceptError: if the file is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise PerceptError(f"{self.path} is missing: prepare the data with notebook 00_prepare_data.")
+        self.shape = self.pixels.shape
+        with h5py.File(self.path, "r") as file:
+            self.image_ids, self.crc = file["image_id"][:], file["crc"][:]
+        self._order = np.argsort(self.image_ids)
+
+    @cached_property
+    def pixels(self) -> np.memmap:
+        """uint8 (images, height, width, 3)."""
+        return _map_h5(self.path, "images")[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "pixels"}
+
+    def positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows at which images are stored. Raises PerceptError for an image that is not."""
+        return _positions(self.image_ids, self._order, image_ids, str(self.path))
+
+    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Images by id, uint8 (n, height, width, 3), in the order asked for."""
+        return _gather(self.pixels, self.positions(image_ids))
+
+
+def _positions(
+    stored: np.ndarray, order: np.ndarray, wanted: Sequence[int] | np.ndarray, where: str
+) -> np.ndarray:
+    ids = np.atleast_1d(np.asarray(wanted, dtype=np.int64))
+    found = order[np.searchsorted(stored, ids, sorter=order).clip(max=len(stored) - 1)]
+    wrong = ids[stored[found] != ids]
+    if len(wrong):
+        raise PerceptError(
+            f"Image {wrong[0]} is not in {where} ({len(wrong)} of the {len(ids)} images asked for are "
+                f"not): prepare the data again."
+        )
+    return found
+
+
+def _gather(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a memory-mapped array in the order asked for, read in the order of the file."""
+    order = np.argsort(rows, kind="stable")
+    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    taken[order] = array[rows[order]]
+    return taken
+
+
+def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
+    if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3:
+        raise PerceptError(
+            f"Images must be uint8 (n, height, width, 3), these are {block.dtype} {block.shape}."
+        )
+    if size is not None and block.shape[1:3] != size:
+        raise PerceptError(
+            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]} images "
+                f"of this dataset: "
+            "resize them, or prepare them under another dataset name."
+        )
+
+
+def _new_images(
+    images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray, old: ImageStore | None
+) -> Iterator[np.ndarray]:
+    """Blocks of those images that are not stored yet; those that are must look the same."""
+    start, recompressed = 0, 0
+    known = np.isin(ids, old.image_ids) if old else np.zeros(len(ids), bool)
+    for block in row_blocks(images):
+        _check_image_block(block, tuple(old.shape[1:3]) if old else None)
+        part = slice(start, start + len(block))
+        start += len(block)
+        if start > len(ids):
+            raise PerceptError(f"There are more images than the {len(ids)} image ids given for them.")
+        if old and known[part].any():
+            stored, again = old.rows(ids[part][known[part]]), block[known[part]]
+            difference = np.abs(stored.astype(np.int16) - again).mean(axis=(1, 2, 3))
+            recompressed += int(((difference > 0) & (difference <= SAME_IMAGE)).sum())
+            if (difference > SAME_IMAGE).any():
+                image = ids[part][known[part]][difference.argmax()]
+                raise PerceptError(
+                    f"Image {image} is already in {old.path} and looks different there: use another "
+                        f"dataset name, or delete that file."
+                )
+        if not known[part].all():
+            yield block[~known[part]]
+    if start != len(ids):
+        raise PerceptError(f"There are {start} images for {len(ids)} image ids.")
+    if recompressed:
+        warnings.warn(
+            f"{recompressed} images were stored already with slightly different pixels; the stored ones "
+                f"are kept.",
+            stacklevel=4,
+        )
+
+
+def write_images(
+    path: str | Path, images: np.ndarray | Iterable[np.ndarray], image_ids: Sequence[int] | np.ndarray
+) -> None:
+    """Write the images of a dataset, or add to those already there (several subjects share one file).
+
+    Args:
+        path: the file, data/<dataset>/images.h5.
+        images: uint8 (n, height, width, 3), or an iterable of blocks of these.
+        image_ids: (n,) unique integers.
+
+    Raises:
+        PerceptError: for another dtype or shape, ids that occur twice, an id that is stored with other
+            pixels, or a full disk. What was there stays.
+    """
+    path, ids = Path(path), np.asarray(image_ids, dtype=np.int64)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        raise PerceptError(
+            f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be unique."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = ImageStore(path) if path.exists() else None
+    new_ids = ids[~np.isin(ids, old.image_ids)] if old else ids
+    if old and not len(new_ids):
+        for _ in _new_images(images, ids, old):  # nothing to add: the comparison alone
+            pass
+        return
+    stored_ids = np.concatenate([old.image_ids, new_ids]) if old else new_ids
+    crc: list[int] = []
+
+    def inspect(block: np.ndarray, _row: int) -> np.ndarray:
+        crc.extend(zlib.crc32(np.ascontiguousarray(image).data) for image in block)
+        return block
+
+    blocks = chain(row_blocks(old.pixels) if old else (), _new_images(images, ids, old))
+    with disk_errors(path.parent), atomic(path) as temporary:
+        _store_rows(temporary, "images", blocks, len(stored_ids), inspect)
+        with h5py.File(temporary, "r+") as file:
+            file["image_id"], file["crc"] = stored_ids, np.array(crc, dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------------ writing a subject
+def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype."""
+    numbers = trials["trial"].to_numpy()
+
+    def inspect(block: np.ndarray, row: int) -> np.ndarray:
+        if not np.issubdtype(block.dtype, np.number) or np.iscomplexobj(block):
+            raise PerceptError(f"Betas must be numbers, they are {block.dtype}.")
+        if block.ndim not in (2, 4):
+            raise PerceptError(
+                f"Betas must be (trials, voxels) or (trials, x, y, z), a block of them has shape "
+                    f"{block.shape}."
+            )
+        if n_voxels is not None and int(np.prod(block.shape[1:])) != n_voxels:
+            raise PerceptError(
+                f"Betas have {int(np.prod(block.shape[1:]))} voxels, the table of voxels has {n_voxels} rows."
+            )
+        block = block if block.dtype == np.float16 else block.astype(np.float32)
+        flat = block.reshape(len(block), -1)
+        finite = np.isfinite(flat)
+        if not finite.all():
+            at, voxel = np.argwhere(~finite)[0]
+            trial = numbers[row + at] if row + at < len(numbers) else row + at
+            raise PerceptError(
+                f"The beta of trial {trial} (row {row + at}), voxel {voxel} is {flat[at, voxel]}: "
+                "leave out such voxels or trials, or mend them, before preparing the data."
+            )
+        return block
+
+    return inspect
+
+
+def _check_attributes(attributes: dict[str, Any]) -> None:
+    missing = [k for k in REQUIRED_ATTRIBUTES if not attributes.get(k)]
+    if missing:
+        raise PerceptError(
+            f"Betas need the attributes {list(REQUIRED_ATTRIBUTES)}, of which {missing} are missing."
+        )
+    wrong = [
+        k for k, v in attributes.items() if not isinstance(v, str | int | float | np.integer | np.floating)
+    ]
+    if wrong:
+        raise PerceptError(
+            f"Attributes are texts and numbers, {wrong[0]} is a {type(attributes[wrong[0]]).__name__}."
+        )
+
+
+def write_subject(
+    folder: str | Path,
+    betas: np.ndarray | Iterable[np.ndarray],
+    trials: pd.DataFrame,
+    voxels: pd.DataFrame | None,
+    attributes: dict[str, Any],
+) -> Path:
+    """Write one subject: betas.h5, trials.parquet, voxels.parquet. The folder appears, or is replaced, only
+    when all of it is written.
+
+    Args:
+        folder: data/<dataset>/subjNN.
+        betas: (trials, voxels) or (trials, x, y, z), or an iterable of blocks of these rows; float16 is
+            kept, anything else becomes float32.
+        trials: one row for each row of betas, see `check_trials`.
+        voxels: one row a voxel (ROI flags, x y z, noise ceiling), or None where nothing is known.
+        attributes: texts and numbers; source, units, normalisation and protocol are required. checksum,
+            n_trials, n_voxels are added.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PerceptError: for a bad table, a NaN or infinite beta (naming its trial and voxel), wrong shapes, or
+            a full disk.
+    """
+    folder = Path(folder)
+    check_trials(trials)
+    _check_attributes(attributes)
+    inspect = _finite_block(trials, None if voxels is None else len(voxels))
+    with disk_errors(folder.parent), _replacing(folder) as temporary:
+        shape, checksum = _store_rows(
+            temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect
+        )
+        n_voxels = int(np.prod(shape[1:]))
+        with h5py.File(temporary / "betas.h5", "r+") as file:
+            file["betas"].attrs.update(
+                {**attributes, "checksum": checksum, "n_trials": shape[0], "n_voxels": n_voxels}
+            )
+        table = (
+            trials[list(TRIAL_COLUMNS)]
+            .reset_index(drop=True)
+            .astype({c: np.int64 for c in TRIAL_COLUMNS[:-1]} | {"split": str})
+        )
+        table.to_parquet(temporary / "trials.parquet")
+        voxels = (
+            pd.DataFrame({"voxel": np.arange(n_voxels)}) if voxels is None else voxels.reset_index(drop=True)
+        )
+        voxels.to_parquet(temporary / "voxels.parquet")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ reading a subject
+def dataset_folder(dataset: str | Path) -> Path:
+    """Folder of a prepared dataset: a bare name lies under HOME/data, any other relative path hangs on
+    HOME."""
+    path = Path(dataset).expanduser()
+    if path.is_absolute():
+        return path
+    return HOME / "data" / path if len(path.parts) == 1 else HOME / path
+
+
+def subject_folder(dataset: str | Path, subj: int) -> Path:
+    """Folder of one subject of a prepared dataset."""
+    return dataset_folder(dataset) / f"subj{int(subj):02d}"
+
+
+def open_subject(dataset: str | Path, subj: int) -> Subject:
+    """Open a prepared subject.
+
+    Args:
+        dataset: name of a folder under HOME/data, or a path.
+        subj: number of the subject.
+
+    Raises:
+        PerceptError: if files are missing, damaged, or do not belong together.
+    """
+    return Subject(dataset_folder(dataset), subj)
+
+
+class Subject:
+    """One subject's measurements and what was seen. Made by `open_subject`; can be pickled (memory maps are
+    opened again).
+
+    Attributes:
+        trials: one row for each row of `betas`: trial (global order), image, session, run, repeat, split.
+        voxels: one row a voxel.
+        attributes: source, units, normalisation, protocol, checksum, n_trials, n_voxels and what the reader
+            added.
+        protocol: name of the protocol, for every row of results.
+        volume_shape: (x, y, z) where the betas are whole volumes, else None.
+    """
+
+    def __init__(self, folder: str | Path, subj: int):
+        self.folder, self.subj = Path(folder), int(subj)
+        self.path = subject_folder(self.folder, subj)
+        for file in (
+            *(self.path / name for name in ("betas.h5", "trials.parquet", "voxels.parquet")),
+            self.folder / "images.h5",
+        ):
+            if not file.exists():
+                raise PerceptError(
+                    f"Subject {subj} of dataset {self.folder.name} is not prepared, {file} is missing: "
+                        f"run notebook 00_prepare_data "
+                    "(with the recipe mindeye/mini for the embedded mini world, which needs no data)."
+                )
+        stored, self.attributes = _map_h5(self.path / "betas.h5", "betas")
+        self.volume_shape = stored.shape[1:] if stored.ndim == 4 else None
+        self.trials, self.voxels = (
+            pd.read_parquet(self.path / "trials.parquet"),
+            pd.read_parquet(self.path / "voxels.parquet"),
+        )
+        check_trials(self.trials)
+        tables = (len(self.trials), len(self.voxels))
+        if tables != (len(stored), int(np.prod(stored.shape[1:]))):
+            raise PerceptError(
+                f"{self.path}: betas are {stored.shape}, the tables have {tables} (trials, voxels): "
+                    f"prepare the data again."
+            )
+        self.protocol = str(self.attributes.get("protocol", ""))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("betas", "_store")}
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(self.image_ids(s))} {s}" for s in SPLITS[:3])
+        return f"Subject {self.subj} of {self.folder.name}: (trials, voxels) = {self.betas.shape}, "
+            f"images: {counts}, protocol {self.protocol}"
+
+    @cached_property
+    def betas(self) -> np.memmap:
+        """(trials, voxels) float16 or float32, read-only."""
+        stored = _map_h5(self.path / "betas.h5", "betas")[0]
+        return stored.reshape(len(stored), -1)
+
+    @cached_property
+    def _store(self) -> ImageStore:
+        return ImageStore(self.folder / "images.h5")
+
+    @property
+    def captions(self) -> pd.DataFrame | None:
+        """Columns image and caption, or None."""
+        return self._table("captions.parquet")
+
+    @property
+    def labels(self) -> pd.DataFrame | None:
+        """Column image and one column for each kind of category, or None."""
+        return self._table("labels.parquet")
+
+    def _table(self, name: str) -> pd.DataFrame | None:
+        path = self.folder / name
+        return pd.read_parquet(path) if path.exists() else None
+
+    @property
+    def sessions(self) -> np.ndarray:
+        """Sessions of all trials that are not excluded, ascending."""
+        return np.unique(self.trials.loc[self.trials["split"] != "exclude", "session"].to_numpy())
+
+    @property
+    def all_images(self) -> np.ndarray:
+        """Ids of all images of train, val and test, ascending, int64 (images,)."""
+        return np.unique(self.trials.loc[self.trials["split"] != "exclude", "image"].to_numpy())
+
+    @property
+    def test_set(self) -> str:
+        """Identity of the test set: number of images and a hash of their sorted ids, e.g. 300-1a2b3c4d."""
+        ids = self.image_ids("test")
+        return f"{len(ids)}-{hashlib.sha256(','.join(map(str, ids)).encode()).hexdigest()[:8]}"
+
+    def image_ids(self, split: str) -> np.ndarray:
+        """Unique ids of the images of a split, ascending, int64 (images,)."""
+        if split not in SPLITS:
+            raise PerceptError(f"There is no split {split!r}: choose one of {list(SPLITS)}.")
+        return np.unique(self.trials.loc[self.trials["split"] == split, "image"].to_numpy())
+
+    def images(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Images by id, uint8 (n, height, width, 3)."""
+        return self._store.rows(image_ids)
+
+    def rows_by_image(self, split: str) -> list[np.ndarray]:
+        """For each image of `image_ids(split)`, the rows of its trials in the order of their repeats."""
+        ids = self.image_ids(split)
+        table = self.trials[self.trials["split"] == split].sort_values(["image", "repeat"])
+        if not len(table):
+            raise PerceptError(f"Subject {self.subj} of {self.folder.name} has no trials in split {split}.")
+        return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
+
+    def read(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
+        """Rows of betas as float32 (rows, voxels), normalised if asked."""
+        betas = _gather(self.betas, rows)
+        return (
+            betas.astype(np.float32)
+            if normaliser is None
+            else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
+        )
+
+    def averaged(
+        self, split: str, repeats: int | None = None, normaliser: Normaliser | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over the first `repeats` repeats of each image (all when None); an image with fewer gives
+        those it has, with a warning.
+
+        Returns:
+            voxels float32 (images, voxels) and image_ids (images,).
+        """
+        if repeats is not None and repeats < 1:
+            raise PerceptError(f"repeats is {repeats}: average at least 1 repeat, or None for all.")
+        rows, ids = self.rows_by_image(split), self.image_ids(split)
+        fewer = sum(len(r) < (repeats or 1) for r in rows)
+        if fewer:
+            warnings.warn(
+                f"{fewer} of {len(ids)} {split} images have fewer than {repeats} repeats; the mean is "
+                    f"over those they have.",
+                stacklevel=2,
+            )
+        voxels = np.empty((len(ids), self.betas.shape[1]), np.float32)
+        for start in range(0, len(ids), 128):
+            voxels[start : start + 128] = self.mean_of(
+                [r[:repeats] for r in rows[start : start + 128]], normaliser
+            )
+        return voxels, ids
+
+    def mean_of(self, rows: list[np.ndarray], normaliser: Normaliser | None) -> np.ndarray:
+        """Mean over each group of rows, float32 (groups, voxels)."""
+        sizes = np.array([len(r) for r in rows])
+        sums = np.add.reduceat(self.read(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0)
+        return sums / sizes[:, None].astype(np.float32)
+
+    def trials_of(self, split: str, normaliser: Normaliser | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All single trials of a split in the order of the table: voxels float32 (trials, voxels), image_ids
+        (trials,)."""
+        self.rows_by_image(split)  # refuses an empty split
+        rows = np.flatnonzero((self.trials["split"] == split).to_numpy())
+        voxels = np.empty((len(rows), self.betas.shape[1]), np.float32)
+        for start in range(0, len(rows), 512):
+            voxels[start : start + 512] = self.read(rows[start : start + 512], normaliser)
+        return voxels, self.trials["image"].to_numpy()[rows]
+
+    def noise_ceiling(self, repeats: int = 1, normaliser: Normaliser | None = None) -> pd.DataFrame:
+        """How much of each voxel's variance is due to the image, from the repeats of training images (Allen
+        et al. 2022, Nat. Neurosci.).
+
+        Betas are z-scored (per session by default). The noise variance is the variance over the repeats of
+        an image, pooled over images;
+        what remains of the total variance is signal: ncsnr = signal sd / noise sd, rectified at 0. For the
+            mean of n repeats the ceiling is
+        ncsnr^2 / (ncsnr^2 + 1 / n).
+
+        Returns:
+            One row a voxel: ncsnr, noise_ceiling (fraction of variance, for the mean of `repeats` repeats),
+            noise_ceiling_percent.
+
+        Raises:
+            PerceptError: if no training image was shown twice.
+        """
+        if repeats < 1:
+            raise PerceptError(f"repeats is {repeats}: a noise ceiling is for the mean of at least 1 repeat.")
+        groups = [rows for rows in self.rows_by_image("train") if len(rows) > 1]
+        if not groups:
+            raise PerceptError(
+                f"No training image of subject {self.subj} was shown twice, so its noise ceiling cannot "
+                    f"be known."
+            )
+        signal, noise = self._variances(groups, normaliser or Normaliser.fit(self))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ncsnr = np.where(signal > 0, np.sqrt(signal / noise), 0.0)
+            ceiling = np.where(signal > 0, signal / (signal + noise / repeats), 0.0)
+        return pd.DataFrame(
+            {"ncsnr": ncsnr, "noise_ceiling": ceiling, "noise_ceiling_percent": 100 * ceiling}
+        )
+
+    def _variances(self, groups: list[np.ndarray], normaliser: Normaliser) -> tuple[np.ndarray, np.ndarray]:
+        """Variance of signal and of noise of each voxel, float64 (voxels,)."""
+        total, square, within = np.zeros((3, self.betas.shape[1]))
+        for start in range(0, len(groups), 64):
+            chunk = groups[start : start + 64]
+            sizes = np.array([len(r) for r in chunk])
+            x = self.read(np.concatenate(chunk), normaliser).astype(np.float64)
+            sums = np.add.reduceat(x, np.cumsum(sizes) - sizes, axis=0)
+            total += x.sum(0)
+            square += (x**2).sum(0)
+            within += ((x - np.repeat(sums / sizes[:, None], sizes, axis=0)) ** 2).sum(0)
+        n = sum(map(len, groups))
+        noise = within / (n - len(groups))
+        return np.maximum(square / n - (total / n) ** 2 - noise, 0.0), noise
+
+    def verify(self) -> None:
+        """Compare the betas with the checksum that was stored with them. Raises PerceptError if they
+        differ."""
+        digest = hashlib.blake2b(digest_size=16)
+        for block in row_blocks(self.betas):
+            digest.update(np.ascontiguousarray(block).data)
+        if digest.hexdigest() != self.attributes["checksum"]:
+            raise PerceptError(
+                f"{self.path / 'betas.h5'} is not what was written (its checksum differs): prepare the "
+                    f"data again."
+            )
+
+
+# ------------------------------------------------------------------------------------------------ normalisation
+class Normaliser:
+    """z-score of each voxel with the mean and standard deviation of training trials, for each session or for
+    all together.
+
+    Args:
+        mean: float32 (sessions, voxels).
+        std: float32 (sessions, voxels), 1 where a voxel is constant.
+        sessions: int64 (sessions,), or None for one row that holds for every session.
+    """
+
+    def __init__(self, mean: np.ndarray, std: np.ndarray, sessions: np.ndarray | None):
+        self.mean, self.std, self.sessions = mean, std, sessions
+
+    @classmethod
+    def fit(cls, subject: Subject, by_session: bool = True) -> Normaliser:
+        """Fit on trials of split train only, in float64.
+
+        Raises:
+            PerceptError: if there are no training trials, or fewer than two of them in one of the sessions.
+
+        Warns:
+            UserWarning: with the number of voxels that are constant in some session; they become 0.
+        """
+        trials = subject.trials
+        train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
+        if not train.any():
+            raise PerceptError(
+                f"Subject {subject.subj} of {subject.folder.name} has no training trials to fit a "
+                    f"normaliser on."
+            )
+        sessions = subject.sessions if by_session else None
+        groups = (
+            [np.flatnonzero(train)]
+            if sessions is None
+            else [np.flatnonzero(train & (session == s)) for s in sessions]
+        )
+        few = [i for i, rows in enumerate(groups) if len(rows) < 2]
+        if few:
+            where = "" if sessions is None else f" in session {sessions[few[0]]}"
+            raise PerceptError(
+                f"There are {len(groups[few[0]])} training trials{where}, too few for a z-score: use "
+                    f"by_session=False."
+            )
+        moments = [_moments(subject.betas, rows) for rows in groups]
+        mean, std = (np.stack(values) for values in zip(*moments, strict=True))
+        constant = std <= 1e-7 * np.abs(mean)
+        if constant.any():
+            message = f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the "
+                f"training trials of some session; they become 0."
+            warnings.warn(message, stacklevel=2)
+        std[constant] = 1.0
+        return cls(mean.astype(np.float32), std.astype(np.float32), sessions)
+
+    def apply(self, betas: np.ndarray, sessions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """z-score.
+
+        Args:
+            betas: (trials, voxels).
+            sessions: (trials,) the session of each.
+
+        Returns:
+            float32 (trials, voxels).
+
+        Raises:
+            PerceptError: if the number of voxels is another one than that of the fit, or a session was not
+                there.
+        """
+        betas, sessions = np.asarray(betas), np.asarray(sessions)
+        if betas.ndim != 2 or betas.shape[1] != self.mean.shape[1] or sessions.shape != betas.shape[:1]:
+            raise PerceptError(
+                f"The normaliser is for (trials, {self.mean.shape[1]}) voxels, these are {betas.shape} "
+                    f"with {sessions.shape} sessions: "
+                "they belong to another subject or another selection of voxels."
+            )
+        row = np.zeros(len(betas), np.int64)
+        if self.sessions is not None:
+            row = np.searchsorted(self.sessions, sessions).clip(max=len(self.sessions) - 1)
+            unseen = sessions[self.sessions[row] != sessions]
+            if len(unseen):
+                raise PerceptError(
+                    f"The normaliser was fitted without session {unseen[0]}: fit it again with "
+                        f"by_session=False."
+                )
+        out = betas.astype(np.float32)
+        for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
+            mine = row == r
+            out[mine] = (out[mine] - self.mean[r]) / self.std[r]
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"mean": self.mean, "std": self.std}
+        if self.sessions is not None:
+            tensors["sessions"] = np.asarray(self.sessions, np.int64)
+        with atomic(path) as temporary:
+            save_file(tensors, temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Normaliser:
+        """Read a file of `save`. Raises PerceptError if it is missing or something else."""
+        if not Path(path).exists():
+            raise PerceptError(
+                f"The normaliser {path} is missing: run the training notebook of this run first."
+            )
+        try:
+            with safe_open(path, framework="np") as file:
+                # noqa: SIM118 (the file is no dict)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise PerceptError(
+                f"{path} is no safetensors file ({error}): run the training notebook of this run again."
+            ) from error
+        if not {"mean", "std"} <= set(tensors):
+            raise PerceptError(f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser.")
+        return cls(tensors["mean"], tensors["std"], tensors.get("sessions"))
+
+
+def _moments(betas: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and shifted by
+    the first row."""
+    shift = betas[rows[0]].astype(np.float64)
+    total, square = np.zeros_like(shift), np.zeros_like(shift)
+    for start in range(0, len(rows), 256):
+        x = betas[rows[start : start + 256]].astype(np.float64) - shift
+        total += x.sum(0)
+        square += np.einsum("tv,tv->v", x, x)
+    mean = total / len(rows)
+    return shift + mean, np.sqrt(np.maximum(square / len(rows) - mean**2, 0.0))
+
+
+# ------------------------------------------------------------------------------------------------ torch dataset
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 -> well mixed uint64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """A repeat for each image, uniform over 0..count-1 and a pure function of (seed, epoch, image).
+
+    Args:
+        seed, epoch: integers.
+        image_ids: (batch,) ids.
+        counts: (batch,) number of repeats of each.
+
+    Returns:
+        int64 (batch,).
+    """
+    state = np.zeros(1, np.uint64)
+    for value in (seed, epoch):
+        state = _mix(state + np.uint64(value % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    mixed = _mix(_mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return (mixed % np.asarray(counts).astype(np.uint64)).astype(np.int64)
+
+
+class BrainDataset(Dataset):
+    """Map-style dataset over the images of a split.
+
+    Item i is image `image_ids[i]`. `__getitems__` reads a whole batch at once: {"voxels": float32 (batch,
+    voxels), or (batch, repeats, voxels) for repeats="all"; "image": int64 (batch,); each target: float32
+    (batch, ...)}. In a DataLoader pass `collate_fn=lambda batch: batch`.
+
+    Args:
+        subject: from `open_subject`.
+        split: train, val or test.
+        targets: for each name what `cached_targets` gives, or an array whose rows are in the order of
+            `subject.image_ids(split)`.
+        normaliser: fitted on training trials, or None for the betas as they are.
+        repeats: "random" (one, chosen by seed, epoch and image), "mean", or "all" (images with fewer than
+            the most repeats start over).
+        seed: of the choice of repeats.
+
+    Raises:
+        PerceptError: for an unknown option, an empty split, or targets of another length.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        split: str,
+        targets: dict[str, Any] | None = None,
+        normaliser: Normaliser | None = None,
+        repeats: str = "random",
+        seed: int = 42,
+    ):
+        if repeats not in REPEATS:
+            raise PerceptError(f"repeats is {repeats!r}: choose one of {list(REPEATS)}.")
+        self.subject, self.split, self.normaliser, self.repeats = subject, split, normaliser, repeats
+        self.seed, self.epoch, self.targets = seed, 0, dict(targets or {})
+        self._rows, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
+        self.counts = np.array([len(rows) for rows in self._rows])
+        self._table = np.stack(
+            [np.resize(rows, self.counts.max()) for rows in self._rows]
+        )  # (images, repeats), cycled
+        for name, target in self.targets.items():
+            if name in ("voxels", "image"):
+                raise PerceptError(f"A target cannot be called {name}: the batch has that already.")
+            if hasattr(target, "check"):
+                target.check(self.image_ids)
+            elif len(target) != len(self):
+                raise PerceptError(
+                    f"Target {name} has {len(target)} rows for the {len(self)} images of split {split}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other repeats from now on."""
+        self.epoch = int(epoch)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Batch of images by their positions in the split."""
+        at = np.asarray(indices, dtype=np.int64)
+        batch = {"voxels": torch.from_numpy(self._voxels(at)), "image": torch.from_numpy(self.image_ids[at])}
+        for name, target in self.targets.items():
+            rows = target.rows(self.image_ids[at]) if hasattr(target, "rows") else target[at]
+            batch[name] = torch.as_tensor(np.asarray(rows, dtype=np.float32))
+        return batch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One image, without the batch axis."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def _voxels(self, at: np.ndarray) -> np.ndarray:
+        if self.repeats == "mean":
+            return self.subject.mean_of([self._rows[i] for i in at], self.normaliser)
+        if self.repeats == "all":
+            rows = self._table[at]  # (batch, repeats)
+            return self.subject.read(rows.ravel(), self.normaliser).reshape(*rows.shape, -1)
+        chosen = choose_repeats(self.seed, self.epoch, self.image_ids[at], self.counts[at])
+        return self.subject.read(self._table[at, chosen], self.normaliser)
+
+
+# ------------------------------------------------------------------------------------------------ cached targets
+class Targets:
+    """Frozen targets of images, memory-mapped. Made by `cached_targets`.
+
+    Attributes:
+        folder: where they are stored.
+        image_ids: int64 (images,), ascending.
+        shape: shape of one target.
+        dtype: as stored.
+    """
+
+    def __init__(self, folder: Path, store: ImageStore):
+        meta = read_json(folder / "meta.json")
+        self.folder, self.shape, self.dtype = folder, tuple(meta["shape"]), np.dtype(meta["dtype"])
+        self.parts = sorted(folder.glob("part-???.npy"))
+        place: dict[
+            int, tuple[int, int]
+        ] = {}  # image -> (part, row); a later part, made from newer pixels, wins
+        crc = dict(zip(store.image_ids.tolist(), store.crc.tolist(), strict=True))
+        for number, part in enumerate(self.parts):
+            for row, (image, pixels) in enumerate(np.load(_ids_file(part), allow_pickle=False).tolist()):
+                if crc.get(image) == pixels:
+                    place[image] = (number, row)
+        self.image_ids = np.array(sorted(place), dtype=np.int64)
+        self._place = np.array([place[i] for i in self.image_ids.tolist()], dtype=np.int64).reshape(-1, 2)
+        self._order = np.arange(len(self.image_ids))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_maps"}
+
+    @cached_property
+    def _maps(self) -> list[np.ndarray]:
+        return [np.load(part, mmap_mode="r", allow_pickle=False) for part in self.parts]
+
+    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+        """Raise PerceptError if the target of one of these images is missing."""
+        missing = np.setdiff1d(image_ids, self.image_ids)
+        if len(missing):
+            raise PerceptError(
+                f"{self.folder} lacks the targets of {len(missing)} images, the first is {missing[0]}: "
+                    f"make them with cached_targets."
+            )
+
+    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Targets by image id, (n, *shape) in the stored dtype. Raises PerceptError for an image without
+        one."""
+        self.check(image_ids)
+        place = self._place[_positions(self.image_ids, self._order, image_ids, str(self.folder))]
+        out = np.empty((len(place), *self.shape), self.dtype)
+        for number in np.unique(place[:, 0]):
+            mine = place[:, 0] == number
+            out[mine] = _gather(self._maps[number], place[mine, 1])
+        return out
+
+
+def _ids_file(part: Path) -> Path:
+    return part.with_suffix(".ids")
+
+
+def cached_targets(
+    dataset: str | Path,
+    name: str,
+    fingerprint: dict[str, Any],
+    image_ids: Sequence[int] | np.ndarray,
+    encode: Callable[[np.ndarray], np.ndarray],
+    shape: Sequence[int],
+    dtype: str = "float16",
+    batch_size: int = 64,
+) -> Targets:
+    """Targets of a frozen model, computed once for each image and stored under
+    data/<dataset>/targets/<name>-<hash>/.
+
+    An interrupted run goes on where it stopped; images asked for later, or whose pixels have changed since,
+    are added as a further part. Processes that ask at once take turns: the first computes, the others find
+    the result.
+
+    Args:
+        dataset: as for `open_subject`.
+        name: what the targets are, e.g. clip_tokens.
+        fingerprint: all that they depend on (model, revision, options, versions), as JSON values; another
+            fingerprint is another folder.
+        image_ids: (n,) images whose targets are needed.
+        encode: uint8 images (batch, height, width, 3) -> (batch, *shape).
+        shape: shape of one target.
+        dtype: dtype on disk.
+        batch_size: images given to `encode` at once.
+
+    Raises:
+        PerceptError: for an unknown image, an `encode` that gives another shape or numbers that are not
+            finite in `dtype`, or a full disk.
+    """
+    store = ImageStore(dataset_folder(dataset) / "images.h5")
+    meta = json.loads(
+        json.dumps(
+            {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype}, default=str
+        )
+    )
+    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:12]
+    folder = dataset_folder(dataset) / "targets" / f"{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock, disk_errors(folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "meta.json").exists():
+            write_json(folder / "meta.json", meta)
+        if read_json(folder / "meta.json") != meta:
+            raise PerceptError(f"{folder} was made with another fingerprint than its name says: delete it.")
+        targets = Targets(folder, store)
+        missing = np.setdiff1d(image_ids, targets.image_ids)
+        if len(missing):
+            _add_part(folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size)
+            targets = Targets(folder, store)
+    return targets
+
+
+def _add_part(
+    folder: Path,
+    store: ImageStore,
+    ids: np.ndarray,
+    encode: Callable,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    batch_size: int,
+) -> None:
+    """Compute and store the targets of `ids` as the next part, going on with an interrupted one."""
+    known = np.stack([ids, store.crc[store.positions(ids)]], axis=1)  # (images, 2): id and CRC of the pixels
+    part = folder / f"part-{len(list(folder.glob('part-???.npy'))):03d}.npy"
+    partial, state = part.with_suffix(".partial"), folder / "progress.json"
+    key, done = hashlib.sha256(known.tobytes()).hexdigest(), 0
+    if partial.exists() and state.exists() and read_json(state)["key"] == key:
+        done = read_json(state)["done"]
+    else:
+        check_space(folder, int(np.prod(shape)) * dtype.itemsize)
+    array = np.lib.format.open_memmap(
+        partial, "r+" if done else "w+", None if done else dtype, None if done else shape
+    )
+    starts, saved = range(done, len(ids), batch_size), done
+    for start in progress(starts, f"targets {folder.name}", len(starts)):
+        batch = ids[start : start + batch_size]
+        array[start : start + len(batch)] = _encoded(encode, store.rows(batch), batch, shape[1:], dtype)
+        if start + len(batch) - saved >= 8 * batch_size:
+            array.flush()
+            saved = start + len(batch)
+            write_json(state, {"key": key, "done": saved})
+    array.flush()
+    with atomic(_ids_file(part)) as temporary, open(temporary, "wb") as file:
+        np.save(file, known, allow_pickle=False)
+    os.replace(partial, part)
+    state.unlink(missing_ok=True)
+
+
+def _encoded(
+    encode: Callable, images: np.ndarray, ids: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """What `encode` gives, checked, in the dtype to be stored."""
+    rows = np.asarray(encode(images))
+    if rows.shape != (len(ids), *shape):
+        raise PerceptError(
+            f"The targets of {len(ids)} images have shape {rows.shape}, {(len(ids), *shape)} was announced."
+        )
+    with np.errstate(over="ignore"):
+        rows = rows.astype(dtype)
+    good = np.isfinite(rows.reshape(len(rows), -1)).all(1)
+    if not good.all():
+        raise PerceptError(
+            f"The target of image {ids[~good][0]} is not finite in {dtype}: encode in float32, or store "
+                f"it with dtype='float32'."
+        )
+    return rows

@@ -1,0 +1,566 @@
+"""Figures of a run: plain matplotlib, one style, returned closed so that a notebook shows each once.
+
+- Every function returns a `Figure`; `save(fig, path)` writes the PNG and hands the figure back, so a cell can
+  end with it.
+- Nothing is told by colour alone: series also differ in marker, line or place, and carry their name.
+- Pictures are the first of the test set, never a selection, enlarged by a whole factor to a size at which
+  they can be read.
+- In `score_dots` right is always better, also for distances, so that a row is read the same way everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
+
+from src.utils import PerceptError, atomic
+
+DPI = 110
+INK, SOFT, FAINT = "#1f2430", "#6b7280", "#e5e7eb"
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7A5195",
+    "#8C6D31",
+]  # Okabe & Ito, extended
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+ENLARGEMENTS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
+CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
+    "shuffled": ("x", SOFT, "shuffled pairing"),
+    "mean_image": ("s", "#E69F00", "mean image"),
+    "nearest_train": ("D", "#009E73", "nearest training image"),
+    "ceiling": ("|", "#7A5195", "ceiling (true latents)"),
+}
+
+
+def style() -> Any:
+    """The matplotlib settings of every figure here.
+
+    In a notebook `plt.rcParams.update(style())` gives your own plots the same look.
+    """
+    return {
+        "figure.dpi": DPI, "savefig.dpi": DPI, "figure.facecolor": "white", "savefig.facecolor": "white",
+        "font.family": "sans-serif", "font.size": 10, "text.color": INK,
+        "axes.edgecolor": SOFT, "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titlelocation": "left",
+        "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.grid": False, "axes.axisbelow": True, "axes.prop_cycle": plt.cycler(color=COLOURS),
+        "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT,
+        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "lines.linewidth": 1.8,
+    }  # fmt: skip
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the common style, and close the figure so that a notebook does not show it twice."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Figure:
+        already = set(plt.get_fignums())
+        try:
+            with plt.rc_context(style()):
+                fig = draw(*args, **kwargs)
+                fig.canvas.draw()  # texts take their style now
+        finally:
+            for number in set(plt.get_fignums()) - already:
+                plt.close(number)
+        return fig
+
+    return styled
+
+
+def save(fig: Figure, path: str | Path) -> Figure:
+    """Write the figure as PNG, whole or not at all, and return it."""
+    with atomic(Path(path)) as temporary:
+        fig.savefig(temporary, format="png", dpi=DPI)
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def _tiles(images: Any, side: int, enlarge: str) -> np.ndarray:
+    """Images (n, 3 or 1, height, width) in [0, 1] -> uint8 (n, side, side, 3)."""
+    if enlarge not in ENLARGEMENTS:
+        raise PerceptError(
+            f"The enlargement {enlarge!r} is unknown; choose one of {', '.join(ENLARGEMENTS)}."
+        )
+    pixels = torch.as_tensor(images).detach().float().cpu()
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        raise PerceptError(
+            f"Pictures of shape {tuple(pixels.shape)} were given; figures expect (n, 3 or 1, height, "
+            "width) in [0, 1]."
+        )
+    pixels = (
+        torch.nan_to_num(pixels).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    )  # (n, height, width, 3)
+    bytes_ = (pixels * 255).round().to(torch.uint8).numpy()
+    shrinks = max(bytes_.shape[1:3]) > side
+    method = Image.Resampling.LANCZOS if shrinks else ENLARGEMENTS[enlarge]
+    return np.stack([np.asarray(Image.fromarray(tile).resize((side, side), method)) for tile in bytes_])
+
+
+def _side(images: Any, wanted: int = 112) -> int:
+    """Pixels at which pictures are shown.
+
+    Small ones enlarged by a whole factor to about `wanted`, large ones shrunk to it.
+    """
+    height = torch.as_tensor(images).shape[2]
+    return height * max(1, round(wanted / height)) if height <= wanted else wanted
+
+
+class _Canvas:
+    """A white page on which tiles and texts are put at pixel positions, so that pictures are shown pixel for
+    pixel.
+    """
+
+    def __init__(self, width: int, height: int):
+        self.pixels = np.full((height, width, 3), 255, np.uint8)
+        self.fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+        self.ax = self.fig.add_axes((0, 0, 1, 1))
+        self.ax.set(xlim=(0, width), ylim=(height, 0))
+        self.ax.axis("off")
+
+    def tile(self, tile: np.ndarray, x: int, y: int) -> None:
+        self.pixels[y : y + len(tile), x : x + tile.shape[1]] = tile
+
+    def text(self, x: float, y: float, text: str, **kwargs: Any) -> None:
+        self.ax.text(x, y, text, **{"va": "center", "ha": "center", **kwargs})
+
+    def done(self) -> Figure:
+        height, width = self.pixels.shape[:2]
+        self.ax.imshow(
+            self.pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto", zorder=0
+        )
+        return self.fig
+
+
+@_styled
+def contact_sheet(
+    columns: dict[str, Any],
+    n: int = 12,
+    blocks: int = 2,
+    labels: Sequence[Any] | None = None,
+    enlarge: str = "bicubic",
+) -> Figure:
+    """The first n test images beside what was made of them.
+
+    One row an image, one column a kind, rows folded into blocks.
+
+    Args:
+        columns: pictures (m, 3 or 1, height, width) in [0, 1] by title, in the order shown, e.g. {"seen":
+            ..., "low level": ..., "reconstructed": ..., "nearest training image": ..., "ceiling": ...};
+            resolutions may differ.
+        n: rows; the first n, unselected.
+        blocks: side-by-side blocks the rows are folded into.
+        labels: (m,) short names of the rows, e.g. image ids; their places in the test set by default.
+        enlarge: "bicubic" or "nearest", for small pictures.
+    """
+    lengths = {title: len(images) for title, images in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise PerceptError(
+            f"The columns of a contact sheet differ in length: {lengths}; give the same images in each."
+        )
+    n = min(n, min(lengths.values()))
+    labels = list(range(1, n + 1)) if labels is None else list(labels)
+    blocks = min(blocks, n)
+    rows, side = -(-n // blocks), max(_side(images) for images in columns.values())
+    gap, head, between = 6, 40, 26
+    margin = 14 + 7 * max(len(str(label)) for label in labels[:n])  # room for the longest label
+    width = margin + len(columns) * (side + gap)  # of a block
+    canvas = _Canvas(blocks * (width + between) - between + 8, head + rows * (side + gap))
+    for c, (title, images) in enumerate(columns.items()):
+        for b in range(blocks):
+            x = b * (width + between) + margin + c * (side + gap)
+            weight = "bold" if c == 0 else "normal"
+            canvas.text(
+                x + side / 2,
+                head - 6,
+                _wrapped(title, 15),
+                va="bottom",
+                fontsize=9,
+                fontweight=weight,
+                linespacing=1.0,
+            )
+        for i, tile in enumerate(_tiles(images[:n], side, enlarge)):
+            b, r = divmod(i, rows)
+            x, y = b * (width + between) + margin, head + r * (side + gap)
+            canvas.tile(tile, x + c * (side + gap), y)
+            if c == 0:
+                canvas.text(x - 6, y + side / 2, str(labels[i]), ha="right", color=SOFT, fontsize=8)
+    return canvas.done()
+
+
+def _wrapped(title: str, width: int) -> str:
+    """The title in lines of about `width` characters."""
+    lines = [""]
+    for word in title.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+@_styled
+def retrieval_grid(
+    queries: Any, gallery: Any, found: Any, right: Any, n: int = 8, k: int = 8, enlarge: str = "bicubic"
+) -> Figure:
+    """Retrieved images, best first, beside the image that was seen; the right one is framed and marked.
+
+    Args:
+        queries: seen images (m, 3, height, width) in [0, 1].
+        gallery: candidate images (c, 3, height, width) in [0, 1].
+        found: rows of the gallery, best first (m, k or more), e.g. the second output of `retrieval.nearest`.
+        right: row of the gallery that is right for each query (m,), -1 where there is none.
+        n: queries shown, the first ones.
+        k: candidates shown.
+        enlarge: "bicubic" or "nearest".
+    """
+    found, right = np.asarray(found), np.asarray(right)
+    n, k = min(n, len(found)), min(k, found.shape[1])
+    side, gap, head, apart = _side(queries, 80), 12, 32, 34
+    canvas = _Canvas(apart + gap + (k + 1) * (side + gap), head + n * (side + gap) + 4)
+    left = [
+        gap,
+        *(apart + gap + (j + 1) * (side + gap) - gap for j in range(k)),
+    ]  # pixel column of the seen image, then of each candidate
+    for j, x in enumerate(left):
+        canvas.text(
+            x + side / 2, head / 2, "seen" if j == 0 else str(j), fontweight="bold" if j == 0 else "normal"
+        )
+    for i, seen in enumerate(_tiles(queries[:n], side, enlarge)):
+        y = head + i * (side + gap)
+        canvas.tile(seen, left[0], y)
+        for j, tile in enumerate(
+            _tiles(torch.as_tensor(gallery)[torch.as_tensor(found[i, :k])], side, enlarge)
+        ):
+            canvas.tile(tile, left[j + 1], y)
+            if found[i, j] == right[i]:
+                canvas.ax.add_patch(
+                    Rectangle(
+                        (left[j + 1] - 2, y - 2), side + 4, side + 4, fill=False, lw=3, ec=INK, zorder=2
+                    )
+                )
+                canvas.ax.add_patch(Rectangle((left[j + 1], y), 20, 20, color=INK, zorder=2))
+                canvas.text(left[j + 1] + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
+        if right[i] not in found[i, :k]:
+            canvas.text(left[0] + side + apart / 2, y + side / 2, "not\nfound", color=SOFT, fontsize=7)
+    return canvas.done()
+
+
+# ------------------------------------------------------------------------------------------------ training
+@_styled
+def training_curves(
+    history: pd.DataFrame, quantities: Sequence[str] | None = None, x: str = "epoch"
+) -> Figure:
+    """Training (line) and validation (dashed, with dots) by epoch, one panel a quantity.
+
+    The best validation loss is marked.
+
+    Args:
+        history: one row an epoch, columns such as "train/loss", "val/loss", "train/lr"; `x` may be a column
+            or is the row number.
+        quantities: what stands after the slash, in order; all numeric ones by default.
+        x: name of the horizontal axis.
+    """
+    numeric = [c for c in history.select_dtypes("number").columns if "/" in c]
+    if quantities is None:
+        quantities = list(dict.fromkeys(c.split("/", 1)[1] for c in numeric))
+    if not quantities:
+        raise PerceptError("The history has no columns such as 'train/loss' to draw.")
+    at = history[x].to_numpy() if x in history else np.arange(len(history))
+    columns = min(3, len(quantities))
+    rows = -(-len(quantities) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False, layout="constrained"
+    )
+    for ax, quantity in zip(axes.flat, quantities, strict=False):
+        _curves(
+            ax,
+            at,
+            {c.split("/", 1)[0]: history[c].to_numpy() for c in numeric if c.split("/", 1)[1] == quantity},
+        )
+        ax.set(title=quantity, xlabel=x)
+    for ax in axes.flat[len(quantities) :]:
+        ax.axis("off")
+    val = history["val/loss"].to_numpy() if "val/loss" in history else np.array([])
+    if "loss" in quantities and np.isfinite(val).any():
+        best = int(np.nanargmin(val))
+        ax = axes.flat[list(quantities).index("loss")]
+        ax.plot(at[best], val[best], marker="*", ms=13, color=INK, ls="none", label=f"best, {x} {at[best]}")
+    for ax in axes.flat[: len(quantities)]:
+        ax.legend(fontsize=8)
+    return fig
+
+
+def _curves(ax: Any, at: np.ndarray, series: dict[str, np.ndarray]) -> None:
+    """Draw one panel: training as a line, validation dashed with dots where it was measured."""
+    looks: dict[str, dict[str, Any]] = {
+        "train": {"color": COLOURS[0]},
+        "val": {"color": COLOURS[1], "ls": "--", "marker": "o", "ms": 3.5},
+    }
+    for i, (name, values) in enumerate(series.items()):
+        keep = np.isfinite(values.astype(float))
+        ax.plot(
+            at[keep],
+            values[keep],
+            label=name,
+            **looks.get(name, {"ls": ":", "marker": MARKERS[i], "ms": 3.5}),
+        )
+    ax.grid(axis="y")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+# ------------------------------------------------------------------------------------------------ scores
+@_styled
+def score_dots(records: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Scores with their intervals between their floors and their ceiling, one strip a metric.
+
+    Right is better everywhere.
+
+    Args:
+        records: those of metrics.json (`metrics.make_records`).
+        title: of the figure.
+    """
+    records = list(records)
+    if not records:
+        raise PerceptError("There are no scores to draw.")
+    fig, axes = plt.subplots(len(records), 1, figsize=(8.8, 0.95 + 0.62 * len(records)), squeeze=False)
+    top = 0.95 if not title else 1.2
+    height = fig.get_figheight()
+    fig.subplots_adjust(
+        left=0.185, right=0.805, top=1 - (top - 0.3) / height, bottom=0.32 / height, hspace=0.85
+    )
+    for ax, record in zip(axes[:, 0], records, strict=True):
+        _strip(ax, record)
+    shown = {name for r in records for name in r["floors"]} | {
+        "ceiling" for r in records if "value" in r["ceiling"]
+    }
+    handles = [Line2D([], [], color=COLOURS[0], marker="o", ms=8, lw=3, label="this system, 95 % interval")]
+    for name in [*CONTROL_MARKS, *sorted(shown - set(CONTROL_MARKS))]:
+        if name in shown:
+            _, colour, label = _mark(name)
+            handles.append(Line2D([], [], color=colour, ls="none", label=label, **{**_shape(name), "ms": 9}))
+    y = 1 - (0.02 if not title else 0.3) / height
+    fig.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, y),
+        ncols=5,
+        fontsize=8,
+        columnspacing=1.3,
+        handletextpad=0.5,
+    )
+    if title:
+        fig.text(0.012, 1 - 0.07 / height, title, va="top", fontweight="bold", fontsize=11)
+    return fig
+
+
+def _mark(name: str) -> tuple[str, str, str]:
+    return CONTROL_MARKS.get(name, ("v", COLOURS[5], name.replace("_", " ")))
+
+
+def _shape(name: str) -> dict[str, Any]:
+    """Marker of a control; crosses and bars have no face, so their line is the colour.
+
+    The ceiling's bar shows even behind the dot.
+    """
+    marker, colour, _ = _mark(name)
+    line = marker in "x|"
+    return {
+        "marker": marker,
+        "ms": 18 if marker == "|" else 7,
+        "mew": 2.2 if line else 0.8,
+        "mec": colour if line else "white",
+    }
+
+
+def _strip(ax: Any, record: dict[str, Any]) -> None:
+    """One metric: floors and ceiling as marks, the score as a dot with its interval, its value written at the
+    right.
+    """
+    rows = {**record["floors"], **({"ceiling": record["ceiling"]} if "value" in record["ceiling"] else {})}
+    for name, row in rows.items():
+        colour = _mark(name)[1]
+        ax.plot([row["low"], row["high"]], [0, 0], color=colour, lw=1.5, alpha=0.7)
+        ax.plot(row["value"], 0, color=colour, **_shape(name))
+    ax.plot([record["low"], record["high"]], [0, 0], color=COLOURS[0], lw=4, solid_capstyle="butt", zorder=4)
+    ax.plot(record["value"], 0, marker="o", ms=9, color=COLOURS[0], mec="white", mew=1, zorder=5)
+    ends = [record["low"], record["high"], *(row[k] for row in rows.values() for k in ("low", "high"))]
+    pad = 0.06 * ((max(ends) - min(ends)) or 1.0)
+    lower = record["better"] == "lower"
+    ax.set(xlim=(min(ends) - pad, max(ends) + pad)[:: -1 if lower else 1], ylim=(-1, 1), yticks=[])
+    ax.axhline(0, color=FAINT, lw=1, zorder=0)
+    ax.spines["left"].set_visible(False)
+    ax.spines["bottom"].set_color(FAINT)
+    ax.tick_params(axis="x", labelsize=8, length=2, pad=1.5)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    arrow = " (lower is better)" if lower else ""
+    ax.text(
+        -0.02,
+        0.5,
+        record["name"].replace("_", " ") + arrow.replace(" (", "\n("),
+        transform=ax.transAxes,
+        ha="right",
+        va="center",
+        fontsize=9,
+    )
+    value = f"{record['value']:.3f}  [{record['low']:.3f}, {record['high']:.3f}]"
+    ax.text(1.02, 0.5, value, transform=ax.transAxes, va="center", fontsize=8.5)
+
+
+@_styled
+def retrieval_curve(table: pd.DataFrame) -> Figure:
+    """Top-1 by pool size, both directions, with chance.
+
+    Args:
+        table: that of `retrieval.retrieval_by_pool_size`.
+    """
+    fig, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for i, (direction, part) in enumerate(table.groupby("direction", sort=False)):
+        part = part.sort_values("pool")
+        spread = [part["value"] - part["low"], part["high"] - part["value"]]
+        name = str(direction).replace("_", " ")
+        ax.errorbar(
+            part["pool"],
+            part["value"],
+            yerr=spread,
+            marker=MARKERS[i],
+            ls=["-", "--"][i % 2],
+            capsize=3,
+            label=name,
+        )
+    chance = table.drop_duplicates("pool").sort_values("pool")
+    ax.plot(chance["pool"], chance["chance"], color=SOFT, ls=":", label="chance")
+    pools = chance["pool"].tolist()
+    ax.set(
+        xscale="log",
+        ylim=(0, 1.03),
+        xlabel="candidates",
+        ylabel="top-1",
+        title="Retrieval by pool size",
+        xticks=pools,
+    )
+    ax.set_xticklabels([str(pool) for pool in pools])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.grid(axis="y")
+    ax.legend(fontsize=8)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------- embeddings, voxels
+def _umap_points(brain: Any, clip: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both embeddings (n, ...) in one UMAP plane: (n, 2) and (n, 2)."""
+    from umap import UMAP  # compiles for seconds when imported: only where it is used
+
+    rows = torch.cat([torch.as_tensor(x).detach().float().cpu().flatten(1) for x in (brain, clip)])
+    neighbours = min(15, len(rows) - 1)
+    reducer = UMAP(metric="cosine", n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1)
+    points = reducer.fit_transform(rows.numpy())  # (2n, 2)
+    return points[: len(rows) // 2], points[len(rows) // 2 :]
+
+
+@_styled
+def umap_scatter(brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0, most: int = 8) -> Figure:
+    """Brain and image embeddings in one UMAP plane (McInnes et al. 2018), by category.
+
+    Filled marks are brains, open ones images.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim).
+        clip: embeddings of the same images, same shape.
+        categories: label of every image (n,).
+        seed: of UMAP.
+        most: categories drawn in their own mark, the most frequent ones; the others are grey dots.
+    """
+    if not len(brain) == len(clip) == len(categories):
+        raise PerceptError(
+            f"{len(brain)} brain and {len(clip)} image embeddings and {len(categories)} categories were "
+            "given; they must pair up."
+        )
+    brains, images = _umap_points(brain, clip, seed)
+    labels = pd.Series(list(categories)).astype(str)
+    names = labels.value_counts().index[:most]
+    fig, ax = plt.subplots(figsize=(7.2, 5.2))
+    fig.subplots_adjust(left=0.02, right=0.77, bottom=0.02, top=0.93)
+    for i, name in enumerate([*names, "other"]):
+        mask = (labels == name if i < len(names) else ~labels.isin(names)).to_numpy()
+        if not mask.any():
+            continue
+        colour, marker = (COLOURS[i % 8], MARKERS[i % 8]) if i < len(names) else (SOFT, ".")
+        x, y = brains[mask].T
+        ax.scatter(x, y, s=26, c=colour, marker=marker, lw=0, alpha=0.85, label=name)
+        x, y = images[mask].T
+        hollow = "o" if marker == "." else marker
+        ax.scatter(x, y, s=26, facecolors="none", edgecolors=colour, marker=hollow, lw=0.9)
+    fills = (("from the brain", INK), ("of the image", "none"))
+    kinds = [Line2D([], [], color=INK, marker="o", ls="none", mfc=fill, label=kind) for kind, fill in fills]
+    place: dict[str, Any] = {"loc": "upper left", "alignment": "left", "fontsize": 9}
+    ax.add_artist(ax.legend(handles=kinds, title="embedding", bbox_to_anchor=(1, 1), **place))
+    ax.legend(title="category", bbox_to_anchor=(1, 0.82), **place)
+    ax.set(xticks=[], yticks=[], title="UMAP of brain and image embeddings (cosine)")
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    return fig
+
+
+@_styled
+def roi_figure(
+    voxels: pd.DataFrame, ceiling: str = "noise_ceiling", rois: Sequence[str] | None = None
+) -> Figure:
+    """Size and reliability of each region.
+
+    Number of voxels, median noise ceiling, and its histogram on a common axis.
+
+    Args:
+        voxels: one row a voxel: Boolean columns of regions, and the noise ceiling (share of variance a model
+            could explain).
+        ceiling: column of the noise ceiling.
+        rois: columns of the regions; every Boolean column by default.
+    """
+    rois = list(voxels.select_dtypes("bool").columns) if rois is None else list(rois)
+    if not rois or ceiling not in voxels:
+        raise PerceptError(
+            f"voxels needs Boolean region columns and a column {ceiling!r}; it has "
+            f"{', '.join(map(str, voxels.columns))}."
+        )
+    values = voxels[ceiling].to_numpy(float)
+    high = max(float(np.nanquantile(values, 0.995)), 1e-6)
+    bins = np.linspace(min(0.0, float(np.nanmin(values))), high, 41)
+    groups = {"all voxels": np.ones(len(voxels), bool), **{roi: voxels[roi].to_numpy(bool) for roi in rois}}
+    height = 0.7 + 0.52 * len(groups)
+    fig, axes = plt.subplots(len(groups), 1, figsize=(7, height), sharex=True, squeeze=False)
+    fig.subplots_adjust(left=0.36, right=0.97, top=1 - 0.32 / height, bottom=0.48 / height, hspace=0.12)
+    for i, (ax, (name, mask)) in enumerate(zip(axes[:, 0], groups.items(), strict=True)):
+        mine = values[mask & np.isfinite(values)]
+        ax.hist(np.clip(mine, bins[0], bins[-1]), bins, color=SOFT if i == 0 else COLOURS[0], alpha=0.85)
+        median = f"{np.median(mine):.2f}" if len(mine) else "-"
+        if len(mine):
+            ax.axvline(np.median(mine), color=INK, lw=1.5)
+        _cells(ax, 0.35, (name, f"{mask.sum():,}", median), fontsize=9)
+        ax.set(yticks=[])
+        ax.spines["left"].set_visible(False)
+    _cells(axes[0, 0], 1.12, ("region", "voxels", "median"), fontsize=8, color=SOFT)
+    axes[-1, 0].set_xlabel(f"{ceiling.replace('_', ' ')} (line: median)")
+    return fig
+
+
+def _cells(ax: Any, y: float, texts: tuple[str, str, str], **look: Any) -> None:
+    """Three cells of a table, left of a panel."""
+    for x, text, side in zip((-0.52, -0.16, -0.03), texts, ("left", "right", "right"), strict=True):
+        weight = "bold" if side == "left" else "normal"
+        ax.text(x, y, text, transform=ax.transAxes, ha=side, fontweight=weight, **look)

@@ -1,0 +1,130 @@
+"""Losses of the high and the low level: MixCo, SoftCLIP and their relatives, as short pure functions.
+
+- Predictions and targets are (batch, dim), L2-normalised by the caller; what is random comes from torch's CPU generator, so that a seed
+  gives the published draws.
+- Where the published code has a defect, ours is the default and the faithful behaviour stands behind `faithful=True`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.utils import PerceptError
+
+
+def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mix the voxels of about half of a batch with those of other samples.
+
+    Args:
+        voxels: (batch, ...), left as it is.
+        beta: both parameters of the Beta distribution that the weights are drawn from.
+        s_thresh: share of the samples that are mixed.
+
+    Returns:
+        Mixed voxels (batch, ...), perm (batch,), betas (batch,) with 1 where nothing was mixed, and select (batch,) Boolean.
+
+    Source: MixCo (Kim et al. 2020, arXiv 2010.06300), as in MindEye, section 2.2.
+    """
+    batch = len(voxels)
+    perm = torch.randperm(batch)
+    betas = torch.distributions.Beta(beta, beta).sample([batch]).to(voxels.device, voxels.dtype)
+    select = (torch.rand(batch) <= s_thresh).to(voxels.device)
+    perm = perm.to(voxels.device)
+    weight = betas.view(-1, *[1] * (voxels.ndim - 1))  # (batch, 1, ...)
+    mixed = torch.where(select.view_as(weight), weight * voxels + (1 - weight) * voxels[perm], voxels)
+    return mixed, perm, torch.where(select, betas, torch.ones_like(betas)), select
+
+
+def _mixed_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
+    """Target matrix (batch, batch): betas on the diagonal, the rest of each row at its partner's column."""
+    rows = torch.arange(len(perm), device=perm.device)
+    labels = torch.diag(betas)
+    if faithful:  # overwrites the diagonal where a sample is its own partner
+        labels[rows, perm] = 1 - betas
+        return labels
+    return labels.index_put((rows, perm), 1 - betas, accumulate=True)
+
+
+def mixco_nce(
+    preds: Tensor,
+    targs: Tensor,
+    temp: float = 0.1,
+    perm: Tensor | None = None,
+    betas: Tensor | None = None,
+    select: Tensor | None = None,
+    bidirectional: bool = True,
+    faithful: bool = False,
+) -> Tensor:
+    """(Bi)MixCo: cross-entropy between similarities and mixed labels; without `perm`, plain (symmetric) InfoNCE.
+
+    Args:
+        preds: predictions (batch, dim), L2-normalised.
+        targs: targets (batch, dim), L2-normalised.
+        temp: temperature.
+        perm: partners (batch,) from `mixco`.
+        betas: weights (batch,) from `mixco`.
+        select: which samples were mixed (batch,); not needed, as betas are 1 elsewhere.
+        bidirectional: average over rows and columns.
+        faithful: the published label matrix, in which a sample that is its own partner loses its own weight.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        PerceptError: if only one of perm and betas is given.
+    """
+    if (perm is None) != (betas is None):
+        raise PerceptError("mixco_nce needs both perm and betas of mixco, or neither: pass the missing one.")
+    logits = preds @ targs.T / temp  # (batch, batch)
+    if perm is None or betas is None:
+        labels = torch.eye(len(preds), device=preds.device, dtype=logits.dtype)
+    else:
+        labels = _mixed_labels(perm, betas.to(logits.dtype), faithful)
+    loss = -(logits.log_softmax(-1) * labels).sum(-1).mean()
+    if not bidirectional:
+        return loss
+    return (loss - (logits.T.log_softmax(-1) * labels.T).sum(-1).mean()) / 2
+
+
+def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    return -(logits.log_softmax(-1) * target_logits.softmax(-1)).sum(-1).mean()
+
+
+def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
+    """SoftCLIP: similarities of predictions to targets (batch, dim) should be as those of the targets among themselves.
+
+    Source: MindEye, equation 3; after Gao et al. 2023.
+    """
+    among, across = targs @ targs.T / temp, preds @ targs.T / temp  # (batch, batch)
+    return (_soft_cross_entropy(across, among) + _soft_cross_entropy(across.T, among)) / 2
+
+
+def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float = 0.125) -> Tensor:
+    """Soft contrastive loss of the low level: the student's similarities to augmented teacher features should be the teacher's.
+
+    Args:
+        student: (locations, dim), L2-normalised.
+        teacher: features of the clean image, (locations, dim), L2-normalised.
+        teacher_aug: features of the augmented image, (locations, dim), L2-normalised.
+        temp: temperature.
+
+    Source: MindEye, section 2.5.
+    """
+    wanted, given = teacher @ teacher_aug.T / temp, student @ teacher_aug.T / temp  # (locations, locations)
+    return (_soft_cross_entropy(given, wanted) + _soft_cross_entropy(given.T, wanted.T)) / 2
+
+
+def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
+    """`steps` values from start to end along half a cosine (the temperatures of SoftCLIP over its epochs)."""
+    if steps < 2:
+        return [start] * steps
+    return [end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)]
+
+
+def unit(x: Tensor) -> Tensor:
+    """Flatten all but the batch axis and L2-normalise: (batch, ...) -> (batch, features)."""
+    return F.normalize(x.flatten(1), dim=-1)

@@ -1,0 +1,572 @@
+"""Networks that train, under the names and state-dict keys of the published systems.
+
+- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level network (voxels -> latents), and the ridge baseline.
+- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model.
+- The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
+  bias for all layers, a null key), written anew; what does not change over the steps of sampling is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder
+from torch import Tensor, nn
+
+from src.utils import PerceptError
+
+
+# ------------------------------------------------------------------------------------------------ voxels -> CLIP
+class BrainNetwork(nn.Module):
+    """Residual MLP from voxels to CLIP tokens (voxel2clip).
+
+    Args:
+        in_dim: number of voxels.
+        out_dim: tokens * dim, e.g. 257 * 768 or 768.
+        clip_size: dim of a token.
+        h: width.
+        n_blocks: residual blocks.
+        norm_type: "ln" (LayerNorm, GELU) or "bn" (BatchNorm, ReLU; the combined system).
+        act_first: activation before the norm.
+        use_projector: add the token-wise head on which the contrastive losses act.
+        projector_dim: its width.
+
+    Source: MindEye (arXiv 2305.18274), appendix A.3.
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 15724,
+        out_dim: int = 257 * 768,
+        clip_size: int = 768,
+        h: int = 4096,
+        n_blocks: int = 4,
+        norm_type: str = "ln",
+        act_first: bool = False,
+        use_projector: bool = True,
+        projector_dim: int = 2048,
+    ):
+        super().__init__()
+        if norm_type not in NORMS:
+            raise PerceptError(f"norm_type '{norm_type}' is unknown: choose one of {', '.join(NORMS)}.")
+        norm, activation = NORMS[norm_type]
+
+        def block(width_in: int, dropout: float) -> nn.Sequential:
+            pair = [activation(), norm(h)] if act_first else [norm(h), activation()]
+            return nn.Sequential(nn.Linear(width_in, h), *pair, nn.Dropout(dropout))
+
+        self.clip_size = clip_size
+        self.lin0 = block(in_dim, 0.5)
+        self.mlp = nn.ModuleList(block(h, 0.15) for _ in range(n_blocks))
+        self.lin1 = nn.Linear(h, out_dim)
+        self.projector = _projector(clip_size, projector_dim) if use_projector else None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Voxels (batch, voxels), or a volume (batch, X, Y, Z), to tokens.
+
+        Returns:
+            backbone (batch, tokens * dim), and with a projector also its output (batch, tokens, dim).
+        """
+        batch = x.shape[0]
+        x = self.lin0(x.reshape(batch, -1))  # (batch, h)
+        for layer in self.mlp:
+            x = layer(x) + x
+        x = self.lin1(x)  # (batch, tokens * dim)
+        if self.projector is None:
+            return x
+        return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
+
+
+NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {"ln": (nn.LayerNorm, nn.GELU), "bn": (nn.BatchNorm1d, nn.ReLU)}
+
+
+def _projector(dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width),
+        nn.LayerNorm(width), nn.GELU(), nn.Linear(width, dim),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the prior's transformer
+class GainNorm(nn.Module):
+    """LayerNorm with a gain and no bias; `stable` first divides by the signed maximum. eps is 1e-5 in single, 1e-3 in lower precision."""
+
+    def __init__(self, dim: int, stable: bool = False):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(dim))
+        self.stable = stable
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        if self.stable:
+            x = x / x.amax(dim=-1, keepdim=True).detach()
+        eps = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-3
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+        return (x - mean) * (var + eps).rsqrt() * self.g
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding of interleaved pairs on the first `dim` features (Su et al. 2021)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.freqs = nn.Parameter(1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim), requires_grad=False)
+
+    def table(self, n: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (n, dim), each frequency twice."""
+        angle = (torch.arange(n, device=self.freqs.device, dtype=self.freqs.dtype)[:, None] * self.freqs).repeat_interleave(2, -1)
+        return angle.cos(), angle.sin()
+
+    @staticmethod
+    def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (..., n, features) with its first pairs turned by position."""
+        cos, sin = table
+        width = cos.shape[-1]
+        turned, rest = x[..., :width], x[..., width:]
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)  # (a, b) -> (-b, a)
+        return torch.cat((turned * cos + partner * sin, rest), -1)
+
+
+class RelativePositionBias(nn.Module):
+    """One bias a head and distance bucket, shared by all the layers; column 0 is the null key, so real key m stands at column m + 1."""
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.relative_attention_bias = nn.Embedding(buckets, heads)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket of each distance: exact up to half the buckets, then logarithmic; the future is distance 0."""
+        distance, exact = distance.clamp(min=0), self.buckets // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        large = (exact + (ratio * (self.buckets - exact)).long()).clamp(max=self.buckets - 1)
+        return torch.where(distance < exact, distance, large)
+
+    def forward(self, n: int) -> Tensor:
+        """Bias (heads, n, n + 1)."""
+        device = self.relative_attention_bias.weight.device
+        distance = torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)[None, :]
+        return self.relative_attention_bias(self.bucket(distance)).permute(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-query attention with L2-normalised queries and keys (logits 16 * cosine), a learned null key and value, and rotary positions."""
+
+    def __init__(self, dim: int, dim_head: int, heads: int, causal: bool, rotary_emb: Rotary):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))
+        self.norm = GainNorm(dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
+        self.rotary_emb = rotary_emb
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), GainNorm(dim))
+
+    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (batch, n, dim), bias (heads, n, n + 1) with the causal mask in it, rotary table -> (batch, n, dim)."""
+        batch, n, _ = x.shape
+        x = self.norm(x)
+        q = self.to_q(x).view(batch, n, self.heads, -1).transpose(1, 2)  # (batch, heads, n, dim_head)
+        k, v = self.to_kv(x).chunk(2, -1)  # (batch, n, dim_head) each: one head of keys and values for all queries
+        q, k = Rotary.rotate(q, table), Rotary.rotate(k, table)
+        null_k, null_v = (null.to(k.dtype).expand(batch, 1, -1) for null in self.null_kv)
+        k, v = torch.cat((null_k, k), 1), torch.cat((null_v, v), 1)  # (batch, n + 1, dim_head)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        # As there is one head of keys, the heads are laid along the query axis: attention without copies of keys and values.
+        width = q.shape[-1]
+        mask = bias.to(q.dtype).reshape(1, 1, self.heads * n, n + 1)
+        out = F.scaled_dot_product_attention(q.reshape(batch, 1, self.heads * n, width), k[:, None], v[:, None], attn_mask=mask, scale=16.0)
+        out = out.view(batch, self.heads, n, width).transpose(1, 2).reshape(batch, n, -1)  # (batch, n, heads * dim_head)
+        return self.to_out(out)
+
+
+class SwiGLU(nn.Module):
+    """First half times SiLU of the second half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2 * width) -> (..., width)."""
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.silu(gate)
+
+
+def _feed_forward(dim: int, mult: int = 4, normformer: bool = False) -> nn.Sequential:
+    inner = mult * dim
+    norm = GainNorm(inner) if normformer else nn.Identity()
+    return nn.Sequential(
+        GainNorm(dim), nn.Linear(dim, 2 * inner, bias=False), SwiGLU(), norm, nn.Dropout(0.0), nn.Linear(inner, dim, bias=False)
+    )
+
+
+class CausalTransformer(nn.Module):
+    """The prior's transformer (causal or not): attention and SwiGLU blocks with residuals, a stable norm and a projection."""
+
+    def __init__(self, dim: int, depth: int, dim_head: int = 64, heads: int = 8, causal: bool = True, normformer: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.rel_pos_bias = RelativePositionBias(heads)
+        rotary = Rotary(min(32, dim_head))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Attention(dim, dim_head, heads, causal, rotary), _feed_forward(dim, normformer=normformer)]) for _ in range(depth)
+        )
+        self.norm = GainNorm(dim, stable=True)
+        self.project_out = nn.Linear(dim, dim, bias=False)
+        self._kept: tuple[tuple, Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def _positions(self, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Bias (heads, n, n + 1) and rotary table; without gradients (sampling) they are kept until the weights change."""
+        weight = self.rel_pos_bias.relative_attention_bias.weight
+        key = (n, weight.device, weight.dtype, weight._version, weight.data_ptr())
+        if not torch.is_grad_enabled() and self._kept is not None and self._kept[0] == key:
+            return self._kept[1], self._kept[2]
+        bias, table = self.rel_pos_bias(n), self.layers[0][0].rotary_emb.table(n)
+        if self.causal:
+            future = torch.ones(n, n + 1, dtype=torch.bool, device=bias.device).triu(2)
+            bias = bias.masked_fill(future, -torch.finfo(bias.dtype).max)
+        self._kept = None if torch.is_grad_enabled() else (key, bias, table)
+        return bias, table
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, dim) -> (batch, n, dim)."""
+        bias, table = self._positions(x.shape[1])
+        for attention, feed_forward in self.layers:
+            x = attention(x, bias, table) + x
+            x = feed_forward(x) + x
+        return self.project_out(self.norm(x))
+
+
+class SinusoidalTime(nn.Module):
+    """Sine and cosine of a timestep (batch,) -> (batch, dim), sines first."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(batch,) -> (batch, dim)."""
+        half = self.dim // 2
+        freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+        angle = t.float()[:, None] * freqs
+        return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+class _TimeMLP(nn.Module):
+    """Two SiLU layers of twice the width, then a linear one, under the published keys."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        layer = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.SiLU())  # noqa: E731
+        self.net = nn.Sequential(layer(dim, 2 * dim), layer(2 * dim, 2 * dim), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.net[-1].weight.dtype))
+
+
+def _keep(batch: int, drop_prob: float, device: torch.device) -> Tensor:
+    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1, as published."""
+    if drop_prob in (0.0, 1.0):
+        return torch.full((batch,), drop_prob == 0.0, device=device)
+    return torch.rand(batch, device=device) < 1 - drop_prob
+
+
+class VersatileDiffusionPriorNetwork(nn.Module):
+    """Prior network for all CLIP tokens (257 x 768): [brain tokens, time, noisy image tokens] -> image tokens.
+
+    Args:
+        dim: dim of a token.
+        depth: layers.
+        dim_head: width of a head.
+        heads: heads.
+        num_tokens: tokens an image.
+        causal: causal attention.
+        learned_query_mode: "none", "pos_emb" (added to the image tokens), "token" (appended) or "all_pos_emb" (added to all tokens).
+
+    Source: MindEye, section 2.3 and appendix A.4.
+    """
+
+    def __init__(
+        self,
+        dim: int = 768,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 12,
+        num_tokens: int = 257,
+        causal: bool = False,
+        learned_query_mode: str = "pos_emb",
+    ):
+        super().__init__()
+        lengths = {"none": 0, "pos_emb": num_tokens, "token": num_tokens, "all_pos_emb": 2 * num_tokens + 1}
+        if learned_query_mode not in lengths:
+            raise PerceptError(f"learned_query_mode '{learned_query_mode}' is unknown: choose one of {', '.join(lengths)}.")
+        self.num_tokens, self.mode = num_tokens, learned_query_mode
+        if lengths[learned_query_mode]:
+            self.learned_query = nn.Parameter(torch.randn(lengths[learned_query_mode], dim) * dim**-0.5)
+        self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
+        self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
+        self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), _TimeMLP(dim)))
+        self.causal_transformer = CausalTransformer(dim, depth, dim_head, heads, causal)
+
+    def forward(
+        self,
+        image_embed: Tensor,
+        timesteps: Tensor,
+        brain_embed: Tensor | None = None,
+        text_embed: Tensor | None = None,
+        brain_cond_drop_prob: float = 0.0,
+        image_cond_drop_prob: float = 0.0,
+    ) -> Tensor:
+        """Denoise tokens.
+
+        Args:
+            image_embed: noisy tokens (batch, tokens, dim).
+            timesteps: (batch,).
+            brain_embed: condition (batch, tokens, dim); `text_embed` is another name for it.
+            text_embed: see brain_embed.
+            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a sample.
+            image_cond_drop_prob: the same for the noisy tokens.
+
+        Returns:
+            (batch, tokens, dim).
+        """
+        brain_embed = text_embed if brain_embed is None else brain_embed
+        if brain_embed is None:
+            raise PerceptError("The prior network needs brain_embed (or text_embed): pass the tokens predicted from the brain.")
+        batch, dim = len(image_embed), self.null_image_embed.shape[-1]
+        image, brain = image_embed.view(batch, -1, dim), brain_embed.view(batch, -1, dim)  # (batch, tokens, dim)
+        keep_brain = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
+        keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
+        brain = torch.where(keep_brain, brain, self.null_brain_embeds.to(brain.dtype))
+        image = torch.where(keep_image, image, self.null_image_embed.to(image.dtype))
+        time = self.to_time_embeds(timesteps)[:, None].to(image.dtype)  # (batch, 1, dim)
+        if self.mode == "pos_emb":
+            image = image + self.learned_query
+        parts = [brain, time, image]
+        if self.mode == "token":
+            parts.append(self.learned_query.expand(batch, -1, -1))
+        tokens = torch.cat(parts, 1)  # (batch, 2 * tokens + 1 [+ tokens], dim)
+        if self.mode == "all_pos_emb":
+            tokens = tokens + self.learned_query
+        return self.causal_transformer(tokens)[:, -self.num_tokens :]
+
+    def forward_with_cond_scale(self, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float = 1.0) -> Tensor:
+        """Classifier-free guidance: a second pass with both conditions dropped, unless the scale is 1."""
+        return _guided(self, image_embed, timesteps, condition, cond_scale)
+
+
+def _guided(net: nn.Module, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float) -> Tensor:
+    given = net(image_embed, timesteps, condition)
+    if cond_scale == 1.0:
+        return given
+    without = net(image_embed, timesteps, condition, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
+    return without + (given - without) * cond_scale
+
+
+class DiffusionPriorNetwork(nn.Module):
+    """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots, condition, time, image, query] -> image.
+
+    Args:
+        dim: dim of the embedding.
+        depth: layers.
+        dim_head: width of a head.
+        heads: heads.
+        num_timesteps: noise levels; each has a row in the time table.
+        max_text_len: slots for text encodings, all filled with learned null encodings here.
+        normformer: a further norm inside the feed-forward blocks.
+
+    Source: Ramesh et al. 2022; the configuration of nousr/conditioned-prior.
+    """
+
+    def __init__(
+        self,
+        dim: int = 768,
+        depth: int = 12,
+        dim_head: int = 64,
+        heads: int = 12,
+        num_timesteps: int = 1000,
+        max_text_len: int = 256,
+        normformer: bool = True,
+    ):
+        super().__init__()
+        self.learned_query = nn.Parameter(torch.randn(dim))
+        self.null_text_encodings = nn.Parameter(torch.randn(1, max_text_len, dim))
+        self.null_text_embeds = nn.Parameter(torch.randn(1, 1, dim))
+        self.null_image_embed = nn.Parameter(torch.randn(1, dim))
+        self.to_time_embeds = nn.Sequential(nn.Embedding(num_timesteps, dim))
+        self.causal_transformer = CausalTransformer(dim, depth, dim_head, heads, causal=True, normformer=normformer)
+
+    def forward(
+        self, image_embed: Tensor, timesteps: Tensor, text_embed: Tensor, brain_cond_drop_prob: float = 0.0, image_cond_drop_prob: float = 0.0
+    ) -> Tensor:
+        """Denoise embeddings (batch, dim) at timesteps (batch,), given text_embed (batch, dim) -> (batch, dim)."""
+        batch, dim = len(image_embed), self.learned_query.shape[0]
+        shape = image_embed.shape
+        image, text = image_embed.view(batch, 1, dim), text_embed.view(batch, 1, dim)
+        keep_text = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
+        keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
+        text = torch.where(keep_text, text, self.null_text_embeds)
+        image = torch.where(keep_image, image, self.null_image_embed[None])
+        time = self.to_time_embeds(timesteps)[:, None]  # (batch, 1, dim)
+        slots, query = self.null_text_encodings.expand(batch, -1, -1), self.learned_query.expand(batch, 1, -1)
+        tokens = torch.cat((slots, text, time, image, query), 1)  # (batch, max_text_len + 4, dim)
+        return self.causal_transformer(tokens)[:, -1].view(shape)
+
+    def forward_with_cond_scale(self, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float = 1.0) -> Tensor:
+        """Classifier-free guidance: a second pass with both conditions dropped, unless the scale is 1."""
+        return _guided(self, image_embed, timesteps, condition, cond_scale)
+
+
+# ------------------------------------------------------------------------------------------------ voxels -> latents
+UPS_MODES = {"4x": (64, 4, (64, 128, 256)), "8x": (256, 8, (64, 128, 256, 256)), "16x": (512, 16, (64, 128, 256, 256, 512))}
+
+
+class Voxel2StableDiffusionModel(nn.Module):
+    """Low-level network: voxels to the scaled latent of a frozen autoencoder.
+
+    Args:
+        in_dim: number of voxels.
+        h: width of the residual MLP.
+        n_blocks: residual blocks.
+        use_cont: add the head whose maps the contrastive loss compares with a teacher's ("4x" only).
+        ups_mode: how much of the latent's size the upsampler makes: "4x", "8x" or "16x".
+        latent_size: height and width of the latent.
+        block_out_channels: widths of the upsampler, by default the published ones of the mode.
+        latent_channels: channels of the latent.
+
+    Source: MindEye, section 2.5 and appendix A.5.
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 15724,
+        h: int = 4096,
+        n_blocks: int = 4,
+        use_cont: bool = False,
+        ups_mode: str = "4x",
+        latent_size: int = 64,
+        block_out_channels: Sequence[int] | None = None,
+        latent_channels: int = 4,
+    ):
+        super().__init__()
+        if ups_mode not in UPS_MODES:
+            raise PerceptError(f"ups_mode '{ups_mode}' is unknown: choose one of {', '.join(UPS_MODES)}.")
+        if use_cont and ups_mode != "4x":
+            raise PerceptError(f"The contrastive head needs maps of 16 x 16 locations, which ups_mode '{ups_mode}' does not have: use '4x'.")
+        channels, factor, widths = UPS_MODES[ups_mode]
+        widths = tuple(block_out_channels or widths)
+        if 2 ** (len(widths) - 1) != factor or latent_size % factor:
+            raise PerceptError(f"ups_mode '{ups_mode}' needs {int(math.log2(factor)) + 1} block_out_channels and a latent_size divisible by {factor}.")
+        self.channels, self.side = channels, latent_size // factor
+
+        def block(width_in: int, dropout: float) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width_in, h, bias=False), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout))
+
+        self.lin0 = block(in_dim, 0.5)
+        self.mlp = nn.ModuleList(block(h, 0.25) for _ in range(n_blocks))
+        self.lin1 = nn.Linear(h, channels * self.side**2, bias=False)
+        self.norm = nn.GroupNorm(1, channels)
+        self.upsampler = Decoder(
+            in_channels=channels, out_channels=latent_channels, up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths,
+            layers_per_block=1,
+        )  # fmt: skip
+        self.maps_projector = _maps_projector(channels) if use_cont else nn.Identity()
+        self.use_cont = use_cont
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Voxels (batch, voxels) -> latent (batch, channels, h, w), with use_cont also maps (batch, locations, 512)."""
+        batch = len(x)
+        x = self.lin0(x)
+        for layer in self.mlp:
+            x = layer(x) + x
+        x = self.norm(self.lin1(x).view(batch, self.channels, self.side, self.side))  # (batch, channels, side, side)
+        latent = self.upsampler(x)
+        if not self.use_cont:
+            return latent
+        return latent, self.maps_projector(x).flatten(2).transpose(1, 2)  # (batch, locations, 512)
+
+
+def _maps_projector(channels: int) -> nn.Sequential:
+    conv = lambda a, bias: nn.Conv2d(a, 512, 1, bias=bias)  # noqa: E731
+    return nn.Sequential(
+        conv(channels, False), nn.GroupNorm(1, 512), nn.ReLU(True), conv(512, False), nn.GroupNorm(1, 512), nn.ReLU(True), conv(512, True)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ baseline
+class RidgeBaseline(nn.Module):
+    """One linear map from voxels to targets of any shape, with a penalty a target chosen by cross-validation.
+
+    Args:
+        in_dim: number of voxels.
+        target_shape: shape of the target of one image.
+    """
+
+    def __init__(self, in_dim: int, target_shape: Sequence[int]):
+        super().__init__()
+        self.target_shape = tuple(target_shape)
+        size = math.prod(self.target_shape)
+        self.weight = nn.Parameter(torch.zeros(in_dim, size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.register_buffer("alphas", torch.zeros(size))
+
+    def forward(self, voxels: Tensor) -> Tensor:
+        """(batch, voxels) -> (batch, *target_shape)."""
+        return (voxels @ self.weight + self.bias).view(len(voxels), *self.target_shape)
+
+    @classmethod
+    def fit(
+        cls, voxels: np.ndarray, targets: np.ndarray, alphas: Sequence[float] = tuple(np.logspace(1, 6, 11)), cv: int = 5, seed: int = 0
+    ) -> RidgeBaseline:
+        """Fit on training images only.
+
+        Args:
+            voxels: (images, voxels), normalised.
+            targets: (images, ...).
+            alphas: candidate penalties.
+            cv: folds within these images.
+            seed: of the folds.
+
+        Source: Hoerl & Kennard 1970; solved by himalaya (Dupré la Tour et al. 2022).
+        """
+        from himalaya.ridge import RidgeCV
+        from sklearn.model_selection import KFold
+
+        n, target_shape = len(targets), targets.shape[1:]
+        y = targets.reshape(n, -1).astype(np.float32)
+        x, offset = voxels.astype(np.float32), y.mean(0)
+        centre = x.mean(0)
+        folds = KFold(cv, shuffle=True, random_state=seed)
+        solver = RidgeCV(alphas=np.asarray(alphas, np.float32), cv=folds, fit_intercept=False, solver_params={"n_targets_batch": 4096})
+        solver.fit(x - centre, y - offset)
+        made = cls(x.shape[1], target_shape)
+        made.weight.data = torch.from_numpy(np.asarray(solver.coef_, np.float32))
+        made.bias.data = torch.from_numpy(offset - centre @ np.asarray(solver.coef_, np.float32))
+        made.alphas = torch.from_numpy(np.broadcast_to(np.asarray(solver.best_alphas_, np.float32), offset.shape).copy())
+        return made
+
+
+# ------------------------------------------------------------------------------------------------ registry
+MODELS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls
+    for cls in (BrainNetwork, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, RidgeBaseline)
+}
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Make a network from {"name": key of MODELS, "kwargs": arguments}; the config is kept as its attribute `config`.
+
+    Raises:
+        PerceptError: for an unknown name or argument.
+    """
+    name = config.get("name", "")
+    if name not in MODELS:
+        raise PerceptError(f"No network is called '{name}': choose one of {', '.join(MODELS)}.")
+    try:
+        network = MODELS[name](**config["kwargs"])
+    except TypeError as error:
+        raise PerceptError(f"{name} cannot be built from its config: {error}; correct the kwargs.") from error
+    network.config = config
+    return network

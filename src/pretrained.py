@@ -1,0 +1,362 @@
+"""What is frozen: CLIP, the latent autoencoder, Versatile Diffusion and image variations, each behind one small class.
+
+- Real and miniature weights are loaded by the same code; only the place differs: `weights` is "hub", "mini" or a folder that holds
+  the models under the names of `HUB`.
+- Images are float tensors (batch, 3, height, width) in [0, 1] everywhere; tokens are (batch, tokens, dim) with the CLS token first.
+- Every class has a `fingerprint()`: model, revision, versions, and the features of one fixed image, which tell silent drift of a library.
+- Versatile Diffusion's image flow is run on its image network alone. The published code runs the dual-guided network with a mix ratio
+  of 0 for the text, which computes the text attention and then multiplies it by zero: same result, a third of the work saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, StableDiffusionImageVariationPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from diffusers.pipelines.deprecated import VersatileDiffusionDualGuidedPipeline
+from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from src.utils import ROOT, PerceptError
+
+HUB = {
+    "clip": "openai/clip-vit-large-patch14",
+    "versatile_diffusion": "shi-labs/versatile-diffusion",
+    "image_variation": "lambdalabs/sd-image-variations-diffusers",
+}
+MINI = ROOT / "data" / "mini_models"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def locate(name: str, weights: str) -> str:
+    """Where a pretrained model lies: a hub id for "hub", else a folder.
+
+    Raises:
+        PerceptError: if the folder is missing.
+    """
+    if name not in HUB:
+        raise PerceptError(f"No pretrained model is called '{name}': choose one of {', '.join(HUB)}.")
+    if weights == "hub":
+        return HUB[name]
+    folder = (MINI if weights == "mini" else Path(weights)) / name
+    if not folder.is_dir():
+        hint = "restore data/mini_models from git" if weights == "mini" else "set weights to 'hub', 'mini' or a folder that holds it"
+        raise PerceptError(f"The pretrained model '{name}' is not at {folder}: {hint}.")
+    return str(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and their reports of weights that another part of the same file holds."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+        diffusers.utils.logging.enable_progress_bar()
+
+
+def _load(cls: type, place: str, **options: Any) -> Any:
+    """`from_pretrained` with a plain sentence when a file is missing or the hub cannot be reached."""
+    try:
+        with _quiet():
+            return cls.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        part = f" ({options['subfolder']})" if "subfolder" in options else ""
+        raise PerceptError(
+            f"Could not load {cls.__name__} from '{place}'{part}: {str(error).splitlines()[0]} Check the connection to the hub, or set weights to "
+            "'mini' or to a folder that holds the model."
+        ) from error
+
+
+def fixed_image(size: int = 224) -> Tensor:
+    """One image that never changes, (1, 3, size, size): smooth waves of three frequencies, for comparing features between versions."""
+    axis = torch.linspace(0, 1, size)
+    waves = [torch.sin(2 * torch.pi * (f * axis[None, :] + g * axis[:, None])) for f, g in ((1, 2), (3, 1), (2, 5))]
+    return (torch.stack(waves)[None] + 1) / 2
+
+
+class Frozen:
+    """What the frozen models share: a place, a device, and a fingerprint."""
+
+    def __init__(self, name: str, weights: str, device: str):
+        self.name, self.weights, self.device = name, weights, torch.device(device)
+        self.place = locate(name, weights)
+
+    def _options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of what `encode_pixels` gives for one image."""
+        raise NotImplementedError
+
+    def encode_pixels(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images (batch, height, width, 3) -> targets (batch, *target_shape) float32, in the form that the cache of targets asks for."""
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+        return self._encode(x).float().cpu().numpy()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def golden_features(self) -> list[float]:
+        """Eight numbers from the features of `fixed_image`, rounded to four decimals."""
+        flat = self._encode(fixed_image()).float().flatten().cpu()
+        return [round(float(v), 4) for v in flat[:: max(1, len(flat) // 8)][:8]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Model, revision, options, library versions and golden features, for the cache of targets and for provenance.
+
+        Raises:
+            PerceptError: if the folder records golden features and these differ: a library computes something else than it did.
+        """
+        golden = self.golden_features()
+        recorded = Path(self.place) / "golden_features.json"
+        key = json.dumps([type(self).__name__, self._options()], sort_keys=True)
+        if recorded.exists() and key in (known := json.loads(recorded.read_text())):
+            worst = max(abs(a - b) for a, b in zip(golden, known[key], strict=True))
+            if worst > 0.02 * max(1.0, max(map(abs, known[key]))):
+                raise PerceptError(
+                    f"{type(self).__name__} of '{self.place}' no longer gives the features recorded with it (largest difference {worst:.3g}): a "
+                    "library has changed what it computes; install the versions of requirements.lock."
+                )
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "diffusers": diffusers.__version__}
+        place = f"mini:{self.name}" if self.weights == "mini" else self.place
+        return {"model": place, "revision": self._revision(), **self._options(), "golden": golden, "versions": versions}
+
+    def _revision(self) -> str:
+        if not Path(self.place).is_dir():
+            return str(getattr(getattr(self, "config", None), "_commit_hash", "") or "main")
+        digest = hashlib.sha256()
+        for file in sorted(Path(self.place).rglob("*.safetensors")):
+            digest.update(file.read_bytes() if self.weights == "mini" else f"{file.name}{file.stat().st_size}".encode())
+        return digest.hexdigest()[:12]
+
+
+class Clipper(Frozen):
+    """CLIP as these systems use it.
+
+    Args:
+        weights: "hub", "mini" or a folder.
+        hidden: all projected tokens of the last layer (batch, tokens, dim), as Versatile Diffusion reads them, else the final embedding (batch, dim).
+        norm_embs: divide by the L2 norm of the CLS token (hidden) or of the embedding.
+        device: torch device.
+
+    Source: MindEye (arXiv 2305.18274), section 2; specs of Versatile Diffusion's image encoder.
+    """
+
+    def __init__(self, weights: str = "hub", hidden: bool = True, norm_embs: bool = True, device: str = "cpu"):
+        super().__init__("clip", weights, device)
+        self.hidden, self.norm_embs = hidden, norm_embs
+        self.model = _load(CLIPVisionModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.device)
+        self.config = self.model.config
+        self.size = self.config.image_size
+        self.dim = self.config.projection_dim
+        self.tokens = (self.size // self.config.patch_size) ** 2 + 1 if hidden else 1
+        self._text: tuple[CLIPTokenizer, nn.Module] | None = None
+
+    def _options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "norm_embs": self.norm_embs}
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """(tokens, dim) or (dim,)."""
+        return (self.tokens, self.dim) if self.hidden else (self.dim,)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.embed_image(images)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> pixel values (batch, 3, size, size): bicubic without antialiasing, as published, centre crop."""
+        batch, _, height, width = images.shape
+        if (height, width) != (self.size, self.size):
+            scale = self.size / min(height, width)
+            target = (round(height * scale), round(width * scale))
+            images = F.interpolate(images, target, mode="bicubic", antialias=False)
+            top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+            images = images[..., top : top + self.size, left : left + self.size]
+        mean = torch.tensor(CLIP_MEAN, device=images.device).view(1, 3, 1, 1)
+        return (images - mean) / torch.tensor(CLIP_STD, device=images.device).view(1, 3, 1, 1)
+
+    @torch.no_grad()
+    def embed_image(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> (batch, tokens, dim) if hidden, else (batch, dim)."""
+        vision = self.model.vision_model
+        last = vision(pixel_values=self.preprocess(images.to(self.device))).last_hidden_state  # (batch, tokens, width)
+        embeds = self.model.visual_projection(vision.post_layernorm(last if self.hidden else last[:, :1]))
+        if self.norm_embs:
+            embeds = embeds / embeds[:, :1].norm(dim=-1, keepdim=True)
+        return embeds if self.hidden else embeds[:, 0]
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> final text embeddings (batch, dim), L2-normalised if norm_embs."""
+        if self._text is None:
+            model = _load(CLIPTextModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.device)
+            self._text = _load(CLIPTokenizer, self.place), model
+        tokenizer, model = self._text
+        length = model.config.max_position_embeddings
+        ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        embeds = model(input_ids=ids.to(self.device)).text_embeds
+        return F.normalize(embeds, dim=-1) if self.norm_embs else embeds
+
+
+class LatentAutoencoder(Frozen):
+    """The frozen VAE of a diffusion model; latents are the posterior's mode times the scaling factor.
+
+    Args:
+        weights: "hub", "mini" or a folder.
+        name: the model whose VAE it is (the published low-level branch uses that of image variations).
+        image_size: side to which images are resized (bilinear, antialiased) before encoding; 0: the VAE's own (512 where it does not say).
+        device: torch device.
+    """
+
+    def __init__(self, weights: str = "hub", name: str = "versatile_diffusion", image_size: int = 0, device: str = "cpu"):
+        super().__init__(name, weights, device)
+        self.model = _load(AutoencoderKL, self.place, subfolder="vae").float().eval().requires_grad_(False).to(self.device)
+        self.config = self.model.config
+        self.image_size = image_size or (self.config.sample_size if weights == "mini" else 512)
+        self.factor = 2 ** (len(self.config.block_out_channels) - 1)
+        self.scale = float(self.config.scaling_factor)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent."""
+        side = self.image_size // self.factor
+        return (self.config.latent_channels, side, side)
+
+    def _options(self) -> dict[str, Any]:
+        return {"image_size": self.image_size}
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of a latent."""
+        return self.latent_shape
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.encode(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
+        x = images.to(self.device)
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return self.model.encode(2 * x - 1).latent_dist.mode() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+        """Scaled latents (batch, channels, h, w) -> images (batch, 3, height, width) clamped to [0, 1]."""
+        parts = [self.model.decode(part.to(self.device) / self.scale).sample for part in latents.split(batch_size)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+class VersatileDiffusion(LatentAutoencoder):
+    """Versatile Diffusion's image flow: CLIP tokens (and optionally a low-level latent) -> image.
+
+    Args:
+        weights: "hub", "mini" or a folder.
+        device: torch device.
+        dtype: of the diffusion network (half precision on a GPU, as published).
+
+    Source: arXiv 2211.08332; used as MindEye does (UniPC order 2, 20 steps, guidance 3.5, null condition of zeros).
+    """
+
+    def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
+        super().__init__(weights, "versatile_diffusion", device=device)
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        unet = _load(UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype)
+        self.unet = unet.eval().requires_grad_(False).to(self.device)
+        # "sigma_min" ends the schedule where the library did when the systems were published; its present default ends at zero noise.
+        options = {"subfolder": "scheduler", "final_sigmas_type": "sigma_min", "timestep_spacing": "linspace"}
+        self.scheduler = _load(UniPCMultistepScheduler, self.place, **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        noise: Tensor,
+        init_latents: Tensor | None = None,
+        strength: float = 1.0,
+        guidance_scale: float = 3.5,
+        num_inference_steps: int = 20,
+    ) -> Tensor:
+        """Reconstruct images from CLIP tokens.
+
+        Args:
+            tokens: (batch, tokens, dim), already divided by the norm of their CLS token.
+            noise: (batch, channels, h, w), standard normal; the only source of randomness.
+            init_latents: scaled latents (batch, channels, h, w) to start from (img2img).
+            strength: share of the steps that are run; 1 ignores init_latents, 0 returns them decoded.
+            guidance_scale: classifier-free guidance against a condition of zeros.
+            num_inference_steps: UniPC steps of the whole schedule.
+
+        Returns:
+            Images (batch, 3, height, width) in [0, 1].
+        """
+        if init_latents is None:
+            strength = 1.0
+        steps = min(int(num_inference_steps * strength), num_inference_steps)
+        if steps == 0 and init_latents is not None:
+            return self.decode(init_latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        timesteps = self.scheduler.timesteps[num_inference_steps - steps :]
+        self.scheduler.set_begin_index(num_inference_steps - steps)
+        latents = noise.to(self.device, self.dtype) * self.scheduler.init_noise_sigma
+        if strength < 1.0 and init_latents is not None:
+            latents = self.scheduler.add_noise(init_latents.to(latents), latents, timesteps[:1].expand(len(latents)))
+        condition = tokens.to(self.device, self.dtype)
+        both = torch.cat([torch.zeros_like(condition), condition])  # (2 * batch, tokens, dim)
+        for t in timesteps:
+            doubled = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
+            without, given = self.unet(doubled, t, encoder_hidden_states=both).sample.chunk(2)
+            latents = self.scheduler.step(without + guidance_scale * (given - without), t, latents).prev_sample
+        return self.decode(latents.float())
+
+
+def dual_guided_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The library's own `VersatileDiffusionDualGuidedPipeline`: an image and a sentence together, mixed by `text_to_image_strength`.
+
+    Put together from its parts, because the library no longer finds the class of the text network by the name in the saved pipeline.
+    """
+    place = locate("versatile_diffusion", weights)
+    parts: dict[str, tuple[type, dict[str, Any]]] = {
+        "tokenizer": (CLIPTokenizer, {}), "image_feature_extractor": (CLIPImageProcessor, {}),
+        "text_encoder": (CLIPTextModelWithProjection, {"dtype": dtype}), "image_encoder": (CLIPVisionModelWithProjection, {"dtype": dtype}),
+        "image_unet": (UNet2DConditionModel, {"torch_dtype": dtype}), "text_unet": (UNetFlatConditionModel, {"torch_dtype": dtype}),
+        "vae": (AutoencoderKL, {"torch_dtype": dtype}), "scheduler": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    }  # fmt: skip
+    loaded = {name: _load(cls, place, subfolder=name, **options) for name, (cls, options) in parts.items()}
+    pipeline = VersatileDiffusionDualGuidedPipeline(**loaded).to(device)
+    for module in pipeline.image_unet.modules():
+        if isinstance(module, DualTransformer2DModel):  # the blocks around it now pass an argument that it was never taught
+            module.forward = partial(_without_mask, module.forward)
+    return pipeline
+
+
+def _without_mask(forward: Any, *args: Any, encoder_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    if encoder_attention_mask is not None:
+        raise PerceptError("Versatile Diffusion's dual attention takes no attention mask on its condition: pass none.")
+    return forward(*args, **kwargs)
+
+
+def image_variation_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The library's `StableDiffusionImageVariationPipeline`, which is conditioned on one CLIP embedding (the 1x768 model's generator)."""
+    return _load(StableDiffusionImageVariationPipeline, locate("image_variation", weights), torch_dtype=dtype).to(device)

@@ -1,0 +1,172 @@
+"""The diffusion prior: denoises CLIP tokens, given tokens that were predicted from the brain.
+
+- The wrapper around a prior network (src/models.py): cosine noise schedule, prediction of x0, mean squared error, ancestral (DDPM) and DDIM sampling.
+- State-dict keys are the published ones: noise_scheduler.*, net.*, voxel2clip.*; random numbers are drawn in the published order.
+- Source: Ramesh et al. 2022 (arXiv 2204.06125), as MindEye uses it (section 2.3).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.utils import PerceptError
+
+
+def noise_schedule(timesteps: int) -> dict[str, Tensor]:
+    """The 13 buffers (timesteps,) of a cosine schedule, computed in double precision and kept in single (Nichol & Dhariwal 2021)."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    levels = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    levels = levels / levels[0]
+    betas = (1 - levels[1:] / levels[:-1]).clamp(0, 0.999)
+    alphas = 1 - betas
+    bar = alphas.cumprod(0)
+    bar_prev = F.pad(bar[:-1], (1, 0), value=1.0)
+    variance = betas * (1 - bar_prev) / (1 - bar)
+    buffers = {
+        "betas": betas, "alphas_cumprod": bar, "alphas_cumprod_prev": bar_prev, "sqrt_alphas_cumprod": bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(), "log_one_minus_alphas_cumprod": (1 - bar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / bar).sqrt(), "sqrt_recipm1_alphas_cumprod": (1 / bar - 1).sqrt(),
+        "posterior_variance": variance, "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * bar_prev.sqrt() / (1 - bar),
+        "posterior_mean_coef2": (1 - bar_prev) * alphas.sqrt() / (1 - bar), "p2_loss_weight": torch.ones_like(betas),
+    }  # fmt: skip
+    return {name: value.float() for name, value in buffers.items()}
+
+
+class NoiseScheduler(nn.Module):
+    """The buffers of `noise_schedule` and the two formulas that use them."""
+
+    def __init__(self, timesteps: int):
+        super().__init__()
+        self.num_timesteps = timesteps
+        for name, value in noise_schedule(timesteps).items():
+            self.register_buffer(name, value)
+
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Buffer `name` at timesteps t (batch,), shaped to multiply `like` (batch, ...)."""
+        return getattr(self, name)[t].view(-1, *[1] * (like.ndim - 1))
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x0 (batch, tokens, dim) with the noise of timesteps t (batch,)."""
+        return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
+
+
+class BrainDiffusionPrior(nn.Module):
+    """Diffusion prior from brain-predicted tokens to CLIP tokens.
+
+    Args:
+        net: prior network of src/models.py.
+        voxel2clip: optional backbone that is kept, trained and saved with the prior.
+        image_embed_dim: dim of a token.
+        timesteps: noise levels T.
+        cond_drop_prob: probability of dropping the brain condition, and independently the image condition, in training.
+        image_embed_scale: factor on the tokens before noise is added; sqrt(dim) by default.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        voxel2clip: nn.Module | None = None,
+        image_embed_dim: int = 768,
+        timesteps: int = 100,
+        cond_drop_prob: float = 0.2,
+        image_embed_scale: float | None = None,
+    ):
+        super().__init__()
+        self.noise_scheduler = NoiseScheduler(timesteps)
+        self.net = net
+        if voxel2clip is not None:
+            self.voxel2clip = voxel2clip
+        self.cond_drop_prob = cond_drop_prob
+        self.image_embed_scale = math.sqrt(image_embed_dim) if image_embed_scale is None else image_embed_scale
+
+    def p_losses(self, image_embed: Tensor, times: Tensor, text_embed: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the predicted tokens.
+
+        Args:
+            image_embed: scaled tokens (batch, tokens, dim) or (batch, dim).
+            times: timesteps (batch,).
+            text_embed: condition, same shape as image_embed.
+            noise: standard normal, same shape; drawn if absent.
+
+        Returns:
+            loss (scalar) and prediction of the scaled tokens (same shape as image_embed).
+        """
+        noise = torch.randn_like(image_embed) if noise is None else noise
+        noisy = self.noise_scheduler.q_sample(image_embed, times, noise)
+        drop = {"brain_cond_drop_prob": self.cond_drop_prob, "image_cond_drop_prob": self.cond_drop_prob}
+        pred = self.net(noisy, times, text_embed, **drop)
+        return F.mse_loss(pred, image_embed), pred
+
+    def forward(self, text_embed: Tensor | None = None, image_embed: Tensor | None = None, voxel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and prediction for tokens (batch, tokens, dim) at random timesteps.
+
+        Args:
+            text_embed: condition from the brain, same shape as image_embed.
+            image_embed: CLIP tokens, unscaled; left as they are.
+            voxel: (batch, voxels) instead of text_embed, run through voxel2clip.
+
+        Raises:
+            PerceptError: if there is no target, or not exactly one condition.
+        """
+        if image_embed is None or (text_embed is None) == (voxel is None):
+            raise PerceptError("The prior needs image_embed and exactly one of text_embed and voxel: pass these two.")
+        if voxel is not None:
+            out = self.voxel2clip(voxel)
+            text_embed = (out[0] if isinstance(out, tuple) else out).view_as(image_embed)
+        assert text_embed is not None
+        times = torch.randint(0, self.noise_scheduler.num_timesteps, (len(image_embed),), device=image_embed.device)
+        return self.p_losses(image_embed * self.image_embed_scale, times, text_embed)
+
+    @torch.no_grad()
+    def sample(
+        self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample CLIP tokens.
+
+        Args:
+            text_embed: condition (batch, tokens, dim) or (batch, dim).
+            timesteps: steps; all T by default (ancestral sampling), fewer: DDIM with eta 1.
+            cond_scale: classifier-free guidance.
+            generator: source of all random numbers.
+
+        Returns:
+            Tokens of the same shape, already divided by the scale.
+        """
+        total = self.noise_scheduler.num_timesteps
+        steps = timesteps or total
+        if not 1 <= steps <= total:
+            raise PerceptError(f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose timesteps from 1 to {total}.")
+        x = torch.randn(text_embed.shape, device=text_embed.device, dtype=text_embed.dtype, generator=generator)
+        loop = self._ddpm if steps == total else self._ddim
+        return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
+
+    def _ddpm(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: torch.Generator | None) -> Tensor:
+        s = self.noise_scheduler
+        for step in reversed(range(steps)):
+            t = torch.full((len(x),), step, device=x.device)
+            x0 = self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
+            mean = s.at("posterior_mean_coef1", t, x) * x0 + s.at("posterior_mean_coef2", t, x) * x
+            noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)  # drawn in the last step too, as published
+            x = mean + (step > 0) * (0.5 * s.at("posterior_log_variance_clipped", t, x)).exp() * noise
+        return x
+
+    def _ddim(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: torch.Generator | None) -> Tensor:
+        s, total = self.noise_scheduler, self.noise_scheduler.num_timesteps
+        grid = [int(v) for v in torch.linspace(-1, total, steps + 1)[:-1]][::-1]
+        x0 = x
+        for now, then in zip(grid[:-1], grid[1:], strict=True):
+            alpha, alpha_next = s.alphas_cumprod_prev[now], s.alphas_cumprod_prev[then]
+            t = torch.full((len(x),), now, device=x.device)
+            x0 = self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
+            noise_pred = (s.at("sqrt_recip_alphas_cumprod", t, x) * x - x0) / s.at("sqrt_recipm1_alphas_cumprod", t, x)
+            if then < 0:
+                return x0
+            sigma = ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
+            noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+            x = x0 * alpha_next.sqrt() + sigma * noise + (1 - alpha_next - sigma**2).sqrt() * noise_pred
+        return x0

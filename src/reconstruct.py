@@ -1,0 +1,181 @@
+"""From voxels to images: rebuild a trained decoder from its checkpoint, predict tokens and latents, generate, choose.
+
+- A decoder is whatever a checkpoint's config names: the network with its diffusion prior, the low-level network, or a ridge
+  baseline; the functions here treat them alike.
+- Randomness is drawn per image from (seed, image id, sample), so a reconstruction does not depend on the batch it was made in.
+- Nothing here sees the images that were shown: selection among samples uses what the brain predicted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src import models
+from src.pretrained import Clipper, VersatileDiffusion
+from src.prior import BrainDiffusionPrior
+from src.utils import PerceptError, load_checkpoint, load_strictly, progress
+
+
+def build_decoder(config: dict[str, Any]) -> nn.Module:
+    """Make an untrained decoder from the config that its checkpoint carries.
+
+    Args:
+        config: {"name", "kwargs"} of `src.models.MODELS`, or {"name": "BrainDiffusionPrior", "kwargs", "net", "voxel2clip"}.
+    """
+    if config["name"] != "BrainDiffusionPrior":
+        return models.build(config)
+    net, voxel2clip = models.build(config["net"]), models.build(config["voxel2clip"])
+    return BrainDiffusionPrior(net, voxel2clip=voxel2clip, **config["kwargs"])
+
+
+def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a trained decoder from one file.
+
+    Returns:
+        The module in eval mode, and the config stored with it.
+
+    Raises:
+        PerceptError: if the file is missing or does not fit the model that it names.
+    """
+    if not Path(path).exists():
+        raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
+    state, config = load_checkpoint(path, device)
+    decoder = build_decoder(config["model"])
+    load_strictly(decoder, state, str(path))
+    return decoder.to(device).eval().requires_grad_(False), config
+
+
+@torch.no_grad()
+def predict_tokens(
+    decoder: nn.Module,
+    voxels: np.ndarray,
+    token_shape: tuple[int, int],
+    n_samples: int = 1,
+    use_prior: bool = True,
+    timesteps: int = 0,
+    seed: int = 42,
+    batch_size: int = 100,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Predict CLIP tokens from voxels.
+
+    Args:
+        decoder: a `BrainDiffusionPrior` with its voxel2clip, or a ridge baseline.
+        voxels: (images, voxels), normalised.
+        token_shape: (tokens, dim).
+        n_samples: samples of the prior an image.
+        use_prior: sample the prior; otherwise the backbone's own output, and one sample.
+        timesteps: sampling steps of the prior; 0: all of its schedule.
+        seed: of the prior's noise.
+        batch_size: images at a time.
+        device: torch device.
+
+    Returns:
+        Tokens over the norm of their CLS token (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim).
+    """
+    found, projected = [], []
+    for i, start in enumerate(progress(range(0, len(voxels), batch_size), "brain to tokens")):
+        x = torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
+        if not isinstance(decoder, BrainDiffusionPrior):
+            tokens = decoder(x).view(len(x), 1, *token_shape)
+            projected.append(tokens[:, 0].cpu())
+        else:
+            backbone, projection = decoder.voxel2clip(x)
+            backbone = backbone.view(len(x), *token_shape)
+            tokens = backbone[:, None]
+            if use_prior:
+                generator = torch.Generator(device).manual_seed(seed + 1000 * i)
+                steps = timesteps or decoder.noise_scheduler.num_timesteps
+                repeated = backbone.repeat_interleave(n_samples, 0)  # (images * samples, tokens, dim)
+                tokens = decoder.sample(repeated, timesteps=steps, generator=generator).view(len(x), n_samples, *token_shape)
+            projected.append(projection.view(len(x), *token_shape).cpu())
+        found.append((tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)).cpu())
+    return torch.cat(found), torch.cat(projected)
+
+
+@torch.no_grad()
+def predict_latents(decoder: nn.Module, voxels: np.ndarray, shape: tuple[int, int, int], batch_size: int = 100, device: str = "cpu") -> Tensor:
+    """Predict scaled VAE latents (images, channels, h, w) from normalised voxels (images, voxels)."""
+    parts = []
+    for start in range(0, len(voxels), batch_size):
+        out = decoder(torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device))
+        out = out[0] if isinstance(out, tuple) else out  # the low-level network also returns its contrastive maps
+        parts.append(out.view(len(out), *shape).cpu())
+    return torch.cat(parts)
+
+
+def latent_noise(image_ids: np.ndarray, shape: tuple[int, int, int], seed: int = 42, sample: int = 0, same: bool = False) -> Tensor:
+    """Standard normal noise (images, channels, h, w), one draw an image from (seed, image, sample); `same`: one for all, as published."""
+    draws = []
+    for image in image_ids:
+        rng = np.random.default_rng([seed, sample, 0 if same else int(image)])
+        draws.append(torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)))
+    return torch.stack(draws)
+
+
+def generate_images(
+    diffusion: VersatileDiffusion,
+    tokens: Tensor,
+    image_ids: np.ndarray,
+    init_latents: Tensor | None = None,
+    strength: float = 1.0,
+    seed: int = 42,
+    batch_size: int = 50,
+    **options: Any,
+) -> Tensor:
+    """Generate every sample of every image.
+
+    Args:
+        diffusion: the frozen generator.
+        tokens: (images, samples, tokens, dim).
+        image_ids: (images,), from which the noise is drawn.
+        init_latents: scaled latents (images, channels, h, w) to start from, or None.
+        strength: as `VersatileDiffusion.generate`.
+        seed: of the noise.
+        batch_size: images at a time.
+        options: guidance_scale, num_inference_steps.
+
+    Returns:
+        (images, samples, 3, height, width) in [0, 1].
+    """
+    images, samples = tokens.shape[:2]
+    made = []
+    for start in progress(range(0, images, batch_size), "generating"):
+        block = slice(start, start + batch_size)
+        init = None if init_latents is None else init_latents[block]
+        per_sample = [
+            diffusion.generate(tokens[block, s], latent_noise(image_ids[block], diffusion.latent_shape, seed, s), init, strength, **options)
+            for s in range(samples)
+        ]
+        made.append(torch.stack(per_sample, 1).cpu())
+    return torch.cat(made)
+
+
+def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Second-order selection: of each image's candidates, the one whose CLIP tokens are nearest to those the brain predicted.
+
+    Args:
+        clipper: CLIP with hidden tokens.
+        projected: brain-predicted tokens (images, tokens, dim).
+        candidates: (images, samples, 3, height, width).
+
+    Returns:
+        The chosen images (images, 3, height, width) and their index (images,).
+
+    Source: MindEye, section 2.4 (there called second-order selection). The images that were shown play no part.
+    """
+    images, samples = candidates.shape[:2]
+    if samples == 1:
+        return candidates[:, 0], torch.zeros(images, dtype=torch.long)
+    brain = F.normalize(projected.flatten(1), dim=-1)
+    scores = torch.stack(
+        [(F.normalize(clipper.embed_image(candidates[:, s]).flatten(1).cpu(), dim=-1) * brain).sum(-1) for s in range(samples)], 1
+    )  # (images, samples)
+    best = scores.nan_to_num(-2.0).argmax(1)
+    return candidates[torch.arange(images), best], best

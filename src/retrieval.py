@@ -1,0 +1,275 @@
+"""Retrieval among the test images, in both directions, and exact nearest neighbours in an index of images.
+
+- Functions are named by what they do. `top1_image_from_brain`: for each BRAIN sample, is the most similar of
+  all IMAGES its own? `top1_brain_from_image`: for each IMAGE, is the most similar of all BRAIN samples its
+  own?
+- The MindEye scripts print the two the other way round: their cosine function returns the transposed matrix,
+  so what they call "fwd" (given the brain, find the image; "image retrieval" in tables) is
+  `top1_brain_from_image`, and their "bwd" ("brain retrieval") is `top1_image_from_brain`. `REFERENCE_NAMES`
+  maps ours to theirs; compare published numbers through it.
+- Similarity is the cosine of flattened embeddings. A tie is lost, so a collapsed embedding cannot score.
+- 300 candidates are saturated by good systems: show the accuracy by pool size and among hard negatives too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.utils import PerceptError
+
+CHUNK = 256  # queries compared at once
+REFERENCE_NAMES = {"image_from_brain": "bwd, 'brain retrieval'", "brain_from_image": "fwd, 'image retrieval'"}
+
+
+def _embeddings(brain: Any, clip: Any) -> tuple[Tensor, Tensor]:
+    """Both as (n, features) float tensors of length one, after checking that they pair up."""
+    brain, clip = (torch.as_tensor(x).detach().flatten(1) for x in (brain, clip))
+    if brain.shape != clip.shape:
+        raise PerceptError(
+            f"Brain embeddings {tuple(brain.shape)} and image embeddings {tuple(clip.shape)} differ once "
+            "flattened; "
+            "retrieval needs one of each per test image, of the same size."
+        )
+    for name, rows in (("brain", brain), ("image", clip)):
+        if not torch.isfinite(rows).all():
+            raise PerceptError(f"The {name} embeddings hold NaN or infinite values.")
+    return F.normalize(brain.float(), dim=1), F.normalize(clip.float(), dim=1)
+
+
+def _ranks(queries: Tensor, candidates: Tensor) -> np.ndarray:
+    """Rank (n,) of candidate i for query i, 1 the best.
+
+    Candidates as similar as the right one come before it.
+    """
+    ranks = []
+    for start in range(0, len(queries), CHUNK):
+        part = queries[start : start + CHUNK] @ candidates.T  # (chunk, n candidates)
+        own = part[torch.arange(len(part)), torch.arange(start, start + len(part))]
+        ranks.append((part >= own[:, None]).sum(1))
+    return torch.cat(ranks).cpu().numpy()
+
+
+def _turned(brain: Any, clip: Any, direction: str) -> tuple[Tensor, Tensor]:
+    """(queries, candidates) of a direction."""
+    if direction not in REFERENCE_NAMES:
+        raise PerceptError(
+            f"The direction {direction!r} is unknown; choose one of {', '.join(REFERENCE_NAMES)}."
+        )
+    brain, clip = _embeddings(brain, clip)
+    return (brain, clip) if direction == "image_from_brain" else (clip, brain)
+
+
+def rank_each(brain: Any, clip: Any, direction: str = "image_from_brain") -> np.ndarray:
+    """Rank of the right candidate for every query, 1 the best.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim); further axes are flattened.
+        clip: embeddings of the images that were seen, same shape, same order.
+        direction: "image_from_brain" (queries are brains, candidates images) or "brain_from_image".
+
+    Returns:
+        (n,) integers from 1 to n.
+    """
+    return _ranks(*_turned(brain, clip, direction))
+
+
+def top1_image_from_brain_each(brain: Any, clip: Any) -> np.ndarray:
+    """For each brain sample 1 if its own image is the most similar of all images, else 0.
+
+    (n, ...), (n, ...) -> (n,).
+    """
+    return (rank_each(brain, clip, "image_from_brain") == 1).astype(float)
+
+
+def top1_brain_from_image_each(brain: Any, clip: Any) -> np.ndarray:
+    """For each image 1 if its own brain sample is the most similar of all brain samples, else 0.
+
+    (n, ...), (n, ...) -> (n,).
+    """
+    return (rank_each(brain, clip, "brain_from_image") == 1).astype(float)
+
+
+def top1_image_from_brain(brain: Any, clip: Any) -> float:
+    """Share of brain samples whose own image is the most similar of all n images; chance 1 / n.
+
+    The MindEye scripts print this as "bwd" and call it brain retrieval.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim).
+        clip: embeddings of the images, same shape, same order.
+    """
+    return float(top1_image_from_brain_each(brain, clip).mean())
+
+
+def top1_brain_from_image(brain: Any, clip: Any) -> float:
+    """Share of images whose own brain sample is the most similar of all n brain samples; chance 1 / n.
+
+    The MindEye scripts print this as "fwd" and call it image retrieval.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim).
+        clip: embeddings of the images, same shape, same order.
+    """
+    return float(top1_brain_from_image_each(brain, clip).mean())
+
+
+def top_k(brain: Any, clip: Any, k: int, direction: str = "image_from_brain") -> float:
+    """Share of queries whose right candidate is among the k most similar.
+
+    Chance k / n. Arguments as `rank_each`.
+    """
+    return float((rank_each(brain, clip, direction) <= k).mean())
+
+
+# ------------------------------------------------------------------------------------------------ pools
+def published_protocol(
+    brain: Any, clip: Any, pool: int = 300, draws: int = 30, seed: int = 0
+) -> pd.DataFrame:
+    """Top-1 among `pool` random test samples, repeated, as the papers report it (MindEye, arXiv 2305.18274).
+
+    Pools are drawn without replacement (MindEye2; MindEye 1 took consecutive samples of its shards). The
+    interval is the papers' mean +- 1.96 sd / sqrt(draws), cut at 0 and 1: it speaks of the random pools, not
+    of other images or subjects, and has no width where the pool is the whole test set. For an interval over
+    images take the bootstrap of the per-image values.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim).
+        clip: embeddings of the images, same shape, same order.
+        pool: candidates, at most n.
+        draws: pools.
+        seed: of the pools.
+
+    Returns:
+        One row a direction: [direction, reference_name, pool, draws, value, low, high, chance].
+
+    Raises:
+        PerceptError: the test set is smaller than the pool.
+    """
+    brain, clip = _embeddings(brain, clip)
+    if not 1 <= pool <= len(brain):
+        raise PerceptError(
+            f"A pool of {pool} was asked for, but the test set has {len(brain)} images; choose a pool up "
+            "to that."
+        )
+    similarity = brain @ clip.T  # (n brains, n images)
+    rng = np.random.default_rng(seed)
+    hits: dict[str, list[float]] = {direction: [] for direction in REFERENCE_NAMES}
+    for _ in range(draws):
+        chosen = torch.as_tensor(rng.choice(len(brain), pool, replace=False), device=similarity.device)
+        block = similarity[chosen][:, chosen]  # (pool brains, pool images)
+        for direction, matrix in (("image_from_brain", block), ("brain_from_image", block.T)):
+            rank = (matrix >= matrix.diagonal()[:, None]).sum(1)
+            hits[direction].append((rank == 1).double().mean().item())
+    rows = []
+    for direction, values in hits.items():
+        mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / np.sqrt(draws)
+        rows.append(
+            (
+                direction,
+                REFERENCE_NAMES[direction],
+                pool,
+                draws,
+                mean,
+                max(mean - half, 0.0),
+                min(mean + half, 1.0),
+                1 / pool,
+            )
+        )
+    names = ["direction", "reference_name", "pool", "draws", "value", "low", "high", "chance"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def retrieval_by_pool_size(
+    brain: Any, clip: Any, pools: Sequence[int] = (10, 30, 100, 300, 1000), draws: int = 30, seed: int = 0
+) -> pd.DataFrame:
+    """`published_protocol` at every pool size that the test set allows, and at the whole test set.
+
+    The same table, longer.
+    """
+    n = len(brain)
+    sizes = sorted({pool for pool in pools if pool < n} | {n})
+    return pd.concat(
+        [published_protocol(brain, clip, pool, draws, seed) for pool in sizes], ignore_index=True
+    )
+
+
+class HardNegatives(NamedTuple):
+    """Top-1 among samples of the same group.
+
+    value: mean over the queries that have company; chance: mean of 1 / group size over them; each: (n,) of 0
+    or 1, NaN where a sample is alone in its group; chance_each: (n,), NaN likewise; n: number of queries that
+    count.
+    """
+
+    value: float
+    chance: float
+    each: np.ndarray
+    chance_each: np.ndarray
+    n: int
+
+
+def hard_negative_top1(
+    brain: Any, clip: Any, groups: Any, direction: str = "image_from_brain"
+) -> HardNegatives:
+    """Retrieval among images that resemble each other: candidates are only those of the query's own group.
+
+    Telling a zebra from a pizza is easy; this asks for one zebra among the zebras.
+
+    Args:
+        brain: embeddings predicted from the brain (n, dim) or (n, tokens, dim).
+        clip: embeddings of the images, same shape, same order.
+        groups: label of every image (n,), e.g. its category or its cluster.
+        direction: "image_from_brain" or "brain_from_image".
+
+    Raises:
+        PerceptError: there is not one label an image, or no group has two images.
+    """
+    queries, candidates = _turned(brain, clip, direction)
+    codes, _ = pd.factorize(np.asarray(groups))
+    if len(codes) != len(queries):
+        raise PerceptError(
+            f"{len(codes)} group labels were given for {len(queries)} images; give one an image."
+        )
+    each, chance = np.full(len(codes), np.nan), np.full(len(codes), np.nan)
+    for code in np.unique(codes[codes >= 0]):  # a missing label belongs to no group
+        members = np.flatnonzero(codes == code)
+        if len(members) > 1:
+            each[members] = _ranks(queries[members], candidates[members]) == 1
+            chance[members] = 1 / len(members)
+    counted = np.isfinite(each)
+    if not counted.any():
+        raise PerceptError("No two images share a group, so there are no hard negatives; use coarser groups.")
+    return HardNegatives(
+        float(each[counted].mean()), float(chance[counted].mean()), each, chance, int(counted.sum())
+    )
+
+
+def nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k most similar rows of an index by cosine, exactly.
+
+    Args:
+        queries: (q, dim) or (q, tokens, dim); flattened.
+        index_features: (m, dim) or (m, tokens, dim), same size once flattened.
+        k: neighbours, at most m.
+
+    Returns:
+        similarities (q, k), best first, and row numbers in the index (q, k).
+    """
+    queries, index = (torch.as_tensor(x).detach().flatten(1).float() for x in (queries, index_features))
+    if queries.shape[1] != index.shape[1]:
+        raise PerceptError(
+            f"Queries have {queries.shape[1]} features and the index {index.shape[1]}; both must come from "
+            "the same encoder."
+        )
+    if not 1 <= k <= len(index):
+        raise PerceptError(f"{k} neighbours were asked for, but the index holds {len(index)} rows.")
+    index = F.normalize(index, dim=1)
+    found = [(F.normalize(part, dim=1) @ index.T).topk(k, dim=1) for part in queries.split(CHUNK)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])

@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests: where the reference material lies, and one thread for torch so that results do not depend on load."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+SHARED = Path(os.environ.get("PERCEPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def _reference(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"reference material is absent ({path.relative_to(SHARED.parent)}); it is not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of arrays computed by the published systems on seeded inputs."""
+    return _reference(SHARED / "golden")
+
+
+@pytest.fixture(scope="session")
+def digits69_path() -> Path:
+    """The digits69 MATLAB file, which its terms forbid us to ship."""
+    return _reference(SHARED / "digits69" / "digit69_28x28.mat")

@@ -1,0 +1,163 @@
+"""Figures are drawn, hold what they were given, and reach the disk as whole PNG files."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from src import figures, retrieval
+from src.utils import PerceptError
+
+
+def pictures(n=6, side=8, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def record(name="pixcorr", better="higher", **change):
+    score = {"value": 0.5, "low": 0.45, "high": 0.55}
+    floors = {
+        "shuffled": {"value": 0.1, "low": 0.05, "high": 0.15},
+        "own_control": {"value": 0.2, "low": 0.1, "high": 0.3},
+    }
+    ceiling = {"value": 0.9, "low": 0.85, "high": 0.95}
+    return {"name": name, "better": better, "n": 6, **score, "floors": floors, "ceiling": ceiling, **change}
+
+
+def history():
+    epochs = np.arange(5)
+    validation = [3, np.nan, 1, np.nan, 2]
+    return pd.DataFrame(
+        {"epoch": epochs, "train/loss": 4.0 - epochs, "val/loss": validation, "train/lr": epochs / 10}
+    )
+
+
+def texts(fig):
+    return [t.get_text() for t in fig.findobj(plt.Text)]
+
+
+def pool_table():
+    clip = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    return retrieval.retrieval_by_pool_size(clip + 0.5 * torch.randn_like(clip), clip, (4, 8))
+
+
+def voxel_table():
+    rng = np.random.default_rng(0)
+    flags = {"V1": rng.random(50) < 0.4, "empty": np.zeros(50, bool)}
+    return pd.DataFrame({"noise_ceiling": rng.random(50), **flags})
+
+
+DRAWN = {
+    "contact_sheet": lambda: figures.contact_sheet(
+        {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
+    ),
+    "retrieval_grid": lambda: figures.retrieval_grid(
+        pictures(), pictures(), np.tile(np.arange(4), (6, 1)), np.arange(6), k=4
+    ),
+    "training_curves": lambda: figures.training_curves(history()),
+    "score_dots": lambda: figures.score_dots([record(), record("mse", "lower")], "a run"),
+    "retrieval_curve": lambda: figures.retrieval_curve(pool_table()),
+    "roi_figure": lambda: figures.roi_figure(voxel_table()),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_figure_is_closed_and_saved_whole(name, tmp_path):
+    before = dict(plt.rcParams)
+    fig = DRAWN[name]()
+    assert figures.save(fig, tmp_path / f"{name}.png") is fig
+    with Image.open(tmp_path / f"{name}.png") as image:
+        assert min(image.size) > 60 and np.asarray(image.convert("L")).std() > 1
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.png"]
+    assert not plt.get_fignums() and dict(plt.rcParams) == before
+
+
+def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
+    images = pictures(side=112)
+    fig = figures.contact_sheet(
+        {"seen": images, "low level": pictures(side=8)}, n=3, blocks=1, labels=["a", "b", "c", "d", "e", "f"]
+    )
+    canvas = fig.axes[0].images[0].get_array()
+    first = (images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    rows, columns = (canvas == first[0, 0]).all(-1).nonzero()
+    found = [
+        (y, x)
+        for y, x in zip(rows, columns, strict=True)
+        if (canvas[y : y + 112, x : x + 112] == first).all()
+    ]
+    assert len(found) == 1
+    assert {"seen", "low level", "a", "c"} <= set(texts(fig)) and "d" not in texts(fig)
+    figures.save(fig, tmp_path / "sheet.png")
+    saved = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    y, x = found[0]
+    assert (saved[y : y + 112, x : x + 112] == first).all()
+
+
+def test_enlargement_by_nearest_keeps_whole_pixels():
+    tiles = figures._tiles(pictures(2), 32, "nearest")
+    assert (tiles[:, ::4, ::4].repeat(4, 1).repeat(4, 2) == tiles).all()
+    assert figures._side(pictures(side=32)) % 32 == 0 and figures._side(pictures(side=425)) == 112
+
+
+def test_retrieval_grid_frames_the_right_image_and_admits_a_miss():
+    found = np.array([[2, 0, 1], [1, 0, 2], [0, 1, 2], [0, 1, 2]])
+    fig = figures.retrieval_grid(pictures(4), pictures(4), found, right=[0, 1, 2, 3], k=2)
+    assert texts(fig).count("✓") == 2 and texts(fig).count("not\nfound") == 2
+
+
+def test_training_curves_mark_the_best_validation_epoch_and_skip_gaps():
+    fig = figures.training_curves(history())
+    assert "best, epoch 2" in texts(fig)
+    validation = next(line for line in fig.axes[0].get_lines() if line.get_label() == "val")
+    assert validation.get_xdata().tolist() == [0, 2, 4]
+
+
+def test_scores_point_right_when_they_are_better():
+    fig = figures.score_dots(
+        [record(), record("mse", "lower"), record("top1", ceiling={"not_applicable": "no generator"})]
+    )
+    limits = [ax.get_xlim() for ax in fig.axes]
+    assert limits[0][0] < limits[0][1] and limits[1][0] > limits[1][1]
+    assert {"own control", "shuffled pairing", "0.500  [0.450, 0.550]"} <= set(texts(fig))
+    bars = [sum(line.get_marker() == "|" for line in ax.get_lines()) for ax in fig.axes]
+    assert bars == [1, 1, 0]
+
+
+def test_umap_shows_brains_filled_and_images_open():
+    clip = torch.randn(15, 4, 3, generator=torch.Generator().manual_seed(0))
+    fig = figures.umap_scatter(clip + 0.1, clip, ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2, most=2)
+    filled = [len(c.get_offsets()) for c in fig.axes[0].collections if len(c.get_facecolor())]
+    hollow = [len(c.get_offsets()) for c in fig.axes[0].collections if not len(c.get_facecolor())]
+    assert filled == hollow == [8, 5, 2]
+    assert {"cat", "dog", "other"} <= set(texts(fig)) and "fish" not in texts(fig)
+
+
+def test_roi_figure_counts_voxels():
+    voxels = voxel_table()
+    shown = texts(figures.roi_figure(voxels))
+    assert {"all voxels", "50", "V1", str(voxels["V1"].sum()), "empty", "0", "-"} <= set(shown)
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (
+            lambda: figures.contact_sheet({"seen": pictures(3), "reconstructed": pictures(2)}),
+            "differ in length",
+        ),
+        (
+            lambda: figures.contact_sheet({"seen": pictures(3)}, enlarge="sharp"),
+            "choose one of nearest, bicubic",
+        ),
+        (lambda: figures.contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
+        (lambda: figures.training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
+        (lambda: figures.score_dots([]), "no scores"),
+        (lambda: figures.umap_scatter(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
+        (lambda: figures.roi_figure(pd.DataFrame({"V1": [True]})), "noise_ceiling"),
+    ],
+)
+def test_bad_input_is_refused(draw, words):
+    with pytest.raises(PerceptError, match=words):
+        draw()
+    assert not plt.get_fignums()

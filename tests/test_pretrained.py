@@ -1,0 +1,164 @@
+"""The frozen models: real classes with the committed miniature weights, against the libraries' own pipelines and recorded features."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from PIL import Image
+from transformers import CLIPModel
+
+from src import miniworld, pretrained
+from src.utils import PerceptError
+
+
+@pytest.fixture(scope="module")
+def images():
+    drawn = [miniworld.render(miniworld.compose(0, i, "test")) for i in range(24)]
+    return np.stack(drawn)
+
+
+def as_float(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return pretrained.VersatileDiffusion("mini")
+
+
+def test_hidden_tokens_are_the_librarys_projection_of_every_token(images):
+    clip = CLIPModel.from_pretrained(pretrained.MINI / "clip").float().eval()
+    tokens = pretrained.Clipper("mini", hidden=True, norm_embs=False).embed_image(as_float(images))
+    pixels = pretrained.Clipper("mini").preprocess(as_float(images))
+    pooled = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+    assert tokens.shape == (24, 17, 128)
+    torch.testing.assert_close(tokens[:, 0], pooled, rtol=1e-4, atol=1e-4)
+    final = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(as_float(images))
+    torch.testing.assert_close(final, pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_embs_divides_by_the_cls_token(images):
+    tokens = pretrained.Clipper("mini").embed_image(as_float(images))
+    torch.testing.assert_close(tokens[:, 0].norm(dim=-1), torch.ones(24))
+    raw = pretrained.Clipper("mini", norm_embs=False).embed_image(as_float(images))
+    torch.testing.assert_close(tokens, raw / raw[:, :1].norm(dim=-1, keepdim=True))
+
+
+def test_preprocess_resizes_crops_and_normalises():
+    clipper = pretrained.Clipper("mini")
+    flat = torch.full((1, 3, 64, 48), 0.5)
+    out = clipper.preprocess(flat)
+    assert out.shape == (1, 3, 32, 32)
+    expected = (0.5 - torch.tensor(pretrained.CLIP_MEAN)) / torch.tensor(pretrained.CLIP_STD)
+    torch.testing.assert_close(out[0].mean((1, 2)), expected)
+
+
+def test_captions_find_their_images():
+    made = [miniworld.compose(5, i, "val") for i in range(100)]
+    clipper = pretrained.Clipper("mini", hidden=False)
+    image = clipper.embed_image(as_float(np.stack([miniworld.render(what, 5) for what in made])))
+    text = clipper.embed_text([miniworld.caption(what)[1] for what in made])
+    found = (text @ image.T).argmax(1) == torch.arange(100)
+    assert found.float().mean() > 0.5  # chance .01
+
+
+def test_autoencoder_round_trip_keeps_the_image(images):
+    vae = pretrained.LatentAutoencoder("mini")
+    latents = vae.encode(as_float(images))
+    assert latents.shape == (24, *vae.latent_shape)
+    assert 0.7 < latents.std() < 1.4  # the scaling factor gives latents about unit variance
+    error = ((vae.decode(latents) - as_float(images)) ** 2).mean((1, 2, 3))
+    assert float(-10 * torch.log10(error).mean()) > 26
+
+
+def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, diffusion):
+    """The published way: the dual network, mix ratio 0, text condition of zeros before the image tokens."""
+    pipeline = pretrained.dual_guided_pipeline("mini")
+    for module in pipeline.image_unet.modules():
+        if isinstance(module, DualTransformer2DModel):
+            module.mix_ratio, module.condition_lengths, module.transformer_index_for_condition = 0.0, [7, 17], [1, 0]
+    tokens = pretrained.Clipper("mini").embed_image(as_float(images[:2]))
+    latents, t = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    with torch.no_grad():
+        both = pipeline.image_unet(latents, t, encoder_hidden_states=torch.cat([torch.zeros(2, 7, 128), tokens], 1)).sample
+        ours = diffusion.unet(latents, t, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(both, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_the_librarys_own_dual_pipeline_runs_on_the_miniature(images):
+    pipeline = pretrained.dual_guided_pipeline("mini")
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(prompt="a red ball on the sea", image=Image.fromarray(images[0]), text_to_image_strength=0.5, num_inference_steps=2, output_type="np").images
+    assert out.shape == (1, 32, 32, 3) and np.isfinite(out).all()
+
+
+def test_image_variation_pipeline_runs_on_the_miniature(images):
+    pipeline = pretrained.image_variation_pipeline("mini")
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(Image.fromarray(images[0]), num_inference_steps=2, output_type="np").images
+    assert out.shape == (1, 32, 32, 3) and np.isfinite(out).all()
+
+
+def test_true_tokens_give_images_nearer_to_their_own_than_to_others(images, diffusion):
+    tokens = pretrained.Clipper("mini").embed_image(as_float(images))
+    noise = torch.randn(24, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
+    made = diffusion.generate(tokens, noise, num_inference_steps=10)
+    seen = as_float(images)
+    distance = ((made[:, None] - seen[None]) ** 2).mean((2, 3, 4))  # (made, seen)
+    assert (distance.argmin(1) == torch.arange(24)).float().mean() > 0.5  # chance 1/24
+
+
+def test_strength_zero_is_the_decoded_latent(images, diffusion):
+    latents = diffusion.encode(as_float(images[:2]))
+    tokens = torch.zeros(2, 17, 128)
+    torch.testing.assert_close(diffusion.generate(tokens, torch.zeros_like(latents), latents, strength=0.0), diffusion.decode(latents))
+
+
+def test_low_strength_stays_near_the_initial_latent(images, diffusion):
+    latents = diffusion.encode(as_float(images[:4]))
+    tokens = pretrained.Clipper("mini").embed_image(as_float(images[:4]))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    error = [((diffusion.generate(tokens, noise, latents, strength=s) - as_float(images[:4])) ** 2).mean() for s in (0.3, 1.0)]
+    assert error[0] < error[1]
+
+
+def test_timesteps_are_the_published_ones(diffusion):
+    diffusion.scheduler.set_timesteps(20)
+    assert diffusion.scheduler.timesteps.tolist() == [999, *range(949, 548, -50), *range(500, 49, -50)]
+
+
+def test_schedule_and_img2img_start_are_the_published_ones(golden, diffusion):
+    """Versatile Diffusion's schedule: noise levels, the 17 of 20 steps that strength .85 leaves, and the noised start."""
+    stored = np.load(golden / "mindeye" / "unipc.npz")
+    scheduler = diffusion.scheduler
+    np.testing.assert_allclose(scheduler.alphas_cumprod, stored["alphas_cumprod"], rtol=1e-5)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == stored["timesteps20"].tolist()
+    left = scheduler.timesteps[20 - min(int(20 * 0.85), 20) :]
+    assert left.tolist() == stored["img2img085_timesteps"].tolist()
+    noised = scheduler.add_noise(torch.from_numpy(stored["x0"]), torch.from_numpy(stored["noise"]), left[:1])
+    np.testing.assert_allclose(noised, stored["add_noise_t3"], rtol=1e-4, atol=1e-5)
+
+
+def test_fingerprint_tells_drift(tmp_path, monkeypatch):
+    clipper = pretrained.Clipper("mini")
+    assert clipper.fingerprint()["model"] == "mini:clip" and len(clipper.golden_features()) == 8
+    shutil.copytree(pretrained.MINI / "clip", tmp_path / "clip")
+    recorded = json.loads((tmp_path / "clip" / "golden_features.json").read_text())
+    spoiled = {key: [v + 1 for v in values] for key, values in recorded.items()}
+    (tmp_path / "clip" / "golden_features.json").write_text(json.dumps(spoiled))
+    with pytest.raises(PerceptError, match="no longer gives the features"):
+        pretrained.Clipper(str(tmp_path)).fingerprint()
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(PerceptError, match="is not at"):
+        pretrained.Clipper(str(tmp_path / "nowhere"))
+    with pytest.raises(PerceptError, match="choose one of"):
+        pretrained.locate("resnet", "mini")
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(PerceptError, match="Could not load"):
+        pretrained.Clipper(str(tmp_path))

@@ -1,0 +1,540 @@
+"""Train the miniature of everything that is frozen: VAE, CLIP, Versatile Diffusion (image and text flow), image variations.
+
+    python tools/train_mini_models.py vae --minutes 10          # each stage resumes from its own checkpoint
+    python tools/train_mini_models.py clip --minutes 10
+    python tools/train_mini_models.py image --minutes 60 --processes 2
+    python tools/train_mini_models.py text --minutes 15         # cross-attention of the text flow on the frozen image flow
+    python tools/train_mini_models.py variation --minutes 15    # one CLIP embedding instead of all the tokens
+    python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
+
+- The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
+  world's training split has: no frozen model has seen a combination of the validation or the test set.
+- Every stage logs its quality on held-out images to train_logs/mini_models/<stage>.jsonl and checkpoints every two minutes.
+- Latents and tokens are computed once. Diffusion predicts v, with timesteps drawn towards high noise, and keeps an average of its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImageVariationPipeline, UNet2DConditionModel
+from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from src import miniworld
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
+OUT = ROOT / "data" / "mini_models"
+SEED = 7_000  # the mini world of the demo uses another seed, so the images differ as well as the combinations
+N_TRAIN, N_CHECK = 40_000, 512
+PATCH, DIM, CONTEXT = 8, 128, 40
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+            "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ data
+def images(split: str) -> np.ndarray:
+    """uint8 (images, height, width, 3) of "train" (own images) or "check" (combinations of the validation split), drawn once."""
+    path = WORK / f"images_{split}.npy"
+    if not path.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        source, count = ("train", N_TRAIN) if split == "train" else ("val", N_CHECK)
+        block = np.concatenate(list(miniworld.image_blocks(SEED, source, count)))
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, block)
+        temporary.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def pixels(block: np.ndarray) -> Tensor:
+    """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(block)).permute(0, 3, 1, 2).float() / 255
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def words(split: str) -> tuple[list[list[str]], np.ndarray]:
+    """Five captions an image, and labels (images, 6): scene, kind, colour, pattern, light, place as indices."""
+    source, count = ("train", N_TRAIN) if split == "train" else ("val", N_CHECK)
+    captions, labels = [], []
+    for i in range(count):
+        what = miniworld.compose(SEED, i, source)
+        main = what.things[-1]
+        captions.append(miniworld.caption(what))
+        labels.append([what.scene, main.kind, main.colour, main.pattern, what.light, what.place])
+    return captions, np.array(labels)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ the loop that every stage shares
+class Average:
+    """Exponential moving average of a module's parameters (decay .999, quicker at the beginning)."""
+
+    def __init__(self, module: nn.Module):
+        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(0.999, (1 + step) / (10 + step))
+        for k, v in module.state_dict().items():
+            self.shadow[k].lerp_(v.detach().to(self.shadow[k].dtype), 1 - decay) if v.is_floating_point() else self.shadow[k].copy_(v)
+
+
+def train(stage: str, module: nn.Module, loss_of, check, args, lr: float, batch: int, rank: int = 0) -> None:
+    """Train `module` for args.minutes of wall time in all (earlier runs counted in), then leave its averaged weights in <stage>.pt.
+
+    loss_of(rng, batch) -> scalar loss; check(module with averaged weights) -> dict of numbers to log.
+    """
+    path, log = WORK / f"{stage}.pt", WORK / f"{stage}.jsonl"
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=1e-2, betas=(0.9, 0.99))
+    average, step, spent = Average(module), 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.shadow, step, spent = state["average"], state["step"], state["spent"]
+    budget = args.minutes * 60
+    rng = np.random.default_rng([SEED, step, rank])
+    torch.manual_seed(SEED + step * 7 + rank)
+    started, saved, checked, running = time.time() - spent, time.time(), time.time(), []
+    while (elapsed := time.time() - started) < budget:
+        for group in optimizer.param_groups:  # warm up, then fall linearly over the last third of the time
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * min(1.0, (1 - elapsed / budget) / 0.35 + 0.01)
+        with torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
+            loss = loss_of(rng, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _share_gradients(trainable)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        step += 1
+        running.append(loss.item())
+        average.update(module, step)
+        if rank == 0 and time.time() - saved > 120:
+            _save(path, module, optimizer, average, step, time.time() - started)
+            saved = time.time()
+        if rank == 0 and time.time() - checked > 180:
+            _log(log, module, average, check, step, time.time() - started, running, batch)
+            checked, running = time.time(), []
+    if rank == 0:
+        _save(path, module, optimizer, average, step, time.time() - started)
+        _log(log, module, average, check, step, time.time() - started, running, batch)
+
+
+def _share_gradients(parameters: list[nn.Parameter]) -> None:
+    if torch.distributed.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(piece.view_as(p))
+
+
+def _save(path: Path, module, optimizer, average, step, spent) -> None:
+    state = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow, "step": step, "spent": spent}
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.rename(path)
+
+
+def _log(log: Path, module, average, check, step, spent, running, batch) -> None:
+    kept = {k: v.clone() for k, v in module.state_dict().items()}
+    module.load_state_dict(average.shadow)
+    module.eval()
+    with torch.no_grad():
+        row = {"step": step, "minutes": round(spent / 60, 2), "batch": batch, "loss": round(float(np.mean(running or [0])), 5), **check(module)}
+    module.train()
+    module.load_state_dict(kept)
+    with open(log, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(log.stem, row, flush=True)
+
+
+def averaged(stage: str, module: nn.Module) -> nn.Module:
+    """Load the averaged weights that a stage left behind."""
+    path = WORK / f"{stage}.pt"
+    if not path.exists():
+        sys.exit(f"{path} is missing: run the stage '{stage}' first")
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    return module.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ VAE
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 64), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=miniworld.IMAGE_SIZE, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def train_vae(args, rank: int = 0) -> None:
+    data, held = images("train"), pixels(images("check"))
+    vae = new_vae().to(device())
+
+    def loss_of(rng, batch):
+        x = 2 * pixels(data[np.sort(rng.integers(len(data), size=batch))]).to(device()) - 1
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / x[0].numel()
+        edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
+        return F.mse_loss(y.float(), x) * 4 + F.l1_loss(y.float(), x) + 0.5 * edges + 1e-3 * kl
+
+    def check(model):
+        x = held.to(device())
+        y = model.decode(model.encode(2 * x - 1).latent_dist.mode()).sample / 2 + 0.5
+        return {"psnr": round(float(-10 * torch.log10(((y.clamp(0, 1) - x) ** 2).mean(dim=(1, 2, 3))).mean()), 3)}
+
+    train("vae", vae, loss_of, check, args, lr=2e-3, batch=64, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+def new_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer learnt from the mini captions, in CLIP's own file format."""
+    folder = WORK / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")
+        trainer = trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator((c for five in words("train")[0][:4000] for c in five), trainer)
+        described = json.loads(tokenizer.to_str())["model"]
+        vocabulary = [token for token, _ in sorted(described["vocab"].items(), key=lambda item: item[1])]
+        vocabulary += [t for t in [a + "</w>" for a in alphabet] if t not in vocabulary]
+        vocabulary = [t for t in vocabulary if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]  # EOS has the highest id
+        merges = [" ".join(m) if isinstance(m, list) else m for m in described["merges"]]
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    text = {"hidden_size": DIM, "intermediate_size": 4 * DIM, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer),
+            "max_position_embeddings": CONTEXT, "eos_token_id": eos, "bos_token_id": bos, "pad_token_id": eos, "projection_dim": DIM}  # fmt: skip
+    vision = {"hidden_size": DIM, "intermediate_size": 4 * DIM, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": miniworld.IMAGE_SIZE,
+              "patch_size": PATCH, "projection_dim": DIM}  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
+
+
+def image_tokens(vision_model, projection, x: Tensor) -> Tensor:
+    """All the projected tokens (batch, 1 + patches, dim), CLS first, of pixel values that CLIP's processor would give."""
+    return projection(vision_model.post_layernorm(vision_model(pixel_values=x).last_hidden_state))
+
+
+class ClipTrainer(nn.Module):
+    """CLIP with what teaches it here: labels from the pooled vector, and each patch's own pixels from its token."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+        sizes = [len(miniworld.SCENES), len(miniworld.KINDS), len(miniworld.COLOURS), len(miniworld.PATTERNS), len(miniworld.LIGHTS), 3]
+        self.heads = nn.ModuleList(nn.Linear(DIM, n) for n in sizes)
+        self.pixels = nn.Linear(DIM, 3 * PATCH * PATCH)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = image_tokens(self.clip.vision_model, self.clip.visual_projection, normalised(x.cpu()).to(x.device))
+        text = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
+        return tokens, text
+
+
+def patches(x: Tensor) -> Tensor:
+    """(batch, 3, height, width) -> (batch, patches, 3 * patch * patch)."""
+    return F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)
+
+
+def train_clip(args, rank: int = 0) -> None:
+    data, held = images("train"), pixels(images("check"))
+    tokenizer = new_tokenizer()
+    (captions, labels), (check_captions, check_labels) = words("train"), words("check")
+    encode = lambda texts: tokenizer(texts, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids  # noqa: E731
+    ids = torch.stack([encode([five[k] for five in captions]) for k in range(5)], 1)  # (images, 5, context)
+    model = ClipTrainer(new_clip(tokenizer)).to(device())
+
+    def loss_of(rng, batch):
+        index = np.sort(rng.integers(len(data), size=batch))
+        x = pixels(data[index])
+        x = (x * torch.empty(batch, 3, 1, 1).uniform_(0.92, 1.08) + 0.02 * torch.randn_like(x)).clamp(0, 1).to(device())
+        tokens, text = model(x, ids[index, rng.integers(5, size=batch)].to(device()))
+        pooled = F.normalize(tokens[:, 0].float(), dim=-1)
+        logits = pooled @ F.normalize(text.float(), dim=-1).T * model.clip.logit_scale.exp().clamp(max=50)
+        target = torch.arange(batch, device=x.device)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        wanted = torch.from_numpy(labels[index]).to(x.device)
+        named = sum(F.cross_entropy(head(tokens[:, 0]).float(), wanted[:, i]) for i, head in enumerate(model.heads))
+        drawn = F.mse_loss(model.pixels(tokens[:, 1:]).float(), patches(2 * x - 1))
+        return contrast + 0.7 * named + 3 * drawn
+
+    def check(model):
+        x = held.to(device())
+        tokens, text = model(x, encode([five[0] for five in check_captions]).to(device()))
+        similarity = F.normalize(tokens[:, 0], dim=-1) @ F.normalize(text, dim=-1).T
+        hit = [float((similarity.argmax(d).cpu() == torch.arange(len(x))).float().mean()) for d in (1, 0)]
+        right = [float((head(tokens[:, 0]).argmax(1).cpu() == torch.from_numpy(check_labels[:, i])).float().mean()) for i, head in enumerate(model.heads)]
+        drawn = F.mse_loss(model.pixels(tokens[:, 1:]), patches(2 * x - 1)) / patches(2 * x - 1).var()
+        names = ("scene", "kind", "colour", "pattern", "light", "place")
+        return {"top1_of_512": [round(h, 3) for h in hit], "pixel_r2": round(1 - float(drawn), 3), **{n: round(r, 3) for n, r in zip(names, right, strict=True)}}
+
+    train("clip", model, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+WIDTHS, HEADS = (64, 96, 96), 4
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=miniworld.IMAGE_SIZE // 2, in_channels=4, out_channels=4, block_out_channels=WIDTHS, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=DIM, attention_head_dim=HEADS,
+    )  # fmt: skip
+
+
+def new_text_unet() -> UNetFlatConditionModel:
+    """The text flow's network: only its cross-attention blocks are ever run (on the image flow's convolutions)."""
+    return UNetFlatConditionModel(
+        sample_size=1, in_channels=32, out_channels=32, block_out_channels=WIDTHS, layers_per_block=1,
+        down_block_types=("DownBlockFlat", "CrossAttnDownBlockFlat", "CrossAttnDownBlockFlat"),
+        up_block_types=("CrossAttnUpBlockFlat", "CrossAttnUpBlockFlat", "UpBlockFlat"),
+        cross_attention_dim=DIM, attention_head_dim=HEADS,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def conditioning(kind: str, split: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Latents (images, 4, h, w), conditions (images, [5,] tokens, dim) as the pipelines will feed them, and the latents' scale; computed once."""
+    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip.to(device())
+    path = WORK / f"cache_{kind}_{split}.npz"
+    if path.exists():
+        stored = np.load(path)
+        return stored["latents"], stored["condition"], float(stored["scale"])
+    vae = averaged("vae", new_vae()).to(device())
+    data, latents, condition = images(split), [], []
+    for start in range(0, len(data), 500):
+        x = pixels(data[start : start + 500]).to(device())
+        latents.append(vae.encode(2 * x - 1).latent_dist.mode().half().cpu().numpy())
+        if kind != "text":
+            tokens = image_tokens(clip.vision_model, clip.visual_projection, normalised(x.cpu()).to(x.device))
+            tokens = tokens / tokens[:, :1].norm(dim=-1, keepdim=True) if kind == "image" else tokens[:, :1]
+            condition.append(tokens.half().cpu().numpy())
+    if kind == "text":
+        condition = _text_conditions(clip, split)
+    result = np.concatenate(latents), np.concatenate(condition)
+    scale = 1.0 / float(result[0].astype(np.float32).std())
+    np.savez(path, latents=result[0], condition=result[1], scale=scale)
+    return *result, scale
+
+
+def _text_conditions(clip: CLIPModel, split: str) -> list[np.ndarray]:
+    """Versatile Diffusion's text tokens, three captions an image: every projected hidden state over the norm of the pooled one."""
+    tokenizer, out = new_tokenizer(), []
+    for five in words(split)[0]:
+        ids = tokenizer([five[0], five[1], five[3]], padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+        hidden = clip.text_model(input_ids=ids.to(device()))
+        tokens = clip.text_projection(hidden.last_hidden_state)
+        pooled = clip.text_projection(hidden.pooler_output)[:, None]
+        out.append((tokens / pooled.norm(dim=-1, keepdim=True)).half().cpu().numpy()[None])
+    return out
+
+
+def condition_scale(condition: np.ndarray) -> float:
+    """Tokens over the CLS norm are tiny: the network is trained on unit-variance tokens and the factor is folded into its weights on export."""
+    return 1.0 / float(condition[:2000].astype(np.float32).std())
+
+
+def swap_transformers(image_unet: nn.Module, text_unet: nn.Module) -> list[nn.Parameter]:
+    """Exchange the transformer blocks of the two flows, as the library's text-to-image pipeline does; returns those that now sit in image_unet."""
+    names = [name for name, module in image_unet.named_modules() if type(module).__name__ == "Transformer2DModel"]
+    moved: list[nn.Parameter] = []
+    for name in names:
+        parent, index = name.rsplit(".", 1)
+        ours, theirs = image_unet.get_submodule(parent), text_unet.get_submodule(parent)
+        ours[int(index)], theirs[int(index)] = theirs[int(index)], ours[int(index)]
+        moved += ours[int(index)].parameters()
+    return moved
+
+
+def diffusion_stage(stage: str, args, rank: int = 0) -> None:
+    """Train the image flow, the text flow or the one-token network on cached latents and conditions."""
+    torch.set_num_threads(args.threads)
+    latents, condition, scale = conditioning(stage, "train")
+    held = [torch.from_numpy(a.astype(np.float32)).to(device()) for a in conditioning(stage, "check")[:2]]
+    factor, scheduler = condition_scale(condition), DDIMScheduler(**SCHEDULE)
+    unet = new_unet().to(device())
+    if stage != "image" and not (WORK / f"{stage}.pt").exists():
+        averaged("image", unet)
+        unet.requires_grad_(True).train()
+    if stage == "text":  # the transformers begin as copies of the image flow's and are all that trains
+        unet.requires_grad_(False)
+        for module in unet.modules():
+            if type(module).__name__ == "Transformer2DModel":
+                module.requires_grad_(True)
+    null = _null_condition(stage).to(device())
+    alphas = scheduler.alphas_cumprod.to(device())
+
+    def noised(x0, c, t, noise):
+        a = alphas[t].view(-1, 1, 1, 1)
+        return unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, encoder_hidden_states=c * factor).sample, a.sqrt() * noise - (1 - a).sqrt() * x0
+
+    def loss_of(rng, batch):
+        index = np.sort(rng.integers(len(latents), size=batch))
+        x0 = torch.from_numpy(latents[index].astype(np.float32)).to(device()) * scale
+        c = condition[index] if condition.ndim == 3 else condition[index, rng.integers(condition.shape[1], size=batch)]
+        c = torch.from_numpy(c.astype(np.float32)).to(device())
+        c = torch.where(torch.rand(batch, 1, 1, device=c.device) < 0.1, null, c)
+        t = (1000 * (1 - torch.rand(batch, device=c.device) ** 1.6)).long().clamp(0, 999)  # towards high noise, where conditioning is learnt
+        prediction, target = noised(x0, c, t, torch.randn_like(x0))
+        return F.mse_loss(prediction.float(), target)
+
+    def check(model):
+        g = torch.Generator().manual_seed(1)
+        x0, c = held[0] * scale, held[1] if held[1].ndim == 3 else held[1][:, 0]
+        t = torch.linspace(1, 998, len(x0)).long().to(device())
+        noise = torch.randn(x0.shape, generator=g).to(device())
+        with torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
+            prediction, target = noised(x0, c, t, noise)
+        error = ((prediction.float() - target) ** 2).mean(dim=(1, 2, 3))
+        return {"held_out": round(float(error.mean()), 4), "held_out_high_noise": round(float(error[t > 800].mean()), 4)}
+
+    train(stage, unet, loss_of, check, args, lr=args.lr, batch=args.batch, rank=rank)
+
+
+def _null_condition(stage: str) -> Tensor:
+    if stage != "text":
+        return torch.zeros(1, 1, DIM)
+    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip
+    ids = new_tokenizer()([""], padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+    hidden = clip.text_model(input_ids=ids)
+    return clip.text_projection(hidden.last_hidden_state) / clip.text_projection(hidden.pooler_output)[:, None].norm(dim=-1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------ export
+def fold_scale(unet: nn.Module, factor: float) -> nn.Module:
+    """Fold the factor on the conditioning tokens into the maps that read them, so that the pipelines need not know of it."""
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            parameter.data.mul_(factor)
+    return unet
+
+
+def export(args) -> None:
+    """Write every model that has been trained into data/mini_models/ with the libraries' save_pretrained, in half precision."""
+    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip
+    vae, tokenizer = averaged("vae", new_vae()), new_tokenizer()
+    _, condition, scale = conditioning("image", "train")
+    vae.register_to_config(scaling_factor=scale)
+    size = {"height": miniworld.IMAGE_SIZE, "width": miniworld.IMAGE_SIZE}
+    processor = CLIPImageProcessor(size={"shortest_edge": miniworld.IMAGE_SIZE}, crop_size=size, image_mean=MEAN, image_std=STD)
+    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
+    vision.load_state_dict({k: v for k, v in clip.state_dict().items() if k in vision.state_dict()})
+    text = CLIPTextModelWithProjection(clip.config.text_config)
+    text.load_state_dict({k: v for k, v in clip.state_dict().items() if k in text.state_dict()})
+    scheduler = DDIMScheduler(**SCHEDULE)
+    for folder in (OUT / "clip",):
+        clip.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    unet = fold_scale(averaged("image", new_unet()), condition_scale(condition))
+    _export_versatile(args, unet, vae, vision, text, tokenizer, processor, scheduler)
+    if (WORK / "variation.pt").exists():
+        small = fold_scale(averaged("variation", new_unet()), condition_scale(conditioning("variation", "train")[1]))
+        pipeline = StableDiffusionImageVariationPipeline(
+            vae=vae.half(), image_encoder=vision.half(), unet=small.half(), scheduler=scheduler, safety_checker=None,
+            feature_extractor=processor, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.save_pretrained(OUT / "image_variation")
+    write_golden()
+
+
+def write_golden() -> None:
+    """Record with each model the features that it gives for one fixed image, so that a library that computes something else is noticed."""
+    from src import pretrained
+
+    models_of = {
+        "clip": [pretrained.Clipper("mini", hidden, norm) for hidden in (True, False) for norm in (True, False)],
+        **{name: [pretrained.LatentAutoencoder("mini", name)] for name in ("versatile_diffusion", "image_variation") if (OUT / name).exists()},
+    }
+    for name, made in models_of.items():
+        golden = {json.dumps([type(m).__name__, m._options()], sort_keys=True): m.golden_features() for m in made}
+        (OUT / name / "golden_features.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def _export_versatile(args, unet, vae, vision, text, tokenizer, processor, scheduler) -> None:
+    from diffusers.pipelines.deprecated import VersatileDiffusionPipeline
+
+    text_unet = new_text_unet()
+    for name, parameter in text_unet.named_parameters():
+        if "attentions" not in name:  # never run: only the attention blocks of this network take part in the text flow
+            parameter.data.zero_()
+    if (WORK / "text.pt").exists():
+        donor = fold_scale(averaged("text", new_unet()), condition_scale(conditioning("text", "train")[1]))
+        swap_transformers(donor, text_unet)
+    pipeline = VersatileDiffusionPipeline(
+        tokenizer=tokenizer, image_feature_extractor=processor, text_encoder=text.half(), image_encoder=vision.half(),
+        image_unet=unet.half(), text_unet=text_unet.half(), vae=vae.half(), scheduler=scheduler,
+    )  # fmt: skip
+    pipeline.save_pretrained(OUT / "versatile_diffusion")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+STAGES = {"vae": train_vae, "clip": train_clip, **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", "text", "variation")}}
+
+
+def _worker(rank: int, args) -> None:
+    torch.set_num_threads(args.threads)
+    if args.processes > 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29533")
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=args.processes)
+    STAGES[args.stage](args, rank)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("--minutes", type=float, default=10, help="wall time in all, earlier runs of the stage counted in")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the gradients (two beat two threads on two cores)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64, help="samples a process and step (diffusion)")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    if args.stage == "export":
+        export(args)
+    elif args.processes > 1:
+        images("train"), images("check")  # drawn once, by one process
+        if args.stage in ("image", "text", "variation"):
+            conditioning(args.stage, "train"), conditioning(args.stage, "check")
+        torch.multiprocessing.spawn(_worker, (args,), nprocs=args.processes)
+    else:
+        _worker(0, args)
+
+
+if __name__ == "__main__":
+    main()
