@@ -105,7 +105,7 @@ main = names[0]
 train_ids = subject.image_ids("train")
 clip_targets = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
 train_tokens = torch.from_numpy(clip_targets.rows(train_ids).astype(np.float32)).flatten(1)
-found = nearest(made[main]["projected"].flatten(1), train_tokens, k=1)[0][:, 0]
+found = nearest(made[main]["projected"].flatten(1), train_tokens, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255
 mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
@@ -135,7 +135,7 @@ print({name: tuple(row.shape) for name, row in rows.items()})
 
 # %%
 columns = {"seen": seen, "low level": rows[f"low_level_{main}"], "reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
-sheet = contact_sheet(columns, first=16)
+sheet = contact_sheet(columns, n=16)
 save(sheet, run.results / "contact_sheet.png")
 
 # %% [markdown]

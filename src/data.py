@@ -48,11 +48,10 @@ REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
 REPEATS = ("random", "mean", "all")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
-# mean absolute difference (of 255) up to which two copies of an image count as one image, compressed differently
-SAME_IMAGE = 8.0
+SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
 
 
-# ------------------------------------------------------------------------------------------------ writing safely
+# -------------------------------------------------------------------------------- writing safely
 def check_space(folder: Path, needed: int) -> None:
     """Refuse to begin a write of `needed` bytes that the disk of `folder` cannot hold.
 
@@ -69,15 +68,15 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk that fills up during a write into one clear PerceptError; any other error passes
-    unchanged."""
+    """Turn a disk that fills up during a write into one clear PerceptError; other errors pass."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            message = f"The disk of {folder} filled up during the write: free some space and run this "
-                f"again (earlier files are intact)."
-            raise PerceptError(message) from error
+            raise PerceptError(
+                f"The disk of {folder} filled up during the write: free some space and run this again "
+                "(earlier files are intact)."
+            ) from error
         raise
 
 
@@ -132,30 +131,30 @@ def _store_rows(
                 check_space(path.parent, n_rows * int(np.prod(block.shape[1:])) * block.itemsize)
                 file.create_dataset(name, (n_rows, *block.shape[1:]), block.dtype)
             target = file[name]
-            if block.shape[1:] != target.shape[1:]:
+            if (block.shape[1:], block.dtype) != (target.shape[1:], target.dtype):
                 raise PerceptError(
-                    f"Row {written} of {name} has shape {block.shape[1:]}, the rows before it "
-                        f"{target.shape[1:]}."
+                    f"Row {written} of {name} is {block.dtype} {block.shape[1:]}, the rows before it are "
+                    f"{target.dtype} {target.shape[1:]}: all rows must be alike."
                 )
             if written + len(block) > n_rows:
                 raise PerceptError(
                     f"There are more than the {n_rows} rows of {name} that were announced: check the "
-                        f"table against the array."
+                    "table against the array."
                 )
-            target[written : written + len(block)] = block.astype(target.dtype, copy=False)
-            digest.update(block.astype(target.dtype, copy=False).data)
+            target[written : written + len(block)] = block
+            digest.update(block.data)
             written += len(block)
         if written != n_rows:
             raise PerceptError(
                 f"There are {written} rows of {name} where {n_rows} were announced: check the table "
-                    f"against the array."
+                "against the array."
             )
         if name not in file:
             raise PerceptError(f"There is not one row of {name}: nothing to write.")
         return file[name].shape, digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# -------------------------------------------------------------------------------- tables
 def check_trials(trials: pd.DataFrame) -> None:
     """Check the table of trials: columns trial, image, session, run, repeat (integers) and split (train,
     val, test or exclude).
@@ -173,7 +172,7 @@ def check_trials(trials: pd.DataFrame) -> None:
         if not pd.api.types.is_integer_dtype(trials[column]):
             raise PerceptError(
                 f"Column {column} of the table of trials is {trials[column].dtype}, it must hold whole "
-                    f"numbers without gaps."
+                "numbers without gaps."
             )
     unknown = sorted(set(trials["split"].astype(str)) - set(SPLITS))
     if unknown:
@@ -188,7 +187,7 @@ def check_trials(trials: pd.DataFrame) -> None:
         row = again.iloc[0]
         raise PerceptError(
             f"Image {row['image']} has its repeat {row['repeat']} twice (again in trial {row['trial']}): "
-                f"number its repeats 0, 1, 2..."
+            "number its repeats 0, 1, 2..."
         )
     _check_sides(trials[trials["split"] != "exclude"])
 
@@ -199,8 +198,11 @@ def _check_sides(trials: pd.DataFrame) -> None:
     if len(both):
         image, rows = both["image"].iloc[0], both[both["image"] == both["image"].iloc[0]]
         where = " and ".join(f"{s} (trial {t})" for s, t in zip(rows["split"], rows["trial"], strict=True))
+        others = both["image"].nunique() - 1
         raise PerceptError(
-            f"Image {image} is in {where}, and so are {both['image'].nunique() - 1} others: "
+            f"Image {image} is in {where}"
+            + (f", and {others} more images are on two sides" if others else "")
+            + ": "
             "split by image, never by trial, or mark its trials as exclude."
         )
 
@@ -228,7 +230,7 @@ def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
         table.sort_values("image", kind="stable").reset_index(drop=True).to_parquet(temporary)
 
 
-# ------------------------------------------------------------------------------------------------ images
+# -------------------------------------------------------------------------------- images
 def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
     """Memory-map a contiguous dataset of an HDF5 file, read-only, with its attributes."""
     try:
@@ -238,14 +240,14 @@ def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
             stored = file[name]
             shape, dtype, offset = stored.shape, stored.dtype, stored.id.get_offset()
             attributes = {k: v.item() if isinstance(v, np.generic) else v for k, v in stored.attrs.items()}
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # h5py raises either for a damaged file
         raise PerceptError(
             f"{path} cannot be read, it is damaged or incomplete ({error}): prepare the data again."
         ) from error
     if offset is None or offset + int(np.prod(shape)) * dtype.itemsize > path.stat().st_size:
         raise PerceptError(
             f"Dataset {name} of {path} is compressed, chunked or cut off, so it cannot be memory-mapped: "
-                f"prepare the data again."
+            "prepare the data again."
         )
     return np.memmap(path, dtype, "r", offset, shape), attributes
 
@@ -296,7 +298,7 @@ def _positions(
     if len(wrong):
         raise PerceptError(
             f"Image {wrong[0]} is not in {where} ({len(wrong)} of the {len(ids)} images asked for are "
-                f"not): prepare the data again."
+            "not): prepare the data again."
         )
     return found
 
@@ -317,7 +319,7 @@ def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
     if size is not None and block.shape[1:3] != size:
         raise PerceptError(
             f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]} images "
-                f"of this dataset: "
+            "of this dataset: "
             "resize them, or prepare them under another dataset name."
         )
 
@@ -342,7 +344,7 @@ def _new_images(
                 image = ids[part][known[part]][difference.argmax()]
                 raise PerceptError(
                     f"Image {image} is already in {old.path} and looks different there: use another "
-                        f"dataset name, or delete that file."
+                    "dataset name, or delete that file."
                 )
         if not known[part].all():
             yield block[~known[part]]
@@ -351,7 +353,7 @@ def _new_images(
     if recompressed:
         warnings.warn(
             f"{recompressed} images were stored already with slightly different pixels; the stored ones "
-                f"are kept.",
+            "are kept.",
             stacklevel=4,
         )
 
@@ -397,7 +399,7 @@ def write_images(
             file["image_id"], file["crc"] = stored_ids, np.array(crc, dtype=np.int64)
 
 
-# ------------------------------------------------------------------------------------------------ writing a subject
+# -------------------------------------------------------------------------------- writing a subject
 def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
     """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype."""
     numbers = trials["trial"].to_numpy()
@@ -407,8 +409,8 @@ def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.nd
             raise PerceptError(f"Betas must be numbers, they are {block.dtype}.")
         if block.ndim not in (2, 4):
             raise PerceptError(
-                f"Betas must be (trials, voxels) or (trials, x, y, z), a block of them has shape "
-                    f"{block.shape}."
+                "Betas must be (trials, voxels) or (trials, x, y, z), a block of them has shape "
+                f"{block.shape}."
             )
         if n_voxels is not None and int(np.prod(block.shape[1:])) != n_voxels:
             raise PerceptError(
@@ -496,7 +498,7 @@ def write_subject(
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ reading a subject
+# -------------------------------------------------------------------------------- reading a subject
 def dataset_folder(dataset: str | Path) -> Path:
     """Folder of a prepared dataset: a bare name lies under HOME/data, any other relative path hangs on
     HOME."""
@@ -547,7 +549,7 @@ class Subject:
             if not file.exists():
                 raise PerceptError(
                     f"Subject {subj} of dataset {self.folder.name} is not prepared, {file} is missing: "
-                        f"run notebook 00_prepare_data "
+                    "run notebook 00_prepare_data "
                     "(with the recipe mindeye/mini for the embedded mini world, which needs no data)."
                 )
         stored, self.attributes = _map_h5(self.path / "betas.h5", "betas")
@@ -561,7 +563,7 @@ class Subject:
         if tables != (len(stored), int(np.prod(stored.shape[1:]))):
             raise PerceptError(
                 f"{self.path}: betas are {stored.shape}, the tables have {tables} (trials, voxels): "
-                    f"prepare the data again."
+                "prepare the data again."
             )
         self.protocol = str(self.attributes.get("protocol", ""))
 
@@ -570,11 +572,13 @@ class Subject:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.image_ids(s))} {s}" for s in SPLITS[:3])
-        return f"Subject {self.subj} of {self.folder.name}: (trials, voxels) = {self.betas.shape}, "
-            f"images: {counts}, protocol {self.protocol}"
+        size = f"(trials, voxels) = {self.betas.shape}"
+        return (
+            f"Subject {self.subj} of {self.folder.name}: {size}, images: {counts}, protocol {self.protocol}"
+        )
 
     @cached_property
-    def betas(self) -> np.memmap:
+    def betas(self) -> np.ndarray:
         """(trials, voxels) float16 or float32, read-only."""
         stored = _map_h5(self.path / "betas.h5", "betas")[0]
         return stored.reshape(len(stored), -1)
@@ -656,7 +660,7 @@ class Subject:
         if fewer:
             warnings.warn(
                 f"{fewer} of {len(ids)} {split} images have fewer than {repeats} repeats; the mean is "
-                    f"over those they have.",
+                "over those they have.",
                 stacklevel=2,
             )
         voxels = np.empty((len(ids), self.betas.shape[1]), np.float32)
@@ -705,7 +709,7 @@ class Subject:
         if not groups:
             raise PerceptError(
                 f"No training image of subject {self.subj} was shown twice, so its noise ceiling cannot "
-                    f"be known."
+                "be known."
             )
         signal, noise = self._variances(groups, normaliser or Normaliser.fit(self))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -739,11 +743,11 @@ class Subject:
         if digest.hexdigest() != self.attributes["checksum"]:
             raise PerceptError(
                 f"{self.path / 'betas.h5'} is not what was written (its checksum differs): prepare the "
-                    f"data again."
+                "data again."
             )
 
 
-# ------------------------------------------------------------------------------------------------ normalisation
+# -------------------------------------------------------------------------------- normalisation
 class Normaliser:
     """z-score of each voxel with the mean and standard deviation of training trials, for each session or for
     all together.
@@ -772,7 +776,7 @@ class Normaliser:
         if not train.any():
             raise PerceptError(
                 f"Subject {subject.subj} of {subject.folder.name} has no training trials to fit a "
-                    f"normaliser on."
+                "normaliser on."
             )
         sessions = subject.sessions if by_session else None
         groups = (
@@ -785,15 +789,17 @@ class Normaliser:
             where = "" if sessions is None else f" in session {sessions[few[0]]}"
             raise PerceptError(
                 f"There are {len(groups[few[0]])} training trials{where}, too few for a z-score: use "
-                    f"by_session=False."
+                "by_session=False."
             )
         moments = [_moments(subject.betas, rows) for rows in groups]
         mean, std = (np.stack(values) for values in zip(*moments, strict=True))
         constant = std <= 1e-7 * np.abs(mean)
         if constant.any():
-            message = f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the "
-                f"training trials of some session; they become 0."
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the training "
+                "trials of some session; they become 0.",
+                stacklevel=2,
+            )
         std[constant] = 1.0
         return cls(mean.astype(np.float32), std.astype(np.float32), sessions)
 
@@ -815,7 +821,7 @@ class Normaliser:
         if betas.ndim != 2 or betas.shape[1] != self.mean.shape[1] or sessions.shape != betas.shape[:1]:
             raise PerceptError(
                 f"The normaliser is for (trials, {self.mean.shape[1]}) voxels, these are {betas.shape} "
-                    f"with {sessions.shape} sessions: "
+                f"with {sessions.shape} sessions: "
                 "they belong to another subject or another selection of voxels."
             )
         row = np.zeros(len(betas), np.int64)
@@ -825,7 +831,7 @@ class Normaliser:
             if len(unseen):
                 raise PerceptError(
                     f"The normaliser was fitted without session {unseen[0]}: fit it again with "
-                        f"by_session=False."
+                    "by_session=False."
                 )
         out = betas.astype(np.float32)
         for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
@@ -874,7 +880,7 @@ def _moments(betas: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return shift + mean, np.sqrt(np.maximum(square / len(rows) - mean**2, 0.0))
 
 
-# ------------------------------------------------------------------------------------------------ torch dataset
+# -------------------------------------------------------------------------------- torch dataset
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 -> well mixed uint64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -981,7 +987,7 @@ class BrainDataset(Dataset):
         return self.subject.read(self._table[at, chosen], self.normaliser)
 
 
-# ------------------------------------------------------------------------------------------------ cached targets
+# -------------------------------------------------------------------------------- cached targets
 class Targets:
     """Frozen targets of images, memory-mapped. Made by `cached_targets`.
 
@@ -1024,7 +1030,7 @@ class Targets:
         if len(missing):
             raise PerceptError(
                 f"{self.folder} lacks the targets of {len(missing)} images, the first is {missing[0]}: "
-                    f"make them with cached_targets."
+                "make them with cached_targets."
             )
 
     def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -1149,6 +1155,6 @@ def _encoded(
     if not good.all():
         raise PerceptError(
             f"The target of image {ids[~good][0]} is not finite in {dtype}: encode in float32, or store "
-                f"it with dtype='float32'."
+            "it with dtype='float32'."
         )
     return rows

@@ -204,6 +204,26 @@ def contact_sheet(
     return canvas.done()
 
 
+@_styled
+def image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> Figure:
+    """One row of pictures a kind, the first n of each: for a quick look.
+
+    Args:
+        rows: pictures (m, 3 or 1, height, width) in [0, 1] by title.
+        n: pictures a row.
+        enlarge: "bicubic" or "nearest", for small pictures.
+    """
+    n, side = min(n, *(len(images) for images in rows.values())), min(88, max(_side(images) for images in rows.values()))
+    gap, margin = 6, 92
+    canvas = _Canvas(margin + n * (side + gap), gap + len(rows) * (side + gap))
+    for r, (title, images) in enumerate(rows.items()):
+        y = gap + r * (side + gap)
+        canvas.text(margin - 8, y + side / 2, _wrapped(title, 12), ha="right", fontsize=9)
+        for i, tile in enumerate(_tiles(images[:n], side, enlarge)):
+            canvas.tile(tile, margin + i * (side + gap), y)
+    return canvas.done()
+
+
 def _wrapped(title: str, width: int) -> str:
     """The title in lines of about `width` characters."""
     lines = [""]

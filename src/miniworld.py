@@ -633,3 +633,55 @@ class VisualCortex:
             loading /= np.linalg.norm(loading, axis=0)
             noise[:, member] += (np.sqrt(0.3) * rng.standard_normal((n, 3)) @ loading).astype(np.float32)
         return noise
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole simulated experiment of one subject.
+
+    Attributes:
+        scan: betas, trials (with the columns image and split as well) and voxels.
+        images: uint8 (images, height, width, 3), in the order of image_ids.
+        image_ids: int64 (images,); training ids differ between subjects, validation and test ids are shared by all.
+        labels: one row an image.
+        captions: five rows an image.
+    """
+
+    scan: Scan
+    images: np.ndarray
+    image_ids: np.ndarray
+    labels: pd.DataFrame
+    captions: pd.DataFrame
+
+
+FIRST_ID = {"train": 0, "val": 900_000, "test": 950_000}
+
+
+def simulate(subject: int, n_train: int = 5000, n_val: int = 300, n_test: int = 300, seed: int = 0, trials_per_session: int = 420) -> Experiment:
+    """Show a subject its own training images and the shared validation and test images, three times each.
+
+    Args:
+        subject: 1 to 8.
+        n_train: training images of this subject.
+        n_val: validation images, the same for every subject.
+        n_test: test images, the same for every subject.
+        seed: of the images, the order and the noise.
+        trials_per_session: trials a session.
+    """
+    cortex, images, signals, parts, ids, split = VisualCortex(subject), [], [], [], [], []
+    for name, count in (("train", n_train), ("val", n_val), ("test", n_test)):
+        own_seed = [seed, subject] if name == "train" else [seed, 0]
+        number = int(np.random.default_rng(own_seed).integers(2**31))
+        everything = [compose(number, i, name) for i in range(count)]
+        block = np.concatenate(list(image_blocks(number, name, count, cortex.size)))
+        images.append(block)
+        signals += [cortex.respond(block[i : i + 500], everything[i : i + 500]) for i in range(0, count, 500)]
+        first = FIRST_ID[name] + (subject * 100_000 if name == "train" else 0)
+        ids.append(first + np.arange(count))
+        parts.append([table.assign(image=table.image + first) for table in tables(number, name, count)])
+        split += [name] * count
+    scan = cortex.scan(np.concatenate(signals), 3, trials_per_session, seed)
+    image_ids = np.concatenate(ids)
+    trials = scan.trials.assign(image=image_ids[scan.trials.row], split=np.array(split)[scan.trials.row]).drop(columns="row")
+    labels, captions = (pd.concat([part[k] for part in parts], ignore_index=True) for k in (0, 1))
+    return Experiment(Scan(scan.betas, trials, scan.voxels), np.concatenate(images), image_ids, labels, captions)

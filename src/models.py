@@ -542,6 +542,7 @@ class RidgeBaseline(nn.Module):
         solver = RidgeCV(alphas=np.asarray(alphas, np.float32), cv=folds, fit_intercept=False, solver_params={"n_targets_batch": 4096})
         solver.fit(x - centre, y - offset)
         made = cls(x.shape[1], target_shape)
+        made.config = {"name": cls.__name__, "kwargs": {"in_dim": x.shape[1], "target_shape": list(target_shape)}}
         made.weight.data = torch.from_numpy(np.asarray(solver.coef_, np.float32))
         made.bias.data = torch.from_numpy(offset - centre @ np.asarray(solver.coef_, np.float32))
         made.alphas = torch.from_numpy(np.broadcast_to(np.asarray(solver.best_alphas_, np.float32), offset.shape).copy())

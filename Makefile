@@ -1,0 +1,31 @@
+# make demo: the mini world from nothing to scored reconstructions.  make test: the test suite.  Both set up what is missing.
+PYTHON := .venv/bin/python
+IMAGE ?= percept
+
+.PHONY: setup demo test lab lint notebooks gallery build push
+setup:
+	@bash setup.sh
+
+demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world (about five minutes on two cores)
+	@$(PYTHON) run.py mindeye --mini
+
+test: setup
+	@$(PYTHON) -m pytest
+
+lab: setup  ## JupyterLab with the mini recipe selected
+	@PERCEPT_RECIPE=mindeye/mini .venv/bin/jupyter lab notebooks
+
+lint: setup
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
+
+notebooks: setup  ## remake the .py exports from the notebooks
+	@.venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all notebooks/*.ipynb
+
+gallery: demo  ## remake docs/gallery from the demo's executed notebooks
+	@$(PYTHON) tools/make_gallery.py
+
+build:
+	docker build -t $(IMAGE) .
+
+push: build
+	docker push $(IMAGE)

@@ -1,0 +1,189 @@
+"""Run a recipe: its stages in order, each a notebook executed by papermill.
+
+    python run.py list                                   # recipes, stages, cost
+    python run.py mindeye --mini                         # the miniature, no data and no GPU needed
+    python run.py mindeye -p subj 5 -p data_path /nsd    # an override goes to every stage that has the name
+    python run.py mindeye --mini --from 03 --force       # again from stage 03
+
+- The listing of recipes/<system>/ is the pipeline; with --mini, recipes/<system>/mini/ is laid over it.
+- Each executed notebook lands in results/<run>/. A stage whose notebook, parameters, code and earlier stages are unchanged is skipped, so an
+  interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from src import utils
+from src.utils import PerceptError
+
+
+def stages_of(recipe: str) -> list[str]:
+    """The stages of a recipe, in order: the names of its YAML files."""
+    folder = utils.RECIPES / recipe
+    names = sorted(path.stem for path in folder.glob("[0-9][0-9]_*.yaml"))
+    if not names:
+        known = sorted(path.name for path in utils.RECIPES.iterdir() if path.is_dir())
+        raise PerceptError(f"There is no recipe '{recipe}': choose one of {', '.join(known)}.")
+    return names
+
+
+def notebook_of(stage: str) -> Path:
+    """The notebook of a stage."""
+    path = utils.NOTEBOOKS / f"{stage}.ipynb"
+    if not path.exists():
+        raise PerceptError(f"The recipe asks for the stage {stage}, but there is no {path}: rename the recipe file or restore the notebook.")
+    return path
+
+
+def cost_of(stage: str) -> str:
+    """The line "Cost: ..." of a notebook's first cell."""
+    text = "".join(json.loads(notebook_of(stage).read_text())["cells"][0]["source"])
+    found = re.search(r"^Cost: (.*(?:\n[^\n#]+)*)", text, re.MULTILINE)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+def parameters_of(stage: str, recipe: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """What papermill passes to a stage: the recipe's files in order, then the overrides that it has a parameter for."""
+    known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
+    values: dict[str, Any] = {}
+    for path in utils.recipe_files(recipe, stage):
+        content = utils.read_recipe(path)
+        utils.check_known(content, known, str(path))
+        values |= {k: utils.coerce(known[k], v, str(path)) for k, v in content.items()}
+    values |= {k: utils.coerce(known[k], v, "-p") for k, v in overrides.items() if k in known}
+    if "model_name" in known and not values.get("model_name"):
+        values["model_name"] = utils.run_name(recipe, {k: p.default for k, p in known.items()} | values)
+    return values
+
+
+def check_overrides(stages: list[str], overrides: dict[str, str]) -> None:
+    """Refuse an override that no stage has."""
+    everything: dict[str, utils.Parameter] = {}
+    for stage in stages:
+        everything |= utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
+    utils.check_known(overrides, everything, "-p")
+
+
+def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
+    """Hash of everything that a stage's result depends on: notebook, code, parameters, and the stages before."""
+    digest = hashlib.sha256(before.encode())
+    for path in [notebook_of(stage), *sorted((utils.ROOT / "src").rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    digest.update(json.dumps(values, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def execute(stage: str, values: dict[str, Any], results: Path) -> None:
+    """Execute a stage's notebook into results/<run>/; a failed one is kept as <stage>.failed.ipynb.
+
+    Raises:
+        PerceptError: with the sentence of the stage, or its last line.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    target, running = results / f"{stage}.ipynb", results / f".{stage}.running.ipynb"
+    failed = results / f"{stage}.failed.ipynb"
+    use_this_kernel()
+    try:
+        papermill.execute_notebook(
+            notebook_of(stage), running, values, kernel_name="percept", progress_bar=sys.stderr.isatty(), log_output=False, cwd=str(utils.ROOT)
+        )
+    except PapermillExecutionError as error:
+        os.replace(running, failed)
+        reason = str(error.evalue).strip() if error.ename == "PerceptError" else f"{error.ename}: {error.evalue}"
+        raise PerceptError(f"Stage {stage} stopped: {reason} (the notebook with its traceback is {failed})") from None
+    finally:
+        running.unlink(missing_ok=True) if target.exists() and running.exists() and not _complete(running) else None
+    os.replace(running, target)
+    failed.unlink(missing_ok=True)
+
+
+def _complete(path: Path) -> bool:
+    return not json.loads(path.read_text())["metadata"].get("papermill", {}).get("exception", True)
+
+
+def use_this_kernel() -> None:
+    """Register this interpreter as the kernel "percept", so that no other python3 kernel of the machine is taken."""
+    from ipykernel.kernelspec import install
+
+    install(kernel_name="percept", display_name="Percept", prefix=sys.prefix)
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+
+
+def run_recipe(recipe: str, overrides: dict[str, str], first: str = "", force: bool = False) -> Path:
+    """Run every stage of a recipe that is not finished, and return results/<run>/."""
+    stages = stages_of(recipe.split("/")[0])
+    check_overrides(stages, overrides)
+    if first and not any(stage.startswith(first) for stage in stages):
+        raise PerceptError(f"--from {first} names no stage of {recipe}: choose among {', '.join(stages)}.")
+    before, results = "", utils.HOME
+    reached, begun = not first, time.time()
+    for number, stage in enumerate(stages, 1):
+        values = parameters_of(stage, recipe, overrides)
+        results = utils.HOME / "results" / values.get("model_name", recipe.replace("/", "-"))
+        results.mkdir(parents=True, exist_ok=True)
+        mark = fingerprint(stage, values, before)
+        stamp = results / ".stages" / f"{stage}.json"
+        reached = reached or stage.startswith(first)
+        done = stamp.exists() and utils.read_json(stamp)["fingerprint"] == mark
+        if (done and not (force and reached)) or not reached:
+            print(f"[{number}/{len(stages)}] {stage}: {'finished before, skipped' if done else 'skipped, as --from asks'}", flush=True)
+        else:
+            print(f"[{number}/{len(stages)}] {stage} ...", flush=True)
+            started = time.time()
+            execute(stage, values, results)
+            seconds = round(time.time() - started, 1)
+            utils.write_json(stamp, {"fingerprint": mark, "seconds": seconds, "parameters": values})
+            print(f"[{number}/{len(stages)}] {stage}: {seconds:.0f} s", flush=True)
+        before = mark
+    print(f"Finished in {time.time() - begun:.0f} s. Look at:")
+    for name in ("contact_sheet.png", "report.html", "metrics.json"):
+        if (results / name).exists():
+            print(f"  {results / name}")
+    print(f"  {results}/*.ipynb (the executed notebooks)")
+    return results
+
+
+def list_recipes() -> None:
+    """Print recipes, their stages and what these cost."""
+    for folder in sorted(path for path in utils.RECIPES.iterdir() if path.is_dir()):
+        print(f"{folder.name}{'  (also --mini)' if (folder / 'mini').is_dir() else ''}")
+        for stage in stages_of(folder.name):
+            print(f"  {stage:24} {cost_of(stage)}")
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a recipe, or `list`")
+    parser.add_argument("--mini", action="store_true", help="lay the recipe's miniature overlay over it")
+    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one parameter")
+    parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
+    parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
+    args = parser.parse_args()
+    if args.recipe == "list":
+        list_recipes()
+        return 0
+    if args.recipe == "sweep":
+        raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")
+    run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PerceptError as error:
+        sys.exit(f"run.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("run.py: interrupted; the same command goes on where it stopped.")

@@ -1,0 +1,609 @@
+"""src.data: the prepared layout, its checks, normalisation, batches and cached targets, on a handful of synthetic trials."""
+
+import errno
+import pickle
+import shutil
+import warnings
+from collections import namedtuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from src import data
+from src.data import (
+    BrainDataset,
+    ImageStore,
+    Normaliser,
+    cached_targets,
+    check_trials,
+    choose_repeats,
+    open_subject,
+    write_image_table,
+    write_images,
+    write_subject,
+)
+from src.utils import PerceptError
+
+ATTRIBUTES = {"source": "test", "units": "a.u.", "normalisation": "none", "protocol": "toy"}
+V = 7
+
+
+def make_trials(n_images=12, repeats=3, sessions=2, seed=0):
+    """Every image `repeats` times in random order; ids 100, 103, 106...; the last three images test, the three before val."""
+    rng = np.random.default_rng(seed)
+    image = 100 + 3 * rng.permutation(np.repeat(np.arange(n_images), repeats))
+    trials = pd.DataFrame({"trial": np.arange(len(image)), "image": image})
+    trials["session"] = trials["trial"] * sessions // len(trials)
+    trials["run"] = 0
+    trials["repeat"] = data.number_repeats(trials)
+    position = (trials["image"] - 100) // 3
+    trials["split"] = np.select(
+        [position >= n_images - 3, position >= n_images - 6], ["test", "val"], "train"
+    )
+    return trials
+
+
+def prepare(folder, dtype=np.float32, subj=1, **options):
+    trials = make_trials(**options)
+    rng = np.random.default_rng(1)
+    betas = (rng.standard_normal((len(trials), V)) * 3 + 5 * trials["session"].to_numpy()[:, None]).astype(
+        dtype
+    )
+    ids = np.unique(trials["image"])
+    images = rng.integers(0, 256, (len(ids), 4, 6, 3), dtype=np.uint8)
+    if not (folder / "images.h5").exists():
+        write_images(folder / "images.h5", images, ids)
+    write_subject(folder / f"subj{subj:02d}", betas, trials, None, ATTRIBUTES)
+    return betas, trials, images, ids
+
+
+@pytest.fixture
+def world(tmp_path):
+    betas, trials, images, ids = prepare(tmp_path)
+    return namedtuple("World", "folder betas trials images ids subject")(
+        tmp_path, betas, trials, images, ids, open_subject(tmp_path, 1)
+    )
+
+
+# -------------------------------------------------------------------------------- layout
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_is_written_is_read(tmp_path, dtype):
+    betas, trials, images, ids = prepare(tmp_path, dtype)
+    subject = open_subject(tmp_path, 1)
+    assert isinstance(subject.betas, np.memmap) and not subject.betas.flags.writeable
+    assert subject.betas.dtype == (np.float16 if dtype == np.float16 else np.float32)
+    np.testing.assert_array_equal(subject.betas, betas.astype(subject.betas.dtype))
+    pd.testing.assert_frame_equal(subject.trials, trials[list(data.TRIAL_COLUMNS)], check_dtype=False)
+    order = np.array([5, 0, 3, 3])
+    np.testing.assert_array_equal(subject.images(ids[order]), images[order])
+    assert subject.attributes.items() >= {**ATTRIBUTES, "n_trials": len(betas), "n_voxels": V}.items()
+    assert subject.protocol == "toy" and subject.captions is None and subject.labels is None
+    assert len(subject.voxels) == V and subject.sessions.tolist() == [0, 1]
+    subject.verify()
+
+
+def test_betas_are_contiguous_and_uncompressed(world):
+    with h5py.File(world.folder / "subj01" / "betas.h5") as file:
+        stored = file["betas"]
+        assert stored.chunks is None and stored.compression is None
+        offset = stored.id.get_offset()
+    raw = np.fromfile(world.folder / "subj01" / "betas.h5", np.float32, world.betas.size, offset=offset)
+    np.testing.assert_array_equal(raw.reshape(world.betas.shape), world.betas)
+
+
+def test_blocks_are_the_same_as_one_array(world):
+    blocks = (world.betas[i : i + 5] for i in range(0, len(world.betas), 5))
+    write_subject(world.folder / "subj02", blocks, world.trials, None, ATTRIBUTES)
+    two = open_subject(world.folder, 2)
+    np.testing.assert_array_equal(two.betas, world.betas)
+    assert two.attributes["checksum"] == world.subject.attributes["checksum"]
+
+
+def test_volumes_are_kept_and_seen_flat(tmp_path):
+    trials = make_trials()
+    volumes = np.random.default_rng(0).standard_normal((len(trials), 2, 3, 4)).astype(np.float32)
+    write_images(tmp_path / "images.h5", np.zeros((12, 2, 2, 3), np.uint8), np.unique(trials["image"]))
+    write_subject(tmp_path / "subj01", volumes, trials, None, ATTRIBUTES)
+    subject = open_subject(tmp_path, 1)
+    assert subject.volume_shape == (2, 3, 4)
+    np.testing.assert_array_equal(subject.betas, volumes.reshape(len(trials), -1))
+
+
+def test_subject_can_be_pickled_without_its_betas(world):
+    _ = world.subject.betas, world.subject.images(world.ids[:1])
+    stored = pickle.dumps(world.subject)
+    np.testing.assert_array_equal(pickle.loads(stored).betas, world.betas)
+    assert "betas" not in world.subject.__getstate__()
+
+
+def test_dataset_names_hang_on_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HOME", tmp_path)
+    prepare(tmp_path / "data" / "toy")
+    assert open_subject("toy", 1).folder == tmp_path / "data" / "toy" == open_subject("data/toy", 1).folder
+    assert open_subject(tmp_path / "data" / "toy", 1).subj == 1
+
+
+# -------------------------------------------------------------------------------- refusals
+def test_image_on_both_sides_is_refused_by_name():
+    trials = make_trials()
+    check_trials(trials)
+    at = trials.index[trials["split"] == "train"][0]
+    trials.loc[at, "split"] = "test"
+    with pytest.raises(
+        PerceptError, match=rf"Image {trials.loc[at, 'image']} is in .*test.*train|train.*test"
+    ):
+        check_trials(trials)
+    trials.loc[at, "split"] = "exclude"
+    check_trials(trials)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.drop(columns="session"), r"lacks the columns \['session'\]"),
+        (lambda t: t.assign(split="dev"), r"\['dev'\]"),
+        (lambda t: t.assign(trial=0), "Trial 0 is twice"),
+        (lambda t: t.assign(repeat=0), "repeat 0 twice"),
+        (lambda t: t.assign(session=0.5), "session .* whole numbers"),
+    ],
+)
+def test_bad_tables_of_trials(spoil, message):
+    with pytest.raises(PerceptError, match=message):
+        check_trials(spoil(make_trials()))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_first_bad_beta_is_named(world, value):
+    betas, trials = world.betas.copy(), world.trials.assign(trial=world.trials["trial"] + 1000)
+    betas[9, 4] = betas[20, 1] = value
+    blocks = (betas[i : i + 4] for i in range(0, len(betas), 4))
+    with pytest.raises(PerceptError, match=r"trial 1009 \(row 9\), voxel 4"):
+        write_subject(world.folder / "subj01", blocks, trials, None, ATTRIBUTES)
+    np.testing.assert_array_equal(
+        open_subject(world.folder, 1).betas, world.betas
+    )  # the earlier one is intact
+    assert sorted(p.name for p in world.folder.iterdir()) == ["images.h5", "subj01"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"betas": np.zeros((5, V))}, "5 rows of betas where 36"),
+        ({"betas": np.zeros((40, V))}, "more than the 36 rows"),
+        ({"betas": np.zeros((36, V, 2))}, r"\(trials, voxels\)"),
+        ({"betas": np.zeros((36, V), complex)}, "must be numbers"),
+        ({"betas": [np.zeros((18, V)), np.zeros((18, V + 1))]}, "Row 18"),
+        ({"voxels": pd.DataFrame({"V1": [True] * 3})}, "table of voxels has 3"),
+        ({"attributes": {"source": "x"}}, "protocol"),
+        ({"attributes": {**ATTRIBUTES, "list": [1]}}, "list"),
+    ],
+)
+def test_what_does_not_fit_is_refused(world, change, message):
+    call = {"betas": world.betas, "trials": world.trials, "voxels": None, "attributes": ATTRIBUTES} | change
+    with pytest.raises(PerceptError, match=message):
+        write_subject(world.folder / "subj01", **call)
+    world.subject.verify()
+    np.testing.assert_array_equal(open_subject(world.folder, 1).betas, world.betas)
+
+
+def test_full_disk_before_and_during_the_write(world, monkeypatch):
+    def failing():
+        yield world.betas[:4]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(PerceptError, match="filled up"):
+        write_subject(world.folder / "subj01", failing(), world.trials, None, ATTRIBUTES)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    with pytest.raises(PerceptError, match="No space for"):
+        write_subject(world.folder / "subj01", world.betas, world.trials, None, ATTRIBUTES)
+    with pytest.raises(PerceptError, match="No space for"):
+        write_images(world.folder / "images.h5", world.images[:1], [7])
+    with pytest.raises(PerceptError, match="No space for"):
+        cached_targets(world.folder, "x", {}, world.ids, lambda x: x[:, 0, 0], (3,))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(open_subject(world.folder, 1).betas, world.betas)
+    np.testing.assert_array_equal(open_subject(world.folder, 1).images(world.ids), world.images)
+    assert not list(world.folder.glob(".*"))
+
+
+def test_other_errors_of_the_system_pass(world):
+    def failing():
+        raise PermissionError("no")
+        yield
+
+    with pytest.raises(PermissionError):
+        write_subject(world.folder / "subj01", failing(), world.trials, None, ATTRIBUTES)
+
+
+def test_missing_and_damaged_files(world):
+    with pytest.raises(PerceptError, match="Subject 2 .* not prepared, .*betas.h5 is missing"):
+        open_subject(world.folder, 2)
+    path = world.folder / "subj01" / "betas.h5"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(PerceptError, match="damaged|cut off"):
+        open_subject(world.folder, 1)
+    path.write_bytes(whole[:-100] + bytes(100))
+    with pytest.raises(PerceptError, match="damaged"):
+        open_subject(world.folder, 1)
+    at = whole.index(world.betas[7].tobytes())
+    path.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
+    with pytest.raises(PerceptError, match="checksum"):
+        open_subject(world.folder, 1).verify()
+    with h5py.File(path, "w") as file:
+        file.create_dataset("betas", data=world.betas, chunks=True, compression="gzip")
+    with pytest.raises(PerceptError, match="compressed"):
+        open_subject(world.folder, 1)
+    path.write_bytes(whole)
+    world.trials.iloc[:-1].to_parquet(path.with_name("trials.parquet"))
+    with pytest.raises(PerceptError, match="prepare the data again"):
+        open_subject(world.folder, 1)
+    (world.folder / "images.h5").unlink()
+    with pytest.raises(PerceptError, match="images.h5 is missing"):
+        open_subject(world.folder, 1)
+
+
+# -------------------------------------------------------------------------------- images and tables
+def test_images_of_several_subjects_share_a_file(tmp_path):
+    path, rng = tmp_path / "images.h5", np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    write_images(path, iter([images[:1], images[1:4]]), [9, 3, 5, 1])
+    write_images(path, images[[2, 4, 0, 5]], [5, 11, 9, 2])
+    store = ImageStore(path)
+    np.testing.assert_array_equal(store.rows([2, 9, 3, 5, 1, 11]), images[[5, 0, 1, 2, 3, 4]])
+    write_images(path, images[:2], [9, 3])  # nothing new
+    assert len(ImageStore(path).image_ids) == 6
+    with pytest.raises(PerceptError, match="Image 9 is already"):
+        write_images(path, 255 - images[:1], [9])
+    with pytest.warns(UserWarning, match="1 images were stored already"):
+        write_images(path, np.clip(images[:1].astype(int) + 1, 0, 255).astype(np.uint8), [9])
+    np.testing.assert_array_equal(ImageStore(path).rows([9]), images[:1])
+    with pytest.raises(PerceptError, match="Image 77 is not in"):
+        store.rows([9, 77])
+
+
+@pytest.mark.parametrize(
+    ("images", "ids", "message"),
+    [
+        (np.zeros((2, 4, 4, 3)), [1, 2], "uint8"),
+        (np.zeros((2, 4, 4), np.uint8), [1, 2], "uint8"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [1, 1], "unique"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [1, 2, 3], "2 images for 3"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [1], "more images than"),
+        (np.zeros((2, 5, 4, 3), np.uint8), [1, 2], "5 x 4 do not fit the 4 x 4"),
+    ],
+)
+def test_bad_images(tmp_path, images, ids, message):
+    first = np.full((1, 4, 4, 3), 9, np.uint8)
+    write_images(tmp_path / "images.h5", first, [50])
+    with pytest.raises(PerceptError, match=message):
+        write_images(tmp_path / "images.h5", images, ids)
+    np.testing.assert_array_equal(ImageStore(tmp_path / "images.h5").rows([50]), first)
+
+
+def test_tables_about_images_are_merged(tmp_path):
+    write_image_table(
+        tmp_path / "captions.parquet", pd.DataFrame({"image": [4, 4, 1], "caption": ["a", "b", "c"]})
+    )
+    write_image_table(tmp_path / "captions.parquet", pd.DataFrame({"image": [1, 2], "caption": ["d", "e"]}))
+    table = pd.read_parquet(tmp_path / "captions.parquet")
+    assert list(zip(table["image"], table["caption"], strict=True)) == [
+        (1, "d"),
+        (2, "e"),
+        (4, "a"),
+        (4, "b"),
+    ]
+    with pytest.raises(PerceptError, match="no column image"):
+        write_image_table(tmp_path / "captions.parquet", pd.DataFrame({"caption": ["a"]}))
+
+
+# -------------------------------------------------------------------------------- what a subject gives
+def test_image_ids_and_test_set(world):
+    subject = world.subject
+    assert subject.image_ids("test").tolist() == [127, 130, 133]
+    assert subject.all_images.tolist() == world.ids.tolist()
+    assert subject.test_set.startswith("3-") and len(subject.test_set) == 10
+    other = world.trials.assign(image=world.trials["image"] + 1)
+    write_images(world.folder / "images.h5", world.images, world.ids + 1)
+    write_subject(world.folder / "subj02", world.betas, other, None, ATTRIBUTES)
+    assert open_subject(world.folder, 2).test_set != subject.test_set
+    with pytest.raises(PerceptError, match="no split 'dev'"):
+        subject.image_ids("dev")
+
+
+@pytest.mark.parametrize("repeats", [None, 1, 2])
+def test_averaged_against_a_loop(world, repeats):
+    voxels, ids = world.subject.averaged("val", repeats)
+    assert voxels.dtype == np.float32
+    for row, image in zip(voxels, ids, strict=True):
+        mine = world.trials[world.trials["image"] == image].sort_values("repeat").index[:repeats]
+        np.testing.assert_allclose(row, world.betas[mine].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_warns_of_too_few_repeats_and_trials_of(world):
+    with pytest.warns(UserWarning, match="3 of 3 test images have fewer than 5"):
+        five, _ = world.subject.averaged("test", 5)
+    np.testing.assert_array_equal(five, world.subject.averaged("test")[0])
+    with pytest.raises(PerceptError, match="at least 1"):
+        world.subject.averaged("test", 0)
+    normaliser = Normaliser.fit(world.subject)
+    voxels, ids = world.subject.trials_of("test", normaliser)
+    rows = world.trials.index[world.trials["split"] == "test"]
+    assert ids.tolist() == world.trials.loc[rows, "image"].tolist()
+    expected = normaliser.apply(world.betas[rows], world.trials.loc[rows, "session"])
+    np.testing.assert_array_equal(voxels, expected)
+
+
+def test_noise_ceiling_recovers_what_was_simulated(tmp_path):
+    rng = np.random.default_rng(3)
+    trials = make_trials(n_images=600, sessions=3)
+    signal_share = np.array([0.0, 0.1, 0.3, 0.6, 0.9])
+    image = ((trials["image"] - 100) // 3).to_numpy()
+    signal = rng.standard_normal((600, 5))[image] * np.sqrt(signal_share)
+    betas = 4 * (signal + rng.standard_normal((len(trials), 5)) * np.sqrt(1 - signal_share)) + 10
+    betas = np.concatenate([betas, np.full((len(betas), 1), 2.0)], 1)  # and a constant voxel
+    write_images(tmp_path / "images.h5", np.zeros((600, 1, 1, 3), np.uint8), np.unique(trials["image"]))
+    write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
+    subject = open_subject(tmp_path, 1)
+    with pytest.warns(UserWarning, match="1 of 6 voxels"):
+        one, three = subject.noise_ceiling(), subject.noise_ceiling(repeats=3)
+    np.testing.assert_allclose(one["noise_ceiling"][:5], signal_share, atol=0.06)
+    ncsnr = one["ncsnr"].to_numpy()
+    np.testing.assert_allclose(three["noise_ceiling_percent"], 100 * ncsnr**2 / (ncsnr**2 + 1 / 3), rtol=1e-6)
+    assert one.iloc[5].tolist() == [0, 0, 0]
+    with pytest.raises(PerceptError, match="at least 1"):
+        subject.noise_ceiling(0)
+
+
+def test_noise_ceiling_by_the_published_recipe(world):
+    """With three repeats of every training image: noise variance = mean over images of the variance over repeats (ddof 1)."""
+    x, ids = world.subject.trials_of("train", Normaliser.fit(world.subject))
+    noise = np.mean([x[ids == i].var(0, ddof=1) for i in np.unique(ids)], axis=0)
+    ncsnr = np.sqrt(np.maximum(1 - noise, 0)) / np.sqrt(noise)
+    np.testing.assert_allclose(world.subject.noise_ceiling()["ncsnr"], ncsnr, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_ceiling_needs_repeats(tmp_path):
+    prepare(tmp_path, repeats=1)
+    with pytest.raises(PerceptError, match="shown twice"):
+        open_subject(tmp_path, 1).noise_ceiling()
+
+
+# -------------------------------------------------------------------------------- normalisation
+@pytest.mark.parametrize("by_session", [True, False])
+def test_normaliser_against_numpy_on_training_trials_only(world, by_session):
+    normaliser = Normaliser.fit(world.subject, by_session)
+    out = normaliser.apply(world.betas, world.trials["session"])
+    train, session = (world.trials["split"] == "train").to_numpy(), world.trials["session"].to_numpy()
+    for s in (0, 1):
+        mine = train & (session == s) if by_session else train
+        x = world.betas[mine].astype(np.float64)
+        here = session == s
+        np.testing.assert_allclose(
+            out[here], (world.betas[here] - x.mean(0)) / x.std(0), rtol=1e-4, atol=1e-5
+        )
+    changed = world.betas.copy()
+    changed[~train] = 1e4
+    write_subject(world.folder / "subj02", changed, world.trials, None, ATTRIBUTES)
+    other = Normaliser.fit(open_subject(world.folder, 2), by_session)
+    np.testing.assert_array_equal(other.mean, normaliser.mean)
+    np.testing.assert_array_equal(other.std, normaliser.std)
+
+
+def test_moments_are_exact_far_from_zero_and_in_half_precision():
+    rng = np.random.default_rng(0)
+    betas = (20_000 + 16 * rng.integers(-4, 5, (700, 3))).astype(np.float16)
+    mean, std = data._moments(betas, np.arange(700))
+    np.testing.assert_allclose(mean, betas.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, betas.astype(np.float64).std(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("by_session", [True, False])
+def test_normaliser_is_saved_and_loaded(world, tmp_path, by_session):
+    normaliser = Normaliser.fit(world.subject, by_session)
+    normaliser.save(tmp_path / "n.safetensors")
+    loaded = Normaliser.load(tmp_path / "n.safetensors")
+    sessions = world.trials["session"].to_numpy()
+    np.testing.assert_array_equal(
+        loaded.apply(world.betas, sessions), normaliser.apply(world.betas, sessions)
+    )
+    assert (loaded.sessions is None) is not by_session
+    with pytest.raises(PerceptError, match="missing"):
+        Normaliser.load(tmp_path / "absent.safetensors")
+    (tmp_path / "bad").write_bytes(b"not safetensors")
+    with pytest.raises(PerceptError, match="no safetensors"):
+        Normaliser.load(tmp_path / "bad")
+
+
+def test_normaliser_refusals(world):
+    normaliser = Normaliser.fit(world.subject)
+    with pytest.raises(PerceptError, match=r"\(trials, 7\) voxels"):
+        normaliser.apply(np.zeros((2, V + 1)), [0, 0])
+    with pytest.raises(PerceptError, match="session 9.*by_session=False"):
+        normaliser.apply(np.zeros((1, V)), [9])
+    trials = world.trials.copy()
+    trials.loc[trials["split"] == "test", "session"] = 5
+    write_subject(world.folder / "subj02", world.betas, trials, None, ATTRIBUTES)
+    subject = open_subject(world.folder, 2)
+    with pytest.raises(PerceptError, match="session 5.*by_session=False"):
+        Normaliser.fit(subject)
+    Normaliser.fit(subject, by_session=False)
+    write_subject(world.folder / "subj02", world.betas, trials.assign(split="test"), None, ATTRIBUTES)
+    with pytest.raises(PerceptError, match="no training trials"):
+        Normaliser.fit(open_subject(world.folder, 2))
+
+
+def test_constant_voxels_are_counted_and_become_zero(world):
+    betas = world.betas.copy()
+    betas[:, 2], betas[:, 5] = 0.1, 0
+    write_subject(world.folder / "subj02", betas, world.trials, None, ATTRIBUTES)
+    subject = open_subject(world.folder, 2)
+    with pytest.warns(UserWarning, match="2 of 7 voxels"):
+        normaliser = Normaliser.fit(subject)
+    out = normaliser.apply(betas, world.trials["session"])
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:, [2, 5]], 0, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Normaliser.fit(world.subject)
+
+
+# -------------------------------------------------------------------------------- torch dataset
+def test_repeats_are_uniform_and_pure():
+    ids, counts = np.arange(3000), np.full(3000, 3)
+    chosen = choose_repeats(42, 5, ids, counts)
+    np.testing.assert_array_equal(chosen[[7, 2000]], choose_repeats(42, 5, ids[[7, 2000]], counts[:2]))
+    assert np.all(np.abs(np.bincount(chosen, minlength=3) - 1000) < 120)
+    for other in (choose_repeats(42, 6, ids, counts), choose_repeats(43, 5, ids, counts)):
+        assert abs((other == chosen).mean() - 1 / 3) < 0.05  # independent of the first, not a shift of it
+    epochs = np.stack([choose_repeats(42, e, ids, counts) for e in range(60)])
+    assert all(len(np.unique(column)) == 3 for column in epochs.T)
+
+
+def test_random_repeat_is_a_trial_of_that_image(world):
+    normaliser = Normaliser.fit(world.subject)
+    dataset = BrainDataset(world.subject, "train", {}, normaliser, "random", seed=3)
+    everything, trial_ids = world.subject.trials_of("train", normaliser)
+    seen = []
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__([3, 0, 5, 0])
+        assert batch["image"].tolist() == dataset.image_ids[[3, 0, 5, 0]].tolist()
+        for voxels, image in zip(batch["voxels"].numpy(), batch["image"].tolist(), strict=True):
+            matches = (everything[trial_ids == image] == voxels).all(1)
+            assert matches.sum() == 1
+        seen.append(batch["voxels"][0].numpy())
+        torch.testing.assert_close(batch["voxels"][0], dataset[3]["voxels"], rtol=0, atol=0)
+    assert len(np.unique(np.stack(seen), axis=0)) == 3
+
+
+def test_mean_and_all(world):
+    uneven = world.trials[~((world.trials["image"] == 103) & (world.trials["repeat"] == 2))].reset_index(
+        drop=True
+    )
+    keep = ~((world.trials["image"] == 103) & (world.trials["repeat"] == 2)).to_numpy()
+    write_subject(world.folder / "subj02", world.betas[keep], uneven, None, ATTRIBUTES)
+    subject = open_subject(world.folder, 2)
+    normaliser = Normaliser.fit(subject)
+    average, ids = subject.averaged("train", normaliser=normaliser)
+    mean = BrainDataset(subject, "train", {}, normaliser, "mean").__getitems__(range(len(ids)))
+    np.testing.assert_allclose(mean["voxels"], average, rtol=1e-6)
+    batch = BrainDataset(subject, "train", {}, normaliser, "all").__getitems__([1, 0])
+    assert batch["voxels"].shape == (2, 3, V) and batch["image"].tolist() == [103, 100]
+    torch.testing.assert_close(batch["voxels"][0, 2], batch["voxels"][0, 0], rtol=0, atol=0)  # cycled
+    torch.testing.assert_close(batch["voxels"][0, :2].mean(0), mean["voxels"][1])
+    torch.testing.assert_close(batch["voxels"][1].mean(0), mean["voxels"][0])
+
+
+def test_targets_follow_their_images_in_a_loader(world):
+    ids = world.subject.image_ids("train")
+    cached = cached_targets(world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32")
+    targets = {"plain": np.stack([ids, -ids], 1), "cached": cached}
+    dataset = BrainDataset(world.subject, "train", targets, None, "mean")
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        dataset, batch_size=4, shuffle=True, generator=generator, collate_fn=lambda batch: batch
+    )
+    batches = list(loader)
+    assert sorted(sum((b["image"].tolist() for b in batches), [])) == ids.tolist()
+    for batch in batches:
+        assert batch["voxels"].dtype == batch["plain"].dtype == batch["cached"].dtype == torch.float32
+        torch.testing.assert_close(batch["plain"][:, 0], batch["image"].float())
+        expected = world.subject.images(batch["image"].numpy())[:, 0, 0] / 255
+        np.testing.assert_allclose(batch["cached"], expected, rtol=1e-6)
+
+
+def test_dataset_refusals(world):
+    with pytest.raises(PerceptError, match="one of"):
+        BrainDataset(world.subject, "train", {}, None, "some")
+    with pytest.raises(PerceptError, match="Target x has 2 rows for the 6 images"):
+        BrainDataset(world.subject, "train", {"x": np.zeros((2, 3))}, None)
+    with pytest.raises(PerceptError, match="cannot be called voxels"):
+        BrainDataset(world.subject, "train", {"voxels": np.zeros((6, 3))}, None)
+    few = cached_targets(world.folder, "few", {}, world.ids[:2], lambda x: x[:, 0, 0], (3,))
+    with pytest.raises(PerceptError, match="lacks the targets of 4 images"):
+        BrainDataset(world.subject, "train", {"x": few}, None)
+    with pytest.raises(PerceptError, match="no trials in split exclude"):
+        BrainDataset(world.subject, "exclude", {}, None)
+    with pytest.raises(IndexError):
+        BrainDataset(world.subject, "train")[6]
+
+
+# -------------------------------------------------------------------------------- cached targets
+class Encoder:
+    """Flattened pixels of an image, counting what it was asked; stops after `limit` images."""
+
+    def __init__(self, limit=10**9):
+        self.asked, self.limit = 0, limit
+
+    def __call__(self, images):
+        if self.asked + len(images) > self.limit:
+            raise RuntimeError("interrupted")
+        self.asked += len(images)
+        return images.reshape(len(images), 4, 18).astype(np.float32)
+
+
+def test_targets_are_computed_once_and_extended(world):
+    encoder = Encoder()
+    call = {"fingerprint": {"model": "a"}, "encode": encoder, "shape": (4, 18), "batch_size": 2}
+    targets = cached_targets(world.folder, "pixels", image_ids=world.ids[:5], **call)
+    assert (encoder.asked, len(targets), targets.dtype) == (5, 5, np.float16)
+    again = cached_targets(world.folder, "pixels", image_ids=world.ids[3:], **call)
+    assert encoder.asked == 12
+    order = np.array([11, 2, 2, 7, 0])
+    np.testing.assert_array_equal(again.rows(world.ids[order]), world.images[order].reshape(5, 4, 18))
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(again)).rows(world.ids[:1]), again.rows(world.ids[:1])
+    )
+    cached_targets(world.folder, "pixels", image_ids=world.ids, **call)
+    assert encoder.asked == 12
+    other = cached_targets(
+        world.folder, "pixels", image_ids=world.ids[:1], **{**call, "fingerprint": {"model": "b"}}
+    )
+    assert encoder.asked == 13 and other.folder != again.folder
+    with pytest.raises(PerceptError, match="lacks the targets of 1 images"):
+        again.rows([5])
+
+
+def test_interrupted_targets_go_on(world):
+    call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18), "batch_size": 1}
+    with pytest.raises(RuntimeError):
+        cached_targets(world.folder, "pixels", encode=Encoder(limit=10), **call)
+    encoder = Encoder()
+    targets = cached_targets(world.folder, "pixels", encode=encoder, **call)
+    assert encoder.asked == 4  # 8 were safe
+    np.testing.assert_array_equal(targets.rows(world.ids), world.images.reshape(12, 4, 18))
+    assert not list(targets.folder.glob("*.partial")) and not (targets.folder / "progress.json").exists()
+
+
+def test_targets_of_changed_pixels_are_made_again(world):
+    call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18)}
+    cached_targets(world.folder, "pixels", encode=Encoder(), **call)
+    changed = world.images.copy()
+    changed[3] = 255 - changed[3]
+    (world.folder / "images.h5").unlink()
+    write_images(world.folder / "images.h5", changed, world.ids)
+    encoder = Encoder()
+    targets = cached_targets(world.folder, "pixels", encode=encoder, **call)
+    assert encoder.asked == 1
+    np.testing.assert_array_equal(targets.rows(world.ids), changed.reshape(12, 4, 18))
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (lambda x: x.reshape(len(x), -1), "shape"),
+        (lambda x: np.full((len(x), 4, 18), 1e5), "image 100 is not finite in float16"),
+        (lambda x: np.full((len(x), 4, 18), np.nan), "not finite"),
+    ],
+)
+def test_bad_targets(world, encode, message):
+    with pytest.raises(PerceptError, match=message):
+        cached_targets(world.folder, "pixels", {}, world.ids, encode, (4, 18))
+    with pytest.raises(PerceptError, match="Image 1 is not in"):
+        cached_targets(world.folder, "pixels", {}, [1], Encoder(), (4, 18))
