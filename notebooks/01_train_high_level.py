@@ -38,6 +38,7 @@ prior_mult = 30.0  # weight of the prior's loss
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_interval = 5  # epochs between back-up checkpoints
 save_at_end = False  # choose no best epoch, keep the last one only
+ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
 precision = "no"  # one of no, bf16, fp16
 seed = 42  # of everything random
 
@@ -166,7 +167,7 @@ if decoder != "ridge":
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32), seed=seed)
+    ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
     ridge_config = {"model": ridge.config, "tokens": [n_tokens, dim]}
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")

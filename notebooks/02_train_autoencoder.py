@@ -27,6 +27,7 @@ block_out_channels = ""  # widths of the upsampler separated by commas, by defau
 voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_interval = 24  # epochs between kept checkpoints
+ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
 precision = "no"  # one of no, bf16, fp16
 seed = 0  # of everything random
 
@@ -129,7 +130,7 @@ if decoder != "ridge":
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), seed=seed)
+    ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
     save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), {"model": ridge.config, "latents": list(autoencoder.latent_shape)})
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
 

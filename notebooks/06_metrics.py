@@ -80,7 +80,9 @@ summary = table.groupby(["row", "metric"], sort=False)["value"].mean().unstack()
 summary
 
 # %%
-alarms += check_alignment(summary.loc["system", f"{prefix}CLIP"], summary.loc["system"].get("pixcorr", 1.0), summary.loc["shuffled"].get("pixcorr", 0.0))
+each = {key: part.sort_values("image")["value"].to_numpy() for key, part in table.groupby(["row", "metric"])}
+if "pixcorr" in summary:
+    alarms += check_alignment(each["system", f"{prefix}CLIP"], each["system", "pixcorr"], summary.loc["shuffled", "pixcorr"])
 problems = [
     f"{r['name']}: not above its floor '{floor}' ({r['value']:.3f} against {entry['value']:.3f})"
     for r in records
@@ -97,9 +99,8 @@ alarms + problems
 differences = []
 if decoder == "both":
     for metric in chosen:
-        values = {row: table[(table.metric == metric.name) & (table.row == row)].sort_values("image")["value"].to_numpy() for row in ("system", "ridge")}
         sign = 1 if metric.better == "higher" else -1
-        result = paired_bootstrap(sign * values["system"], sign * values["ridge"])
+        result = paired_bootstrap(sign * each["system", metric.name], sign * each["ridge", metric.name])
         better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
         differences.append({"metric": metric.name, **result._asdict(), "better": better})
 retrieved = read_json(run.results / "retrieval.json") if (run.results / "retrieval.json").exists() else {"metrics": [], "differences": []}

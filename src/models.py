@@ -1,28 +1,58 @@
 """Networks that train, under the names and state-dict keys of the published systems.
 
 - BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level network (voxels -> latents), and the ridge baseline.
-- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model.
+- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model. `published_state`
+  brings the keys of files that others released to those of today.
 - The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
   bias for all layers, a null key), written anew; what does not change over the steps of sampling is kept.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder
+from himalaya.backend import get_backend, set_backend
+from himalaya.ridge import RidgeCV
+from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
 from src.utils import PerceptError
 
 
+class Network(nn.Module):
+    """A module that remembers how it was made: `config` = {"name": its class, "kwargs": all arguments, defaults included}."""
+
+    config: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Network:
+        """Note the arguments before `__init__` sees them."""
+        network = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(network, *args, **kwargs)
+        bound.apply_defaults()
+        made_of = {name: value for name, value in bound.arguments.items() if name != "self"}
+        network.__dict__["config"] = {"name": cls.__name__, "kwargs": made_of}
+        return network
+
+
+def _flat_voxels(x: Tensor, first: nn.Module) -> Tensor:
+    """Voxels (batch, ...) as (batch, voxels), refused when they are not as many as the layer `first` was made for."""
+    x, expected = x.flatten(1), first.in_features
+    if x.shape[1] != expected:
+        raise PerceptError(f"The network reads {expected} voxels but was given {x.shape[1]}: use the subject and the voxels that it was made for.")
+    return x
+
+
 # ------------------------------------------------------------------------------------------------ voxels -> CLIP
-class BrainNetwork(nn.Module):
+class BrainNetwork(Network):
     """Residual MLP from voxels to CLIP tokens (voxel2clip).
 
     Args:
@@ -71,9 +101,12 @@ class BrainNetwork(nn.Module):
 
         Returns:
             backbone (batch, tokens * dim), and with a projector also its output (batch, tokens, dim).
+
+        Raises:
+            PerceptError: if the number of voxels is not in_dim.
         """
         batch = x.shape[0]
-        x = self.lin0(x.reshape(batch, -1))  # (batch, h)
+        x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
         x = self.lin1(x)  # (batch, tokens * dim)
@@ -106,8 +139,7 @@ class GainNorm(nn.Module):
         if self.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         eps = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-3
-        mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-        return (x - mean) * (var + eps).rsqrt() * self.g
+        return F.layer_norm(x.to(self.g.dtype), self.g.shape, weight=self.g, eps=eps)
 
 
 class Rotary(nn.Module):
@@ -129,7 +161,8 @@ class Rotary(nn.Module):
         width = cos.shape[-1]
         turned, rest = x[..., :width], x[..., width:]
         partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)  # (a, b) -> (-b, a)
-        return torch.cat((turned * cos + partner * sin, rest), -1)
+        turned = turned * cos + partner * sin
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 class RelativePositionBias(nn.Module):
@@ -157,9 +190,9 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
     """Multi-query attention with L2-normalised queries and keys (logits 16 * cosine), a learned null key and value, and rotary positions."""
 
-    def __init__(self, dim: int, dim_head: int, heads: int, causal: bool, rotary_emb: Rotary):
+    def __init__(self, dim: int, dim_head: int, heads: int, rotary_emb: Rotary):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
         self.null_kv = nn.Parameter(torch.randn(2, dim_head))
         self.norm = GainNorm(dim)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
@@ -167,21 +200,32 @@ class Attention(nn.Module):
         self.rotary_emb = rotary_emb
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), GainNorm(dim))
 
-    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (batch, n, dim), bias (heads, n, n + 1) with the causal mask in it, rotary table -> (batch, n, dim)."""
+    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (batch, n, dim).
+            bias: (heads, n, n + 1), the causal mask in it.
+            table: cosine and sine (n, width) of the rotary embedding.
+            last: compute only that many last positions.
+
+        Returns:
+            (batch, last or n, dim).
+        """
         batch, n, _ = x.shape
+        asked = last or n
         x = self.norm(x)
-        q = self.to_q(x).view(batch, n, self.heads, -1).transpose(1, 2)  # (batch, heads, n, dim_head)
+        q = self.to_q(x[:, -asked:]).view(batch, asked, self.heads, -1).transpose(1, 2)  # (batch, heads, asked, dim_head)
         k, v = self.to_kv(x).chunk(2, -1)  # (batch, n, dim_head) each: one head of keys and values for all queries
-        q, k = Rotary.rotate(q, table), Rotary.rotate(k, table)
+        q, k = Rotary.rotate(q, (table[0][-asked:], table[1][-asked:])), Rotary.rotate(k, table)
         null_k, null_v = (null.to(k.dtype).expand(batch, 1, -1) for null in self.null_kv)
         k, v = torch.cat((null_k, k), 1), torch.cat((null_v, v), 1)  # (batch, n + 1, dim_head)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
         # As there is one head of keys, the heads are laid along the query axis: attention without copies of keys and values.
-        width = q.shape[-1]
-        mask = bias.to(q.dtype).reshape(1, 1, self.heads * n, n + 1)
-        out = F.scaled_dot_product_attention(q.reshape(batch, 1, self.heads * n, width), k[:, None], v[:, None], attn_mask=mask, scale=16.0)
-        out = out.view(batch, self.heads, n, width).transpose(1, 2).reshape(batch, n, -1)  # (batch, n, heads * dim_head)
+        rows, width = self.heads * asked, q.shape[-1]
+        mask = bias[:, -asked:].to(v.dtype).reshape(1, 1, rows, n + 1)
+        out = F.scaled_dot_product_attention(q.reshape(batch, 1, rows, width), k[:, None], v[:, None], attn_mask=mask, scale=16.0)
+        out = out.view(batch, self.heads, asked, width).transpose(1, 2).reshape(batch, asked, -1)  # (batch, asked, heads * dim_head)
         return self.to_out(out)
 
 
@@ -197,9 +241,22 @@ class SwiGLU(nn.Module):
 def _feed_forward(dim: int, mult: int = 4, normformer: bool = False) -> nn.Sequential:
     inner = mult * dim
     norm = GainNorm(inner) if normformer else nn.Identity()
-    return nn.Sequential(
-        GainNorm(dim), nn.Linear(dim, 2 * inner, bias=False), SwiGLU(), norm, nn.Dropout(0.0), nn.Linear(inner, dim, bias=False)
-    )
+    return nn.Sequential(GainNorm(dim), nn.Linear(dim, 2 * inner, bias=False), SwiGLU(), norm, nn.Dropout(0.0), nn.Linear(inner, dim, bias=False))
+
+
+class _Layer(nn.ModuleList):
+    """Attention and feed-forward block, each with its residual; a list, as the published keys are layers.L.0 and layers.L.1."""
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding, which all layers share."""
+        return cast(Attention, self[0]).rotary_emb
+
+    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None) -> Tensor:
+        """As `Attention.forward`."""
+        attention, feed_forward = self
+        x = attention(x, bias, table, last) + (x[:, -last:] if last else x)
+        return feed_forward(x) + x
 
 
 class CausalTransformer(nn.Module):
@@ -210,32 +267,38 @@ class CausalTransformer(nn.Module):
         self.causal = causal
         self.rel_pos_bias = RelativePositionBias(heads)
         rotary = Rotary(min(32, dim_head))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Attention(dim, dim_head, heads, causal, rotary), _feed_forward(dim, normformer=normformer)]) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(_Layer([Attention(dim, dim_head, heads, rotary), _feed_forward(dim, normformer=normformer)]) for _ in range(depth))
         self.norm = GainNorm(dim, stable=True)
         self.project_out = nn.Linear(dim, dim, bias=False)
-        self._kept: tuple[tuple, Tensor, tuple[Tensor, Tensor]] | None = None
+        self._keeping = False
+        self._kept: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def kept_positions(self) -> Iterator[None]:
+        """Within this context the weights stay as they are, so bias and rotary table are computed once (the steps of sampling)."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping, self._kept = False, {}
 
     def _positions(self, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Bias (heads, n, n + 1) and rotary table; without gradients (sampling) they are kept until the weights change."""
-        weight = self.rel_pos_bias.relative_attention_bias.weight
-        key = (n, weight.device, weight.dtype, weight._version, weight.data_ptr())
-        if not torch.is_grad_enabled() and self._kept is not None and self._kept[0] == key:
-            return self._kept[1], self._kept[2]
-        bias, table = self.rel_pos_bias(n), self.layers[0][0].rotary_emb.table(n)
+        """Bias (heads, n, n + 1), with the causal mask in it, and rotary table."""
+        if n in self._kept:
+            return self._kept[n]
+        bias, table = self.rel_pos_bias(n), cast(_Layer, self.layers[0]).rotary.table(n)
         if self.causal:
             future = torch.ones(n, n + 1, dtype=torch.bool, device=bias.device).triu(2)
             bias = bias.masked_fill(future, -torch.finfo(bias.dtype).max)
-        self._kept = None if torch.is_grad_enabled() else (key, bias, table)
+        if self._keeping:
+            self._kept[n] = bias, table
         return bias, table
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, n, dim) -> (batch, n, dim)."""
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """(batch, n, dim) -> (batch, n, dim), or only the `last` positions, whose neighbours the last layer then leaves out."""
         bias, table = self._positions(x.shape[1])
-        for attention, feed_forward in self.layers:
-            x = attention(x, bias, table) + x
-            x = feed_forward(x) + x
+        for i, layer in enumerate(self.layers):
+            x = layer(x, bias, table, last if i == len(self.layers) - 1 else None)
         return self.project_out(self.norm(x))
 
 
@@ -263,7 +326,7 @@ class _TimeMLP(nn.Module):
         self.net = nn.Sequential(layer(dim, 2 * dim), layer(2 * dim, 2 * dim), nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.to(self.net[-1].weight.dtype))
+        return self.net(x.to(next(self.parameters()).dtype))
 
 
 def _keep(batch: int, drop_prob: float, device: torch.device) -> Tensor:
@@ -273,7 +336,25 @@ def _keep(batch: int, drop_prob: float, device: torch.device) -> Tensor:
     return torch.rand(batch, device=device) < 1 - drop_prob
 
 
-class VersatileDiffusionPriorNetwork(nn.Module):
+class Denoiser(Network):
+    """What the prior networks share, and `src.prior` relies on: guidance, and a context for the steps of sampling."""
+
+    causal_transformer: CausalTransformer
+
+    def forward_with_cond_scale(self, *args: Any, cond_scale: float = 1.0, **kwargs: Any) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022): unless the scale is 1, a second pass with both conditions dropped."""
+        given = self(*args, **kwargs)
+        if cond_scale == 1.0:
+            return given
+        without = self(*args, **kwargs, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
+        return without + (given - without) * cond_scale
+
+    def kept_positions(self) -> Any:
+        """Context in which what only depends on positions and weights is computed once."""
+        return self.causal_transformer.kept_positions()
+
+
+class VersatileDiffusionPriorNetwork(Denoiser):
     """Prior network for all CLIP tokens (257 x 768): [brain tokens, time, noisy image tokens] -> image tokens.
 
     Args:
@@ -331,12 +412,18 @@ class VersatileDiffusionPriorNetwork(nn.Module):
 
         Returns:
             (batch, tokens, dim).
+
+        Raises:
+            PerceptError: if there is no condition, or the tokens are not as many as the network was made for.
         """
         brain_embed = text_embed if brain_embed is None else brain_embed
         if brain_embed is None:
             raise PerceptError("The prior network needs brain_embed (or text_embed): pass the tokens predicted from the brain.")
-        batch, dim = len(image_embed), self.null_image_embed.shape[-1]
-        image, brain = image_embed.view(batch, -1, dim), brain_embed.view(batch, -1, dim)  # (batch, tokens, dim)
+        batch, (tokens_each, dim) = len(image_embed), self.null_image_embed.shape
+        for name, given in (("image_embed", image_embed), ("brain_embed", brain_embed)):
+            if given.shape[0] != batch or given[0].numel() != tokens_each * dim:
+                raise PerceptError(f"The prior network needs {name} of shape ({batch}, {tokens_each}, {dim}), not {tuple(given.shape)}.")
+        image, brain = image_embed.reshape(batch, -1, dim), brain_embed.reshape(batch, -1, dim)  # (batch, tokens, dim)
         keep_brain = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
         keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
         brain = torch.where(keep_brain, brain, self.null_brain_embeds.to(brain.dtype))
@@ -350,22 +437,10 @@ class VersatileDiffusionPriorNetwork(nn.Module):
         tokens = torch.cat(parts, 1)  # (batch, 2 * tokens + 1 [+ tokens], dim)
         if self.mode == "all_pos_emb":
             tokens = tokens + self.learned_query
-        return self.causal_transformer(tokens)[:, -self.num_tokens :]
-
-    def forward_with_cond_scale(self, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float = 1.0) -> Tensor:
-        """Classifier-free guidance: a second pass with both conditions dropped, unless the scale is 1."""
-        return _guided(self, image_embed, timesteps, condition, cond_scale)
+        return self.causal_transformer(tokens, last=self.num_tokens)
 
 
-def _guided(net: nn.Module, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float) -> Tensor:
-    given = net(image_embed, timesteps, condition)
-    if cond_scale == 1.0:
-        return given
-    without = net(image_embed, timesteps, condition, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
-    return without + (given - without) * cond_scale
-
-
-class DiffusionPriorNetwork(nn.Module):
+class DiffusionPriorNetwork(Denoiser):
     """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots, condition, time, image, query] -> image.
 
     Args:
@@ -402,9 +477,8 @@ class DiffusionPriorNetwork(nn.Module):
         self, image_embed: Tensor, timesteps: Tensor, text_embed: Tensor, brain_cond_drop_prob: float = 0.0, image_cond_drop_prob: float = 0.0
     ) -> Tensor:
         """Denoise embeddings (batch, dim) at timesteps (batch,), given text_embed (batch, dim) -> (batch, dim)."""
-        batch, dim = len(image_embed), self.learned_query.shape[0]
-        shape = image_embed.shape
-        image, text = image_embed.view(batch, 1, dim), text_embed.view(batch, 1, dim)
+        batch, dim, shape = len(image_embed), self.learned_query.shape[0], image_embed.shape
+        image, text = image_embed.reshape(batch, 1, dim), text_embed.reshape(batch, 1, dim)
         keep_text = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
         keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
         text = torch.where(keep_text, text, self.null_text_embeds)
@@ -412,29 +486,29 @@ class DiffusionPriorNetwork(nn.Module):
         time = self.to_time_embeds(timesteps)[:, None]  # (batch, 1, dim)
         slots, query = self.null_text_encodings.expand(batch, -1, -1), self.learned_query.expand(batch, 1, -1)
         tokens = torch.cat((slots, text, time, image, query), 1)  # (batch, max_text_len + 4, dim)
-        return self.causal_transformer(tokens)[:, -1].view(shape)
-
-    def forward_with_cond_scale(self, image_embed: Tensor, timesteps: Tensor, condition: Tensor, cond_scale: float = 1.0) -> Tensor:
-        """Classifier-free guidance: a second pass with both conditions dropped, unless the scale is 1."""
-        return _guided(self, image_embed, timesteps, condition, cond_scale)
+        return self.causal_transformer(tokens, last=1).view(shape)
 
 
 # ------------------------------------------------------------------------------------------------ voxels -> latents
 UPS_MODES = {"4x": (64, 4, (64, 128, 256)), "8x": (256, 8, (64, 128, 256, 256)), "16x": (512, 16, (64, 128, 256, 256, 512))}
 
 
-class Voxel2StableDiffusionModel(nn.Module):
+class Voxel2StableDiffusionModel(Network):
     """Low-level network: voxels to the scaled latent of a frozen autoencoder.
 
     Args:
         in_dim: number of voxels.
         h: width of the residual MLP.
         n_blocks: residual blocks.
-        use_cont: add the head whose maps the contrastive loss compares with a teacher's ("4x" only).
+        use_cont: add the head whose maps the contrastive loss compares with a teacher's. The published head expects the 64 channels of "4x" and
+            fails in the other modes; ours takes the mode's channels.
         ups_mode: how much of the latent's size the upsampler makes: "4x", "8x" or "16x".
         latent_size: height and width of the latent.
         block_out_channels: widths of the upsampler, by default the published ones of the mode.
         latent_channels: channels of the latent.
+
+    Raises:
+        PerceptError: for an unknown mode, or widths or a latent size that do not fit it.
 
     Source: MindEye, section 2.5 and appendix A.5.
     """
@@ -453,12 +527,12 @@ class Voxel2StableDiffusionModel(nn.Module):
         super().__init__()
         if ups_mode not in UPS_MODES:
             raise PerceptError(f"ups_mode '{ups_mode}' is unknown: choose one of {', '.join(UPS_MODES)}.")
-        if use_cont and ups_mode != "4x":
-            raise PerceptError(f"The contrastive head needs maps of 16 x 16 locations, which ups_mode '{ups_mode}' does not have: use '4x'.")
         channels, factor, widths = UPS_MODES[ups_mode]
         widths = tuple(block_out_channels or widths)
         if 2 ** (len(widths) - 1) != factor or latent_size % factor:
             raise PerceptError(f"ups_mode '{ups_mode}' needs {int(math.log2(factor)) + 1} block_out_channels and a latent_size divisible by {factor}.")
+        if any(width % 32 for width in widths):
+            raise PerceptError(f"block_out_channels {list(widths)} do not divide into 32 groups: use multiples of 32.")
         self.channels, self.side = channels, latent_size // factor
 
         def block(width_in: int, dropout: float) -> nn.Sequential:
@@ -478,7 +552,7 @@ class Voxel2StableDiffusionModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Voxels (batch, voxels) -> latent (batch, channels, h, w), with use_cont also maps (batch, locations, 512)."""
         batch = len(x)
-        x = self.lin0(x)
+        x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
         x = self.norm(self.lin1(x).view(batch, self.channels, self.side, self.side))  # (batch, channels, side, side)
@@ -488,21 +562,28 @@ class Voxel2StableDiffusionModel(nn.Module):
         return latent, self.maps_projector(x).flatten(2).transpose(1, 2)  # (batch, locations, 512)
 
 
-def _maps_projector(channels: int) -> nn.Sequential:
-    conv = lambda a, bias: nn.Conv2d(a, 512, 1, bias=bias)  # noqa: E731
+def _maps_projector(channels: int, width: int = 512) -> nn.Sequential:
     return nn.Sequential(
-        conv(channels, False), nn.GroupNorm(1, 512), nn.ReLU(True), conv(512, False), nn.GroupNorm(1, 512), nn.ReLU(True), conv(512, True)
-    )
+        nn.Conv2d(channels, width, 1, bias=False), nn.GroupNorm(1, width), nn.ReLU(True), nn.Conv2d(width, width, 1, bias=False),
+        nn.GroupNorm(1, width), nn.ReLU(True), nn.Conv2d(width, width, 1),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ baseline
-class RidgeBaseline(nn.Module):
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(1, 6, 11))
+
+
+class RidgeBaseline(Network):
     """One linear map from voxels to targets of any shape, with a penalty a target chosen by cross-validation.
 
     Args:
         in_dim: number of voxels.
         target_shape: shape of the target of one image.
+
+    The state dict holds weight (voxels, targets), bias (targets,) and alphas (targets,), the penalties that were chosen.
     """
+
+    alphas: Tensor
 
     def __init__(self, in_dim: int, target_shape: Sequence[int]):
         super().__init__()
@@ -514,11 +595,21 @@ class RidgeBaseline(nn.Module):
 
     def forward(self, voxels: Tensor) -> Tensor:
         """(batch, voxels) -> (batch, *target_shape)."""
+        if voxels.shape[-1] != len(self.weight):
+            raise PerceptError(f"The ridge baseline reads {len(self.weight)} voxels but was given {voxels.shape[-1]}: use the subject that it was fitted on.")
         return (voxels @ self.weight + self.bias).view(len(voxels), *self.target_shape)
 
     @classmethod
     def fit(
-        cls, voxels: np.ndarray, targets: np.ndarray, alphas: Sequence[float] = tuple(np.logspace(1, 6, 11)), cv: int = 5, seed: int = 0
+        cls,
+        voxels: np.ndarray,
+        targets: np.ndarray,
+        alphas: Sequence[float] = ALPHAS,
+        cv: int = 5,
+        groups: np.ndarray | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        chunk: int = 4096,
     ) -> RidgeBaseline:
         """Fit on training images only.
 
@@ -527,37 +618,65 @@ class RidgeBaseline(nn.Module):
             targets: (images, ...).
             alphas: candidate penalties.
             cv: folds within these images.
+            groups: (images,) labels; rows of one group stay in one fold (image ids, when the rows are trials).
             seed: of the folds.
+            backend: himalaya's "numpy", "torch" or "torch_cuda"; "auto": torch, on a GPU where there is one.
+            chunk: targets solved at a time, which bounds the memory.
+
+        Returns:
+            The fitted module, its `alphas` (targets,) being the chosen penalties.
+
+        Raises:
+            PerceptError: if voxels and targets do not match, hold non-finite values, or are too few for the folds.
 
         Source: Hoerl & Kennard 1970; solved by himalaya (Dupré la Tour et al. 2022).
         """
-        from himalaya.ridge import RidgeCV
-        from sklearn.model_selection import KFold
-
-        n, target_shape = len(targets), targets.shape[1:]
-        y = targets.reshape(n, -1).astype(np.float32)
-        x, offset = voxels.astype(np.float32), y.mean(0)
-        centre = x.mean(0)
-        folds = KFold(cv, shuffle=True, random_state=seed)
-        solver = RidgeCV(alphas=np.asarray(alphas, np.float32), cv=folds, fit_intercept=False, solver_params={"n_targets_batch": 4096})
-        solver.fit(x - centre, y - offset)
-        made = cls(x.shape[1], target_shape)
-        made.config = {"name": cls.__name__, "kwargs": {"in_dim": x.shape[1], "target_shape": list(target_shape)}}
-        made.weight.data = torch.from_numpy(np.asarray(solver.coef_, np.float32))
-        made.bias.data = torch.from_numpy(offset - centre @ np.asarray(solver.coef_, np.float32))
-        made.alphas = torch.from_numpy(np.broadcast_to(np.asarray(solver.best_alphas_, np.float32), offset.shape).copy())
+        x, y = np.asarray(voxels, np.float32), np.asarray(targets, np.float32).reshape(len(targets), -1)  # (images, voxels), (images, targets)
+        splits = _folds(x, y, cv, groups, seed)
+        batches = {"n_targets_batch": chunk, "n_targets_batch_refit": chunk, "warn": False}
+        with _himalaya_backend(backend):
+            solver = RidgeCV(alphas=np.asarray(alphas, np.float32), cv=splits, fit_intercept=True, solver_params=batches)
+            solver.fit(x, y)
+            weight, bias, best = (torch.as_tensor(value).float().cpu() for value in (solver.coef_, solver.intercept_, solver.best_alphas_))
+        made = cls(x.shape[1], targets.shape[1:])
+        made.load_state_dict({"weight": weight, "bias": bias, "alphas": best.expand(y.shape[1])})
         return made
 
 
+def _folds(x: np.ndarray, y: np.ndarray, cv: int, groups: np.ndarray | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled folds over rows, or over groups of rows; x (rows, voxels) and y (rows, targets) are checked on the way."""
+    if len(x) != len(y) or (groups is not None and len(groups) != len(x)):
+        raise PerceptError(f"A ridge needs one row of voxels a target, but there are {len(x)} and {len(y)} (groups too must match): pass matching rows.")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise PerceptError("Voxels or targets for the ridge hold values that are not finite: clean or drop these rows first.")
+    independent = len(x) if groups is None else len(np.unique(groups))
+    if independent < cv:
+        raise PerceptError(f"{independent} independent rows do not make {cv} folds: give more, or lower cv.")
+    splitter = KFold(cv, shuffle=True, random_state=seed) if groups is None else GroupKFold(cv, shuffle=True, random_state=seed)
+    return list(splitter.split(x, y, groups))
+
+
+@contextmanager
+def _himalaya_backend(name: str) -> Iterator[None]:
+    """Set himalaya's global backend, and set the former one back."""
+    if name == "auto":
+        name = "torch_cuda" if torch.cuda.is_available() else "torch"
+    before = get_backend().name
+    try:
+        set_backend(name)
+        yield
+    finally:
+        set_backend(before)
+
+
 # ------------------------------------------------------------------------------------------------ registry
-MODELS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls
-    for cls in (BrainNetwork, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, RidgeBaseline)
+MODELS: dict[str, type[Network]] = {
+    cls.__name__: cls for cls in (BrainNetwork, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, RidgeBaseline)
 }
 
 
-def build(config: dict[str, Any]) -> nn.Module:
-    """Make a network from {"name": key of MODELS, "kwargs": arguments}; the config is kept as its attribute `config`.
+def build(config: dict[str, Any]) -> Network:
+    """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that every network keeps.
 
     Raises:
         PerceptError: for an unknown name or argument.
@@ -566,8 +685,25 @@ def build(config: dict[str, Any]) -> nn.Module:
     if name not in MODELS:
         raise PerceptError(f"No network is called '{name}': choose one of {', '.join(MODELS)}.")
     try:
-        network = MODELS[name](**config["kwargs"])
+        inspect.signature(MODELS[name]).bind(**config.get("kwargs", {}))
     except TypeError as error:
         raise PerceptError(f"{name} cannot be built from its config: {error}; correct the kwargs.") from error
-    network.config = config
-    return network
+    return MODELS[name](**config.get("kwargs", {}))
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict under today's keys; the values are untouched, and nothing else is forgiven.
+
+    - the attention of an autoencoder's middle block was called query, key, value, proj_attn before diffusers 0.15;
+    - weights saved under data parallelism carry the prefix "module.";
+    - the scalar `temp` of early voxel2clip networks was never used, and is dropped.
+    """
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", key.removeprefix("module."))
+        if key not in ("temp", "voxel2clip.temp"):
+            renamed[key] = value
+    return renamed

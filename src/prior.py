@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class NoiseScheduler(nn.Module):
     def __init__(self, timesteps: int):
         super().__init__()
         self.num_timesteps = timesteps
+        self.alphas_cumprod_prev: Tensor
         for name, value in noise_schedule(timesteps).items():
             self.register_buffer(name, value)
 
@@ -55,11 +57,17 @@ class NoiseScheduler(nn.Module):
         return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
 
 
+def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal of the shape of `like`, drawn where the generator lives (so one seed gives the same numbers on any device)."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, device=device, dtype=like.dtype, generator=generator).to(like.device)
+
+
 class BrainDiffusionPrior(nn.Module):
     """Diffusion prior from brain-predicted tokens to CLIP tokens.
 
     Args:
-        net: prior network of src/models.py.
+        net: prior network (`src.models.Denoiser`): predicts clean tokens from noisy ones, the timestep and the condition.
         voxel2clip: optional backbone that is kept, trained and saved with the prior.
         image_embed_dim: dim of a token.
         timesteps: noise levels T.
@@ -78,9 +86,8 @@ class BrainDiffusionPrior(nn.Module):
     ):
         super().__init__()
         self.noise_scheduler = NoiseScheduler(timesteps)
-        self.net = net
-        if voxel2clip is not None:
-            self.voxel2clip = voxel2clip
+        self.net: Any = net
+        self.voxel2clip = voxel2clip
         self.cond_drop_prob = cond_drop_prob
         self.image_embed_scale = math.sqrt(image_embed_dim) if image_embed_scale is None else image_embed_scale
 
@@ -116,6 +123,8 @@ class BrainDiffusionPrior(nn.Module):
         if image_embed is None or (text_embed is None) == (voxel is None):
             raise PerceptError("The prior needs image_embed and exactly one of text_embed and voxel: pass these two.")
         if voxel is not None:
+            if self.voxel2clip is None:
+                raise PerceptError("The prior was given voxels but has no voxel2clip: make it with one, or pass text_embed.")
             out = self.voxel2clip(voxel)
             text_embed = (out[0] if isinstance(out, tuple) else out).view_as(image_embed)
         assert text_embed is not None
@@ -123,27 +132,31 @@ class BrainDiffusionPrior(nn.Module):
         return self.p_losses(image_embed * self.image_embed_scale, times, text_embed)
 
     @torch.no_grad()
-    def sample(
-        self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Sample CLIP tokens.
 
         Args:
             text_embed: condition (batch, tokens, dim) or (batch, dim).
-            timesteps: steps; all T by default (ancestral sampling), fewer: DDIM with eta 1.
+            timesteps: steps; all T by default (None or 0; ancestral sampling), fewer, but at least 2: DDIM with eta 1.
             cond_scale: classifier-free guidance.
-            generator: source of all random numbers.
+            generator: source of all random numbers, drawn on its own device (T + 1 draws of the condition's shape for ancestral sampling).
 
         Returns:
             Tokens of the same shape, already divided by the scale.
+
+        Raises:
+            PerceptError: if there are not that many noise levels.
+
+        Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12, with the levels that dalle2-pytorch pairs.
         """
         total = self.noise_scheduler.num_timesteps
         steps = timesteps or total
-        if not 1 <= steps <= total:
-            raise PerceptError(f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose timesteps from 1 to {total}.")
-        x = torch.randn(text_embed.shape, device=text_embed.device, dtype=text_embed.dtype, generator=generator)
+        if steps != total and not 2 <= steps < total:
+            raise PerceptError(f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose timesteps from 2 to {total}.")
+        x = _randn(text_embed, generator)
         loop = self._ddpm if steps == total else self._ddim
-        return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
+        with self.net.kept_positions():
+            return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
 
     def _ddpm(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: torch.Generator | None) -> Tensor:
         s = self.noise_scheduler
@@ -151,7 +164,7 @@ class BrainDiffusionPrior(nn.Module):
             t = torch.full((len(x),), step, device=x.device)
             x0 = self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
             mean = s.at("posterior_mean_coef1", t, x) * x0 + s.at("posterior_mean_coef2", t, x) * x
-            noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)  # drawn in the last step too, as published
+            noise = _randn(x, generator)  # drawn in the last step too, as published
             x = mean + (step > 0) * (0.5 * s.at("posterior_log_variance_clipped", t, x)).exp() * noise
         return x
 
@@ -167,6 +180,6 @@ class BrainDiffusionPrior(nn.Module):
             if then < 0:
                 return x0
             sigma = ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-            noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+            noise = _randn(x, generator)
             x = x0 * alpha_next.sqrt() + sigma * noise + (1 - alpha_next - sigma**2).sqrt() * noise_pred
         return x0
