@@ -117,6 +117,9 @@ def use_this_kernel() -> None:
     from ipykernel.kernelspec import install
 
     install(kernel_name="percept", display_name="Percept", prefix=sys.prefix)
+    # glibc gives large blocks back to the system at once and asks for them again in the next step: costly page faults on a CPU.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 
 

@@ -106,6 +106,7 @@ def step(model, batch, epoch):
     return loss, {"loss_l1": loss.detach()}
 
 
+# %%
 @torch.no_grad()
 def validate(model):
     """Mean squared error of the latents of the validation images, repeats averaged."""

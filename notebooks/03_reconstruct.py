@@ -69,11 +69,11 @@ files = {
     "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
 }
 
+
 # %% [markdown]
 # ## The step
 # Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where the generator begins, the tokens are
 # what it is told; of several samples the one nearest to the tokens that the projector predicts is kept.
-
 
 # %%
 def reconstruct(name):

@@ -75,11 +75,11 @@ official = rows.split.to_numpy() == "test"
 splits = {"official": [(np.flatnonzero(~official), np.flatnonzero(official))]}
 splits[f"{folds}-fold"] = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, labels))
 
+
 # %% [markdown]
 # ## Ridge
 # Voxels are z-scored, those that covary most with the targets are kept, and a penalised linear map is fitted. How many voxels and how much penalty is
 # chosen by cross-validation **within the training images of each fold**; test images play no part.
-
 
 # %%
 def relevance(voxels, targets):
@@ -104,7 +104,6 @@ def ridge(train_x, train_y):
 # %% [markdown]
 # ## Network
 # The residual MLP of MindEye at small size, on the voxels that ridge's selection kept, so that both see the same.
-
 
 # %%
 class Rows(torch.utils.data.Dataset):
@@ -153,7 +152,6 @@ def network(train_x, train_y, folder):
 # For both targets and both decoders. Beside them: the mean training image, and the mean image of the class that a classifier decodes from the brain, which knows
 # which digit it was and nothing else.
 
-
 # %%
 def decode(split, targets, name):
     """Test predictions of every row, each image predicted once: {decoder: (test images, targets)}, and the test rows."""
@@ -178,7 +176,6 @@ high = {split: decode(split, embeds, "clip") for split in splits}
 # ## Score
 # Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be. High level: two-way identification and top-1 in CLIP's embedding.
 # "shuffled" scores ridge's reconstructions against other images.
-
 
 # %%
 def as_images(flat):

@@ -1,21 +1,27 @@
 """One training loop for every stage: `fit(model, step, dataset, ...)`.
 
 - The science is in the notebook's `step(model, batch, epoch) -> (loss, logs)`; here is what surrounds it: order, optimizer, schedule, checkpoints.
-- Resuming is exact: a run that is killed and started again ends with bitwise the weights of one that was not (on CPU). The order of an epoch is a pure
-  function of (seed, epoch), and a state file holds model, optimizer, schedule and every random generator.
-- `batch_size` is global and the learning rate is what it says: nothing is scaled by the number of processes. Gradients are averaged over
-  processes after the backward pass, so a step may call any part of a model; losses over the batch use `gather`.
-- A non-finite loss or gradient skips the step and is counted; too many in a row roll back to the last good state.
+- Resuming is exact: on CPU, a run that was killed and started again ends with bitwise the weights of one that was not. The order of an epoch is a
+  pure function of (seed, epoch); state.pt holds weights, optimizer, schedule and the random generators of every process.
+- `batch_size` is global and the learning rate is what it says: nothing is scaled by the number of processes. The whole step runs inside
+  accelerate's wrapper, so it may call any part of the model; a loss that compares samples uses `gather`.
+- A non-finite loss or gradient skips the update and is counted; too many in a row go back to the weights of the last state, on the batches to come.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import pickle
 import random
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,364 +29,730 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from src.utils import PerceptError, atomic, load_checkpoint, save_checkpoint, seed_everything
+from src.utils import PerceptError, atomic, load_checkpoint, load_strictly, save_checkpoint, seed_everything, to_device
 
-logger = logging.getLogger(__name__)
-PATIENCE, ROLLBACKS = 10, 3  # non-finite steps in a row before a roll-back; roll-backs before giving up
+log = logging.getLogger(__name__)
+PATIENCE, ROLLBACKS = 10, 3  # non-finite steps in a row before going back; times to go back to one state before giving up
+PRECISIONS = ("no", "bf16", "fp16")
 
 Batch = dict[str, Tensor]
 Step = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Any]]]
+Validate = Callable[[nn.Module], dict[str, float]]
 
 
-class ImageDataset(Protocol):
-    """What `fit` needs of a dataset (`src.data.BrainDataset`)."""
+class TrainingData(Protocol):
+    """What `fit` needs of a dataset (`src.data.BrainDataset` has it)."""
 
-    def __len__(self) -> int: ...  # noqa: D105
-    def __getitems__(self, indices: list[int]) -> Batch: ...  # noqa: D105
-    def set_epoch(self, epoch: int) -> None: ...  # noqa: D102
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """One batch: tensors (batch, ...) by name, anything random in it a pure function of (epoch, index)."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
 
 
+# ------------------------------------------------------------------------------------------------ optimizer and schedule
 def _cycle(optimizer: Optimizer, max_lr: float, epochs: int, steps: int) -> LRScheduler:
-    share = min(0.5, 2 / epochs)  # the warm-up lasts two epochs
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=epochs * steps, pct_start=share, final_div_factor=1000)
+    """One cycle; the warm-up lasts two epochs, but never more than half of the run."""
+    share = min(0.5, 2 / epochs) if epochs * steps > 2 else 0.1  # torch divides by zero where a warm-up lasts one step
+    return OneCycleLR(optimizer, max_lr, total_steps=epochs * steps, pct_start=share, final_div_factor=1000)
 
 
-SCHEDULES: dict[str, Callable[[Optimizer, float, int, int], LRScheduler]] = {
+SCHEDULERS: dict[str, Callable[[Optimizer, float, int, int], LRScheduler]] = {
     "cycle": _cycle,
-    "linear": lambda optimizer, max_lr, epochs, steps: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=epochs * steps),
-    "fixed": lambda optimizer, max_lr, epochs, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    "linear": lambda optimizer, max_lr, epochs, steps: LinearLR(optimizer, total_iters=epochs * steps),  # max_lr / 3 -> max_lr
+    "fixed": lambda optimizer, max_lr, epochs, steps: ConstantLR(optimizer, factor=1.0),
 }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, published: bool = False) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
+def _norm_gains(model: nn.Module) -> set[str]:
+    norms = [(name, module) for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+    return {f"{name}.{own}".lstrip(".") for name, module in norms for own, _ in module.named_parameters(recurse=False)}
+
+
+DECAYS: dict[str, Callable[[nn.Module], set[str]]] = {  # names, beside those that contain "bias", without weight decay
+    "no_norms": _norm_gains,
+    "published": lambda model: set(),  # the published systems let the gains of their norms decay
+}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "no_norms") -> list[dict[str, Any]]:
+    """Trainable parameters with weight decay, and those without: names that contain "bias", and what `decay` adds.
 
     Args:
         model: whose trainable parameters are grouped.
         weight_decay: of the first group.
-        published: exempt only names that contain "bias", as the published code does, which lets norms decay; ours exempts every vector.
+        decay: key of DECAYS: "no_norms" also spares the gains of norms, "published" does not.
+
+    Raises:
+        PerceptError: for an unknown `decay`, or a model without trainable parameters.
     """
+    spared = _choose(DECAYS, decay, "decay")(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    exempt = [("bias" in name) if published else ("bias" in name or p.ndim < 2) for name, p in named]
-    decayed = [p for (_, p), free in zip(named, exempt, strict=True) if not free]
-    free_of_it = [p for (_, p), free in zip(named, exempt, strict=True) if free]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free_of_it, "weight_decay": 0.0}]
+    if not named:
+        raise PerceptError(f"{type(model).__name__} has no trainable parameter: set requires_grad on what shall be trained.")
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, p in named:
+        groups["bias" in name or name in spared].append(p)
+    both = [{"params": groups[False], "weight_decay": weight_decay}, {"params": groups[True], "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
 
 
-def gather(x: Tensor) -> Tensor:
-    """All processes' rows (batch / processes, ...) -> (batch, ...), with gradient; for losses that compare samples of the whole batch.
+def _adamw(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    parameters = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
-    Every process then computes the loss of the whole batch, and `fit` averages the gradients, so one and several processes agree.
+
+def _choose(registry: dict[str, Any], name: str, what: str) -> Any:
+    if name not in registry:
+        raise PerceptError(f"There is no {what} '{name}': choose one of {', '.join(registry)}.")
+    return registry[name]
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the samples (samples,) in an epoch: a pure function of its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(samples)
+
+
+def _collate(batch: Any) -> Batch:
+    return batch if isinstance(batch, dict) else default_collate(batch)
+
+
+def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+    """Every sample of a dataset once, in order; the last batch may be smaller.
+
+    Args:
+        dataset: with `__len__` and `__getitems__`.
+        batch_size: samples a batch.
+        device: where the batches go.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
+    for start in range(0, len(dataset), batch_size):
+        indices = list(range(start, min(start + batch_size, len(dataset))))
+        yield send_to_device(_collate(dataset.__getitems__(indices)), device)
 
-    return torch.cat(all_gather(x.contiguous()))
+
+@torch.no_grad()
+def evaluate(model: nn.Module, step: Step, dataset: Any, batch_size: int, epoch: int = 0) -> dict[str, float]:
+    """Means over all the samples of what a training step reports: {"val/loss": ..., "val/<log>": ...}.
+
+    Each batch counts by its number of samples. Made for `validate=lambda model: evaluate(model, step, data, 300)`.
+
+    Raises:
+        PerceptError: for an empty dataset.
+    """
+    if not len(dataset):
+        raise PerceptError("There is nothing to evaluate: the dataset is empty.")
+    means, was_training = _Means(), model.training
+    model.eval()
+    for batch in batches(dataset, batch_size, next(model.parameters()).device):
+        loss, logs = step(model, batch, epoch)
+        means.add({"loss": loss, **logs}, weight=len(next(iter(batch.values()))))
+    model.train(was_training)
+    return {f"val/{name.removeprefix('train/')}": value for name, value in means.values().items()}
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; backward adds up what all processes want of the own rows."""
+
+    active = False  # only within a training step does a process hold a share of the batch
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)  # (batch / processes, ...) -> (batch, ...)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous().clone()
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def gather(x: Tensor, rows: bool = False) -> Tensor:
+    """Rows of all processes, (batch / processes, ...) -> (batch, ...), with gradient: for losses that compare the samples of a batch.
+
+    Every process then computes the loss of the whole batch, and as `fit` averages gradients, 1 and n processes agree. With one process, and
+    outside a training step (in validation each process has all the samples), `x` comes back as it is.
+
+    Args:
+        x: what this process has, with the same shape in each.
+        rows: `x` holds numbers of rows of this process's share, such as a permutation; they become numbers of rows of the whole batch.
+    """
+    if not _Gather.active or torch.distributed.get_world_size() == 1:
+        return x
+    if rows:
+        x = x + torch.distributed.get_rank() * len(x)
+    return _Gather.apply(x)
+
+
+@contextmanager
+def _shared_batch(processes: int) -> Iterator[None]:
+    _Gather.active = processes > 1
+    try:
+        yield
+    finally:
+        _Gather.active = False
+
+
+class _Stepper(nn.Module):
+    """Makes a module of model and step, so that accelerate wraps all that a step does, and not just the model's forward."""
+
+    def __init__(self, model: nn.Module, step: Step):
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Any]]:
+        return self.step(self.model, batch, epoch)
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one.
+
+    Raises:
+        PerceptError: for an unknown or impossible combination.
+    """
+    kind = to_device(str(device)).split(":")[0]
+    if precision not in PRECISIONS:
+        raise PerceptError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise PerceptError("The device 'cuda' is not there: choose device 'cpu' or 'auto'.")
+    if kind == "cpu" and precision == "fp16":
+        raise PerceptError("Precision 'fp16' needs a GPU: choose 'no' or 'bf16' on the CPU.")
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())  # else a second precision is refused
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # a phase of training may leave parts of a model alone
+    accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu", kwargs_handlers=[ddp])
+    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise PerceptError(f"Sharded training ({accelerator.distributed_type.value}) is not supported: launch with a plain multi-GPU config.")
+    return accelerator
+
+
+def _share_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Let batch norms see the whole batch, also when it is spread over processes."""
+    found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if accelerator.num_processes == 1 or not found:
+        return model
+    if accelerator.device.type == "cpu":
+        raise PerceptError("Batch norms cannot be shared by several CPU processes: use one process, or GPUs.")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+# ------------------------------------------------------------------------------------------------ what a run remembers
+class _Means:
+    """Running means by name. Tensors are summed where they are, so that adding does not wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, values: dict[str, Any], weight: float = 1) -> None:
+        for name, value in values.items():
+            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+            self.weights[name] = self.weights.get(name, 0) + weight
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: [float(total), self.weights[name]] for name, total in self.sums.items()}
+
+    def load(self, states: list[dict[str, list[float]]]) -> None:
+        self.sums, self.weights = {}, {}
+        for state in states:
+            for name, (total, weight) in state.items():
+                self.sums[name] = self.sums.get(name, 0.0) + total
+                self.weights[name] = self.weights.get(name, 0) + weight
+
+    def values(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self.state().items()}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What must be the same for a run to be resumed."""
+
+    epochs: int
+    batch_size: int
+    max_lr: float
+    seed: int
+    scheduler: str
+    weight_decay: float
+    decay: str
+    precision: str
+    clip_grad: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """When and what to write."""
+
+    monitor: str
+    save_every: float
+    save_steps: int
+    ckpt_interval: int
+    keep_epochs: bool
+    save_at_end: bool
 
 
 @dataclass
-class _State:
+class _Position:
     """Where a run stands."""
 
     epoch: int = 0
-    step: int = 0  # within the epoch
-    sums: dict[str, float] = field(default_factory=dict)
-    skipped: int = 0
-    best: float = float("inf")
+    step: int = 0  # steps done within the epoch
+    skipped: int = 0  # non-finite steps of the epoch
+    bad: int = 0  # non-finite steps in a row
+    rollbacks: int = 0  # since the state was last saved
+    best: float = math.inf
+    lr: float = 0.0  # of the last step
+    seconds: float = 0.0  # spent in the epoch
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def _random_states() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss], "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }  # fmt: skip
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of python, numpy, torch and CUDA, as types that load without pickle's dangers."""
+    _, words, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"python": random.getstate(), "numpy": (torch.from_numpy(np.asarray(words, dtype=np.int64)), rest), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def _restore_random(states: dict[str, Any]) -> None:
-    version, words, gauss = states["python"]
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    keys, rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class _Trainer:
-    """The state of one `fit` and the steps it is made of."""
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}".lstrip(".")).items()}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        step: Step,
-        dataset: ImageDataset,
-        folder: Path,
-        config: dict[str, Any],
-        epochs: int,
-        batch_size: int,
-        max_lr: float,
-        seed: int,
-        scheduler: str,
-        weight_decay: float,
-        precision: str,
-        clip_grad: float,
-        published_decay: bool,
-        device: str,
-    ):
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
+
+def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume a run under other settings, naming the first that differs."""
+    before, after = _flat(saved), _flat(now)
+    missing = "not there"
+    differ = [k for k in {**before, **after} if before.get(k, missing) != after.get(k, missing)]
+    if differ:
+        first = differ[0]
+        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        raise PerceptError(
+            f"{folder} holds a run in which {first} was {before.get(first, missing)!r}, now it is {after.get(first, missing)!r}{more}: "
+            "choose another model_name, or resume=False to begin anew."
+        )
+
+
+class _Stop:
+    """Turns Ctrl-C, or the signal by which a cluster ends a job, into a request to stop after the step; asked again, it stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: int = 0
+        self._since = 0.0
+
+    def __enter__(self) -> _Stop:
+        usable = threading.current_thread() is threading.main_thread()
+        wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if usable and signal.getsignal(s) not in (signal.SIG_IGN, None)]
+        self._before = {s: signal.signal(s, self._ask) for s in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and time.monotonic() - self._since > 1:  # a launcher passes on what the terminal has sent already
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._since = number, time.monotonic()
+            log.warning("stopping after this step; once more to stop at once")
+
+
+# ------------------------------------------------------------------------------------------------ the run
+class _Training:
+    """One run: what changes while training, and how it is saved together."""
+
+    def __init__(self, model: nn.Module, step: Step, dataset: Any, folder: Path, config: dict[str, Any], settings: _Settings, saving: _Saving, device: str):
+        self.accelerator = _accelerator(device, settings.precision)
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if scheduler not in SCHEDULES:
-            raise PerceptError(f"The schedule '{scheduler}' is unknown: choose one of {', '.join(SCHEDULES)}.")
-        if batch_size % self.world:
-            raise PerceptError(f"batch_size {batch_size} cannot be shared by {self.world} processes: choose a multiple of {self.world}.")
-        if len(dataset) < batch_size:
-            raise PerceptError(f"There are {len(dataset)} training images, fewer than one batch of {batch_size}: choose a smaller batch_size.")
-        self.model, self.step, self.dataset, self.folder, self.config = model.to(self.accelerator.device), step, dataset, folder, config
-        self.epochs, self.batch_size, self.seed, self.clip_grad = epochs, batch_size, seed, clip_grad
-        self.steps = len(dataset) // batch_size
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = parameter_groups(model, weight_decay, published_decay)
-        optimizer = torch.optim.AdamW(groups, lr=max_lr, fused=True)
-        self.scheduler = SCHEDULES[scheduler](optimizer, max_lr, epochs, self.steps)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.state, self.saved_at, self.bad, self.rollbacks = _State(), time.time(), 0, 0
+        self.dataset, self.folder, self.config, self.settings, self.saving = dataset, folder, config, settings, saving
+        self.steps = self._steps_per_epoch()
+        self.model = _share_norms(model.to(self.device), self.accelerator)
+        self.raw_optimizer = _adamw(parameter_groups(self.model, settings.weight_decay, settings.decay), settings.max_lr)
+        make = _choose(SCHEDULERS, settings.scheduler, "scheduler")
+        self.scheduler = make(self.raw_optimizer, settings.max_lr, settings.epochs, self.steps)  # not prepared: one step a step
+        self.stepper, self.optimizer = self.accelerator.prepare(_Stepper(self.model, step), self.raw_optimizer)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.at, self.means, self.stop = _Position(), _Means(), _Stop()
+        self.saved = self.clock = time.monotonic()
+
+    def _steps_per_epoch(self) -> int:
+        s = self.settings
+        if s.epochs < 1 or s.batch_size < 1:
+            raise PerceptError(f"Training needs at least one epoch and a batch of one, not {s.epochs} and {s.batch_size}.")
+        if s.batch_size % self.world:
+            raise PerceptError(f"A batch_size of {s.batch_size} cannot be split over {self.world} processes: choose a multiple of {self.world}.")
+        if s.samples < s.batch_size:
+            raise PerceptError(f"There are {s.samples} training samples, fewer than one batch of {s.batch_size}: choose a smaller batch_size.")
+        return s.samples // s.batch_size
 
     # -------------------------------------------------------------------------------------------- state on disk
     @property
     def path(self) -> Path:
         return self.folder / "state.pt"
 
-    def save(self) -> None:
-        """Write the state atomically (rank 0)."""
-        self.saved_at = time.time()
-        if not self.accelerator.is_main_process:
-            return
-        content = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "random": _random_states(), "state": dict(vars(self.state)), "config": self.config, "epochs": self.epochs, "batch_size": self.batch_size,
-        }  # fmt: skip
-        with atomic(self.path) as temporary:
-            torch.save(content, temporary)
+    @property
+    def finished(self) -> bool:
+        return self.at.epoch >= self.settings.epochs
 
-    def restore(self) -> None:
-        """Go on from the state on disk.
-
-        Raises:
-            PerceptError: if it belongs to another config, or cannot be read.
-        """
+    def _identity(self) -> dict[str, Any]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError) as error:
-            raise PerceptError(f"{self.path} cannot be read ({str(error).splitlines()[0]}): delete it to begin anew.") from error
-        for key, now in (("config", self.config), ("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if content[key] != now:
-                what = _difference(content[key], now) if isinstance(now, dict) else f"{key} was {content[key]}, is {now}"
-                raise PerceptError(f"{self.folder} holds a run with other settings ({what}): choose another model_name, or resume_from_ckpt False to begin anew.")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+            return json.loads(json.dumps({"config": self.config, "fit": asdict(self.settings)}))
+        except TypeError as error:
+            raise PerceptError(f"The config cannot be stored as JSON ({error}): keep numbers, texts, lists and dicts in it.") from error
+
+    def save(self) -> None:
+        """Write the state; all processes take part. A finished run keeps its history only: its weights are in last.safetensors."""
+        self._tick()
+        own = {"random": _random_state(self.device), "means": self.means.state()}
+        content = {"identity": self._identity(), "position": vars(self.at), "processes": gather_object([own])}
+        if self.main:
+            if not self.finished:
+                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+                content |= {"model": self.model.state_dict(), "optimizer": self.raw_optimizer.state_dict()}
+                content |= {"scheduler": self.scheduler.state_dict(), "scaler": scaler}
+            with atomic(self.path) as temporary:
+                torch.save(content, temporary)
+        self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
+
+    def _load(self) -> dict[str, Any]:
+        try:  # mapped for a GPU, whose process then reads only what it copies
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.device.type == "cuda")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise PerceptError(f"{self.path} cannot be read ({str(error).splitlines()[0]}): delete it, or resume=False to begin anew.") from error
+
+    def begin(self, resume: bool) -> None:
+        """Go on from the state on disk, or begin anew."""
+        self.accelerator.wait_for_everyone()
+        seed_everything(self.settings.seed + self.rank)  # dropout and noise differ between processes
+        identity = self._identity()
+        if resume and self.path.exists():
+            content = self._load()
+            _check_same(content["identity"]["config"], identity["config"], self.folder)
+            _check_same(content["identity"]["fit"], identity["fit"], self.folder)
+            self._restore(content)
+        elif not resume and self.main:
+            for name in ("state.pt", "history.csv", "best.safetensors", "last.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.at = _Position(**content["position"])
+        if self.finished:
+            return self._restore_finished()
+        self._restore_weights(content)
         self.scheduler.load_state_dict(content["scheduler"])
-        self.state = _State(**content["state"])
-        _restore_random(content["random"])
+        if content["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self._restore_process(content["processes"])
+        log.info("resuming %s at epoch %d, step %d", self.folder, self.at.epoch, self.at.step)
+
+    def _restore_finished(self) -> None:
+        last = self.folder / "last.safetensors"
+        if not last.exists():
+            raise PerceptError(f"The run in {self.folder} is finished, but its last.safetensors is gone: put it back, or resume=False to train again.")
+        load_strictly(self.model, load_checkpoint(last)[0], str(last))
+        log.info("%s is finished: %d epochs", self.folder, self.at.epoch)
+
+    def _restore_process(self, processes: list[dict[str, Any]]) -> None:
+        """Random state and running means of this process, or a fair substitute when their number has changed."""
+        if len(processes) == self.world:
+            self.means.load([processes[self.rank]["means"]])
+            return _set_random_state(processes[self.rank]["random"], self.device)
+        log.warning("%d processes go on with a run of %d: random numbers differ from here", self.world, len(processes))
+        self.means.load([p["means"] for p in processes] if self.main else [])
+        seed_everything(self.settings.seed + self.rank + 1000 * (self.at.epoch * self.steps + self.at.step))
+
+    def _restore_weights(self, content: dict[str, Any]) -> None:
+        load_strictly(self.model, content["model"], str(self.path))
+        self.raw_optimizer.load_state_dict(content["optimizer"])
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.at.seconds, self.clock = self.at.seconds + now - self.clock, now
 
     # -------------------------------------------------------------------------------------------- one step
-    def batch(self, order: np.ndarray, number: int) -> Batch:
-        """This process's share of global batch `number`."""
-        share = self.batch_size // self.world
-        start = number * self.batch_size + self.rank * share
-        batch = self.dataset.__getitems__([int(i) for i in order[start : start + share]])
-        return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
-
-    def train_step(self, batch: Batch) -> None:
-        """Forward, backward, average over processes, check, update."""
-        state = self.state
+    def _train_step(self, batch: Batch) -> tuple[bool, bool]:
+        """Forward, backward, check, update. Returns what all the processes agree on: whether to save now, and to stop."""
+        self.at.lr = self.raw_optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        with self.accelerator.autocast():
-            loss, logs = self.step(self.model, batch, state.epoch)
-        self.accelerator.backward(loss)
-        self._average_gradients()
+        with _shared_batch(self.world):
+            loss, logs = self.stepper(batch, self.at.epoch)
+            self.accelerator.backward(loss)
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.clip_grad or float("inf"))
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            self.optimizer.step()
-            self.bad = 0
-            for key, value in {"loss": loss, **logs}.items():
-                state.sums[key] = state.sums.get(key, 0.0) + float(torch.as_tensor(value).detach())
+        norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        flags = [torch.isfinite(loss.detach()), torch.isfinite(norm)]
+        bad_loss, bad_grad, save, stop = self._agree(flags, [self._due(), bool(self.stop.asked)])
+        if bad_loss or bad_grad:
+            self._skip(bad_loss)
         else:
-            state.skipped += 1
-            self.bad += 1
-            self.optimizer.step() if self.accelerator.scaler is not None else None  # lets the scaler lower its scale; it skips the update
+            self._update(norm)
+            self.means.add({"loss": loss, **logs})
+        self.at.step += 1
+        return save and not self.at.bad, stop
+
+    def _agree(self, finite: list[Tensor], flags: list[bool]) -> list[bool]:
+        """What holds in any process: [not finite..., flags...]. The one place where a step waits for the device."""
+        bad = torch.stack([~f for f in finite]).float() if finite else torch.empty(0, device=self.device)
+        if self.world == 1:
+            return [bool(value) for value in bad.tolist()] + flags
+        both = torch.cat([bad, torch.tensor(flags, dtype=torch.float32, device=self.device)])
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
+        return [bool(value) for value in both.tolist()]
+
+    def _due(self) -> bool:
+        steps = self.saving.save_steps
+        by_steps = bool(steps) and (self.at.epoch * self.steps + self.at.step + 1) % steps == 0
+        return by_steps or (self.main and time.monotonic() - self.saved > self.saving.save_every)
+
+    def _update(self, norm: Tensor) -> None:
+        if self.settings.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.trainable, self.settings.clip_grad, norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.at.bad = 0
+
+    def _skip(self, bad_loss: bool) -> None:
+        """No update; the schedule goes on, so that the learning rate depends on the position alone."""
+        scaler = self.accelerator.scaler
+        searching = scaler is not None and not bad_loss and scaler.get_scale() > 1  # fp16 overflow: the scaler looks for its scale
+        if scaler is not None:
+            scaler.update()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # torch minds when the very first update is skipped
             self.scheduler.step()
+        self.at.skipped += 1
+        self.at.bad += not searching
+        broken = any(b.is_floating_point() and not torch.isfinite(b).all() for b in self.model.buffers())
+        if self.at.bad >= PATIENCE or broken:
+            self._roll_back()
 
-    def _average_gradients(self) -> None:
-        if self.world > 1:
-            for p in self.trainable:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad)
-                p.grad /= self.world
-
-    def roll_back(self) -> None:
-        """After too many non-finite steps: the last good state, or an end with a sentence."""
-        self.rollbacks += 1
-        if self.rollbacks > ROLLBACKS or not self.path.exists():
+    def _roll_back(self) -> None:
+        """Weights of the last state, for the batches to come (to see the same ones again would end in the same place)."""
+        self.at.rollbacks += 1
+        if self.at.rollbacks > ROLLBACKS or not self.path.exists():
             raise PerceptError(
-                f"Loss or gradient was not finite in {PATIENCE} steps in a row (epoch {self.state.epoch}): lower max_lr, use precision 'no', or check the data for NaN."
+                f"Training cannot be kept finite (epoch {self.at.epoch}, step {self.at.step}: {self.at.skipped} steps without a finite loss and "
+                f"gradient in this epoch, {self.at.rollbacks - 1} roll-backs): lower max_lr, choose precision 'no', or look for NaN in the data."
             )
-        skipped = self.state.skipped
-        logger.warning("non-finite loss or gradient in %d steps in a row: back to the last good state", PATIENCE)
-        self.restore()
-        self.state.skipped, self.bad = skipped, 0
+        log.warning("loss or gradient is not finite (epoch %d, step %d): back to the last saved weights", self.at.epoch, self.at.step)
+        now = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
+        self._restore_weights(self._load())
+        for group, values in zip(self.raw_optimizer.param_groups, now, strict=True):
+            group.update(values)  # the learning rate belongs to the position, which stays
+        self.at.bad = 0
 
     # -------------------------------------------------------------------------------------------- one epoch
-    def train_epoch(self, save_every: float, save_steps: int) -> None:
-        """The rest of the present epoch."""
-        state = self.state
-        epoch = state.epoch
+    def _loader(self, workers: int) -> DataLoader:
+        """What is left of this process's share of the epoch."""
+        s, share = self.settings, self.settings.batch_size // self.world
+        order = epoch_order(s.samples, s.seed, self.at.epoch)
+        starts = range(self.at.step * s.batch_size + self.rank * share, self.steps * s.batch_size, s.batch_size)
+        own = torch.Generator()  # else the loader would draw from the generator of the steps
+        return DataLoader(
+            self.dataset, batch_sampler=[order[i : i + share].tolist() for i in starts], collate_fn=_collate, num_workers=workers,
+            pin_memory=self.device.type == "cuda", generator=own,
+        )  # fmt: skip
+
+    def train_epoch(self, workers: int) -> None:
+        """Train for the rest of the present epoch."""
         self.model.train()
-        self.dataset.set_epoch(epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        while self.state.step < self.steps:
-            self.train_step(self.batch(order, self.state.step))
-            self.state.step += 1
-            if self.bad >= PATIENCE:
-                self.roll_back()
-                if self.state.epoch != epoch:
-                    return self.train_epoch(save_every, save_steps)
-            if not self.bad and (time.time() - self.saved_at > save_every or (save_steps and self.state.step % save_steps == 0)):
+        self.dataset.set_epoch(self.at.epoch)
+        for batch in self._loader(workers):
+            save, stop = self._train_step(send_to_device(batch, self.device, non_blocking=True))
+            if stop:
+                self._leave()
+            if save:
+                self.at.rollbacks = 0
                 self.save()
 
-    def end_epoch(self, validate: Callable[[nn.Module], dict[str, float]] | None, monitor: str, save_at_end: bool, keep: bool) -> dict[str, float]:
-        """Validate, write checkpoints, and move to the next epoch."""
-        state = self.state
-        good = max(1, self.steps - state.skipped)
-        row = {"epoch": float(state.epoch), **{f"train/{k}": v / good for k, v in state.sums.items()}, "train/lr": self.scheduler.get_last_lr()[0]}
-        row["skipped"] = float(state.skipped)
-        if validate is not None:
-            self.model.eval()
-            row |= {k: float(v) for k, v in validate(self.model).items()}
-        state.history.append(row)
-        if self.accelerator.is_main_process:
-            weights = self.model.state_dict()
-            if validate is not None and not save_at_end and np.isfinite(row[monitor]) and row[monitor] < state.best:
-                state.best = row[monitor]
-                save_checkpoint(self.folder / "best.safetensors", weights, self.config | {"epoch": state.epoch})
-            save_checkpoint(self.folder / "last.safetensors", weights, self.config | {"epoch": state.epoch})
-            if keep:
-                save_checkpoint(self.folder / f"epoch{state.epoch:03d}.safetensors", weights, self.config | {"epoch": state.epoch})
-            with atomic(self.folder / "history.csv") as temporary:
-                pd.DataFrame(state.history).to_csv(temporary, index=False)
-        state.epoch, state.step, state.sums, state.skipped = state.epoch + 1, 0, {}, 0
+    def _leave(self) -> None:
         self.save()
+        log.warning("stopped at epoch %d, step %d; the same call goes on from %s", self.at.epoch, self.at.step, self.path)
+        if self.stop.asked == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def end_epoch(self, validate: Validate | None) -> dict[str, float]:
+        """Validate, write history and checkpoints, move on."""
+        row = self._row(validate)
+        self.at.history.append(row)
+        self._write(row)
+        self.at.epoch, self.at.step, self.at.skipped, self.at.seconds = self.at.epoch + 1, 0, 0, 0.0
+        self.means = _Means()
+        save, stop = self._agree([], [self._due() or self.finished, bool(self.stop.asked)])
+        if stop:
+            self._leave()
+        if save and (self.finished or not self.at.bad):
+            self.at.rollbacks = 0
+            self.save()
         return row
 
+    def _row(self, validate: Validate | None) -> dict[str, float]:
+        everywhere = _Means()
+        everywhere.load(gather_object([self.means.state()]))
+        row: dict[str, float] = {"epoch": self.at.epoch, "train/loss": math.nan}
+        row |= {name if "/" in name else f"train/{name}": value for name, value in everywhere.values().items()}
+        row |= {"train/lr": self.at.lr, "train/num_steps": (self.at.epoch + 1) * self.steps}
+        if validate is not None:
+            row |= {name: float(value) for name, value in self._validate(validate).items()}
+            if self.saving.monitor not in row:
+                raise PerceptError(f"validate gives no '{self.saving.monitor}' to choose the best epoch by: it gives {', '.join(row)}.")
+        self._tick()
+        return row | {"skipped": self.at.skipped, "seconds": round(self.at.seconds, 3)}
 
-def _difference(before: Any, now: Any, name: str = "") -> str:
-    """The first entry in which two configs differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                return _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    return f"{name} was {before}, is {now}"
+    def _validate(self, validate: Validate) -> dict[str, float]:
+        """Under a seed of its own: the same noise at each epoch, and none taken from training."""
+        before = _random_state(self.device)
+        seed_everything(self.settings.seed)
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            values = validate(self.model)
+        self.model.train()
+        _set_random_state(before, self.device)
+        return values
+
+    def _write(self, row: dict[str, float]) -> None:
+        if not self.main:
+            return
+        saving, done = self.saving, self.at.epoch + 1
+        last = done == self.settings.epochs
+        names = ["last"] if last or not saving.save_at_end else []
+        if row.get(saving.monitor, math.nan) < self.at.best:
+            self.at.best = row[saving.monitor]
+            names += [] if saving.save_at_end else ["best"]
+        if saving.keep_epochs and saving.ckpt_interval and (last or done % saving.ckpt_interval == 0):
+            names.append(f"epoch{self.at.epoch:03d}")
+        for name in names:
+            save_checkpoint(self.folder / f"{name}.safetensors", self.model.state_dict(), self.config | {"epoch": self.at.epoch})
+        with atomic(self.folder / "history.csv") as temporary:
+            pd.DataFrame(self.at.history).to_csv(temporary, index=False)
+
+    def run(self, validate: Validate | None, workers: int, logger: Callable[[dict[str, float], int], None] | None) -> None:
+        """All the epochs that are left, with one bar."""
+        bar = tqdm(total=self.settings.epochs, initial=self.at.epoch, desc=f"training {self.folder.name}", unit="epoch", mininterval=2, disable=not self.main)
+        self.saved = self.clock = time.monotonic()
+        with bar, self.stop:
+            while not self.finished:
+                self.train_epoch(workers)
+                row = self.end_epoch(validate)
+                shown = {k.removeprefix("train/"): f"{row[k]:.4g}" for k in ("train/loss", self.saving.monitor, "train/lr") if k in row}
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+                if logger is not None and self.main:
+                    logger(row, int(row["train/num_steps"]))
 
 
 def fit(
     model: nn.Module,
     step: Step,
-    dataset: ImageDataset,
+    dataset: TrainingData,
     *,
-    folder: Path,
+    folder: str | Path,
     config: dict[str, Any],
     epochs: int,
     batch_size: int,
     max_lr: float,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    validate: Validate | None = None,
     seed: int = 42,
     scheduler: str = "cycle",
     weight_decay: float = 1e-2,
+    decay: str = "no_norms",
     precision: str = "no",
+    clip_grad: float | None = None,
     resume: bool = True,
-    ckpt_interval: int = 0,
-    save_at_end: bool = False,
     monitor: str = "val/loss",
-    clip_grad: float = 0.0,
-    published_decay: bool = False,
     save_every: float = 300.0,
     save_steps: int = 0,
+    ckpt_interval: int = 5,
+    keep_epochs: bool = False,
+    save_at_end: bool = False,
+    num_workers: int = 0,
     device: str = "auto",
+    logger: Callable[[dict[str, float], int], None] | None = None,
 ) -> pd.DataFrame:
-    """Train a model.
+    """Train a model; called again after an interruption, it goes on where it was, and for a finished run it returns at once.
 
     Args:
-        model: trained in place, on the device of accelerate.
-        step: (model, batch, epoch) -> (loss, logs); a batch is what the dataset's `__getitems__` gives, on the device.
-        dataset: training images; an epoch shows each once, but for an incomplete last batch.
-        folder: best.safetensors, last.safetensors, history.csv and state.pt are written here.
-        config: JSON-like; stored with every checkpoint, and must agree when resuming.
+        model: trained in place, moved to the device; afterwards it has the last weights and is in eval mode.
+        step: (model, batch, epoch) -> (scalar loss, logs); a batch is what `dataset.__getitems__` gives, on the device. With several processes a
+            batch is a share of the global one, and a loss must be a mean over samples, or be made of `gather`ed tensors.
+        dataset: training samples; an epoch shows each once, but for an incomplete last batch.
+        folder: for best.safetensors, last.safetensors, history.csv and state.pt.
+        config: JSON-like; stored with each checkpoint (with the epoch beside it), and checked when resuming.
         epochs: passes over the dataset.
-        batch_size: images a step, over all processes.
-        max_lr: peak learning rate.
-        validate: model -> numbers of the validation split, "val/..."; smaller `monitor` is better.
-        seed: of the order, and of everything random in the steps.
-        scheduler: key of SCHEDULES.
+        batch_size: samples a step, over all processes.
+        max_lr: peak learning rate; never scaled.
+        validate: model -> {"val/loss": ...} on the validation split (never the test split), called in eval mode, without gradient, in every process.
+        seed: of the order and of everything random in the steps (process n has seed + n).
+        scheduler: key of SCHEDULERS: "cycle" (MindEye's), "linear" or "fixed"; it advances once a step.
         weight_decay: of AdamW.
-        precision: "no", "bf16" or "fp16".
-        resume: go on from folder/state.pt if it is there; otherwise begin anew.
-        ckpt_interval: also keep epochNNN.safetensors every so many epochs; 0: never.
-        save_at_end: write no best.safetensors.
-        monitor: the number that chooses the best epoch.
-        clip_grad: largest norm of the gradient; 0: no clipping.
-        published_decay: see `parameter_groups`.
-        save_every: seconds between saves of the state within an epoch.
-        save_steps: steps between them; 0: by time only.
-        device: "auto" or "cpu".
+        decay: key of DECAYS: what it leaves out.
+        precision: "no", "bf16" or "fp16" (the whole step runs under autocast).
+        clip_grad: largest norm of the gradient.
+        resume: go on from folder/state.pt where there is one; False: remove it and the checkpoints, and begin anew.
+        monitor: the column whose smallest value makes best.safetensors.
+        save_every: seconds between saves of the state: what a crash can cost.
+        save_steps: also every so many steps; 0: by the clock only.
+        ckpt_interval: with `keep_epochs`, epochs between the files epochNNN.safetensors.
+        keep_epochs: keep them; each is as large as the model.
+        save_at_end: write last.safetensors at the end only, and no best.safetensors.
+        num_workers: processes that read batches.
+        device: "auto", "cuda" or "cpu".
+        logger: called with (row of the history, steps so far) after each epoch, e.g. `lambda row, step: wandb.log(row, step=step)`.
 
     Returns:
-        The history, one row an epoch.
+        The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped (non-finite steps), seconds.
 
     Raises:
-        PerceptError: for settings that do not fit together or the run on disk, or when training cannot be kept finite.
+        PerceptError: for settings that are impossible or that differ from the run on disk, or when training cannot be kept finite.
+        KeyboardInterrupt: after Ctrl-C, when the step is done and the state saved (SystemExit after SIGTERM).
     """
-    folder = Path(folder)
-    seed_everything(seed)
-    trainer = _Trainer(
-        model, step, dataset, folder, config, epochs, batch_size, max_lr, seed, scheduler, weight_decay, precision, clip_grad, published_decay, device
-    )
-    if resume and trainer.path.exists():
-        trainer.restore()
-        if trainer.state.epoch:
-            logger.info("resuming %s at epoch %d", folder, trainer.state.epoch)
-    elif trainer.rank:
-        torch.manual_seed(seed + trainer.rank)  # dropout and noise differ between processes
-    bar = tqdm(total=epochs, initial=trainer.state.epoch, desc=f"training {folder.name}", unit="epoch", mininterval=5, disable=trainer.rank > 0)
-    try:
-        while trainer.state.epoch < epochs:
-            trainer.train_epoch(save_every, save_steps)
-            keep = bool(ckpt_interval) and (trainer.state.epoch + 1) % ckpt_interval == 0
-            row = trainer.end_epoch(validate, monitor, save_at_end, keep)
-            bar.update()
-            bar.set_postfix({k.split("/")[-1]: f"{v:.4g}" for k, v in row.items() if k in ("train/loss", monitor)})
-    except KeyboardInterrupt:
-        trainer.save()
-        logger.warning("interrupted at epoch %d; the same call goes on from %s", trainer.state.epoch, trainer.path)
-        raise
-    finally:
-        bar.close()
+    settings = _Settings(epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset))
+    saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end)
+    training = _Training(model, step, dataset, Path(folder), config, settings, saving, device)
+    training.begin(resume)
+    if not training.finished:
+        training.run(validate, num_workers, logger)
     model.eval()
-    return pd.DataFrame(trainer.state.history)
+    return pd.DataFrame(training.at.history)
 
 
-def load_best(model: nn.Module, folder: Path) -> nn.Module:
-    """Load the weights of the best validation epoch into a model that `fit` has just trained."""
-    state, _ = load_checkpoint(Path(folder) / "best.safetensors")
-    model.load_state_dict(state)
+def load_best(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give a model the weights of the best validation epoch in a folder of `fit`.
+
+    Raises:
+        PerceptError: if there are none, or they do not fit.
+    """
+    path = Path(folder) / "best.safetensors"
+    if not path.exists():
+        raise PerceptError(f"There is no {path}: train with a validate function and without save_at_end.")
+    load_strictly(model, load_checkpoint(path)[0], str(path))
     return model.eval()

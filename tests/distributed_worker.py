@@ -1,0 +1,154 @@
+"""What each process of tests/test_distributed.py does, under torchrun; it writes what it found into a folder."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.training import fit, gather
+from src.utils import PerceptError
+
+torch.set_num_threads(1)
+RANK = int(os.environ.get("RANK", 0))
+SAMPLES, BATCH, EPOCHS, DIM = 21, 8, 2, 6
+
+
+class Data:
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.x, self.y = torch.randn(SAMPLES, 5, generator=generator), torch.randn(SAMPLES, DIM, generator=generator)
+
+    def __len__(self):
+        return SAMPLES
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __getitems__(self, indices):
+        return {"x": self.x[indices], "y": self.y[indices]}
+
+
+class Model(nn.Module):
+    """Two parts that a step calls by themselves, and one that it leaves alone in the first epoch."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, DIM))
+        self.late = nn.Linear(DIM, DIM)
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, x):
+        raise AssertionError("the steps call the parts")
+
+
+def mean_step(model, batch, epoch):
+    out = model.backbone(batch["x"])
+    out = model.late(out) if epoch else out
+    loss = (out - batch["y"]).square().mean()
+    return loss, {"first": out[:, 0].mean()}
+
+
+def contrastive(brain, image):
+    scores = F.normalize(brain, dim=-1) @ F.normalize(image, dim=-1).T / 0.1
+    right = torch.arange(len(scores))
+    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+
+
+def contrastive_step(model, batch, epoch):
+    brain = model.backbone(batch["x"])
+    local = (brain - batch["y"]).square().mean()
+    perm = torch.arange(len(brain)).flip(0)
+    rows = gather(perm, rows=True)
+    assert rows.sort().values.tolist() == list(range(BATCH)), rows
+    return contrastive(gather(brain), gather(batch["y"])) + 0.5 * local, {"rows": float(len(gather(brain)))}
+
+
+def local_step(model, batch, epoch):
+    return contrastive(model.backbone(batch["x"]), batch["y"]), {}
+
+
+def noisy_step(model, batch, epoch):
+    """Other noise in each process."""
+    noise = torch.randn(batch["x"].shape)
+    return (model.backbone(batch["x"] + noise) - batch["y"]).square().mean(), {"noise": noise.mean()}
+
+
+def nan_in_one_process(model, batch, epoch):
+    """The last process has a loss that is infinite, with a gradient that is not."""
+    loss, logs = mean_step(model, batch, epoch)
+    if RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1 and not hasattr(model, "spoiled"):
+        model.spoiled = True
+        loss = loss + float("inf")
+    return loss, logs
+
+
+STEPS = {"mean": mean_step, "contrastive": contrastive_step, "local": local_step, "noisy": noisy_step, "inf": nan_in_one_process}
+
+
+def train(folder, name, seed=0, do=None, **other):
+    model, first = Model(seed), {}
+
+    def step(model, batch, epoch):
+        loss, logs = (do or STEPS[name])(model, batch, epoch)
+        return loss, logs
+
+    before = torch.optim.AdamW.step
+
+    def watch(self, *args, **kwargs):
+        if not first:
+            first.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return before(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = watch
+    try:
+        history = fit(
+            model, step, Data(), folder=folder / name, config={}, epochs=EPOCHS, batch_size=BATCH, max_lr=1e-2, device="cpu",
+            validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())}, **other,
+        )  # fmt: skip
+    finally:
+        torch.optim.AdamW.step = before
+    return {"weights": model.state_dict(), "gradients": first, "history": history.drop(columns="seconds").to_dict("list")}
+
+
+def refusals(folder):
+    found = {}
+    for name, model, batch in (("odd", Model(0), 7), ("norm", nn.Sequential(nn.Linear(5, DIM), nn.BatchNorm1d(DIM)), BATCH)):
+        try:
+            fit(model, mean_step, Data(), folder=folder / name, config={}, epochs=1, batch_size=batch, max_lr=1e-2, device="cpu")
+        except PerceptError as error:
+            found[name] = str(error)
+    return found
+
+
+def interrupted(folder):
+    """Ctrl-C in one process only stops both after the same step."""
+    calls = []
+
+    def step(model, batch, epoch):
+        calls.append(1)
+        if RANK == 0 and len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return noisy_step(model, batch, epoch)
+
+    try:
+        train(folder / "interrupted", "noisy", do=step)
+    except KeyboardInterrupt:
+        return len(calls)
+    return -1
+
+
+def main(folder):
+    found = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in STEPS}
+    found["refusals"] = refusals(folder)
+    found["interrupted after"] = interrupted(folder)
+    found["resumed"] = train(folder / "interrupted", "noisy", seed=5)
+    torch.save(found, folder / f"rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,81 @@
+"""Who may import whom, and what src/ must not contain: read from the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+MODULES = sorted(SRC.rglob("*.py"))
+SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "retrieval", "figures", "miniworld", "download", "readers"}
+THIRD = {"training", "reconstruct", "report"}
+DOORS = {
+    "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
+    "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data"},
+    "accelerate": {"training"}, "faiss": {"retrieval"},
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all imports, wherever they stand."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.split(".")[0] == "src"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_layers(path):
+    name, used = name_of(path), ours(path)
+    if name == "utils":
+        assert not used
+    elif name == "readers":
+        assert used <= {"utils", "data", "readers"}
+    elif name in SECOND:
+        assert used <= {"utils"}, f"{name} is of the second layer and may import utils only, not {used - {'utils'}}"
+    elif name in THIRD:
+        known = SECOND | {"utils"} | ({"metrics"} if name == "report" else set())
+        assert used <= known
+    else:
+        assert name == "__init__" and not used
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_third_parties_stay_behind_their_door(path):
+    for full in imports(path):
+        door = DOORS.get(full.split(".")[0])
+        assert door is None or name_of(path) in door, f"{full} belongs into {door}"
+        if full.startswith("diffusers") and name_of(path) == "models":
+            assert full == "diffusers.models.autoencoders.vae.Decoder"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_no_prints_bare_excepts_star_imports_or_loose_loading(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert not (isinstance(node.func, ast.Name) and node.func.id == "print"), f"print at line {node.lineno}"
+            strict = [k for k in node.keywords if k.arg == "strict" and isinstance(k.value, ast.Constant) and k.value.value is False]
+            loads = isinstance(node.func, ast.Attribute) and node.func.attr == "load_state_dict"
+            assert not (strict and loads), f"strict=False at line {node.lineno}"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except at line {node.lineno}"
+        assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_functions_fit_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"

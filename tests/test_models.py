@@ -1,0 +1,491 @@
+"""The networks: sizes and keys of the published checkpoints, values against what the published systems compute, and the ridge baseline."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from himalaya.backend import get_backend
+from sklearn.linear_model import Ridge
+from torch import nn
+
+from src.models import (
+    MODELS,
+    UPS_MODES,
+    BrainNetwork,
+    CausalTransformer,
+    DiffusionPriorNetwork,
+    RelativePositionBias,
+    RidgeBaseline,
+    VersatileDiffusionPriorNetwork,
+    Voxel2StableDiffusionModel,
+    build,
+    published_state,
+)
+from src.prior import BrainDiffusionPrior
+from src.utils import PerceptError, count_parameters, load_checkpoint, load_strictly, save_checkpoint
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+TINY_PRIOR = {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "num_tokens": 5}
+TINY = {
+    "BrainNetwork": {"in_dim": 11, "out_dim": 24, "clip_size": 8, "h": 12, "n_blocks": 2, "projector_dim": 10},
+    "VersatileDiffusionPriorNetwork": TINY_PRIOR,
+    "DiffusionPriorNetwork": {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "num_timesteps": 10, "max_text_len": 4},
+    "Voxel2StableDiffusionModel": {"in_dim": 11, "h": 12, "n_blocks": 2, "latent_size": 16, "block_out_channels": [32, 32, 64]},
+    "RidgeBaseline": {"in_dim": 11, "target_shape": [3, 4]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def _tensors(path, prefix=""):
+    with np.load(path) as file:
+        return {k.removeprefix(prefix): torch.from_numpy(file[k]) for k in file.files if k.startswith(prefix)}
+
+
+def _inputs(name):
+    tokens, t = torch.randn(2, 5, 16), torch.tensor([1, 7])
+    return {
+        "VersatileDiffusionPriorNetwork": (tokens, t, torch.randn(2, 5, 16)),
+        "DiffusionPriorNetwork": (tokens[:, 0], t, tokens[:, 1]),
+    }.get(name, (torch.randn(2, 11),))
+
+
+# ------------------------------------------------------------------------------------------------ published sizes
+def _full_size(name):
+    """The network of that name in full_size_state_shapes.json, on the meta device."""
+    vd = {"dim": 768, "depth": 6, "dim_head": 64, "heads": 12, "num_tokens": 257}
+    with torch.device("meta"):
+        if name == "vd_prior_network":
+            return VersatileDiffusionPriorNetwork(**vd)
+        if name.startswith("brain_network"):
+            return BrainNetwork(in_dim=15724, out_dim=257 * 768 if "257" in name else 768)
+        if name.startswith("voxel2sd"):
+            return Voxel2StableDiffusionModel(in_dim=15724, use_cont="True" in name)
+        if "257" in name:
+            return BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd), BrainNetwork(15724, 257 * 768), timesteps=100)
+        net = DiffusionPriorNetwork(depth=12, normformer="normformerTrue" in name)
+        return BrainDiffusionPrior(net, BrainNetwork(15724, 768), timesteps=1000)
+
+
+NAMES = [
+    "brain_network_257x768_subj01", "brain_network_1x768_subj01", "vd_prior_network", "brain_diffusion_prior_257_subj01",
+    "brain_diffusion_prior_1x768_depth12_normformerFalse", "brain_diffusion_prior_1x768_depth12_normformerTrue",
+    "voxel2sd_4x_contFalse_newdiffuserskeys", "voxel2sd_4x_contTrue_newdiffuserskeys", "voxel2sd_4x_contTrue_diffusers013_keys",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(golden):
+    return json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())
+
+
+def test_no_published_network_is_forgotten(published):
+    assert set(published) - set(NAMES) == {"convnext_xl_vicregl"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_shapes_and_counts_are_the_published_ones(published, name):
+    network, wanted = _full_size(name), published[name]
+    state = {key: list(value.shape) for key, value in network.state_dict().items()}
+    expected = {key: list(value.shape) for key, value in published_state({k: torch.empty(v, device="meta") for k, v in wanted["state"].items()}).items()}
+    assert state == expected and len(state) == wanted["n_state_entries"]
+    assert count_parameters(network) == wanted["params"]
+    if "trainable" in wanted:
+        assert sum(p.numel() for p in network.parameters() if p.requires_grad) == wanted["trainable"]
+
+
+@pytest.mark.parametrize("mode, count", [("4x", 205_505_988), ("8x", 208_901_188), ("16x", 197_510_724)])
+def test_low_level_sizes_of_the_other_modes(mode, count):
+    with torch.device("meta"):
+        network = Voxel2StableDiffusionModel(ups_mode=mode)
+        assert count_parameters(network) == count
+        assert network.eval()(torch.empty(2, 15724)).shape == (2, 4, 64, 64)
+
+
+@pytest.mark.parametrize("subject, voxels, count", [(2, 14278, 941_657_088), (5, 13039, 936_582_144), (7, 12682, 935_119_872)])
+def test_sizes_of_the_other_subjects(subject, voxels, count):
+    with torch.device("meta"):
+        assert count_parameters(BrainNetwork(voxels)) == count
+
+
+# ------------------------------------------------------------------------------------------------ BrainNetwork
+def test_brain_network_computes_the_published_values(golden):
+    path = golden / "mindeye" / "tiny_brain_network.npz"
+    arrays = _tensors(path)
+    network = BrainNetwork(in_dim=37, out_dim=40, clip_size=8, h=16, n_blocks=4, projector_dim=32).eval()
+    load_strictly(network, _tensors(path, "sd/"), "golden")
+    backbone, projected = network(arrays["x"])
+    torch.testing.assert_close(backbone, arrays["backbone_out"], **CLOSE)
+    torch.testing.assert_close(projected, arrays["projector_out"], **CLOSE)
+    network.train()
+    torch.manual_seed(52)
+    backbone, projected = network(arrays["x"])
+    torch.testing.assert_close(backbone, arrays["train_seed52_backbone"], **CLOSE)
+    torch.testing.assert_close(projected, arrays["train_seed52_projector"], **CLOSE)
+
+
+def test_brain_network_of_the_combined_system_computes_the_published_values(golden):
+    path = golden / "mindeye" / "tiny_brain_network.npz"
+    arrays = _tensors(path)
+    options = {"norm_type": "bn", "act_first": True, "use_projector": False}
+    network = BrainNetwork(in_dim=37, out_dim=8, clip_size=8, h=16, n_blocks=2, **options).eval()
+    load_strictly(network, _tensors(path, "bn_sd/"), "golden")
+    torch.testing.assert_close(network(arrays["x"]), arrays["bn_relu_actfirst_out"], **CLOSE)
+
+
+def test_brain_network_flattens_a_volume_and_refuses_other_voxels():
+    network, volume = BrainNetwork(**{**TINY["BrainNetwork"], "in_dim": 24}).eval(), torch.randn(2, 2, 3, 4)
+    torch.testing.assert_close(network(volume)[0], network(volume.reshape(2, 24))[0])
+    with pytest.raises(PerceptError, match="reads 24 voxels but was given 25"):
+        network(torch.randn(2, 25))
+
+
+# ------------------------------------------------------------------------------------------------ prior networks
+@pytest.fixture(scope="module")
+def prior_arrays(golden):
+    return _tensors(golden / "mindeye" / "tiny_vd_prior_net_pos_emb.npz")
+
+
+@pytest.fixture
+def prior_network(golden):
+    network = VersatileDiffusionPriorNetwork(**TINY_PRIOR).eval()
+    load_strictly(network, _tensors(golden / "mindeye" / "tiny_vd_prior_net_pos_emb.npz", "sd/"), "golden")
+    return network
+
+
+def test_prior_network_computes_the_published_values(prior_network, prior_arrays):
+    a = prior_arrays
+    inputs = a["image_embed"], a["timesteps"]
+    torch.testing.assert_close(prior_network(*inputs, brain_embed=a["brain_embed"]), a["out"], **CLOSE)
+    torch.testing.assert_close(prior_network(*inputs, text_embed=a["brain_embed"]), a["out"], **CLOSE)
+    dropped = prior_network(*inputs, brain_embed=a["brain_embed"], brain_cond_drop_prob=1.0)
+    torch.testing.assert_close(dropped, a["out_text_dropped"], **CLOSE)
+    dropped = prior_network(*inputs, brain_embed=a["brain_embed"], brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
+    torch.testing.assert_close(dropped, a["out_both_dropped"], **CLOSE)
+
+
+def test_parts_of_the_prior_network_compute_the_published_values(prior_network, prior_arrays):
+    a, transformer = prior_arrays, prior_network.causal_transformer
+    torch.testing.assert_close(prior_network.to_time_embeds(a["timesteps"])[:, None], a["time_embed"], **CLOSE)
+    torch.testing.assert_close(transformer.rel_pos_bias(11), a["rel_pos_bias_11x12"], **CLOSE)
+    attention, feed_forward = transformer.layers[0]
+    torch.testing.assert_close(attention(a["tokens_in"], *transformer._positions(11)), a["layer0_attn_out_noresid"], **CLOSE)
+    torch.testing.assert_close(feed_forward(a["tokens_in"]), a["layer0_ff_out_noresid"], **CLOSE)
+    torch.testing.assert_close(transformer.norm(a["tokens_in"]), a["final_stable_norm"], **CLOSE)
+    torch.testing.assert_close(transformer(a["tokens_in"]), a["transformer_out"], **CLOSE)
+
+
+def test_relative_position_buckets_are_the_published_ones(golden):
+    arrays = _tensors(golden / "mindeye" / "relpos_buckets.npz")
+    bias = RelativePositionBias(1)
+    assert torch.equal(bias.bucket(torch.arange(515)), arrays["bucket_of_distance_0_to_514"])
+    bias.relative_attention_bias.weight.data = torch.arange(32.0)[:, None]
+    assert bias(515).double().sum() == arrays["full_515x516_sum"]
+
+
+def _attention_by_loops(attention, x, bias, causal):
+    """One attention layer, position by position, in double precision: an independent reading of the specification."""
+    dim_head = attention.null_kv.shape[1]
+    width = min(32, dim_head)
+    norm = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * attention.norm.g
+
+    def turn(vector, position):
+        vector = vector.clone()
+        for pair in range(width // 2):
+            angle = position * 10000 ** (-2 * pair / width)
+            a, b = vector[2 * pair].clone(), vector[2 * pair + 1].clone()
+            vector[2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+            vector[2 * pair + 1] = b * math.cos(angle) + a * math.sin(angle)
+        return vector
+
+    out = torch.zeros_like(x)
+    for sample in range(len(x)):
+        key_value = norm[sample] @ attention.to_kv.weight.T
+        keys = [attention.null_kv[0]] + [turn(row[:dim_head], i) for i, row in enumerate(key_value)]
+        values = torch.stack([attention.null_kv[1], *key_value[:, dim_head:]])
+        queries = norm[sample] @ attention.to_q.weight.T
+        for i in range(x.shape[1]):
+            heads = []
+            for head in range(attention.heads):
+                query = turn(queries[i, head * dim_head : (head + 1) * dim_head], i)
+                logits = torch.stack([16 * F.cosine_similarity(query, key, dim=0) for key in keys]) + bias[head, i]
+                if causal:
+                    logits = logits[: i + 2]
+                heads.append(logits.softmax(0) @ values[: len(logits)])
+            row = attention.to_out[0].weight @ torch.cat(heads)
+            out[sample, i] = (row - row.mean()) / (row.var(unbiased=False) + 1e-5).sqrt() * attention.to_out[1].g
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim_head", [8, 36])
+def test_attention_is_that_of_the_specification(causal, dim_head):
+    torch.manual_seed(1)
+    transformer = CausalTransformer(12, 1, dim_head, 3, causal).double()
+    transformer.rel_pos_bias.relative_attention_bias.weight.data.normal_()
+    attention, x = transformer.layers[0][0], torch.randn(2, 6, 12, dtype=torch.float64)
+    with torch.no_grad():
+        expected = _attention_by_loops(attention, x, transformer.rel_pos_bias(6), causal)
+        torch.testing.assert_close(attention(x, *transformer._positions(6)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_only_the_last_positions_are_those_of_all(causal):
+    transformer, x = CausalTransformer(16, 3, 8, 2, causal), torch.randn(2, 9, 16)
+    torch.testing.assert_close(transformer(x, last=4), transformer(x)[:, -4:])
+
+
+def test_a_causal_transformer_does_not_see_the_future():
+    x = torch.randn(1, 6, 16)
+    other = x.clone()
+    other[:, 4:] += 1
+    seeing, causal = (CausalTransformer(16, 2, 8, 2, causal) for causal in (False, True))
+    torch.testing.assert_close(causal(x)[:, :4], causal(other)[:, :4])
+    assert not torch.allclose(causal(x)[:, 4:], causal(other)[:, 4:]) and not torch.allclose(seeing(x)[:, :4], seeing(other)[:, :4])
+
+
+@pytest.mark.parametrize("mode, queries", [("none", 0), ("pos_emb", 5), ("token", 5), ("all_pos_emb", 11)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_learned_query_modes(mode, queries, causal):
+    network = VersatileDiffusionPriorNetwork(**TINY_PRIOR, learned_query_mode=mode, causal=causal)
+    assert ("learned_query" in network.state_dict()) == bool(queries)
+    image, t, brain = _inputs("VersatileDiffusionPriorNetwork")
+    query = network.state_dict().get("learned_query", torch.zeros(5, 16))
+    time = network.to_time_embeds(t)[:, None]
+    tokens = {
+        "none": lambda: torch.cat((brain, time, image), 1),
+        "pos_emb": lambda: torch.cat((brain, time, image + query), 1),
+        "token": lambda: torch.cat((brain, time, image, query.expand(2, -1, -1)), 1),
+        "all_pos_emb": lambda: torch.cat((brain, time, image), 1) + query,
+    }[mode]()
+    assert query.shape[0] == (queries or 5)
+    torch.testing.assert_close(network(image, t, brain), network.causal_transformer(tokens)[:, -5:])
+
+
+def test_dropping_draws_the_brain_first_and_nothing_for_0_and_1():
+    network = VersatileDiffusionPriorNetwork(**TINY_PRIOR)
+    image, brain, t = torch.randn(8, 5, 16), torch.randn(8, 5, 16), torch.arange(8)
+    torch.manual_seed(0)
+    found = network(image, t, brain, brain_cond_drop_prob=0.5, image_cond_drop_prob=0.5)
+    torch.manual_seed(0)
+    keep_brain, keep_image = torch.rand(8) < 0.5, torch.rand(8) < 0.5
+    assert 0 < keep_brain.sum() < 8 and 0 < keep_image.sum() < 8
+    brain[~keep_brain], image[~keep_image] = network.null_brain_embeds.detach(), network.null_image_embed.detach()
+    state = torch.get_rng_state()
+    torch.testing.assert_close(found, network(image, t, brain))
+    network(image, t, brain, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_1x768_network_puts_its_tokens_in_the_published_order():
+    network = DiffusionPriorNetwork(**TINY["DiffusionPriorNetwork"])
+    image, t, text = _inputs("DiffusionPriorNetwork")
+    rows = []
+    for i in range(2):
+        parts = [network.null_text_encodings[0], text[i : i + 1], network.to_time_embeds[0].weight[t[i] : t[i] + 1], image[i : i + 1]]
+        rows.append(torch.cat([*parts, network.learned_query[None]]))
+    expected = network.causal_transformer(torch.stack(rows))[:, -1]
+    torch.testing.assert_close(network(image, t, text_embed=text), expected)
+    dropped = network(image, t, text_embed=text, brain_cond_drop_prob=1.0)
+    torch.testing.assert_close(dropped, network(image, t, text_embed=network.null_text_embeds[:, 0].expand(2, -1)))
+
+
+def test_kept_positions_give_the_same_output_and_do_not_outlive_their_context():
+    network, inputs = VersatileDiffusionPriorNetwork(**TINY_PRIOR), _inputs("VersatileDiffusionPriorNetwork")
+    expected = network(*inputs)
+    with torch.no_grad(), network.kept_positions():
+        for _ in range(2):
+            torch.testing.assert_close(network(*inputs), expected)
+        assert list(network.causal_transformer._kept) == [11]
+    assert not network.causal_transformer._kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prior_network_runs_in_half_precision(dtype):
+    network, inputs = VersatileDiffusionPriorNetwork(**TINY_PRIOR), _inputs("VersatileDiffusionPriorNetwork")
+    expected = network(*inputs)
+    with torch.autocast("cpu", dtype):
+        found = network(*inputs)
+    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    found.float().sum().backward()
+
+
+def test_gain_norm_has_the_published_epsilons():
+    from src.models import GainNorm
+
+    norm, x = GainNorm(6), torch.randn(3, 6) * 0.02
+    for dtype, eps in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
+        y = x.to(dtype).double()
+        expected = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        torch.testing.assert_close(norm(x.to(dtype)).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ low level
+@pytest.mark.parametrize("mode", UPS_MODES)
+@pytest.mark.parametrize("use_cont", [False, True])
+def test_low_level_network_at_a_small_size(mode, use_cont):
+    widths = [32] * len(UPS_MODES[mode][2])
+    network = Voxel2StableDiffusionModel(11, h=12, n_blocks=1, use_cont=use_cont, ups_mode=mode, latent_size=32, block_out_channels=widths)
+    out = network(torch.randn(2, 11))
+    if use_cont:
+        out, maps = out
+        assert maps.shape == (2, (32 // UPS_MODES[mode][1]) ** 2, 512)
+    assert out.shape == (2, 4, 32, 32)
+    out.square().mean().backward()
+    assert network.lin0[0].weight.grad.abs().sum() > 0
+
+
+def test_low_level_miniature_learns():
+    network = Voxel2StableDiffusionModel(**TINY["Voxel2StableDiffusionModel"])
+    for dropout in (m for m in network.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    voxels, latents = torch.randn(4, 11), torch.randn(4, 4, 1, 1).expand(4, 4, 16, 16)
+    optimiser, losses = torch.optim.Adam(network.parameters(), 3e-3), []
+    for _ in range(30):
+        loss = F.l1_loss(network(voxels), latents)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"ups_mode": "2x"}, "unknown"),
+        ({"latent_size": 18}, "divisible"),
+        ({"block_out_channels": [32, 32]}, "3 block_out_channels"),
+        ({"block_out_channels": [16, 32, 32]}, "32 groups"),
+    ],
+)
+def test_low_level_refusals(wrong, message):
+    with pytest.raises(PerceptError, match=message):
+        Voxel2StableDiffusionModel(**(TINY["Voxel2StableDiffusionModel"] | wrong))
+
+
+def test_old_keys_are_renamed_and_nothing_else():
+    old = "upsampler.mid_block.attentions.0."
+    state = {f"module.{old}query.weight": 1, f"{old}proj_attn.bias": 2, f"{old}group_norm.weight": 3, "voxel2clip.temp": 4, "lin0.key.weight": 5}
+    expected = {f"{old}to_q.weight": 1, f"{old}to_out.0.bias": 2, f"{old}group_norm.weight": 3, "lin0.key.weight": 5}
+    assert published_state(state) == expected
+
+
+# ------------------------------------------------------------------------------------------------ ridge baseline
+def _linear_data(n=60, voxels=9, shape=(2, 3), noise=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, voxels)).astype(np.float32) + 2
+    y = x @ rng.standard_normal((voxels, math.prod(shape))) + 5 + noise * rng.standard_normal((n, math.prod(shape)))
+    return x, y.reshape(n, *shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "auto"])
+def test_ridge_is_scikit_learns_at_the_chosen_penalties(backend):
+    x, y = _linear_data()
+    before = get_backend().name
+    baseline = RidgeBaseline.fit(x, y, alphas=[0.1, 10.0, 1000.0], backend=backend, chunk=4)
+    assert get_backend().name == before
+    assert all(min(abs(alpha / v - 1) for v in (0.1, 10.0, 1000.0)) < 1e-5 for alpha in baseline.alphas.tolist())
+    reference = Ridge(alpha=baseline.alphas.numpy().astype(float)).fit(x.astype(float), y.reshape(60, -1).astype(float))
+    expected = reference.predict(x.astype(float)).reshape(y.shape)
+    found = baseline(torch.from_numpy(x))
+    assert found.shape == (60, 2, 3)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_ridge_chooses_a_penalty_a_target_by_cross_validation():
+    x, y = _linear_data(n=80, voxels=20, shape=(2,), noise=0.0)
+    y[:, 1] = np.random.default_rng(1).standard_normal(80)  # nothing to find in the second target
+    baseline = RidgeBaseline.fit(x, y, alphas=[0.01, 1e5])
+    np.testing.assert_allclose(baseline.alphas.numpy(), [0.01, 1e5], rtol=1e-5)
+
+
+def test_ridge_keeps_the_rows_of_a_group_in_one_fold():
+    rng = np.random.default_rng(0)
+    groups = np.arange(12).repeat(5)
+    x = rng.standard_normal((12, 40))[groups].astype(np.float32)  # the repeats of an image are the same row: memorising pays between them
+    y = rng.standard_normal((12, 4))[groups].astype(np.float32)
+    leaking, honest = (RidgeBaseline.fit(x, y, alphas=[1e-3, 1e4], cv=4, groups=g).alphas for g in (None, groups))
+    assert (leaking < 1).all() and (honest > 1).all()
+
+
+def test_ridge_is_repeatable_and_round_trips_through_a_checkpoint(tmp_path):
+    x, y = _linear_data()
+    one, two = (RidgeBaseline.fit(x, y, seed=3) for _ in range(2))
+    assert torch.equal(one.weight, two.weight)
+    save_checkpoint(tmp_path / "ridge.safetensors", one.state_dict(), one.config)
+    state, config = load_checkpoint(tmp_path / "ridge.safetensors")
+    again = build(config)
+    load_strictly(again, state, "ridge")
+    assert torch.equal(again(torch.from_numpy(x)), one(torch.from_numpy(x))) and torch.equal(again.alphas, one.alphas)
+
+
+def test_ridge_refusals():
+    x, y = _linear_data()
+    with pytest.raises(PerceptError, match="matching rows"):
+        RidgeBaseline.fit(x[:-1], y)
+    with pytest.raises(PerceptError, match="matching rows"):
+        RidgeBaseline.fit(x, y, groups=np.arange(59))
+    with pytest.raises(PerceptError, match="not finite"):
+        RidgeBaseline.fit(np.where(x == x[3, 3], np.nan, x), y)
+    with pytest.raises(PerceptError, match="do not make 5 folds"):
+        RidgeBaseline.fit(x[:4], y[:4])
+    with pytest.raises(PerceptError, match="reads 9 voxels but was given 8"):
+        RidgeBaseline.fit(x, y)(torch.zeros(1, 8))
+
+
+# ------------------------------------------------------------------------------------------------ registry
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_is_rebuilt_from_its_config_and_checkpoint(name, tmp_path):
+    network = MODELS[name](**TINY[name]).eval()
+    assert network.config["name"] == name and TINY[name].items() <= network.config["kwargs"].items()
+    save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), network.config)
+    state, config = load_checkpoint(tmp_path / "net.safetensors")
+    again = build(config).eval()
+    load_strictly(again, state, name)
+    copied = copy.deepcopy(network)
+    assert copied.config == network.config
+    inputs = _inputs(name)
+    for other in (again, copied):
+        for a, b in zip(_parts(network(*inputs)), _parts(other(*inputs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def _parts(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+def test_arguments_by_position_are_in_the_config():
+    network = BrainNetwork(11, 24, clip_size=8, h=12)
+    assert network.config["kwargs"] == {
+        "in_dim": 11, "out_dim": 24, "clip_size": 8, "h": 12, "n_blocks": 4, "norm_type": "ln", "act_first": False,
+        "use_projector": True, "projector_dim": 2048,
+    }  # fmt: skip
+
+
+def test_build_refusals():
+    with pytest.raises(PerceptError, match="No network is called 'Nonsense'"):
+        build({"name": "Nonsense", "kwargs": {}})
+    with pytest.raises(PerceptError, match="cannot be built from its config.*'n_layers'"):
+        build({"name": "BrainNetwork", "kwargs": {"n_layers": 3}})
+    with pytest.raises(PerceptError, match="norm_type 'gn'"):
+        BrainNetwork(11, norm_type="gn")
+    with pytest.raises(PerceptError, match="learned_query_mode"):
+        VersatileDiffusionPriorNetwork(**TINY_PRIOR, learned_query_mode="all")
+
+
+def test_prior_network_refuses_what_does_not_fit():
+    network = VersatileDiffusionPriorNetwork(**TINY_PRIOR)
+    image, t, brain = _inputs("VersatileDiffusionPriorNetwork")
+    with pytest.raises(PerceptError, match="brain_embed"):
+        network(image, t)
+    with pytest.raises(PerceptError, match=r"brain_embed of shape \(2, 5, 16\), not \(2, 4, 16\)"):
+        network(image, t, brain[:, :4])
+    assert network(image.flatten(1), t, brain.flatten(1)).shape == (2, 5, 16)

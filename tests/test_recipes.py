@@ -1,0 +1,39 @@
+"""Recipes: every stage exists, every key is a parameter of it and has its type; papermill itself would only warn."""
+
+import pytest
+
+from src import utils
+
+FILES = sorted(utils.RECIPES.rglob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert (utils.RECIPES / "mindeye" / "mini").is_dir() and FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(utils.RECIPES)))
+def test_keys_are_parameters_of_the_right_type(path):
+    notebook = utils.NOTEBOOKS / f"{path.stem}.ipynb"
+    known = utils.read_parameters(utils.parameters_source(notebook), path.stem)
+    content = utils.read_recipe(path)
+    utils.check_known(content, known, str(path))
+    for name, value in content.items():
+        assert type(utils.coerce(known[name], value, str(path))) is type(known[name].default)
+        if isinstance(known[name].default, float):
+            assert not isinstance(value, str), f"{name}: YAML reads {value!r} as a text; write 1.0e-3"
+
+
+@pytest.mark.parametrize("recipe", sorted(p.parent.name for p in utils.RECIPES.glob("*/mini")))
+def test_mini_overlays_only_stages_of_the_recipe(recipe):
+    folder = utils.RECIPES / recipe
+    assert {p.name for p in (folder / "mini").glob("*.yaml")} <= {p.name for p in folder.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in utils.RECIPES.iterdir() if p.is_dir()))
+def test_stages_of_a_recipe_agree_on_what_they_share(recipe):
+    shared: dict[str, set] = {}
+    for path in (utils.RECIPES / recipe).rglob("*.yaml"):
+        for name in ("dataset", "subj", "model_name"):
+            if (value := utils.read_recipe(path).get(name)) is not None:
+                shared.setdefault(f"{path.parent.name} {name}", set()).add(value)
+    assert all(len(values) == 1 for values in shared.values()), shared
