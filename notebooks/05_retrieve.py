@@ -33,7 +33,6 @@ run
 # %%
 import numpy as np
 import pandas as pd
-import torch
 from safetensors.torch import load_file
 
 from src import retrieval

@@ -1,0 +1,1 @@
+"""Percept: reconstruct and retrieve what a person saw from their fMRI."""

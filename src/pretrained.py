@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL, StableDiffusionImageVariationPipeline, UNet
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from diffusers.pipelines.deprecated import VersatileDiffusionDualGuidedPipeline
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from src.utils import ROOT, PerceptError
@@ -73,7 +73,7 @@ def _quiet() -> Iterator[None]:
         diffusers.utils.logging.enable_progress_bar()
 
 
-def _load(cls: type, place: str, **options: Any) -> Any:
+def _load(cls: Any, place: str, **options: Any) -> Any:
     """`from_pretrained` with a plain sentence when a file is missing or the hub cannot be reached."""
     try:
         with _quiet():
@@ -170,7 +170,7 @@ class Clipper(Frozen):
         self.size = self.config.image_size
         self.dim = self.config.projection_dim
         self.tokens = (self.size // self.config.patch_size) ** 2 + 1 if hidden else 1
-        self._text: tuple[CLIPTokenizer, nn.Module] | None = None
+        self._text: tuple[Any, Any] | None = None
 
     def _options(self) -> dict[str, Any]:
         return {"hidden": self.hidden, "norm_embs": self.norm_embs}
@@ -344,10 +344,11 @@ def dual_guided_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch
         "vae": (AutoencoderKL, {"torch_dtype": dtype}), "scheduler": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
     }  # fmt: skip
     loaded = {name: _load(cls, place, subfolder=name, **options) for name, (cls, options) in parts.items()}
-    pipeline = VersatileDiffusionDualGuidedPipeline(**loaded).to(device)
+    pipeline: Any = VersatileDiffusionDualGuidedPipeline(**loaded)
+    pipeline.to(device)
     for module in pipeline.image_unet.modules():
         if isinstance(module, DualTransformer2DModel):  # the blocks around it now pass an argument that it was never taught
-            module.forward = partial(_without_mask, module.forward)
+            module.forward = partial(_without_mask, module.forward)  # type: ignore[method-assign]
     return pipeline
 
 

@@ -86,7 +86,8 @@ def predict_tokens(
             tokens = decoder(x).view(len(x), 1, *token_shape)
             projected.append(tokens[:, 0].cpu())
         else:
-            backbone, projection = decoder.voxel2clip(x)
+            voxel2clip: Any = decoder.voxel2clip
+            backbone, projection = voxel2clip(x)
             backbone = backbone.view(len(x), *token_shape)
             tokens = backbone[:, None]
             if use_prior:

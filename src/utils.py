@@ -216,7 +216,8 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
     Raises:
         PerceptError: naming parameter, value, origin and what is expected.
     """
-    kind, made = type(parameter.default), None
+    kind = type(parameter.default)
+    made: Literal | None = None
     if kind is bool:
         made = value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     elif kind is str:
