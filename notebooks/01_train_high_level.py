@@ -35,6 +35,7 @@ prior_heads = 12  # its attention heads
 prior_dim_head = 64  # width of a head
 timesteps = 100  # noise levels of the prior
 prior_mult = 30.0  # weight of the prior's loss
+mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short; not in the paper
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_interval = 5  # epochs between back-up checkpoints
 save_at_end = False  # choose no best epoch, keep the last one only
@@ -63,7 +64,7 @@ from src.figures import save, training_curves
 from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss
 from src.models import RidgeBaseline
 from src.pretrained import Clipper
-from src.reconstruct import build_decoder
+from src.reconstruct import build_decoder, predict_tokens
 from src.training import fit
 from src.utils import count_parameters, save_checkpoint
 
@@ -93,7 +94,7 @@ config = {
         "voxel2clip": {"name": "BrainNetwork", "kwargs": sizes | {"use_projector": use_projector, "projector_dim": projector_dim}},
         "net": {"name": "VersatileDiffusionPriorNetwork", "kwargs": net},
     },
-    "training": {k: run.parameters[k] for k in ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "prior_mult", "seed")},
+    "training": {k: run.parameters[k] for k in ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "prior_mult", "mse_mult", "seed")},
     "tokens": [n_tokens, dim],
 }
 model = build_decoder(config["model"])
@@ -126,6 +127,9 @@ def step(model, batch, epoch):
     if prior:
         mse, _ = model(text_embed=backbone, image_embed=target)
         loss, logs["loss_prior"] = loss + prior_mult * mse, mse.detach()
+    if mse_mult:
+        direct = F.mse_loss(backbone, target * dim**0.5)  # in the prior's units
+        loss, logs["loss_mse"] = loss + mse_mult * direct, direct.detach()
     return loss, logs
 
 
@@ -147,7 +151,9 @@ def validate(model):
         torch.manual_seed(seed)
         mse = model(text_embed=backbone.view(target.shape), image_embed=target)[0] if prior else voxels.new_zeros(())
     nce = soft_clip_loss(brain, image, 0.006) if v2c else voxels.new_zeros(())
-    return {"val/loss": (nce + prior_mult * mse).item(), "val/loss_prior": mse.item(), "val/top1": found.float().mean().item()}
+    direct = F.mse_loss(backbone.view(target.shape), target * dim**0.5)
+    loss, r2 = nce + prior_mult * mse + mse_mult * direct, 1 - direct / (target.var() * dim)
+    return {"val/loss": loss.item(), "val/loss_prior": mse.item(), "val/token_r2": r2.item(), "val/top1": found.float().mean().item()}
 
 
 # %%
@@ -158,6 +164,19 @@ if decoder != "ridge":
         ckpt_interval=ckpt_interval, save_at_end=save_at_end, device=run.device,
     )  # fmt: skip
     save(training_curves(history), run.results / "figures" / "01_training.png")
+
+# %% [markdown]
+# ## Does the prior earn its place?
+# Tokens of validation images from the backbone itself and from one sample of the prior, as the share of the true tokens' variance. A sample spreads over what
+# the brain leaves open, so it may lie below a mean; if it lies far below, reconstruct without it (`prior = False` in notebook 03).
+
+# %%
+if decoder != "ridge" and prior:
+    x, ids = subject.averaged("val", normaliser=normaliser)
+    truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32))
+    for name, use in (("backbone", False), ("one sample of the prior", True)):
+        tokens, _ = predict_tokens(model.eval(), x[:100], (n_tokens, dim), use_prior=use, timesteps=min(20, timesteps), seed=seed, device=run.device)
+        print(f"validation token R2, {name}: {1 - ((tokens[:, 0] - truth) ** 2).mean() / truth.var():.3f}")
 
 # %% [markdown]
 # ## The ridge baseline

@@ -115,7 +115,6 @@ rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1).float() / 25
 true_tokens = clipper.embed_image(seen)[:, None].cpu()
 true_latents = diffusion.encode(seen).cpu()
 rows["ceiling"] = generate_images(diffusion, true_tokens, image_ids, true_latents, **options)[:, 0]
-rows["ceiling_tokens_only"] = generate_images(diffusion, true_tokens, image_ids, None, **(options | {"strength": 1.0}))[:, 0]
 rows["autoencoder"] = diffusion.decode(true_latents).cpu()
 
 # %%

@@ -70,7 +70,7 @@ chosen.append(two_way_metric(f"{prefix}CLIP", lambda images: clipper.embed_image
 controls = {"mean_image": made["mean_image"], "nearest_train": made["nearest_train"]}
 table = score_table(seen, recons, controls, made["ceiling"], chosen, draws=shuffles, seed=seed)
 records = make_records(table, chosen, protocol=subject.protocol, test_set=subject.test_set)
-others = [key for key in ("ridge", "low_level_network", "low_level_ridge", "ceiling_tokens_only", "autoencoder") if key in made and key != main]
+others = [key for key in ("ridge", "low_level_network", "low_level_ridge", "autoencoder") if key in made and key != main]
 evaluator = Evaluator(seen, chosen)
 table = pd.concat([table, *(evaluator.score(made[key], key) for key in others)], ignore_index=True)
 write_scores(run.results / "scores.parquet", table)

@@ -214,7 +214,7 @@ def image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> F
         enlarge: "bicubic" or "nearest", for small pictures.
     """
     n, side = min(n, *(len(images) for images in rows.values())), min(88, max(_side(images) for images in rows.values()))
-    gap, margin = 6, 92
+    gap, margin = 6, 108
     canvas = _Canvas(margin + n * (side + gap), gap + len(rows) * (side + gap))
     for r, (title, images) in enumerate(rows.items()):
         y = gap + r * (side + gap)

@@ -70,14 +70,15 @@ def predict_tokens(
         voxels: (images, voxels), normalised.
         token_shape: (tokens, dim).
         n_samples: samples of the prior an image.
-        use_prior: sample the prior; otherwise the backbone's own output, and one sample.
+        use_prior: sample the prior; otherwise the backbone's own output, which then must have been trained to regress the tokens, and one sample.
         timesteps: sampling steps of the prior; 0: all of its schedule.
         seed: of the prior's noise.
         batch_size: images at a time.
         device: torch device.
 
     Returns:
-        Tokens over the norm of their CLS token (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim).
+        Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim). Samples of the prior are divided by the
+        norm of their CLS token, as published; regressions are left as they are, because a mean is shorter than what it is the mean of.
     """
     found, projected = [], []
     for i, start in enumerate(progress(range(0, len(voxels), batch_size), "brain to tokens")):
@@ -89,14 +90,15 @@ def predict_tokens(
             voxel2clip: Any = decoder.voxel2clip
             backbone, projection = voxel2clip(x)
             backbone = backbone.view(len(x), *token_shape)
-            tokens = backbone[:, None]
+            tokens = backbone[:, None] / decoder.image_embed_scale
             if use_prior:
                 generator = torch.Generator(device).manual_seed(seed + 1000 * i)
                 steps = timesteps or decoder.noise_scheduler.num_timesteps
                 repeated = backbone.repeat_interleave(n_samples, 0)  # (images * samples, tokens, dim)
                 tokens = decoder.sample(repeated, timesteps=steps, generator=generator).view(len(x), n_samples, *token_shape)
+                tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
             projected.append(projection.view(len(x), *token_shape).cpu())
-        found.append((tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)).cpu())
+        found.append(tokens.cpu())
     return torch.cat(found), torch.cat(projected)
 
 
