@@ -60,6 +60,8 @@ def parameters_of(stage: str, recipe: str, overrides: dict[str, str]) -> dict[st
         utils.check_known(content, known, str(path))
         values |= {k: utils.coerce(known[k], v, str(path)) for k, v in content.items()}
     values |= {k: utils.coerce(known[k], v, "-p") for k, v in overrides.items() if k in known}
+    if "recipe" in known:
+        values["recipe"] = recipe
     if "model_name" in known and not values.get("model_name"):
         values["model_name"] = utils.run_name(recipe, {k: p.default for k, p in known.items()} | values)
     return values
@@ -98,25 +100,24 @@ def execute(stage: str, values: dict[str, Any], results: Path) -> None:
         papermill.execute_notebook(
             notebook_of(stage), running, values, kernel_name="percept", progress_bar=sys.stderr.isatty(), log_output=False, cwd=str(utils.ROOT)
         )
+        os.replace(running, target)
+        failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
         os.replace(running, failed)
         reason = str(error.evalue).strip() if error.ename == "PerceptError" else f"{error.ename}: {error.evalue}"
         raise PerceptError(f"Stage {stage} stopped: {reason} (the notebook with its traceback is {failed})") from None
     finally:
-        running.unlink(missing_ok=True) if target.exists() and running.exists() and not _complete(running) else None
-    os.replace(running, target)
-    failed.unlink(missing_ok=True)
-
-
-def _complete(path: Path) -> bool:
-    return not json.loads(path.read_text())["metadata"].get("papermill", {}).get("exception", True)
+        running.unlink(missing_ok=True)
 
 
 def use_this_kernel() -> None:
     """Register this interpreter as the kernel "percept", so that no other python3 kernel of the machine is taken."""
     from ipykernel.kernelspec import install
 
-    install(kernel_name="percept", display_name="Percept", prefix=sys.prefix)
+    folder = Path(install(kernel_name="percept", display_name="Percept", prefix=sys.prefix))
+    spec = utils.read_json(folder / "kernel.json")
+    spec["argv"].append("--log-level=ERROR")  # no lines of the kernel's own between ours
+    utils.write_json(folder / "kernel.json", spec)
     # glibc gives large blocks back to the system at once and asks for them again in the next step: costly page faults on a CPU.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))

@@ -106,7 +106,7 @@ if repeated:
     voxels = subject.voxels.assign(noise_ceiling=subject.noise_ceiling().noise_ceiling.to_numpy())
     print(f"median single-trial noise ceiling {voxels.noise_ceiling.median():.3f}, of the mean of three {subject.noise_ceiling(3).noise_ceiling.median():.3f}")
     if len(voxels.select_dtypes("bool").columns):
-        save(roi_figure(voxels), run.results / "figures" / "00_noise_ceiling.png")
+        save(roi_figure(voxels), run.results / "figures" / "rois.png")
 
 # %% [markdown]
 # ## A check of the design

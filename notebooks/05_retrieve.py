@@ -78,7 +78,7 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # %%
 pools = pd.concat([retrieval.published_protocol(brain[n], clip, min(pool, len(clip)), draws, seed).assign(decoder=n) for n in names])
 curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
-save(retrieval_curve(curve), run.results / "figures" / "05_pool_size.png")
+save(retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
 # %% [markdown]
@@ -120,13 +120,13 @@ write_json(run.results / "retrieval.json", {"metrics": records, "differences": d
 seen = made["seen"]
 found = retrieval.nearest(brain[names[0]], clip, k=8)[1]
 grid = retrieval_grid(seen, seen, found, np.arange(len(seen)), n=8, k=8)
-save(grid, run.results / "figures" / "05_retrieval.png")
+save(grid, run.results / "figures" / "retrieval_grid.png")
 
 # %%
 if plot_umap:
     table = subject.labels.set_index("image").loc[image_ids] if umap_label else None
     categories = table[umap_label].tolist() if umap_label else ["test image"] * len(clip)
-    save(umap_scatter(brain[names[0]], clip, categories, seed=seed), run.results / "figures" / "05_umap.png")
+    save(umap_scatter(brain[names[0]], clip, categories, seed=seed), run.results / "figures" / "umap.png")
 
 # %% [markdown]
 # ## What to look at

@@ -122,7 +122,7 @@ about = provenance(
 write_metrics(run.results / "metrics.json", records + retrieved["metrics"], about)
 
 # %%
-save(score_dots(records + retrieved["metrics"]), run.results / "figures" / "06_scores.png")
+save(score_dots(records + retrieved["metrics"]), run.results / "figures" / "scores.png")
 
 # %%
 report = write_report(run.results)

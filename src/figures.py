@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from IPython.core.getipython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -84,14 +86,15 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-def save(fig: Figure, path: str | Path) -> Figure:
-    """Write the figure as PNG, whole or not at all, and return it."""
+def save(fig: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically; in a notebook also show it, wherever in a cell this is called."""
     with atomic(Path(path)) as temporary:
         fig.savefig(temporary, format="png", dpi=DPI)
-    return fig
+    plt.close(fig)
+    if getattr(get_ipython(), "kernel", None) is not None:
+        display(fig)
 
 
-# ------------------------------------------------------------------------------------------------ pictures
 def _tiles(images: Any, side: int, enlarge: str) -> np.ndarray:
     """Images (n, 3 or 1, height, width) in [0, 1] -> uint8 (n, side, side, 3)."""
     if enlarge not in ENLARGEMENTS:

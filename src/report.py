@@ -139,6 +139,15 @@ round; their names stand beside ours. The intervals are over random pools of can
 {% for key in selection_keys %}<td>{{ choice.get(key, "") }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% else %}<p>Nothing was chosen: the run was scored as configured.</p>{% endif %}
+{% if differences %}
+<h2>Network against ridge</h2>
+<p class="soft">Paired differences over the same test images, positive where the network is better, with their 95 % bootstrap intervals.</p>
+<div class="wide"><table id="differences"><thead><tr><th>metric</th><th>difference</th><th>p</th><th>better</th></tr></thead><tbody>
+{% for d in differences %}<tr><td>{{ d.get("split", "") }} {{ d.metric | words }}</td>
+<td>{{ "%+.3f" | format(d.value) }} <small>[{{ "%+.3f" | format(d.low) }}, {{ "%+.3f" | format(d.high) }}]</small></td>
+<td>{{ "%.3f" | format(d.p) }}</td><td>{{ d.better }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% endif %}
 
 <h2>Provenance</h2>
 <dl>{% for key, value in provenance.items() %}<dt>{{ key | words }}</dt><dd>{% if value is mapping %}<ul>
@@ -182,7 +191,7 @@ def _figures(folder: Path) -> list[dict[str, str]]:
 
     Known ones first, in their order, then the others by name.
     """
-    paths = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    paths = {path.stem: path for path in sorted([*folder.glob("figures/*.png"), *folder.glob("*.png")])}
     order = [name for name in FIGURES if name in paths] + [name for name in paths if name not in FIGURES]
     figures = []
     for name in order:
@@ -234,6 +243,7 @@ def write_report(results_folder: str | Path) -> Path:
     content = read_json(folder / "metrics.json")
     records, provenance = content["metrics"], dict(content["provenance"])
     selection, alarms = provenance.pop("selection", []), provenance.pop("alarms", [])
+    differences = provenance.pop("differences", [])
     floors = list(dict.fromkeys(name for record in records for name in record["floors"]))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"words": _words, "score": _score, "reading": _reading}
@@ -247,6 +257,7 @@ def write_report(results_folder: str | Path) -> Path:
         meanings={name: CONTROLS[name] for name in [*floors, "ceiling"] if name in CONTROLS},
         retrieval=_retrieval(folder),
         selection=selection,
+        differences=differences,
         selection_keys=list(dict.fromkeys(key for choice in selection for key in choice)),
         provenance=provenance,
     )

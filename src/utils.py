@@ -163,7 +163,8 @@ class Run:
             for k, v in self.parameters.items()
             if self.origins[k] != "cell"
         )
-        return f"<p>run <b>{escape(self.name)}</b>, stage {escape(self.stage)}, on {self.device}</p><table>{rows}</table>"
+        head = f"<p>run <b>{escape(self.name)}</b>, stage {escape(self.stage)}, on {self.device}</p>"
+        return head + f"<table><tr><th>parameter</th><th>value</th><th>from</th></tr>{rows}</table>"
 
     def __repr__(self) -> str:
         changed = {k: v for k, v in self.parameters.items() if self.origins[k] != "cell"}

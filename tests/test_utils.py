@@ -1,0 +1,54 @@
+"""Small helpers: files that are whole or absent, checkpoints that rebuild, errors that say what is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from src import utils
+from src.utils import PerceptError
+
+
+def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    target = tmp_path / "a" / "file.txt"
+    with utils.atomic(target) as path:
+        path.write_text("old")
+    with pytest.raises(RuntimeError), utils.atomic(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and [p.name for p in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_checkpoint_round_trip_carries_the_config(tmp_path):
+    state, config = {"w": torch.arange(6.0).view(2, 3).T}, {"model": {"name": "x", "kwargs": {"h": 1}}}
+    utils.save_checkpoint(tmp_path / "m.safetensors", state, config)
+    again, found = utils.load_checkpoint(tmp_path / "m.safetensors")
+    assert torch.equal(again["w"], state["w"]) and found == config
+
+
+def test_strict_loading_lists_what_does_not_fit():
+    module = torch.nn.Linear(2, 3)
+    with pytest.raises(PerceptError, match=r"elsewhere does not fit Linear: missing \['bias'\], unexpected \['extra'\].*weight"):
+        utils.load_strictly(module, {"weight": torch.zeros(1, 2), "extra": torch.zeros(1)}, "elsewhere")
+
+
+def test_json_is_written_whole(tmp_path):
+    utils.write_json(tmp_path / "a.json", {"a": [1, 2]})
+    assert utils.read_json(tmp_path / "a.json") == {"a": [1, 2]} and json.loads((tmp_path / "a.json").read_text())
+
+
+def test_seeding_repeats_torch_and_numpy():
+    import numpy as np
+
+    draws = []
+    for _ in range(2):
+        utils.seed_everything(3)
+        draws.append((float(torch.rand(())), float(np.random.rand())))
+    assert draws[0] == draws[1]
+
+
+def test_paths_hang_on_home_then_on_the_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    assert utils.resolve("/x") == utils.Path("/x")
+    assert utils.resolve("data/none") == tmp_path / "data" / "none"
+    assert utils.resolve("recipes") == utils.ROOT / "recipes"
