@@ -174,7 +174,7 @@ high = {split: decode(split, embeds, "clip") for split in splits}
 
 # %% [markdown]
 # ## Score
-# Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be. High level: two-way identification and top-1 in CLIP's embedding.
+# Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be. High level: two-way identification and top-1 in CLIP's embedding, centred on the mean of all embeddings.
 # "shuffled" scores ridge's reconstructions against other images.
 
 # %%
