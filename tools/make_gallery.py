@@ -36,6 +36,7 @@ def render(notebook: Path, folder: Path) -> str:
         renamed = f"{stem}_{name}"
         (folder / renamed).write_bytes(data)
         body = body.replace(f"({name})", f"({renamed})")
+    body = re.sub(r"<style scoped>.*?</style>\n?", "", body, flags=re.DOTALL)
     body = NOISE.sub("", body).replace(str(ROOT) + "/", "").replace(str(HOME) + "/", "")
     (folder / f"{stem}.md").write_text(body)
     titles = [line[2:] for cell in node.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line.startswith("# ")]
