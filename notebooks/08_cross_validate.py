@@ -171,23 +171,29 @@ def decode(split, targets, name):
 low = {split: decode(split, pixels, "pixels") for split in splits}
 high = {split: decode(split, embeds, "clip") for split in splits}
 
+
 # %% [markdown]
 # ## Score
 # Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be. High level: two-way identification and top-1 in
 # CLIP's embedding, centred on the mean of all embeddings. "shuffled" scores ridge's reconstructions against other images.
-#
-#
-# chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
-# tables, records = [], []
-# for split, (made, test) in low.items():
-#     controls = {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
-#     table = metrics.score_table(as_images(pixels[test]), as_images(made["ridge"]), controls, None, chosen, seed=seed)
-#     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
-#     reason = "pixels are decoded directly, without a generator"
-#     floors = table[table.row != "network"]
-#     protocol = f"digits69-{split}"
-#     found = metrics.make_records(floors, chosen, protocol=protocol, test_set=f"{len(test)} images, {split}", no_ceiling=reason)
-#     records += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
+
+# %%
+def as_images(flat):
+    """(images, pixels) -> (images, 3, height, width) in [0, 1]."""
+    return torch.as_tensor(np.clip(flat, 0, 1), dtype=torch.float32).view(-1, 1, side, side).expand(-1, 3, -1, -1).contiguous()
+
+
+chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
+tables, records = [], []
+for split, (made, test) in low.items():
+    controls = {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
+    table = metrics.score_table(as_images(pixels[test]), as_images(made["ridge"]), controls, None, chosen, seed=seed)
+    tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
+    reason = "pixels are decoded directly, without a generator"
+    floors = table[table.row != "network"]
+    protocol = f"digits69-{split}"
+    found = metrics.make_records(floors, chosen, protocol=protocol, test_set=f"{len(test)} images, {split}", no_ceiling=reason)
+    records += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
 
 # %%
 for split, (made, test) in high.items():
