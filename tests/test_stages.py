@@ -1,0 +1,74 @@
+"""The stages for real, at toy size: the whole mini recipe through run.py, and the cross-validation on digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from src.readers import digits69
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(home: Path, *command: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
+    toy = {"mini_images": 400, "num_epochs": 1, "first_images": 40, "num_inference_steps": 3, "plot_umap": False, "shuffles": 1}
+    flags = [text for name, value in toy.items() for text in ("-p", name, str(value))]
+    done = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path / "results" / "mindeye-mini-subj01"
+    assert len(list(results.glob("0*.ipynb"))) == 6 and (results / "contact_sheet.png").exists() and (results / "report.html").exists()
+    with Image.open(results / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 300
+    written = json.loads((results / "metrics.json").read_text())
+    for record in written["metrics"]:
+        assert {"name", "value", "low", "high", "n", "protocol", "test_set", "floors", "ceiling"} <= set(record)
+        assert record["low"] <= record["value"] <= record["high"] and record["floors"] and record["protocol"] == "mini-300"
+    assert {"pixcorr", "ssim", "mini:CLIP", "image_from_brain_top1", "hard_image_from_brain_top1"} <= {r["name"] for r in written["metrics"]}
+    assert {d["better"] for d in written["provenance"]["differences"]} <= {"network", "ridge", "undecided"}
+    rows = set(pd.read_parquet(results / "scores.parquet")["row"])
+    assert {"system", "ridge", "shuffled", "mean_image", "nearest_train", "ceiling", "low_level_network"} <= rows
+    again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
+    assert again.stdout.count("finished before") == 6
+
+
+def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
+    prepared = launch(home, "notebooks/00_prepare_data.py", "-f", "recipes/digits69/00_prepare_data.yaml", "--data_path", str(source))
+    assert prepared.returncode == 0, prepared.stderr
+    toy = ("--folds", "2", "--inner_folds", "3", "--num_epochs", "1", *more)
+    done = launch(home, "notebooks/08_cross_validate.py", "-f", "recipes/digits69/08_cross_validate.yaml", *toy)
+    assert done.returncode == 0, done.stderr
+    return pd.read_csv(home / "results" / "digits69-subj01" / "cross_validation.csv")
+
+
+def test_cross_validation_puts_both_splits_decoders_and_floors_into_one_table(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (40, 28, 28), dtype=np.uint8)
+    labels = np.tile([1, 2], 20)
+    images[labels == 1, :14] //= 8  # two classes that differ
+    betas = images.reshape(40, -1)[:, :60] / 255 + rng.normal(0, 0.05, (40, 60))
+    digits69.write(tmp_path / "digits.mat", betas, images, labels, n_test=8)
+    table = cross_validate(tmp_path, tmp_path / "digits.mat", "--voxels_kept", "20,60")
+    assert set(table["split"]) == {"official", "2-fold"}
+    pcc = table[(table.metric == "pcc") & (table.split == "2-fold")].set_index("row")["value"]
+    assert {"ridge", "network", "class_mean", "mean_image", "shuffled"} <= set(pcc.index)
+    assert pcc["ridge"] > pcc["mean_image"] and pcc["ridge"] > pcc["shuffled"]
+    assert (table.low <= table.value).all() and (table.value <= table.high).all()
+    assert set(table[table.split == "2-fold"].n) == {40}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ridge_on_real_digits_beats_every_floor_on_the_official_split(tmp_path, digits69_path):
+    table = cross_validate(tmp_path, digits69_path)
+    pcc = table[(table.metric == "pcc") & (table.split == "official")].set_index("row")["value"]
+    assert pcc["ridge"] > 0.79 and pcc["mean_image"] == pytest.approx(0.655, abs=2e-3) and pcc["class_mean"] == pytest.approx(0.736, abs=5e-3)
