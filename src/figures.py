@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.core.getipython import get_ipython
+from IPython.display import Image as ShownImage
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -92,7 +93,7 @@ def save(fig: Figure, path: str | Path) -> None:
         fig.savefig(temporary, format="png", dpi=DPI)
     plt.close(fig)
     if getattr(get_ipython(), "kernel", None) is not None:
-        display(fig)
+        display(ShownImage(filename=str(path)))  # the file itself, so that both look alike
 
 
 def _tiles(images: Any, side: int, enlarge: str) -> np.ndarray:

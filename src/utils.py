@@ -201,7 +201,7 @@ def read_parameters(source: str, where: str = "the parameters cell") -> dict[str
             continue
         try:
             node = ast.parse(line).body[0]
-            assert isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            assert isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
             value = ast.literal_eval(node.value)
             assert isinstance(value, bool | int | float | str)
         except (SyntaxError, ValueError, AssertionError) as error:
