@@ -3,11 +3,12 @@
     python run.py list                                   # recipes, stages, cost
     python run.py mindeye --mini                         # the miniature, no data and no GPU needed
     python run.py mindeye -p subj 5 -p data_path /nsd    # an override goes to every stage that has the name
+    python run.py mindeye --mini -f my.yaml              # a file of overrides, laid over the recipe and under -p
     python run.py mindeye --mini --from 03 --force       # again from stage 03
 
 - The listing of recipes/<system>/ is the pipeline; with --mini, recipes/<system>/mini/ is laid over it.
-- Each executed notebook lands in results/<run>/. A stage whose notebook, parameters, code and earlier stages are unchanged is skipped, so an
-  interrupted run goes on where it stopped.
+- Each executed notebook lands in results/<run>/. A stage whose notebook, parameters, code and earlier stages are unchanged, and whose files are
+  still there, is skipped, so an interrupted run goes on where it stopped. When a stage runs, those after it run again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def cost_of(stage: str) -> str:
     return " ".join(found.group(1).split()) if found else ""
 
 
-def parameters_of(stage: str, recipe: str, overrides: dict[str, str]) -> dict[str, Any]:
+def parameters_of(stage: str, recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """What papermill passes to a stage: the recipe's files in order, then the overrides that it has a parameter for."""
     known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
     values: dict[str, Any] = {}
@@ -67,12 +69,48 @@ def parameters_of(stage: str, recipe: str, overrides: dict[str, str]) -> dict[st
     return values
 
 
-def check_overrides(stages: list[str], overrides: dict[str, str]) -> None:
+def check_overrides(stages: list[str], overrides: Iterable[str], origin: str) -> None:
     """Refuse an override that no stage has."""
     everything: dict[str, utils.Parameter] = {}
     for stage in stages:
         everything |= utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
-    utils.check_known(overrides, everything, "-p")
+    utils.check_known(overrides, everything, origin)
+
+
+def written(values: dict[str, Any], run: str) -> dict[str, int]:
+    """Files under HOME that stages hand on to each other (checkpoints, prepared data; not caches), and when each was last changed."""
+    folders = [utils.HOME / "train_logs" / run, *([utils.HOME / "data" / str(values["dataset"])] if values.get("dataset") else [])]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if not any(part.startswith(".") or part == "targets" for part in path.relative_to(utils.HOME).parts)]
+    return {str(path.relative_to(utils.HOME)): path.stat().st_mtime_ns for path in kept}
+
+
+def is_finished(stamp: Path, mark: str) -> bool:
+    """Whether the stamp is of this very work, and all that the stage wrote is still there."""
+    if not stamp.exists():
+        return False
+    made = utils.read_json(stamp)
+    notebook = stamp.parents[1] / f"{stamp.stem}.ipynb"
+    return made["fingerprint"] == mark and notebook.exists() and all((utils.HOME / path).exists() for path in made.get("wrote", []))
+
+
+def run_stage(stage: str, values: dict[str, Any], results: Path, mark: str) -> float:
+    """Execute a stage and stamp it; return the seconds. The old stamp goes first: a stage that fails half-way has changed its files."""
+    stamp = results / ".stages" / f"{stage}.json"
+    stamp.unlink(missing_ok=True)
+    before, begun = written(values, results.name), time.time()
+    execute(stage, values, results)
+    seconds = round(time.time() - begun, 1)
+    wrote = [path for path, changed in written(values, results.name).items() if before.get(path) != changed]
+    record = {"fingerprint": mark, "finished": time.time_ns(), "seconds": seconds, "parameters": values, "wrote": wrote}
+    utils.write_json(stamp, record)
+    return seconds
+
+
+def identity(stamp: Path) -> str:
+    """What the next stage's fingerprint takes from this one: which execution its files are of."""
+    made = utils.read_json(stamp) if stamp.exists() else {}
+    return f"{made.get('fingerprint', '')} {made.get('finished', '')}"
 
 
 def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
@@ -91,6 +129,7 @@ def execute(stage: str, values: dict[str, Any], results: Path) -> None:
         PerceptError: with the sentence of the stage, or its last line.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     target, running = results / f"{stage}.ipynb", results / f".{stage}.running.ipynb"
@@ -106,6 +145,9 @@ def execute(stage: str, values: dict[str, Any], results: Path) -> None:
         os.replace(running, failed)
         reason = str(error.evalue).strip() if error.ename == "PerceptError" else f"{error.ename}: {error.evalue}"
         raise PerceptError(f"Stage {stage} stopped: {reason} (the notebook with its traceback is {failed})") from None
+    except DeadKernelError:
+        os.replace(running, failed)
+        raise PerceptError(f"Stage {stage} stopped: its Python process was killed, most often for want of memory; try a smaller batch_size ({failed}).") from None
     finally:
         running.unlink(missing_ok=True)
 
@@ -124,10 +166,13 @@ def use_this_kernel() -> None:
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 
 
-def run_recipe(recipe: str, overrides: dict[str, str], first: str = "", force: bool = False) -> Path:
+def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = ()) -> Path:
     """Run every stage of a recipe that is not finished, and return results/<run>/."""
     stages = stages_of(recipe.split("/")[0])
-    check_overrides(stages, overrides)
+    contents = [utils.read_recipe(file) for file in files]
+    for content, origin in zip([*contents, overrides], [*files, "-p"], strict=True):
+        check_overrides(stages, content, origin)
+    overrides = {name: value for content in [*contents, overrides] for name, value in content.items()}
     if first and not any(stage.startswith(first) for stage in stages):
         raise PerceptError(f"--from {first} names no stage of {recipe}: choose among {', '.join(stages)}.")
     before, results = "", utils.HOME
@@ -139,17 +184,14 @@ def run_recipe(recipe: str, overrides: dict[str, str], first: str = "", force: b
         mark = fingerprint(stage, values, before)
         stamp = results / ".stages" / f"{stage}.json"
         reached = reached or stage.startswith(first)
-        done = stamp.exists() and utils.read_json(stamp)["fingerprint"] == mark
+        done = is_finished(stamp, mark)
         if (done and not (force and reached)) or not reached:
             print(f"[{number}/{len(stages)}] {stage}: {'finished before, skipped' if done else 'skipped, as --from asks'}", flush=True)
         else:
             print(f"[{number}/{len(stages)}] {stage} ...", flush=True)
-            started = time.time()
-            execute(stage, values, results)
-            seconds = round(time.time() - started, 1)
-            utils.write_json(stamp, {"fingerprint": mark, "seconds": seconds, "parameters": values})
+            seconds = run_stage(stage, values, results, mark)
             print(f"[{number}/{len(stages)}] {stage}: {seconds:.0f} s", flush=True)
-        before = mark
+        before = identity(stamp)
     print(f"Finished in {time.time() - begun:.0f} s. Look at:")
     for name in ("contact_sheet.png", "report.html", "metrics.json"):
         if (results / name).exists():
@@ -171,16 +213,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or `list`")
     parser.add_argument("--mini", action="store_true", help="lay the recipe's miniature overlay over it")
+    parser.add_argument("-f", dest="files", action="append", default=[], metavar="FILE", help="YAML file of overrides (repeatable; later ones win, -p wins over all)")
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one parameter")
     parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
     parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    if args.recipe == "sweep":
+        raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.recipe == "list":
         list_recipes()
         return 0
-    if args.recipe == "sweep":
-        raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")
-    run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force)
+    run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force, args.files)
     return 0
 
 

@@ -200,7 +200,7 @@ def read_parameters(source: str, where: str = "the parameters cell") -> dict[str
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            node = ast.parse(line).body[0]
+            (node,) = ast.parse(line).body
             assert isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
             value = ast.literal_eval(node.value)
             assert isinstance(value, bool | int | float | str)
@@ -223,6 +223,8 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
         made = value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     elif kind is str:
         made = value if isinstance(value, str) else str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    elif kind is int and re.fullmatch(r"[+-]?\d+", str(value)):
+        made = int(value)  # not by way of float, which holds 53 bits only
     elif not isinstance(value, bool):
         try:
             number = float(value)
@@ -341,7 +343,8 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
         for name, value in content.items():
             values[name], origins[name] = coerce(known[name], value, f"{path.name} of {path.parent.name}"), f"{path.parent.name}/{path.name}"
     for name, value in {**overrides, **flags}.items():
-        values[name], origins[name] = value, "papermill" if name in overrides and name not in flags else origin
+        restated = origins[name] != "cell" and coerce(known[name], value, origin) == values[name]  # run.py passes the recipe's values too
+        values[name], origins[name] = value, origins[name] if restated else origin if name in flags else "papermill"
     values = {name: coerce(known[name], value, origins[name]) for name, value in values.items()}
     scope.update(values)
     return _start(stage, values, origins, recipe or _recipe_of(files) or str(values.get("recipe", "")))

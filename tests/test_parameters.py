@@ -77,6 +77,8 @@ def test_papermill_overrides_win_over_recipe_and_unknown_names_are_refused(proje
     source, target = project / "notebooks" / "01_stage.ipynb", project / "out.ipynb"
     papermill.execute_notebook(source, target, {"recipe": "sys/mini", "subj": 1, "max_lr": "2e-3"}, progress_bar=False)
     assert printed(nbformat.read(target, 4)) == {"subj": 1, "max_lr": 2e-3, "prior": True, "kind": "network", "run": "sys-mini-subj01"}
+    record = json.loads((project / "home/results/sys-mini-subj01/parameters/01_stage.json").read_text())
+    assert record["subj"]["from"] == "papermill" and record["prior"]["from"] == "cell"
     with pytest.raises(PapermillExecutionError, match="no parameter 'sbuj'.*did you mean 'subj'"):
         papermill.execute_notebook(source, target, {"sbuj": 1}, progress_bar=False)
 
@@ -113,6 +115,14 @@ def test_lab_chooses_the_recipe_by_environment(project, monkeypatch):
     assert utils.configure(scope, "01_stage").name == "sys-mini-subj05" and scope["subj"] == 5
 
 
+def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
+    scope = {name: p.default for name, p in utils.read_parameters(CELL).items()}
+    injected = '# Parameters\nrecipe = "sys/mini"\nsubj = 5\nmax_lr = 2.0e-3\n'
+    exec(injected, scope)
+    found = utils.configure(scope | {"In": ["", CELL, injected], "__name__": "__main__"}, "01_stage").origins
+    assert found["subj"] == "mini/01_stage.yaml" and found["max_lr"] == "papermill" and found["kind"] == "cell"
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 @pytest.fixture
 def known():
@@ -121,7 +131,10 @@ def known():
 
 @pytest.mark.parametrize(
     ("name", "value", "made"),
-    [("subj", "3", 3), ("subj", 3.0, 3), ("max_lr", 1, 1.0), ("max_lr", "1e-3", 1e-3), ("prior", "false", False), ("prior", True, True), ("recipe", 3, "3")],
+    [
+        ("subj", "3", 3), ("subj", 3.0, 3), ("subj", "9007199254740993", 9007199254740993),
+        ("max_lr", 1, 1.0), ("max_lr", "1e-3", 1e-3), ("prior", "false", False), ("prior", True, True), ("recipe", 3, "3"),
+    ],  # fmt: skip
 )
 def test_values_come_to_the_type_of_the_default(known, name, value, made):
     found = utils.coerce(known[name], value, "here")
@@ -155,7 +168,7 @@ def test_missing_or_broken_recipes_are_named(project, tmp_path):
         utils.read_recipe(tmp_path / "list.yaml")
 
 
-@pytest.mark.parametrize("line", ["a = None", "a = [1]", "a = b = 1", "a: int = 1", "import os", "a ="])
+@pytest.mark.parametrize("line", ["a = None", "a = [1]", "a = b = 1", "a = 1; b = 2", "a: int = 1", "import os", "a ="])
 def test_a_cell_of_another_form_is_refused(line):
     with pytest.raises(PerceptError, match="Line 1"):
         utils.read_parameters(line)

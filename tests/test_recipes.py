@@ -17,6 +17,7 @@ def test_keys_are_parameters_of_the_right_type(path):
     known = utils.read_parameters(utils.parameters_source(notebook), path.stem)
     content = utils.read_recipe(path)
     utils.check_known(content, known, str(path))
+    assert content.get("recipe") == path.parent.relative_to(utils.RECIPES).as_posix()  # papermill -f tells a notebook no file names
     for name, value in content.items():
         assert type(utils.coerce(known[name], value, str(path))) is type(known[name].default)
         if isinstance(known[name].default, float):

@@ -22,11 +22,17 @@ def project(tmp_path, monkeypatch):
     notebooks, recipes = tmp_path / "notebooks", tmp_path / "recipes" / "sys" / "mini"
     notebooks.mkdir()
     recipes.mkdir(parents=True)
-    for stage, body in (("00_first", "number = 1  # a number"), ("01_second", "fail = False  # fail on purpose")):
+    checkpoint = f"from pathlib import Path\npath = Path({str(tmp_path / 'home' / 'train_logs')!r}) / model_name / 'number.txt'\n"
+    hand_on = checkpoint + (
+        "if 'number' in globals():\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(str(number))\n"
+        "elif die:\n    import os\n    os.kill(os.getpid(), 9)\nelse:\n    print('read', path.read_text())"
+    )
+    for stage, body in (("00_first", "number = 1  # a number"), ("01_second", "fail = False  # fail on purpose\ndie = False  # be killed")):
         cells = [
             nbformat.v4.new_markdown_cell(f"# {stage}\n\nCost: nothing\nat all"),
             nbformat.v4.new_code_cell(f'model_name = ""  # run\nsubj = 1  # subject\n{body}', metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell("if 'fail' in globals() and fail:\n    raise ValueError('on purpose')\nprint(subj, model_name)"),
+            nbformat.v4.new_code_cell(hand_on),
         ]
         meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), notebooks / f"{stage}.ipynb")
@@ -57,7 +63,7 @@ def test_an_override_goes_to_every_stage_that_has_the_name(project):
     results = run.run_recipe("sys", {"subj": "5"})
     assert results.name == "sys-subj05"
     for stage in ("00_first", "01_second"):
-        outputs = nbformat.read(results / f"{stage}.ipynb", 4).cells[-1].outputs
+        outputs = nbformat.read(results / f"{stage}.ipynb", 4).cells[-2].outputs
         assert outputs[0]["text"].strip() == "5 sys-subj05"
 
 
@@ -66,6 +72,51 @@ def test_a_change_of_parameters_or_notebook_runs_the_stage_and_those_after_it_ag
     capsys.readouterr()
     run.run_recipe("sys", {"model_name": "x", "number": "3"})
     assert "finished before" not in capsys.readouterr().out
+
+
+def read_by_second(results):
+    return nbformat.read(results / "01_second.ipynb", 4).cells[-1].outputs[0]["text"].strip()
+
+
+def test_from_does_not_make_stale_results_look_finished(project):
+    run.run_recipe("sys", {"number": "1"})
+    results = run.run_recipe("sys", {"number": "2"}, first="01")
+    assert read_by_second(results) == "read 1"  # --from takes the earlier stage as it is
+    run.run_recipe("sys", {"number": "2"})
+    assert read_by_second(results) == "read 2"
+
+
+def test_a_stage_that_failed_half_way_is_not_taken_for_finished(project, capsys):
+    run.run_recipe("sys", {})
+    with pytest.raises(PerceptError):
+        run.run_recipe("sys", {"fail": "true"})
+    capsys.readouterr()
+    run.run_recipe("sys", {})
+    assert "01_second ..." in capsys.readouterr().out
+
+
+def test_deleting_what_a_stage_wrote_runs_it_again_and_those_after_it(project, capsys):
+    run.run_recipe("sys", {})
+    (project / "home" / "train_logs" / "sys-subj01" / "number.txt").unlink()
+    capsys.readouterr()
+    run.run_recipe("sys", {})
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_a_killed_kernel_is_one_sentence(project):
+    with pytest.raises(PerceptError, match="Stage 01_second stopped: its Python process was killed"):
+        run.run_recipe("sys", {"die": "true"})
+    results = project / "home" / "results" / "sys-subj01"
+    assert (results / "01_second.failed.ipynb").exists() and not list(results.glob(".*running*"))
+
+
+def test_a_file_of_overrides_lies_over_the_recipe_and_under_single_ones(project):
+    (project / "more.yaml").write_text("number: 3\nsubj: 2\n")
+    results = run.run_recipe("sys/mini", {"subj": "5"}, files=[str(project / "more.yaml")])
+    assert results.name == "sys-mini-subj05" and read_by_second(results) == "read 3"
+    (project / "more.yaml").write_text("numbr: 3\n")
+    with pytest.raises(PerceptError, match="no parameter 'numbr'.*more.yaml"):
+        run.run_recipe("sys/mini", {}, files=[str(project / "more.yaml")])
 
 
 def test_refusals(project):
@@ -91,5 +142,6 @@ def test_list_shows_recipes_stages_and_cost():
 
 
 def test_sweep_is_reserved():
-    done = command("sweep")
-    assert done.returncode != 0 and "not there yet" in done.stderr
+    for arguments in (["sweep"], ["sweep", "mindeye", "--mini"]):
+        done = command(*arguments)
+        assert done.returncode == 1 and "not there yet" in done.stderr
