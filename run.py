@@ -224,6 +224,7 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.recipe == "list":
         list_recipes()
+        sys.stdout.flush()
         return 0
     run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force, args.files)
     return 0
@@ -234,5 +235,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except PerceptError as error:
         sys.exit(f"run.py: {error}")
+    except BrokenPipeError:  # the reader of `run.py list | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("run.py: interrupted; the same command goes on where it stopped.")

@@ -134,7 +134,7 @@ print({name: tuple(row.shape) for name, row in rows.items()})
 
 # %%
 columns = {"seen": seen, "low level": rows[f"low_level_{main}"], "reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
-sheet = contact_sheet(columns, n=16)
+sheet = contact_sheet(columns, n=32)
 save(sheet, run.results / "contact_sheet.png")
 
 # %% [markdown]

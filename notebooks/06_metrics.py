@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 
 from src.data import open_subject
 from src.figures import save, score_dots
-from src.metrics import METRICS, Evaluator, check_alignment, check_outputs, make_records, paired_bootstrap
+from src.metrics import METRICS, Evaluator, answer_metrics, check_alignment, check_outputs, make_records, paired_bootstrap
 from src.metrics import provenance, score_table, two_way_metric, write_metrics, write_scores
-from src.pretrained import Clipper
+from src.pretrained import Clipper, Judge
 from src.report import write_report
 from src.utils import PerceptError, read_json
 
@@ -53,13 +53,21 @@ alarms
 # %% [markdown]
 # ## The metrics
 # Pixel metrics after resizing to 425 x 425, as the field does; two-way identification in CLIP's final embedding. With the mini weights this is the
-# mini CLIP, and is called so: it made the targets too, so it flatters.
+# mini CLIP, and is called so: it made the targets too, so it flatters, and it is near 1 long before a person recognises anything.
+# Therefore the mini world has a judge besides: a classifier that was trained on images of its own, that no decoder and no generator was ever
+# trained towards, and that says what a picture shows: the scene, the kind of the main object, its colour.
 
 # %%
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
 prefix = "mini:" if weights == "mini" else ""
 chosen = [METRICS[name.strip()] for name in metrics.split(",")]
 chosen.append(two_way_metric(f"{prefix}CLIP", lambda images: clipper.embed_image(images).cpu()))
+labels = subject.labels
+judge = Judge(weights, run.device) if weights == "mini" and labels is not None else None
+if judge is not None and set(judge.answers) <= set(labels.columns):
+    labels = labels.set_index("image").loc[made["image_ids"].numpy()]
+    chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
+    print("the judge is right about the images that were shown:", {q: (judge.ask(seen)[q] == labels[q]).mean().round(3) for q in judge.answers})
 
 # %% [markdown]
 # ## Score, floors and ceiling

@@ -330,6 +330,8 @@ class Metric:
         chance: value without any information, where one is known, else None.
         description: one sentence for a reader.
         source: paper or code the definition comes from.
+        truth: what `prepare` should say of the true images, where that is known without looking (labels), else
+            None.
     """
 
     name: str
@@ -339,6 +341,7 @@ class Metric:
     chance: float | None
     description: str
     source: str
+    truth: Any = None
 
     def each(self, images: Tensor, recons: Tensor, features: dict | None = None) -> np.ndarray:
         """Score each pair: images and recons (n, 3, height, width) in [0, 1] -> (n,).
@@ -348,7 +351,7 @@ class Metric:
         """
         features = {} if features is None else features
         if self.prepare not in features:
-            features[self.prepare] = self.prepare(images)
+            features[self.prepare] = self.prepare(images) if self.truth is None else self.truth
         return self.compare(features[self.prepare], self.prepare(recons))
 
 
@@ -403,6 +406,38 @@ def cosine_metric(name: str, embed: Callable[[Tensor], Any], source: str = "cosi
     return Metric(
         name, embed, cosine, "higher", None, "cosine of the features of seen image and reconstruction", source
     )
+
+
+def answer_metrics(
+    prefix: str, ask: Callable[[Tensor], dict[str, np.ndarray]], truth: dict[str, Sequence[str]], chance: dict[str, float]
+) -> list[Metric]:
+    """Whether a classifier answers questions about a reconstruction as is true of the image that was shown.
+
+    Args:
+        prefix: of the metrics' names, e.g. "mini:judge" gives "mini:judge:kind".
+        ask: images (n, 3, height, width) in [0, 1] -> answers (n,) by question.
+        truth: what is true of the images that were shown, (n,) by question; the classifier's word on them is not asked.
+        chance: share right by guessing, by question.
+
+    Returns:
+        One metric a question, each 0 or 1 an image; the classifier looks once for all of them.
+    """
+    questions = list(truth)
+
+    def prepare(images: Tensor) -> np.ndarray:
+        answers = ask(images)
+        return np.stack([np.asarray(answers[question], dtype=object) for question in questions], 1)  # (n, questions)
+
+    right = np.stack([np.asarray(truth[question], dtype=object) for question in questions], 1)
+
+    def compare(column: int) -> Callable[[Any, Any], np.ndarray]:
+        return lambda shown, said: (shown[:, column] == said[:, column]).astype(np.float64)
+
+    text = "share of reconstructions in which an independent classifier names the right {}"
+    return [
+        Metric(f"{prefix}:{q}", prepare, compare(i), "higher", chance[q], text.format(q), "model card of the mini models", right)
+        for i, q in enumerate(questions)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -547,9 +582,10 @@ class Evaluator:
         tables = []
         for metric in self.metrics:
             key = metric.prepare
-            for known, images in ((self.features, self.images), (prepared, recons)):
-                if key not in known:
-                    known[key] = key(images)
+            if key not in self.features:
+                self.features[key] = key(self.images) if metric.truth is None else metric.truth
+            if key not in prepared:
+                prepared[key] = key(recons)
             for name, draw, order in orders:
                 values = metric.compare(self.features[key], prepared[key][order])
                 columns = {"metric": metric.name, "row": name, "image": order, "draw": draw, "value": values}

@@ -1,4 +1,4 @@
-"""What is frozen: CLIP, the latent autoencoder, Versatile Diffusion and image variations, each behind one small class.
+"""What is frozen: CLIP, the latent autoencoder, four diffusion models and the mini world's judge, each behind one small class.
 
 - Real and miniature weights are loaded by the same code; only the place differs: `weights` is "hub", "mini" or a folder that holds
   the models under the names of `HUB`.
@@ -23,12 +23,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionImageVariationPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImageVariationPipeline,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
-from diffusers.pipelines.deprecated import VersatileDiffusionDualGuidedPipeline
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.pipelines.deprecated import VersatileDiffusionDualGuidedPipeline, VersatileDiffusionPipeline
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
-from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    ResNetForImageClassification,
+)
 
 from src.utils import ROOT, PerceptError
 
@@ -36,8 +50,12 @@ HUB = {
     "clip": "openai/clip-vit-large-patch14",
     "versatile_diffusion": "shi-labs/versatile-diffusion",
     "image_variation": "lambdalabs/sd-image-variations-diffusers",
+    "stable_diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # where the withdrawn runwayml/stable-diffusion-v1-5 lives on
 }
+MINI_ONLY = ("judge",)
 MINI = ROOT / "data" / "mini_models"
+# The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage would leave the rest without memory.
+TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -47,9 +65,11 @@ def locate(name: str, weights: str) -> str:
     Raises:
         PerceptError: if the folder is missing.
     """
-    if name not in HUB:
-        raise PerceptError(f"No pretrained model is called '{name}': choose one of {', '.join(HUB)}.")
+    if name not in (*HUB, *MINI_ONLY):
+        raise PerceptError(f"No pretrained model is called '{name}': choose one of {', '.join((*HUB, *MINI_ONLY))}.")
     if weights == "hub":
+        if name in MINI_ONLY:
+            raise PerceptError(f"The '{name}' exists for the mini world alone: set weights to 'mini' or to a folder that holds it.")
         return HUB[name]
     folder = (MINI if weights == "mini" else Path(weights)) / name
     if not folder.is_dir():
@@ -61,14 +81,17 @@ def locate(name: str, weights: str) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' progress bars and their reports of weights that another part of the same file holds."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    libraries = (transformers.logging, diffusers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
         transformers.logging.enable_progress_bar()
         diffusers.utils.logging.enable_progress_bar()
 
@@ -268,44 +291,84 @@ class LatentAutoencoder(Frozen):
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
-class VersatileDiffusion(LatentAutoencoder):
-    """Versatile Diffusion's image flow: CLIP tokens (and optionally a low-level latent) -> image.
+class Judge:
+    """The classifier that says what a picture of the mini world shows: scene, kind and colour of the main object.
+
+    It was trained on images of its own, and nothing was ever trained towards it or conditioned on it, so that it judges
+    reconstructions from outside. There is one for the mini world alone: photographs have no such small set of answers.
+
+    Args:
+        weights: "mini" or a folder that holds `judge/`.
+        device: torch device.
+    """
+
+    def __init__(self, weights: str = "mini", device: str = "cpu"):
+        self.device = torch.device(device)
+        self.model = _load(ResNetForImageClassification, locate("judge", weights)).float().eval().requires_grad_(False).to(self.device)
+        self.answers: dict[str, list[str]] = {}  # by question, in the order of the logits
+        for i in range(self.model.config.num_labels):
+            question, answer = self.model.config.id2label[i].split(": ")
+            self.answers.setdefault(question, []).append(answer)
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """Share of right answers by guessing, by question."""
+        return {question: 1 / len(answers) for question, answers in self.answers.items()}
+
+    @torch.no_grad()
+    def ask(self, images: Tensor, batch_size: int = 250) -> dict[str, np.ndarray]:
+        """(images, 3, 32, 32) in [0, 1] -> answers (images,) by question."""
+        parts = [self.model(2 * F.interpolate(x.to(self.device), (64, 64), mode="bilinear") - 1).logits for x in images.split(batch_size)]
+        by_question = torch.cat(parts).cpu().split([len(answers) for answers in self.answers.values()], dim=1)
+        return {q: np.array(names)[logits.argmax(1)] for (q, names), logits in zip(self.answers.items(), by_question, strict=True)}
+
+
+class Generator(LatentAutoencoder):
+    """A frozen latent diffusion model that turns a condition (and optionally a low-level latent) into an image.
+
+    The four kinds differ in the network and in what conditions it; sampling and img2img are the same for all.
 
     Args:
         weights: "hub", "mini" or a folder.
         device: torch device.
-        dtype: of the diffusion network (half precision on a GPU, as published).
-
-    Source: arXiv 2211.08332; used as MindEye does (UniPC order 2, 20 steps, guidance 3.5, null condition of zeros).
+        dtype: of the diffusion network; half precision on a GPU by default, as published.
     """
 
+    model_name, unet_folder = "", "unet"
+
     def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
-        super().__init__(weights, "versatile_diffusion", device=device)
+        super().__init__(weights, self.model_name, device=device)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
-        unet = _load(UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype)
-        self.unet = unet.eval().requires_grad_(False).to(self.device)
+        self.unet = self._network().eval().requires_grad_(False).to(self.device)
         # "sigma_min" ends the schedule where the library did when the systems were published; its present default ends at zero noise.
         options = {"subfolder": "scheduler", "final_sigmas_type": "sigma_min", "timestep_spacing": "linspace"}
         self.scheduler = _load(UniPCMultistepScheduler, self.place, **options)
 
+    def _network(self) -> nn.Module:
+        return _load(UNet2DConditionModel, self.place, subfolder=self.unet_folder, torch_dtype=self.dtype)
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition that stands for none in classifier-free guidance, same shape as `condition`: zeros."""
+        return torch.zeros_like(condition)
+
     @torch.no_grad()
     def generate(
         self,
-        tokens: Tensor,
+        condition: Tensor,
         noise: Tensor,
         init_latents: Tensor | None = None,
         strength: float = 1.0,
         guidance_scale: float = 3.5,
         num_inference_steps: int = 20,
     ) -> Tensor:
-        """Reconstruct images from CLIP tokens.
+        """Generate images.
 
         Args:
-            tokens: (batch, tokens, dim), already divided by the norm of their CLS token.
+            condition: (batch, tokens, dim), what the class says conditions it.
             noise: (batch, channels, h, w), standard normal; the only source of randomness.
             init_latents: scaled latents (batch, channels, h, w) to start from (img2img).
             strength: share of the steps that are run; 1 ignores init_latents, 0 returns them decoded.
-            guidance_scale: classifier-free guidance against a condition of zeros.
+            guidance_scale: classifier-free guidance against `null`.
             num_inference_steps: UniPC steps of the whole schedule.
 
         Returns:
@@ -322,8 +385,8 @@ class VersatileDiffusion(LatentAutoencoder):
         latents = noise.to(self.device, self.dtype) * self.scheduler.init_noise_sigma
         if strength < 1.0 and init_latents is not None:
             latents = self.scheduler.add_noise(init_latents.to(latents), latents, timesteps[:1].expand(len(latents)))
-        condition = tokens.to(self.device, self.dtype)
-        both = torch.cat([torch.zeros_like(condition), condition])  # (2 * batch, tokens, dim)
+        condition = condition.to(self.device, self.dtype)
+        both = torch.cat([self.null(condition), condition])  # (2 * batch, tokens, dim)
         for t in timesteps:
             doubled = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
             without, given = self.unet(doubled, t, encoder_hidden_states=both).sample.chunk(2)
@@ -331,25 +394,104 @@ class VersatileDiffusion(LatentAutoencoder):
         return self.decode(latents.float())
 
 
-def dual_guided_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The library's own `VersatileDiffusionDualGuidedPipeline`: an image and a sentence together, mixed by `text_to_image_strength`.
+class VersatileDiffusion(Generator):
+    """Versatile Diffusion's image flow: all projected CLIP tokens, divided by the norm of the CLS token -> image.
 
+    Source: arXiv 2211.08332; used as MindEye does (UniPC order 2, 20 steps, guidance 3.5, null condition of zeros).
+    """
+
+    model_name, unet_folder = "versatile_diffusion", "image_unet"
+
+
+class ImageVariation(Generator):
+    """Stable Diffusion image variations: one CLIP image embedding (batch, 1, dim), not normalised -> image (MindEye's 1x768 models)."""
+
+    model_name = "image_variation"
+
+
+class TextGenerator(Generator):
+    """A generator that is guided by sentences; its null condition is that of an empty sentence."""
+
+    encoder_class: Any = CLIPTextModelWithProjection
+
+    def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
+        super().__init__(weights, device, dtype)
+        self.tokenizer = _load(CLIPTokenizer, self.place, subfolder="tokenizer")
+        encoder = _load(self.encoder_class, self.place, subfolder="text_encoder")
+        self.text_encoder = encoder.float().eval().requires_grad_(False).to(self.device)
+        self._empty = self.embed_text([""])
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition of an empty sentence, as often as `condition` has rows."""
+        return self._empty.to(condition).expand_as(condition)
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> the condition that `generate` takes, (captions, tokens, dim)."""
+        length = self.text_encoder.config.max_position_embeddings
+        ids = self.tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return self._condition(self.text_encoder(input_ids=ids.to(self.device)))
+
+    def _condition(self, encoded: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class VersatileDiffusionText(TextGenerator):
+    """Versatile Diffusion's text flow: every projected hidden state of the sentence over the norm of the pooled one -> image.
+
+    The image flow's network with the transformer blocks of the text flow in the place of its own, as the library's text-to-image
+    pipeline puts it together.
+
+    Source: arXiv 2211.08332.
+    """
+
+    model_name = "versatile_diffusion"
+
+    def _network(self) -> nn.Module:
+        unet = _load(UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype)
+        donor = _load(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET)
+        for name, module in list(unet.named_modules()):
+            if isinstance(module, Transformer2DModel):
+                unet.set_submodule(name, donor.get_submodule(name))
+        return unet
+
+    def _condition(self, encoded: Any) -> Tensor:
+        tokens = self.text_encoder.text_projection(encoded.last_hidden_state)
+        return tokens / encoded.text_embeds[:, None].norm(dim=-1, keepdim=True)
+
+
+class StableDiffusion(TextGenerator):
+    """Stable Diffusion 1: the text encoder's hidden states -> image (the ROI project's generator).
+
+    Source: Rombach et al. 2022, arXiv 2112.10752.
+    """
+
+    model_name, encoder_class = "stable_diffusion", CLIPTextModel
+
+    def _condition(self, encoded: Any) -> Tensor:
+        return encoded.last_hidden_state
+
+
+# ------------------------------------------------------------------------------------------------ the libraries' own pipelines
+def versatile_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32, dual: bool = False) -> Any:
+    """The library's `VersatileDiffusionPipeline` (`.image_variation`, `.text_to_image`).
+
+    With `dual` its `VersatileDiffusionDualGuidedPipeline`: an image and a sentence together, mixed by `text_to_image_strength`.
     Put together from its parts, because the library no longer finds the class of the text network by the name in the saved pipeline.
     """
     place = locate("versatile_diffusion", weights)
     parts: dict[str, tuple[type, dict[str, Any]]] = {
         "tokenizer": (CLIPTokenizer, {}), "image_feature_extractor": (CLIPImageProcessor, {}),
         "text_encoder": (CLIPTextModelWithProjection, {"dtype": dtype}), "image_encoder": (CLIPVisionModelWithProjection, {"dtype": dtype}),
-        "image_unet": (UNet2DConditionModel, {"torch_dtype": dtype}), "text_unet": (UNetFlatConditionModel, {"torch_dtype": dtype}),
+        "image_unet": (UNet2DConditionModel, {"torch_dtype": dtype}), "text_unet": (UNetFlatConditionModel, {"torch_dtype": dtype} | TEXT_UNET),
         "vae": (AutoencoderKL, {"torch_dtype": dtype}), "scheduler": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
     }  # fmt: skip
-    loaded = {name: _load(cls, place, subfolder=name, **options) for name, (cls, options) in parts.items()}
-    pipeline: Any = VersatileDiffusionDualGuidedPipeline(**loaded)
-    pipeline.to(device)
+    loaded = {name: _load(cls, place, **{"subfolder": name} | options) for name, (cls, options) in parts.items()}
+    pipeline: Any = (VersatileDiffusionDualGuidedPipeline if dual else VersatileDiffusionPipeline)(**loaded)
     for module in pipeline.image_unet.modules():
         if isinstance(module, DualTransformer2DModel):  # the blocks around it now pass an argument that it was never taught
             module.forward = partial(_without_mask, module.forward)  # type: ignore[method-assign]
-    return pipeline
+    return pipeline.to(device)
 
 
 def _without_mask(forward: Any, *args: Any, encoder_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -361,3 +503,8 @@ def _without_mask(forward: Any, *args: Any, encoder_attention_mask: Tensor | Non
 def image_variation_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The library's `StableDiffusionImageVariationPipeline`, which is conditioned on one CLIP embedding (the 1x768 model's generator)."""
     return _load(StableDiffusionImageVariationPipeline, locate("image_variation", weights), torch_dtype=dtype).to(device)
+
+
+def stable_diffusion_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The library's `StableDiffusionImg2ImgPipeline`, which repaints an image after a sentence (the ROI project's last step)."""
+    return _load(StableDiffusionImg2ImgPipeline, locate("stable_diffusion", weights), torch_dtype=dtype).to(device)

@@ -329,6 +329,8 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
         PerceptError: for unknown names, wrong types, missing recipes, or data that have not been prepared.
     """
     script = scope.get("__file__") if scope.get("__name__") == "__main__" and "In" not in scope else None
+    if script:
+        sys.excepthook = _say_plainly
     known = read_parameters(parameters_source(Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"), stage)
     values: dict[str, Any] = {name: scope.get(name, p.default) for name, p in known.items()}
     origins = dict.fromkeys(known, "cell")
@@ -348,6 +350,14 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
     values = {name: coerce(known[name], value, origins[name]) for name, value in values.items()}
     scope.update(values)
     return _start(stage, values, origins, recipe or _recipe_of(files) or str(values.get("recipe", "")))
+
+
+def _say_plainly(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What a script prints when it stops: our own errors are for the reader of the sentence, all others for a developer."""
+    if issubclass(kind, PerceptError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _recipe_of(files: list[str]) -> str:

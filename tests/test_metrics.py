@@ -16,7 +16,7 @@ from skimage.metrics import structural_similarity
 from torchvision.transforms.functional import resize as torchvision_resize
 
 from src import metrics
-from src.metrics import METRICS, bootstrap_mean, make_records, score_table, two_way_each, two_way_metric
+from src.metrics import METRICS, answer_metrics, bootstrap_mean, make_records, score_table, two_way_each, two_way_metric
 from src.utils import PerceptError
 
 
@@ -344,3 +344,24 @@ def test_misaligned_rows_raise_an_alarm():
     shuffled = recons[order]
     alarms = metrics.check_alignment(metric.each(images, shuffled), metrics.pixcorr(images, shuffled))
     assert len(alarms) == 1 and "misaligned" in alarms[0]
+
+
+# ------------------------------------------------------------------------------------------------ answers
+def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_view_of_the_shown_images():
+    images = torch.zeros(4, 3, 8, 8)
+    images[2:] = 1.0  # two dark and two bright images
+    calls = []
+
+    def ask(x):
+        calls.append(len(x))
+        return {"light": np.where(x.mean((1, 2, 3)) > 0.5, "day", "night"), "size": np.array(["big"] * len(x))}
+
+    truth = {"light": ["night", "day", "day", "day"], "size": ["big", "big", "small", "small"]}  # the second is not what it looks like
+    light, size = answer_metrics("judge", ask, truth, {"light": 0.5, "size": 0.5})
+    table = score_table(images, images, {}, None, [light, size], draws=1)
+    value = table[table["row"] == "system"].pivot(index="image", columns="metric", values="value")
+    assert value["judge:light"].tolist() == [1, 0, 1, 1] and value["judge:size"].tolist() == [1, 1, 0, 0]
+    assert calls == [4]  # one look for both questions, none at the shown images
+    shuffled = table[(table["row"] == "shuffled") & (table["metric"] == "judge:size")]
+    assert len(shuffled) == 4 and shuffled["value"].mean() == 0.5
+    assert (light.each(images, images) == [1, 0, 1, 1]).all() and light.chance == 0.5

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tomllib
-import zlib
 from pathlib import Path
 
 import yaml
@@ -53,5 +52,4 @@ def test_scripts_are_valid_shell():
 
 def test_committed_weights_stay_small():
     files = [p for p in (ROOT / "data" / "mini_models").rglob("*") if p.is_file()]
-    as_git_stores_them = sum(len(zlib.compress(p.read_bytes(), 1)) for p in files)  # the parts that are never run are zero
-    assert 0 < as_git_stores_them < 30 * 2**20
+    assert 0 < sum(p.stat().st_size for p in files) < 40 * 2**20

@@ -3,8 +3,11 @@
     python tools/train_mini_models.py vae --minutes 10          # each stage resumes from its own checkpoint
     python tools/train_mini_models.py clip --minutes 10
     python tools/train_mini_models.py image --minutes 60 --processes 2
-    python tools/train_mini_models.py text --minutes 15         # cross-attention of the text flow on the frozen image flow
-    python tools/train_mini_models.py variation --minutes 15    # one CLIP embedding instead of all the tokens
+    python tools/train_mini_models.py robust --minutes 25       # the image flow once more, from tokens as vague as a decoder's
+    python tools/train_mini_models.py text --minutes 12         # text tokens instead of image tokens
+    python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding instead of all the tokens
+    python tools/train_mini_models.py stable --minutes 6        # Stable Diffusion: the text encoder's hidden states
+    python tools/train_mini_models.py judge --minutes 5         # the classifier that judges the results
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
@@ -20,22 +23,36 @@ import json
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImageVariationPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImageVariationPipeline,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.pipelines.deprecated import VersatileDiffusionPipeline
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from src import miniworld
@@ -43,8 +60,7 @@ from src import miniworld
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
 OUT = ROOT / "data" / "mini_models"
-SEED = 7_000  # the mini world of the demo uses another seed, so the images differ as well as the combinations
-N_TRAIN, N_CHECK = 40_000, 512
+SEED, JUDGE_SEED = 7_000, 9_000  # the mini world of the demo uses another seed, so the images differ as well as the combinations
 PATCH, DIM, CONTEXT = 8, 128, 40
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -52,13 +68,21 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 # ------------------------------------------------------------------------------------------------ data
+DRAWN = {  # what each set of images is drawn from: (seed, split of the combinations, images)
+    "train": [(SEED, "train", 40_000)],
+    "check": [(SEED, "val", 512)],
+    # the judge knows every combination, in their natural shares, so that it leans towards none; its images are no other model's
+    "judge": [(JUDGE_SEED, "train", 30_000), (JUDGE_SEED, "val", 5_000), (JUDGE_SEED, "test", 5_000)],
+    "judge_check": [(JUDGE_SEED + 1, "train", 1_500), (JUDGE_SEED + 1, "val", 250), (JUDGE_SEED + 1, "test", 250)],
+}
+
+
 def images(split: str) -> np.ndarray:
-    """uint8 (images, height, width, 3) of "train" (own images) or "check" (combinations of the validation split), drawn once."""
+    """uint8 (images, height, width, 3) of one of `DRAWN`, drawn once."""
     path = WORK / f"images_{split}.npy"
     if not path.exists():
         WORK.mkdir(parents=True, exist_ok=True)
-        source, count = ("train", N_TRAIN) if split == "train" else ("val", N_CHECK)
-        block = np.concatenate(list(miniworld.image_blocks(SEED, source, count)))
+        block = np.concatenate([part for source in DRAWN[split] for part in miniworld.image_blocks(*source)])
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, block)
         temporary.rename(path)
@@ -76,10 +100,8 @@ def normalised(x: Tensor) -> Tensor:
 
 def words(split: str) -> tuple[list[list[str]], np.ndarray]:
     """Five captions an image, and labels (images, 6): scene, kind, colour, pattern, light, place as indices."""
-    source, count = ("train", N_TRAIN) if split == "train" else ("val", N_CHECK)
     captions, labels = [], []
-    for i in range(count):
-        what = miniworld.compose(SEED, i, source)
+    for what in (miniworld.compose(seed, i, source) for seed, source, count in DRAWN[split] for i in range(count)):
         main = what.things[-1]
         captions.append(miniworld.caption(what))
         labels.append([what.scene, main.kind, main.colour, main.pattern, what.light, what.place])
@@ -121,7 +143,7 @@ def train(stage: str, module: nn.Module, loss_of, check, args, lr: float, batch:
     rng = np.random.default_rng([SEED, step, rank])
     torch.manual_seed(SEED + step * 7 + rank)
     started, saved, checked, running = time.time() - spent, time.time(), time.time(), []
-    while (elapsed := time.time() - started) < budget:
+    while (elapsed := _agreed(time.time() - started)) < budget:
         for group in optimizer.param_groups:  # warm up, then fall linearly over the last third of the time
             group["lr"] = lr * min(1.0, (step + 1) / 200) * min(1.0, (1 - elapsed / budget) / 0.35 + 0.01)
         with torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
@@ -143,6 +165,15 @@ def train(stage: str, module: nn.Module, loss_of, check, args, lr: float, batch:
     if rank == 0:
         _save(path, module, optimizer, average, step, time.time() - started)
         _log(log, module, average, check, step, time.time() - started, running, batch)
+
+
+def _agreed(seconds: float) -> float:
+    """The first process's clock, for all: the learning rate and the last step hang on it, and they must be the same everywhere."""
+    if not torch.distributed.is_initialized():
+        return seconds
+    clock = torch.tensor(seconds, dtype=torch.float64)
+    torch.distributed.broadcast(clock, 0)
+    return float(clock)
 
 
 def _share_gradients(parameters: list[nn.Parameter]) -> None:
@@ -212,6 +243,7 @@ def train_vae(args, rank: int = 0) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ CLIP
+@cache
 def new_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer learnt from the mini captions, in CLIP's own file format."""
     folder = WORK / "tokenizer"
@@ -302,8 +334,61 @@ def train_clip(args, rank: int = 0) -> None:
     train("clip", model, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
 
 
+# ------------------------------------------------------------------------------------------------ the judge
+ANSWERS = {"scene": list(miniworld.SCENES), "kind": list(miniworld.KINDS), "colour": list(miniworld.COLOURS)}
+
+
+def new_judge() -> ResNetForImageClassification:
+    """One network with the logits of three questions side by side: scene, kind and colour of the main object."""
+    names = [f"{question}: {answer}" for question, answers in ANSWERS.items() for answer in answers]
+    return ResNetForImageClassification(ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic",
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+    ))  # fmt: skip
+
+
+def judge_input(x: Tensor) -> Tensor:
+    """Images (batch, 3, height, width) in [0, 1] as the judge takes them: enlarged twice, in [-1, 1]."""
+    return 2 * F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) - 1
+
+
+def blemished(x: Tensor) -> Tensor:
+    """Images shifted, blurred, noisy and off in colour, so that the judge looks at what is shown and not at how cleanly it is painted."""
+    n = len(x)
+    move = torch.eye(2, 3).repeat(n, 1, 1)
+    move[:, :, :2] *= torch.empty(n, 1, 1).uniform_(0.92, 1.08)
+    move[:, :, 2] = torch.empty(n, 2).uniform_(-0.1, 0.1)
+    x = F.grid_sample(x, F.affine_grid(move, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    x = torch.lerp(x, blurred, torch.rand(n, 1, 1, 1))
+    x = x * torch.empty(n, 3, 1, 1).uniform_(0.94, 1.06) + torch.empty(n, 1, 1, 1).uniform_(-0.04, 0.04)
+    return (x + 0.05 * torch.rand(n, 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
+
+
+def train_judge(args, rank: int = 0) -> None:
+    data, held = images("judge"), pixels(images("judge_check"))
+    labels, check_labels = (torch.from_numpy(words(split)[1][:, :3]) for split in ("judge", "judge_check"))
+    judge, sizes = new_judge().to(device()), [len(answers) for answers in ANSWERS.values()]
+
+    def loss_of(rng, batch):
+        index = np.sort(rng.integers(len(data), size=batch))
+        logits = judge(judge_input(blemished(pixels(data[index]))).to(device())).logits.float().split(sizes, dim=1)
+        wanted = labels[index].to(device())
+        return sum(F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits))
+
+    def check(model):
+        logits = torch.cat([model(judge_input(x).to(device())).logits.cpu() for x in held.split(250)]).split(sizes, dim=1)
+        right = [(part.argmax(1) == check_labels[:, i]).float().mean() for i, part in enumerate(logits)]
+        return {name: round(float(r), 4) for name, r in zip(ANSWERS, right, strict=True)}
+
+    train("judge", judge, loss_of, check, args, lr=2e-3, batch=128, rank=rank)
+
+
 # ------------------------------------------------------------------------------------------------ diffusion
 WIDTHS, HEADS = (64, 96, 96), 4
+TEXTUAL = ("text", "stable")
+START = {"robust": "image", "text": "image", "variation": "image", "stable": "text"}  # whose weights a flow begins with
+JUDGED = 128  # images that the judge looks at when a diffusion stage logs its quality
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -329,6 +414,7 @@ def new_text_unet() -> UNetFlatConditionModel:
 def conditioning(kind: str, split: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Latents (images, 4, h, w), conditions (images, [5,] tokens, dim) as the pipelines will feed them, and the latents' scale; computed once."""
     clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip.to(device())
+    kind = "image" if kind == "robust" else kind
     path = WORK / f"cache_{kind}_{split}.npz"
     if path.exists():
         stored = np.load(path)
@@ -338,28 +424,48 @@ def conditioning(kind: str, split: str) -> tuple[np.ndarray, np.ndarray, float]:
     for start in range(0, len(data), 500):
         x = pixels(data[start : start + 500]).to(device())
         latents.append(vae.encode(2 * x - 1).latent_dist.mode().half().cpu().numpy())
-        if kind != "text":
+        if kind not in TEXTUAL:
             tokens = image_tokens(clip.vision_model, clip.visual_projection, normalised(x.cpu()).to(x.device))
             tokens = tokens / tokens[:, :1].norm(dim=-1, keepdim=True) if kind == "image" else tokens[:, :1]
             condition.append(tokens.half().cpu().numpy())
-    if kind == "text":
-        condition = _text_conditions(clip, split)
+    if kind in TEXTUAL:
+        condition = _text_conditions(clip, split, kind)
     result = np.concatenate(latents), np.concatenate(condition)
     scale = 1.0 / float(result[0].astype(np.float32).std())
     np.savez(path, latents=result[0], condition=result[1], scale=scale)
     return *result, scale
 
 
-def _text_conditions(clip: CLIPModel, split: str) -> list[np.ndarray]:
-    """Versatile Diffusion's text tokens, three captions an image: every projected hidden state over the norm of the pooled one."""
-    tokenizer, out = new_tokenizer(), []
-    for five in words(split)[0]:
-        ids = tokenizer([five[0], five[1], five[3]], padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
-        hidden = clip.text_model(input_ids=ids.to(device()))
-        tokens = clip.text_projection(hidden.last_hidden_state)
-        pooled = clip.text_projection(hidden.pooler_output)[:, None]
-        out.append((tokens / pooled.norm(dim=-1, keepdim=True)).half().cpu().numpy()[None])
-    return out
+def _text_conditions(clip: CLIPModel, split: str, kind: str) -> list[np.ndarray]:
+    """Text tokens of the three captions of an image that name its scene, (images, 3, tokens, dim) in parts."""
+    captions = [five[k] for five in words(split)[0] for k in (0, 1, 3)]
+    parts = (text_tokens(clip, captions[start : start + 600], kind).half().cpu().numpy() for start in range(0, len(captions), 600))
+    return [part.reshape(-1, 3, *part.shape[1:]) for part in parts]
+
+
+@torch.no_grad()
+def text_tokens(clip: CLIPModel, captions: list[str], kind: str) -> Tensor:
+    """What a text-guided pipeline is given, (captions, tokens, dim).
+
+    Versatile Diffusion ("text"): every projected hidden state over the norm of the pooled one; Stable Diffusion ("stable"): the hidden states.
+    """
+    ids = new_tokenizer()(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+    hidden = clip.text_model(input_ids=ids.to(next(clip.parameters()).device))
+    if kind == "stable":
+        return hidden.last_hidden_state
+    pooled = clip.text_projection(hidden.pooler_output)[:, None]
+    return clip.text_projection(hidden.last_hidden_state) / pooled.norm(dim=-1, keepdim=True)
+
+
+def read_hidden_states(unet: nn.Module, factor: float) -> None:
+    """Turn the text flow, which reads projected tokens, into a network that reads the hidden states behind them: its start for Stable Diffusion."""
+    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip
+    captions = [five[0] for five in words("check")[0][:256]]
+    ratio = float(text_tokens(clip, captions, "text").norm() / clip.text_projection(text_tokens(clip, captions, "stable")).norm())
+    change = clip.text_projection.weight * ratio * condition_scale(conditioning("text", "check")[1]) / factor  # (projected, hidden)
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            parameter.data = parameter.data @ change.to(parameter.device)
 
 
 def condition_scale(condition: np.ndarray) -> float:
@@ -367,16 +473,58 @@ def condition_scale(condition: np.ndarray) -> float:
     return 1.0 / float(condition[:2000].astype(np.float32).std())
 
 
-def swap_transformers(image_unet: nn.Module, text_unet: nn.Module) -> list[nn.Parameter]:
-    """Exchange the transformer blocks of the two flows, as the library's text-to-image pipeline does; returns those that now sit in image_unet."""
-    names = [name for name, module in image_unet.named_modules() if type(module).__name__ == "Transformer2DModel"]
-    moved: list[nn.Parameter] = []
-    for name in names:
-        parent, index = name.rsplit(".", 1)
-        ours, theirs = image_unet.get_submodule(parent), text_unet.get_submodule(parent)
-        ours[int(index)], theirs[int(index)] = theirs[int(index)], ours[int(index)]
-        moved += ours[int(index)].parameters()
-    return moved
+def swap_transformers(image_unet: nn.Module, text_unet: nn.Module) -> None:
+    """Exchange the transformer blocks of the two flows, as the library's text-to-image pipeline does."""
+    for name, module in list(image_unet.named_modules()):
+        if isinstance(module, Transformer2DModel):
+            theirs = text_unet.get_submodule(name)
+            text_unet.set_submodule(name, module)
+            image_unet.set_submodule(name, theirs)
+
+
+class Vagueness:
+    """Tokens as a decoder would guess them: of a noisy view of the tokens, the linear estimate with the least squared error.
+
+    The less certain the view, the more the estimate shrinks towards the mean image, fine detail first. The robust flow is trained on
+    such tokens too, at all levels of certainty, so that it paints an object where the tokens only hint at one. (Noise on the condition in
+    training is what unCLIP and cascaded diffusion models do; the filter makes the noise look like a regression's error.)
+    """
+
+    def __init__(self, condition: np.ndarray):
+        tokens = torch.from_numpy(condition[:6000].astype(np.float32)).flatten(1)
+        self.mean = tokens.mean(0)
+        self.variance, self.axes = torch.linalg.eigh(torch.cov((tokens - self.mean).T))
+        self.variance = self.variance.clamp_min(0)
+
+    def __call__(self, tokens: Tensor, noise: Tensor) -> Tensor:
+        """Tokens (batch, tokens, dim) seen under noise of variance `noise` (batch,), which is of the order of 1e-4 to 1e-1."""
+        parts = (tokens.flatten(1) - self.mean) @ self.axes  # (batch, principal components)
+        noise = noise[:, None]
+        view = parts + noise.sqrt() * torch.randn_like(parts)
+        return ((view * self.variance / (self.variance + noise)) @ self.axes.T + self.mean).view_as(tokens)
+
+
+@torch.no_grad()
+def sampled(unet: nn.Module, condition: Tensor, null: Tensor, guidance: float = 3.5, steps: int = 20) -> Tensor:
+    """Latents (batch, 4, h, w) from pure noise, as the pipelines of src/pretrained.py sample them."""
+    scheduler = UniPCMultistepScheduler.from_config(DDIMScheduler(**SCHEDULE).config, final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    side = miniworld.IMAGE_SIZE // 2
+    latents = torch.randn(len(condition), 4, side, side, generator=torch.Generator().manual_seed(3)).to(condition.device)
+    both = torch.cat([null.expand_as(condition), condition])
+    for t in scheduler.timesteps:
+        without, given = unet(torch.cat([latents, latents]), t, encoder_hidden_states=both).sample.float().chunk(2)
+        latents = scheduler.step(without + guidance * (given - without), t, latents).prev_sample
+    return latents
+
+
+def judge_share(latents: Tensor, vae: nn.Module, scale: float, labels: np.ndarray) -> dict[str, float]:
+    """Share of latents in whose picture the judge names what was meant; labels (batch, >= 3): scene, kind, colour."""
+    judge = averaged("judge", new_judge()).to(latents.device)
+    with torch.no_grad():
+        logits = judge(judge_input((vae.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1))).logits.cpu()
+    parts = logits.split([len(answers) for answers in ANSWERS.values()], dim=1)
+    return {q: round(float((part.argmax(1).numpy() == labels[:, i]).mean()), 3) for i, (q, part) in enumerate(zip(ANSWERS, parts, strict=True))}
 
 
 def diffusion_stage(stage: str, args, rank: int = 0) -> None:
@@ -386,16 +534,18 @@ def diffusion_stage(stage: str, args, rank: int = 0) -> None:
     held = [torch.from_numpy(a.astype(np.float32)).to(device()) for a in conditioning(stage, "check")[:2]]
     factor, scheduler = condition_scale(condition), DDIMScheduler(**SCHEDULE)
     unet = new_unet().to(device())
-    if stage != "image" and not (WORK / f"{stage}.pt").exists():
-        averaged("image", unet)
-        unet.requires_grad_(True).train()
-    if stage == "text":  # the transformers begin as copies of the image flow's and are all that trains
-        unet.requires_grad_(False)
+    if stage != "image":  # every other flow shares the image flow's convolutions; its transformers begin as copies and are all that trains
+        averaged(START[stage], unet).train()
+        if stage == "stable":
+            read_hidden_states(unet, factor)
         for module in unet.modules():
-            if type(module).__name__ == "Transformer2DModel":
+            if isinstance(module, Transformer2DModel):
                 module.requires_grad_(True)
     null = _null_condition(stage).to(device())
+    vae, labels = averaged("vae", new_vae()).to(device()), words("check")[1]
     alphas = scheduler.alphas_cumprod.to(device())
+
+    vague = Vagueness(condition) if stage == "robust" else None
 
     def noised(x0, c, t, noise):
         a = alphas[t].view(-1, 1, 1, 1)
@@ -405,7 +555,10 @@ def diffusion_stage(stage: str, args, rank: int = 0) -> None:
         index = np.sort(rng.integers(len(latents), size=batch))
         x0 = torch.from_numpy(latents[index].astype(np.float32)).to(device()) * scale
         c = condition[index] if condition.ndim == 3 else condition[index, rng.integers(condition.shape[1], size=batch)]
-        c = torch.from_numpy(c.astype(np.float32)).to(device())
+        c = torch.from_numpy(c.astype(np.float32))
+        if vague is not None:  # of one in five the tokens are left as they are
+            c = torch.where(torch.rand(batch, 1, 1) < 0.2, c, vague(c, 10 ** torch.empty(batch).uniform_(-3.5, -1.0)))
+        c = c.to(device())
         c = torch.where(torch.rand(batch, 1, 1, device=c.device) < 0.1, null, c)
         t = (1000 * (1 - torch.rand(batch, device=c.device) ** 1.6)).long().clamp(0, 999)  # towards high noise, where conditioning is learnt
         prediction, target = noised(x0, c, t, torch.randn_like(x0))
@@ -418,19 +571,24 @@ def diffusion_stage(stage: str, args, rank: int = 0) -> None:
         noise = torch.randn(x0.shape, generator=g).to(device())
         with torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
             prediction, target = noised(x0, c, t, noise)
+            made = sampled(model, c[:JUDGED] * factor, null * factor)
         error = ((prediction.float() - target) ** 2).mean(dim=(1, 2, 3))
-        return {"held_out": round(float(error.mean()), 4), "held_out_high_noise": round(float(error[t > 800].mean()), 4)}
+        errors = {"held_out": round(float(error.mean()), 4), "held_out_high_noise": round(float(error[t > 800].mean()), 4)}
+        if vague is not None:
+            with torch.random.fork_rng(), torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
+                torch.manual_seed(2)
+                hinted = sampled(model, vague(c[:JUDGED].cpu(), torch.full((JUDGED,), 0.02)).to(c.device) * factor, null * factor)
+            errors["from_vague_tokens"] = judge_share(hinted, vae, scale, labels[:JUDGED])
+        return errors | judge_share(made, vae, scale, labels[:JUDGED])
 
     train(stage, unet, loss_of, check, args, lr=args.lr, batch=args.batch, rank=rank)
 
 
 def _null_condition(stage: str) -> Tensor:
-    if stage != "text":
+    """What the pipelines pass for "no condition": zeros for images, the tokens of an empty sentence for text; (1, 1 or tokens, dim)."""
+    if stage not in TEXTUAL:
         return torch.zeros(1, 1, DIM)
-    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip
-    ids = new_tokenizer()([""], padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-    hidden = clip.text_model(input_ids=ids)
-    return clip.text_projection(hidden.last_hidden_state) / clip.text_projection(hidden.pooler_output)[:, None].norm(dim=-1, keepdim=True)
+    return text_tokens(averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip, [""], stage)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -443,32 +601,35 @@ def fold_scale(unet: nn.Module, factor: float) -> nn.Module:
 
 
 def export(args) -> None:
-    """Write every model that has been trained into data/mini_models/ with the libraries' save_pretrained, in half precision."""
+    """Write every model into data/mini_models/ with the libraries' save_pretrained, in half precision."""
     clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip
     vae, tokenizer = averaged("vae", new_vae()), new_tokenizer()
-    _, condition, scale = conditioning("image", "train")
-    vae.register_to_config(scaling_factor=scale)
+    vae.register_to_config(scaling_factor=conditioning("image", "train")[2])
     size = {"height": miniworld.IMAGE_SIZE, "width": miniworld.IMAGE_SIZE}
     processor = CLIPImageProcessor(size={"shortest_edge": miniworld.IMAGE_SIZE}, crop_size=size, image_mean=MEAN, image_std=STD)
-    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
-    vision.load_state_dict({k: v for k, v in clip.state_dict().items() if k in vision.state_dict()})
-    text = CLIPTextModelWithProjection(clip.config.text_config)
-    text.load_state_dict({k: v for k, v in clip.state_dict().items() if k in text.state_dict()})
-    scheduler = DDIMScheduler(**SCHEDULE)
-    for folder in (OUT / "clip",):
-        clip.half().save_pretrained(folder)
-        processor.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    unet = fold_scale(averaged("image", new_unet()), condition_scale(condition))
-    _export_versatile(args, unet, vae, vision, text, tokenizer, processor, scheduler)
-    if (WORK / "variation.pt").exists():
-        small = fold_scale(averaged("variation", new_unet()), condition_scale(conditioning("variation", "train")[1]))
-        pipeline = StableDiffusionImageVariationPipeline(
-            vae=vae.half(), image_encoder=vision.half(), unet=small.half(), scheduler=scheduler, safety_checker=None,
-            feature_extractor=processor, requires_safety_checker=False,
-        )  # fmt: skip
-        pipeline.save_pretrained(OUT / "image_variation")
+    vision, text = CLIPVisionModelWithProjection(clip.config.vision_config), CLIPTextModelWithProjection(clip.config.text_config)
+    for part in (vision, text):
+        part.load_state_dict({k: v for k, v in clip.state_dict().items() if k in part.state_dict()})
+    for model in (clip, processor, tokenizer):
+        (model.half() if isinstance(model, nn.Module) else model).save_pretrained(OUT / "clip")
+    averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
+    shared = {"vae": vae.half(), "scheduler": DDIMScheduler(**SCHEDULE)}
+    _export_versatile(shared, vision.half(), text.half(), tokenizer, processor)
+    StableDiffusionImageVariationPipeline(
+        **shared, image_encoder=vision, unet=finished("variation"), feature_extractor=processor, safety_checker=None, requires_safety_checker=False
+    ).save_pretrained(OUT / "image_variation")
+    encoder = CLIPTextModel(clip.config.text_config)
+    encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")})
+    StableDiffusionImg2ImgPipeline(
+        **shared, text_encoder=encoder.half(), tokenizer=tokenizer, unet=finished("stable"), safety_checker=None, feature_extractor=processor,
+        requires_safety_checker=False,
+    ).save_pretrained(OUT / "stable_diffusion")  # fmt: skip
     write_golden()
+
+
+def finished(stage: str) -> UNet2DConditionModel:
+    """A trained flow in half precision, the factor on its condition folded in."""
+    return fold_scale(averaged(stage, new_unet()), condition_scale(conditioning(stage, "train")[1])).half()
 
 
 def write_golden() -> None:
@@ -477,36 +638,40 @@ def write_golden() -> None:
 
     models_of = {
         "clip": [pretrained.Clipper("mini", hidden, norm) for hidden in (True, False) for norm in (True, False)],
-        **{name: [pretrained.LatentAutoencoder("mini", name)] for name in ("versatile_diffusion", "image_variation") if (OUT / name).exists()},
+        **{name: [pretrained.LatentAutoencoder("mini", name)] for name in ("versatile_diffusion", "image_variation", "stable_diffusion")},
     }
     for name, made in models_of.items():
         golden = {json.dumps([type(m).__name__, m._options()], sort_keys=True): m.golden_features() for m in made}
         (OUT / name / "golden_features.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
-def _export_versatile(args, unet, vae, vision, text, tokenizer, processor, scheduler) -> None:
-    from diffusers.pipelines.deprecated import VersatileDiffusionPipeline
-
+def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
+    """Save Versatile Diffusion; of the text flow's own network only the transformer blocks, which are all that is ever run."""
     text_unet = new_text_unet()
-    for name, parameter in text_unet.named_parameters():
-        if "attentions" not in name:  # never run: only the attention blocks of this network take part in the text flow
-            parameter.data.zero_()
-    if (WORK / "text.pt").exists():
-        donor = fold_scale(averaged("text", new_unet()), condition_scale(conditioning("text", "train")[1]))
-        swap_transformers(donor, text_unet)
-    pipeline = VersatileDiffusionPipeline(
-        tokenizer=tokenizer, image_feature_extractor=processor, text_encoder=text.half(), image_encoder=vision.half(),
-        image_unet=unet.half(), text_unet=text_unet.half(), vae=vae.half(), scheduler=scheduler,
-    )  # fmt: skip
-    pipeline.save_pretrained(OUT / "versatile_diffusion")
+    swap_transformers(finished("text"), text_unet)
+    VersatileDiffusionPipeline(
+        **shared, tokenizer=tokenizer, image_feature_extractor=processor, text_encoder=text, image_encoder=vision,
+        image_unet=finished("robust"), text_unet=text_unet.half(),
+    ).save_pretrained(OUT / "versatile_diffusion")  # fmt: skip
+    file = OUT / "versatile_diffusion" / "text_unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "attentions" in k}, file, metadata={"format": "pt"})
 
 
 # ------------------------------------------------------------------------------------------------ command line
-STAGES = {"vae": train_vae, "clip": train_clip, **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", "text", "variation")}}
+STAGES = {"vae": train_vae, "clip": train_clip, "judge": train_judge, **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)}}
+
+
+def _draw_fewer(share: float) -> None:
+    """Shrink every set of images to a share of its size, for a quick look at a stage."""
+    for name, sources in DRAWN.items():
+        DRAWN[name] = [(seed, split, max(64, int(count * share))) for seed, split, count in sources]
 
 
 def _worker(rank: int, args) -> None:
     torch.set_num_threads(args.threads)
+    _draw_fewer(args.share)
+    if not torch.cuda.is_available():  # the backward pass of the fused attention for CPUs takes as long as all the rest together
+        torch.backends.cuda.enable_flash_sdp(False)
     if args.processes > 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29533")
@@ -523,13 +688,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples a process and step (diffusion)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--share", type=float, default=1.0, help="of the images, for a quick look (with a PERCEPT_HOME of its own)")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         export(args)
     elif args.processes > 1:
-        images("train"), images("check")  # drawn once, by one process
-        if args.stage in ("image", "text", "variation"):
+        _draw_fewer(args.share)
+        for split in ("judge", "judge_check") if args.stage == "judge" else ("train", "check"):
+            images(split)  # drawn once, by one process
+        if args.stage in ("image", *START):
             conditioning(args.stage, "train"), conditioning(args.stage, "check")
         torch.multiprocessing.spawn(_worker, (args,), nprocs=args.processes)
     else:

@@ -1,0 +1,68 @@
+"""The tool that trains the mini models: stages resume, two processes stay together, every image set is its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src import miniworld
+from tools import train_mini_models as tool
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(home, stage, minutes, *more):
+    env = os.environ | {"PERCEPT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    flags = [stage, "--minutes", str(minutes), "--share", "0.01", *more]
+    done = subprocess.run([sys.executable, "tools/train_mini_models.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in (home / "train_logs" / "mini_models" / f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_goes_on_where_it_stopped_and_logs_its_quality(tmp_path):
+    first = launch(tmp_path, "judge", 0.1)
+    second = launch(tmp_path, "judge", 0.2)
+    assert second[0] == first[0] and second[1]["step"] > first[0]["step"] > 0 and second[1]["minutes"] > first[0]["minutes"]
+    assert {"scene", "kind", "colour", "loss"} <= set(second[1])
+    stored = torch.load(tmp_path / "train_logs/mini_models/judge.pt", weights_only=True)
+    assert stored["step"] == second[1]["step"]
+
+
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    rows = launch(tmp_path, "vae", 0.15, "--processes", "2")
+    assert rows[-1]["step"] > 1 and rows[-1]["psnr"] > 5
+
+
+def test_no_model_but_the_judge_sees_a_held_out_combination_and_no_image_is_shared():
+    def combinations(name):
+        what = [miniworld.compose(seed, i, split) for seed, split, count in tool.DRAWN[name] for i in range(min(count, 400))]
+        return {miniworld.combination_split(w.things[-1].kind, w.things[-1].colour, w.scene) for w in what}
+
+    assert combinations("train") == {"train"} and combinations("check") == {"val"} and combinations("judge") == {"train", "val", "test"}
+    sources = [(seed, split) for name in tool.DRAWN for seed, split, _ in tool.DRAWN[name]]
+    assert len(set(sources)) == len(sources) and not {seed for seed, _ in sources} & {0, 42}
+
+
+def test_vague_tokens_are_the_best_linear_guess():
+    rng = np.random.default_rng(0)
+    tokens = (rng.normal(size=(4000, 3, 4)) @ np.diag([2.0, 1.0, 0.5, 0.1]) + 1).astype(np.float32)
+    vague, clean = tool.Vagueness(tokens), torch.from_numpy(tokens)
+    error = [float(((vague(clean, torch.full((4000,), noise)) - clean) ** 2).mean()) for noise in (1e-6, 0.1, 1.0, 100.0)]
+    assert error[0] < 1e-4 and error == sorted(error)
+    variance = clean.flatten(1).var(0)
+    assert error[2] == pytest.approx(float((variance / (variance + 1)).mean()), rel=0.1)  # the error of a Wiener filter
+    assert error[3] < float(variance.mean())  # never worse than the mean image
+
+
+def test_folding_the_scale_gives_the_same_network():
+    torch.manual_seed(0)
+    unet = tool.new_unet().eval()
+    latents, condition = torch.randn(2, 4, 16, 16), torch.randn(2, 17, tool.DIM)
+    with torch.no_grad():
+        scaled = unet(latents, 500, encoder_hidden_states=3 * condition).sample
+        torch.testing.assert_close(tool.fold_scale(unet, 3.0)(latents, 500, encoder_hidden_states=condition).sample, scaled, rtol=1e-4, atol=1e-5)
