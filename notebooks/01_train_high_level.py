@@ -167,8 +167,9 @@ if decoder != "ridge":
 
 # %% [markdown]
 # ## Does the prior earn its place?
-# Tokens of validation images from the backbone itself and from one sample of the prior, as the share of the true tokens' variance. A sample spreads over what
-# the brain leaves open, so it may lie below a mean; if it lies far below, reconstruct without it (`prior = False` in notebook 03).
+# Tokens of validation images from the backbone itself and from one sample of the prior, as the share of the true tokens' variance. A faithful sample
+# cannot win here: where the mean has R2 = r, a draw from all that the brain leaves open has 2r - 1. What counts is what the generator makes of
+# either; on the mini world it makes more of the mean (docs/prior.md), and the mini recipe sets `prior: false` in notebook 03.
 
 # %%
 if decoder != "ridge" and prior:

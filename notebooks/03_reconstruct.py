@@ -3,7 +3,8 @@
 #
 # **Question.** What did the person see, as far as the brain activity, the decoder and the generator together can tell?
 #
-# **Reads** the checkpoints of notebooks 01 and 02. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
+# **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth` under `train_logs/<model_name>/` and `epoch120.pth` of its
+# autoencoder under `train_logs/<autoencoder_name>/`. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
 # and the ridge's reconstructions, the low level alone, and the controls), and under the published names
 # `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
 #
@@ -19,6 +20,7 @@ subj = 1  # subject
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
+autoencoder_name = ""  # run that holds the low-level network, by default this run
 img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself
 recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one
 prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
@@ -43,7 +45,7 @@ from safetensors.torch import save_file
 from src.data import Normaliser, cached_targets, open_subject
 from src.figures import contact_sheet, save
 from src.pretrained import Clipper, VersatileDiffusion
-from src.reconstruct import generate_images, load_decoder, pick_best, predict_latents, predict_tokens
+from src.reconstruct import find_decoder, generate_images, load_decoder, pick_best, predict_latents, predict_tokens
 from src.retrieval import nearest
 from src.utils import atomic
 
@@ -52,7 +54,12 @@ from src.utils import atomic
 
 # %%
 subject = open_subject(dataset, subj)
-normaliser = Normaliser.load(run.logs / "normaliser.safetensors")
+files = {
+    "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(run.logs.parent / (autoencoder_name or run.logs.name), "low_level", checkpoint)),
+    "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
+}
+released = files["network"][0].suffix == ".pth"  # the released networks were trained on the betas as the shards hold them
+normaliser = None if released else Normaliser.load(run.logs / "normaliser.safetensors")
 voxels, image_ids = subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)
 keep = slice(0, first_images or None)
 voxels, image_ids = voxels[keep], image_ids[keep]
@@ -64,10 +71,6 @@ clipper = Clipper(weights, hidden=True, norm_embs=True, device=run.device)
 diffusion = VersatileDiffusion(weights, device=run.device)
 options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed}
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
-files = {
-    "network": (run.logs / "high_level" / f"{checkpoint}.safetensors", run.logs / "low_level" / f"{checkpoint}.safetensors"),
-    "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
-}
 
 
 # %% [markdown]
@@ -77,21 +80,26 @@ files = {
 
 # %%
 def reconstruct(name):
-    """All rows that one decoder gives: reconstruction, low level alone, and the projected tokens for retrieval."""
+    """What one decoder gives: images (reconstruction, low level alone), and its tokens (the generator's first sample, and those for retrieval)."""
     high, config = load_decoder(files[name][0], run.device)
-    low, _ = load_decoder(files[name][1], run.device)
     tokens, projected = predict_tokens(
         high, voxels, tuple(config["tokens"]), recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device
     )
-    latents = predict_latents(low, voxels, diffusion.latent_shape, device=run.device)
+    latents = None
+    if img2img_strength < 1 or files[name][1].exists():
+        latents = predict_latents(load_decoder(files[name][1], run.device)[0], voxels, diffusion.latent_shape, device=run.device)
     candidates = generate_images(diffusion, tokens, image_ids, latents, **options)
     chosen, _ = pick_best(clipper, projected, candidates)
-    return {"recons": chosen, "low_level": diffusion.decode(latents).cpu(), "tokens": tokens[:, 0], "projected": projected}
+    low_level = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
+    return {name: chosen, **low_level}, {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
 
 
 # %%
-made = {name: reconstruct(name) for name in names}
-rows = {name: rows["recons"] for name, rows in made.items()} | {f"low_level_{name}": rows["low_level"] for name, rows in made.items()}
+rows, predicted = {}, {}
+for name in names:
+    images, tokens = reconstruct(name)
+    rows |= images
+    predicted |= tokens
 main = names[0]
 
 # %% [markdown]
@@ -105,7 +113,7 @@ main = names[0]
 train_ids = subject.image_ids("train")
 clip_targets = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
 train_tokens = torch.from_numpy(clip_targets.rows(train_ids).astype(np.float32)).flatten(1)
-found = nearest(made[main]["projected"].flatten(1), train_tokens, k=1)[1][:, 0]
+found = nearest(predicted[f"projected_{main}"].flatten(1), train_tokens, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255
 mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
@@ -118,8 +126,7 @@ rows["ceiling"] = generate_images(diffusion, true_tokens, image_ids, true_latent
 rows["autoencoder"] = diffusion.decode(true_latents).cpu()
 
 # %%
-tensors = {"seen": seen, **rows} | {f"projected_{name}": made[name]["projected"] for name in names} | {"true_tokens": true_tokens[:, 0]}
-tensors |= {f"tokens_{name}": made[name]["tokens"] for name in names} | {"image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
+tensors = {"seen": seen, **rows, **predicted, "true_tokens": true_tokens[:, 0], "image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main]}
@@ -133,7 +140,8 @@ print({name: tuple(row.shape) for name, row in rows.items()})
 # The first test images in their own order; nothing is selected.
 
 # %%
-columns = {"seen": seen, "low level": rows[f"low_level_{main}"], "reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
+low_level = {"low level": rows[f"low_level_{main}"]} if f"low_level_{main}" in rows else {}
+columns = {"seen": seen} | low_level | {"reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
 sheet = contact_sheet(columns, n=32)
 save(sheet, run.results / "contact_sheet.png")
 

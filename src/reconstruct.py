@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from src import models
 from src.pretrained import Clipper, VersatileDiffusion
 from src.prior import BrainDiffusionPrior
+from src.published import published_config, read_published
 from src.utils import PerceptError, load_checkpoint, load_strictly, progress
 
 
@@ -35,20 +36,42 @@ def build_decoder(config: dict[str, Any]) -> nn.Module:
 
 
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained decoder from one file.
+    """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth).
 
     Returns:
-        The module in eval mode, and the config stored with it.
+        The module in eval mode, and the config stored with it (of a released file: read from its weights).
 
     Raises:
         PerceptError: if the file is missing or does not fit the model that it names.
     """
     if not Path(path).exists():
         raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
-    state, config = load_checkpoint(path, device)
+    state, config = _published(path) if Path(path).suffix == ".pth" else load_checkpoint(path, device)
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
     return decoder.to(device).eval().requires_grad_(False), config
+
+
+def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Path:
+    """Where a run keeps a decoder: `level`/<checkpoint>.safetensors of ours, or else a released file as its authors name it.
+
+    Args:
+        folder: train_logs/<run>.
+        level: "high_level" or "low_level".
+        checkpoint: "last" or "best".
+    """
+    ours, folder = Path(folder) / level / f"{checkpoint}.safetensors", Path(folder)
+    released = folder / f"{checkpoint}.pth" if level == "high_level" else folder / "epoch120.pth"
+    return released if released.exists() and not ours.exists() else ours
+
+
+def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and config of a released file, the config as `fit` would have stored it."""
+    state = read_published(path)
+    model = published_config(state)
+    if model["name"] != "BrainDiffusionPrior":
+        return state, {"model": model}
+    return state, {"model": model, "tokens": [model["net"]["kwargs"].get("num_tokens", 1), model["kwargs"]["image_embed_dim"]]}
 
 
 @torch.no_grad()

@@ -355,7 +355,7 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
 def _say_plainly(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What a script prints when it stops: our own errors are for the reader of the sentence, all others for a developer."""
     if issubclass(kind, PerceptError):
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
     else:
         sys.__excepthook__(kind, error, trace)
 

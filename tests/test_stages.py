@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from src.readers import digits69
+from src.utils import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,12 +37,26 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     for record in written["metrics"]:
         assert {"name", "value", "low", "high", "n", "protocol", "test_set", "floors", "ceiling"} <= set(record)
         assert record["low"] <= record["value"] <= record["high"] and record["floors"] and record["protocol"] == "mini-300"
-    assert {"pixcorr", "ssim", "mini:CLIP", "image_from_brain_top1", "hard_image_from_brain_top1"} <= {r["name"] for r in written["metrics"]}
+    assert {"pixcorr", "ssim", "mini:CLIP", "mini:judge:kind", "image_from_brain_top1", "hard_image_from_brain_top1"} <= {r["name"] for r in written["metrics"]}
     assert {d["better"] for d in written["provenance"]["differences"]} <= {"network", "ridge", "undecided"}
     rows = set(pd.read_parquet(results / "scores.parquet")["row"])
     assert {"system", "ridge", "shuffled", "mean_image", "nearest_train", "ceiling", "low_level_network"} <= rows
     again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
     assert again.stdout.count("finished before") == 6
+    reconstruct_with_a_released_file(tmp_path)
+
+
+def reconstruct_with_a_released_file(home: Path) -> None:
+    """A network in the published file layout, without a low-level one: notebook 03 takes it by its name under train_logs/."""
+    state, _ = load_checkpoint(home / "train_logs" / "mindeye-mini-subj01" / "high_level" / "last.safetensors")
+    (home / "train_logs" / "prior_released").mkdir()
+    torch.save({"epoch": 239, "model_state_dict": {f"module.{k}": v for k, v in state.items()}}, home / "train_logs" / "prior_released" / "last.pth")
+    flags = ("--model_name", "prior_released", "--decoder", "network", "--img2img_strength", "1", "--first_images", "6", "--num_inference_steps", "2")
+    done = launch(home, "notebooks/03_reconstruct.py", "-f", "recipes/mindeye/mini/03_reconstruct.yaml", *flags, "--recons_per_sample", "2")
+    assert done.returncode == 0, done.stderr
+    made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")
+    assert made["network"].shape == (6, 3, 32, 32) and "low_level_network" not in made
+    assert (home / "results" / "prior_released" / "prior_released_recons_img2img1.0_2samples.pt").exists()
 
 
 def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
