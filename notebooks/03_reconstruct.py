@@ -30,6 +30,7 @@ num_inference_steps = 20  # steps of the image generator
 test_repeats = 0  # repeats averaged at test, 0 for all
 first_images = 0  # reconstruct only so many test images, 0 for all
 seed = 42  # of everything random
+same_seed = False  # the same noise for every image, as published; otherwise each image has its own
 
 # %%
 from src.utils import configure
@@ -69,7 +70,7 @@ print(f"(test images, voxels) = {voxels.shape}   protocol {subject.protocol}, te
 # %%
 clipper = Clipper(weights, hidden=True, norm_embs=True, device=run.device)
 diffusion = VersatileDiffusion(weights, device=run.device)
-options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed}
+options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed, "same": same_seed}
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 
 
@@ -83,8 +84,9 @@ def reconstruct(name):
     """What one decoder gives: images (reconstruction, low level alone), and its tokens (the generator's first sample, and those for retrieval)."""
     high, config = load_decoder(files[name][0], run.device)
     tokens, projected = predict_tokens(
-        high, voxels, tuple(config["tokens"]), recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device
-    )
+        high, voxels, tuple(config["tokens"]), recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device,
+        image_ids=image_ids, same=same_seed,
+    )  # fmt: skip
     latents = None
     if img2img_strength < 1 or files[name][1].exists():
         latents = predict_latents(load_decoder(files[name][1], run.device)[0], voxels, diffusion.latent_shape, device=run.device)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,8 +58,15 @@ class NoiseScheduler(nn.Module):
         return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
 
 
-def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def _randn(like: Tensor, generator: Generators) -> Tensor:
     """Standard normal of the shape of `like`, drawn where the generator lives (so one seed gives the same numbers on any device)."""
+    if isinstance(generator, Sequence):
+        if len(like) % len(generator):
+            raise PerceptError(f"{len(generator)} generators cannot share {len(like)} samples evenly: pass one, or one for each group of samples.")
+        return torch.cat([_randn(part, one) for part, one in zip(like.chunk(len(generator)), generator, strict=True)])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, device=device, dtype=like.dtype, generator=generator).to(like.device)
 
@@ -132,14 +140,15 @@ class BrainDiffusionPrior(nn.Module):
         return self.p_losses(image_embed * self.image_embed_scale, times, text_embed)
 
     @torch.no_grad()
-    def sample(self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: Generators = None) -> Tensor:
         """Sample CLIP tokens.
 
         Args:
             text_embed: condition (batch, tokens, dim) or (batch, dim).
             timesteps: steps; all T by default (None or 0; ancestral sampling), fewer, but at least 2: DDIM with eta 1.
             cond_scale: classifier-free guidance.
-            generator: source of all random numbers, drawn on its own device (T + 1 draws of the condition's shape for ancestral sampling).
+            generator: source of all random numbers, drawn on its own device (T + 1 draws of the condition's shape for ancestral sampling);
+                of several, each draws for its share of the batch, in order, so that a sample does not depend on its neighbours.
 
         Returns:
             Tokens of the same shape, already divided by the scale.
@@ -158,7 +167,7 @@ class BrainDiffusionPrior(nn.Module):
         with self.net.kept_positions():
             return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
 
-    def _ddpm(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: torch.Generator | None) -> Tensor:
+    def _ddpm(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators) -> Tensor:
         s = self.noise_scheduler
         for step in reversed(range(steps)):
             t = torch.full((len(x),), step, device=x.device)
@@ -168,7 +177,7 @@ class BrainDiffusionPrior(nn.Module):
             x = mean + (step > 0) * (0.5 * s.at("posterior_log_variance_clipped", t, x)).exp() * noise
         return x
 
-    def _ddim(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: torch.Generator | None) -> Tensor:
+    def _ddim(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators) -> Tensor:
         s, total = self.noise_scheduler, self.noise_scheduler.num_timesteps
         grid = [int(v) for v in torch.linspace(-1, total, steps + 1)[:-1]][::-1]
         x0 = x

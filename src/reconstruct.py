@@ -85,6 +85,8 @@ def predict_tokens(
     seed: int = 42,
     batch_size: int = 100,
     device: str = "cpu",
+    image_ids: np.ndarray | None = None,
+    same: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Predict CLIP tokens from voxels.
 
@@ -95,16 +97,19 @@ def predict_tokens(
         n_samples: samples of the prior an image.
         use_prior: sample the prior; otherwise the backbone's own output, which then must have been trained to regress the tokens, and one sample.
         timesteps: sampling steps of the prior; 0: all of its schedule.
-        seed: of the prior's noise.
+        seed: of the prior's noise, which is drawn for each image by itself.
         batch_size: images at a time.
         device: torch device.
+        image_ids: (images,), from which the noise is drawn; by default the position in `voxels`.
+        same: the same noise for all images, as published.
 
     Returns:
         Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim). Samples of the prior are divided by the
         norm of their CLS token, as published; regressions are left as they are, because a mean is shorter than what it is the mean of.
     """
     found, projected = [], []
-    for i, start in enumerate(progress(range(0, len(voxels), batch_size), "brain to tokens")):
+    ids = np.arange(len(voxels)) if image_ids is None else image_ids
+    for start in progress(range(0, len(voxels), batch_size), "brain to tokens"):
         x = torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
         if not isinstance(decoder, BrainDiffusionPrior):
             tokens = decoder(x).view(len(x), 1, *token_shape)
@@ -115,7 +120,8 @@ def predict_tokens(
             backbone = backbone.view(len(x), *token_shape)
             tokens = backbone[:, None] / decoder.image_embed_scale
             if use_prior:
-                generator = torch.Generator(device).manual_seed(seed + 1000 * i)
+                mine = ids[start : start + batch_size]
+                generator = [torch.Generator(device).manual_seed(seed if same else _seed(seed, int(image))) for image in mine]
                 steps = timesteps or decoder.noise_scheduler.num_timesteps
                 repeated = backbone.repeat_interleave(n_samples, 0)  # (images * samples, tokens, dim)
                 tokens = decoder.sample(repeated, timesteps=steps, generator=generator).view(len(x), n_samples, *token_shape)
@@ -123,6 +129,11 @@ def predict_tokens(
             projected.append(projection.view(len(x), *token_shape).cpu())
         found.append(tokens.cpu())
     return torch.cat(found), torch.cat(projected)
+
+
+def _seed(seed: int, image: int) -> int:
+    """A seed of its own for each image."""
+    return int(np.random.SeedSequence([seed, image]).generate_state(1, np.uint32)[0])
 
 
 @torch.no_grad()
@@ -153,6 +164,7 @@ def generate_images(
     strength: float = 1.0,
     seed: int = 42,
     batch_size: int = 50,
+    same: bool = False,
     **options: Any,
 ) -> Tensor:
     """Generate every sample of every image.
@@ -165,6 +177,7 @@ def generate_images(
         strength: as `VersatileDiffusion.generate`.
         seed: of the noise.
         batch_size: images at a time.
+        same: the same noise for all images, as published.
         options: guidance_scale, num_inference_steps.
 
     Returns:
@@ -176,7 +189,7 @@ def generate_images(
         block = slice(start, start + batch_size)
         init = None if init_latents is None else init_latents[block]
         per_sample = [
-            diffusion.generate(tokens[block, s], latent_noise(image_ids[block], diffusion.latent_shape, seed, s), init, strength, **options)
+            diffusion.generate(tokens[block, s], latent_noise(image_ids[block], diffusion.latent_shape, seed, s, same), init, strength, **options)
             for s in range(samples)
         ]
         made.append(torch.stack(per_sample, 1).cpu())

@@ -232,3 +232,8 @@ def test_refusals():
     for steps in (1, 7, -2):
         with pytest.raises(PerceptError, match="noise levels"):
             prior.sample(x, timesteps=steps)
+
+
+def test_generators_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(PerceptError, match="cannot share"):
+        _tiny().sample(torch.randn(3, TOKENS, DIM), generator=[torch.Generator(), torch.Generator()])

@@ -62,6 +62,22 @@ def test_tokens_have_a_cls_of_length_one_and_the_prior_can_be_left_out(decoder, 
     torch.testing.assert_close(tokens, same)
 
 
+def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder, voxels):
+    ids = np.array([3, 14, 15, 92, 65])
+    options = {"n_samples": 2, "image_ids": ids}
+    together, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, **options)
+    apart, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
+    turned, _ = reconstruct.predict_tokens(decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1])
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(turned.flip(0), together, rtol=1e-3, atol=1e-4)
+    alike = np.repeat(voxels[:1], 5, 0)
+    own, _ = reconstruct.predict_tokens(decoder, alike, TOKENS, **options)
+    same, _ = reconstruct.predict_tokens(decoder, alike, TOKENS, same=True, **options)
+    assert not torch.allclose(own[0], own[1], atol=1e-3)
+    torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(same[:, 0], same[:, 1], atol=1e-3)  # samples of one image still differ
+
+
 def test_ridge_is_a_decoder_like_any_other(voxels):
     ridge = RidgeBaseline(20, TOKENS)
     ridge.bias.data.fill_(1.0)
