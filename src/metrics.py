@@ -18,8 +18,10 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -259,10 +261,12 @@ def grey(images: Any, size: int = SIZE, antialias: bool = False) -> np.ndarray:
 
 def _ssim_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    pairs = zip(images, recons, strict=True)
-    return np.array(
-        [structural_similarity(y, x, channel_axis=None, **options) for x, y in pairs], dtype=np.float64
-    )
+
+    def one(pair: tuple[np.ndarray, np.ndarray]) -> float:
+        return structural_similarity(pair[1], pair[0], channel_axis=None, **options)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the filters work outside Python's lock
+        return np.array(list(pool.map(one, zip(images, recons, strict=True))), dtype=np.float64)
 
 
 def _ssim_columns_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
@@ -272,13 +276,15 @@ def _ssim_columns_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
     def smooth(x: np.ndarray) -> np.ndarray:
         return gaussian_filter1d(x, 1.5, axis=0, truncate=3.5, mode="reflect")
 
-    values = []
-    for x, y in zip(images, recons, strict=True):
+    def one(pair: tuple[np.ndarray, np.ndarray]) -> float:
+        x, y = pair
         mx, my = smooth(x), smooth(y)
         vx, vy, vxy = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
         s = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-        values.append(s[radius:-radius].mean(dtype=np.float64))
-    return np.array(values)
+        return s[radius:-radius].mean(dtype=np.float64)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.array(list(pool.map(one, zip(images, recons, strict=True))))
 
 
 def _grey_pair(images: Any, recons: Any, size: int, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
