@@ -437,7 +437,7 @@ def _strip(ax: Any, record: dict[str, Any]) -> None:
     ax.text(
         -0.02,
         0.5,
-        record["name"].replace("_", " ") + arrow.replace(" (", "\n("),
+        _wrapped(record["name"].replace("_", " ") + arrow, 20),
         transform=ax.transAxes,
         ha="right",
         va="center",

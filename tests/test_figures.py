@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from src import figures, retrieval
@@ -122,6 +123,12 @@ def test_scores_point_right_when_they_are_better():
     assert {"own control", "shuffled pairing", "0.500  [0.450, 0.550]"} <= set(texts(fig))
     bars = [sum(line.get_marker() == "|" for line in ax.get_lines()) for ax in fig.axes]
     assert bars == [1, 1, 0]
+
+
+def test_long_names_of_scores_stay_inside_the_figure():
+    fig = figures.score_dots([record("hard_brain_from_image_top1 (ridge)"), record("mse", "lower")])
+    FigureCanvasAgg(fig).draw()
+    assert all(text.get_window_extent().x0 >= 0 for ax in fig.axes for text in ax.texts)
 
 
 def test_umap_shows_brains_filled_and_images_open():
