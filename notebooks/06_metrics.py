@@ -67,7 +67,8 @@ judge = Judge(weights, run.device) if weights == "mini" and labels is not None e
 if judge is not None and set(judge.answers) <= set(labels.columns):
     labels = labels.set_index("image").loc[made["image_ids"].numpy()]
     chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
-    print("the judge is right about the images that were shown:", {q: round(float((judge.ask(seen)[q] == labels[q]).mean()), 3) for q in judge.answers})
+    said = judge.ask(seen)
+    print("the judge is right about the images that were shown:", {q: round(float((said[q] == labels[q]).mean()), 3) for q in said})
 
 # %% [markdown]
 # ## Score, floors and ceiling

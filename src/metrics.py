@@ -259,14 +259,15 @@ def grey(images: Any, size: int = SIZE, antialias: bool = False) -> np.ndarray:
     return torch.cat([resize(part, size, antialias) for part in luminance.split(CHUNK)])[:, 0].numpy()
 
 
+def _each_pair(compare: Callable[[np.ndarray, np.ndarray], float], images: np.ndarray, recons: np.ndarray) -> np.ndarray:
+    """`compare` of each pair, (n,), on all cores: the filters of a comparison work outside Python's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.array(list(pool.map(lambda pair: compare(*pair), zip(images, recons, strict=True))), dtype=np.float64)
+
+
 def _ssim_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-
-    def one(pair: tuple[np.ndarray, np.ndarray]) -> float:
-        return structural_similarity(pair[1], pair[0], channel_axis=None, **options)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the filters work outside Python's lock
-        return np.array(list(pool.map(one, zip(images, recons, strict=True))), dtype=np.float64)
+    return _each_pair(lambda x, y: structural_similarity(y, x, channel_axis=None, **options), images, recons)
 
 
 def _ssim_columns_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
@@ -276,15 +277,13 @@ def _ssim_columns_grey(images: np.ndarray, recons: np.ndarray) -> np.ndarray:
     def smooth(x: np.ndarray) -> np.ndarray:
         return gaussian_filter1d(x, 1.5, axis=0, truncate=3.5, mode="reflect")
 
-    def one(pair: tuple[np.ndarray, np.ndarray]) -> float:
-        x, y = pair
+    def one(x: np.ndarray, y: np.ndarray) -> float:
         mx, my = smooth(x), smooth(y)
         vx, vy, vxy = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
         s = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
         return s[radius:-radius].mean(dtype=np.float64)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array(list(pool.map(one, zip(images, recons, strict=True))))
+    return _each_pair(one, images, recons)
 
 
 def _grey_pair(images: Any, recons: Any, size: int, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -349,6 +348,10 @@ class Metric:
     source: str
     truth: Any = None
 
+    def prepare_true(self, images: Tensor) -> Any:
+        """What `prepare` says of the true images, or the truth where that is known."""
+        return self.prepare(images) if self.truth is None else self.truth
+
     def each(self, images: Tensor, recons: Tensor, features: dict | None = None) -> np.ndarray:
         """Score each pair: images and recons (n, 3, height, width) in [0, 1] -> (n,).
 
@@ -357,7 +360,7 @@ class Metric:
         """
         features = {} if features is None else features
         if self.prepare not in features:
-            features[self.prepare] = self.prepare(images) if self.truth is None else self.truth
+            features[self.prepare] = self.prepare_true(images)
         return self.compare(features[self.prepare], self.prepare(recons))
 
 
@@ -589,7 +592,7 @@ class Evaluator:
         for metric in self.metrics:
             key = metric.prepare
             if key not in self.features:
-                self.features[key] = key(self.images) if metric.truth is None else metric.truth
+                self.features[key] = metric.prepare_true(self.images)
             if key not in prepared:
                 prepared[key] = key(recons)
             for name, draw, order in orders:

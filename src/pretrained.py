@@ -109,6 +109,20 @@ def _load(cls: Any, place: str, **options: Any) -> Any:
         ) from error
 
 
+def _token_ids(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
+    """Token ids (captions, positions) of sentences, filled up to the positions that the text model has, where it lives."""
+    length = model.config.max_position_embeddings
+    ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(model.device)
+
+
+def take_transformers(taker: nn.Module, donor: nn.Module) -> None:
+    """Put the transformer blocks of one flow's network in the place of another's: all by which Versatile Diffusion's flows differ in use."""
+    for name, module in list(donor.named_modules()):
+        if isinstance(module, Transformer2DModel):
+            taker.set_submodule(name, module)
+
+
 def fixed_image(size: int = 224) -> Tensor:
     """One image that never changes, (1, 3, size, size): smooth waves of three frequencies, for comparing features between versions."""
     axis = torch.linspace(0, 1, size)
@@ -235,9 +249,7 @@ class Clipper(Frozen):
             model = _load(CLIPTextModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.device)
             self._text = _load(CLIPTokenizer, self.place), model
         tokenizer, model = self._text
-        length = model.config.max_position_embeddings
-        ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        embeds = model(input_ids=ids.to(self.device)).text_embeds
+        embeds = model(input_ids=_token_ids(tokenizer, captions, model)).text_embeds
         return F.normalize(embeds, dim=-1) if self.norm_embs else embeds
 
 
@@ -291,6 +303,11 @@ class LatentAutoencoder(Frozen):
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
+def judge_input(images: Tensor) -> Tensor:
+    """Images (batch, 3, 32, 32) in [0, 1] as the judge takes them, in training as in use: 64 pixels a side, in [-1, 1]."""
+    return 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
+
+
 class Judge:
     """The classifier that says what a picture of the mini world shows: scene, kind and colour of the main object.
 
@@ -318,7 +335,7 @@ class Judge:
     @torch.no_grad()
     def ask(self, images: Tensor, batch_size: int = 250) -> dict[str, np.ndarray]:
         """(images, 3, 32, 32) in [0, 1] -> answers (images,) by question."""
-        parts = [self.model(2 * F.interpolate(x.to(self.device), (64, 64), mode="bilinear") - 1).logits for x in images.split(batch_size)]
+        parts = [self.model(judge_input(x.to(self.device))).logits for x in images.split(batch_size)]
         by_question = torch.cat(parts).cpu().split([len(answers) for answers in self.answers.values()], dim=1)
         return {q: np.array(names)[logits.argmax(1)] for (q, names), logits in zip(self.answers.items(), by_question, strict=True)}
 
@@ -428,9 +445,7 @@ class TextGenerator(Generator):
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> the condition that `generate` takes, (captions, tokens, dim)."""
-        length = self.text_encoder.config.max_position_embeddings
-        ids = self.tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return self._condition(self.text_encoder(input_ids=ids.to(self.device)))
+        return self._condition(self.text_encoder(input_ids=_token_ids(self.tokenizer, captions, self.text_encoder)))
 
     def _condition(self, encoded: Any) -> Tensor:
         raise NotImplementedError
@@ -449,10 +464,7 @@ class VersatileDiffusionText(TextGenerator):
 
     def _network(self) -> nn.Module:
         unet = _load(UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype)
-        donor = _load(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET)
-        for name, module in list(unet.named_modules()):
-            if isinstance(module, Transformer2DModel):
-                unet.set_submodule(name, donor.get_submodule(name))
+        take_transformers(unet, _load(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET))
         return unet
 
     def _condition(self, encoded: Any) -> Tensor:

@@ -75,11 +75,11 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise PerceptError(f"{path} holds no state dict, neither at its top nor as 'model_state_dict' or 'model'.")
+        raise PerceptError(f"{path} holds no state dict, neither at its top nor as 'model_state_dict' or 'model': take the file with the weights.")
     return published_state(dict(content))
 
 
-def published_config(state: dict[str, Tensor]) -> dict[str, Any]:
+def published_config(state: dict[str, Tensor], origin: str = "This state dict") -> dict[str, Any]:
     """What `src.reconstruct.build_decoder` needs to make the network of a released state dict, its sizes read from the weights.
 
     Two things leave no trace in weights and are taken as released: the prior's attention (causal in the 1x768 network only), and a learned
@@ -94,10 +94,13 @@ def published_config(state: dict[str, Tensor]) -> dict[str, Any]:
         kwargs = {"image_embed_dim": dim, "timesteps": len(state["noise_scheduler.betas"]), "cond_drop_prob": 0.2}
         return {"name": "BrainDiffusionPrior", "kwargs": kwargs, "net": _prior_network(net), "voxel2clip": _brain_network(voxel2clip, dim)}
     if "upsampler.conv_in.weight" in state:
-        return _low_level(state)
+        return _low_level(state, origin)
     if "lin1.weight" in state:
         return _brain_network(state, 768)
-    raise PerceptError(f"The keys of this state dict belong to no released MindEye network; it begins with {sorted(state)[:3]}.")
+    raise PerceptError(
+        f"{origin} holds no released MindEye network (its keys begin with {sorted(state)[:3]}): take a last.pth of a prior_... run, or an epoch120.pth of an "
+        "autoencoder_... run."
+    )
 
 
 def load_published(path: str | Path, model: torch.nn.Module) -> None:
@@ -159,10 +162,13 @@ def _prior_network(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"name": "VersatileDiffusionPriorNetwork", "kwargs": kwargs | {"num_tokens": tokens, "learned_query_mode": mode}}
 
 
-def _low_level(state: dict[str, Tensor]) -> dict[str, Any]:
+def _low_level(state: dict[str, Tensor], origin: str) -> dict[str, Any]:
     channels, factors = len(state["norm.weight"]), {parts[0]: (mode, parts[1]) for mode, parts in UPS_MODES.items()}
     if channels not in factors:
-        raise PerceptError(f"A low-level network with {channels} channels is none of the released modes ({', '.join(UPS_MODES)}).")
+        raise PerceptError(
+            f"{origin} holds a low-level network with {channels} channels, which is none of the released modes ({', '.join(UPS_MODES)}): build the "
+            "network that it was made for, and use load_published."
+        )
     mode, factor = factors[channels]
     h, in_dim = state["lin0.0.weight"].shape
     levels = _count(state, r"upsampler\.up_blocks\.(\d+)\.")

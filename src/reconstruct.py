@@ -68,7 +68,7 @@ def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Pa
 def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and config of a released file, the config as `fit` would have stored it."""
     state = read_published(path)
-    model = published_config(state)
+    model = published_config(state, str(path))
     if model["name"] != "BrainDiffusionPrior":
         return state, {"model": model}
     return state, {"model": model, "tokens": [model["net"]["kwargs"].get("num_tokens", 1), model["kwargs"]["image_embed_dim"]]}

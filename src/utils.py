@@ -87,7 +87,8 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], origin: str
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or wrong:
-        raise PerceptError(f"{origin} does not fit {type(module).__name__}: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}.")
+        differs = f"missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+        raise PerceptError(f"{origin} does not fit {type(module).__name__}: {differs}; take the checkpoint of this very model.")
     module.load_state_dict(state)
 
 

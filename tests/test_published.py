@@ -147,5 +147,5 @@ def test_files_that_are_something_else_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(PerceptError, match="holds no state dict"):
         read_published(tmp_path / "empty.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(PerceptError, match="no released MindEye network"):
+    with pytest.raises(PerceptError, match="other.pth holds no released MindEye network"):
         load_decoder(tmp_path / "other.pth")

@@ -55,7 +55,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src import miniworld
+from src import miniworld, pretrained
+from src.pretrained import judge_input, take_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
@@ -347,9 +348,10 @@ def new_judge() -> ResNetForImageClassification:
     ))  # fmt: skip
 
 
-def judge_input(x: Tensor) -> Tensor:
-    """Images (batch, 3, height, width) in [0, 1] as the judge takes them: enlarged twice, in [-1, 1]."""
-    return 2 * F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) - 1
+def judge_share(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of the logits (images, answers of all questions) whose answer is right; labels (images, >= 3): scene, kind, colour."""
+    parts = logits.cpu().split([len(answers) for answers in ANSWERS.values()], dim=1)
+    return {q: round(float((part.argmax(1) == labels[:, i]).float().mean()), 4) for i, (q, part) in enumerate(zip(ANSWERS, parts, strict=True))}
 
 
 def blemished(x: Tensor) -> Tensor:
@@ -377,9 +379,7 @@ def train_judge(args, rank: int = 0) -> None:
         return sum(F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits))
 
     def check(model):
-        logits = torch.cat([model(judge_input(x).to(device())).logits.cpu() for x in held.split(250)]).split(sizes, dim=1)
-        right = [(part.argmax(1) == check_labels[:, i]).float().mean() for i, part in enumerate(logits)]
-        return {name: round(float(r), 4) for name, r in zip(ANSWERS, right, strict=True)}
+        return judge_share(torch.cat([model(judge_input(x).to(device())).logits.cpu() for x in held.split(250)]), check_labels)
 
     train("judge", judge, loss_of, check, args, lr=2e-3, batch=128, rank=rank)
 
@@ -413,13 +413,12 @@ def new_text_unet() -> UNetFlatConditionModel:
 @torch.no_grad()
 def conditioning(kind: str, split: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Latents (images, 4, h, w), conditions (images, [5,] tokens, dim) as the pipelines will feed them, and the latents' scale; computed once."""
-    clip = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip.to(device())
     kind = "image" if kind == "robust" else kind
     path = WORK / f"cache_{kind}_{split}.npz"
     if path.exists():
         stored = np.load(path)
         return stored["latents"], stored["condition"], float(stored["scale"])
-    vae = averaged("vae", new_vae()).to(device())
+    clip, vae = averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip.to(device()), averaged("vae", new_vae()).to(device())
     data, latents, condition = images(split), [], []
     for start in range(0, len(data), 500):
         x = pixels(data[start : start + 500]).to(device())
@@ -473,15 +472,6 @@ def condition_scale(condition: np.ndarray) -> float:
     return 1.0 / float(condition[:2000].astype(np.float32).std())
 
 
-def swap_transformers(image_unet: nn.Module, text_unet: nn.Module) -> None:
-    """Exchange the transformer blocks of the two flows, as the library's text-to-image pipeline does."""
-    for name, module in list(image_unet.named_modules()):
-        if isinstance(module, Transformer2DModel):
-            theirs = text_unet.get_submodule(name)
-            text_unet.set_submodule(name, module)
-            image_unet.set_submodule(name, theirs)
-
-
 class Vagueness:
     """Tokens as a decoder would guess them: of a noisy view of the tokens, the linear estimate with the least squared error.
 
@@ -518,15 +508,6 @@ def sampled(unet: nn.Module, condition: Tensor, null: Tensor, guidance: float = 
     return latents
 
 
-def judge_share(latents: Tensor, vae: nn.Module, scale: float, labels: np.ndarray) -> dict[str, float]:
-    """Share of latents in whose picture the judge names what was meant; labels (batch, >= 3): scene, kind, colour."""
-    judge = averaged("judge", new_judge()).to(latents.device)
-    with torch.no_grad():
-        logits = judge(judge_input((vae.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1))).logits.cpu()
-    parts = logits.split([len(answers) for answers in ANSWERS.values()], dim=1)
-    return {q: round(float((part.argmax(1).numpy() == labels[:, i]).mean()), 3) for i, (q, part) in enumerate(zip(ANSWERS, parts, strict=True))}
-
-
 def diffusion_stage(stage: str, args, rank: int = 0) -> None:
     """Train the image flow, the text flow or the one-token network on cached latents and conditions."""
     torch.set_num_threads(args.threads)
@@ -542,10 +523,15 @@ def diffusion_stage(stage: str, args, rank: int = 0) -> None:
             if isinstance(module, Transformer2DModel):
                 module.requires_grad_(True)
     null = _null_condition(stage).to(device())
-    vae, labels = averaged("vae", new_vae()).to(device()), words("check")[1]
+    vae, judge = averaged("vae", new_vae()).to(device()), averaged("judge", new_judge()).to(device())
+    labels = torch.from_numpy(words("check")[1][:JUDGED])
     alphas = scheduler.alphas_cumprod.to(device())
 
     vague = Vagueness(condition) if stage == "robust" else None
+
+    def judged(latents):
+        pictures = (vae.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1)
+        return judge_share(judge(judge_input(pictures)).logits, labels)
 
     def noised(x0, c, t, noise):
         a = alphas[t].view(-1, 1, 1, 1)
@@ -578,8 +564,8 @@ def diffusion_stage(stage: str, args, rank: int = 0) -> None:
             with torch.random.fork_rng(), torch.autocast(device().type, dtype=torch.bfloat16, enabled=args.bf16):
                 torch.manual_seed(2)
                 hinted = sampled(model, vague(c[:JUDGED].cpu(), torch.full((JUDGED,), 0.02)).to(c.device) * factor, null * factor)
-            errors["from_vague_tokens"] = judge_share(hinted, vae, scale, labels[:JUDGED])
-        return errors | judge_share(made, vae, scale, labels[:JUDGED])
+            errors["from_vague_tokens"] = judged(hinted)
+        return errors | judged(made)
 
     train(stage, unet, loss_of, check, args, lr=args.lr, batch=args.batch, rank=rank)
 
@@ -634,8 +620,6 @@ def finished(stage: str) -> UNet2DConditionModel:
 
 def write_golden() -> None:
     """Record with each model the features that it gives for one fixed image, so that a library that computes something else is noticed."""
-    from src import pretrained
-
     models_of = {
         "clip": [pretrained.Clipper("mini", hidden, norm) for hidden in (True, False) for norm in (True, False)],
         **{name: [pretrained.LatentAutoencoder("mini", name)] for name in ("versatile_diffusion", "image_variation", "stable_diffusion")},
@@ -648,7 +632,7 @@ def write_golden() -> None:
 def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
     """Save Versatile Diffusion; of the text flow's own network only the transformer blocks, which are all that is ever run."""
     text_unet = new_text_unet()
-    swap_transformers(finished("text"), text_unet)
+    take_transformers(text_unet, finished("text"))
     VersatileDiffusionPipeline(
         **shared, tokenizer=tokenizer, image_feature_extractor=processor, text_encoder=text, image_encoder=vision,
         image_unet=finished("robust"), text_unet=text_unet.half(),
