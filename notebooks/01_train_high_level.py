@@ -7,6 +7,10 @@
 # **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/high_level/` (best and last checkpoint, history) and, for the ridge
 # baseline, `train_logs/<run>/high_level_ridge.safetensors`.
 #
+# Two models: all 257 tokens of CLIP's last layer (`hidden`, for Versatile Diffusion), or its one final embedding (`--no-hidden --no-norm_embs`,
+# recipe `mindeye_retrieval`, for large indexes and Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where
+# a default differs and why.
+#
 # Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run here); mini about 1.5 minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, sections 2.1-2.3.
@@ -15,30 +19,45 @@
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
+hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
+clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
+norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
+use_image_aug = True  # targets of augmented images
+cached_views = 0  # augmented versions an image that are computed once, 0 augments anew at every step
 batch_size = 32  # images a step over all processes
 num_epochs = 240  # passes over the training images
 mixup_pct = 0.33  # share of the epochs with BiMixCo before SoftCLIP
 max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes
 lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
-norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
 prior = True  # train the diffusion prior
 v2c = True  # train with the contrastive losses
 use_projector = True  # a separate head for the contrastive losses
 h = 4096  # width of the residual MLP
 n_blocks = 4  # its residual blocks
 projector_dim = 2048  # width of the projector
-prior_depth = 6  # layers of the prior's transformer
+prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12
 prior_heads = 12  # its attention heads
 prior_dim_head = 64  # width of a head
-timesteps = 100  # noise levels of the prior
-prior_mult = 30.0  # weight of the prior's loss
+timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000
+max_text_len = 256  # slots for text encodings of the 1x768 prior
+laion_prior = ""  # checkpoint of LAION's text to image prior, from which the 1x768 prior starts
+prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03
 mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short; not in the paper
+faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 5  # epochs between back-up checkpoints
+ckpt_saving = True  # write checkpoints
+ckpt_interval = 5  # epochs between figures, and between back-up checkpoints
 save_at_end = False  # choose no best epoch, keep the last one only
+n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval
+plot_umap = False  # a UMAP of validation images at every ckpt_interval
+umap_label = ""  # column of the image labels that colours the UMAP
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "stability"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
 precision = "no"  # one of no, bf16, fp16
 seed = 42  # of everything random
@@ -49,35 +68,70 @@ from src.utils import configure
 run = configure(globals(), "01_train_high_level")
 run
 
-# %% [markdown]
-# ## Data
-# Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
-# the mean of its repeats. Targets are CLIP's tokens, computed once and cached with a fingerprint of the model that made them.
-
 # %%
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject
-from src.figures import save, training_curves
-from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss
+from src.augment import augmented, clip_augmentation
+from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, subject_folder
+from src.figures import image_grid, save, training_curves, umap_scatter
+from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
 from src.models import RidgeBaseline
 from src.pretrained import Clipper
-from src.reconstruct import build_decoder, predict_tokens
-from src.training import fit
-from src.utils import count_parameters, save_checkpoint
+from src.published import load_laion_prior
+from src.readers import mindeye
+from src.reconstruct import build_decoder, high_level_config, predict_tokens
+from src.training import fit, gather, own_rows, tracker
+from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
+
+# %% [markdown]
+# ## Data
+# Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
+# the mean of its repeats.
 
 # %%
+published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
+if not (prior or v2c):
+    raise PerceptError("Neither prior nor v2c is trained: leave at least one of them on.")
+if data_path and not subject_folder(dataset, subj).exists():
+    mindeye.read(resolve(data_path), dataset, subj)
 subject = open_subject(dataset, subj)
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
-clipper = Clipper(weights, hidden=True, norm_embs=norm_embs, device=run.device)
-clip_tokens = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+train_split = "train+val" if "train_on_val" in published else "train"
+print(f"(train images, voxels) = ({len(subject.image_ids(train_split))}, {subject.betas.shape[1]})")
+
+# %% [markdown]
+# ## Targets
+# CLIP's tokens, computed once and cached with a fingerprint of the model that made them. With augmentation the training targets are those of
+# augmented images: of a few cached versions, or made anew at every step. Validation images are never augmented.
+
+# %%
+clipper = Clipper(weights, hidden=hidden, norm_embs=norm_embs, device=run.device, variant=clip_variant)
 n_tokens, dim = clipper.tokens, clipper.dim
-data = {s: BrainDataset(subject, s, {"tokens": clip_tokens}, normaliser, repeats=r, seed=seed) for s, r in (("train", "random"), ("val", "mean"))}
-print(f"(train images, voxels) = ({len(data['train'])}, {subject.betas.shape[1]})   (val images) = ({len(data['val'])})")
-print(f"(tokens, dim) = ({n_tokens}, {dim})")
+clip_tokens = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+augment = clip_augmentation(clipper.size)
+
+
+def encode_view(images, view_seed):
+    """uint8 images (batch, height, width, 3), augmented -> CLIP tokens (batch, *target_shape)."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return clipper.embed_image(augmented(augment, x, view_seed)).float().cpu().numpy()
+
+
+# %%
+targets = {"tokens": clip_tokens}
+if use_image_aug and cached_views:
+    made_by = clipper.fingerprint() | {"augmentation": repr(augment)}
+    views = make_views(dataset, "clip_tokens", made_by, subject.image_ids(train_split), encode_view, clipper.target_shape, cached_views)
+    targets = {"tokens": views}
+elif use_image_aug:
+    targets = {}
+repeats = "batch" if "batch_repeats" in published else "random"
+train = BrainDataset(subject, train_split, targets, normaliser, repeats, seed, pixels=not targets)
+val = BrainDataset(subject, "val", {"tokens": clip_tokens}, normaliser, "mean", seed)
+print(f"(tokens, dim) = ({n_tokens}, {dim})   targets: {'of augmented images, ' if use_image_aug else ''}{'cached' if targets else 'made at every step'}")
 
 # %% [markdown]
 # ## Model
@@ -85,85 +139,135 @@ print(f"(tokens, dim) = ({n_tokens}, {dim})")
 # prior do not pull on the same vector. The diffusion prior turns the backbone's output into tokens as CLIP would give them.
 
 # %%
-sizes = {"in_dim": subject.betas.shape[1], "out_dim": n_tokens * dim, "clip_size": dim, "h": h, "n_blocks": n_blocks}
-net = {"dim": dim, "depth": prior_depth, "dim_head": prior_dim_head, "heads": prior_heads, "num_tokens": n_tokens, "learned_query_mode": "pos_emb"}
+prior_weight = prior_mult or (30.0 if hidden else 0.03)
+told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "mse_mult", "use_image_aug", "cached_views", "faithful", "laion_prior", "seed")
 config = {
-    "model": {
-        "name": "BrainDiffusionPrior",
-        "kwargs": {"image_embed_dim": dim, "timesteps": timesteps, "cond_drop_prob": 0.2},
-        "voxel2clip": {"name": "BrainNetwork", "kwargs": sizes | {"use_projector": use_projector, "projector_dim": projector_dim}},
-        "net": {"name": "VersatileDiffusionPriorNetwork", "kwargs": net},
-    },
-    "training": {k: run.parameters[k] for k in ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "prior_mult", "mse_mult", "seed")},
+    "model": high_level_config(run.parameters, subject.betas.shape[1], n_tokens, dim),
+    "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
+    "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
 }
 model = build_decoder(config["model"])
+if laion_prior:
+    fresh = load_laion_prior(resolve(laion_prior), model)
+    print(f"the prior starts as LAION's; fresh are {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip")
 print(f"{count_parameters(model.voxel2clip):,} parameters in voxel2clip, {count_parameters(model.net):,} in the prior")
 
 # %% [markdown]
 # ## The step
 # BiMixCo for the first third of the epochs (voxels of two images are mixed and both are to be found), SoftCLIP afterwards (the
-# target is how similar the batch's images are to each other), and the prior's loss throughout.
+# target is how similar the batch's images are to each other), and the prior's loss throughout. `gather` brings in the samples of the other
+# processes, so that one process and several train alike.
 
 # %%
 mix_epochs = int(mixup_pct * num_epochs)
 soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 
+def contrast(brain, image, epoch, mix):
+    """Contrastive loss of brain and image embeddings (batch, features) over all processes."""
+    brain, image = gather(unit(brain)), gather(unit(image))
+    if mix:
+        return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
+    return soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
+
+
+def target_of(batch):
+    """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
+    found = batch["tokens"] if "tokens" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255))
+    return found.view(len(found), n_tokens, dim)
+
+
+# %%
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, voxels), tokens (batch, tokens, dim)."""
-    voxels, target = batch["voxels"], batch["tokens"]
-    mixing = epoch < mix_epochs and v2c
-    if mixing:
-        voxels, perm, betas, select = mixco(voxels)
-    backbone, projected = model.voxel2clip(voxels)
-    backbone = backbone.view(target.shape)  # (batch, tokens, dim)
-    brain = F.normalize((projected if use_projector else backbone).flatten(1), dim=-1)
-    image = F.normalize(target.flatten(1), dim=-1)
-    loss, logs = voxels.new_zeros(()), {}
+    """Loss of one batch: voxels (batch, voxels), tokens (batch, tokens, dim) or pixels, seed (batch,)."""
+    voxels, target, mix = batch["voxels"], target_of(batch), ()
+    if v2c and epoch < mix_epochs:
+        with seeded(int(gather(batch["seed"])[0])):
+            voxels, *mix = mixco(gather(voxels))
+        voxels = own_rows(voxels)
+    backbone, projected = model.voxel2clip.tokens(voxels)  # (batch, tokens, dim) each
+    losses = {}
     if v2c:
-        nce = mixco_nce(brain, image, 0.006, perm, betas, select) if mixing else soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
-        loss, logs["loss_nce"] = loss + nce, nce.detach()
+        losses["nce"] = (1.0, contrast(projected, target, epoch, mix))
     if prior:
-        mse, _ = model(text_embed=backbone, image_embed=target)
-        loss, logs["loss_prior"] = loss + prior_mult * mse, mse.detach()
+        losses["prior"] = (prior_weight, model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[0])
     if mse_mult:
-        direct = F.mse_loss(backbone, target * dim**0.5)  # in the prior's units
-        loss, logs["loss_mse"] = loss + mse_mult * direct, direct.detach()
-    return loss, logs
+        losses["mse"] = (mse_mult, F.mse_loss(backbone, target * dim**0.5))  # in the prior's units
+    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
 
 
 # %% [markdown]
-# Validation looks at images of the validation split only: the same losses on averaged repeats, and how often the right image is the nearest.
+# Validation looks at images of the validation split only: the same losses on averaged repeats, and how often the right one is the nearest.
 
 # %%
+def predicted(model):
+    """Of all validation images: backbone, projected and true tokens (images, tokens, dim), and seeds (images,)."""
+    batch, device = val.__getitems__(list(range(len(val)))), next(model.parameters()).device
+    return *model.voxel2clip.tokens(batch["voxels"].to(device)), target_of(batch).to(device), batch["seed"].to(device)
+
+
 @torch.no_grad()
 def validate(model):
-    """Losses and retrieval over the whole validation split, with the prior's noise drawn from a fixed seed."""
-    batch = data["val"].__getitems__(list(range(len(data["val"]))))
-    device = next(model.parameters()).device
-    voxels, target = batch["voxels"].to(device), batch["tokens"].to(device)
-    backbone, projected = model.voxel2clip(voxels)
-    brain, image = F.normalize(projected.flatten(1), dim=-1), F.normalize(target.flatten(1), dim=-1)
-    right = torch.arange(len(brain), device=device)
-    found = (brain @ image.T).argmax(1) == right
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        mse = model(text_embed=backbone.view(target.shape), image_embed=target)[0] if prior else voxels.new_zeros(())
-    nce = soft_clip_loss(brain, image, 0.006) if v2c else voxels.new_zeros(())
-    direct = F.mse_loss(backbone.view(target.shape), target * dim**0.5)
-    loss, r2 = nce + prior_mult * mse + mse_mult * direct, 1 - direct / (target.var() * dim)
-    return {"val/loss": loss.item(), "val/loss_prior": mse.item(), "val/token_r2": r2.item(), "val/top1": found.float().mean().item()}
+    """Losses and retrieval over the whole validation split."""
+    backbone, projected, target, seeds = predicted(model)
+    brain, image = unit(projected), unit(target)
+    right, similar = torch.arange(len(brain), device=brain.device), brain @ image.T
+    nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
+    mse = model(text_embed=backbone, image_embed=target, seeds=seeds)[0] if prior else brain.new_zeros(())
+    direct = F.mse_loss(backbone, target * dim**0.5)
+    values = {
+        "loss": nce + prior_weight * mse + mse_mult * direct, "loss_nce": nce, "loss_prior": mse, "token_r2": 1 - direct / (target.var() * dim),
+        "cosine_sim": similar.diagonal().mean(), "image_from_brain": (similar.argmax(1) == right).float().mean(),
+        "brain_from_image": (similar.argmax(0) == right).float().mean(),
+    }  # fmt: skip
+    return {f"val/{name}": value.item() for name, value in values.items()}
+
+
+# %% [markdown]
+# Figures while training, every `ckpt_interval` epochs: a UMAP of what is predicted and what is to be predicted, and reconstructions of the first
+# validation images. Both cost time and are off by default.
+
+# %%
+if n_samples_save:
+    from src.reconstruct import generate_images, generator_for
+
+    diffusion = generator_for(n_tokens, weights, run.device)
+
+
+def draw(model, epoch):
+    """Figures of an epoch by name."""
+    figures = {}
+    if plot_umap:
+        _, projected, target, _ = predicted(model)
+        labels = subject.labels.set_index("image").loc[val.image_ids, umap_label] if umap_label else ["image"] * len(val)
+        figures["umap"] = umap_scatter(projected, target, labels, seed=seed)
+    if n_samples_save:
+        x, ids = subject.averaged("val", normaliser=normaliser)
+        x, ids = x[:n_samples_save], ids[:n_samples_save]
+        tokens, _ = predict_tokens(model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids)
+        seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
+        figures["samples"] = image_grid({"seen": seen, f"epoch {epoch}": generate_images(diffusion, tokens, ids, seed=seed)[:, 0]}, n=len(ids))
+    for name, figure in figures.items():
+        save(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
+    return figures
 
 
 # %%
 if decoder != "ridge":
+    logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, data["train"], folder=run.logs / "high_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
+        model, step, train, folder=run.logs / "high_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
         validate=validate, seed=seed, scheduler=lr_scheduler_type, precision=precision, resume=resume_from_ckpt,
-        ckpt_interval=ckpt_interval, save_at_end=save_at_end, device=run.device,
+        decay="published" if "norm_decay" in published else "no_norms", order="resampled" if "resampled_epochs" in published else "shuffled",
+        checkpoints=ckpt_saving, ckpt_interval=ckpt_interval, save_at_end=save_at_end or "train_on_val" in published, device=run.device,
+        logger=logger, draw=draw if plot_umap or n_samples_save else None,
     )  # fmt: skip
-    save(training_curves(history), run.results / "figures" / "01_training.png")
+    figure = training_curves(history)
+    save(figure, run.results / "figures" / "01_training.png")
+    if logger is not None:
+        logger({"training_curves": figure}, int(history["train/num_steps"].iloc[-1]))
+        logger.finish()
 
 # %% [markdown]
 # ## Does the prior earn its place?
@@ -174,9 +278,10 @@ if decoder != "ridge":
 # %%
 if decoder != "ridge" and prior:
     x, ids = subject.averaged("val", normaliser=normaliser)
-    truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32))
+    truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32)).view(-1, n_tokens, dim)
     for name, use in (("backbone", False), ("one sample of the prior", True)):
-        tokens, _ = predict_tokens(model.eval(), x[:100], (n_tokens, dim), use_prior=use, timesteps=min(20, timesteps), seed=seed, device=run.device)
+        steps = min(20, model.noise_scheduler.num_timesteps)
+        tokens, _ = predict_tokens(model.eval(), x[:100], (n_tokens, dim), use_prior=use, timesteps=steps, seed=seed, device=run.device)
         print(f"validation token R2, {name}: {1 - ((tokens[:, 0] - truth) ** 2).mean() / truth.var():.3f}")
 
 # %% [markdown]
@@ -187,12 +292,12 @@ if decoder != "ridge" and prior:
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    ridge_config = {"model": ridge.config, "tokens": [n_tokens, dim]}
+    ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim), cv=ridge_folds, seed=seed)
+    ridge_config = {"model": ridge.config, "tokens": [n_tokens, dim], "clip": config["clip"]}
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
 
 # %% [markdown]
 # ## What to look at
-# The validation loss should fall in both phases, with a jump where BiMixCo gives way to SoftCLIP (they are different losses). `val/top1` is
-# retrieval among the validation images. Next: notebook 02 trains the low level.
+# The validation loss should fall in both phases, with a jump where BiMixCo gives way to SoftCLIP (they are different losses). `image_from_brain` and
+# `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low level.

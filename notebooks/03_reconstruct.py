@@ -8,7 +8,10 @@
 # and the ridge's reconstructions, the low level alone, and the controls), and under the published names
 # `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
 #
-# Cost: full size about 8 s an image and sample on an A100 (published figure, not run here); mini about 1.5 minutes on two CPU cores.
+# A run that is interrupted goes on with the images that are missing.
+#
+# Cost: full size about 8 s an image and sample on an A100 (published figure, not
+# run here); mini about 1.5 minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.4.
 
@@ -18,17 +21,21 @@ model_name = ""  # name of the run under train_logs/ and results/, by default ma
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
 autoencoder_name = ""  # run that holds the low-level network, by default this run
 img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself
+faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
 recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one
 prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
 timesteps = 0  # sampling steps of the prior, 0 for all of its schedule
-guidance_scale = 3.5  # classifier-free guidance
+prior_solver = "published"  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
+guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 (Versatile Diffusion) or 7.5 (image variations)
 num_inference_steps = 20  # steps of the image generator
 test_repeats = 0  # repeats averaged at test, 0 for all
 first_images = 0  # reconstruct only so many test images, 0 for all
+generator_batch = 16  # pictures that the generator makes at a time
 seed = 42  # of everything random
 same_seed = False  # the same noise for every image, as published; otherwise each image has its own
 
@@ -39,14 +46,18 @@ run = configure(globals(), "03_reconstruct")
 run
 
 # %%
+import shutil
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_subject
 from src.figures import contact_sheet, save
-from src.pretrained import Clipper, VersatileDiffusion
-from src.reconstruct import find_decoder, generate_images, load_decoder, pick_best, predict_latents, predict_tokens
+from src.pretrained import Clipper
+from src.reconstruct import (
+    find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
+)  # fmt: skip
 from src.retrieval import nearest
 from src.utils import atomic
 
@@ -67,12 +78,22 @@ voxels, image_ids = voxels[keep], image_ids[keep]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 print(f"(test images, voxels) = {voxels.shape}   protocol {subject.protocol}, test set {subject.test_set}")
 
-# %%
-clipper = Clipper(weights, hidden=True, norm_embs=True, device=run.device)
-diffusion = VersatileDiffusion(weights, device=run.device)
-options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed, "same": same_seed}
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+# %% [markdown]
+# ## The models
+# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations.
 
+# %%
+names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+main = names[0]
+high = {name: load_decoder(files[name][0], run.device) for name in names}
+low = {name: load_decoder(files[name][1], run.device)[0] for name in names if img2img_strength < 1 or files[name][1].exists()}
+config = high[main][1]
+shape = tuple(config["tokens"])  # (tokens, dim)
+hidden = shape[0] > 1
+made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
+clipper = Clipper(weights, device=run.device, **made_for)
+diffusion = generator_for(shape[0], weights, run.device)
+print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}")
 
 # %% [markdown]
 # ## The step
@@ -80,29 +101,37 @@ names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"
 # what it is told; of several samples the one nearest to the tokens that the projector predicts is kept.
 
 # %%
-def reconstruct(name):
-    """What one decoder gives: images (reconstruction, low level alone), and its tokens (the generator's first sample, and those for retrieval)."""
-    high, config = load_decoder(files[name][0], run.device)
+options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed, "same": same_seed}
+options["batch_size"] = generator_batch
+
+
+def paint(tokens, ids, latents, samples):
+    """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun at latents (images, channels, h, w)."""
+    if latents is not None and faithful_img2img:
+        latents = diffusion.published_start(latents, latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed))
+    return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
+
+
+def reconstruct(name, rows):
+    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
+    x, ids = voxels[rows], image_ids[rows]
     tokens, projected = predict_tokens(
-        high, voxels, tuple(config["tokens"]), recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device,
-        image_ids=image_ids, same=same_seed,
+        high[name][0], x, shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
+        same=same_seed, solver=prior_solver,
     )  # fmt: skip
-    latents = None
-    if img2img_strength < 1 or files[name][1].exists():
-        latents = predict_latents(load_decoder(files[name][1], run.device)[0], voxels, diffusion.latent_shape, device=run.device)
-    candidates = generate_images(diffusion, tokens, image_ids, latents, **options)
-    chosen, _ = pick_best(clipper, projected, candidates)
+    latents = predict_latents(low[name], x, diffusion.latent_shape, device=run.device) if name in low else None
+    chosen, _ = pick_best(clipper, projected, paint(tokens, ids, latents, recons_per_sample))
     low_level = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
-    return {name: chosen, **low_level}, {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
+    return {name: chosen, f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected} | low_level
 
 
 # %%
-rows, predicted = {}, {}
+rows, unfinished = {}, run.results / ".reconstructing"
+unfinished.mkdir(exist_ok=True)
 for name in names:
-    images, tokens = reconstruct(name)
-    rows |= images
-    predicted |= tokens
-main = names[0]
+    mark = [run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files[name] if path.exists()], subject.test_set]
+    rows |= in_chunks(lambda part, name=name: reconstruct(name, part), len(voxels), max(1, generator_batch // recons_per_sample), unfinished, mark)
+predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_"))}
 
 # %% [markdown]
 # ## Floors and ceiling
@@ -122,15 +151,20 @@ mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(trai
 rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1).float() / 255).expand(len(seen), -1, -1, -1).contiguous()
 
 # %%
-true_tokens = clipper.embed_image(seen)[:, None].cpu()
-true_latents = diffusion.encode(seen).cpu()
-rows["ceiling"] = generate_images(diffusion, true_tokens, image_ids, true_latents, **options)[:, 0]
-rows["autoencoder"] = diffusion.decode(true_latents).cpu()
+def best_possible(part):
+    """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
+    tokens, latents = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu(), diffusion.encode(seen[part]).cpu()
+    return {"ceiling": paint(tokens, image_ids[part], latents, 1)[:, 0], "autoencoder": diffusion.decode(latents).cpu(), "true_tokens": tokens[:, 0]}
+
+
+rows |= in_chunks(best_possible, len(seen), generator_batch, unfinished, ["ceiling", run.parameters, subject.test_set])
+true_tokens = rows.pop("true_tokens")
 
 # %%
-tensors = {"seen": seen, **rows, **predicted, "true_tokens": true_tokens[:, 0], "image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
+tensors = {"seen": seen, **rows, **predicted, "true_tokens": true_tokens, "image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+shutil.rmtree(unfinished)
 published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main]}
 for name, tensor in published.items():
     with atomic(run.results / name) as path:

@@ -45,7 +45,7 @@ from src.utils import HOME, PerceptError, atomic, progress, read_json, write_jso
 SPLITS = ("train", "val", "test", "exclude")
 TRIAL_COLUMNS = ("trial", "image", "session", "run", "repeat", "split")
 REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
-REPEATS = ("random", "mean", "all")
+REPEATS = ("random", "batch", "mean", "all")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -618,10 +618,15 @@ class Subject:
         return f"{len(ids)}-{hashlib.sha256(','.join(map(str, ids)).encode()).hexdigest()[:8]}"
 
     def image_ids(self, split: str) -> np.ndarray:
-        """Unique ids of the images of a split, ascending, int64 (images,)."""
-        if split not in SPLITS:
-            raise PerceptError(f"There is no split {split!r}: choose one of {list(SPLITS)}.")
-        return np.unique(self.trials.loc[self.trials["split"] == split, "image"].to_numpy())
+        """Unique ids of the images of a split, or of several joined by "+", ascending, int64 (images,)."""
+        return np.unique(self.trials.loc[self._within(split), "image"].to_numpy())
+
+    def _within(self, split: str) -> pd.Series:
+        """Which trials (trials,) belong to a split, or to one of several joined by "+"."""
+        parts = split.split("+")
+        if unknown := set(parts) - set(SPLITS):
+            raise PerceptError(f"There is no split {sorted(unknown)[0]!r}: choose one of {list(SPLITS)}.")
+        return self.trials["split"].isin(parts)
 
     def images(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Images by id, uint8 (n, height, width, 3)."""
@@ -630,7 +635,7 @@ class Subject:
     def rows_by_image(self, split: str) -> list[np.ndarray]:
         """For each image of `image_ids(split)`, the rows of its trials in the order of their repeats."""
         ids = self.image_ids(split)
-        table = self.trials[self.trials["split"] == split].sort_values(["image", "repeat"])
+        table = self.trials[self._within(split)].sort_values(["image", "repeat"])
         if not len(table):
             raise PerceptError(f"Subject {self.subj} of {self.folder.name} has no trials in split {split}.")
         return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
@@ -888,6 +893,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _hashed(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+    """Well mixed uint64 (batch,), a pure function of (seed, epoch, image)."""
+    state = np.zeros(1, np.uint64)
+    for value in (seed, epoch):
+        state = _mix(state + np.uint64(value % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    return _mix(_mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+
+
 def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """A repeat for each image, uniform over 0..count-1 and a pure function of (seed, epoch, image).
 
@@ -899,29 +912,29 @@ def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndar
     Returns:
         int64 (batch,).
     """
-    state = np.zeros(1, np.uint64)
-    for value in (seed, epoch):
-        state = _mix(state + np.uint64(value % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    mixed = _mix(_mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
-    return (mixed % np.asarray(counts).astype(np.uint64)).astype(np.int64)
+    return (_hashed(seed, epoch, image_ids) % np.asarray(counts).astype(np.uint64)).astype(np.int64)
 
 
 class BrainDataset(Dataset):
     """Map-style dataset over the images of a split.
 
     Item i is image `image_ids[i]`. `__getitems__` reads a whole batch at once: {"voxels": float32 (batch,
-    voxels), or (batch, repeats, voxels) for repeats="all"; "image": int64 (batch,); each target: float32
-    (batch, ...)}. In a DataLoader pass `collate_fn=lambda batch: batch`.
+    voxels), or (batch, repeats, voxels) for repeats="all"; "image": int64 (batch,); "seed": int64 (batch,),
+    for whatever a step draws for a sample, a pure function of (seed, epoch, image); "pixels": uint8 (batch, 3,
+    height, width), with pixels=True; each target: float32 (batch, ...)}. In a DataLoader pass
+    `collate_fn=lambda batch: batch`.
 
     Args:
         subject: from `open_subject`.
-        split: train, val or test.
-        targets: for each name what `cached_targets` gives, or an array whose rows are in the order of
-            `subject.image_ids(split)`.
+        split: train, val or test, or several joined by "+".
+        targets: for each name what `cached_targets` or `cached_views` gives, or an array whose rows are in
+            the order of `subject.image_ids(split)`.
         normaliser: fitted on training trials, or None for the betas as they are.
-        repeats: "random" (one, chosen by seed, epoch and image), "mean", or "all" (images with fewer than
-            the most repeats start over).
-        seed: of the choice of repeats.
+        repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one number of
+            repeat for all images of a batch), "mean", or "all" (images with fewer than the most repeats
+            start over).
+        seed: of everything random.
+        pixels: also read the images themselves.
 
     Raises:
         PerceptError: for an unknown option, an empty split, or targets of another length.
@@ -935,10 +948,12 @@ class BrainDataset(Dataset):
         normaliser: Normaliser | None = None,
         repeats: str = "random",
         seed: int = 42,
+        pixels: bool = False,
     ):
         if repeats not in REPEATS:
             raise PerceptError(f"repeats is {repeats!r}: choose one of {list(REPEATS)}.")
         self.subject, self.split, self.normaliser, self.repeats = subject, split, normaliser, repeats
+        self.pixels = pixels
         self.seed, self.epoch, self.targets = seed, 0, dict(targets or {})
         self._rows, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
         self.counts = np.array([len(rows) for rows in self._rows])
@@ -946,7 +961,7 @@ class BrainDataset(Dataset):
             [np.resize(rows, self.counts.max()) for rows in self._rows]
         )  # (images, repeats), cycled
         for name, target in self.targets.items():
-            if name in ("voxels", "image"):
+            if name in ("voxels", "image", "seed", "pixels"):
                 raise PerceptError(f"A target cannot be called {name}: the batch has that already.")
             if hasattr(target, "check"):
                 target.check(self.image_ids)
@@ -959,15 +974,22 @@ class BrainDataset(Dataset):
         return len(self.image_ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose other repeats from now on."""
+        """Draw other repeats, views and seeds from now on."""
         self.epoch = int(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Batch of images by their positions in the split."""
         at = np.asarray(indices, dtype=np.int64)
-        batch = {"voxels": torch.from_numpy(self._voxels(at)), "image": torch.from_numpy(self.image_ids[at])}
+        ids = self.image_ids[at]
+        seeds = (_hashed(self.seed + 1, self.epoch, ids) >> np.uint64(1)).astype(np.int64)
+        batch = {"voxels": torch.from_numpy(self._voxels(at)), "image": torch.from_numpy(ids), "seed": torch.from_numpy(seeds)}
+        if self.pixels:
+            batch["pixels"] = torch.from_numpy(self.subject.images(ids)).permute(0, 3, 1, 2)
         for name, target in self.targets.items():
-            rows = target.rows(self.image_ids[at]) if hasattr(target, "rows") else target[at]
+            if isinstance(target, Views):
+                rows = target.rows(ids, self.seed, self.epoch)
+            else:
+                rows = target.rows(ids) if hasattr(target, "rows") else target[at]
             batch[name] = torch.as_tensor(np.asarray(rows, dtype=np.float32))
         return batch
 
@@ -983,7 +1005,8 @@ class BrainDataset(Dataset):
         if self.repeats == "all":
             rows = self._table[at]  # (batch, repeats)
             return self.subject.read(rows.ravel(), self.normaliser).reshape(*rows.shape, -1)
-        chosen = choose_repeats(self.seed, self.epoch, self.image_ids[at], self.counts[at])
+        ids = self.image_ids[at] if self.repeats == "random" else np.full(len(at), self.image_ids[at[0]])
+        chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[at])
         return self.subject.read(self._table[at, chosen], self.normaliser)
 
 
@@ -1045,6 +1068,32 @@ class Targets:
         return out
 
 
+class Views:
+    """Several versions of every image's target, of which an epoch shows one. Made by `cached_views`.
+
+    Attributes:
+        versions: one `Targets` a version.
+    """
+
+    def __init__(self, versions: Sequence[Targets]):
+        self.versions = list(versions)
+
+    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+        """Raise PerceptError if a version of one of these images is missing."""
+        for targets in self.versions:
+            targets.check(image_ids)
+
+    def rows(self, image_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Of each image the version that (seed, epoch, image) choose, (n, *shape) in the stored dtype."""
+        chosen = choose_repeats(seed + 2, epoch, image_ids, np.full(len(image_ids), len(self.versions)))
+        first = self.versions[0]
+        out = np.empty((len(image_ids), *first.shape), first.dtype)
+        for number in np.unique(chosen):
+            mine = chosen == number
+            out[mine] = self.versions[number].rows(np.asarray(image_ids)[mine])
+        return out
+
+
 def _ids_file(part: Path) -> Path:
     return part.with_suffix(".ids")
 
@@ -1102,6 +1151,37 @@ def cached_targets(
             _add_part(folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size)
             targets = Targets(folder, store)
     return targets
+
+
+def cached_views(
+    dataset: str | Path,
+    name: str,
+    fingerprint: dict[str, Any],
+    image_ids: Sequence[int] | np.ndarray,
+    encode: Callable[[np.ndarray, int], np.ndarray],
+    shape: Sequence[int],
+    views: int,
+    **options: Any,
+) -> Views:
+    """Targets of augmented images: `views` versions of each, computed once.
+
+    Args:
+        dataset, name, fingerprint, image_ids, shape, options: as for `cached_targets`; the fingerprint says
+            how images are augmented.
+        encode: (uint8 images (batch, height, width, 3), seed) -> (batch, *shape); the seed is that of the
+            version and of the pixels, so that a version is made again as it was.
+        views: number of versions.
+    """
+
+    def version(number: int) -> Targets:
+        def one(images: np.ndarray) -> np.ndarray:
+            return encode(images, zlib.crc32(images.tobytes(), number))
+
+        return cached_targets(dataset, name, fingerprint | {"version": number}, image_ids, one, shape, **options)
+
+    if views < 1:
+        raise PerceptError(f"{views} views of the targets {name} were asked for: choose at least 1.")
+    return Views([version(number) for number in range(views)])
 
 
 def _add_part(

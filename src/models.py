@@ -114,6 +114,12 @@ class BrainNetwork(Network):
             return x
         return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
 
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Voxels (batch, voxels) to backbone and projected tokens, (batch, tokens, dim) each; without a projector both are the same."""
+        out = self(x)
+        backbone, projected = out if isinstance(out, tuple) else (out, out)
+        return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
+
 
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {"ln": (nn.LayerNorm, nn.GELU), "bn": (nn.BatchNorm1d, nn.ReLU)}
 
@@ -329,8 +335,10 @@ class _TimeMLP(nn.Module):
         return self.net(x.to(next(self.parameters()).dtype))
 
 
-def _keep(batch: int, drop_prob: float, device: torch.device) -> Tensor:
-    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1, as published."""
+def _keep(batch: int, drop_prob: float | Tensor, device: torch.device) -> Tensor:
+    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1, as published, or where it is decided already."""
+    if isinstance(drop_prob, Tensor):
+        return ~drop_prob
     if drop_prob in (0.0, 1.0):
         return torch.full((batch,), drop_prob == 0.0, device=device)
     return torch.rand(batch, device=device) < 1 - drop_prob
@@ -397,8 +405,8 @@ class VersatileDiffusionPriorNetwork(Denoiser):
         timesteps: Tensor,
         brain_embed: Tensor | None = None,
         text_embed: Tensor | None = None,
-        brain_cond_drop_prob: float = 0.0,
-        image_cond_drop_prob: float = 0.0,
+        brain_cond_drop_prob: float | Tensor = 0.0,
+        image_cond_drop_prob: float | Tensor = 0.0,
     ) -> Tensor:
         """Denoise tokens.
 
@@ -407,7 +415,7 @@ class VersatileDiffusionPriorNetwork(Denoiser):
             timesteps: (batch,).
             brain_embed: condition (batch, tokens, dim); `text_embed` is another name for it.
             text_embed: see brain_embed.
-            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a sample.
+            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a sample; or where to do so, Boolean (batch,).
             image_cond_drop_prob: the same for the noisy tokens.
 
         Returns:
@@ -474,9 +482,14 @@ class DiffusionPriorNetwork(Denoiser):
         self.causal_transformer = CausalTransformer(dim, depth, dim_head, heads, causal=True, normformer=normformer)
 
     def forward(
-        self, image_embed: Tensor, timesteps: Tensor, text_embed: Tensor, brain_cond_drop_prob: float = 0.0, image_cond_drop_prob: float = 0.0
+        self,
+        image_embed: Tensor,
+        timesteps: Tensor,
+        text_embed: Tensor,
+        brain_cond_drop_prob: float | Tensor = 0.0,
+        image_cond_drop_prob: float | Tensor = 0.0,
     ) -> Tensor:
-        """Denoise embeddings (batch, dim) at timesteps (batch,), given text_embed (batch, dim) -> (batch, dim)."""
+        """Denoise embeddings (batch, dim) or (batch, 1, dim) at timesteps (batch,), given text_embed of the same shape -> same shape."""
         batch, dim, shape = len(image_embed), self.learned_query.shape[0], image_embed.shape
         image, text = image_embed.reshape(batch, 1, dim), text_embed.reshape(batch, 1, dim)
         keep_text = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,13 @@ from src.utils import ROOT, PerceptError
 
 HUB = {
     "clip": "openai/clip-vit-large-patch14",
+    "clip-ViT-B-32": "openai/clip-vit-base-patch32",
     "versatile_diffusion": "shi-labs/versatile-diffusion",
     "image_variation": "lambdalabs/sd-image-variations-diffusers",
     "stable_diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # where the withdrawn runwayml/stable-diffusion-v1-5 lives on
 }
 MINI_ONLY = ("judge",)
+CLIP_VARIANTS = {"ViT-L/14": "clip", "ViT-B/32": "clip-ViT-B-32", "RN50": "RN50", "RN50x64": "RN50x64"}  # the ResNets through OpenAI's own package
 MINI = ROOT / "data" / "mini_models"
 # The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage would leave the rest without memory.
 TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
@@ -123,6 +126,36 @@ def take_transformers(taker: nn.Module, donor: nn.Module) -> None:
             taker.set_submodule(name, module)
 
 
+def clip_normalise(images: Tensor) -> Tensor:
+    """(batch, 3, height, width) in [0, 1], with the mean and spread of CLIP's training images taken out."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
+
+
+@contextmanager
+def constant_condition(unet: nn.Module) -> Iterator[None]:
+    """Within this context the keys and values of a condition are computed once, and found again at every step that passes the same tensor."""
+    layers = [module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    try:
+        for layer in layers:
+            layer.forward = _remembering(layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _remembering(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def found(x: Tensor) -> Tensor:
+        if not last or last[0][0] is not x:
+            last[:] = [(x, compute(x))]
+        return last[0][1]
+
+    return found
+
+
 def fixed_image(size: int = 224) -> Tensor:
     """One image that never changes, (1, 3, size, size): smooth waves of three frequencies, for comparing features between versions."""
     axis = torch.linspace(0, 1, size)
@@ -187,30 +220,113 @@ class Frozen:
         return digest.hexdigest()[:12]
 
 
+class _ResNetClip(nn.Module):
+    """A CLIP of OpenAI's own package: the convolutional variants, which transformers does not have.
+
+    Args:
+        variant: "RN50" or "RN50x64".
+        weights: "hub" (downloaded and checked by the package) or a folder with <variant>.pt, as OpenAI gives it or a plain state dict.
+    """
+
+    def __init__(self, variant: str, weights: str):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package minds the age of its own imports
+            import clip
+
+        self.place = variant if weights == "hub" else str(Path(weights) / f"{variant}.pt")
+        if weights != "hub" and not Path(self.place).is_file():
+            raise PerceptError(f"There is no {self.place}: put OpenAI's file there, or set weights to 'hub'.")
+        try:
+            model, _ = clip.load(self.place, device="cpu", jit=False)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise PerceptError(f"CLIP {variant} could not be loaded from '{self.place}': {str(error).splitlines()[0]} Check connection or file.") from error
+        self.model, self.tokenize = model.float(), clip.tokenize
+        self.size, self.dim = self.model.visual.input_resolution, self.model.text_projection.shape[1]
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""
+        return self.model.encode_image(pixel_values)
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (batch, dim)."""
+        return self.model.encode_text(self.tokenize(list(captions), truncate=True).to(self.model.logit_scale.device))
+
+
+class _VisionClip(nn.Module):
+    """A CLIP with a vision transformer, of transformers; the text half is loaded when it is first needed."""
+
+    def __init__(self, place: str):
+        super().__init__()
+        self.place, self.model = place, _load(CLIPVisionModelWithProjection, place).float()
+        self.config = self.model.config
+        self.size, self.dim = self.config.image_size, self.config.projection_dim
+        self._text: tuple[Any, Any] | None = None
+
+    def embed_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (batch, 3, size, size) -> projected tokens of the last layer (batch, tokens, dim), CLS first."""
+        vision = self.model.vision_model
+        last = vision(pixel_values=pixel_values).last_hidden_state  # (batch, tokens, width)
+        return self.model.visual_projection(vision.post_layernorm(last))
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""
+        vision = self.model.vision_model
+        return self.model.visual_projection(vision.post_layernorm(vision(pixel_values=pixel_values).last_hidden_state[:, 0]))
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (batch, dim)."""
+        if self._text is None:
+            model = _load(CLIPTextModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.model.device)
+            self._text = _load(CLIPTokenizer, self.place), model
+        tokenizer, model = self._text
+        return model(input_ids=_token_ids(tokenizer, captions, model)).text_embeds
+
+
 class Clipper(Frozen):
     """CLIP as these systems use it.
 
     Args:
-        weights: "hub", "mini" or a folder.
+        weights: "hub", "mini" or a folder, which holds `clip/`, `clip-ViT-B-32/`, `RN50.pt` or `RN50x64.pt`.
         hidden: all projected tokens of the last layer (batch, tokens, dim), as Versatile Diffusion reads them, else the final embedding (batch, dim).
         norm_embs: divide by the L2 norm of the CLS token (hidden) or of the embedding.
         device: torch device.
+        variant: key of CLIP_VARIANTS; the ResNets have no hidden tokens, and of the miniature there is one only.
+        clamp_embs: limit the embedding to [-1.5, 1.5] before it is normalised, as the early systems could.
+
+    Raises:
+        PerceptError: for an unknown variant, one that cannot be had, or missing files.
 
     Source: MindEye (arXiv 2305.18274), section 2; specs of Versatile Diffusion's image encoder.
     """
 
-    def __init__(self, weights: str = "hub", hidden: bool = True, norm_embs: bool = True, device: str = "cpu"):
-        super().__init__("clip", weights, device)
-        self.hidden, self.norm_embs = hidden, norm_embs
-        self.model = _load(CLIPVisionModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.device)
-        self.config = self.model.config
-        self.size = self.config.image_size
-        self.dim = self.config.projection_dim
-        self.tokens = (self.size // self.config.patch_size) ** 2 + 1 if hidden else 1
-        self._text: tuple[Any, Any] | None = None
+    def __init__(
+        self,
+        weights: str = "hub",
+        hidden: bool = True,
+        norm_embs: bool = True,
+        device: str = "cpu",
+        variant: str = "ViT-L/14",
+        clamp_embs: bool = False,
+    ):
+        if variant not in CLIP_VARIANTS:
+            raise PerceptError(f"There is no CLIP variant '{variant}': choose one of {', '.join(CLIP_VARIANTS)}.")
+        resnet = variant.startswith("RN")
+        if resnet and hidden:
+            raise PerceptError(f"CLIP {variant} is a ResNet without hidden tokens: set hidden to False, or choose a ViT.")
+        if weights == "mini" and variant != "ViT-L/14":
+            raise PerceptError(f"The mini world has one miniature of CLIP and none of {variant}: leave clip_variant at ViT-L/14, or use real weights.")
+        self.name, self.weights, self.device, self.variant = CLIP_VARIANTS[variant], weights, torch.device(device), variant
+        self.hidden, self.norm_embs, self.clamp_embs = hidden, norm_embs, clamp_embs
+        network = _ResNetClip(variant, weights) if resnet else _VisionClip(locate(self.name, weights))
+        self.model: Any = network.eval().requires_grad_(False).to(self.device)
+        self.place, self.config = network.place, getattr(network, "config", None)
+        self.size, self.dim = network.size, network.dim
+        self.tokens = (self.size // self.config.patch_size) ** 2 + 1 if hidden and self.config is not None else 1
 
     def _options(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "norm_embs": self.norm_embs}
+        more = {"variant": self.variant} if self.variant != "ViT-L/14" else {}
+        return {"hidden": self.hidden, "norm_embs": self.norm_embs} | more | ({"clamp_embs": True} if self.clamp_embs else {})
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -229,15 +345,15 @@ class Clipper(Frozen):
             images = F.interpolate(images, target, mode="bicubic", antialias=False)
             top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
             images = images[..., top : top + self.size, left : left + self.size]
-        mean = torch.tensor(CLIP_MEAN, device=images.device).view(1, 3, 1, 1)
-        return (images - mean) / torch.tensor(CLIP_STD, device=images.device).view(1, 3, 1, 1)
+        return clip_normalise(images)
 
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> (batch, tokens, dim) if hidden, else (batch, dim)."""
-        vision = self.model.vision_model
-        last = vision(pixel_values=self.preprocess(images.to(self.device))).last_hidden_state  # (batch, tokens, width)
-        embeds = self.model.visual_projection(vision.post_layernorm(last if self.hidden else last[:, :1]))
+        x = self.preprocess(images.to(self.device))
+        embeds = self.model.embed_tokens(x) if self.hidden else self.model.embed_image(x)[:, None]  # (batch, tokens, dim)
+        if self.clamp_embs:
+            embeds = embeds.clamp(-1.5, 1.5)
         if self.norm_embs:
             embeds = embeds / embeds[:, :1].norm(dim=-1, keepdim=True)
         return embeds if self.hidden else embeds[:, 0]
@@ -245,11 +361,7 @@ class Clipper(Frozen):
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> final text embeddings (batch, dim), L2-normalised if norm_embs."""
-        if self._text is None:
-            model = _load(CLIPTextModelWithProjection, self.place).float().eval().requires_grad_(False).to(self.device)
-            self._text = _load(CLIPTokenizer, self.place), model
-        tokenizer, model = self._text
-        embeds = model(input_ids=_token_ids(tokenizer, captions, model)).text_embeds
+        embeds = self.model.embed_text(captions)
         return F.normalize(embeds, dim=-1) if self.norm_embs else embeds
 
 
@@ -352,6 +464,7 @@ class Generator(LatentAutoencoder):
     """
 
     model_name, unet_folder = "", "unet"
+    guidance = 3.5  # what the published systems use
 
     def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
         super().__init__(weights, self.model_name, device=device)
@@ -375,7 +488,7 @@ class Generator(LatentAutoencoder):
         noise: Tensor,
         init_latents: Tensor | None = None,
         strength: float = 1.0,
-        guidance_scale: float = 3.5,
+        guidance_scale: float = 0.0,
         num_inference_steps: int = 20,
     ) -> Tensor:
         """Generate images.
@@ -385,7 +498,7 @@ class Generator(LatentAutoencoder):
             noise: (batch, channels, h, w), standard normal; the only source of randomness.
             init_latents: scaled latents (batch, channels, h, w) to start from (img2img).
             strength: share of the steps that are run; 1 ignores init_latents, 0 returns them decoded.
-            guidance_scale: classifier-free guidance against `null`.
+            guidance_scale: classifier-free guidance against `null`; 0: what is published for this generator, 1: none, at half the cost.
             num_inference_steps: UniPC steps of the whole schedule.
 
         Returns:
@@ -403,12 +516,39 @@ class Generator(LatentAutoencoder):
         if strength < 1.0 and init_latents is not None:
             latents = self.scheduler.add_noise(init_latents.to(latents), latents, timesteps[:1].expand(len(latents)))
         condition = condition.to(self.device, self.dtype)
-        both = torch.cat([self.null(condition), condition])  # (2 * batch, tokens, dim)
-        for t in timesteps:
-            doubled = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
-            without, given = self.unet(doubled, t, encoder_hidden_states=both).sample.chunk(2)
-            latents = self.scheduler.step(without + guidance_scale * (given - without), t, latents).prev_sample
+        guidance_scale = guidance_scale or self.guidance
+        guided = guidance_scale != 1.0
+        both = torch.cat([self.null(condition), condition]) if guided else condition  # (2 * batch, tokens, dim)
+        with constant_condition(self.unet):
+            for t in timesteps:
+                x = self.scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
+                pred = self.unet(x, t, encoder_hidden_states=both).sample
+                if guided:
+                    without, given = pred.chunk(2)
+                    pred = without + guidance_scale * (given - without)
+                latents = self.scheduler.step(pred, t, latents).prev_sample
         return self.decode(latents.float())
+
+    @torch.no_grad()
+    def published_start(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Where the published img2img starts: not at the predicted latents, but at those of their picture, after a detour.
+
+        The picture is normalised by CLIP's mean and spread before it is encoded, where the autoencoder was trained on [-1, 1], and a latent is
+        drawn from the posterior instead of its mode.
+
+        Args:
+            latents: scaled latents (batch, channels, h, w).
+            noise: for the draw, same shape.
+
+        Returns:
+            Scaled latents, same shape.
+        """
+        parts = []
+        for some, draw in zip(latents.split(16), noise.split(16), strict=True):
+            picture = self.model.decode(some.to(self.device) / self.scale).sample / 2 + 0.5  # not clamped, as published
+            posterior = self.model.encode(clip_normalise(picture)).latent_dist
+            parts.append((posterior.mean + posterior.std * draw.to(self.device)) * self.scale)
+        return torch.cat(parts)
 
 
 class VersatileDiffusion(Generator):
@@ -424,6 +564,7 @@ class ImageVariation(Generator):
     """Stable Diffusion image variations: one CLIP image embedding (batch, 1, dim), not normalised -> image (MindEye's 1x768 models)."""
 
     model_name = "image_variation"
+    guidance = 7.5
 
 
 class TextGenerator(Generator):

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class NoiseScheduler(nn.Module):
     def __init__(self, timesteps: int):
         super().__init__()
         self.num_timesteps = timesteps
+        self.alphas_cumprod: Tensor
         self.alphas_cumprod_prev: Tensor
         for name, value in noise_schedule(timesteps).items():
             self.register_buffer(name, value)
@@ -99,7 +100,9 @@ class BrainDiffusionPrior(nn.Module):
         self.cond_drop_prob = cond_drop_prob
         self.image_embed_scale = math.sqrt(image_embed_dim) if image_embed_scale is None else image_embed_scale
 
-    def p_losses(self, image_embed: Tensor, times: Tensor, text_embed: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def p_losses(
+        self, image_embed: Tensor, times: Tensor, text_embed: Tensor, noise: Tensor | None = None, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean squared error of the predicted tokens.
 
         Args:
@@ -107,23 +110,37 @@ class BrainDiffusionPrior(nn.Module):
             times: timesteps (batch,).
             text_embed: condition, same shape as image_embed.
             noise: standard normal, same shape; drawn if absent.
+            drop: where the brain's and where the image's tokens give way to the learned null ones, Boolean (2, batch); drawn if absent.
 
         Returns:
             loss (scalar) and prediction of the scaled tokens (same shape as image_embed).
         """
         noise = torch.randn_like(image_embed) if noise is None else noise
         noisy = self.noise_scheduler.q_sample(image_embed, times, noise)
-        drop = {"brain_cond_drop_prob": self.cond_drop_prob, "image_cond_drop_prob": self.cond_drop_prob}
-        pred = self.net(noisy, times, text_embed, **drop)
+        brain, image = (self.cond_drop_prob, self.cond_drop_prob) if drop is None else drop
+        pred = self.net(noisy, times, text_embed, brain_cond_drop_prob=brain, image_cond_drop_prob=image)
         return F.mse_loss(pred, image_embed), pred
 
-    def forward(self, text_embed: Tensor | None = None, image_embed: Tensor | None = None, voxel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _draws(self, like: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        """What `p_losses` needs, each sample's drawn from its own seed (batch,): timesteps, noise like `like`, and what to drop."""
+        sources = [torch.Generator(like.device).manual_seed(seed) for seed in seeds.tolist()]
+        total, device = self.noise_scheduler.num_timesteps, like.device
+        times = torch.stack([torch.randint(0, total, (), device=device, generator=g) for g in sources])
+        noise = torch.stack([torch.randn(like.shape[1:], device=device, dtype=like.dtype, generator=g) for g in sources])
+        drop = torch.stack([torch.rand(2, device=device, generator=g) for g in sources], 1) < self.cond_drop_prob  # (2, batch)
+        return {"times": times, "noise": noise, "drop": drop}
+
+    def forward(
+        self, text_embed: Tensor | None = None, image_embed: Tensor | None = None, voxel: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss and prediction for tokens (batch, tokens, dim) at random timesteps.
 
         Args:
             text_embed: condition from the brain, same shape as image_embed.
             image_embed: CLIP tokens, unscaled; left as they are.
             voxel: (batch, voxels) instead of text_embed, run through voxel2clip.
+            seeds: (batch,) integers from which timestep, noise and dropped conditions of each sample are drawn, so that a loss does not depend
+                on who else is in the batch, or in which process; without them torch's own generator is used, in the published order.
 
         Raises:
             PerceptError: if there is no target, or not exactly one condition.
@@ -136,17 +153,29 @@ class BrainDiffusionPrior(nn.Module):
             out = self.voxel2clip(voxel)
             text_embed = (out[0] if isinstance(out, tuple) else out).view_as(image_embed)
         assert text_embed is not None
+        scaled = image_embed * self.image_embed_scale
+        if seeds is not None:
+            return self.p_losses(scaled, text_embed=text_embed, **self._draws(scaled, seeds))
         times = torch.randint(0, self.noise_scheduler.num_timesteps, (len(image_embed),), device=image_embed.device)
-        return self.p_losses(image_embed * self.image_embed_scale, times, text_embed)
+        return self.p_losses(scaled, times, text_embed)
 
     @torch.no_grad()
-    def sample(self, text_embed: Tensor, timesteps: int | None = None, cond_scale: float = 1.0, generator: Generators = None) -> Tensor:
+    def sample(
+        self,
+        text_embed: Tensor,
+        timesteps: int | None = None,
+        cond_scale: float = 1.0,
+        generator: Generators = None,
+        solver: str = "published",
+    ) -> Tensor:
         """Sample CLIP tokens.
 
         Args:
             text_embed: condition (batch, tokens, dim) or (batch, dim).
-            timesteps: steps; all T by default (None or 0; ancestral sampling), fewer, but at least 2: DDIM with eta 1.
+            timesteps: steps; None or 0: all T.
             cond_scale: classifier-free guidance.
+            solver: key of SOLVERS. "published": ancestral sampling with all steps, DDIM with eta 1 with fewer; "dpm++": DPM-Solver++(2M), for few
+                steps, random in its start alone.
             generator: source of all random numbers, drawn on its own device (T + 1 draws of the condition's shape for ancestral sampling);
                 of several, each draws for its share of the batch, in order, so that a sample does not depend on its neighbours.
 
@@ -154,16 +183,19 @@ class BrainDiffusionPrior(nn.Module):
             Tokens of the same shape, already divided by the scale.
 
         Raises:
-            PerceptError: if there are not that many noise levels.
+            PerceptError: if there are not that many noise levels, or no such solver.
 
-        Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12, with the levels that dalle2-pytorch pairs.
+        Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12, with the levels that dalle2-pytorch pairs; Lu et al. 2022, arXiv
+        2211.01095, algorithm 2.
         """
+        if solver not in SOLVERS:
+            raise PerceptError(f"There is no solver '{solver}' for the prior: choose one of {', '.join(SOLVERS)}.")
         total = self.noise_scheduler.num_timesteps
         steps = timesteps or total
         if steps != total and not 2 <= steps < total:
             raise PerceptError(f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose timesteps from 2 to {total}.")
         x = _randn(text_embed, generator)
-        loop = self._ddpm if steps == total else self._ddim
+        loop = SOLVERS[solver](self, steps)
         with self.net.kept_positions():
             return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
 
@@ -192,3 +224,28 @@ class BrainDiffusionPrior(nn.Module):
             noise = _randn(x, generator)
             x = x0 * alpha_next.sqrt() + sigma * noise + (1 - alpha_next - sigma**2).sqrt() * noise_pred
         return x0
+
+    def _dpm(self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators) -> Tensor:
+        bar = self.noise_scheduler.alphas_cumprod.double().cpu()
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        snr = (alpha / sigma).log()
+        grid = torch.linspace(0, len(bar) - 1, steps + 1).round().long()[1:].flip(0)  # from noise to the level next to clean
+        before = x
+        for i, now in enumerate(grid):
+            x0 = self.net.forward_with_cond_scale(x, now.expand(len(x)).to(x.device), condition, cond_scale=cond_scale)
+            if i == steps - 1:
+                return x0
+            then = grid[i + 1]
+            width, slope = snr[then] - snr[now], x0
+            if i:  # straight line through this prediction and the one before
+                ratio = (snr[now] - snr[grid[i - 1]]) / width
+                slope = x0 + float(1 / (2 * ratio)) * (x0 - before)
+            x = float(sigma[then] / sigma[now]) * x - float(alpha[then] * torch.expm1(-width)) * slope
+            before = x0
+        return x
+
+
+SOLVERS: dict[str, Callable[[BrainDiffusionPrior, int], Callable[..., Tensor]]] = {
+    "published": lambda prior, steps: prior._ddpm if steps == prior.noise_scheduler.num_timesteps else prior._ddim,
+    "dpm++": lambda prior, steps: prior._dpm,
+}

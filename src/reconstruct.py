@@ -8,19 +8,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from src import models
-from src.pretrained import Clipper, VersatileDiffusion
+from src.pretrained import Clipper, Generator, ImageVariation, VersatileDiffusion
 from src.prior import BrainDiffusionPrior
 from src.published import published_config, read_published
-from src.utils import PerceptError, load_checkpoint, load_strictly, progress
+from src.utils import PerceptError, atomic, load_checkpoint, load_strictly
 
 
 def build_decoder(config: dict[str, Any]) -> nn.Module:
@@ -33,6 +38,32 @@ def build_decoder(config: dict[str, Any]) -> nn.Module:
         return models.build(config)
     net, voxel2clip = models.build(config["net"]), models.build(config["voxel2clip"])
     return BrainDiffusionPrior(net, voxel2clip=voxel2clip, **config["kwargs"])
+
+
+def high_level_config(parameters: Mapping[str, Any], in_dim: int, tokens: int, dim: int) -> dict[str, Any]:
+    """The config of notebook 01's model, from which `build_decoder` makes it.
+
+    Args:
+        parameters: of the notebook: hidden, h, n_blocks, use_projector, projector_dim, prior_depth, prior_heads, prior_dim_head, timesteps,
+            max_text_len; 0 stands for what the published model of that kind has.
+        in_dim: voxels.
+        tokens: tokens of an image; 1 unless hidden.
+        dim: dim of a token.
+    """
+    p, hidden = parameters, parameters["hidden"]
+    net = {"dim": dim, "depth": p["prior_depth"] or (6 if hidden else 12), "dim_head": p["prior_dim_head"], "heads": p["prior_heads"]}
+    steps = p["timesteps"] or (100 if hidden else 1000)
+    brain = {"in_dim": in_dim, "out_dim": tokens * dim, "clip_size": dim, "h": p["h"], "n_blocks": p["n_blocks"]}
+    networks = {
+        True: {"name": "VersatileDiffusionPriorNetwork", "kwargs": net | {"num_tokens": tokens, "learned_query_mode": "pos_emb"}},
+        False: {"name": "DiffusionPriorNetwork", "kwargs": net | {"num_timesteps": steps, "max_text_len": p["max_text_len"], "normformer": True}},
+    }
+    return {
+        "name": "BrainDiffusionPrior",
+        "kwargs": {"image_embed_dim": dim, "timesteps": steps, "cond_drop_prob": 0.2 if hidden else 0.0},
+        "voxel2clip": {"name": "BrainNetwork", "kwargs": brain | {"use_projector": p["use_projector"], "projector_dim": p["projector_dim"]}},
+        "net": networks[hidden],
+    }
 
 
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -87,6 +118,7 @@ def predict_tokens(
     device: str = "cpu",
     image_ids: np.ndarray | None = None,
     same: bool = False,
+    solver: str = "published",
 ) -> tuple[Tensor, Tensor]:
     """Predict CLIP tokens from voxels.
 
@@ -102,30 +134,32 @@ def predict_tokens(
         device: torch device.
         image_ids: (images,), from which the noise is drawn; by default the position in `voxels`.
         same: the same noise for all images, as published.
+        solver: of the prior, as `BrainDiffusionPrior.sample`.
 
     Returns:
-        Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim). Samples of the prior are divided by the
-        norm of their CLS token, as published; regressions are left as they are, because a mean is shorter than what it is the mean of.
+        Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim). Where there are several tokens an image,
+        samples of the prior are divided by the norm of the CLS token, as published; one embedding alone, and regressions, are left as they are: a
+        mean is shorter than what it is the mean of.
     """
     found, projected = [], []
     ids = np.arange(len(voxels)) if image_ids is None else image_ids
-    for start in progress(range(0, len(voxels), batch_size), "brain to tokens"):
+    for start in range(0, len(voxels), batch_size):
         x = torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
         if not isinstance(decoder, BrainDiffusionPrior):
             tokens = decoder(x).view(len(x), 1, *token_shape)
             projected.append(tokens[:, 0].cpu())
         else:
             voxel2clip: Any = decoder.voxel2clip
-            backbone, projection = voxel2clip(x)
-            backbone = backbone.view(len(x), *token_shape)
+            backbone, projection = voxel2clip.tokens(x)
             tokens = backbone[:, None] / decoder.image_embed_scale
             if use_prior:
                 mine = ids[start : start + batch_size]
                 generator = [torch.Generator(device).manual_seed(seed if same else _seed(seed, int(image))) for image in mine]
                 steps = timesteps or decoder.noise_scheduler.num_timesteps
                 repeated = backbone.repeat_interleave(n_samples, 0)  # (images * samples, tokens, dim)
-                tokens = decoder.sample(repeated, timesteps=steps, generator=generator).view(len(x), n_samples, *token_shape)
-                tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
+                tokens = decoder.sample(repeated, timesteps=steps, generator=generator, solver=solver).view(len(x), n_samples, *token_shape)
+                if token_shape[0] > 1:
+                    tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
             projected.append(projection.view(len(x), *token_shape).cpu())
         found.append(tokens.cpu())
     return torch.cat(found), torch.cat(projected)
@@ -156,8 +190,13 @@ def latent_noise(image_ids: np.ndarray, shape: tuple[int, int, int], seed: int =
     return torch.stack(draws)
 
 
+def generator_for(tokens: int, weights: str, device: str = "cpu") -> VersatileDiffusion | ImageVariation:
+    """The generator that the published systems feed with so many tokens: one goes to image variations, all of them to Versatile Diffusion."""
+    return VersatileDiffusion(weights, device=device) if tokens > 1 else ImageVariation(weights, device=device)
+
+
 def generate_images(
-    diffusion: VersatileDiffusion,
+    diffusion: Generator,
     tokens: Tensor,
     image_ids: np.ndarray,
     init_latents: Tensor | None = None,
@@ -165,6 +204,7 @@ def generate_images(
     seed: int = 42,
     batch_size: int = 50,
     same: bool = False,
+    n_samples: int = 0,
     **options: Any,
 ) -> Tensor:
     """Generate every sample of every image.
@@ -174,33 +214,32 @@ def generate_images(
         tokens: (images, samples, tokens, dim).
         image_ids: (images,), from which the noise is drawn.
         init_latents: scaled latents (images, channels, h, w) to start from, or None.
-        strength: as `VersatileDiffusion.generate`.
+        strength: as `Generator.generate`.
         seed: of the noise.
-        batch_size: images at a time.
+        batch_size: pictures at a time, images times samples.
         same: the same noise for all images, as published.
+        n_samples: pictures an image, where `tokens` has one sample to share; by default as many as it has.
         options: guidance_scale, num_inference_steps.
 
     Returns:
         (images, samples, 3, height, width) in [0, 1].
     """
-    images, samples = tokens.shape[:2]
+    images, samples = len(tokens), n_samples or tokens.shape[1]
+    condition = tokens.expand(-1, samples, -1, -1).flatten(0, 1)  # (images * samples, tokens, dim)
+    noise = torch.stack([latent_noise(image_ids, diffusion.latent_shape, seed, s, same) for s in range(samples)], 1).flatten(0, 1)
+    init = None if init_latents is None else init_latents.repeat_interleave(samples, 0)
     made = []
-    for start in progress(range(0, images, batch_size), "generating"):
-        block = slice(start, start + batch_size)
-        init = None if init_latents is None else init_latents[block]
-        per_sample = [
-            diffusion.generate(tokens[block, s], latent_noise(image_ids[block], diffusion.latent_shape, seed, s, same), init, strength, **options)
-            for s in range(samples)
-        ]
-        made.append(torch.stack(per_sample, 1).cpu())
-    return torch.cat(made)
+    for start in range(0, len(noise), batch_size):
+        rows = slice(start, start + batch_size)
+        made.append(diffusion.generate(condition[rows], noise[rows], None if init is None else init[rows], strength, **options).cpu())
+    return torch.cat(made).unflatten(0, (images, samples))
 
 
 def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Second-order selection: of each image's candidates, the one whose CLIP tokens are nearest to those the brain predicted.
 
     Args:
-        clipper: CLIP with hidden tokens.
+        clipper: CLIP with the tokens that the brain predicts: hidden ones, or its final embedding.
         projected: brain-predicted tokens (images, tokens, dim).
         candidates: (images, samples, 3, height, width).
 
@@ -212,9 +251,35 @@ def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[
     images, samples = candidates.shape[:2]
     if samples == 1:
         return candidates[:, 0], torch.zeros(images, dtype=torch.long)
-    brain = F.normalize(projected.flatten(1), dim=-1)
-    scores = torch.stack(
-        [(F.normalize(clipper.embed_image(candidates[:, s]).flatten(1).cpu(), dim=-1) * brain).sum(-1) for s in range(samples)], 1
-    )  # (images, samples)
+    brain = F.normalize(projected.flatten(1), dim=-1)[:, None]  # (images, 1, features)
+    embedded = torch.cat([clipper.embed_image(part).flatten(1).cpu() for part in candidates.flatten(0, 1).split(64)])
+    scores = (F.normalize(embedded, dim=-1).unflatten(0, (images, samples)) * brain).sum(-1)  # (images, samples)
     best = scores.nan_to_num(-2.0).argmax(1)
     return candidates[torch.arange(images), best], best
+
+
+def in_chunks(make: Callable[[slice], dict[str, Tensor]], n: int, size: int, folder: Path, mark: Any) -> dict[str, Tensor]:
+    """Call `make` for slices of n images and join what it gives; finished slices are kept, so that an interrupted call goes on where it stopped.
+
+    Args:
+        make: slice of images -> tensors (images, ...) by name.
+        n: number of images.
+        size: images at a time.
+        folder: for the finished slices; delete it when their result is stored.
+        mark: whatever the result depends on, as JSON values; slices with another mark are not used.
+
+    Returns:
+        Tensors (n, ...) by name.
+    """
+    key = hashlib.sha256(json.dumps([n, size, mark], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    parts: list[dict[str, Tensor]] = []
+    with tqdm(total=n, desc="reconstructing", unit="image", mininterval=2) as bar:
+        for start in range(0, n, size):
+            path, rows = folder / f"{key}-{start:06d}.safetensors", slice(start, min(start + size, n))
+            if not path.exists():
+                made = {name: value.contiguous() for name, value in make(rows).items()}
+                with atomic(path) as temporary:
+                    save_file(made, temporary)
+            parts.append(load_file(path))
+            bar.update(rows.stop - rows.start)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -31,13 +31,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from src.utils import PerceptError, atomic, load_checkpoint, load_strictly, save_checkpoint, seed_everything, to_device
+from src.utils import PerceptError, Run, atomic, load_checkpoint, load_strictly, save_checkpoint, seed_everything, to_device
 
 log = logging.getLogger(__name__)
 PATIENCE, ROLLBACKS = 10, 3  # non-finite steps in a row before going back; times to go back to one state before giving up
@@ -46,6 +47,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 Batch = dict[str, Tensor]
 Step = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Any]]]
 Validate = Callable[[nn.Module], dict[str, float]]
+Draw = Callable[[nn.Module, int], dict[str, Any]]
+Logger = Callable[[dict[str, Any], int], None]
 
 
 class TrainingData(Protocol):
@@ -124,6 +127,16 @@ def _choose(registry: dict[str, Any], name: str, what: str) -> Any:
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """Order of the samples (samples,) in an epoch: a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(samples)
+
+
+def _resampled_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).integers(0, samples, samples)
+
+
+ORDERS: dict[str, Callable[[int, int, int], np.ndarray]] = {
+    "shuffled": epoch_order,
+    "resampled": _resampled_order,  # with replacement, as the published loader draws its shards: about a third of the images is missed in an epoch
+}
 
 
 def _collate(batch: Any) -> Batch:
@@ -206,6 +219,13 @@ def _shared_batch(processes: int) -> Iterator[None]:
         yield
     finally:
         _Gather.active = False
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """The rows of this process in a tensor of the whole batch, (batch, ...) -> (batch / processes, ...): undoes `gather`."""
+    if not _Gather.active or torch.distributed.get_world_size() == 1:
+        return x
+    return x.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 class _Stepper(nn.Module):
@@ -292,6 +312,7 @@ class _Settings:
     precision: str
     clip_grad: float | None
     samples: int
+    order: str
 
 
 @dataclass(frozen=True)
@@ -304,6 +325,7 @@ class _Saving:
     ckpt_interval: int
     keep_epochs: bool
     save_at_end: bool
+    checkpoints: bool
 
 
 @dataclass
@@ -392,6 +414,7 @@ class _Training:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.dataset, self.folder, self.config, self.settings, self.saving = dataset, folder, config, settings, saving
+        _choose(ORDERS, settings.order, "order")
         self.steps = self._steps_per_epoch()
         self.model = _share_norms(model.to(self.device), self.accelerator)
         self.raw_optimizer = _adamw(parameter_groups(self.model, settings.weight_decay, settings.decay), settings.max_lr)
@@ -573,7 +596,7 @@ class _Training:
     def _loader(self, workers: int) -> DataLoader:
         """What is left of this process's share of the epoch."""
         s, share = self.settings, self.settings.batch_size // self.world
-        order = epoch_order(s.samples, s.seed, self.at.epoch)
+        order = ORDERS[s.order](s.samples, s.seed, self.at.epoch)
         starts = range(self.at.step * s.batch_size + self.rank * share, self.steps * s.batch_size, s.batch_size)
         own = torch.Generator()  # else the loader would draw from the generator of the steps
         return DataLoader(
@@ -622,19 +645,19 @@ class _Training:
         row |= {name if "/" in name else f"train/{name}": value for name, value in everywhere.values().items()}
         row |= {"train/lr": self.at.lr, "train/num_steps": (self.at.epoch + 1) * self.steps}
         if validate is not None:
-            row |= {name: float(value) for name, value in self._validate(validate).items()}
+            row |= {name: float(value) for name, value in self._apart(validate, self.model).items()}
             if self.saving.monitor not in row:
                 raise PerceptError(f"validate gives no '{self.saving.monitor}' to choose the best epoch by: it gives {', '.join(row)}.")
         self._tick()
         return row | {"skipped": self.at.skipped, "seconds": round(self.at.seconds, 3)}
 
-    def _validate(self, validate: Validate) -> dict[str, float]:
-        """Under a seed of its own: the same noise at each epoch, and none taken from training."""
+    def _apart(self, look: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        """Look at the model under a seed of its own: the same noise at each epoch, and none taken from training."""
         before = _random_state(self.device)
         seed_everything(self.settings.seed)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            values = validate(self.model)
+            values = look(*args)
         self.model.train()
         _set_random_state(before, self.device)
         return values
@@ -650,12 +673,19 @@ class _Training:
             names += [] if saving.save_at_end else ["best"]
         if saving.keep_epochs and saving.ckpt_interval and (last or done % saving.ckpt_interval == 0):
             names.append(f"epoch{self.at.epoch:03d}")
-        for name in names:
+        for name in names if saving.checkpoints else []:
             save_checkpoint(self.folder / f"{name}.safetensors", self.model.state_dict(), self.config | {"epoch": self.at.epoch})
         with atomic(self.folder / "history.csv") as temporary:
             pd.DataFrame(self.at.history).to_csv(temporary, index=False)
 
-    def run(self, validate: Validate | None, workers: int, logger: Callable[[dict[str, float], int], None] | None) -> None:
+    def _figures(self, draw: Draw | None) -> dict[str, Any]:
+        """What `draw` makes of the epoch that has just ended, where its turn has come."""
+        every = self.saving.ckpt_interval
+        if draw is None or not self.main or not (self.finished or (every and self.at.epoch % every == 0)):
+            return {}
+        return self._apart(draw, self.model, self.at.epoch - 1)
+
+    def run(self, validate: Validate | None, workers: int, logger: Logger | None, draw: Draw | None) -> None:
         """All the epochs that are left, with one bar."""
         bar = tqdm(total=self.settings.epochs, initial=self.at.epoch, desc=f"training {self.folder.name}", unit="epoch", mininterval=2, disable=not self.main)
         self.saved = self.clock = time.monotonic()
@@ -663,11 +693,12 @@ class _Training:
             while not self.finished:
                 self.train_epoch(workers)
                 row = self.end_epoch(validate)
+                figures = self._figures(draw)
                 shown = {k.removeprefix("train/"): f"{row[k]:.4g}" for k in ("train/loss", self.saving.monitor, "train/lr") if k in row}
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
                 if logger is not None and self.main:
-                    logger(row, int(row["train/num_steps"]))
+                    logger(row | figures, int(row["train/num_steps"]))
 
 
 def fit(
@@ -694,9 +725,12 @@ def fit(
     ckpt_interval: int = 5,
     keep_epochs: bool = False,
     save_at_end: bool = False,
+    checkpoints: bool = True,
+    order: str = "shuffled",
     num_workers: int = 0,
     device: str = "auto",
-    logger: Callable[[dict[str, float], int], None] | None = None,
+    logger: Logger | None = None,
+    draw: Draw | None = None,
 ) -> pd.DataFrame:
     """Train a model; called again after an interruption, it goes on where it was, and for a finished run it returns at once.
 
@@ -721,12 +755,15 @@ def fit(
         monitor: the column whose smallest value makes best.safetensors.
         save_every: seconds between saves of the state: what a crash can cost.
         save_steps: also every so many steps; 0: by the clock only.
-        ckpt_interval: with `keep_epochs`, epochs between the files epochNNN.safetensors.
+        ckpt_interval: epochs between the files epochNNN.safetensors (with `keep_epochs`) and between figures.
         keep_epochs: keep them; each is as large as the model.
         save_at_end: write last.safetensors at the end only, and no best.safetensors.
+        checkpoints: write best, last and epochNNN; the state from which a run is resumed is written in any case.
+        order: key of ORDERS: "shuffled", or "resampled" (drawn with replacement, as published).
         num_workers: processes that read batches.
         device: "auto", "cuda" or "cpu".
-        logger: called with (row of the history, steps so far) after each epoch, e.g. `lambda row, step: wandb.log(row, step=step)`.
+        logger: called with (row of the history and figures of the epoch, steps so far) after each epoch, e.g. a `tracker`.
+        draw: (model, epoch) -> figures by name, called as `validate` is, but by the main process alone, every `ckpt_interval` epochs and at the end.
 
     Returns:
         The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped (non-finite steps), seconds.
@@ -735,14 +772,48 @@ def fit(
         PerceptError: for settings that are impossible or that differ from the run on disk, or when training cannot be kept finite.
         KeyboardInterrupt: after Ctrl-C, when the step is done and the state saved (SystemExit after SIGTERM).
     """
-    settings = _Settings(epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset))
-    saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end)
+    settings = _Settings(epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset), order)
+    saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end, checkpoints)
     training = _Training(model, step, dataset, Path(folder), config, settings, saving, device)
     training.begin(resume)
     if not training.finished:
-        training.run(validate, num_workers, logger)
+        training.run(validate, num_workers, logger, draw)
     model.eval()
     return pd.DataFrame(training.at.history)
+
+
+class Tracker:
+    """Sends the history and the figures of a training to Weights & Biases; as its own client does, it obeys WANDB_MODE=offline.
+
+    Args:
+        run: whose name, stage and parameters are sent along; a run that is resumed goes on under the same id.
+        project: of Weights & Biases.
+    """
+
+    def __init__(self, run: Run, project: str):
+        self.run, self.project = run, project
+        self._open: Any = None
+
+    def __call__(self, row: dict[str, Any], step: int) -> None:
+        """Log what `fit` gives after an epoch."""
+        import wandb  # takes a second to import: only where it is used
+
+        if self._open is None:  # at the first epoch, and so in the main process alone
+            self._open = wandb.init(
+                project=self.project, name=self.run.name, id=f"{self.run.name}-{self.run.stage}", resume="allow", dir=self.run.logs,
+                job_type=self.run.stage, config=dict(self.run.parameters),
+            )  # fmt: skip
+        self._open.log({k: wandb.Image(v) if isinstance(v, Figure) else v for k, v in row.items()}, step=step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        if self._open is not None:
+            self._open.finish()
+
+
+def tracker(run: Run, wandb_log: bool, project: str) -> Tracker | None:
+    """A `Tracker` for `fit`'s `logger`, or None where none is wanted."""
+    return Tracker(run, project) if wandb_log else None
 
 
 def load_best(model: nn.Module, folder: str | Path) -> nn.Module:

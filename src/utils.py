@@ -17,7 +17,7 @@ import random
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -61,6 +61,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within this context torch's CPU generator starts from `seed`; afterwards it is as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -249,6 +257,18 @@ def check_known(names: Iterable[str], known: dict[str, Parameter], origin: str) 
             raise PerceptError(f"There is no parameter '{name}' (from {origin}): {hint}")
 
 
+def named(text: str, known: Sequence[str], parameter: str) -> set[str]:
+    """The names in a parameter that takes several, separated by commas.
+
+    Raises:
+        PerceptError: for one that is not among `known`.
+    """
+    names = {part.strip() for part in text.split(",")} - {""}
+    if unknown := sorted(names - set(known)):
+        raise PerceptError(f"{parameter} does not know '{unknown[0]}': choose among {', '.join(known)}.")
+    return names
+
+
 def recipe_files(recipe: str, stage: str) -> list[Path]:
     """The files of a recipe for a stage, in order: "mindeye/mini" -> recipes/mindeye/<stage>.yaml, recipes/mindeye/mini/<stage>.yaml.
 
@@ -378,7 +398,9 @@ def run_name(recipe: str, parameters: dict[str, Any]) -> str:
 
 def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: str) -> Run:
     run = Run(run_name(recipe, values), stage, recipe, values, origins)
-    if "dataset" in values and not stage.startswith("00"):
+    if values.get("vd_cache_dir"):
+        _keep_hub_in(resolve(str(values["vd_cache_dir"])))
+    if "dataset" in values and not stage.startswith("00") and not values.get("data_path"):
         folder = HOME / "data" / values["dataset"] / f"subj{int(values['subj']):02d}"
         if not folder.is_dir():
             raise PerceptError(
@@ -391,6 +413,13 @@ def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: 
         record = {name: {"value": value, "from": origins[name]} for name, value in values.items()}
         write_json(run.results / "parameters" / f"{stage}.json", record)
     return run
+
+
+def _keep_hub_in(folder: Path) -> None:
+    """Let the hub's client keep its files in `folder`; it reads that once, when it is imported."""
+    if "huggingface_hub" in sys.modules and os.environ.get("HF_HUB_CACHE") != str(folder):
+        raise PerceptError(f"vd_cache_dir cannot become {folder} any more, as the hub's client is loaded: restart the kernel and run this cell first.")
+    os.environ["HF_HUB_CACHE"] = str(folder)
 
 
 def resolve(path: str) -> Path:

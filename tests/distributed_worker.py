@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.training import fit, gather
-from src.utils import PerceptError
+from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
+from src.reconstruct import build_decoder, high_level_config
+from src.training import fit, gather, own_rows
+from src.utils import PerceptError, seeded
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
@@ -87,6 +89,66 @@ def nan_in_one_process(model, batch, epoch):
     return loss, logs
 
 
+# ------------------------------------------------------------------------------------------------ MindEye's own step
+VOXELS, TOKENS, WIDTH, MIND_BATCH, MIND_SAMPLES = 11, 3, 8, 8, 80  # 10 steps an epoch
+
+
+def notebook_step():
+    """`step` of notebook 01, as it stands there, in both its phases, with prior and direct regression."""
+    text = (Path(__file__).resolve().parents[1] / "notebooks" / "01_train_high_level.py").read_text()
+    cells = [cell for cell in text.split("# %%") if "def contrast(" in cell or "def step(" in cell]
+    scope = {
+        "torch": torch, "F": F, "mixup_pct": 0.5, "num_epochs": EPOCHS, "published": set(), "v2c": True, "prior": True, "prior_weight": 30.0, "mse_mult": 1.0,
+        "n_tokens": TOKENS, "dim": WIDTH, "cosine_anneal": cosine_anneal, "mixco": mixco, "mixco_nce": mixco_nce, "soft_clip_loss": soft_clip_loss,
+        "unit": unit, "gather": gather, "own_rows": own_rows, "seeded": seeded,
+    }  # fmt: skip
+    for cell in cells:
+        exec(cell, scope)
+    return scope["step"]
+
+
+class MindData:
+    """Voxels and tokens with seeds of their own, as `BrainDataset` gives them."""
+
+    def __init__(self, dtype):
+        generator = torch.Generator().manual_seed(4)
+        self.voxels = torch.randn(MIND_SAMPLES, VOXELS, generator=generator, dtype=torch.float64).to(dtype)
+        self.tokens = torch.randn(MIND_SAMPLES, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        self.epoch = 0
+
+    def __len__(self):
+        return MIND_SAMPLES
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitems__(self, indices):
+        return {"voxels": self.voxels[indices], "tokens": self.tokens[indices], "seed": 1000 * self.epoch + torch.as_tensor(indices)}
+
+
+def mind_eye(folder, dtype):
+    """The loss of each of 20 steps in this process, and the weights at the end."""
+    torch.manual_seed(0)
+    sizes = {"h": 16, "n_blocks": 1, "projector_dim": 16, "prior_depth": 2, "prior_heads": 2, "prior_dim_head": 8, "timesteps": 10}
+    parameters = sizes | {"hidden": True, "use_projector": True, "max_text_len": 0}
+    model = build_decoder(high_level_config(parameters, VOXELS, TOKENS, WIDTH))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses, notebook = [], notebook_step()
+
+    def step(model, batch, epoch):
+        loss, logs = notebook(model, batch, epoch)
+        losses.append(loss.item())
+        return loss, logs
+
+    fit(
+        model.to(dtype), step, MindData(dtype), folder=folder / f"mind_{dtype}".replace(".", "_"), config={}, epochs=EPOCHS, batch_size=MIND_BATCH,
+        max_lr=1e-3, device="cpu",
+    )  # fmt: skip
+    return {"losses": losses, "weights": model.state_dict()}
+
+
 STEPS = {"mean": mean_step, "contrastive": contrastive_step, "local": local_step, "noisy": noisy_step, "inf": nan_in_one_process}
 
 
@@ -144,6 +206,7 @@ def interrupted(folder):
 
 def main(folder):
     found = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in STEPS}
+    found["mind_eye"] = mind_eye(folder, torch.float64)
     found["refusals"] = refusals(folder)
     found["interrupted after"] = interrupted(folder)
     found["resumed"] = train(folder / "interrupted", "noisy", seed=5)

@@ -19,6 +19,7 @@ from src.data import (
     ImageStore,
     Normaliser,
     cached_targets,
+    cached_views,
     check_trials,
     choose_repeats,
     open_subject,
@@ -607,3 +608,65 @@ def test_bad_targets(world, encode, message):
         cached_targets(world.folder, "pixels", {}, world.ids, encode, (4, 18))
     with pytest.raises(PerceptError, match="Image 1 is not in"):
         cached_targets(world.folder, "pixels", {}, [1], Encoder(), (4, 18))
+
+
+# ------------------------------------------------------------------------------------------------ seeds, views, joined splits
+def test_seeds_depend_on_seed_epoch_and_image_alone(world):
+    dataset = BrainDataset(world.subject, "train", seed=3)
+    seeds = dataset.__getitems__([0, 1, 2])["seed"]
+    assert torch.equal(dataset.__getitems__([2, 0])["seed"], seeds[[2, 0]]) and len(seeds.unique()) == 3 and (seeds >= 0).all()
+    dataset.set_epoch(1)
+    assert not (dataset.__getitems__([0, 1, 2])["seed"] == seeds).any()
+
+
+def test_pixels_are_those_of_the_images(world):
+    batch = BrainDataset(world.subject, "train", pixels=True).__getitems__([1, 0])
+    assert batch["pixels"].dtype == torch.uint8
+    np.testing.assert_array_equal(batch["pixels"].permute(0, 2, 3, 1).numpy(), world.subject.images(batch["image"].numpy()))
+
+
+def test_a_batch_may_show_one_number_of_repeat(world):
+    dataset = BrainDataset(world.subject, "train", repeats="batch", seed=1)
+    table = np.stack(world.subject.rows_by_image("train"))
+    shown = set()
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        voxels = dataset.__getitems__([2, 0, 1])["voxels"].numpy()
+        fits = [r for r in range(table.shape[1]) if np.array_equal(voxels, world.subject.read(table[[2, 0, 1], r]))]
+        assert len(fits) == 1
+        shown |= set(fits)
+    assert shown == set(range(table.shape[1]))
+
+
+def test_splits_can_be_joined(world):
+    both = BrainDataset(world.subject, "train+val")
+    ids = np.union1d(world.subject.image_ids("train"), world.subject.image_ids("val"))
+    np.testing.assert_array_equal(both.image_ids, ids)
+    with pytest.raises(PerceptError, match="There is no split 'tset'"):
+        world.subject.image_ids("train+tset")
+
+
+def test_views_are_made_once_and_shown_in_turn(world):
+    calls = []
+
+    def encode(images, seed):
+        calls.append(seed)
+        return images[:, 0, 0].astype(np.float32) / 255 + np.random.default_rng(seed).random()
+
+    options = {"fingerprint": {}, "image_ids": world.ids, "encode": encode, "shape": (3,), "views": 3, "dtype": "float32"}
+    views = cached_views(world.folder, "colour", **options)
+    assert len(calls) == 3 == len(set(calls))
+    again = cached_views(world.folder, "colour", **options)
+    assert len(calls) == 3
+    versions = np.stack([v.rows(world.ids) for v in again.versions])  # (versions, images, 3)
+    dataset, shown = BrainDataset(world.subject, "train", {"colour": views}, seed=5), set()
+    at = [int(np.flatnonzero(world.ids == image)[0]) for image in dataset.image_ids]
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        rows = dataset.__getitems__(range(len(dataset)))["colour"].numpy()
+        chosen = [int(np.flatnonzero((versions[:, i] == row).all(1))[0]) for i, row in zip(at, rows, strict=True)]
+        shown |= set(chosen)
+        np.testing.assert_array_equal(rows[:1], dataset.__getitems__([0])["colour"].numpy())
+    assert shown == {0, 1, 2}
+    with pytest.raises(PerceptError, match="choose at least 1"):
+        cached_views(world.folder, "colour", **options | {"views": 0})

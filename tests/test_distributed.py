@@ -46,6 +46,15 @@ def test_losses_gradients_and_weights_agree(one, two, name):
             assert np.allclose(values, two[rank][name]["history"][column], rtol=1e-5, atol=1e-6), column
 
 
+def test_the_step_of_notebook_01_gives_the_same_losses(two, tmp_path):
+    """MixCo over the whole batch, SoftCLIP with gathered negatives, the prior's noise from seeds: 20 steps in double precision, without dropout."""
+    alone = worker.mind_eye(tmp_path, torch.float64)
+    together = np.mean([two[rank]["mind_eye"]["losses"] for rank in (0, 1)], axis=0)
+    assert len(together) == 20 and np.abs(together - alone["losses"]).max() < 1e-8
+    assert largest_difference(alone["weights"], two[0]["mind_eye"]["weights"]) < 1e-8
+    assert max(alone["losses"]) > min(alone["losses"]) + 0.1
+
+
 def test_without_gather_they_would_not_agree(one, two):
     assert largest_difference(one["local"]["gradients"], two[0]["local"]["gradients"]) > 1e-3
 

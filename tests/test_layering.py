@@ -7,12 +7,12 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
-SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "retrieval", "figures", "miniworld", "download", "readers"}
-THIRD = {"training", "published", "reconstruct", "report"}
+SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "retrieval", "figures", "miniworld", "download", "readers", "augment"}
+THIRD = {"training", "published", "reconstruct", "report", "dryrun"}
 DOORS = {
     "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
     "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data"},
-    "accelerate": {"training"}, "faiss": {"retrieval"}, "torchvision.models": {"metrics"},
+    "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"}, "torchvision.models": {"metrics"},
 }  # fmt: skip
 
 

@@ -259,3 +259,71 @@ def test_a_missing_model_is_named(tmp_path):
     (tmp_path / "clip").mkdir()
     with pytest.raises(PerceptError, match="Could not load"):
         pretrained.Clipper(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ the variants of CLIP
+@pytest.fixture(scope="module")
+def resnet_folder(tmp_path_factory):
+    """A folder with RN50.pt: the real architecture at a small width, as a plain state dict."""
+    pytest.importorskip("clip")
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    made = CLIP(1024, 224, (3, 4, 6, 3), 8, None, 77, 49408, 64, 1, 1)
+    folder = tmp_path_factory.mktemp("openai")
+    torch.save(made.eval().state_dict(), folder / "RN50.pt")
+    return folder, made
+
+
+def test_a_resnet_clip_is_openais_own(resnet_folder):
+    folder, made = resnet_folder
+    clipper = pretrained.Clipper(str(folder), hidden=False, norm_embs=False, variant="RN50")
+    images = pretrained.fixed_image(256)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    small = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=False)
+    with torch.no_grad():
+        wanted = made.float().encode_image((small - mean) / std)
+    assert clipper.embed_image(images).shape == (1, 1024) and (clipper.size, clipper.dim, clipper.tokens) == (224, 1024, 1)
+    assert torch.allclose(clipper.embed_image(images), wanted, atol=1e-2 * wanted.abs().max())  # the package rounds weights to half precision on loading
+    unit = pretrained.Clipper(str(folder), hidden=False, variant="RN50").embed_text(["a red cat", ""])
+    assert torch.allclose(unit.norm(dim=-1), torch.ones(2), atol=1e-5)
+    assert clipper.fingerprint()["variant"] == "RN50"
+
+
+def test_the_largest_resnet_reads_448_pixels():
+    from clip.model import CLIP
+
+    with torch.device("meta"):
+        visual = CLIP(1024, 448, (3, 15, 36, 10), 128, None, 77, 49408, 1024, 16, 12).visual
+    assert visual.input_resolution == 448 and visual.output_dim == 1024
+
+
+def test_vit_b_32_lies_under_its_own_name(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, patch_size=32, projection_dim=12)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip-ViT-B-32")
+    clipper = pretrained.Clipper(str(tmp_path), variant="ViT-B/32")
+    assert clipper.embed_image(pretrained.fixed_image(224)).shape == (1, 50, 12) and clipper.target_shape == (50, 12)
+    with pytest.raises(PerceptError, match="'clip' is not at"):
+        pretrained.Clipper(str(tmp_path))
+
+
+def test_embeddings_can_be_limited_before_they_are_normalised():
+    free, limited = (pretrained.Clipper("mini", hidden=False, norm_embs=False, clamp_embs=clamp) for clamp in (False, True))
+    x = pretrained.fixed_image(32)
+    assert torch.equal(limited.embed_image(x), free.embed_image(x).clamp(-1.5, 1.5)) and free.embed_image(x).abs().max() > 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "ViT-B/16"}, "no CLIP variant 'ViT-B/16'"),
+        ({"variant": "RN50"}, "without hidden tokens"),
+        ({"variant": "RN50", "hidden": False}, "one miniature of CLIP"),
+        ({"variant": "RN50x64", "hidden": False, "weights": "nowhere"}, "put OpenAI's file there"),
+    ],
+)
+def test_variants_that_cannot_be_had_are_refused(options, message):
+    with pytest.raises(PerceptError, match=message):
+        pretrained.Clipper(**{"weights": "mini"} | options)

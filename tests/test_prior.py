@@ -237,3 +237,96 @@ def test_refusals():
 def test_generators_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(PerceptError, match="cannot share"):
         _tiny().sample(torch.randn(3, TOKENS, DIM), generator=[torch.Generator(), torch.Generator()])
+
+
+# ------------------------------------------------------------------------------------------------ few steps, and draws from seeds
+class _Gaussian(Denoiser):
+    """The best prediction where clean tokens are normal with a known spread around the condition."""
+
+    spread = 0.3
+
+    def __init__(self, prior_levels):
+        super().__init__()
+        self.bar, self.calls = prior_levels, 0
+
+    def forward(self, x, t, condition, brain_cond_drop_prob=0.0, image_cond_drop_prob=0.0):
+        self.calls += 1
+        bar = self.bar[t].view(-1, 1, 1)
+        gain = bar.sqrt() * self.spread**2 / (bar * self.spread**2 + 1 - bar)
+        return condition + gain * (x - bar.sqrt() * condition)
+
+    def kept_positions(self):
+        return torch.no_grad()
+
+
+def _exact(start, condition, bar, spread):
+    """Where the probability-flow ODE ends that starts at `start`: its solution for a Gaussian, by ratio of standard deviations."""
+    begin = (bar * spread**2 + 1 - bar).sqrt()
+    return condition + (start - bar.sqrt() * condition) * spread / begin
+
+
+def _gaussian_prior():
+    levels = noise_schedule(100)["alphas_cumprod"]
+    return BrainDiffusionPrior(_Gaussian(levels), image_embed_dim=DIM, timesteps=100, image_embed_scale=1.0), levels
+
+
+@pytest.mark.parametrize("steps", [4, 10, 20])
+def test_dpm_solver_does_what_diffusers_does(steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    prior, _ = _gaussian_prior()
+    betas = noise_schedule(100)["betas"]
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=betas.numpy(), prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
+        timestep_spacing="linspace", num_train_timesteps=100,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    condition = torch.randn(BATCH, TOKENS, DIM)
+    start = torch.randn(condition.shape, generator=torch.Generator().manual_seed(1))
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(prior.net(x, t.expand(BATCH), condition), t, x).prev_sample
+    ours = prior.sample(condition, timesteps=steps, generator=torch.Generator().manual_seed(1), solver="dpm++")
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+
+
+def test_dpm_solver_comes_nearer_to_the_exact_solution_with_more_steps():
+    prior, levels = _gaussian_prior()
+    condition = torch.randn(BATCH, TOKENS, DIM)
+    start = torch.randn(condition.shape, generator=torch.Generator().manual_seed(1))
+    wanted = _exact(start, condition, levels[-1], prior.net.spread)
+
+    def error(steps):
+        made = prior.sample(condition, timesteps=steps, generator=torch.Generator().manual_seed(1), solver="dpm++")
+        return float((made - wanted).square().mean().sqrt())
+
+    errors = [error(steps) for steps in (5, 10, 20, 50)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 < errors[0] < 0.3
+    prior.net.calls = 0
+    error(10)
+    assert prior.net.calls == 10
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(PerceptError, match="no solver 'euler'"):
+        _tiny().sample(torch.zeros(1, TOKENS, DIM), solver="euler")
+
+
+def test_draws_from_seeds_do_not_depend_on_the_batch():
+    prior = _tiny(drop=0.5)
+    tokens, condition, seeds = torch.randn(6, TOKENS, DIM), torch.randn(6, TOKENS, DIM), torch.tensor([3, 1, 4, 1, 5, 9])
+    torch.manual_seed(1)
+    whole = prior(text_embed=condition, image_embed=tokens, seeds=seeds)[1]
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(1)), "torch's own generator is left alone"
+    halves = [prior(text_embed=condition[i], image_embed=tokens[i], seeds=seeds[i])[1] for i in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-5, atol=1e-5)
+    other = prior(text_embed=condition, image_embed=tokens, seeds=seeds + 100)[1]
+    assert not torch.allclose(whole, other)
+
+
+def test_draws_from_seeds_are_spread_as_they_should_be():
+    prior = _tiny(timesteps=50, drop=0.3)
+    draws = prior._draws(torch.zeros(4000, 2, 3), torch.arange(4000))
+    assert abs(draws["noise"].mean()) < 0.03 and abs(draws["noise"].std() - 1) < 0.03
+    assert set(draws["times"].tolist()) == set(range(50)) and abs(draws["drop"].float().mean(1) - 0.3).max() < 0.03
+    assert abs(np.corrcoef(draws["drop"].numpy())[0, 1]) < 0.06

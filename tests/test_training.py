@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import training
+from src import training, utils
 from src.training import DECAYS, SCHEDULERS, batches, epoch_order, evaluate, fit, gather, load_best, parameter_groups
 from src.utils import PerceptError, load_checkpoint
 
@@ -538,3 +538,48 @@ def test_the_state_is_plain(tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert json.loads(json.dumps(state["identity"]))["fit"]["max_lr"] == 1e-2 and len(state["processes"]) == 1
     assert os.listdir(tmp_path) == ["state.pt"]
+
+
+# ------------------------------------------------------------------------------------------------ figures, tracking, orders
+def test_an_order_with_replacement_misses_about_a_third():
+    order = training.ORDERS["resampled"](1000, 0, 3)
+    assert np.array_equal(order, training.ORDERS["resampled"](1000, 0, 3)) and not np.array_equal(order, training.ORDERS["resampled"](1000, 0, 4))
+    assert 0.6 < len(np.unique(order)) / 1000 < 0.66
+    assert sorted(training.ORDERS["shuffled"](1000, 0, 3)) == list(range(1000))
+
+
+def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changing_the_training(tmp_path):
+    seen, rows = [], []
+
+    def draw(model, epoch):
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(7)
+        seen.append(epoch)
+        return {"figure": f"drawn at {epoch}"}
+
+    _, plain = train(tmp_path / "plain", epochs=5)
+    _, drawn = train(tmp_path / "drawn", epochs=5, draw=draw, ckpt_interval=2, logger=lambda row, step: rows.append(row.get("figure")))
+    assert seen == [1, 3, 4] and rows == [None, "drawn at 1", None, "drawn at 3", "drawn at 4"]
+    pd.testing.assert_frame_equal(without_time(plain), without_time(drawn))
+
+
+def test_without_checkpoints_only_the_state_is_kept(tmp_path):
+    train(tmp_path / "run", epochs=1, checkpoints=False)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["history.csv", "state.pt"]
+
+
+def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    started = utils.Run("toy", "01_train_high_level", "", {"seed": 1}, {"seed": "cell"})
+    logger = training.tracker(started, True, "a project")
+    _, history = train(tmp_path / "run", epochs=2, logger=logger, draw=lambda model, epoch: {"umap": plt.figure()}, ckpt_interval=1)
+    logger.finish()
+    written = list((tmp_path / "train_logs" / "toy" / "wandb").glob("offline-run-*-toy-01_train_high_level"))
+    assert len(written) == 1 and len(history) == 2
+    stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
+    assert b"train/loss" in stored and b"a project" in stored and len(list(written[0].rglob("*.png"))) == 2
+    assert training.tracker(started, False, "a project") is None
