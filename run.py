@@ -3,6 +3,7 @@
     python run.py list                                   # recipes, stages, cost
     python run.py mindeye --mini                         # the miniature, no data and no GPU needed
     python run.py mindeye -p subj 5 -p data_path /nsd    # an override goes to every stage that has the name
+    python run.py mindeye --dry-run                      # what it will need: parameters, memory, disk
     python run.py mindeye --mini -f my.yaml              # a file of overrides, laid over the recipe and under -p
     python run.py mindeye --mini --from 03 --force       # again from stage 03
 
@@ -200,6 +201,18 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
     return results
 
 
+def dry_run(recipe: str, overrides: dict[str, Any]) -> None:
+    """Print what the trainings of a recipe will need; nothing is loaded, downloaded or written."""
+    from src.dryrun import plan
+
+    stages = stages_of(recipe.split("/")[0])
+    check_overrides(stages, overrides, "-p")
+    for stage in stages:
+        known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
+        needed = plan(stage, {name: p.default for name, p in known.items()} | parameters_of(stage, recipe, overrides))
+        print(needed or f"{stage}: trains no network. {cost_of(stage)}", flush=True)
+
+
 def list_recipes() -> None:
     """Print recipes, their stages and what these cost."""
     for folder in sorted(path for path in utils.RECIPES.iterdir() if path.is_dir()):
@@ -217,6 +230,7 @@ def main() -> int:
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one parameter")
     parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
     parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
+    parser.add_argument("--dry-run", action="store_true", help="only tell what the trainings will need: parameters, memory, disk")
     args, rest = parser.parse_known_args()
     if args.recipe == "sweep":
         raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")
@@ -225,6 +239,10 @@ def main() -> int:
     if args.recipe == "list":
         list_recipes()
         sys.stdout.flush()
+        return 0
+    if args.dry_run:
+        overrides = {name: value for file in args.files for name, value in utils.read_recipe(file).items()} | dict(args.pairs)
+        dry_run(args.recipe + ("/mini" if args.mini else ""), overrides)
         return 0
     run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force, args.files)
     return 0

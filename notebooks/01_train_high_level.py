@@ -60,6 +60,7 @@ wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
 precision = "no"  # one of no, bf16, fp16
+step_in_backward = False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
 seed = 42  # of everything random
 
 # %%
@@ -75,6 +76,7 @@ import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation
 from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, subject_folder
+from src.dryrun import plan
 from src.figures import image_grid, save, training_curves, umap_scatter
 from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
 from src.models import RidgeBaseline
@@ -82,7 +84,7 @@ from src.pretrained import Clipper
 from src.published import load_laion_prior
 from src.readers import mindeye
 from src.reconstruct import build_decoder, high_level_config, predict_tokens
-from src.training import fit, gather, own_rows, tracker
+from src.training import batches, fit, gather, own_rows, tracker
 from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
 
 # %% [markdown]
@@ -151,7 +153,7 @@ model = build_decoder(config["model"])
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
     print(f"the prior starts as LAION's; fresh are {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip")
-print(f"{count_parameters(model.voxel2clip):,} parameters in voxel2clip, {count_parameters(model.net):,} in the prior")
+print(plan(run.stage, run.parameters) or "the ridge baseline alone")
 
 # %% [markdown]
 # ## The step
@@ -202,20 +204,25 @@ def step(model, batch, epoch):
 
 # %%
 def predicted(model):
-    """Of all validation images: backbone, projected and true tokens (images, tokens, dim), and seeds (images,)."""
-    batch, device = val.__getitems__(list(range(len(val)))), next(model.parameters()).device
-    return *model.voxel2clip.tokens(batch["voxels"].to(device)), target_of(batch).to(device), batch["seed"].to(device)
+    """Of all validation images: projected and true tokens (images, tokens, dim), and the errors of the prior and of the backbone (images,)."""
+    found = []
+    for batch in batches(val, batch_size, next(model.parameters()).device):  # as large as in training, so that memory does not grow
+        target = target_of(batch)
+        backbone, projected = model.voxel2clip.tokens(batch["voxels"])
+        direct = (backbone - target * dim**0.5).square().mean((1, 2))
+        guess = model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1] if prior else 0 * target
+        found.append((projected, target, (guess - target * model.image_embed_scale).square().mean((1, 2)), direct))
+    return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
 
 @torch.no_grad()
 def validate(model):
     """Losses and retrieval over the whole validation split."""
-    backbone, projected, target, seeds = predicted(model)
+    projected, target, of_prior, of_backbone = predicted(model)
     brain, image = unit(projected), unit(target)
     right, similar = torch.arange(len(brain), device=brain.device), brain @ image.T
     nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
-    mse = model(text_embed=backbone, image_embed=target, seeds=seeds)[0] if prior else brain.new_zeros(())
-    direct = F.mse_loss(backbone, target * dim**0.5)
+    mse, direct = of_prior.mean() if prior else brain.new_zeros(()), of_backbone.mean()
     values = {
         "loss": nce + prior_weight * mse + mse_mult * direct, "loss_nce": nce, "loss_prior": mse, "token_r2": 1 - direct / (target.var() * dim),
         "cosine_sim": similar.diagonal().mean(), "image_from_brain": (similar.argmax(1) == right).float().mean(),
@@ -239,7 +246,7 @@ def draw(model, epoch):
     """Figures of an epoch by name."""
     figures = {}
     if plot_umap:
-        _, projected, target, _ = predicted(model)
+        projected, target, *_ = predicted(model)
         labels = subject.labels.set_index("image").loc[val.image_ids, umap_label] if umap_label else ["image"] * len(val)
         figures["umap"] = umap_scatter(projected, target, labels, seed=seed)
     if n_samples_save:
@@ -261,7 +268,7 @@ if decoder != "ridge":
         validate=validate, seed=seed, scheduler=lr_scheduler_type, precision=precision, resume=resume_from_ckpt,
         decay="published" if "norm_decay" in published else "no_norms", order="resampled" if "resampled_epochs" in published else "shuffled",
         checkpoints=ckpt_saving, ckpt_interval=ckpt_interval, save_at_end=save_at_end or "train_on_val" in published, device=run.device,
-        logger=logger, draw=draw if plot_umap or n_samples_save else None,
+        step_in_backward=step_in_backward, logger=logger, draw=draw if plot_umap or n_samples_save else None,
     )  # fmt: skip
     figure = training_curves(history)
     save(figure, run.results / "figures" / "01_training.png")

@@ -19,15 +19,26 @@ decoder = "network"  # one of network, ridge, both
 batch_size = 8  # images a step over all processes
 num_epochs = 120  # passes over the training images
 max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes
+mixup_pct = -1.0  # share of the epochs in which voxels and latents of two images are mixed, negative for none
 h = 4096  # width of the residual MLP
 n_blocks = 4  # its residual blocks
 ups_mode = "4x"  # one of 4x, 8x, 16x
 latent_size = 64  # height and width of the latents
 block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
 voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
+use_cont = True  # contrastive loss against the local embeddings of a frozen teacher
+cont_model = "cnx"  # one of cnx; the teacher, VICRegL's ConvNeXt
+cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step
+use_reconst = False  # loss on the decoded picture, at half size
+use_blurred_training = False  # that picture's target is median-filtered
+use_sobel_loss = False  # loss on the edges of the decoded picture, needs use_reconst
+best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 24  # epochs between kept checkpoints
+ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "stability"  # its project
+use_mp = False  # mixed precision, fp16 on a GPU and bf16 on a CPU, unless precision says otherwise
 precision = "no"  # one of no, bf16, fp16
 seed = 0  # of everything random
 
@@ -41,53 +52,83 @@ run
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.filters import median_blur
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject
+from src.augment import augmented, teacher_augmentation
+from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
+from src.dryrun import plan
 from src.figures import image_grid, save, training_curves
+from src.losses import mixco, sobel_loss, soft_cont_loss
+from src.metrics import ssim
 from src.models import RidgeBaseline
-from src.pretrained import LatentAutoencoder
-from src.reconstruct import build_decoder, predict_latents
-from src.training import fit
-from src.utils import count_parameters, save_checkpoint
+from src.pretrained import LatentAutoencoder, Teacher
+from src.reconstruct import build_decoder, low_level_config, predict_latents
+from src.training import fit, gather, tracker
+from src.utils import PerceptError, count_parameters, save_checkpoint
 
 # %% [markdown]
 # ## Data
-# The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. It is computed once.
+# The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. It is computed once, as
+# are the teacher's embeddings of the image.
 
 # %%
+if use_sobel_loss and not use_reconst:
+    raise PerceptError("use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True, too.")
 subject = open_subject(dataset, subj)
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
 latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
-repeats = "all" if voxel_select else "random"
-data = {s: BrainDataset(subject, s, {"latents": latents}, normaliser, repeats=r, seed=seed) for s, r in (("train", repeats), ("val", "mean"))}
-print(f"(train images, voxels) = ({len(data['train'])}, {subject.betas.shape[1]})")
 print(f"(channels, height, width) of a latent = {autoencoder.latent_shape}")
+
+# %%
+targets, train_ids = {"latents": latents}, subject.image_ids("train")
+if use_cont:
+    teacher = Teacher(weights, device=run.device)
+    augment, made_by = teacher_augmentation(teacher.image_size), teacher.fingerprint()
+    targets["maps"] = cached_targets(dataset, "teacher_maps", made_by, train_ids, teacher.encode_pixels, teacher.target_shape)
+    print(f"(locations, dim) of the teacher = {teacher.target_shape}")
+
+
+def encode_view(images, view_seed):
+    """uint8 images (batch, height, width, 3), augmented -> the teacher's embeddings (batch, locations, dim)."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return teacher.maps(augmented(augment, x, view_seed)).float().cpu().numpy()
+
+
+if use_cont and cached_views:
+    made_by = made_by | {"augmentation": repr(augment)}
+    targets["maps_aug"] = make_views(dataset, "teacher_maps", made_by, train_ids, encode_view, teacher.target_shape, cached_views)
+needs_pixels = use_reconst or (use_cont and not cached_views)
+train = BrainDataset(subject, "train", targets, normaliser, "all" if voxel_select else "random", seed, pixels=needs_pixels)
+val = BrainDataset(subject, "val", {"latents": latents}, normaliser, "mean", seed, pixels=True)
+print(f"(train images, voxels) = ({len(train)}, {subject.betas.shape[1]})")
 
 # %% [markdown]
 # ## Model
 # A residual MLP without biases, then the decoder half of an autoencoder as upsampler.
 
 # %%
-kwargs = {"in_dim": subject.betas.shape[1], "h": h, "n_blocks": n_blocks, "use_cont": False, "ups_mode": ups_mode, "latent_size": latent_size}
-if block_out_channels:
-    kwargs["block_out_channels"] = [int(width) for width in block_out_channels.split(",")]
+told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "seed")
 config = {
-    "model": {"name": "Voxel2StableDiffusionModel", "kwargs": kwargs},
-    "training": {k: run.parameters[k] for k in ("batch_size", "num_epochs", "max_lr", "voxel_select", "seed")},
+    "model": low_level_config(run.parameters, subject.betas.shape[1]),
+    "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
 }
 model = build_decoder(config["model"])
-print(f"{count_parameters(model):,} parameters")
+print(plan(run.stage, run.parameters) or f"{count_parameters(model):,} parameters")
 
 # %% [markdown]
 # ## The step
-# The published mixture of repeats: with probability .5 a random convex combination of an image's repeats, with .3 their mean, with .2 one of
-# them. The loss is the mean absolute error of the unscaled latents.
+# - **latents**: mean absolute error of the unscaled latents.
+# - **contrastive** (weight .1): at every place the network's embedding should be as similar to the teacher's embeddings of augmented images, over all
+#   places of the batch, as the teacher's embedding of the clean image is.
+# - **picture** (weight 2) and **edges** (16), optional: of the latents decoded at half size, in single precision, of a quarter of the batch.
+#
+# Repeats are mixed as published: with probability .5 a random convex combination of an image's repeats, with .3 their mean, with .2 one of them.
 
 # %%
-scale = autoencoder.scale
+scale, mix_epochs = autoencoder.scale, int(mixup_pct * num_epochs)
 
 
 def mix_repeats(voxels):
@@ -99,31 +140,91 @@ def mix_repeats(voxels):
     return voxels.mean(1) if draw < 0.8 else voxels[:, torch.randint(n, ())]
 
 
-def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, [repeats,] voxels), latents (batch, channels, h, w)."""
-    voxels = mix_repeats(batch["voxels"]) if voxel_select else batch["voxels"]
-    loss = F.l1_loss(model(voxels), batch["latents"]) / scale
-    return loss, {"loss_l1": loss.detach()}
+def places(maps, like=None):
+    """Embeddings (batch, locations, dim) -> unit rows (batch * locations, dim), averaged over as many locations as `like` has."""
+    if like is not None and like.shape[1] < maps.shape[1]:
+        side, fewer = (int(m.shape[1] ** 0.5) for m in (maps, like))
+        maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), fewer).flatten(2).mT
+    return F.normalize(maps.flatten(0, 1).float(), dim=-1)
 
 
 # %%
+def picture_losses(latent, pixels):
+    """Differences of the decoded picture and of its edges, for latents (batch, channels, h, w) and uint8 pixels (batch, 3, height, width)."""
+    some = max(1, len(latent) // 4)
+    with torch.autocast(latent.device.type, enabled=False):
+        small = F.interpolate(latent[:some].float(), scale_factor=0.5, mode="bilinear")
+        made = autoencoder.model.decode(small / scale).sample / 2 + 0.5
+        wanted = F.interpolate(pixels[:some].float() / 255, made.shape[-2:], mode="bilinear", antialias=True)
+        seen = median_blur(wanted, (7, 7)) if use_blurred_training else wanted
+        losses = {"reconst": (2.0, 2 * F.l1_loss(made, seen).nan_to_num())}  # twice, as pictures from -1 to 1 are published
+        if use_sobel_loss:
+            losses["sobel"] = (16.0, sobel_loss(made, wanted))
+    return losses
+
+
+# %%
+def step(model, batch, epoch):
+    """Loss of one batch: voxels (batch, [repeats,] voxels), latents (batch, channels, h, w), maps (batch, locations, dim), pixels."""
+    voxels = mix_repeats(batch["voxels"]) if voxel_select else batch["voxels"]
+    target, mixing = batch["latents"], epoch < mix_epochs
+    if mixing:
+        voxels, perm, betas, _ = mixco(voxels)
+        target = torch.lerp(target[perm], target, betas[:, None, None, None])
+    latent, maps = out if isinstance(out := model(voxels), tuple) else (out, None)
+    losses = {"l1": (1 / scale, F.l1_loss(latent, target))}
+    if use_cont and not mixing:  # of a mixture the teacher has seen no picture
+        again = batch["maps_aug"] if cached_views else teacher.maps(augment(batch["pixels"].float() / 255))
+        rows = [gather(places(m, maps)) for m in (maps, batch["maps"], again)]
+        losses["cont"] = (0.1, soft_cont_loss(*rows, temp=0.075))
+    if use_reconst and not mixing:
+        losses |= picture_losses(latent, batch["pixels"])
+    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
+
+
+# %%
+def decoded(model):
+    """Predicted latents of the validation images (images, channels, h, w)."""
+    batch, device = val.__getitems__(list(range(len(val)))), next(model.parameters()).device
+    out = model(batch["voxels"].to(device))
+    return (out[0] if isinstance(out, tuple) else out), batch
+
+
 @torch.no_grad()
 def validate(model):
-    """Mean squared error of the latents of the validation images, repeats averaged."""
-    batch = data["val"].__getitems__(list(range(len(data["val"]))))
-    device = next(model.parameters()).device
-    predicted, target = model(batch["voxels"].to(device)), batch["latents"].to(device)
+    """Mean squared error of the latents of the validation images, repeats averaged, and similarity of their pictures where that chooses."""
+    predicted, batch = decoded(model)
+    target = batch["latents"].to(predicted.device)
     mse = F.mse_loss(predicted, target)
-    return {"val/loss": mse.item(), "val/r2": 1 - (mse / target.var()).item()}
+    values = {"val/mse": mse.item(), "val/r2": 1 - (mse / target.var()).item(), "val/loss": mse.item()}
+    if best_by == "ssim":
+        alike = ssim(batch["pixels"].float() / 255, autoencoder.decode(predicted.float()).cpu()).mean()
+        values |= {"val/ssim": float(alike), "val/loss": 1 - float(alike)}
+    return values
+
+
+# %%
+def draw(model, epoch):
+    """The first validation images: seen, kept by the autoencoder, read from the brain."""
+    predicted, batch = decoded(model)
+    pictures = {name: autoencoder.decode(x[:12].float()).cpu() for name, x in (("autoencoder", batch["latents"]), (f"epoch {epoch}", predicted))}
+    figure = image_grid({"seen": batch["pixels"][:12].float() / 255} | pictures)
+    save(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
+    return {"samples": figure}
 
 
 # %%
 if decoder != "ridge":
+    mixed = {"cuda": "fp16", "cpu": "bf16"}[run.device.split(":")[0]] if use_mp and precision == "no" else precision
+    logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, data["train"], folder=run.logs / "low_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
-        validate=validate, seed=seed, precision=precision, resume=resume_from_ckpt, ckpt_interval=ckpt_interval, device=run.device,
+        model, step, train, folder=run.logs / "low_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
+        validate=validate, seed=seed, precision=mixed, resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval),
+        device=run.device, logger=logger, draw=draw if ckpt_interval else None,
     )  # fmt: skip
     save(training_curves(history), run.results / "figures" / "02_training.png")
+    if logger is not None:
+        logger.finish()
 
 # %% [markdown]
 # ## The ridge baseline

@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from kornia.filters import median_blur, sobel
 from torch import Tensor
 
 from src.utils import PerceptError
@@ -116,6 +117,14 @@ def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: 
     """
     wanted, given = teacher @ teacher_aug.T / temp, student @ teacher_aug.T / temp  # (locations, locations)
     return (_soft_cross_entropy(given, wanted) + _soft_cross_entropy(given.T, wanted.T)) / 2
+
+
+def sobel_loss(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean absolute difference of edges: those of `images` and those of median-filtered `targets`, both (batch, 3, height, width) in [0, 1].
+
+    Source: MindEye (arXiv 2305.18274), its script for the autoencoder.
+    """
+    return F.l1_loss(sobel(images), sobel(median_blur(targets, (3, 3))))
 
 
 def cosine_anneal(start: float, end: float, steps: int) -> list[float]:

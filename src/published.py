@@ -1,10 +1,12 @@
-"""Checkpoints that others released: read without running code from them, rebuild the network they hold, load it strictly.
+"""Checkpoints as others released them: read without running code from them, rebuild the network they hold, load it strictly, write such files.
 
 - MindEye's high-level files (`last.pth` of prior_257_... and prior_1x768_...), its low-level files (`epoch120.pth` of autoencoder_...), and
   LAION's text -> image prior, which initialises the prior of the 1x768 model.
-- The files are pickles with a gigabyte of weights and two of optimizer state. Only tensors are rebuilt, everything else becomes an inert
-  object, and the file is mapped: what is not asked for is not read.
+- The files are pickles with a gigabyte of weights and two of optimizer state. Only tensors and numbers are rebuilt, everything else becomes an
+  inert object, and the file is mapped: what is not asked for is not read.
 - Sizes are inferred from the weights, so there is nothing to configure and nothing to get wrong.
+- Forgiven are the prefix of data parallelism, the attention's old names and one stray scalar (`src.models.published_state`), and nothing else: a
+  file that does not fit is refused with the difference.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from src.models import UPS_MODES, published_state
+from src.models import UPS_MODES, build, published_state
 from src.prior import BrainDiffusionPrior
-from src.utils import PerceptError, load_strictly
+from src.utils import PerceptError, atomic
 
 FRESH_IN_LAION = ("net.null_text_encodings", "net.null_text_embeds", "net.null_image_embed")
+STRAY = ("temp", "voxel2clip.temp")  # a number that early voxel2clip networks carried and never used
+CURVES = ("train_losses", "val_losses", "lrs")
+NAMED = 3  # keys of a difference that are named; the others are counted
 
 
+# ------------------------------------------------------------------------------------------------ the pickle
 class _Inert:
-    """Stands for whatever a file holds besides tensors and containers; takes any argument and does nothing."""
+    """Stands for whatever a file holds besides tensors, numbers and containers; takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -39,11 +46,43 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    append = extend = add = __call__  # where the file fills a container of a type that is not rebuilt
+
+
+class _Dtype(_Inert):
+    """What numpy pickles of the type of a number: its code, e.g. "f8", and then its byte order."""
+
+    def __init__(self, code: Any = "", *flags: Any):
+        self.code, self.order = str(code), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|") else "?"
+
+
+def _number(dtype: Any = None, data: Any = b"") -> Any:
+    """A numpy scalar as a number of Python; whatever is none stays inert."""
+    plain = isinstance(dtype, _Dtype) and re.fullmatch(r"f[248]|[iu][1248]|b1", dtype.code) and dtype.order != "?"
+    if not plain or not isinstance(data, bytes) or len(data) != int(dtype.code[1]):
+        return _Inert()
+    return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
+
+
+def _latin1(text: Any = "", encoding: Any = "") -> Any:
+    """Bytes, which older pickles spell as text."""
+    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else _Inert()
+
 
 _TRUSTED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "scalar"): _number,  # numpy 1
+    ("numpy._core.multiarray", "scalar"): _number,  # numpy 2
+    ("_codecs", "encode"): _latin1,
 }
 
 
@@ -56,27 +95,60 @@ _PICKLE = types.ModuleType("tensors_only")
 _PICKLE.__dict__.update(Unpickler=_TensorsOnly, load=lambda file, **options: _TensorsOnly(file, **options).load())
 
 
+# ------------------------------------------------------------------------------------------------ reading
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a released file under today's keys.
+    """The weights of a released file under today's keys, mapped from the file and not yet read.
 
     Args:
         path: a .pth file: a state dict, or a dictionary that holds one as "model_state_dict" or "model".
 
     Raises:
-        PerceptError: if the file is missing, damaged, or holds no state dict.
+        PerceptError: if the file is missing, damaged, or holds no state dict, or one with a weight under two names.
     """
-    if not Path(path).exists():
-        raise PerceptError(f"There is no checkpoint at {path}: download it, or correct the name of the run.")
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
-        raise PerceptError(f"{path} cannot be read as a PyTorch checkpoint ({str(error).splitlines()[0]}): download it again.") from error
+    content = _content(path)
     for key in ("model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise PerceptError(f"{path} holds no state dict, neither at its top nor as 'model_state_dict' or 'model': take the file with the weights.")
-    return published_state(dict(content))
+    stray = {key: value for key, value in content.items() if key.removeprefix("module.") in STRAY}
+    state = published_state(dict(content)) | {key: value for key, value in stray.items() if value.numel() > 1}  # only a number is forgiven
+    if len(state) + sum(value.numel() == 1 for value in stray.values()) < len(content):
+        raise PerceptError(
+            f"{path} holds {len(content)} weights under {len(state)} names, some of them twice (old and new names, with and without 'module.'): "
+            "take the file as it was released."
+        )
+    return state
+
+
+def read_history(path: str | Path) -> dict[str, Any]:
+    """How a released network was trained, as far as its file tells; no weights are read.
+
+    Returns:
+        {"epoch": the last epoch (counted from 0) or None, "train_losses": [float], "val_losses": [float], "lrs": [float]}; lists that the file
+        does not have, or that hold something else than numbers, are empty.
+
+    Raises:
+        PerceptError: if the file is missing or damaged.
+    """
+    content = _content(path)
+    content = content if isinstance(content, Mapping) else {}
+    history: dict[str, Any] = {"epoch": content["epoch"] if isinstance(content.get("epoch"), int) else None}
+    for name in CURVES:
+        values = content.get(name)
+        values = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in values] if isinstance(values, list) else []
+        history[name] = [float(v) for v in values] if all(isinstance(v, int | float) for v in values) else []
+    return history
+
+
+def _content(path: str | Path) -> Any:
+    """The whole of a file, its tensors mapped."""
+    if not Path(path).exists():
+        raise PerceptError(f"There is no checkpoint at {path}: download it, or correct the name of the run.")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+        raise PerceptError(f"{path} cannot be read as a PyTorch checkpoint ({str(error).splitlines()[0]}): download it again.") from error
 
 
 def published_config(state: dict[str, Tensor], origin: str = "This state dict") -> dict[str, Any]:
@@ -86,12 +158,25 @@ def published_config(state: dict[str, Tensor], origin: str = "This state dict") 
     query as long as the tokens is added to them ("pos_emb").
 
     Raises:
-        PerceptError: if the keys belong to none of the released networks.
+        PerceptError: if the keys belong to none of the released networks, or are not exactly those of the network that they ask for.
     """
+    try:
+        config = _inferred(state, origin)
+        network = _on_meta(config)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        what = f"has no {error.args[0]}" if isinstance(error, KeyError) else f"has weights of a shape that no such network has ({error})"
+        raise PerceptError(f"{origin} is of a released network but {what}, so its sizes cannot be read: take the file as it was released.") from error
+    _check_fits(state, network, origin)
+    return config
+
+
+def _inferred(state: dict[str, Tensor], origin: str) -> dict[str, Any]:
+    """The config that the weights tell, unchecked."""
     if "net.causal_transformer.project_out.weight" in state and "voxel2clip.lin1.weight" in state:
         net, voxel2clip = _part(state, "net."), _part(state, "voxel2clip.")
         dim = net["causal_transformer.project_out.weight"].shape[0]
-        kwargs = {"image_embed_dim": dim, "timesteps": len(state["noise_scheduler.betas"]), "cond_drop_prob": 0.2}
+        drop = 0.0 if "null_text_encodings" in net else 0.2  # of training, as released; weights do not tell
+        kwargs = {"image_embed_dim": dim, "timesteps": len(state["noise_scheduler.betas"]), "cond_drop_prob": drop}
         return {"name": "BrainDiffusionPrior", "kwargs": kwargs, "net": _prior_network(net), "voxel2clip": _brain_network(voxel2clip, dim)}
     if "upsampler.conv_in.weight" in state:
         return _low_level(state, origin)
@@ -103,13 +188,68 @@ def published_config(state: dict[str, Tensor], origin: str = "This state dict") 
     )
 
 
-def load_published(path: str | Path, model: torch.nn.Module) -> None:
+def _on_meta(config: dict[str, Any]) -> nn.Module:
+    """The network of a config, without memory for its weights."""
+    with torch.device("meta"):
+        if config["name"] != "BrainDiffusionPrior":
+            return build(config)
+        return BrainDiffusionPrior(build(config["net"]), voxel2clip=build(config["voxel2clip"]), **config["kwargs"])
+
+
+# ------------------------------------------------------------------------------------------------ loading
+MISSING, UNEXPECTED, RESHAPED = "missing", "unexpected", "of another shape"
+_ADVICE = [  # kind of difference, the keys that it consists of, what to do
+    (RESHAPED, r"(voxel2clip\.)?lin0\.0\.weight", "it was trained on other voxels: take the file of this subject"),
+    (UNEXPECTED, r"maps_projector\.", "make the network with use_cont=True"),
+    (MISSING, r"maps_projector\.", "make the network with use_cont=False"),
+    (UNEXPECTED, r"voxel2clip\.", "make the prior with its voxel2clip"),
+    (MISSING, r"voxel2clip\.", "the file holds a prior alone: make it without voxel2clip"),
+    (MISSING, r"voxel2clip\.|" + "|".join(FRESH_IN_LAION), "if this is LAION's prior, use load_laion_prior"),
+]
+
+
+def difference(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, list[str]]:
+    """What keeps a state dict from fitting a network: the keys that are "missing", "unexpected" or "of another shape", each kind only where there are any."""
+    own = network.state_dict()
+    found = {
+        MISSING: [key for key in own if key not in state],
+        UNEXPECTED: [key for key in state if key not in own],
+        RESHAPED: [key for key in own if key in state and own[key].shape != state[key].shape],
+    }
+    return {kind: keys for kind, keys in found.items() if keys}
+
+
+def _check_fits(state: Mapping[str, Tensor], network: nn.Module, origin: str) -> None:
+    """Refuse a state dict that is not exactly the network's, naming a few keys of each kind and counting the others."""
+    found = difference(state, network)
+    if not found:
+        return
+    own = network.state_dict()
+    told = []
+    for kind, keys in found.items():
+        named = [f"{key} {_shape(state[key])} for {_shape(own[key])}" if kind == RESHAPED else key for key in keys[:NAMED]]
+        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+        told.append(f"{len(keys)} {kind} ({', '.join(named)}{more})")
+    todo = "take the file of this very model, or let load_decoder make the network that the file holds"
+    for kind, pattern, advice in _ADVICE:
+        if found == {kind: [key for key in (state if kind == UNEXPECTED else own) if re.match(pattern, key)]}:
+            todo = advice
+    raise PerceptError(f"{origin} does not fit {type(network).__name__} with its {len(own)} keys: {', '.join(told)}; {todo}.")
+
+
+def _shape(value: Tensor) -> str:
+    return " x ".join(map(str, value.shape)) or "a number"
+
+
+def load_published(path: str | Path, model: nn.Module) -> None:
     """Load a released file strictly into a module.
 
     Raises:
-        PerceptError: if the file cannot be read or its keys and shapes are not those of the module.
+        PerceptError: if the file cannot be read or its keys and shapes are not those of the module; a few are named, and what to do.
     """
-    load_strictly(model, read_published(path), str(path))
+    state = read_published(path)
+    _check_fits(state, model, str(path))
+    model.load_state_dict(state)
 
 
 def load_laion_prior(path: str | Path, prior: BrainDiffusionPrior) -> list[str]:
@@ -124,8 +264,66 @@ def load_laion_prior(path: str | Path, prior: BrainDiffusionPrior) -> list[str]:
     """
     state, own = read_published(path), prior.state_dict()
     fresh = [key for key in own if key not in state and (key in FRESH_IN_LAION or key.startswith("voxel2clip."))]
-    load_strictly(prior, state | {key: own[key] for key in fresh}, str(path))
+    state |= {key: own[key] for key in fresh}
+    _check_fits(state, prior, str(path))
+    prior.load_state_dict(state)
     return fresh
+
+
+# ------------------------------------------------------------------------------------------------ writing
+_UNTOLD = ("causal", "learned_query_mode", "clip_size")  # arguments that leave no trace in the weights
+
+
+def write_published(path: str | Path, decoder: nn.Module, epoch: int = 0, old_attention: bool = False) -> None:
+    """Write a decoder of ours in the released layout, for code that reads MindEye's files; reading it gives the same bits.
+
+    The file holds {"epoch", "model_state_dict", "train_losses", "val_losses", "lrs"}, the last three empty, and no optimizer: one reconstructs
+    with it, but cannot resume a training. Nor does it hold how voxels were normalised: whoever reads the file must give the network voxels
+    normalised as in its training (the released networks were trained on betas as the shards hold them, ours on z-scores).
+
+    Args:
+        path: where to, e.g. train_logs/<run>/last.pth, or epoch120.pth for a low-level network.
+        decoder: a `BrainDiffusionPrior` with its voxel2clip, a `BrainNetwork`, or a `Voxel2StableDiffusionModel`, of any size.
+        epoch: what the file says of it.
+        old_attention: name the low-level attention as diffusers 0.13 did, which the released environment pins.
+
+    Raises:
+        PerceptError: if a reader could not make this network from the file: one that was never released, or that differs from the released ones in
+            what weights do not tell.
+    """
+    what, state = type(decoder).__name__, {key: value.detach().cpu() for key, value in decoder.state_dict().items()}
+    try:
+        rebuilt = _on_meta(published_config(state, f"This {what}"))
+    except PerceptError as error:
+        raise PerceptError(
+            f"This {what} cannot be written as a released file, from whose weights alone a BrainDiffusionPrior with its voxel2clip, a BrainNetwork or a "
+            "Voxel2StableDiffusionModel is made again: keep it in our own format."
+        ) from error
+    if unlike := _unlike(decoder, rebuilt):
+        raise PerceptError(f"This {what} has {', '.join(unlike)}, which a released file does not tell its reader: keep it in our own format.")
+    state = {old_name(key): value for key, value in state.items()} if old_attention else state
+    with atomic(path) as temporary:
+        torch.save({"epoch": epoch, "model_state_dict": state} | {name: [] for name in CURVES}, temporary)
+
+
+def old_name(key: str) -> str:
+    """A key of today as diffusers 0.13 had it: the attention of an autoencoder's middle block; others stay."""
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        key = re.sub(rf"(mid_block\.attentions\.0\.){re.escape(new)}\.", rf"\g<1>{old}.", key)
+    return key
+
+
+def _unlike(decoder: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """What weights do not tell, and the network that is made from them would have otherwise, e.g. "causal=True"."""
+    if isinstance(decoder, BrainDiffusionPrior) and isinstance(rebuilt, BrainDiffusionPrior):
+        parts = [(decoder.net, rebuilt.net), (decoder.voxel2clip, rebuilt.voxel2clip)]
+        scale = [] if decoder.image_embed_scale == rebuilt.image_embed_scale else [f"image_embed_scale={decoder.image_embed_scale:g}"]
+        return scale + [text for ours, theirs in parts for text in _unlike(ours, theirs)]
+    ours, theirs = (getattr(network, "config", {}).get("kwargs", {}) for network in (decoder, rebuilt))
+    return [f"{name}={ours[name]}" for name in _UNTOLD if name in ours and ours[name] != theirs.get(name)]
+
+
+# ------------------------------------------------------------------------------------------------ sizes
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

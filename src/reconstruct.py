@@ -66,6 +66,19 @@ def high_level_config(parameters: Mapping[str, Any], in_dim: int, tokens: int, d
     }
 
 
+def low_level_config(parameters: Mapping[str, Any], in_dim: int) -> dict[str, Any]:
+    """The config of notebook 02's model, from which `build_decoder` makes it.
+
+    Args:
+        parameters: of the notebook: h, n_blocks, use_cont, ups_mode, latent_size, block_out_channels.
+        in_dim: voxels.
+    """
+    kwargs = {name: parameters[name] for name in ("h", "n_blocks", "use_cont", "ups_mode", "latent_size")}
+    if parameters["block_out_channels"]:
+        kwargs["block_out_channels"] = [int(width) for width in parameters["block_out_channels"].split(",")]
+    return {"name": "Voxel2StableDiffusionModel", "kwargs": {"in_dim": in_dim} | kwargs}
+
+
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth).
 

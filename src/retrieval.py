@@ -7,19 +7,22 @@
   so what they call "fwd" (given the brain, find the image; "image retrieval" in tables) is
   `top1_brain_from_image`, and their "bwd" ("brain retrieval") is `top1_image_from_brain`. `REFERENCE_NAMES`
   maps ours to theirs; compare published numbers through it.
+  The earlier, combined system used the same two names the right way round.
 - Similarity is the cosine of flattened embeddings. A tie is lost, so a collapsed embedding cannot score.
 - 300 candidates are saturated by good systems: show the accuracy by pool size and among hard negatives too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from src.utils import PerceptError
@@ -59,9 +62,7 @@ def _ranks(queries: Tensor, candidates: Tensor) -> np.ndarray:
 def _turned(brain: Any, clip: Any, direction: str) -> tuple[Tensor, Tensor]:
     """(queries, candidates) of a direction."""
     if direction not in REFERENCE_NAMES:
-        raise PerceptError(
-            f"The direction {direction!r} is unknown; choose one of {', '.join(REFERENCE_NAMES)}."
-        )
+        raise PerceptError(f"The direction {direction!r} is unknown; choose one of {', '.join(REFERENCE_NAMES)}.")
     brain, clip = _embeddings(brain, clip)
     return (brain, clip) if direction == "image_from_brain" else (clip, brain)
 
@@ -129,14 +130,32 @@ def top_k(brain: Any, clip: Any, k: int, direction: str = "image_from_brain") ->
 
 
 # ------------------------------------------------------------------------------------------------ pools
-def published_protocol(
-    brain: Any, clip: Any, pool: int = 300, draws: int = 30, seed: int = 0
-) -> pd.DataFrame:
-    """Top-1 among `pool` random test samples, repeated, as the papers report it (MindEye, arXiv 2305.18274).
+def _random_pools(n: int, pool: int, shards: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Without end: `pool` different samples of n, each pool anew."""
+    while True:
+        yield rng.choice(n, pool, replace=False)
 
-    Pools are drawn without replacement (MindEye2; MindEye 1 took consecutive samples of its shards). The
-    interval is the papers' mean +- 1.96 sd / sqrt(draws), cut at 0 and 1: it speaks of the random pools, not
-    of other images or subjects, and has no width where the pool is the whole test set. For an interval over
+
+def _consecutive_pools(n: int, pool: int, shards: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Without end: the next `pool` samples of a stream of shards, which are drawn with replacement and each read from its first sample to its last."""
+    parts, stream = np.array_split(np.arange(n), shards), np.empty(0, int)
+    while True:
+        while len(stream) < pool:
+            stream = np.concatenate([stream, parts[rng.integers(shards)]])
+        yield stream[:pool]
+        stream = stream[pool:]
+
+
+POOLS: dict[str, Callable[[int, int, int, np.random.Generator], Iterator[np.ndarray]]] = {"random": _random_pools, "consecutive": _consecutive_pools}
+
+
+def published_protocol(
+    brain: Any, clip: Any, pool: int = 300, draws: int = 30, seed: int = 0, sampling: str = "random", shards: int = 2
+) -> pd.DataFrame:
+    """Top-1 among `pool` test samples, repeated, as the papers report it (MindEye, arXiv 2305.18274).
+
+    The interval is the papers' mean +- 1.96 sd / sqrt(draws), cut at 0 and 1: it speaks of the pools, not of
+    other images or subjects, and has no width where the pool is the whole test set. For an interval over
     images take the bootstrap of the per-image values.
 
     Args:
@@ -145,12 +164,16 @@ def published_protocol(
         pool: candidates, at most n.
         draws: pools.
         seed: of the pools.
+        sampling: "random": pools are drawn without replacement, as in MindEye2. "consecutive": as in MindEye's scripts, whose
+            loader resamples the test shards: a pool is a run of consecutive samples, so pools are few and overlap, and a sample can be in
+            one twice (where a shard is smaller than the pool), of which copies, as after a stable sort, the last one can be found.
+        shards: equal parts of the rows, in their order, that stand for the test shards (NSD has 2); used by "consecutive" only.
 
     Returns:
         One row a direction: [direction, reference_name, pool, draws, value, low, high, chance].
 
     Raises:
-        PerceptError: the test set is smaller than the pool.
+        PerceptError: the test set is smaller than the pool or than the number of shards, or the sampling is unknown.
     """
     brain, clip = _embeddings(brain, clip)
     if not 1 <= pool <= len(brain):
@@ -158,30 +181,23 @@ def published_protocol(
             f"A pool of {pool} was asked for, but the test set has {len(brain)} images; choose a pool up "
             "to that."
         )
+    if sampling not in POOLS or not 1 <= shards <= len(brain):
+        raise PerceptError(f"Pools cannot be drawn {sampling!r} from {shards} shards; choose one of {', '.join(POOLS)}, and 1 to {len(brain)} shards.")
     similarity = brain @ clip.T  # (n brains, n images)
-    rng = np.random.default_rng(seed)
+    pools = POOLS[sampling](len(brain), pool, shards, np.random.default_rng(seed))
     hits: dict[str, list[float]] = {direction: [] for direction in REFERENCE_NAMES}
     for _ in range(draws):
-        chosen = torch.as_tensor(rng.choice(len(brain), pool, replace=False), device=similarity.device)
+        chosen = torch.as_tensor(next(pools), device=similarity.device)
         block = similarity[chosen][:, chosen]  # (pool brains, pool images)
+        own = torch.tril(chosen == chosen[:, None])  # itself, and copies of it before it
         for direction, matrix in (("image_from_brain", block), ("brain_from_image", block.T)):
-            rank = (matrix >= matrix.diagonal()[:, None]).sum(1)
-            hits[direction].append((rank == 1).double().mean().item())
+            lost = ((matrix >= matrix.diagonal()[:, None]) & ~own).any(1)
+            hits[direction].append((~lost).double().mean().item())
     rows = []
     for direction, values in hits.items():
         mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / np.sqrt(draws)
-        rows.append(
-            (
-                direction,
-                REFERENCE_NAMES[direction],
-                pool,
-                draws,
-                mean,
-                max(mean - half, 0.0),
-                min(mean + half, 1.0),
-                1 / pool,
-            )
-        )
+        interval = (max(mean - half, 0.0), min(mean + half, 1.0))
+        rows.append((direction, REFERENCE_NAMES[direction], pool, draws, mean, *interval, 1 / pool))
     names = ["direction", "reference_name", "pool", "draws", "value", "low", "high", "chance"]
     return pd.DataFrame(rows, columns=names)
 
@@ -200,6 +216,96 @@ def retrieval_by_pool_size(
     )
 
 
+# ------------------------------------------------------------------------------------------------ two models
+class SecondOrder(NamedTuple):
+    """What re-ranking found.
+
+    first, reranked, alone: rank (n,) of the right candidate, 1 the best: by the first embedding, after
+    re-ranking its k best, and by the second embedding among all; found: (n, k) candidates, re-ranked, best first.
+    """
+
+    first: np.ndarray
+    reranked: np.ndarray
+    alone: np.ndarray
+    found: np.ndarray
+
+
+def second_order(
+    brain: Any, clip: Any, first_brain: Any, first_clip: Any, k: int = 16, direction: str = "image_from_brain"
+) -> SecondOrder:
+    """The k nearest candidates by one embedding, re-ranked by another one.
+
+    A right candidate that is not among the k keeps its first rank, as re-ranking cannot bring it back: the share
+    with `first <= k` is the most that re-ranking can reach.
+
+    Args:
+        brain: all tokens predicted from the brain (n, tokens, dim): they re-rank.
+        clip: all tokens of the images, same shape, same order.
+        first_brain: single embedding predicted from the brain (n, 1, dim) or (n, dim): it finds the k.
+        first_clip: single embedding of the images, same shape, same order of images as `clip`.
+        k: candidates that are re-ranked, at most n.
+        direction: as in `rank_each`.
+
+    Raises:
+        PerceptError: the two embeddings are not of equally many images, or there are not k of them.
+
+    Source: MindEye, section 3.2 and appendix A.7, which chooses so among 16 images found in LAION-5B.
+    """
+    queries, candidates = _turned(brain, clip, direction)
+    first_queries, first_candidates = _turned(first_brain, first_clip, direction)
+    n = len(queries)
+    if len(first_queries) != n or not 1 <= k <= n:
+        raise PerceptError(f"{k} of {len(first_queries)} candidates cannot be re-ranked by embeddings of {n}; give the same images to both, and k up to their number.")
+    first, reranked, found = np.empty(n, int), np.empty(n, int), np.empty((n, k), int)
+    for rows in np.array_split(np.arange(n), -(-n // CHUNK)):
+        order = _best_first(first_queries[rows] @ first_candidates.T, np.arange(n)[None] == rows[:, None])  # (chunk, n)
+        near = order[:, :k]
+        scores = np.take_along_axis((queries[rows] @ candidates.T).cpu().numpy(), near, 1)  # (chunk, k)
+        again = np.take_along_axis(near, _best_first(scores, near == rows[:, None]), 1)
+        first[rows] = 1 + (order == rows[:, None]).argmax(1)
+        inside = again == rows[:, None]
+        reranked[rows] = np.where(inside.any(1), 1 + inside.argmax(1), first[rows])
+        found[rows] = again
+    return SecondOrder(first, reranked, _ranks(queries, candidates), found)
+
+
+def _best_first(scores: Any, own: np.ndarray) -> np.ndarray:
+    """Columns of (queries, candidates), best first; among equals the right candidate, where `own` is true, comes last."""
+    return np.lexsort((own, -np.asarray(torch.as_tensor(scores).cpu())), axis=1)
+
+
+def load_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Tensor]:
+    """The embeddings that another run predicted for the same test images.
+
+    Args:
+        folder: results/<run> of that run, which notebook 03 has filled.
+        image_ids: of this run's test images (n,).
+
+    Returns:
+        predicted from the brain, and of the images: (n, tokens, dim) each.
+
+    Raises:
+        PerceptError: the run has no reconstructions, none of its network, or of other images.
+    """
+    path = Path(folder) / "reconstructions.safetensors"
+    if not path.exists():
+        raise PerceptError(f"{path} is missing: run notebook 03 for the run {path.parent.name} first, or correct its name.")
+    with safe_open(path, framework="pt") as file:
+        wanted = ("projected_network", "true_tokens", "image_ids")
+        if missing := sorted(set(wanted) - set(file.keys())):
+            raise PerceptError(f"{path} has no {', '.join(missing)}: run notebook 03 for the run {path.parent.name} with decoder = network or both.")
+        brain, clip, others = (file.get_tensor(name) for name in wanted)
+    ids = np.asarray(image_ids)
+    if not np.array_equal(ids, others.numpy()):
+        shared = len(np.intersect1d(ids, others.numpy()))
+        what = "the same ones in another order" if shared == len(ids) == len(others) else f"{shared} of them the same"
+        raise PerceptError(
+            f"This run has {len(ids)} test images and {path.parent.name} has {len(others)}, {what}: reconstruct both with the same dataset, subj and first_images."
+        )
+    return brain, clip
+
+
+# ------------------------------------------------------------------------------------------------ hard negatives, index
 class HardNegatives(NamedTuple):
     """Top-1 among samples of the same group.
 

@@ -409,7 +409,18 @@ class _Stop:
 class _Training:
     """One run: what changes while training, and how it is saved together."""
 
-    def __init__(self, model: nn.Module, step: Step, dataset: Any, folder: Path, config: dict[str, Any], settings: _Settings, saving: _Saving, device: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        step: Step,
+        dataset: Any,
+        folder: Path,
+        config: dict[str, Any],
+        settings: _Settings,
+        saving: _Saving,
+        device: str,
+        step_in_backward: bool = False,
+    ):
         self.accelerator = _accelerator(device, settings.precision)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -424,6 +435,26 @@ class _Training:
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.at, self.means, self.stop = _Position(), _Means(), _Stop()
         self.saved = self.clock = time.monotonic()
+        self.in_backward, self.broken_gradient = step_in_backward, False
+        if step_in_backward:
+            self._step_as_gradients_arrive()
+
+    def _step_as_gradients_arrive(self) -> None:
+        """Update each parameter as soon as its gradient is there and free that: the gradients of the whole model are never held together."""
+        s = self.settings
+        for name, there in (("several processes", self.world > 1), ("clip_grad", bool(s.clip_grad)), ("precision 'fp16'", s.precision == "fp16")):
+            if there:
+                raise PerceptError(f"step_in_backward does not go together with {name}, which needs all the gradients at once: leave one of them.")
+
+        def update(p: Tensor) -> None:
+            if torch.isfinite(torch.linalg.vector_norm(p.grad)):  # type: ignore[arg-type]  # unlike isfinite of the gradient, without copies of it
+                self.raw_optimizer.step()  # of all parameters this one alone has a gradient now
+            else:
+                self.broken_gradient = True
+            p.grad = None
+
+        for p in self.trainable:
+            p.register_post_accumulate_grad_hook(update)
 
     def _steps_per_epoch(self) -> int:
         s = self.settings
@@ -526,12 +557,15 @@ class _Training:
         """Forward, backward, check, update. Returns what all the processes agree on: whether to save now, and to stop."""
         self.at.lr = self.raw_optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
+        self.broken_gradient = False
         with _shared_batch(self.world):
             loss, logs = self.stepper(batch, self.at.epoch)
-            self.accelerator.backward(loss)
+            finite = torch.isfinite(loss.detach())
+            if not self.in_backward or bool(finite):
+                self.accelerator.backward(loss)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
-        flags = [torch.isfinite(loss.detach()), torch.isfinite(norm)]
+        flags = [finite, torch.isfinite(norm) & (not self.broken_gradient)]
         bad_loss, bad_grad, save, stop = self._agree(flags, [self._due(), bool(self.stop.asked)])
         if bad_loss or bad_grad:
             self._skip(bad_loss)
@@ -558,7 +592,8 @@ class _Training:
     def _update(self, norm: Tensor) -> None:
         if self.settings.clip_grad:
             nn.utils.clip_grads_with_norm_(self.trainable, self.settings.clip_grad, norm)
-        self.optimizer.step()
+        if not self.in_backward:
+            self.optimizer.step()
         self.scheduler.step()
         self.at.bad = 0
 
@@ -727,6 +762,7 @@ def fit(
     save_at_end: bool = False,
     checkpoints: bool = True,
     order: str = "shuffled",
+    step_in_backward: bool = False,
     num_workers: int = 0,
     device: str = "auto",
     logger: Logger | None = None,
@@ -760,6 +796,8 @@ def fit(
         save_at_end: write last.safetensors at the end only, and no best.safetensors.
         checkpoints: write best, last and epochNNN; the state from which a run is resumed is written in any case.
         order: key of ORDERS: "shuffled", or "resampled" (drawn with replacement, as published).
+        step_in_backward: update each parameter as its gradient arrives, so that gradients need no more memory than the largest of them; the result is
+            the same. A gradient that is not finite then keeps its own parameter from the update, not the others.
         num_workers: processes that read batches.
         device: "auto", "cuda" or "cpu".
         logger: called with (row of the history and figures of the epoch, steps so far) after each epoch, e.g. a `tracker`.
@@ -774,7 +812,7 @@ def fit(
     """
     settings = _Settings(epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset), order)
     saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end, checkpoints)
-    training = _Training(model, step, dataset, Path(folder), config, settings, saving, device)
+    training = _Training(model, step, dataset, Path(folder), config, settings, saving, device, step_in_backward)
     training.begin(resume)
     if not training.finished:
         training.run(validate, num_workers, logger, draw)

@@ -77,8 +77,13 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def save_checkpoint(path: str | Path, state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Write a state dict and its config into one safetensors file."""
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
+    """Write a state dict and its config into one safetensors file; of tensors, only those that share memory with others are copied."""
+    tensors: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for key, value in state_dict.items():
+        plain = value.detach().cpu().contiguous()
+        tensors[key] = plain.clone() if plain.untyped_storage().data_ptr() in places else plain
+        places.add(plain.untyped_storage().data_ptr())
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"config": json.dumps(config)})
 

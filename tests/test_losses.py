@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, soft_cont_loss, unit
+from src.losses import cosine_anneal, mixco, mixco_nce, sobel_loss, soft_clip_loss, soft_cont_loss, unit
 from src.utils import PerceptError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -156,3 +156,17 @@ def test_half_of_the_mix_is_refused():
     preds, targs, _ = _vectors()
     with pytest.raises(PerceptError, match="both perm and betas"):
         mixco_nce(preds, targs, perm=torch.arange(len(preds)))
+
+
+def test_sobel_loss_compares_edges_only():
+    g = torch.Generator().manual_seed(0)
+    flat = torch.rand(2, 3, 1, 1, generator=g).expand(2, 3, 16, 16)
+    assert sobel_loss(flat, torch.zeros(2, 3, 16, 16)) < 1e-2  # brightness alone makes no edge
+    step = torch.zeros(1, 3, 16, 16)
+    step[..., 8:] = 1.0
+    # a step of one: Sobel's kernel over 8 gives half a step in each of the two columns beside it
+    assert sobel_loss(step, torch.zeros_like(step)).item() == pytest.approx(2 * 0.5 / 16, abs=2e-3)
+    assert sobel_loss(step, step) < 1e-6
+    speck = torch.zeros(1, 3, 16, 16)
+    speck[..., 4, 4] = 1.0
+    assert sobel_loss(torch.zeros_like(speck), speck) < 2e-3  # the median takes single points out of the target

@@ -1,5 +1,6 @@
 """The frozen models: real classes with the committed miniature weights, against the libraries' own pipelines and recorded features."""
 
+import contextlib
 import json
 import shutil
 
@@ -327,3 +328,122 @@ def test_embeddings_can_be_limited_before_they_are_normalised():
 def test_variants_that_cannot_be_had_are_refused(options, message):
     with pytest.raises(PerceptError, match=message):
         pretrained.Clipper(**{"weights": "mini"} | options)
+
+
+# ------------------------------------------------------------------------------------------------ the low level's teacher
+TINY_TEACHER = {"dims": [8, 12, 16, 20], "depths": [1, 2, 1, 1], "maps": [10, 14, 6]}
+
+
+def test_the_released_teacher_has_these_keys_and_shapes(golden):
+    described = json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())["convnext_xl_vicregl"]
+    with torch.device("meta"):
+        state = pretrained.ConvNeXtMaps().state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == dict(described["state"])
+    assert sum(value.numel() for value in state.values()) == described["params"] == 349_687_808
+
+
+@pytest.fixture
+def released_teacher(tmp_path):
+    """A folder with the authors' kind of file, of a tiny network: prefixed keys under "model", and heads that nobody needs."""
+    torch.manual_seed(0)
+    network, folder = pretrained.ConvNeXtMaps(**TINY_TEACHER).eval(), tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_TEACHER | {"image_size": 64}))
+    state = {f"module.{key}": value for key, value in network.state_dict().items()} | {"module.projector.0.weight": torch.zeros(3)}
+    torch.save({"epoch": 400, "model": state, "optimizer": {}}, folder / pretrained.TEACHER_FILE)
+    return tmp_path, network, state
+
+
+def test_the_teacher_reads_its_authors_file(released_teacher):
+    folder, network, _ = released_teacher
+    teacher, x = pretrained.Teacher(str(folder)), pretrained.fixed_image(64)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.maps(x), network((x - mean) / std))
+    assert teacher.target_shape == (4, 6) and teacher.encode_pixels(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 4, 6)
+
+
+def test_a_teacher_without_all_its_weights_is_refused(released_teacher):
+    folder, _, state = released_teacher
+    del state["module.maps_projector.6.weight"]
+    torch.save({"model": state}, folder / "teacher" / pretrained.TEACHER_FILE)
+    with pytest.raises(PerceptError, match="maps_projector.6.weight"):
+        pretrained.Teacher(str(folder))
+    (folder / "teacher" / pretrained.TEACHER_FILE).unlink()
+    with pytest.raises(PerceptError, match="set use_cont to False"):
+        pretrained.Teacher(str(folder))
+
+
+def test_a_convnext_block_is_what_its_paper_says():
+    block = pretrained._ConvNeXtBlock(6).double()
+    x = torch.randn(1, 6, 9, 9, dtype=torch.float64)
+    y = torch.nn.functional.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=6)
+    mean, var = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True)
+    y = ((y - mean) / (var + 1e-6).sqrt()).permute(0, 2, 3, 1) * block.norm.weight + block.norm.bias
+    y = y @ block.pwconv1.weight.T + block.pwconv1.bias
+    y = 0.5 * y * (1 + torch.erf(y / 2**0.5)) @ block.pwconv2.weight.T + block.pwconv2.bias
+    torch.testing.assert_close(block(x), x + y.permute(0, 3, 1, 2))
+
+
+def test_the_mini_teacher_looks_at_each_place():
+    """Four by four places, row by row: a patch changed in one corner changes the embeddings of that corner most."""
+    teacher = pretrained.Teacher("mini")
+    x = pretrained.fixed_image(32)
+    plain = teacher.maps(x)
+    assert plain.shape == (1, 16, 512) == (1, *teacher.target_shape)
+    for place, (row, column) in {0: (0, 0), 3: (0, 24), 12: (24, 0), 15: (24, 24)}.items():
+        changed = x.clone()
+        changed[:, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1)
+        assert int((teacher.maps(changed) - plain).square().sum(-1).argmax()) == place
+
+
+# ------------------------------------------------------------------------------------------------ what does not change over the steps
+def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(monkeypatch):
+    diffusion = pretrained.VersatileDiffusion("mini")
+    condition = pretrained.Clipper("mini").embed_image(pretrained.fixed_image(32)).expand(2, -1, -1)
+    noise = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
+    layers = [module for name, module in diffusion.unet.named_modules() if name.endswith("attn2.to_k")]
+    calls, compute = [], torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (calls.append(1) if self in layers else None, compute(self, x))[1])
+    once = diffusion.generate(condition, noise, num_inference_steps=5)
+    assert layers and len(calls) == len(layers)
+    monkeypatch.setattr(pretrained, "constant_condition", lambda unet: contextlib.nullcontext())
+    assert torch.equal(once, diffusion.generate(condition, noise, num_inference_steps=5)) and len(calls) == 6 * len(layers)
+    monkeypatch.undo()
+    with pretrained.constant_condition(diffusion.unet):
+        first, second = (diffusion.unet(noise, 10, encoder_hidden_states=c).sample for c in (condition, 2 * condition))
+    assert not torch.allclose(first, second), "another condition is computed anew"
+    assert "forward" not in layers[0].__dict__
+
+
+def test_without_guidance_the_null_half_is_not_run():
+    diffusion, seen = pretrained.VersatileDiffusion("mini"), []
+    condition = pretrained.Clipper("mini").embed_image(pretrained.fixed_image(32))
+    noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
+    diffusion.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    alone = diffusion.generate(condition, noise, guidance_scale=1.0, num_inference_steps=3)
+    nearly = diffusion.generate(condition, noise, guidance_scale=1.0 + 1e-6, num_inference_steps=3)
+    assert seen == [1, 1, 1, 2, 2, 2]
+    torch.testing.assert_close(alone, nearly, atol=1e-3, rtol=0)
+
+
+def test_guidance_is_the_published_one_unless_said_otherwise():
+    assert (pretrained.VersatileDiffusion.guidance, pretrained.ImageVariation.guidance) == (3.5, 7.5)
+    diffusion = pretrained.ImageVariation("mini")
+    condition = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(pretrained.fixed_image(32))[:, None]
+    noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
+    made = [diffusion.generate(condition, noise, num_inference_steps=3, **more) for more in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 3.5})]
+    assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2])
+
+
+def test_the_published_start_takes_its_detour():
+    """Decode, normalise as for CLIP, encode, draw: against the autoencoder's own calls."""
+    diffusion = pretrained.VersatileDiffusion("mini")
+    latents = diffusion.encode(pretrained.fixed_image(32))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        picture = diffusion.model.decode(latents / diffusion.scale).sample / 2 + 0.5
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+        posterior = diffusion.model.encode((picture - mean) / std).latent_dist
+    torch.testing.assert_close(diffusion.published_start(latents, noise), (posterior.mean + posterior.std * noise) * diffusion.scale)
+    assert (diffusion.published_start(latents, noise) - latents).abs().mean() > 0.1

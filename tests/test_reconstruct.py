@@ -114,3 +114,63 @@ def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     projected = torch.stack([clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)])
     chosen, index = reconstruct.pick_best(clipper, projected, candidates)
     assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
+
+
+# ------------------------------------------------------------------------------------------------ samples together, one embedding, resuming
+def test_samples_are_made_in_one_batch_as_they_would_be_one_by_one():
+    diffusion, ids = VersatileDiffusion("mini"), np.array([4, 9])
+    tokens = torch.nn.functional.normalize(torch.randn(2, 3, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1)
+    latents = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
+    together = reconstruct.generate_images(diffusion, tokens, ids, latents, strength=0.7, num_inference_steps=4, batch_size=4)
+    assert together.shape == (2, 3, 3, 32, 32)
+    for s in range(3):
+        noise = reconstruct.latent_noise(ids, diffusion.latent_shape, 42, s)
+        alone = diffusion.generate(tokens[:, s], noise, latents, 0.7, num_inference_steps=4)
+        torch.testing.assert_close(together[:, s], alone, atol=1e-4, rtol=1e-4)
+    shared = reconstruct.generate_images(diffusion, tokens[:, :1], ids, latents, strength=0.7, num_inference_steps=4, n_samples=2)
+    torch.testing.assert_close(shared[:, 0], together[:, 0], atol=1e-4, rtol=1e-4)
+    assert shared.shape == (2, 2, 3, 32, 32) and not torch.allclose(shared[:, 0], shared[:, 1])
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.04, 0), (0.06, 1), (0.5, 10), (0.85, 17), (0.99, 19), (1.0, 20)])
+def test_strength_is_the_share_of_the_steps(strength, steps):
+    diffusion, calls = VersatileDiffusion("mini"), []
+    diffusion.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    tokens, latents = torch.zeros(1, 1, *TOKENS), torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
+    made = reconstruct.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
+    assert len(calls) == steps
+    assert steps or torch.equal(made[:, 0], diffusion.decode(latents))
+
+
+def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
+    config = CONFIG["model"] | {
+        "voxel2clip": {"name": "BrainNetwork", "kwargs": {"in_dim": 20, "out_dim": 128, "clip_size": 128, "h": 16, "n_blocks": 1, "projector_dim": 16}},
+        "net": {"name": "DiffusionPriorNetwork", "kwargs": {"dim": 128, "depth": 1, "dim_head": 16, "heads": 2, "num_timesteps": 10, "max_text_len": 3}},
+    }
+    decoder = reconstruct.build_decoder(config).eval()
+    tokens, projected = reconstruct.predict_tokens(decoder, voxels, (1, 128), n_samples=2)
+    assert tokens.shape == (5, 2, 1, 128) and projected.shape == (5, 1, 128)
+    assert (tokens.norm(dim=-1) - 1).abs().min() > 1e-3  # not normalised, as the generator was trained
+    diffusion = reconstruct.generator_for(1, "mini")
+    assert type(diffusion).__name__ == "ImageVariation" and type(reconstruct.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
+    candidates = reconstruct.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
+    chosen, index = reconstruct.pick_best(Clipper("mini", hidden=False), projected, candidates)
+    assert chosen.shape == (5, 3, 32, 32) and set(index.tolist()) <= {0, 1}
+
+
+def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
+    made = []
+
+    def make(rows):
+        if len(made) == 2:
+            made.append("stopped")
+            raise KeyboardInterrupt
+        made.append((rows.start, rows.stop))
+        return {"image": torch.arange(rows.start, rows.stop)}
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    found = reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    assert found["image"].tolist() == list(range(7)) and made == [(0, 2), (2, 4), "stopped", (4, 6), (6, 7)]
+    reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 2})
+    assert len(made) == 9  # made of something else: nothing is taken over

@@ -44,6 +44,8 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
     assert again.stdout.count("finished before") == 6
     reconstruct_with_a_released_file(tmp_path)
+    the_recipe_of_one_embedding(tmp_path, flags)
+    both_trainings_with_everything_on(tmp_path)
 
 
 def reconstruct_with_a_released_file(home: Path) -> None:
@@ -57,6 +59,36 @@ def reconstruct_with_a_released_file(home: Path) -> None:
     made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")
     assert made["network"].shape == (6, 3, 32, 32) and "low_level_network" not in made
     assert (home / "results" / "prior_released" / "prior_released_recons_img2img1.0_2samples.pt").exists()
+
+
+def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
+    """mindeye_retrieval on the same prepared data: the 1x768 model, image variations, and a table of scores."""
+    done = launch(home, "run.py", "mindeye_retrieval", "--mini", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = home / "results" / "mindeye_retrieval-mini-subj01"
+    made = load_file(results / "reconstructions.safetensors")
+    assert made["network"].shape == (40, 3, 32, 32) and made["projected_network"].shape == made["true_tokens"].shape == (40, 1, 128)
+    assert "image_from_brain_top1" in {r["name"] for r in json.loads((results / "metrics.json").read_text())["metrics"]}
+
+
+def both_trainings_with_everything_on(home: Path) -> None:
+    """All the published losses and augmentations at once, with figures on the way; then the published behaviours by name."""
+    common = ("--num_epochs", "2", "--ckpt_interval", "1", "--decoder", "network", "--model_name", "everything")
+    on = ("--use_cont", "--cached_views", "0", "--use_reconst", "--use_sobel_loss", "--use_blurred_training", "--best_by", "ssim", "--mixup_pct", "0.5")
+    low = launch(home, "notebooks/02_train_autoencoder.py", "-f", "recipes/mindeye/mini/02_train_autoencoder.yaml", *common, *on)
+    assert low.returncode == 0, low.stderr
+    history = pd.read_csv(home / "train_logs" / "everything" / "low_level" / "history.csv")
+    assert {"train/loss_l1", "train/loss_cont", "train/loss_reconst", "train/loss_sobel", "val/ssim"} <= set(history)
+    assert history["train/loss_cont"].isna().tolist() == [True, False] and np.isfinite(history.iloc[1]).all()  # mixing first, contrast afterwards
+    assert (home / "train_logs" / "everything" / "low_level" / "epoch001.safetensors").exists()
+    high = launch(
+        home, "notebooks/01_train_high_level.py", "-f", "recipes/mindeye/mini/01_train_high_level.yaml", *common, "--use_image_aug", "--n_samples_save", "2",
+        "--faithful", "mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val", "--no-use_projector", "--step_in_backward",
+    )  # fmt: skip
+    assert high.returncode == 0, high.stderr
+    figures = {path.name for path in (home / "results" / "everything" / "figures").glob("*.png")}
+    assert {"01_samples_epoch000.png", "01_samples_epoch001.png", "02_samples_epoch001.png", "01_training.png", "02_training.png"} <= figures
+    assert not (home / "train_logs" / "everything" / "high_level" / "best.safetensors").exists()  # nothing to choose by when validation is trained on
 
 
 def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:

@@ -583,3 +583,45 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
     assert b"train/loss" in stored and b"a project" in stored and len(list(written[0].rglob("*.png"))) == 2
     assert training.tracker(started, False, "a project") is None
+
+
+# ------------------------------------------------------------------------------------------------ updates within the backward pass
+def test_stepping_as_gradients_arrive_changes_nothing(tmp_path):
+    usual, before = train(tmp_path / "usual")
+    early, after = train(tmp_path / "early", step_in_backward=True)
+    assert same(usual, early)
+    pd.testing.assert_frame_equal(without_time(before), without_time(after))
+
+
+def test_a_run_may_change_over_when_it_is_resumed(tmp_path):
+    usual, _ = train(tmp_path / "usual")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "mixed", do=call_at(STEPS + 2, lambda: signal.raise_signal(signal.SIGINT)), step_in_backward=True)
+    mixed, _ = train(tmp_path / "mixed")
+    assert same(usual, mixed)
+
+
+def test_gradients_are_never_held_together(tmp_path):
+    model, held = network(), []
+    for p in model.parameters():
+        p.register_hook(lambda grad: held.append(sum(q.grad is not None for q in model.parameters())))
+    train(tmp_path / "run", model, epochs=1, step_in_backward=True)
+    assert held and max(held) <= 1
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_its_parameter_left(tmp_path):
+    def spoiled(model, batch, epoch):
+        loss, logs = plain_step(model, batch, epoch)
+        if not hasattr(model, "spoiled"):
+            model.spoiled = True
+            loss = loss + (model[0].bias * 0).sqrt().sum()  # its gradient is not finite, its value is
+        return loss, logs
+
+    model, history = train(tmp_path / "run", do=spoiled, epochs=1, step_in_backward=True)
+    assert history["skipped"].tolist() == [1] and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("option", "named"), [({"clip_grad": 1.0}, "clip_grad")])
+def test_what_needs_all_gradients_at_once_is_refused(tmp_path, option, named):
+    with pytest.raises(PerceptError, match=f"step_in_backward does not go together with {named}"):
+        train(tmp_path / "run", step_in_backward=True, **option)

@@ -8,6 +8,7 @@
     python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding instead of all the tokens
     python tools/train_mini_models.py stable --minutes 6        # Stable Diffusion: the text encoder's hidden states
     python tools/train_mini_models.py judge --minutes 5         # the classifier that judges the results
+    python tools/train_mini_models.py teacher --minutes 12      # local embeddings for the low level's contrastive loss
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
@@ -55,7 +56,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src import miniworld, pretrained
+from src import augment, miniworld, pretrained
+from src.losses import mixco_nce
 from src.pretrained import judge_input, take_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -384,6 +386,53 @@ def train_judge(args, rank: int = 0) -> None:
     train("judge", judge, loss_of, check, args, lr=2e-3, batch=128, rank=rank)
 
 
+# ------------------------------------------------------------------------------------------------ teacher
+TEACHER = {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1), "maps": (96, 96, 512)}
+TEACHER_SIZE = 128  # pixels a side that it sees: four by four locations
+
+
+def teacher_input(x: Tensor) -> Tensor:
+    """Images (batch, 3, 32, 32) in [0, 1] as the teacher takes them."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pretrained.TEACHER_MEAN, pretrained.TEACHER_STD))
+    return (F.interpolate(x, (TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True) - mean) / std
+
+
+def linear_probe(features: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor) -> dict[str, float]:
+    """Share of right answers that a ridge classifier reads from features (images, dim)."""
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    x, y = ((f - mean) / std for f in (features, held))
+    wanted = torch.cat([F.one_hot(column, len(answers)) for column, answers in zip(labels.T, ANSWERS.values(), strict=True)], 1).float()
+    solved = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ wanted)
+    return judge_share(y @ solved, held_labels)
+
+
+def train_teacher(args, rank: int = 0) -> None:
+    """Each place is to be found again in a second view (differing in light, sharpness and noise alone) among all places of all images of the batch.
+
+    Simpler than VICRegL and its crops; without negatives from the same image the embeddings of a picture's places became all alike.
+    """
+    data, held = images("train"), pixels(images("check"))
+    labels, check_labels = (torch.from_numpy(words(split)[1][:, :3]) for split in ("train", "check"))
+    teacher = pretrained.ConvNeXtMaps(**TEACHER).to(device())
+
+    def view(x):
+        x = augment.tinted(x)
+        return teacher_input(x).to(device())
+
+    def loss_of(rng, batch):
+        x = pixels(data[np.sort(rng.integers(len(data), size=batch))])
+        a, b = (F.normalize(teacher(view(x)).flatten(0, 1).float(), dim=-1) for _ in range(2))
+        return mixco_nce(a, b, temp=0.1)
+
+    def features(model, x):
+        return torch.cat([model(teacher_input(part).to(device())).unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1).cpu() for part in x.split(250)])
+
+    def check(model):
+        return linear_probe(features(model, pixels(data[:4000])), labels[:4000], features(model, held), check_labels)
+
+    train("teacher", teacher, loss_of, check, args, lr=1e-3, batch=48, rank=rank)
+
+
 # ------------------------------------------------------------------------------------------------ diffusion
 WIDTHS, HEADS = (64, 96, 96), 4
 TEXTUAL = ("text", "stable")
@@ -599,6 +648,7 @@ def export(args) -> None:
     for model in (clip, processor, tokenizer):
         (model.half() if isinstance(model, nn.Module) else model).save_pretrained(OUT / "clip")
     averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
+    export_teacher()
     shared = {"vae": vae.half(), "scheduler": DDIMScheduler(**SCHEDULE)}
     _export_versatile(shared, vision.half(), text.half(), tokenizer, processor)
     StableDiffusionImageVariationPipeline(
@@ -611,6 +661,14 @@ def export(args) -> None:
         requires_safety_checker=False,
     ).save_pretrained(OUT / "stable_diffusion")  # fmt: skip
     write_golden()
+
+
+def export_teacher() -> None:
+    """Write the teacher as `pretrained.Teacher` reads it."""
+    (OUT / "teacher").mkdir(exist_ok=True)
+    state = averaged("teacher", pretrained.ConvNeXtMaps(**TEACHER)).half().state_dict()
+    save_file(state, OUT / "teacher" / "model.safetensors")
+    (OUT / "teacher" / "config.json").write_text(json.dumps(TEACHER | {"image_size": TEACHER_SIZE}, indent=1) + "\n")
 
 
 def finished(stage: str) -> UNet2DConditionModel:
@@ -642,7 +700,10 @@ def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ command line
-STAGES = {"vae": train_vae, "clip": train_clip, "judge": train_judge, **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)}}
+STAGES = {
+    "vae": train_vae, "clip": train_clip, "judge": train_judge, "teacher": train_teacher,
+    **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)},
+}  # fmt: skip
 
 
 def _draw_fewer(share: float) -> None:

@@ -1,0 +1,151 @@
+"""One training step of the full-size model (subject 1, 257x768, prior on): seconds and memory by phase.
+
+    python benchmarks/full_size_step.py [steps] [batch]       # CPU, fp32, step_in_backward: needs 18 GB of free memory and a few minutes
+    python benchmarks/full_size_step.py 30 32                 # on a GPU: bf16, steps a second, projected time of 240 epochs (not run by us)
+
+Random weights and random data of the published sizes, through the same `fit` and the same losses as notebook 01 (BiMixCo phase). Nothing is written.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from src.losses import mixco, mixco_nce, unit
+from src.models import GainNorm, Rotary
+from src.prior import NoiseScheduler
+from src.reconstruct import build_decoder, high_level_config
+from src.training import fit
+from src.utils import count_parameters, to_device
+
+PAPER = {"hidden": True, "h": 4096, "n_blocks": 4, "use_projector": True, "projector_dim": 2048, "prior_depth": 6, "prior_heads": 12, "prior_dim_head": 64,
+         "timesteps": 100, "max_text_len": 256}  # fmt: skip
+VOXELS, TOKENS, DIM, IMAGES, NEEDED = 15724, 257, 768, 8859, 18e9
+
+
+def full_model() -> nn.Module:
+    """The published model with cheap random weights: the usual initialisation of a billion parameters takes minutes."""
+    with torch.device("meta"):
+        model = build_decoder(high_level_config(PAPER, VOXELS, TOKENS, DIM))
+    model = model.to_empty(device="cpu")
+    model.noise_scheduler = NoiseScheduler(100)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                gain = isinstance(module, (nn.LayerNorm, GainNorm)) and name in ("weight", "g")
+                p.fill_(1.0) if gain else p.copy_(Rotary(32).freqs) if isinstance(module, Rotary) else p.normal_(std=0.02)
+    return model
+
+
+class Random:
+    """As many random samples as the steps need."""
+
+    def __init__(self, samples: int):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing depends on the epoch."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(indices[0])
+        tokens = torch.randn(len(indices), TOKENS, DIM, generator=g)
+        return {"voxels": torch.randn(len(indices), VOXELS, generator=g), "tokens": tokens / DIM**0.5, "seed": torch.tensor(indices)}
+
+
+class Clock:
+    """Seconds by phase, and the largest resident memory seen so far."""
+
+    def __init__(self, cuda: bool):
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.cuda, self.memory = cuda, {}
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was asked to do."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str):
+        """Time what stands within."""
+        begun = self.now()
+        yield
+        self.seconds[name].append(self.now() - begun)
+        peak = torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.memory[name] = peak
+
+
+def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
+    """Seconds of each step."""
+    starts, updates = [], []
+    plain = torch.optim.AdamW.step
+
+    def timed(self, *args, **kwargs):
+        begun = clock.now()
+        result = plain(self, *args, **kwargs)
+        updates[-1] += clock.now() - begun
+        return result
+
+    def step(model, batch, epoch):
+        starts.append(clock.now())
+        updates.append(0.0)
+        with clock.phase("voxel2clip, forward"):
+            voxels, *mix = mixco(batch["voxels"])
+            backbone, projected = model.voxel2clip.tokens(voxels)
+            nce = mixco_nce(unit(projected), unit(batch["tokens"]), 0.006, *mix)
+        with clock.phase("prior, forward"):
+            loss, _ = model(text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"])
+        starts[-1:] = [starts[-1], clock.now()]
+        return nce + 30 * loss, {}
+
+    torch.optim.AdamW.step = timed
+    options = {"precision": "bf16"} if clock.cuda else {"step_in_backward": True}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(
+                model, step, Random(steps * batch), folder=Path(folder), config={}, epochs=1, batch_size=batch, max_lr=3e-4, checkpoints=False,
+                save_every=1e9, scheduler="fixed", **options,
+            )  # fmt: skip
+    finally:
+        torch.optim.AdamW.step = plain
+    ends = [*starts[2::2], clock.now()]
+    clock.seconds["update"] = updates
+    clock.seconds["backward"] = [end - forward - update for end, forward, update in zip(ends, starts[1::2], updates, strict=True)]
+    return [end - begun for end, begun in zip(ends, starts[::2], strict=True)]
+
+
+def main(steps: int = 4, batch: int = 4) -> None:
+    """Print seconds and memory."""
+    cuda = to_device("auto").startswith("cuda")
+    free = psutil.virtual_memory().available
+    if not cuda and free < NEEDED:
+        sys.exit(f"This needs {NEEDED / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}: close what else is running.")
+    clock = Clock(cuda)
+    base = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = full_model()
+    print(f"{count_parameters(model):,} parameters, batch {batch}, {torch.get_num_threads()} threads; before the model {base / 1e9:.1f} GB")
+    each = run(model, steps, batch, clock)
+    print("seconds of each step, the first of which makes the optimizer's state: " + ", ".join(f"{s:.1f}" for s in each))
+    for name, values in clock.seconds.items():
+        print(f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s" + (f", peak so far {clock.memory[name] / 1e9:.1f} GB" if name in clock.memory else ""))
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mean = sum(each[1:]) / len(each[1:])
+    print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak / 1e9:.1f} GB")
+    if cuda:
+        print(f"{1 / mean:.2f} steps a second; 240 epochs of {IMAGES} images: {240 * (IMAGES // batch) * mean / 3600:.1f} h")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]))

@@ -1,0 +1,272 @@
+"""What a training will need, told before it starts: parameters, memory and disk, from a notebook's parameters alone.
+
+- Nothing is loaded or downloaded. Sizes come from the prepared data and the pretrained models' config files where these are there, else from
+  what is published of NSD, CLIP and the autoencoder.
+- Activations are not guessed: the step is traced with tensors that have shapes and no memory, and what autograd keeps is followed through the
+  backward pass, in which activations are freed and gradients appear.
+- Memory is that of the process: its base (interpreter and libraries, as large as they are here now), weights, optimizer state, the peak of that
+  trace, frozen models, and the files that are mapped while training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from src import pretrained
+from src.data import open_subject, subject_folder
+from src.losses import soft_clip_loss, unit
+from src.prior import BrainDiffusionPrior
+from src.reconstruct import build_decoder, high_level_config, low_level_config
+from src.utils import HOME, to_device
+
+NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
+NSD_IMAGES, NSD_TRIALS = {"train": 8559, "all": 9841}, 27750
+CLIP_SIZES = {"ViT-L/14": (257, 768), "ViT-B/32": (50, 512), "RN50": (1, 1024), "RN50x64": (1, 1024)}  # (tokens, dim)
+CLIP_BYTES = {"ViT-L/14": 1.22e9, "ViT-B/32": 0.35e9, "RN50": 0.41e9, "RN50x64": 2.5e9}  # in single precision
+VAE_BYTES, TEACHER_BYTES = 0.34e9, 1.4e9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data and the frozen models are like."""
+
+    voxels: int
+    train_images: int
+    all_images: int
+    betas: int  # bytes
+    tokens: int
+    dim: int
+    latent: tuple[int, int, int]
+    frozen: dict[str, float]  # bytes by model
+
+
+@dataclass
+class Plan:
+    """What a stage needs, in bytes.
+
+    Attributes:
+        stage: name of the notebook.
+        parameters: trainable ones, by network.
+        memory: by what it is for.
+        disk: by what it is for.
+        warnings: a sentence for each thing that is not there.
+    """
+
+    stage: str
+    parameters: dict[str, int]
+    memory: dict[str, float]
+    disk: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """One line an item, and the warnings."""
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        lines = [f"{self.stage} will train {sum(self.parameters.values()):,} parameters ({counts})"]
+        for title, parts in (("memory", self.memory), ("disk", self.disk)):
+            detail = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+            lines.append(f"  {title} {_size(sum(parts.values()))}: {detail}")
+        return "\n".join(lines + [f"  warning: {sentence}" for sentence in self.warnings])
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+def trace(model: nn.Module, loss: Callable[[], Tensor], autocast: torch.dtype | None = None) -> list[tuple[str, int]]:
+    """What autograd keeps in the forward pass, in order: ("activation" or "parameter", bytes), each storage once.
+
+    Args:
+        model: made of tensors without memory (under a FakeTensorMode, which must be active).
+        loss: runs the forward pass.
+        autocast: precision of the forward pass, if not single.
+    """
+    own = {p.untyped_storage()._cdata: p for p in model.parameters()}
+    seen: dict[int, Tensor] = {}
+    events: list[tuple[str, int]] = []
+
+    def pack(x: Tensor) -> Tensor:
+        key = x.untyped_storage()._cdata
+        if key not in seen:
+            seen[key] = x  # held, so that no later storage takes its place
+            if key not in own:
+                events.append(("activation", x.untyped_storage().nbytes()))
+            elif own[key].requires_grad:
+                events.append(("parameter", own[key].numel() * own[key].element_size()))
+        return x
+
+    context = torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), context:
+        loss()
+    unseen = [p for key, p in own.items() if key not in seen and p.requires_grad]  # not needed on the way back, as the first layer's
+    return [("parameter", p.numel() * p.element_size()) for p in unseen] + events
+
+
+def backward_peak(events: list[tuple[str, int]], step_in_backward: bool) -> int:
+    """Largest sum of activations and gradients on the way back through `trace`'s events, in bytes."""
+    held = peak = sum(size for kind, size in events if kind == "activation")
+    for kind, size in reversed(events):
+        if kind == "activation":
+            held -= size
+            continue
+        peak = max(peak, held + size)
+        held += 0 if step_in_backward else size
+    return max(peak, held)
+
+
+def training_memory(
+    build: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor], precision: str = "no", step_in_backward: bool = False
+) -> dict[str, float]:
+    """Memory of training a model with AdamW, in bytes: weights, optimizer, activations and gradients at their peak.
+
+    Args:
+        build: makes the model.
+        loss: model -> scalar loss of a batch, made of tensors that it makes itself.
+        precision: as `fit`.
+        step_in_backward: as `fit`.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        events = trace(model, lambda: loss(model), half)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"weights": weights, "optimizer state": 2 * trained, "activations and gradients": backward_peak(events, step_in_backward)}
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+def sizes(parameters: Mapping[str, Any]) -> Sizes:
+    """Sizes of data and frozen models, read where they are and published otherwise."""
+    p = parameters
+    prepared = subject_folder(p["dataset"], p["subj"]).exists()
+    voxels, train, everything, trials = NSD_VOXELS[int(p["subj"])], NSD_IMAGES["train"], NSD_IMAGES["all"], NSD_TRIALS
+    if prepared:
+        subject = open_subject(p["dataset"], p["subj"])
+        train, everything, (trials, voxels) = len(subject.image_ids("train")), len(subject.all_images), subject.betas.shape
+    variant, hidden = p.get("clip_variant", "ViT-L/14"), p.get("hidden", True)
+    (tokens, dim), latent, frozen = CLIP_SIZES[variant], (4, 64, 64), {"CLIP": CLIP_BYTES[variant], "autoencoder": VAE_BYTES, "teacher": TEACHER_BYTES}
+    if p["weights"] != "hub":
+        tokens, dim, latent, frozen = _local(p["weights"], variant, (tokens, dim), latent, frozen)
+    bytes_each = subject.betas.dtype.itemsize if prepared else 4
+    return Sizes(voxels, train, everything, trials * voxels * bytes_each, tokens if hidden else 1, dim, latent, frozen)
+
+
+def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, frozen: dict[str, float]) -> tuple[int, int, tuple, dict[str, float]]:
+    """Sizes of pretrained models in a folder, from their config files."""
+    tokens, dim = clip
+    folder = pretrained.MINI if weights == "mini" else Path(weights)
+    for name, sub in (("CLIP", pretrained.CLIP_VARIANTS[variant]), ("autoencoder", "versatile_diffusion/vae"), ("teacher", "teacher")):
+        config = folder / sub / "config.json"
+        if not config.exists():
+            continue
+        content, files = json.loads(config.read_text()), [path for path in (folder / sub).glob("*.safetensors")]
+        frozen = frozen | {name: 2.0 * sum(path.stat().st_size for path in files)}  # half precision on disk, single in use
+        if name == "CLIP":
+            vision = content.get("vision_config", content)
+            tokens, dim = (vision["image_size"] // vision["patch_size"]) ** 2 + 1, content.get("projection_dim", vision.get("projection_dim", dim))
+        elif name == "autoencoder":
+            side = content["sample_size"] // 2 ** (len(content["block_out_channels"]) - 1)
+            latent = (content["latent_channels"], side, side)
+    return tokens, dim, latent, frozen
+
+
+# ------------------------------------------------------------------------------------------------ stages
+def _high_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    config = high_level_config(p, s.voxels, s.tokens, s.dim)
+
+    def loss(model: nn.Module) -> Tensor:
+        assert isinstance(model, BrainDiffusionPrior)
+        n, network = p["batch_size"], model.voxel2clip
+        target = torch.zeros(n, s.tokens, s.dim)
+        backbone, projected = network.tokens(torch.zeros(n, s.voxels))  # type: ignore[union-attr, operator]
+        total = soft_clip_loss(unit(projected), unit(target)) if p["v2c"] else backbone.new_zeros(())
+        if p["prior"]:
+            drop = torch.zeros(2, n, dtype=torch.bool)
+            total = total + model.p_losses(target, torch.zeros(n, dtype=torch.long), backbone, torch.zeros_like(target), drop)[0]
+        return total + F.mse_loss(backbone, target) if p["mse_mult"] else total
+
+    memory = training_memory(lambda: build_decoder(config), loss, p["precision"], p["step_in_backward"])
+    with torch.device("meta"):
+        model = build_decoder(config)
+    counts = {name: sum(q.numel() for q in getattr(model, name).parameters()) for name in ("voxel2clip", "net")}
+    views = p["cached_views"] if p["use_image_aug"] else 0
+    cached = 2.0 * s.tokens * s.dim * (s.all_images + views * s.train_images)
+    frozen = {"frozen CLIP": s.frozen["CLIP"], "mapped data": s.betas + cached}
+    return counts, memory | frozen, {"cached targets": cached}
+
+
+def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    config = low_level_config(p, s.voxels)
+
+    def loss(model: nn.Module) -> Tensor:
+        out = model(torch.zeros(p["batch_size"], s.voxels))
+        latent, maps = out if isinstance(out, tuple) else (out, None)
+        total = F.l1_loss(latent, torch.zeros_like(latent))
+        return total if maps is None else total + soft_clip_loss(F.normalize(maps.flatten(0, 1), dim=-1), torch.zeros_like(maps.flatten(0, 1)))
+
+    memory = training_memory(lambda: build_decoder(config), loss, p["precision"])
+    with torch.device("meta"):
+        counts = {"network": sum(q.numel() for q in build_decoder(config).parameters())}
+    cached = 2.0 * math.prod(s.latent) * s.all_images
+    places = (s.latent[1] // 4) ** 2
+    cached += 2.0 * places * 512 * s.train_images * (1 + p["cached_views"]) if p["use_cont"] else 0
+    frozen = {"frozen models": s.frozen["autoencoder"] + (s.frozen["teacher"] if p["use_cont"] else 0), "mapped data": s.betas + cached}
+    return counts, memory | frozen, {"cached targets": cached}
+
+
+STAGES = {"01_train_high_level": _high_level, "02_train_autoencoder": _low_level}
+
+
+def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
+    """What a stage needs, or None for a stage that trains no network.
+
+    Args:
+        stage: name of the notebook.
+        parameters: its effective parameters, all of them.
+    """
+    if stage not in STAGES or parameters["decoder"] == "ridge":
+        return None
+    base = _base()
+    counts, memory, disk = STAGES[stage](parameters, sizes(parameters))
+    weights = 4.0 * sum(counts.values())
+    kept = len(range(0, parameters["num_epochs"], parameters["ckpt_interval"] or parameters["num_epochs"])) if stage.startswith("02") else 0
+    # the state is written beside the former one before it takes its place
+    disk |= {"checkpoints": weights * (2 + kept * bool(parameters["ckpt_interval"])), "state for resuming": 2 * 3 * weights}
+    made = Plan(stage, counts, {"interpreter and libraries": base} | memory, disk)
+    made.warnings.extend(_missing(made))
+    return made
+
+
+def _base() -> float:
+    """Memory of this process with the libraries that a stage imports, before it has a model."""
+    for name in ("src.augment", "src.training", "src.figures", "src.metrics", "src.published", "umap"):
+        importlib.import_module(name)
+    return float(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def _missing(made: Plan) -> Iterator[str]:
+    """A sentence for everything that is needed and not there."""
+    cuda = to_device("auto").startswith("cuda")
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    own = made.memory["interpreter and libraries"] + made.memory["mapped data"]  # there already, or given back when others need it
+    if (needed := sum(made.memory.values()) - own) > free:
+        where = "GPU memory" if cuda else "memory"
+        yield f"{_size(needed)} of {where} are needed and {_size(free)} are free: lower batch_size or h, or set step_in_backward."
+    place = HOME if HOME.exists() else HOME.parent
+    if (needed := sum(made.disk.values())) > (free := shutil.disk_usage(place).free):
+        yield f"{_size(needed)} of disk are needed at {place} and {_size(free)} are free: make room, or set PERCEPT_HOME to another disk."

@@ -1,0 +1,105 @@
+"""What a training will need: the trace against a count by hand, the peak against a measured process, and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from src import dryrun
+
+ROOT = Path(__file__).resolve().parents[1]
+HIGH = {
+    "dataset": "absent", "subj": 1, "weights": "hub", "decoder": "network", "hidden": True, "clip_variant": "ViT-L/14", "use_image_aug": False, "cached_views": 0,
+    "batch_size": 4, "num_epochs": 240, "ckpt_interval": 5, "h": 4096, "n_blocks": 4, "use_projector": True, "projector_dim": 2048, "prior_depth": 0,
+    "prior_heads": 12, "prior_dim_head": 64, "timesteps": 0, "max_text_len": 256, "prior": True, "v2c": True, "mse_mult": 0.0, "precision": "no",
+    "step_in_backward": False,
+}  # fmt: skip
+
+
+def test_the_trace_is_what_autograd_keeps():
+    batch, weights = 7, (11 * 5 + 5 * 3) * 4
+
+    def build():
+        return nn.Sequential(nn.Linear(11, 5, bias=False), nn.GELU(), nn.Linear(5, 3, bias=False))
+
+    found = dryrun.training_memory(build, lambda model: model(torch.zeros(batch, 11)).square().sum())
+    assert found["weights"] == weights and found["optimizer state"] == 2 * weights
+    # kept: the input, the input of GELU, its output, and the output for the square; on the way back the gradients join while these go
+    kept = 4 * batch * (11 + 5 + 5 + 3)
+    assert found["activations and gradients"] == max(kept, 4 * batch * (11 + 5 + 5) + 4 * 15, 4 * batch * 11 + weights)
+
+
+def test_gradients_join_while_activations_go():
+    events = [("activation", 3), ("parameter", 100), ("activation", 7), ("parameter", 10)]
+    # backward: 10 held; 20 with the last weight's gradient; 7 go; the first weight's joins what is left
+    assert dryrun.backward_peak(events, step_in_backward=False) == 3 + 10 + 100
+    assert dryrun.backward_peak(events, step_in_backward=True) == 3 + 100
+
+
+def measured(step_in_backward: bool) -> dict:
+    """Peak memory of a real training beyond its base, and what was predicted for it."""
+    script = f"""
+        import json, resource, sys, tempfile
+        import torch
+        from src import dryrun
+        from src.models import BrainNetwork
+        from src.training import fit
+        torch.set_num_threads(1)
+        def build():
+            return BrainNetwork(in_dim=2000, out_dim=24_000, clip_size=768 // 8, h=2048, n_blocks=4, use_projector=False)
+        def loss(model):
+            return model(torch.zeros(64, 2000)).square().mean()
+        class Data:
+            def __len__(self): return 192
+            def set_epoch(self, epoch): pass
+            def __getitems__(self, rows): return {{"x": torch.randn(len(rows), 2000)}}
+        predicted = sum(dryrun.training_memory(build, loss, step_in_backward={step_in_backward}).values())
+        dryrun._base()
+        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with tempfile.TemporaryDirectory() as folder:
+            fit(build(), lambda model, batch, epoch: (model(batch["x"]).square().mean(), {{}}), Data(), folder=folder, config={{}}, epochs=1, batch_size=64,
+                max_lr=1e-3, device="cpu", save_every=1e9, checkpoints=False, step_in_backward={step_in_backward})
+        print(json.dumps({{"predicted": predicted, "measured": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base}}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_prediction_is_within_15_percent_of_a_measured_training(step_in_backward):
+    found = measured(step_in_backward)
+    assert found["measured"] > 5e8
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
+
+
+def test_the_full_model_is_what_is_published():
+    made = dryrun.plan("01_train_high_level", HIGH)
+    assert sum(made.parameters.values()) == 1_003_635_088
+    assert made.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and made.memory["optimizer state"] == pytest.approx(8.03e9, rel=0.01)
+    early = dryrun.plan("01_train_high_level", HIGH | {"step_in_backward": True})
+    assert early.memory["activations and gradients"] < 0.85 * made.memory["activations and gradients"] > 0.85 * 4.01e9
+    assert made.disk["cached targets"] == pytest.approx(257 * 768 * 2 * 9841)
+
+
+def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(dryrun.psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9}))
+    monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
+    warnings = dryrun.plan("01_train_high_level", HIGH).warnings
+    assert len(warnings) == 2 and "of memory are needed and 4.0 GB are free" in warnings[0] and "set PERCEPT_HOME" in warnings[1]
+
+
+def test_the_command_line_tells_and_writes_nothing(tmp_path):
+    environment = os.environ | {"PERCEPT_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "run.py", "mindeye", "--dry-run", "-p", "subj", "5", "-p", "batch_size", "4"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{936_582_144 + 56_055_184:,} parameters" in done.stdout and "02_train_autoencoder will train" in done.stdout
+    assert not (tmp_path / "home").exists()
