@@ -215,6 +215,7 @@ def predicted(model):
     return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
 
+# %%
 @torch.no_grad()
 def validate(model):
     """Losses and retrieval over the whole validation split."""

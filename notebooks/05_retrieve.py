@@ -2,10 +2,11 @@
 # # 05 · Retrieve: which of these images was seen?
 #
 # **Question.** Given brain activity, is the image that was seen nearer than all the others, and given an image, is the right brain
-# activity nearest? And is it still so among images that resemble each other?
+# activity nearest? Is it still so among images that resemble each other, and does a second model, which re-ranks what the first one found, help?
 #
 # **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens predicted from the brain, true tokens). **Writes**
-# `results/<run>/retrieval.json` and figures; notebook 06 adds the records to `metrics.json`.
+# `results/<run>/retrieval.json` and figures; notebook 06 adds the records to `metrics.json`. With `model_name2`, it also reads that run's
+# reconstructions.
 #
 # Cost: seconds, and half a minute for the UMAP where it is asked for.
 #
@@ -18,7 +19,10 @@ dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject
 decoder = "network"  # one of network, ridge, both
 pool = 300  # candidates of the published protocol
-draws = 30  # random pools of the published protocol
+draws = 30  # pools of the published protocol
+pool_sampling = "random"  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
+model_name2 = ""  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
+rerank_k = 16  # candidates that are re-ranked
 hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
 umap_label = ""  # column of the image labels that colours the UMAP
@@ -37,7 +41,7 @@ from safetensors.torch import load_file
 
 from src import retrieval
 from src.data import open_subject
-from src.figures import retrieval_curve, retrieval_grid, save, umap_scatter
+from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
 from src.metrics import make_record, paired_bootstrap
 from src.utils import PerceptError, write_json
 
@@ -73,10 +77,11 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %% [markdown]
 # ## The published protocol
-# Random pools, repeated; its interval speaks of the pools, not of the images.
+# Pools, repeated; its interval speaks of the pools, not of the images. The curve has every image as a candidate at its right end.
 
 # %%
-pools = pd.concat([retrieval.published_protocol(brain[n], clip, min(pool, len(clip)), draws, seed).assign(decoder=n) for n in names])
+size = min(pool, len(clip))
+pools = pd.concat([retrieval.published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(decoder=n) for n in names])
 curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
 save(retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
@@ -101,6 +106,28 @@ if hard_negatives:
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %% [markdown]
+# ## Two models
+# The single embedding of the other run finds the nearest candidates; all the tokens of this run choose among them (as the paper does for images of LAION-5B).
+# It can find no more than the other run has among its `rerank_k` nearest: that share is the ceiling.
+
+# %%
+second = []
+if model_name2:
+    first = retrieval.load_embeddings(run.results.parent / model_name2, image_ids)
+    for d in directions:
+        two = retrieval.second_order(brain[names[0]], clip, *first, k=min(rerank_k, len(clip)), direction=d)
+        reached = (two.first <= rerank_k).astype(float)
+        records.append(make_record(
+            f"second_order_{d}_top1", (two.reranked == 1).astype(float), floors={f"{model_name2} alone": (two.first == 1).astype(float)}, chance=1 / len(clip),
+            description=f"top-1 of {len(clip)}: {rerank_k} found by {model_name2}, re-ranked by all tokens", source="MindEye, appendix A.7",
+            **common | {"ceiling": reached},
+        ))  # fmt: skip
+        for name, other in ((f"{model_name2} alone", two.first), (f"{run.name} alone", two.alone)):
+            change = paired_bootstrap(two.reranked == 1, other == 1)
+            second.append({"direction": d, "re-ranked against": name, "re-ranked": (two.reranked == 1).mean(), "alone": (other == 1).mean(), **change._asdict()})
+pd.DataFrame(second)
+
+# %% [markdown]
 # ## Network against ridge
 # A paired bootstrap over the test images: the same images, the same candidates.
 
@@ -114,13 +141,19 @@ if len(names) == 2:
 pd.DataFrame(differences)
 
 # %%
-write_json(run.results / "retrieval.json", {"metrics": records, "differences": differences, "published_protocol": pools.to_dict("records")})
+write_json(run.results / "retrieval.json", {"metrics": records, "differences": differences, "second_order": second, "published_protocol": pools.to_dict("records")})
+
+# %% [markdown]
+# ## Hits and misses
+# The first ones in the order of the test set. Brain activity is shown as the image that it was recorded for.
 
 # %%
-seen = made["seen"]
-found = retrieval.nearest(brain[names[0]], clip, k=8)[1]
-grid = retrieval_grid(seen, seen, found, np.arange(len(seen)), n=8, k=8)
-save(grid, run.results / "figures" / "retrieval_grid.png")
+seen, main = made["seen"], brain[names[0]]
+sides = {"image_from_brain": (main, clip, "Image from brain"), "brain_from_image": (clip, main, "Brain from image")}
+for d, (queries, candidates, title) in sides.items():
+    ranks = retrieval.rank_each(main, clip, d)
+    figure = hits_and_misses(seen, seen, retrieval.nearest(queries, candidates, k=8)[1], np.arange(len(seen)), ranks, n=5, k=8, title=title)
+    save(figure, run.results / "figures" / f"{d}.png")
 
 # %%
 if plot_umap:

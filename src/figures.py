@@ -240,50 +240,64 @@ def _wrapped(title: str, width: int) -> str:
 
 
 @_styled
-def retrieval_grid(
-    queries: Any, gallery: Any, found: Any, right: Any, n: int = 8, k: int = 8, enlarge: str = "bicubic"
+def hits_and_misses(
+    queries: Any, gallery: Any, found: Any, right: Any, ranks: Any, n: int = 6, k: int = 6, title: str = "Image from brain", enlarge: str = "bicubic"
 ) -> Figure:
-    """Retrieved images, best first, beside the image that was seen; the right one is framed and marked.
+    """The first n queries whose right candidate came first, and the first n whose did not, in test order: nothing is chosen by hand.
+
+    A row shows the place in the test set, the seen image, the best candidates, and the rank of the right one, which is framed.
 
     Args:
         queries: seen images (m, 3, height, width) in [0, 1].
         gallery: candidate images (c, 3, height, width) in [0, 1].
-        found: rows of the gallery, best first (m, k or more), e.g. the second output of `retrieval.nearest`.
-        right: row of the gallery that is right for each query (m,), -1 where there is none.
-        n: queries shown, the first ones.
+        found: rows of the gallery, best first (m, k or more).
+        right: row of the gallery that is right for each query (m,).
+        ranks: rank of the right candidate for each query (m,), 1 the best, e.g. `retrieval.rank_each`.
+        n: rows of each kind.
         k: candidates shown.
+        title: what was asked; how many hits and misses there are is added.
         enlarge: "bicubic" or "nearest".
     """
-    found, right = np.asarray(found), np.asarray(right)
-    n, k = min(n, len(found)), min(k, found.shape[1])
-    side, gap, head, apart = _side(queries, 80), 12, 32, 34
-    canvas = _Canvas(apart + gap + (k + 1) * (side + gap), head + n * (side + gap) + 4)
-    left = [
-        gap,
-        *(apart + gap + (j + 1) * (side + gap) - gap for j in range(k)),
-    ]  # pixel column of the seen image, then of each candidate
-    for j, x in enumerate(left):
-        canvas.text(
-            x + side / 2, head / 2, "seen" if j == 0 else str(j), fontweight="bold" if j == 0 else "normal"
-        )
-    for i, seen in enumerate(_tiles(queries[:n], side, enlarge)):
-        y = head + i * (side + gap)
-        canvas.tile(seen, left[0], y)
-        for j, tile in enumerate(
-            _tiles(torch.as_tensor(gallery)[torch.as_tensor(found[i, :k])], side, enlarge)
-        ):
-            canvas.tile(tile, left[j + 1], y)
-            if found[i, j] == right[i]:
-                canvas.ax.add_patch(
-                    Rectangle(
-                        (left[j + 1] - 2, y - 2), side + 4, side + 4, fill=False, lw=3, ec=INK, zorder=2
-                    )
-                )
-                canvas.ax.add_patch(Rectangle((left[j + 1], y), 20, 20, color=INK, zorder=2))
-                canvas.text(left[j + 1] + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
-        if right[i] not in found[i, :k]:
-            canvas.text(left[0] + side + apart / 2, y + side / 2, "not\nfound", color=SOFT, fontsize=7)
+    found, right, ranks = np.asarray(found), np.asarray(right), np.asarray(ranks)
+    if not len(queries) == len(found) == len(right) == len(ranks):
+        raise PerceptError(f"{len(queries)} queries, {len(found)} rows of candidates, {len(right)} right ones and {len(ranks)} ranks were given; they must pair up.")
+    groups = {"hit": np.flatnonzero(ranks == 1), "miss": np.flatnonzero(ranks != 1)}
+    k, side, gap, left, head, heading = min(k, found.shape[1]), _side(queries, 80), 12, 44, 46, 26
+    rows_shown = sum(max(1, len(rows[:n])) for rows in groups.values())
+    canvas = _Canvas(max(560, left + (k + 1) * (side + gap) + 124), head + 2 * heading + rows_shown * (side + gap) + 4)
+    counts = " and ".join(f"{len(rows)} {_plural(kind, len(rows))}" for kind, rows in groups.items())
+    canvas.text(gap, 16, f"{title}: {counts} among {len(ranks)} test images", ha="left", fontsize=11, fontweight="bold")
+    canvas.text(gap, 36, f"the first {n} of each, in the order of the test set; their numbers there stand at the left", ha="left", fontsize=8, color=SOFT)
+    y = head
+    for kind, rows in groups.items():
+        heads = {"hit": "Hits: the right one came first", "miss": "Misses: it did not"}
+        canvas.text(gap, y + heading / 2, heads[kind] + ("" if len(rows) else " - there are none"), ha="left", fontsize=9, fontweight="bold")
+        y += heading
+        for row in rows[:n]:
+            tiles = _tiles(torch.cat([torch.as_tensor(queries)[row, None], torch.as_tensor(gallery)[torch.as_tensor(found[row, :k])]]), side, enlarge)
+            _candidates(canvas, tiles, (left, y), gap, found[row, :k] == right[row])
+            canvas.text(left - 6, y + side / 2, str(row + 1), ha="right", fontsize=8, color=SOFT)
+            x = left + (k + 1) * (side + gap) + 22
+            canvas.text(x, y + side / 2, f"rank {ranks[row]}\nof {len(gallery)}", ha="left", fontsize=9, fontweight="bold" if kind == "miss" else "normal")
+            y += side + gap
+        y += 0 if len(rows) else side + gap
     return canvas.done()
+
+
+def _plural(kind: str, count: int) -> str:
+    return kind if count == 1 else {"hit": "hits", "miss": "misses"}[kind]
+
+
+def _candidates(canvas: _Canvas, tiles: np.ndarray, corner: tuple[int, int], gap: int, right: np.ndarray) -> None:
+    """One row: the seen image, and after a space the candidates, the right one of them framed and marked."""
+    (x0, y), side = corner, tiles.shape[1]
+    for j, tile in enumerate(tiles):
+        x = x0 + j * (side + gap) + (gap if j else 0)
+        canvas.tile(tile, x, y)
+        if j and right[j - 1]:
+            canvas.ax.add_patch(Rectangle((x - 2, y - 2), side + 4, side + 4, fill=False, lw=3, ec=INK, zorder=2))
+            canvas.ax.add_patch(Rectangle((x, y), 20, 20, color=INK, zorder=2))
+            canvas.text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -588,65 +602,3 @@ def _cells(ax: Any, y: float, texts: tuple[str, str, str], **look: Any) -> None:
     for x, text, side in zip((-0.52, -0.16, -0.03), texts, ("left", "right", "right"), strict=True):
         weight = "bold" if side == "left" else "normal"
         ax.text(x, y, text, transform=ax.transAxes, ha=side, fontweight=weight, **look)
-
-
-# ---------------------------------------------------------------------------------------- hits and misses
-@_styled
-def hits_and_misses(
-    queries: Any, gallery: Any, found: Any, right: Any, ranks: Any, n: int = 6, k: int = 6, title: str = "Image from brain", enlarge: str = "bicubic"
-) -> Figure:
-    """The first n queries whose right candidate came first, and the first n whose did not, in test order: nothing is chosen by hand.
-
-    A row shows the place in the test set, the seen image, the best candidates, and the rank of the right one, which is framed.
-
-    Args:
-        queries: seen images (m, 3, height, width) in [0, 1].
-        gallery: candidate images (c, 3, height, width) in [0, 1].
-        found: rows of the gallery, best first (m, k or more).
-        right: row of the gallery that is right for each query (m,).
-        ranks: rank of the right candidate for each query (m,), 1 the best, e.g. `retrieval.rank_each`.
-        n: rows of each kind.
-        k: candidates shown.
-        title: what was asked; how many hits and misses there are is added.
-        enlarge: "bicubic" or "nearest".
-    """
-    found, right, ranks = np.asarray(found), np.asarray(right), np.asarray(ranks)
-    if not len(queries) == len(found) == len(right) == len(ranks):
-        raise PerceptError(f"{len(queries)} queries, {len(found)} rows of candidates, {len(right)} right ones and {len(ranks)} ranks were given; they must pair up.")
-    groups = {"hit": np.flatnonzero(ranks == 1), "miss": np.flatnonzero(ranks != 1)}
-    k, side, gap, left, head, heading = min(k, found.shape[1]), _side(queries, 80), 12, 44, 46, 26
-    rows_shown = sum(max(1, len(rows[:n])) for rows in groups.values())
-    canvas = _Canvas(max(560, left + (k + 1) * (side + gap) + 124), head + 2 * heading + rows_shown * (side + gap) + 4)
-    counts = " and ".join(f"{len(rows)} {_plural(kind, len(rows))}" for kind, rows in groups.items())
-    canvas.text(gap, 16, f"{title}: {counts} among {len(ranks)} test images", ha="left", fontsize=11, fontweight="bold")
-    canvas.text(gap, 36, f"the first {n} of each, in the order of the test set; their numbers there stand at the left", ha="left", fontsize=8, color=SOFT)
-    y = head
-    for kind, rows in groups.items():
-        heads = {"hit": "Hits: the right one came first", "miss": "Misses: it did not"}
-        canvas.text(gap, y + heading / 2, heads[kind] + ("" if len(rows) else " - there are none"), ha="left", fontsize=9, fontweight="bold")
-        y += heading
-        for row in rows[:n]:
-            tiles = _tiles(torch.cat([torch.as_tensor(queries)[row, None], torch.as_tensor(gallery)[torch.as_tensor(found[row, :k])]]), side, enlarge)
-            _candidates(canvas, tiles, (left, y), gap, found[row, :k] == right[row])
-            canvas.text(left - 6, y + side / 2, str(row + 1), ha="right", fontsize=8, color=SOFT)
-            x = left + (k + 1) * (side + gap) + 22
-            canvas.text(x, y + side / 2, f"rank {ranks[row]}\nof {len(gallery)}", ha="left", fontsize=9, fontweight="bold" if kind == "miss" else "normal")
-            y += side + gap
-        y += 0 if len(rows) else side + gap
-    return canvas.done()
-
-
-def _plural(kind: str, count: int) -> str:
-    return kind if count == 1 else {"hit": "hits", "miss": "misses"}[kind]
-
-
-def _candidates(canvas: _Canvas, tiles: np.ndarray, corner: tuple[int, int], gap: int, right: np.ndarray) -> None:
-    """One row: the seen image, and after a space the candidates, the right one of them framed and marked."""
-    (x0, y), side = corner, tiles.shape[1]
-    for j, tile in enumerate(tiles):
-        x = x0 + j * (side + gap) + (gap if j else 0)
-        canvas.tile(tile, x, y)
-        if j and right[j - 1]:
-            canvas.ax.add_patch(Rectangle((x - 2, y - 2), side + 4, side + 4, fill=False, lw=3, ec=INK, zorder=2))
-            canvas.ax.add_patch(Rectangle((x, y), 20, 20, color=INK, zorder=2))
-            canvas.text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)

@@ -31,9 +31,13 @@ FIGURES = {  # file name without .png: (heading, what to look at), in the order 
         "Scores between floor and ceiling",
         "Right is better in every strip. Crosses, squares and diamonds are what needs no decoding.",
     ),
-    "retrieval_grid": (
-        "Retrieved images",
-        "The seen image, then the candidates the brain points to, best first; the right one is framed.",
+    "image_from_brain": (
+        "Images found from brain activity: the first hits and the first misses",
+        "The seen image, then the candidates that the brain points to, best first; the right one is framed.",
+    ),
+    "brain_from_image": (
+        "Brain activity found from images: the first hits and the first misses",
+        "The image, then the recordings that it points to, each shown as the image that was seen in it.",
     ),
     "retrieval_curve": (
         "Retrieval by number of candidates",

@@ -53,8 +53,8 @@ DRAWN = {
     "contact_sheet": lambda: figures.contact_sheet(
         {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
     ),
-    "retrieval_grid": lambda: figures.retrieval_grid(
-        pictures(), pictures(), np.tile(np.arange(4), (6, 1)), np.arange(6), k=4
+    "hits_and_misses": lambda: figures.hits_and_misses(
+        pictures(), pictures(), np.tile(np.arange(4), (6, 1)), np.arange(6), np.arange(1, 7), k=4
     ),
     "training_curves": lambda: figures.training_curves(history()),
     "score_dots": lambda: figures.score_dots([record(), record("mse", "lower")], "a run"),
@@ -101,10 +101,21 @@ def test_enlargement_by_nearest_keeps_whole_pixels():
     assert figures._side(pictures(side=32)) % 32 == 0 and figures._side(pictures(side=425)) == 112
 
 
-def test_retrieval_grid_frames_the_right_image_and_admits_a_miss():
-    found = np.array([[2, 0, 1], [1, 0, 2], [0, 1, 2], [0, 1, 2]])
-    fig = figures.retrieval_grid(pictures(4), pictures(4), found, right=[0, 1, 2, 3], k=2)
-    assert texts(fig).count("✓") == 2 and texts(fig).count("not\nfound") == 2
+def test_hits_and_misses_are_the_first_of_each_in_order_with_the_right_image_framed():
+    found = np.array([[2, 0, 1], [1, 0, 2], [0, 2, 1], [3, 1, 2], [4, 1, 2]])
+    fig = figures.hits_and_misses(pictures(5), pictures(5), found, np.arange(5), np.array([2, 1, 2, 1, 1]), n=2, k=2)
+    shown = texts(fig)
+    assert shown.count("✓") == 4  # both hits, both misses that have it second
+    rows = [t for t in shown if t.isdigit()]
+    assert rows == ["2", "4", "1", "3"] and "Image from brain: 3 hits and 2 misses among 5 test images" in shown
+    assert shown.count("rank 2\nof 5") == 2 and shown.count("rank 1\nof 5") == 2
+
+
+def test_hits_and_misses_say_when_there_are_none_and_refuse_what_does_not_pair():
+    found, right = np.tile(np.arange(3), (3, 1)), np.arange(3)
+    assert any(t.endswith("there are none") for t in texts(figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3))))
+    with pytest.raises(PerceptError, match="must pair up"):
+        figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(2))
 
 
 def test_training_curves_mark_the_best_validation_epoch_and_skip_gaps():

@@ -69,6 +69,13 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
     made = load_file(results / "reconstructions.safetensors")
     assert made["network"].shape == (40, 3, 32, 32) and made["projected_network"].shape == made["true_tokens"].shape == (40, 1, 128)
     assert "image_from_brain_top1" in {r["name"] for r in json.loads((results / "metrics.json").read_text())["metrics"]}
+    two = ("--model_name2", results.name, "--rerank_k", "5", "--pool_sampling", "consecutive", "--pool", "20", "--no-plot_umap")
+    done = launch(home, "notebooks/05_retrieve.py", "-f", "recipes/mindeye/mini/05_retrieve.yaml", *two)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((home / "results" / "mindeye-mini-subj01" / "retrieval.json").read_text())
+    record = {r["name"]: r for r in found["metrics"]}["second_order_image_from_brain_top1"]
+    assert record["value"] <= record["ceiling"]["value"] and len(found["second_order"]) == 4
+    assert {"image_from_brain.png", "brain_from_image.png"} <= {p.name for p in (home / "results" / "mindeye-mini-subj01" / "figures").iterdir()}
 
 
 def both_trainings_with_everything_on(home: Path) -> None:
