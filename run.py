@@ -203,7 +203,7 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
 
 
 def dry_run(recipe: str, overrides: dict[str, Any]) -> None:
-    """Print what the trainings of a recipe will need; nothing is loaded, downloaded or written."""
+    """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
     from src.dryrun import plan
 
     stages = stages_of(recipe.split("/")[0])
@@ -211,7 +211,8 @@ def dry_run(recipe: str, overrides: dict[str, Any]) -> None:
     for stage in stages:
         known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
         needed = plan(stage, {name: p.default for name, p in known.items()} | parameters_of(stage, recipe, overrides))
-        print(needed or f"{stage}: trains no network. {cost_of(stage)}", flush=True)
+        print(needed or f"{stage} trains no network and writes little", flush=True)
+        print(f"  time: {cost_of(stage)}", flush=True)
 
 
 def list_recipes() -> None:
@@ -231,7 +232,7 @@ def main() -> int:
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one parameter")
     parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
     parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
-    parser.add_argument("--dry-run", action="store_true", help="only tell what the trainings will need: parameters, memory, disk")
+    parser.add_argument("--dry-run", action="store_true", help="only tell what the stages will need: parameters, memory, disk")
     args, rest = parser.parse_known_args()
     if args.recipe == "sweep":
         raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")

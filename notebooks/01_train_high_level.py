@@ -51,7 +51,7 @@ mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backb
 faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
-ckpt_interval = 5  # epochs between figures, and between back-up checkpoints
+ckpt_interval = 5  # epochs between figures
 save_at_end = False  # choose no best epoch, keep the last one only
 n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval
 plot_umap = False  # a UMAP of validation images at every ckpt_interval
@@ -75,10 +75,10 @@ import torch
 import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, subject_folder
+from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
 from src.dryrun import plan
 from src.figures import image_grid, save, training_curves, umap_scatter
-from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
+from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
 from src.models import RidgeBaseline
 from src.pretrained import Clipper
 from src.published import load_laion_prior
@@ -96,9 +96,9 @@ from src.utils import PerceptError, count_parameters, named, resolve, save_check
 published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
 if not (prior or v2c):
     raise PerceptError("Neither prior nor v2c is trained: leave at least one of them on.")
-if data_path and not subject_folder(dataset, subj).exists():
-    mindeye.read(resolve(data_path), dataset, subj)
+mindeye.read_if_missing(data_path, dataset, subj)
 subject = open_subject(dataset, subj)
+print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
@@ -153,7 +153,6 @@ model = build_decoder(config["model"])
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
     print(f"the prior starts as LAION's; fresh are {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip")
-print(plan(run.stage, run.parameters) or "the ridge baseline alone")
 
 # %% [markdown]
 # ## The step
@@ -177,7 +176,7 @@ def contrast(brain, image, epoch, mix):
 def target_of(batch):
     """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
     found = batch["tokens"] if "tokens" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255))
-    return found.view(len(found), n_tokens, dim)
+    return found.float().view(len(found), n_tokens, dim)
 
 
 # %%
@@ -200,7 +199,8 @@ def step(model, batch, epoch):
 
 
 # %% [markdown]
-# Validation looks at images of the validation split only: the same losses on averaged repeats, and how often the right one is the nearest.
+# Validation looks at images of the validation split only, on averaged repeats: SoftCLIP at one temperature throughout, so that epochs can be compared, the prior's
+# loss, and how often the right one is the nearest.
 
 # %%
 def predicted(model):
@@ -221,7 +221,7 @@ def validate(model):
     """Losses and retrieval over the whole validation split."""
     projected, target, of_prior, of_backbone = predicted(model)
     brain, image = unit(projected), unit(target)
-    right, similar = torch.arange(len(brain), device=brain.device), brain @ image.T
+    right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
     nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
     mse, direct = of_prior.mean() if prior else brain.new_zeros(()), of_backbone.mean()
     values = {
@@ -307,5 +307,5 @@ if decoder != "network":
 
 # %% [markdown]
 # ## What to look at
-# The validation loss should fall in both phases, with a jump where BiMixCo gives way to SoftCLIP (they are different losses). `image_from_brain` and
-# `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low level.
+# The training loss jumps where BiMixCo gives way to SoftCLIP (they are different losses); the validation loss, one measure throughout, should fall in
+# both phases. `image_from_brain` and `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low level.

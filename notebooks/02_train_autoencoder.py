@@ -75,6 +75,7 @@ from src.utils import PerceptError, count_parameters, save_checkpoint
 if use_sobel_loss and not use_reconst:
     raise PerceptError("use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True, too.")
 subject = open_subject(dataset, subj)
+print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
@@ -109,14 +110,13 @@ print(f"(train images, voxels) = ({len(train)}, {subject.betas.shape[1]})")
 # A residual MLP without biases, then the decoder half of an autoencoder as upsampler.
 
 # %%
-told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "seed")
+told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "best_by", "seed")
 config = {
     "model": low_level_config(run.parameters, subject.betas.shape[1]),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
 }
 model = build_decoder(config["model"])
-print(plan(run.stage, run.parameters) or f"{count_parameters(model):,} parameters")
 
 # %% [markdown]
 # ## The step

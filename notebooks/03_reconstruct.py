@@ -19,6 +19,7 @@
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
@@ -55,6 +56,7 @@ from safetensors.torch import save_file
 from src.data import Normaliser, cached_targets, open_subject
 from src.figures import contact_sheet, save
 from src.pretrained import Clipper
+from src.readers import mindeye
 from src.reconstruct import (
     find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
 )  # fmt: skip
@@ -63,27 +65,37 @@ from src.utils import atomic
 
 # %% [markdown]
 # ## Data: the test images, their repeats averaged
+# The released networks were trained on the betas as the shards hold them, ours on z-scores: each is given what it was trained on.
 
 # %%
+mindeye.read_if_missing(data_path, dataset, subj)
 subject = open_subject(dataset, subj)
 files = {
     "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(run.logs.parent / (autoencoder_name or run.logs.name), "low_level", checkpoint)),
     "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
 }
-released = files["network"][0].suffix == ".pth"  # the released networks were trained on the betas as the shards hold them
-normaliser = None if released else Normaliser.load(run.logs / "normaliser.safetensors")
-voxels, image_ids = subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)
 keep = slice(0, first_images or None)
-voxels, image_ids = voxels[keep], image_ids[keep]
+
+
+def measured(path):
+    """Voxels (images, voxels) as the network of a file was trained on, and the images' ids."""
+    logs = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
+    normaliser = None if path.suffix == ".pth" else Normaliser.load(logs / "normaliser.safetensors")
+    x, ids = subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)
+    return x[keep], ids[keep]
+
+
+names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+voxels = {path: measured(path) for name in names for path in files[name] if path.exists()}
+image_ids = next(iter(voxels.values()))[1]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
-print(f"(test images, voxels) = {voxels.shape}   protocol {subject.protocol}, test set {subject.test_set}")
+print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   protocol {subject.protocol}, test set {subject.test_set}")
 
 # %% [markdown]
 # ## The models
 # What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations.
 
 # %%
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 main = names[0]
 high = {name: load_decoder(files[name][0], run.device) for name in names}
 low = {name: load_decoder(files[name][1], run.device)[0] for name in names if img2img_strength < 1 or files[name][1].exists()}
@@ -114,15 +126,16 @@ def paint(tokens, ids, latents, samples):
 
 def reconstruct(name, rows):
     """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
-    x, ids = voxels[rows], image_ids[rows]
+    high_level, low_level = files[name]
+    ids = image_ids[rows]
     tokens, projected = predict_tokens(
-        high[name][0], x, shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
+        high[name][0], voxels[high_level][0][rows], shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
         same=same_seed, solver=prior_solver,
     )  # fmt: skip
-    latents = predict_latents(low[name], x, diffusion.latent_shape, device=run.device) if name in low else None
+    latents = predict_latents(low[name], voxels[low_level][0][rows], diffusion.latent_shape, device=run.device) if name in low else None
     chosen, _ = pick_best(clipper, projected, paint(tokens, ids, latents, recons_per_sample))
-    low_level = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
-    return {name: chosen, f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected} | low_level
+    also = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
+    return {name: chosen, f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected} | also
 
 
 # %%
@@ -130,7 +143,7 @@ rows, unfinished = {}, run.results / ".reconstructing"
 unfinished.mkdir(exist_ok=True)
 for name in names:
     mark = [run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files[name] if path.exists()], subject.test_set]
-    rows |= in_chunks(lambda part, name=name: reconstruct(name, part), len(voxels), max(1, generator_batch // recons_per_sample), unfinished, mark)
+    rows |= in_chunks(lambda part, name=name: reconstruct(name, part), len(seen), max(1, generator_batch // recons_per_sample), unfinished, mark)
 predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_"))}
 
 # %% [markdown]

@@ -16,6 +16,7 @@
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject
 decoder = "network"  # one of network, ridge, both
 pool = 300  # candidates of the published protocol
@@ -43,9 +44,11 @@ from src import retrieval
 from src.data import open_subject
 from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
 from src.metrics import make_record, paired_bootstrap
+from src.readers import mindeye
 from src.utils import PerceptError, write_json
 
 # %%
+mindeye.read_if_missing(data_path, dataset, subj)
 subject = open_subject(dataset, subj)
 path = run.results / "reconstructions.safetensors"
 if not path.exists():

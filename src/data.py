@@ -1136,21 +1136,34 @@ def cached_targets(
             {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype}, default=str
         )
     )
-    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:12]
-    folder = dataset_folder(dataset) / "targets" / f"{name}-{key}"
+    folder = dataset_folder(dataset) / "targets" / f"{name}-{_key(meta)}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, disk_errors(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
-        if read_json(folder / "meta.json") != meta:
-            raise PerceptError(f"{folder} was made with another fingerprint than its name says: delete it.")
+        _check_meta(read_json(folder / "meta.json"), meta, folder)
         targets = Targets(folder, store)
         missing = np.setdiff1d(image_ids, targets.image_ids)
         if len(missing):
             _add_part(folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size)
             targets = Targets(folder, store)
     return targets
+
+
+def _key(meta: dict[str, Any]) -> str:
+    """Name of a fingerprint without its golden features, whose last digits differ between devices."""
+    fingerprint = {name: value for name, value in meta["fingerprint"].items() if name != "golden"}
+    return hashlib.sha256(json.dumps(meta | {"fingerprint": fingerprint}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> None:
+    """Refuse targets of another fingerprint, or of a model that gave other features than it gives now."""
+    if _key(stored) != _key(meta):
+        raise PerceptError(f"{folder} was made with another fingerprint than its name says: delete it.")
+    before, now = (np.asarray(each["fingerprint"].get("golden", []), float) for each in (stored, meta))
+    if before.shape != now.shape or not np.allclose(before, now, rtol=0, atol=0.02 * max(1.0, np.abs(before).max(initial=0))):
+        raise PerceptError(f"{folder} was made by a model that no longer gives the same features: delete it, so that the targets are made again.")
 
 
 def cached_views(

@@ -1,7 +1,8 @@
-"""What a training will need, told before it starts: parameters, memory and disk, from a notebook's parameters alone.
+"""What a stage will need, told before it starts: parameters, memory and disk, from a notebook's parameters alone.
 
 - Nothing is loaded or downloaded. Sizes come from the prepared data and the pretrained models' config files where these are there, else from
-  what is published of NSD, CLIP and the autoencoder.
+  what is known of the mini world, and published of NSD, CLIP and the autoencoder.
+- Memory is told of trainings, disk also of the stages that write data and pictures.
 - Activations are not guessed: the step is traced with tensors that have shapes and no memory, and what autograd keeps is followed through the
   backward pass, in which activations are freed and gradients appear.
 - Memory is that of the process: its base (interpreter and libraries, as large as they are here now), weights, optimizer state, the peak of that
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from src import pretrained
+from src import miniworld, pretrained
 from src.data import open_subject, subject_folder
 from src.losses import soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
@@ -35,7 +36,8 @@ from src.reconstruct import build_decoder, high_level_config, low_level_config
 from src.utils import HOME, to_device
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
-NSD_IMAGES, NSD_TRIALS = {"train": 8559, "all": 9841}, 27750
+NSD_IMAGES, NSD_TRIALS, NSD_SIDE, NSD_TEST = {"train": 8559, "all": 9841}, 27750, 256, 982
+MINI_IMAGES, MINI_TRIALS, MINI_TEST = {"train": 5000, "all": 5600}, 16800, 300
 CLIP_SIZES = {"ViT-L/14": (257, 768), "ViT-B/32": (50, 512), "RN50": (1, 1024), "RN50x64": (1, 1024)}  # (tokens, dim)
 CLIP_BYTES = {"ViT-L/14": 1.22e9, "ViT-B/32": 0.35e9, "RN50": 0.41e9, "RN50x64": 2.5e9}  # in single precision
 VAE_BYTES, TEACHER_BYTES = 0.34e9, 1.4e9
@@ -48,7 +50,9 @@ class Sizes:
     voxels: int
     train_images: int
     all_images: int
+    test_images: int
     betas: int  # bytes
+    image: int  # bytes of one
     tokens: int
     dim: int
     latent: tuple[int, int, int]
@@ -76,10 +80,11 @@ class Plan:
     def __str__(self) -> str:
         """One line an item, and the warnings."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
-        lines = [f"{self.stage} will train {sum(self.parameters.values()):,} parameters ({counts})"]
+        what = f"will train {sum(self.parameters.values()):,} parameters ({counts})" if counts else "trains no network"
+        lines = [f"{self.stage} {what}"]
         for title, parts in (("memory", self.memory), ("disk", self.disk)):
             detail = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-            lines.append(f"  {title} {_size(sum(parts.values()))}: {detail}")
+            lines.extend([f"  {title} {_size(sum(parts.values()))}: {detail}"] if parts else [])
         return "\n".join(lines + [f"  warning: {sentence}" for sentence in self.warnings])
 
 
@@ -151,19 +156,32 @@ def training_memory(
 
 # ------------------------------------------------------------------------------------------------ sizes
 def sizes(parameters: Mapping[str, Any]) -> Sizes:
-    """Sizes of data and frozen models, read where they are and published otherwise."""
+    """Sizes of data and frozen models, read where they are, else known or published."""
     p = parameters
-    prepared = subject_folder(p["dataset"], p["subj"]).exists()
-    voxels, train, everything, trials = NSD_VOXELS[int(p["subj"])], NSD_IMAGES["train"], NSD_IMAGES["all"], NSD_TRIALS
-    if prepared:
-        subject = open_subject(p["dataset"], p["subj"])
-        train, everything, (trials, voxels) = len(subject.image_ids("train")), len(subject.all_images), subject.betas.shape
+    voxels, train, everything, test, betas, image = _measured(p["dataset"], p["subj"]) or _expected(p["dataset"], p["subj"])
     variant, hidden = p.get("clip_variant", "ViT-L/14"), p.get("hidden", True)
     (tokens, dim), latent, frozen = CLIP_SIZES[variant], (4, 64, 64), {"CLIP": CLIP_BYTES[variant], "autoencoder": VAE_BYTES, "teacher": TEACHER_BYTES}
-    if p["weights"] != "hub":
+    if p.get("weights", "hub") != "hub":
         tokens, dim, latent, frozen = _local(p["weights"], variant, (tokens, dim), latent, frozen)
-    bytes_each = subject.betas.dtype.itemsize if prepared else 4
-    return Sizes(voxels, train, everything, trials * voxels * bytes_each, tokens if hidden else 1, dim, latent, frozen)
+    return Sizes(voxels, train, everything, test, betas, image, tokens if hidden else 1, dim, latent, frozen)
+
+
+def _measured(dataset: str, subj: int) -> tuple[int, int, int, int, int, int] | None:
+    """Of prepared data: voxels, images to train on, all images, test images, bytes of the betas and of an image."""
+    if not subject_folder(dataset, subj).exists():
+        return None
+    subject = open_subject(dataset, subj)
+    counts = (len(subject.image_ids("train")), len(subject.all_images), len(subject.image_ids("test")))
+    image = subject.images(subject.all_images[:1])
+    return (math.prod(subject.betas.shape[1:]), *counts, subject.betas.size * subject.betas.dtype.itemsize, image.nbytes)
+
+
+def _expected(dataset: str, subj: int) -> tuple[int, int, int, int, int, int]:
+    """The same of data that are not there yet: the mini world's, or NSD's."""
+    mini = dataset == "mini"
+    voxels = (miniworld.N_VOXELS if mini else NSD_VOXELS)[int(subj)]
+    images, trials, test, side = (MINI_IMAGES, MINI_TRIALS, MINI_TEST, miniworld.IMAGE_SIZE) if mini else (NSD_IMAGES, NSD_TRIALS, NSD_TEST, NSD_SIDE)
+    return voxels, images["train"], images["all"], test, 4 * trials * voxels, 3 * side**2
 
 
 def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, frozen: dict[str, float]) -> tuple[int, int, tuple, dict[str, float]]:
@@ -219,7 +237,8 @@ def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str
         total = F.l1_loss(latent, torch.zeros_like(latent))
         return total if maps is None else total + soft_clip_loss(F.normalize(maps.flatten(0, 1), dim=-1), torch.zeros_like(maps.flatten(0, 1)))
 
-    memory = training_memory(lambda: build_decoder(config), loss, p["precision"])
+    half = "fp16" if to_device("auto").startswith("cuda") else "bf16"
+    memory = training_memory(lambda: build_decoder(config), loss, half if p["use_mp"] and p["precision"] == "no" else p["precision"])
     with torch.device("meta"):
         counts = {"network": sum(q.numel() for q in build_decoder(config).parameters())}
     cached = 2.0 * math.prod(s.latent) * s.all_images
@@ -229,25 +248,40 @@ def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str
     return counts, memory | frozen, {"cached targets": cached}
 
 
-STAGES = {"01_train_high_level": _high_level, "02_train_autoencoder": _low_level}
+def _prepare(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    return {}, {}, {"betas": s.betas, "images": float(s.image * s.all_images)}
+
+
+def _reconstruct(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    n, decoders = p["first_images"] or s.test_images, 1 + (p["decoder"] == "both")
+    made = 4.0 * 3 * (8 * s.latent[1]) ** 2 if p["weights"] == "hub" else 4.0 * s.image  # bytes of a picture in single precision
+    small = 3 * 4.0 * s.image  # seen, mean image, nearest training image
+    tokens = 4.0 * n * s.tokens * s.dim * (2 * decoders + 1)
+    return {}, {}, {"pictures": n * ((2 * decoders + 2) * made + small), "tokens": tokens, "published files": n * (made + 4.0 * s.image)}
+
+
+STAGES = {"00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "03_reconstruct": _reconstruct}
+TRAININGS = ("01_train_high_level", "02_train_autoencoder")
 
 
 def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
-    """What a stage needs, or None for a stage that trains no network.
+    """What a stage needs, or None for one that writes little and trains no network.
 
     Args:
         stage: name of the notebook.
         parameters: its effective parameters, all of them.
     """
-    if stage not in STAGES or parameters["decoder"] == "ridge":
+    if stage not in STAGES or (stage in TRAININGS and parameters["decoder"] == "ridge"):
         return None
     base = _base()
     counts, memory, disk = STAGES[stage](parameters, sizes(parameters))
-    weights = 4.0 * sum(counts.values())
-    kept = len(range(0, parameters["num_epochs"], parameters["ckpt_interval"] or parameters["num_epochs"])) if stage.startswith("02") else 0
-    # the state is written beside the former one before it takes its place
-    disk |= {"checkpoints": weights * (2 + kept * bool(parameters["ckpt_interval"])), "state for resuming": 2 * 3 * weights}
-    made = Plan(stage, counts, {"interpreter and libraries": base} | memory, disk)
+    if counts:
+        memory = {"interpreter and libraries": base} | memory
+        weights, every = 4.0 * sum(counts.values()), parameters["ckpt_interval"]
+        kept = -(-parameters["num_epochs"] // every) if every and stage.startswith("02") else 0
+        # best and last; and the state is written beside the former one before it takes its place
+        disk |= {"checkpoints": weights * (2 + kept), "state for resuming": 2 * 3 * weights}
+    made = Plan(stage, counts, memory, disk)
     made.warnings.extend(_missing(made))
     return made
 
@@ -263,7 +297,7 @@ def _missing(made: Plan) -> Iterator[str]:
     """A sentence for everything that is needed and not there."""
     cuda = to_device("auto").startswith("cuda")
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    own = made.memory["interpreter and libraries"] + made.memory["mapped data"]  # there already, or given back when others need it
+    own = made.memory.get("interpreter and libraries", 0) + made.memory.get("mapped data", 0)  # there already, or given back when others need it
     if (needed := sum(made.memory.values()) - own) > free:
         where = "GPU memory" if cuda else "memory"
         yield f"{_size(needed)} of {where} are needed and {_size(free)} are free: lower batch_size or h, or set step_in_backward."

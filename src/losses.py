@@ -3,11 +3,16 @@
 - Predictions and targets are (batch, dim), L2-normalised by the caller; what is random comes from torch's CPU generator, so that a seed
   gives the published draws.
 - Where the published code has a defect, ours is the default and the faithful behaviour stands behind `faithful=True`.
+- Similarities are divided by temperatures of .004 and less, which half precision does not survive: under mixed precision they are computed in
+  single precision.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,20 @@ from kornia.filters import median_blur, sobel
 from torch import Tensor
 
 from src.utils import PerceptError
+
+
+def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute outside of mixed precision; half precision becomes single, double stays."""
+
+    def given(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    @wraps(function)
+    def computed(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(given(first), *map(given, args), **{name: given(value) for name, value in kwargs.items()})
+
+    return computed
 
 
 def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,6 +69,7 @@ def _mixed_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
     return labels.index_put((rows, perm), 1 - betas, accumulate=True)
 
 
+@_exact
 def mixco_nce(
     preds: Tensor,
     targs: Tensor,
@@ -95,6 +115,7 @@ def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return -(logits.log_softmax(-1) * target_logits.softmax(-1)).sum(-1).mean()
 
 
+@_exact
 def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
     """SoftCLIP: similarities of predictions to targets (batch, dim) should be as those of the targets among themselves.
 
@@ -104,6 +125,7 @@ def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
     return (_soft_cross_entropy(across, among) + _soft_cross_entropy(across.T, among)) / 2
 
 
+@_exact
 def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float = 0.125) -> Tensor:
     """Soft contrastive loss of the low level: the student's similarities to augmented teacher features should be the teacher's.
 
@@ -119,6 +141,7 @@ def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: 
     return (_soft_cross_entropy(given, wanted) + _soft_cross_entropy(given.T, wanted.T)) / 2
 
 
+@_exact
 def sobel_loss(images: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute difference of edges: those of `images` and those of median-filtered `targets`, both (batch, 3, height, width) in [0, 1].
 
@@ -134,6 +157,13 @@ def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
     return [end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)]
 
 
+@_exact
+def similarity(brain: Tensor, image: Tensor) -> Tensor:
+    """Dot products (brains, images) of embeddings (brains, features) and (images, features)."""
+    return brain @ image.T
+
+
+@_exact
 def unit(x: Tensor) -> Tensor:
     """Flatten all but the batch axis and L2-normalise: (batch, ...) -> (batch, features)."""
     return F.normalize(x.flatten(1), dim=-1)

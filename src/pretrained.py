@@ -404,16 +404,24 @@ class LatentAutoencoder(Frozen):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
-        x = images.to(self.device)
-        if x.shape[-2:] != (self.image_size, self.image_size):
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return self.model.encode(2 * x - 1).latent_dist.mode() * self.scale
+        parts = []
+        for some in images.split(self._at_once):
+            x = some.to(self.device)
+            if x.shape[-2:] != (self.image_size, self.image_size):
+                x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+            parts.append(self.model.encode(2 * x - 1).latent_dist.mode() * self.scale)
+        return torch.cat(parts)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (batch, channels, h, w) -> images (batch, 3, height, width) clamped to [0, 1]."""
-        parts = [self.model.decode(part.to(self.device) / self.scale).sample for part in latents.split(batch_size)]
+        parts = [self.model.decode(some.to(self.device) / self.scale).sample for some in latents.split(self._at_once)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _at_once(self) -> int:
+        """Images that the network sees at a time: 4 of 512 pixels a side, each of whose activations take half a gigabyte."""
+        return max(1, 2**20 // self.image_size**2)
 
 
 def judge_input(images: Tensor) -> Tensor:
@@ -658,7 +666,7 @@ class Generator(LatentAutoencoder):
             Scaled latents, same shape.
         """
         parts = []
-        for some, draw in zip(latents.split(16), noise.split(16), strict=True):
+        for some, draw in zip(latents.split(self._at_once), noise.split(self._at_once), strict=True):
             picture = self.model.decode(some.to(self.device) / self.scale).sample / 2 + 0.5  # not clamped, as published
             posterior = self.model.encode(clip_normalise(picture)).latent_dist
             parts.append((posterior.mean + posterior.std * draw.to(self.device)) * self.scale)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import pickle
 import random
 import signal
@@ -482,7 +483,7 @@ class _Training:
             raise PerceptError(f"The config cannot be stored as JSON ({error}): keep numbers, texts, lists and dicts in it.") from error
 
     def save(self) -> None:
-        """Write the state; all processes take part. A finished run keeps its history only: its weights are in last.safetensors."""
+        """Write the state; all processes take part. Of a finished run it keeps the history alone, as the weights are in last.safetensors, if anywhere."""
         self._tick()
         own = {"random": _random_state(self.device), "means": self.means.state()}
         content = {"identity": self._identity(), "position": vars(self.at), "processes": gather_object([own])}
@@ -491,6 +492,8 @@ class _Training:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
                 content |= {"model": self.model.state_dict(), "optimizer": self.raw_optimizer.state_dict()}
                 content |= {"scheduler": self.scheduler.state_dict(), "scaler": scaler}
+            elif not self.saving.checkpoints:
+                content |= {"model": self.model.state_dict()}
             with atomic(self.path) as temporary:
                 torch.save(content, temporary)
         self.accelerator.wait_for_everyone()
@@ -520,7 +523,7 @@ class _Training:
     def _restore(self, content: dict[str, Any]) -> None:
         self.at = _Position(**content["position"])
         if self.finished:
-            return self._restore_finished()
+            return self._restore_finished(content.get("model"))
         self._restore_weights(content)
         self.scheduler.load_state_dict(content["scheduler"])
         if content["scaler"] and self.accelerator.scaler:
@@ -528,11 +531,11 @@ class _Training:
         self._restore_process(content["processes"])
         log.info("resuming %s at epoch %d, step %d", self.folder, self.at.epoch, self.at.step)
 
-    def _restore_finished(self) -> None:
+    def _restore_finished(self, weights: dict[str, Tensor] | None) -> None:
         last = self.folder / "last.safetensors"
-        if not last.exists():
+        if weights is None and not last.exists():
             raise PerceptError(f"The run in {self.folder} is finished, but its last.safetensors is gone: put it back, or resume=False to train again.")
-        load_strictly(self.model, load_checkpoint(last)[0], str(last))
+        load_strictly(self.model, load_checkpoint(last)[0] if weights is None else weights, str(last if weights is None else self.path))
         log.info("%s is finished: %d epochs", self.folder, self.at.epoch)
 
     def _restore_process(self, processes: list[dict[str, Any]]) -> None:
@@ -564,7 +567,7 @@ class _Training:
             if not self.in_backward or bool(finite):
                 self.accelerator.backward(loss)
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None]).to(self.device)  # of none at all, it is on the CPU
         flags = [finite, torch.isfinite(norm) & (not self.broken_gradient)]
         bad_loss, bad_grad, save, stop = self._agree(flags, [self._due(), bool(self.stop.asked)])
         if bad_loss or bad_grad:
@@ -707,7 +710,7 @@ class _Training:
             self.at.best = row[saving.monitor]
             names += [] if saving.save_at_end else ["best"]
         if saving.keep_epochs and saving.ckpt_interval and (last or done % saving.ckpt_interval == 0):
-            names.append(f"epoch{self.at.epoch:03d}")
+            names.append(f"epoch{done:03d}")  # as published, the number of epochs that are done
         for name in names if saving.checkpoints else []:
             save_checkpoint(self.folder / f"{name}.safetensors", self.model.state_dict(), self.config | {"epoch": self.at.epoch})
         with atomic(self.folder / "history.csv") as temporary:
@@ -791,10 +794,10 @@ def fit(
         monitor: the column whose smallest value makes best.safetensors.
         save_every: seconds between saves of the state: what a crash can cost.
         save_steps: also every so many steps; 0: by the clock only.
-        ckpt_interval: epochs between the files epochNNN.safetensors (with `keep_epochs`) and between figures.
+        ckpt_interval: epochs between the files epochNNN.safetensors (with `keep_epochs`; NNN are done by then) and between figures.
         keep_epochs: keep them; each is as large as the model.
         save_at_end: write last.safetensors at the end only, and no best.safetensors.
-        checkpoints: write best, last and epochNNN; the state from which a run is resumed is written in any case.
+        checkpoints: write best, last and epochNNN; the state from which a run is resumed is written in any case, and keeps the weights when it is done.
         order: key of ORDERS: "shuffled", or "resampled" (drawn with replacement, as published).
         step_in_backward: update each parameter as its gradient arrives, so that gradients need no more memory than the largest of them; the result is
             the same. A gradient that is not finite then keeps its own parameter from the update, not the others.
@@ -836,7 +839,7 @@ class Tracker:
         """Log what `fit` gives after an epoch."""
         import wandb  # takes a second to import: only where it is used
 
-        if self._open is None:  # at the first epoch, and so in the main process alone
+        if self._open is None:
             self._open = wandb.init(
                 project=self.project, name=self.run.name, id=f"{self.run.name}-{self.run.stage}", resume="allow", dir=self.run.logs,
                 job_type=self.run.stage, config=dict(self.run.parameters),
@@ -850,8 +853,8 @@ class Tracker:
 
 
 def tracker(run: Run, wandb_log: bool, project: str) -> Tracker | None:
-    """A `Tracker` for `fit`'s `logger`, or None where none is wanted."""
-    return Tracker(run, project) if wandb_log else None
+    """A `Tracker` for `fit`'s `logger`, or None where none is wanted: not at all, or not in this one of several processes."""
+    return Tracker(run, project) if wandb_log and os.environ.get("RANK", "0") == "0" else None
 
 
 def load_best(model: nn.Module, folder: str | Path) -> nn.Module:

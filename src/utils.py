@@ -122,8 +122,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def to_device(device: str = "auto") -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu"."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """ "auto" -> "cuda" where there is one (of several processes, the GPU of this one, e.g. "cuda:1"), else "cpu"."""
+    if device != "auto":
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")  # set by torchrun and accelerate launch
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank else "cuda"
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -168,7 +173,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """ "cuda" where there is one, else "cpu"."""
+        """What `to_device` finds."""
         return to_device("auto")
 
     def _repr_html_(self) -> str:

@@ -96,6 +96,23 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
     assert len(warnings) == 2 and "of memory are needed and 4.0 GB are free" in warnings[0] and "set PERCEPT_HOME" in warnings[1]
 
 
+def test_the_mini_world_is_known_before_it_is_drawn():
+    made = dryrun.plan("01_train_high_level", HIGH | {"dataset": "mini", "weights": "mini", "h": 1024, "n_blocks": 2, "projector_dim": 256})
+    assert made.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
+    assert made.parameters["voxel2clip"] < 10e6
+    disk = dryrun.plan("00_prepare_data", {"dataset": "mini", "subj": 1}).disk
+    assert disk == {"betas": 4 * 16800 * 1572, "images": 5600 * 32 * 32 * 3}
+
+
+def test_pictures_take_the_disk_that_is_told(tmp_path):
+    told = {"dataset": "mini", "subj": 1, "weights": "mini", "decoder": "both", "first_images": 0}
+    disk = dryrun.plan("03_reconstruct", told).disk
+    assert disk["pictures"] == 300 * 3 * 32 * 32 * 4 * 9  # both decoders and low levels, ceiling, autoencoder; seen, mean image, nearest
+    assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(dryrun.plan("03_reconstruct", told))
+    full = dryrun.plan("03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}).disk
+    assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
+
+
 def test_the_command_line_tells_and_writes_nothing(tmp_path):
     environment = os.environ | {"PERCEPT_HOME": str(tmp_path / "home")}
     command = [sys.executable, "run.py", "mindeye", "--dry-run", "-p", "subj", "5", "-p", "batch_size", "4"]

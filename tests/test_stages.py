@@ -87,7 +87,7 @@ def both_trainings_with_everything_on(home: Path) -> None:
     history = pd.read_csv(home / "train_logs" / "everything" / "low_level" / "history.csv")
     assert {"train/loss_l1", "train/loss_cont", "train/loss_reconst", "train/loss_sobel", "val/ssim"} <= set(history)
     assert history["train/loss_cont"].isna().tolist() == [True, False] and np.isfinite(history.iloc[1]).all()  # mixing first, contrast afterwards
-    assert (home / "train_logs" / "everything" / "low_level" / "epoch001.safetensors").exists()
+    assert (home / "train_logs" / "everything" / "low_level" / "epoch002.safetensors").exists()
     high = launch(
         home, "notebooks/01_train_high_level.py", "-f", "recipes/mindeye/mini/01_train_high_level.yaml", *common, "--use_image_aug", "--n_samples_save", "2",
         "--faithful", "mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val", "--no-use_projector", "--step_in_backward",

@@ -460,7 +460,7 @@ def test_the_best_epoch_is_that_of_the_monitor(tmp_path):
 
 def test_kept_epochs_and_save_at_end(tmp_path):
     train(tmp_path / "a", epochs=5, ckpt_interval=2, keep_epochs=True)
-    assert sorted(p.stem for p in (tmp_path / "a").glob("epoch*")) == ["epoch001", "epoch003", "epoch004"]
+    assert sorted(p.stem for p in (tmp_path / "a").glob("epoch*")) == ["epoch002", "epoch004", "epoch005"]
     written = []
 
     def look(model):
