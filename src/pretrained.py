@@ -55,6 +55,7 @@ HUB = {
     "image_variation": "lambdalabs/sd-image-variations-diffusers",
     "stable_diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # where the withdrawn runwayml/stable-diffusion-v1-5 lives on
 }
+REVISIONS = {HUB["image_variation"]: "v2.0"}  # others: what their authors have last given
 MINI_ONLY = ("judge", "teacher")
 CLIP_VARIANTS = {"ViT-L/14": "clip", "ViT-B/32": "clip-ViT-B-32", "RN50": "RN50", "RN50x64": "RN50x64"}  # the ResNets through OpenAI's own package
 MINI = ROOT / "data" / "mini_models"
@@ -104,7 +105,7 @@ def _load(cls: Any, place: str, **options: Any) -> Any:
     """`from_pretrained` with a plain sentence when a file is missing or the hub cannot be reached."""
     try:
         with _quiet():
-            return cls.from_pretrained(place, **options)
+            return cls.from_pretrained(place, **({"revision": REVISIONS[place]} if place in REVISIONS else {}), **options)
     except (OSError, ValueError) as error:
         part = f" ({options['subfolder']})" if "subfolder" in options else ""
         raise PerceptError(

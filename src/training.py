@@ -247,6 +247,8 @@ def _accelerator(device: str, precision: str) -> Accelerator:
         PerceptError: for an unknown or impossible combination.
     """
     kind = to_device(str(device)).split(":")[0]
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as published
     if precision not in PRECISIONS:
         raise PerceptError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -571,6 +571,16 @@ def test_targets_are_computed_once_and_extended(world):
         again.rows([5])
 
 
+def test_last_digits_of_golden_features_do_not_matter_and_others_do(world):
+    encoder, golden = Encoder(), [0.1234, -2.0]
+    call = {"encode": encoder, "image_ids": world.ids, "shape": (4, 18)}
+    first = cached_targets(world.folder, "pixels", {"model": "a", "golden": golden}, **call)
+    other = cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.1235, -2.001]}, **call)  # as another device gives them
+    assert other.folder == first.folder and encoder.asked == 12
+    with pytest.raises(PerceptError, match="no longer gives the same features: delete it"):
+        cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.5, -2.0]}, **call)
+
+
 def test_interrupted_targets_go_on(world):
     call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18), "batch_size": 1}
     with pytest.raises(RuntimeError):

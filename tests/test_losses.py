@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.losses import cosine_anneal, mixco, mixco_nce, sobel_loss, soft_clip_loss, soft_cont_loss, unit
+from src.losses import cosine_anneal, mixco, mixco_nce, similarity, sobel_loss, soft_clip_loss, soft_cont_loss, unit
 from src.utils import PerceptError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -74,6 +74,20 @@ def test_gradients_are_the_published_ones(arrays):
         preds = arrays["preds"].clone().requires_grad_()
         loss(preds).backward()
         torch.testing.assert_close(preds.grad, arrays[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_mixed_precision_does_not_touch_the_losses(dtype):
+    preds, targs, again = (x.to(dtype) for x in _vectors(16))
+    wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, again)]
+    for loss in (
+        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006), lambda p, t, a: soft_clip_loss(unit(p), unit(t), temp=0.004),
+        lambda p, t, a: soft_cont_loss(unit(p), unit(t), unit(a), temp=0.075), lambda p, t, a: similarity(unit(p), unit(t)).sum(),
+    ):  # fmt: skip
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss(preds, targs, again)
+        expected = loss(*wide)
+        assert found.dtype == expected.dtype == wide[0].dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("epochs, mixup_pct", [(240, 0.33), (60, 0.5)])

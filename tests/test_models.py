@@ -12,6 +12,7 @@ from himalaya.backend import get_backend
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from src.dryrun import NSD_VOXELS
 from src.models import (
     MODELS,
     UPS_MODES,
@@ -109,10 +110,29 @@ def test_low_level_sizes_of_the_other_modes(mode, count):
         assert network.eval()(torch.empty(2, 15724)).shape == (2, 4, 64, 64)
 
 
+def test_low_level_size_for_bold5000():
+    """1685 voxels, width 1024, two blocks: only the residual MLP differs from NSD's, and that can be counted by hand."""
+
+    def mlp(voxels, h, blocks):
+        return voxels * h + blocks * h * h + h * 64 * 16 * 16 + (blocks + 1) * 2 * h  # maps, and the gains and biases of the norms
+
+    with torch.device("meta"):
+        nsd, bold = Voxel2StableDiffusionModel(15724), Voxel2StableDiffusionModel(1685, 1024, 2)
+        assert bold.eval()(torch.empty(2, 1685)).shape == (2, 4, 64, 64)
+    assert count_parameters(bold) == 27_447_748
+    assert count_parameters(bold) - mlp(1685, 1024, 2) == count_parameters(nsd) - mlp(15724, 4096, 4)
+
+
 @pytest.mark.parametrize("subject, voxels, count", [(2, 14278, 941_657_088), (5, 13039, 936_582_144), (7, 12682, 935_119_872)])
 def test_sizes_of_the_other_subjects(subject, voxels, count):
     with torch.device("meta"):
         assert count_parameters(BrainNetwork(voxels)) == count
+
+
+@pytest.mark.parametrize("subject, voxels", NSD_VOXELS.items())
+def test_all_eight_subjects_differ_in_the_first_layer_alone(subject, voxels):
+    with torch.device("meta"):
+        assert count_parameters(BrainNetwork(voxels)) - count_parameters(BrainNetwork(NSD_VOXELS[1])) == 4096 * (voxels - NSD_VOXELS[1])
 
 
 # ------------------------------------------------------------------------------------------------ BrainNetwork

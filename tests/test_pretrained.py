@@ -75,6 +75,15 @@ def test_autoencoder_round_trip_keeps_the_image(images):
     assert float(-10 * torch.log10(error).mean()) > 26
 
 
+def test_few_images_at_a_time_give_the_same(images, monkeypatch):
+    vae = pretrained.LatentAutoencoder("mini")
+    latents, pictures = vae.encode(as_float(images)), vae.decode(vae.encode(as_float(images)))
+    assert vae._at_once == 1024
+    monkeypatch.setattr(pretrained.LatentAutoencoder, "_at_once", 7)
+    torch.testing.assert_close(vae.encode(as_float(images)), latents)
+    torch.testing.assert_close(vae.decode(latents), pictures)
+
+
 def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, diffusion):
     """The published way: the dual network, mix ratio 0, text condition of zeros before the image tokens."""
     pipeline = pretrained.versatile_pipeline("mini", dual=True)

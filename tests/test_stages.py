@@ -49,16 +49,19 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
 
 
 def reconstruct_with_a_released_file(home: Path) -> None:
-    """A network in the published file layout, without a low-level one: notebook 03 takes it by its name under train_logs/."""
+    """A network in the published file layout, with a low level of our own: notebook 03 takes each by its run's name, and gives it its kind of voxels."""
     state, _ = load_checkpoint(home / "train_logs" / "mindeye-mini-subj01" / "high_level" / "last.safetensors")
     (home / "train_logs" / "prior_released").mkdir()
     torch.save({"epoch": 239, "model_state_dict": {f"module.{k}": v for k, v in state.items()}}, home / "train_logs" / "prior_released" / "last.pth")
-    flags = ("--model_name", "prior_released", "--decoder", "network", "--img2img_strength", "1", "--first_images", "6", "--num_inference_steps", "2")
+    flags = ("--model_name", "prior_released", "--decoder", "network", "--img2img_strength", "0.5", "--first_images", "6", "--num_inference_steps", "2")
+    flags += ("--autoencoder_name", "mindeye-mini-subj01")
     done = launch(home, "notebooks/03_reconstruct.py", "-f", "recipes/mindeye/mini/03_reconstruct.yaml", *flags, "--recons_per_sample", "2")
     assert done.returncode == 0, done.stderr
     made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")
-    assert made["network"].shape == (6, 3, 32, 32) and "low_level_network" not in made
-    assert (home / "results" / "prior_released" / "prior_released_recons_img2img1.0_2samples.pt").exists()
+    ours = load_file(home / "results" / "mindeye-mini-subj01" / "reconstructions.safetensors")
+    assert made["network"].shape == (6, 3, 32, 32) and not torch.allclose(made["tokens_network"], ours["tokens_network"][:6])  # raw betas, not z-scores
+    torch.testing.assert_close(made["low_level_network"], ours["low_level_network"][:6])
+    assert (home / "results" / "prior_released" / "prior_released_recons_img2img0.5_2samples.pt").exists()
 
 
 def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:

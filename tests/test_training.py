@@ -458,6 +458,14 @@ def test_the_best_epoch_is_that_of_the_monitor(tmp_path):
         load_best(network(), tmp_path / "c")
 
 
+def test_a_finished_run_without_checkpoints_still_has_its_weights(tmp_path):
+    trained, before = train(tmp_path, checkpoints=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+    again, after = train(tmp_path, model=network(9), checkpoints=False)
+    assert same(trained, again)
+    pd.testing.assert_frame_equal(before, after)
+
+
 def test_kept_epochs_and_save_at_end(tmp_path):
     train(tmp_path / "a", epochs=5, ckpt_interval=2, keep_epochs=True)
     assert sorted(p.stem for p in (tmp_path / "a").glob("epoch*")) == ["epoch002", "epoch004", "epoch005"]
@@ -583,6 +591,8 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
     assert b"train/loss" in stored and b"a project" in stored and len(list(written[0].rglob("*.png"))) == 2
     assert training.tracker(started, False, "a project") is None
+    monkeypatch.setenv("RANK", "1")
+    assert training.tracker(started, True, "a project") is None  # the main process alone opens a run
 
 
 # ------------------------------------------------------------------------------------------------ updates within the backward pass

@@ -32,6 +32,17 @@ def test_strict_loading_lists_what_does_not_fit():
         utils.load_strictly(module, {"weight": torch.zeros(1, 2), "extra": torch.zeros(1)}, "elsewhere")
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert utils.to_device("auto") == "cuda" and utils.to_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert utils.to_device("auto") == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.to_device("auto") == "cpu"
+
+
 def test_json_is_written_whole(tmp_path):
     utils.write_json(tmp_path / "a.json", {"a": [1, 2]})
     assert utils.read_json(tmp_path / "a.json") == {"a": [1, 2]} and json.loads((tmp_path / "a.json").read_text())
