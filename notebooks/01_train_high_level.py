@@ -76,7 +76,7 @@ import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation
 from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
-from src.dryrun import plan
+from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves, umap_scatter
 from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
 from src.models import RidgeBaseline
@@ -304,6 +304,9 @@ if decoder != "network":
     ridge_config = {"model": ridge.config, "tokens": [n_tokens, dim], "clip": config["clip"]}
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+
+# %%
+print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at

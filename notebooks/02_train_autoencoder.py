@@ -56,7 +56,7 @@ from kornia.filters import median_blur
 
 from src.augment import augmented, teacher_augmentation
 from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
-from src.dryrun import plan
+from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
@@ -250,6 +250,9 @@ for name, trained in {"network": model if decoder != "ridge" else None, "ridge":
         found = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
         rows[name] = autoencoder.decode(found).cpu()
 save(image_grid(rows), run.results / "figures" / "02_validation.png")
+
+# %%
+print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at

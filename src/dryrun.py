@@ -15,7 +15,9 @@ import importlib
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -274,9 +276,12 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     if stage not in STAGES or (stage in TRAININGS and parameters["decoder"] == "ridge"):
         return None
     base = _base()
-    counts, memory, disk = STAGES[stage](parameters, sizes(parameters))
+    found = sizes(parameters)
+    counts, memory, disk = STAGES[stage](parameters, found)
     if counts:
         memory = {"interpreter and libraries": base} | memory
+        if parameters["decoder"] == "both":  # fitted after the training, in what that has left
+            memory["ridge baseline, beyond that"] = max(0.0, _ridge(stage, found) - memory["optimizer state"] - memory["activations and gradients"])
         weights, every = 4.0 * sum(counts.values()), parameters["ckpt_interval"]
         kept = -(-parameters["num_epochs"] // every) if every and stage.startswith("02") else 0
         # best and last; and the state is written beside the former one before it takes its place
@@ -284,6 +289,19 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     made = Plan(stage, counts, memory, disk)
     made.warnings.extend(_missing(made))
     return made
+
+
+def _ridge(stage: str, s: Sizes) -> float:
+    """Bytes of fitting the ridge baseline: voxels, targets and weights, and the copies that centring, folds and predictions make of them."""
+    n, p, t = s.train_images, s.voxels, s.tokens * s.dim if stage.startswith("01") else math.prod(s.latent)
+    return 4.0 * (6 * n * p + 5 * n * t + 4 * p * t + 4 * p * p)  # the numbers of copies are measured
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had so far, in bytes: on the GPU where there is one, else resident."""
+    if to_device("auto").startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _base() -> float:

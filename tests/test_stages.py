@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,20 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     assert {d["better"] for d in written["provenance"]["differences"]} <= {"network", "ridge", "undecided"}
     rows = set(pd.read_parquet(results / "scores.parquet")["row"])
     assert {"system", "ridge", "shuffled", "mean_image", "nearest_train", "ceiling", "low_level_network"} <= rows
+    for stage in ("01_train_high_level", "02_train_autoencoder"):
+        memory_is_as_planned(results / f"{stage}.ipynb")
     again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
     assert again.stdout.count("finished before") == 6
     reconstruct_with_a_released_file(tmp_path)
     the_recipe_of_one_embedding(tmp_path, flags)
     both_trainings_with_everything_on(tmp_path)
+
+
+def memory_is_as_planned(notebook: Path) -> None:
+    """What an executed notebook printed at its beginning and at its end."""
+    text = "".join("".join(out.get("text", "")) for cell in json.loads(notebook.read_text())["cells"] for out in cell.get("outputs", []))
+    planned, peak = (float(re.search(pattern, text)[1]) for pattern in (r"\n  memory ([\d.]+) GB", r"peak memory ([\d.]+) GB"))
+    assert planned == pytest.approx(peak, rel=0.15), text
 
 
 def reconstruct_with_a_released_file(home: Path) -> None:
