@@ -29,9 +29,10 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
     @wraps(function)
-    def computed(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(given(first), *map(given, args), **{name: given(value) for name, value in kwargs.items()})
+    def computed(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
 
     return computed
 

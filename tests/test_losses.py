@@ -81,7 +81,7 @@ def test_mixed_precision_does_not_touch_the_losses(dtype):
     preds, targs, again = (x.to(dtype) for x in _vectors(16))
     wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, again)]
     for loss in (
-        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006), lambda p, t, a: soft_clip_loss(unit(p), unit(t), temp=0.004),
+        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006), lambda p, t, a: soft_clip_loss(preds=unit(p), targs=unit(t), temp=0.004),
         lambda p, t, a: soft_cont_loss(unit(p), unit(t), unit(a), temp=0.075), lambda p, t, a: similarity(unit(p), unit(t)).sum(),
     ):  # fmt: skip
         with torch.autocast("cpu", dtype=torch.bfloat16):
