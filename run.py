@@ -202,15 +202,19 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
     return results
 
 
-def dry_run(recipe: str, overrides: dict[str, Any]) -> None:
+def dry_run(recipe: str, overrides: dict[str, Any], first: str = "") -> None:
     """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
     from src.dryrun import plan
 
     stages = stages_of(recipe.split("/")[0])
     check_overrides(stages, overrides, "-p")
+    earlier: dict[str, Any] = {}  # what reconstructs is told by what was trained
     for stage in stages:
         known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
-        needed = plan(stage, {name: p.default for name, p in known.items()} | parameters_of(stage, recipe, overrides))
+        earlier |= {name: p.default for name, p in known.items()} | parameters_of(stage, recipe, overrides)
+        if first and stage < first:
+            continue
+        needed = plan(stage, earlier)
         print(needed or f"{stage} trains no network and writes little", flush=True)
         print(f"  time: {cost_of(stage)}", flush=True)
 
@@ -244,7 +248,7 @@ def main() -> int:
         return 0
     if args.dry_run:
         overrides = {name: value for file in args.files for name, value in utils.read_recipe(file).items()} | dict(args.pairs)
-        dry_run(args.recipe + ("/mini" if args.mini else ""), overrides)
+        dry_run(args.recipe + ("/mini" if args.mini else ""), overrides, args.first)
         return 0
     run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force, args.files)
     return 0

@@ -14,10 +14,10 @@ model_name = ""  # name of the run under train_logs/ and results/, by default ma
 dataset = "nsd"  # name of the prepared dataset, a folder under data/
 source = "mindeye"  # one of mindeye, digits69, npz, mini
 data_path = "data/nsd_source"  # where the source's files lie
-subj = 1  # subject
+subj = 1  # subject, at least 1
 folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
-trials_per_session = 750  # needed to know the session of a trial in MindEye's shards
-mini_images = 5000  # mini world only, training images of this subject
+trials_per_session = 750  # needed to know the session of a trial in MindEye's shards, at least 1
+mini_images = 5000  # mini world only, training images of this subject, at least 1
 overwrite = False  # prepare again although the prepared data are there
 seed = 42  # of splits that the source leaves open
 

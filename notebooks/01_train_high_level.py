@@ -20,7 +20,7 @@ recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-subj = 1  # subject
+subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
@@ -28,37 +28,37 @@ hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final 
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
 norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
 use_image_aug = True  # targets of augmented images
-cached_views = 0  # augmented versions an image that are computed once, 0 augments anew at every step
-batch_size = 32  # images a step over all processes
-num_epochs = 240  # passes over the training images
-mixup_pct = 0.33  # share of the epochs with BiMixCo before SoftCLIP
-max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes
+cached_views = 0  # augmented versions an image that are computed once, 0 augments anew at every step, at least 0
+batch_size = 32  # images a step over all processes, at least 1
+num_epochs = 240  # passes over the training images, at least 1
+mixup_pct = 0.33  # share of the epochs with BiMixCo before SoftCLIP, at most 1
+max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
 lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
 prior = True  # train the diffusion prior
 v2c = True  # train with the contrastive losses
 use_projector = True  # a separate head for the contrastive losses
-h = 4096  # width of the residual MLP
-n_blocks = 4  # its residual blocks
-projector_dim = 2048  # width of the projector
-prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12
-prior_heads = 12  # its attention heads
-prior_dim_head = 64  # width of a head
-timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000
-max_text_len = 256  # slots for text encodings of the 1x768 prior
+h = 4096  # width of the residual MLP, at least 1
+n_blocks = 4  # its residual blocks, at least 0
+projector_dim = 2048  # width of the projector, at least 1
+prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
+prior_heads = 12  # its attention heads, at least 1
+prior_dim_head = 64  # width of a head, at least 1
+timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000, at least 0
+max_text_len = 256  # slots for text encodings of the 1x768 prior, at least 1
 laion_prior = ""  # checkpoint of LAION's text to image prior, from which the 1x768 prior starts
-prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03
-mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short; not in the paper
+prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03, at least 0
+mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short, at least 0; not in the paper
 faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
-ckpt_interval = 5  # epochs between figures
+ckpt_interval = 5  # epochs between figures, at least 0
 save_at_end = False  # choose no best epoch, keep the last one only
-n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval
+n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
 plot_umap = False  # a UMAP of validation images at every ckpt_interval
 umap_label = ""  # column of the image labels that colours the UMAP
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
-ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
+ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 precision = "no"  # one of no, bf16, fp16
 step_in_backward = False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
 seed = 42  # of everything random
@@ -84,7 +84,7 @@ from src.pretrained import Clipper
 from src.published import load_laion_prior
 from src.readers import mindeye
 from src.reconstruct import build_decoder, high_level_config, predict_tokens
-from src.training import batches, fit, gather, own_rows, tracker
+from src.training import batches, check_precision, fit, gather, own_rows, tracker
 from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
 
 # %% [markdown]
@@ -96,6 +96,12 @@ from src.utils import PerceptError, count_parameters, named, resolve, save_check
 published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
 if not (prior or v2c):
     raise PerceptError("Neither prior nor v2c is trained: leave at least one of them on.")
+if laion_prior and (hidden or not resolve(laion_prior).is_file()):
+    raise PerceptError(f"laion_prior is '{laion_prior}': it must be a file, and begins the 1x768 model alone (hidden False, norm_embs False).")
+if timesteps == 1:
+    raise PerceptError("timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number.")
+if decoder != "ridge":
+    check_precision(run.device, precision, step_in_backward)
 mindeye.read_if_missing(data_path, dataset, subj)
 subject = open_subject(dataset, subj)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
@@ -248,7 +254,7 @@ def draw(model, epoch):
     figures = {}
     if plot_umap:
         projected, target, *_ = predicted(model)
-        labels = subject.labels.set_index("image").loc[val.image_ids, umap_label] if umap_label else ["image"] * len(val)
+        labels = subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
         figures["umap"] = umap_scatter(projected, target, labels, seed=seed)
     if n_samples_save:
         x, ids = subject.averaged("val", normaliser=normaliser)

@@ -13,29 +13,29 @@
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-subj = 1  # subject
+subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-batch_size = 8  # images a step over all processes
-num_epochs = 120  # passes over the training images
-max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes
-mixup_pct = -1.0  # share of the epochs in which voxels and latents of two images are mixed, negative for none
-h = 4096  # width of the residual MLP
-n_blocks = 4  # its residual blocks
+batch_size = 8  # images a step over all processes, at least 1
+num_epochs = 120  # passes over the training images, at least 1
+max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
+mixup_pct = -1.0  # share of the epochs in which voxels and latents of two images are mixed, negative for none, at most 1
+h = 4096  # width of the residual MLP, at least 1
+n_blocks = 4  # its residual blocks, at least 0
 ups_mode = "4x"  # one of 4x, 8x, 16x
-latent_size = 64  # height and width of the latents
+latent_size = 64  # height and width of the latents, at least 1
 block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
 voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
 use_cont = True  # contrastive loss against the local embeddings of a frozen teacher
 cont_model = "cnx"  # one of cnx; the teacher, VICRegL's ConvNeXt
-cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step
+cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step, at least 0
 use_reconst = False  # loss on the decoded picture, at half size
 use_blurred_training = False  # that picture's target is median-filtered
 use_sobel_loss = False  # loss on the edges of the decoded picture, needs use_reconst
 best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none
-ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty
+ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
+ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
 use_mp = False  # mixed precision, fp16 on a GPU and bf16 on a CPU, unless precision says otherwise
@@ -81,6 +81,8 @@ normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
 latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
 print(f"(channels, height, width) of a latent = {autoencoder.latent_shape}")
+if decoder != "ridge" and latent_size != autoencoder.latent_shape[1]:
+    raise PerceptError(f"latent_size is {latent_size}, but this autoencoder's latents are {autoencoder.latent_shape[1]} high: set it to that.")
 
 # %%
 targets, train_ids = {"latents": latents}, subject.image_ids("train")

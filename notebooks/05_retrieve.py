@@ -17,13 +17,13 @@ recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-subj = 1  # subject
+subj = 1  # subject, at least 1
 decoder = "network"  # one of network, ridge, both
-pool = 300  # candidates of the published protocol
-draws = 30  # pools of the published protocol
+pool = 300  # candidates of the published protocol, at least 2
+draws = 30  # pools of the published protocol, at least 1
 pool_sampling = "random"  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
 model_name2 = ""  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
-rerank_k = 16  # candidates that are re-ranked
+rerank_k = 16  # candidates that are re-ranked, at least 1
 hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
 umap_label = ""  # column of the image labels that colours the UMAP
@@ -55,8 +55,12 @@ if not path.exists():
     raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
 made = load_file(path)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+if model_name2 == run.name:
+    raise PerceptError(f"model_name2 is this very run, '{run.name}': name another run, whose single embedding finds the candidates.")
 brain = {name: made[f"projected_{name}"] for name in names}
 clip, image_ids = made["true_tokens"], made["image_ids"].numpy()
+groups = subject.categories(image_ids, hard_negatives) if hard_negatives else None
+categories = subject.categories(image_ids, umap_label) if umap_label else ["test image"] * len(clip)
 print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
 
 # %% [markdown]
@@ -84,6 +88,8 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %%
 size = min(pool, len(clip))
+if size < pool:
+    print(f"Pools of {size}, as there are no {pool} test images: every pool is the whole test set, and the intervals have no width.")
 pools = pd.concat([retrieval.published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(decoder=n) for n in names])
 curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
 save(retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
@@ -95,8 +101,6 @@ pools
 
 # %%
 if hard_negatives:
-    labels = subject.labels.set_index("image").loc[image_ids]
-    groups = labels[[c.strip() for c in hard_negatives.split(",")]].astype(str).agg(" ".join, axis=1).to_numpy()
     for name in names:
         for d in directions:
             hard = retrieval.hard_negative_top1(brain[name], clip, groups, d)
@@ -116,13 +120,13 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # %%
 second = []
 if model_name2:
-    first = retrieval.load_embeddings(run.results.parent / model_name2, image_ids)
+    first, k = retrieval.load_embeddings(run.results.parent / model_name2, image_ids), min(rerank_k, len(clip))
     for d in directions:
-        two = retrieval.second_order(brain[names[0]], clip, *first, k=min(rerank_k, len(clip)), direction=d)
-        reached = (two.first <= rerank_k).astype(float)
+        two = retrieval.second_order(brain[names[0]], clip, *first, k=k, direction=d)
+        reached = (two.first <= k).astype(float)
         records.append(make_record(
             f"second_order_{d}_top1", (two.reranked == 1).astype(float), floors={f"{model_name2} alone": (two.first == 1).astype(float)}, chance=1 / len(clip),
-            description=f"top-1 of {len(clip)}: {rerank_k} found by {model_name2}, re-ranked by all tokens", source="MindEye, appendix A.7",
+            description=f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens", source="MindEye, appendix A.7",
             **common | {"ceiling": reached},
         ))  # fmt: skip
         for name, other in ((f"{model_name2} alone", two.first), (f"{run.name} alone", two.alone)):
@@ -160,8 +164,6 @@ for d, (queries, candidates, title) in sides.items():
 
 # %%
 if plot_umap:
-    table = subject.labels.set_index("image").loc[image_ids] if umap_label else None
-    categories = table[umap_label].tolist() if umap_label else ["test image"] * len(clip)
     save(umap_scatter(brain[names[0]], clip, categories, seed=seed), run.results / "figures" / "umap.png")
 
 # %% [markdown]

@@ -12,12 +12,12 @@
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-subj = 1  # subject
+subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # the checkpoint that notebook 03 used, one of last, best
 metrics = "pixcorr,ssim,ssim_columns"  # pixel metrics, separated by commas
-shuffles = 3  # random pairings of the shuffled floor
+shuffles = 3  # random pairings of the shuffled floor, at least 1
 seed = 42  # of these pairings and of the bootstrap
 
 # %%
@@ -122,7 +122,7 @@ pd.DataFrame(differences)
 selection = [
     {"what": "epoch", "chosen": checkpoint, "split": "val" if checkpoint == "best" else "none: the last epoch is taken"},
     {"what": "ridge penalty", "chosen": "by target", "split": "cross-validation within train"},
-    {"what": "one of several samples", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"},
+    {"what": "one of several samples, where there are", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"},
 ]
 about = provenance(
     run.recipe or run.name, {"all": seed}, selection, subject=subj, dataset=dataset, alarms=alarms + problems, differences=differences,

@@ -15,17 +15,17 @@
 recipe = ""  # a recipe folder
 model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "digits69"  # prepared dataset under data/
-subj = 1  # subject
+subj = 1  # subject, at least 1
 weights = "hub"  # where CLIP lies, hub or mini or a folder
-folds = 10  # folds over all images, stratified by label
-inner_folds = 5  # folds within the training images that choose voxels and penalty
+folds = 10  # folds over all images, stratified by label, at least 2
+inner_folds = 5  # folds within the training images that choose voxels and penalty, at least 2
 voxels_kept = "400,800,1600"  # candidate numbers of voxels, separated by commas
 alphas = "100,300,1000"  # candidate ridge penalties, separated by commas
-h = 256  # width of the network
-n_blocks = 1  # its residual blocks
-num_epochs = 60  # passes over the training images
-batch_size = 16  # images a step
-max_lr = 1.0e-3  # peak learning rate
+h = 256  # width of the network, at least 1
+n_blocks = 1  # its residual blocks, at least 0
+num_epochs = 60  # passes over the training images, at least 1
+batch_size = 16  # images a step, at least 1
+max_lr = 1.0e-3  # peak learning rate, more than 0
 seed = 42  # of folds and networks
 
 # %%

@@ -597,6 +597,20 @@ class Subject:
         """Column image and one column for each kind of category, or None."""
         return self._table("labels.parquet")
 
+    def categories(self, image_ids: Sequence[int] | np.ndarray, columns: str) -> np.ndarray:
+        """Labels (n,) of images, from one or several columns of `labels` (names separated by commas; their values are joined by a space).
+
+        Raises:
+            PerceptError: there are no labels, or no such column.
+        """
+        table = self.labels
+        known = [] if table is None else [str(name) for name in table.columns if name != "image"]
+        wanted = [name.strip() for name in columns.split(",")]
+        if table is None or (unknown := sorted(set(wanted) - set(known))):
+            what = f"labels have no column {', '.join(unknown)}: choose among {', '.join(known)}" if known else "images have no labels: leave this empty"
+            raise PerceptError(f"'{columns}' cannot be looked up in {self.folder.name}, whose {what}.")
+        return table.set_index("image").loc[np.asarray(image_ids)][wanted].astype(str).agg(" ".join, axis=1).to_numpy()
+
     def _table(self, name: str) -> pd.DataFrame | None:
         path = self.folder / name
         return pd.read_parquet(path) if path.exists() else None

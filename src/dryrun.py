@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -35,13 +36,14 @@ from src.data import open_subject, subject_folder
 from src.losses import soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
 from src.reconstruct import build_decoder, high_level_config, low_level_config
-from src.utils import HOME, to_device
+from src.utils import HOME, PerceptError, resolve, to_device
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
 NSD_IMAGES, NSD_TRIALS, NSD_SIDE, NSD_TEST = {"train": 8559, "all": 9841}, 27750, 256, 982
 MINI_IMAGES, MINI_TRIALS, MINI_TEST = {"train": 5000, "all": 5600}, 16800, 300
 CLIP_SIZES = {"ViT-L/14": (257, 768), "ViT-B/32": (50, 512), "RN50": (1, 1024), "RN50x64": (1, 1024)}  # (tokens, dim)
 CLIP_BYTES = {"ViT-L/14": 1.22e9, "ViT-B/32": 0.35e9, "RN50": 0.41e9, "RN50x64": 2.5e9}  # in single precision
+INDEX = ("config.json", "model_index.json")  # one of these is among a model's files
 VAE_BYTES, TEACHER_BYTES = 0.34e9, 1.4e9
 
 
@@ -181,6 +183,8 @@ def _measured(dataset: str, subj: int) -> tuple[int, int, int, int, int, int] | 
 def _expected(dataset: str, subj: int) -> tuple[int, int, int, int, int, int]:
     """The same of data that are not there yet: the mini world's, or NSD's."""
     mini = dataset == "mini"
+    if int(subj) not in NSD_VOXELS:
+        raise PerceptError(f"There is no subject {subj} in {'the mini world' if mini else 'NSD'}: choose one of 1 to 8.")
     voxels = (miniworld.N_VOXELS if mini else NSD_VOXELS)[int(subj)]
     images, trials, test, side = (MINI_IMAGES, MINI_TRIALS, MINI_TEST, miniworld.IMAGE_SIZE) if mini else (NSD_IMAGES, NSD_TRIALS, NSD_TEST, NSD_SIDE)
     return voxels, images["train"], images["all"], test, 4 * trials * voxels, 3 * side**2
@@ -258,8 +262,9 @@ def _reconstruct(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[s
     n, decoders = p["first_images"] or s.test_images, 1 + (p["decoder"] == "both")
     made = 4.0 * 3 * (8 * s.latent[1]) ** 2 if p["weights"] == "hub" else 4.0 * s.image  # bytes of a picture in single precision
     small = 3 * 4.0 * s.image  # seen, mean image, nearest training image
+    low_level = decoders if p["img2img_strength"] < 1 else 0
     tokens = 4.0 * n * s.tokens * s.dim * (2 * decoders + 1)
-    return {}, {}, {"pictures": n * ((2 * decoders + 2) * made + small), "tokens": tokens, "published files": n * (made + 4.0 * s.image)}
+    return {}, {}, {"pictures": n * ((decoders + low_level + 2) * made + small), "tokens": tokens, "published files": n * (made + 4.0 * s.image)}
 
 
 STAGES = {"00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "03_reconstruct": _reconstruct}
@@ -287,8 +292,29 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
         # best and last; and the state is written beside the former one before it takes its place
         disk |= {"checkpoints": weights * (2 + kept), "state for resuming": 2 * 3 * weights}
     made = Plan(stage, counts, memory, disk)
-    made.warnings.extend(_missing(made))
+    made.warnings.extend([*_absent(stage, parameters), *_missing(made)])
     return made
+
+
+MODELS = {"01_train_high_level": ("clip",), "02_train_autoencoder": ("versatile_diffusion",), "03_reconstruct": ("clip", "versatile_diffusion")}
+
+
+def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for data, models and devices that are not there."""
+    if stage == "00_prepare_data" and p["source"] != "mini" and not (resolve(p["data_path"]).exists() or subject_folder(p["dataset"], p["subj"]).exists()):
+        yield f"There is nothing at {p['data_path']}: set data_path to where the files of '{p['source']}' lie (README, Your own fMRI)."
+    if stage in MODELS and not to_device("auto").startswith("cuda") and p["weights"] == "hub":
+        yield "There is no GPU here: at full size this stage would take weeks."
+    for name in MODELS.get(stage, ()):
+        name = pretrained.CLIP_VARIANTS[p.get("clip_variant", "ViT-L/14")] if name == "clip" else "image_variation" if not p.get("hidden", True) else name
+        try:
+            place = pretrained.locate(name, p["weights"])
+        except PerceptError as error:
+            if name in pretrained.HUB:  # others come with a package of their own
+                yield str(error)
+            continue
+        if p["weights"] == "hub" and not any(isinstance(try_to_load_from_cache(place, file, cache_dir=p.get("vd_cache_dir") or None), str) for file in INDEX):
+            yield f"{place} is not in the hub's cache: it will be downloaded."
 
 
 def _ridge(stage: str, s: Sizes) -> float:
@@ -318,7 +344,7 @@ def _missing(made: Plan) -> Iterator[str]:
     own = made.memory.get("interpreter and libraries", 0) + made.memory.get("mapped data", 0)  # there already, or given back when others need it
     if (needed := sum(made.memory.values()) - own) > free:
         where = "GPU memory" if cuda else "memory"
-        yield f"{_size(needed)} of {where} are needed and {_size(free)} are free: lower batch_size or h, or set step_in_backward."
+        yield f"{_size(needed)} of {where} are needed besides libraries and mapped files, and {_size(free)} are free: lower batch_size or h, or set step_in_backward."
     place = HOME if HOME.exists() else HOME.parent
     if (needed := sum(made.disk.values())) > (free := shutil.disk_usage(place).free):
         yield f"{_size(needed)} of disk are needed at {place} and {_size(free)} are free: make room, or set PERCEPT_HOME to another disk."

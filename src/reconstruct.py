@@ -75,7 +75,10 @@ def low_level_config(parameters: Mapping[str, Any], in_dim: int) -> dict[str, An
     """
     kwargs = {name: parameters[name] for name in ("h", "n_blocks", "use_cont", "ups_mode", "latent_size")}
     if parameters["block_out_channels"]:
-        kwargs["block_out_channels"] = [int(width) for width in parameters["block_out_channels"].split(",")]
+        try:
+            kwargs["block_out_channels"] = [int(width) for width in parameters["block_out_channels"].split(",")]
+        except ValueError:
+            raise PerceptError(f"block_out_channels is '{parameters['block_out_channels']}': give whole numbers separated by commas, e.g. 64,128,256.") from None
     return {"name": "Voxel2StableDiffusionModel", "kwargs": {"in_dim": in_dim} | kwargs}
 
 

@@ -240,21 +240,29 @@ class _Stepper(nn.Module):
         return self.step(self.model, batch, epoch)
 
 
-def _accelerator(device: str, precision: str) -> Accelerator:
-    """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one.
+def check_precision(device: str, precision: str, step_in_backward: bool = False) -> str:
+    """The kind of a device, "cuda" or "cpu", when precision and device go together: to be asked before long work, as `fit` asks, too.
 
     Raises:
         PerceptError: for an unknown or impossible combination.
     """
     kind = to_device(str(device)).split(":")[0]
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as published
     if precision not in PRECISIONS:
         raise PerceptError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise PerceptError("The device 'cuda' is not there: choose device 'cpu' or 'auto'.")
     if kind == "cpu" and precision == "fp16":
         raise PerceptError("Precision 'fp16' needs a GPU: choose 'no' or 'bf16' on the CPU.")
+    if step_in_backward and precision == "fp16":
+        raise PerceptError("step_in_backward does not go together with precision 'fp16', which needs all the gradients at once: leave one of them.")
+    return kind
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one."""
+    kind = check_precision(device, precision)
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as published
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())  # else a second precision is refused
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # a phase of training may leave parts of a model alone
     accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu", kwargs_handlers=[ddp])
@@ -379,7 +387,7 @@ def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
         raise PerceptError(
             f"{folder} holds a run in which {first} was {before.get(first, missing)!r}, now it is {after.get(first, missing)!r}{more}: "
-            "choose another model_name, or resume=False to begin anew."
+            "choose another model_name, or set resume_from_ckpt to False to begin anew."
         )
 
 
@@ -505,7 +513,7 @@ class _Training:
         try:  # mapped for a GPU, whose process then reads only what it copies
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.device.type == "cuda")
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise PerceptError(f"{self.path} cannot be read ({str(error).splitlines()[0]}): delete it, or resume=False to begin anew.") from error
+            raise PerceptError(f"{self.path} cannot be read ({str(error).splitlines()[0]}): delete it, or set resume_from_ckpt to False to begin anew.") from error
 
     def begin(self, resume: bool) -> None:
         """Go on from the state on disk, or begin anew."""
@@ -536,7 +544,7 @@ class _Training:
     def _restore_finished(self, weights: dict[str, Tensor] | None) -> None:
         last = self.folder / "last.safetensors"
         if weights is None and not last.exists():
-            raise PerceptError(f"The run in {self.folder} is finished, but its last.safetensors is gone: put it back, or resume=False to train again.")
+            raise PerceptError(f"The run in {self.folder} is finished, but its last.safetensors is gone: put it back, or set resume_from_ckpt to False to train again.")
         load_strictly(self.model, load_checkpoint(last)[0] if weights is None else weights, str(last if weights is None else self.path))
         log.info("%s is finished: %d epochs", self.folder, self.at.epoch)
 

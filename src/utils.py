@@ -150,6 +150,12 @@ class Parameter:
         found = re.search(r"one of ([^;]+?)(?:;|$)", self.comment)
         return [choice.strip() for choice in found.group(1).split(",")] if found else []
 
+    def refuses(self, value: float) -> str:
+        """What of "at least 1", "at most 1" or "more than 0" in the comment a number breaks; empty when nothing."""
+        limits = {"at least": lambda low: value >= low, "at most": lambda high: value <= high, "more than": lambda low: value > low}
+        found = re.findall(r"\b(at least|at most|more than) (-?[\d.]*\d)", self.comment)
+        return " and ".join(f"{words} {limit}" for words, limit in found if not limits[words](float(limit)))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -255,6 +261,8 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
         raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {value!r}, but must be {names[kind]} like its default {parameter.default!r}.")
     if parameter.choices and str(made) not in parameter.choices:
         raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {made!r}: choose one of {', '.join(parameter.choices)}.")
+    if kind in (int, float) and (limit := parameter.refuses(made)):  # type: ignore[arg-type]
+        raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {made!r}, but must be {limit}.")
     return made
 
 

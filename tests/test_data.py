@@ -581,6 +581,17 @@ def test_last_digits_of_golden_features_do_not_matter_and_others_do(world):
         cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.5, -2.0]}, **call)
 
 
+def test_categories_are_joined_columns_of_the_labels(tmp_path):
+    subject = data.Subject.__new__(data.Subject)
+    subject.folder = tmp_path
+    with pytest.raises(PerceptError, match="whose images have no labels: leave this empty"):
+        subject.categories([1], "scene")
+    pd.DataFrame({"image": [3, 1], "scene": ["sea", "wood"], "kind": ["fish", "tree"]}).to_parquet(tmp_path / "labels.parquet")
+    assert subject.categories([1, 3], "scene, kind").tolist() == ["wood tree", "sea fish"]
+    with pytest.raises(PerceptError, match="labels have no column size: choose among scene, kind"):
+        subject.categories([1], "scene,size")
+
+
 def test_interrupted_targets_go_on(world):
     call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18), "batch_size": 1}
     with pytest.raises(RuntimeError):

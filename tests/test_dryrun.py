@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from src import dryrun
+from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
 HIGH = {
@@ -93,22 +94,31 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
     warnings = dryrun.plan("01_train_high_level", HIGH).warnings
-    assert len(warnings) == 2 and "of memory are needed and 4.0 GB are free" in warnings[0] and "set PERCEPT_HOME" in warnings[1]
+    assert len(warnings) == 4 and "no GPU here" in warnings[0] and "clip-vit-large-patch14 is not in the hub's cache" in warnings[1]
+    assert "besides libraries and mapped files, and 4.0 GB are free" in warnings[2] and "set PERCEPT_HOME" in warnings[3]
+    source = {"dataset": "absent", "subj": 1, "source": "mindeye", "data_path": "data/nowhere"}
+    assert "There is nothing at data/nowhere" in dryrun.plan("00_prepare_data", source).warnings[0]
+    assert "'clip' is not at nowhere" in dryrun.plan("01_train_high_level", HIGH | {"weights": "nowhere"}).warnings[0]
+    with pytest.raises(PerceptError, match="no subject 9 in NSD: choose one of 1 to 8"):
+        dryrun.plan("01_train_high_level", HIGH | {"subj": 9})
 
 
 def test_the_mini_world_is_known_before_it_is_drawn():
     made = dryrun.plan("01_train_high_level", HIGH | {"dataset": "mini", "weights": "mini", "h": 1024, "n_blocks": 2, "projector_dim": 256})
     assert made.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
     assert made.parameters["voxel2clip"] < 10e6
-    disk = dryrun.plan("00_prepare_data", {"dataset": "mini", "subj": 1}).disk
+    disk = dryrun.plan("00_prepare_data", {"dataset": "mini", "subj": 1, "source": "mini", "data_path": ""}).disk
     assert disk == {"betas": 4 * 16800 * 1572, "images": 5600 * 32 * 32 * 3}
 
 
 def test_pictures_take_the_disk_that_is_told(tmp_path):
-    told = {"dataset": "mini", "subj": 1, "weights": "mini", "decoder": "both", "first_images": 0}
+    told = {"dataset": "mini", "subj": 1, "weights": "mini", "decoder": "both", "first_images": 0, "img2img_strength": 0.85}
     disk = dryrun.plan("03_reconstruct", told).disk
     assert disk["pictures"] == 300 * 3 * 32 * 32 * 4 * 9  # both decoders and low levels, ceiling, autoencoder; seen, mean image, nearest
     assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(dryrun.plan("03_reconstruct", told))
+    assert dryrun.plan("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"] == disk["pictures"] * 7 / 9
+    one = dryrun.plan("03_reconstruct", told | {"hidden": False}).disk
+    assert one["tokens"] == disk["tokens"] / 17
     full = dryrun.plan("03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}).disk
     assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
 

@@ -147,6 +147,16 @@ def test_wrong_types_and_choices_are_refused_by_name(known, name, value):
         utils.coerce(known[name], value, "here")
 
 
+@pytest.mark.parametrize(("value", "words"), [(0, "must be at least 1"), (5, "must be at most 4"), (-1, "must be at least 1")])
+def test_numbers_out_of_the_range_that_the_comment_gives_are_refused(value, words):
+    share = utils.read_parameters('# %% tags=["parameters"]\nsize = 2  # of something, at least 1, at most 4; more\nrate = 0.1  # more than 0\n')
+    assert utils.coerce(share["size"], 4, "here") == 4
+    with pytest.raises(PerceptError, match=f"Parameter 'size' from here is {value}, but {words}"):
+        utils.coerce(share["size"], value, "here")
+    with pytest.raises(PerceptError, match="must be more than 0"):
+        utils.coerce(share["rate"], 0, "here")
+
+
 def test_unknown_names_in_recipe_and_flags_are_refused(project):
     (project / "recipes/sys/mini/01_stage.yaml").write_text("max_rl: 3\n")
     done = script(project, "--recipe", "sys/mini")
