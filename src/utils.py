@@ -395,6 +395,8 @@ def _say_plainly(kind: type[BaseException], error: BaseException, trace: Any) ->
     """What a script prints when it stops: our own errors are for the reader of the sentence, all others for a developer."""
     if issubclass(kind, PerceptError):
         sys.stderr.write(f"error: {error}\n")
+    elif issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -40,6 +40,11 @@ def test_readme_tree_and_links_exist():
         assert notebook.stem in text, f"README's tree lacks {notebook.stem}"
 
 
+def test_no_page_has_a_gap_left_to_fill():
+    for page in [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
+        assert not re.search(r"EFFECT_|TODO|FIXME|XXX", page.read_text()), page
+
+
 def test_make_targets():
     text = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", text, re.MULTILINE) for target in ("demo", "test", "lab", "lint", "gallery", "build", "push"))
