@@ -1,6 +1,6 @@
 """The mindeye recipe on the mini world in every mode, scored on the test images: what do img2img, samples, augmentation and the kind of tokens bring?
 
-    python benchmarks/mindeye_modes.py [images] [epochs]       # about 75 minutes on two cores with 200 images and the recipe's epochs
+    python benchmarks/mindeye_modes.py [images] [epochs]       # about an hour on two cores with 200 images and the recipe's epochs
 
 Trains what is missing (train_logs/modes-*), reconstructs with other settings, and prints one table. Shares are the judge's; every row also has
 the paired difference in the judged kind to the first row, with its 95 % bootstrap interval. The table describes; nothing is chosen by it.

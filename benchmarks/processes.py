@@ -30,7 +30,7 @@ def curve(name: str, processes: int, epochs: int, seed: int = 42) -> pd.DataFram
     return pd.read_csv(HOME / "train_logs" / name / "high_level" / "history.csv")
 
 
-def main(epochs: int = 12) -> None:
+def main(epochs: int = 6) -> None:
     """Train three times and draw."""
     runs = {
         "1 process": curve("processes-1", 1, epochs),
