@@ -11,7 +11,7 @@
 # recipe `mindeye_retrieval`, for large indexes and Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where
 # a default differs and why.
 #
-# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run here); mini about three minutes on two CPU cores.
+# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run here); mini about four minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, sections 2.1-2.3.
 
