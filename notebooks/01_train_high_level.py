@@ -181,8 +181,8 @@ def contrast(brain, image, epoch, mix):
 
 def target_of(batch):
     """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
-    found = batch["tokens"] if "tokens" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255))
-    return found.float().view(len(found), n_tokens, dim)
+    found = batch["tokens"] if "tokens" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
+    return found.view(len(found), n_tokens, dim)
 
 
 # %%

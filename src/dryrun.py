@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -327,6 +328,8 @@ def peak_memory() -> float:
     """The most memory that this process has had so far, in bytes: on the GPU where there is one, else resident."""
     if to_device("auto").startswith("cuda"):
         return float(torch.cuda.max_memory_allocated())
+    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
+        return 1024.0 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 

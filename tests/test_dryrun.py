@@ -46,7 +46,7 @@ def test_gradients_join_while_activations_go():
 def measured(step_in_backward: bool) -> dict:
     """Peak memory of a real training beyond its base, and what was predicted for it."""
     script = f"""
-        import json, resource, sys, tempfile
+        import json, tempfile
         import torch
         from src import dryrun
         from src.models import BrainNetwork
@@ -62,11 +62,11 @@ def measured(step_in_backward: bool) -> dict:
             def __getitems__(self, rows): return {{"x": torch.randn(len(rows), 2000)}}
         predicted = sum(dryrun.training_memory(build, loss, step_in_backward={step_in_backward}).values())
         dryrun._base()
-        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        base = dryrun.peak_memory()
         with tempfile.TemporaryDirectory() as folder:
             fit(build(), lambda model, batch, epoch: (model(batch["x"]).square().mean(), {{}}), Data(), folder=folder, config={{}}, epochs=1, batch_size=64,
                 max_lr=1e-3, device="cpu", save_every=1e9, checkpoints=False, step_in_backward={step_in_backward})
-        print(json.dumps({{"predicted": predicted, "measured": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base}}))
+        print(json.dumps({{"predicted": predicted, "measured": dryrun.peak_memory() - base}}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -334,7 +334,7 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     train(tmp_path)
     config = {"model": {"name": "tiny", "kwargs": {"h": 17}}}
-    with pytest.raises(PerceptError, match=r"model.kwargs.h was 16, now it is 17.*model_name.*resume=False"):
+    with pytest.raises(PerceptError, match=r"model.kwargs.h was 16, now it is 17.*model_name.*resume_from_ckpt to False"):
         train(tmp_path, config=config)
     for name, value in {"max_lr": 2e-2, "epochs": 9, "batch_size": 2, "seed": 1, "scheduler": "linear", "precision": "bf16"}.items():
         with pytest.raises(PerceptError, match=f"in which {name} was"):
