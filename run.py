@@ -168,15 +168,20 @@ def use_this_kernel() -> None:
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 
 
-def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = ()) -> Path:
-    """Run every stage of a recipe that is not finished, and return results/<run>/."""
+def asked(recipe: str, overrides: dict[str, Any], first: str, files: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The stages of a recipe, and the overrides of files and command line in one; refuses what no stage has."""
     stages = stages_of(recipe.split("/")[0])
     contents = [utils.read_recipe(file) for file in files]
     for content, origin in zip([*contents, overrides], [*files, "-p"], strict=True):
         check_overrides(stages, content, origin)
-    overrides = {name: value for content in [*contents, overrides] for name, value in content.items()}
     if first and not any(stage.startswith(first) for stage in stages):
         raise PerceptError(f"--from {first} names no stage of {recipe}: choose among {', '.join(stages)}.")
+    return stages, {name: value for content in [*contents, overrides] for name, value in content.items()}
+
+
+def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = ()) -> Path:
+    """Run every stage of a recipe that is not finished, and return results/<run>/."""
+    stages, overrides = asked(recipe, overrides, first, files)
     before, results = "", utils.HOME
     reached, begun = not first, time.time()
     for number, stage in enumerate(stages, 1):
@@ -202,12 +207,11 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
     return results
 
 
-def dry_run(recipe: str, overrides: dict[str, Any], first: str = "") -> None:
+def dry_run(recipe: str, overrides: dict[str, Any], first: str = "", files: Sequence[str] = ()) -> None:
     """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
     from src.dryrun import plan
 
-    stages = stages_of(recipe.split("/")[0])
-    check_overrides(stages, overrides, "-p")
+    stages, overrides = asked(recipe, overrides, first, files)
     earlier: dict[str, Any] = {}  # what reconstructs is told by what was trained
     for stage in stages:
         known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
@@ -246,11 +250,11 @@ def main() -> int:
         list_recipes()
         sys.stdout.flush()
         return 0
+    recipe = args.recipe + ("/mini" if args.mini else "")
     if args.dry_run:
-        overrides = {name: value for file in args.files for name, value in utils.read_recipe(file).items()} | dict(args.pairs)
-        dry_run(args.recipe + ("/mini" if args.mini else ""), overrides, args.first)
+        dry_run(recipe, dict(args.pairs), args.first, args.files)
         return 0
-    run_recipe(args.recipe + ("/mini" if args.mini else ""), dict(args.pairs), args.first, args.force, args.files)
+    run_recipe(recipe, dict(args.pairs), args.first, args.force, args.files)
     return 0
 
 

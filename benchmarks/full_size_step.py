@@ -9,7 +9,6 @@ is written.
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ import psutil
 import torch
 from torch import nn
 
+from src.dryrun import peak_memory
 from src.losses import mixco, mixco_nce, unit
 from src.models import GainNorm, Rotary
 from src.prior import NoiseScheduler
@@ -85,8 +85,7 @@ class Clock:
         begun = self.now()
         yield
         self.seconds[name].append(self.now() - begun)
-        peak = torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.memory[name] = peak
+        self.memory[name] = peak_memory()
 
 
 def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
@@ -135,16 +134,15 @@ def main(steps: int = 4, batch: int = 4) -> None:
     if not cuda and free < NEEDED:
         sys.exit(f"This needs {NEEDED / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}: close what else is running.")
     clock = Clock(cuda)
-    base = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = peak_memory()
     model = full_model()
     print(f"{count_parameters(model):,} parameters, batch {batch}, {torch.get_num_threads()} threads; before the model {base / 1e9:.1f} GB")
     each = run(model, steps, batch, clock)
     print("seconds of each step, the first of which makes the optimizer's state: " + ", ".join(f"{s:.1f}" for s in each))
     for name, values in clock.seconds.items():
         print(f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s" + (f", peak so far {clock.memory[name] / 1e9:.1f} GB" if name in clock.memory else ""))
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mean = sum(each[1:]) / len(each[1:])
-    print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak / 1e9:.1f} GB")
+    print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak_memory() / 1e9:.1f} GB")
     if cuda:
         print(f"{1 / mean:.2f} steps a second; 240 epochs of {IMAGES} images: {240 * (IMAGES // batch) * mean / 3600:.1f} h")
 

@@ -64,7 +64,7 @@ from src.models import RidgeBaseline
 from src.pretrained import LatentAutoencoder, Teacher
 from src.reconstruct import build_decoder, low_level_config, predict_latents
 from src.training import fit, gather, tracker
-from src.utils import PerceptError, count_parameters, save_checkpoint
+from src.utils import PerceptError, count_parameters, mixed_precision, save_checkpoint
 
 # %% [markdown]
 # ## Data
@@ -217,11 +217,10 @@ def draw(model, epoch):
 
 # %%
 if decoder != "ridge":
-    mixed = {"cuda": "fp16", "cpu": "bf16"}[run.device.split(":")[0]] if use_mp and precision == "no" else precision
     logger = tracker(run, wandb_log, wandb_project)
     history = fit(
         model, step, train, folder=run.logs / "low_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
-        validate=validate, seed=seed, precision=mixed, resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval),
+        validate=validate, seed=seed, precision=mixed_precision(use_mp, precision), resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval),
         device=run.device, logger=logger, draw=draw if ckpt_interval else None,
     )  # fmt: skip
     save(training_curves(history), run.results / "figures" / "02_training.png")

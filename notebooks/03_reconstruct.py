@@ -77,16 +77,21 @@ files = {
 keep = slice(0, first_images or None)
 
 
-def measured(path):
-    """Voxels (images, voxels) as the network of a file was trained on, and the images' ids."""
-    logs = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
-    normaliser = None if path.suffix == ".pth" else Normaliser.load(logs / "normaliser.safetensors")
-    x, ids = subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)
+def scale_of(path):
+    """The normaliser's file of the run that a network's file is of, or None for a released one."""
+    run_of = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
+    return None if path.suffix == ".pth" else run_of / "normaliser.safetensors"
+
+
+def measured(scale):
+    """Voxels (images, voxels) on that scale, and the images' ids."""
+    x, ids = subject.averaged("test", repeats=test_repeats or None, normaliser=scale and Normaliser.load(scale))
     return x[keep], ids[keep]
 
 
+# %%
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
-voxels = {path: measured(path) for name in names for path in files[name] if path.exists()}
+voxels = {scale: measured(scale) for scale in {scale_of(path) for name in names for path in files[name] if path.exists()}}
 image_ids = next(iter(voxels.values()))[1]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   protocol {subject.protocol}, test set {subject.test_set}")
@@ -129,10 +134,10 @@ def reconstruct(name, rows):
     high_level, low_level = files[name]
     ids = image_ids[rows]
     tokens, projected = predict_tokens(
-        high[name][0], voxels[high_level][0][rows], shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
+        high[name][0], voxels[scale_of(high_level)][0][rows], shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
         same=same_seed, solver=prior_solver,
     )  # fmt: skip
-    latents = predict_latents(low[name], voxels[low_level][0][rows], diffusion.latent_shape, device=run.device) if name in low else None
+    latents = predict_latents(low[name], voxels[scale_of(low_level)][0][rows], diffusion.latent_shape, device=run.device) if name in low else None
     chosen, _ = pick_best(clipper, projected, paint(tokens, ids, latents, recons_per_sample))
     also = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
     return {name: chosen, f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected} | also

@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
-from src.utils import HOME, PerceptError, atomic, progress, read_json, write_json
+from src.utils import HOME, PerceptError, atomic, progress, read_json, same_features, write_json
 
 SPLITS = ("train", "val", "test", "exclude")
 TRIAL_COLUMNS = ("trial", "image", "session", "run", "repeat", "split")
@@ -1175,8 +1175,7 @@ def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> N
     """Refuse targets of another fingerprint, or of a model that gave other features than it gives now."""
     if _key(stored) != _key(meta):
         raise PerceptError(f"{folder} was made with another fingerprint than its name says: delete it.")
-    before, now = (np.asarray(each["fingerprint"].get("golden", []), float) for each in (stored, meta))
-    if before.shape != now.shape or not np.allclose(before, now, rtol=0, atol=0.02 * max(1.0, np.abs(before).max(initial=0))):
+    if not same_features(*(each["fingerprint"].get("golden", []) for each in (stored, meta))):
         raise PerceptError(f"{folder} was made by a model that no longer gives the same features: delete it, so that the targets are made again.")
 
 

@@ -37,7 +37,7 @@ from src.data import open_subject, subject_folder
 from src.losses import soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
 from src.reconstruct import build_decoder, high_level_config, low_level_config
-from src.utils import HOME, PerceptError, resolve, to_device
+from src.utils import HOME, PerceptError, mixed_precision, resolve, to_device
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
 NSD_IMAGES, NSD_TRIALS, NSD_SIDE, NSD_TEST = {"train": 8559, "all": 9841}, 27750, 256, 982
@@ -244,8 +244,7 @@ def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str
         total = F.l1_loss(latent, torch.zeros_like(latent))
         return total if maps is None else total + soft_clip_loss(F.normalize(maps.flatten(0, 1), dim=-1), torch.zeros_like(maps.flatten(0, 1)))
 
-    half = "fp16" if to_device("auto").startswith("cuda") else "bf16"
-    memory = training_memory(lambda: build_decoder(config), loss, half if p["use_mp"] and p["precision"] == "no" else p["precision"])
+    memory = training_memory(lambda: build_decoder(config), loss, mixed_precision(p["use_mp"], p["precision"]))
     with torch.device("meta"):
         counts = {"network": sum(q.numel() for q in build_decoder(config).parameters())}
     cached = 2.0 * math.prod(s.latent) * s.all_images
@@ -297,17 +296,21 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     return made
 
 
-MODELS = {"01_train_high_level": ("clip",), "02_train_autoencoder": ("versatile_diffusion",), "03_reconstruct": ("clip", "versatile_diffusion")}
+def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
+    """Names of the pretrained models that a stage loads."""
+    clip = pretrained.CLIP_VARIANTS[p.get("clip_variant", "ViT-L/14")]
+    generator = "versatile_diffusion" if p.get("hidden", True) else "image_variation"
+    return {"01_train_high_level": [clip], "02_train_autoencoder": ["versatile_diffusion"], "03_reconstruct": [clip, generator]}.get(stage, [])
 
 
 def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for data, models and devices that are not there."""
     if stage == "00_prepare_data" and p["source"] != "mini" and not (resolve(p["data_path"]).exists() or subject_folder(p["dataset"], p["subj"]).exists()):
         yield f"There is nothing at {p['data_path']}: set data_path to where the files of '{p['source']}' lie (README, Your own fMRI)."
-    if stage in MODELS and not to_device("auto").startswith("cuda") and p["weights"] == "hub":
+    models = _models(stage, p)
+    if models and not to_device("auto").startswith("cuda") and p["weights"] == "hub":
         yield "There is no GPU here: at full size this stage would take weeks."
-    for name in MODELS.get(stage, ()):
-        name = pretrained.CLIP_VARIANTS[p.get("clip_variant", "ViT-L/14")] if name == "clip" else "image_variation" if not p.get("hidden", True) else name
+    for name in models:
         try:
             place = pretrained.locate(name, p["weights"])
         except PerceptError as error:
@@ -335,7 +338,7 @@ def peak_memory() -> float:
 
 def _base() -> float:
     """Memory of this process with the libraries that a stage imports, before it has a model."""
-    for name in ("src.augment", "src.training", "src.figures", "src.metrics", "src.published", "umap"):
+    for name in ("src.augment", "src.training", "src.figures", "src.metrics", "src.published"):
         importlib.import_module(name)
     return float(psutil.Process(os.getpid()).memory_info().rss)
 

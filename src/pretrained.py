@@ -46,7 +46,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src.utils import HOME, ROOT, PerceptError, load_strictly
+from src.utils import HOME, ROOT, PerceptError, load_strictly, same_features
 
 HUB = {
     "clip": "openai/clip-vit-large-patch14",
@@ -112,6 +112,11 @@ def _load(cls: Any, place: str, **options: Any) -> Any:
             f"Could not load {cls.__name__} from '{place}'{part}: {str(error).splitlines()[0]} Check the connection to the hub, or set weights to "
             "'mini' or to a folder that holds the model."
         ) from error
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Images (batch, 3, height, width) -> (batch, 3, side, side); those that have that size stay as they are."""
+    return images if images.shape[-2:] == (side, side) else F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def _token_ids(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
@@ -203,8 +208,8 @@ class Frozen:
         recorded = Path(self.place) / "golden_features.json"
         key = json.dumps([type(self).__name__, self._options()], sort_keys=True)
         if recorded.exists() and key in (known := json.loads(recorded.read_text())):
-            worst = max(abs(a - b) for a, b in zip(golden, known[key], strict=True))
-            if worst > 0.02 * max(1.0, max(map(abs, known[key]))):
+            if not same_features(known[key], golden):
+                worst = max(abs(a - b) for a, b in zip(golden, known[key], strict=True))
                 raise PerceptError(
                     f"{type(self).__name__} of '{self.place}' no longer gives the features recorded with it (largest difference {worst:.3g}): a "
                     "library has changed what it computes; install the versions of requirements.lock."
@@ -407,9 +412,7 @@ class LatentAutoencoder(Frozen):
         """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
         parts = []
         for some in images.split(self._at_once):
-            x = some.to(self.device)
-            if x.shape[-2:] != (self.image_size, self.image_size):
-                x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+            x = _resized(some.to(self.device), self.image_size)
             parts.append(self.model.encode(2 * x - 1).latent_dist.mode() * self.scale)
         return torch.cat(parts)
 
@@ -568,9 +571,7 @@ class Teacher(Frozen):
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> local embeddings (batch, locations, dim), row by row from the upper left."""
-        x = images.to(self.device)
-        if x.shape[-2:] != (self.image_size, self.image_size):
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        x = _resized(images.to(self.device), self.image_size)
         mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (TEACHER_MEAN, TEACHER_STD))
         return self.model((x - mean) / std)
 

@@ -258,9 +258,9 @@ def check_precision(device: str, precision: str, step_in_backward: bool = False)
     return kind
 
 
-def _accelerator(device: str, precision: str) -> Accelerator:
+def _accelerator(device: str, precision: str, step_in_backward: bool) -> Accelerator:
     """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one."""
-    kind = check_precision(device, precision)
+    kind = check_precision(device, precision, step_in_backward)
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as published
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())  # else a second precision is refused
@@ -432,7 +432,7 @@ class _Training:
         device: str,
         step_in_backward: bool = False,
     ):
-        self.accelerator = _accelerator(device, settings.precision)
+        self.accelerator = _accelerator(device, settings.precision, step_in_backward)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.dataset, self.folder, self.config, self.settings, self.saving = dataset, folder, config, settings, saving
@@ -453,7 +453,7 @@ class _Training:
     def _step_as_gradients_arrive(self) -> None:
         """Update each parameter as soon as its gradient is there and free that: the gradients of the whole model are never held together."""
         s = self.settings
-        for name, there in (("several processes", self.world > 1), ("clip_grad", bool(s.clip_grad)), ("precision 'fp16'", s.precision == "fp16")):
+        for name, there in (("several processes", self.world > 1), ("clip_grad", bool(s.clip_grad))):
             if there:
                 raise PerceptError(f"step_in_backward does not go together with {name}, which needs all the gradients at once: leave one of them.")
 

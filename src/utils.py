@@ -131,6 +131,17 @@ def to_device(device: str = "auto") -> str:
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank else "cuda"
 
 
+def same_features(recorded: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether a frozen model still gives what it gave: no feature is off by more than 2 % of the largest (of 1, if that is more)."""
+    most = 0.02 * max(1.0, max(map(abs, recorded), default=0.0))
+    return len(recorded) == len(now) and all(abs(a - b) <= most for a, b in zip(recorded, now, strict=True))
+
+
+def mixed_precision(use_mp: bool, precision: str, device: str = "auto") -> str:
+    """The precision that `use_mp` stands for where none is named: "fp16" on a GPU, "bf16" on a CPU."""
+    return ("fp16" if to_device(device).startswith("cuda") else "bf16") if use_mp and precision == "no" else precision
+
+
 # ------------------------------------------------------------------------------------------------ parameters
 NOTEBOOKS, RECIPES = ROOT / "notebooks", ROOT / "recipes"
 Literal = bool | int | float | str
