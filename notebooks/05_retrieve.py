@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 from src import retrieval
 from src.data import open_subject
 from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
-from src.metrics import make_record, paired_bootstrap
+from src.results import make_record, paired_bootstrap
 from src.readers import mindeye
 from src.utils import PerceptError, write_json
 

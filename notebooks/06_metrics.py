@@ -32,10 +32,10 @@ from safetensors.torch import load_file
 
 from src.data import open_subject
 from src.figures import save, score_dots
-from src.metrics import METRICS, Evaluator, answer_metrics, check_alignment, check_outputs, make_records, paired_bootstrap
-from src.metrics import provenance, score_table, two_way_metric, write_metrics, write_scores
+from src.metrics import METRICS, answer_metrics, two_way_metric
 from src.pretrained import Clipper, Judge
 from src.report import write_report
+from src.results import Evaluator, check_alignment, check_outputs, make_records, paired_bootstrap, provenance, score_table, write_metrics, write_scores
 from src.utils import PerceptError, read_json
 
 # %%

@@ -44,7 +44,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from src import metrics, retrieval
+from src import metrics, results, retrieval
 from src.data import open_subject
 from src.figures import contact_sheet, save
 from src.models import BrainNetwork
@@ -187,12 +187,12 @@ chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
 tables, records = [], []
 for split, (made, test) in low.items():
     controls = {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
-    table = metrics.score_table(as_images(pixels[test]), as_images(made["ridge"]), controls, None, chosen, seed=seed)
+    table = results.score_table(as_images(pixels[test]), as_images(made["ridge"]), controls, None, chosen, seed=seed)
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
     protocol = f"digits69-{split}"
-    found = metrics.make_records(floors, chosen, protocol=protocol, test_set=f"{len(test)} images, {split}", no_ceiling=reason)
+    found = results.make_records(floors, chosen, protocol=protocol, test_set=f"{len(test)} images, {split}", no_ceiling=reason)
     records += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
 
 # %%
@@ -203,7 +203,7 @@ for split, (made, test) in high.items():
         scores = {"clip two-way": metrics.two_way_each(true, guess), "clip top-1": retrieval.top1_image_from_brain_each(guess, true).astype(float)}
         tables += [pd.DataFrame({"metric": m, "row": row, "image": np.arange(len(v)), "draw": 0, "value": v, "split": split}) for m, v in scores.items()]
 scores = pd.concat(tables, ignore_index=True)
-metrics.write_scores(run.results / "scores.parquet", scores)
+results.write_scores(run.results / "scores.parquet", scores)
 
 # %% [markdown]
 # ## The table
@@ -212,7 +212,7 @@ metrics.write_scores(run.results / "scores.parquet", scores)
 # %%
 per_image = scores.groupby(["split", "metric", "row", "image"], sort=False)["value"].mean().reset_index()
 lines = [
-    {"split": s, "metric": m, "row": r, **metrics.bootstrap_mean(part.value.to_numpy())._asdict(), "n": len(part)}
+    {"split": s, "metric": m, "row": r, **results.bootstrap_mean(part.value.to_numpy())._asdict(), "n": len(part)}
     for (s, m, r), part in per_image.groupby(["split", "metric", "row"], sort=False)
 ]
 summary = pd.DataFrame(lines).round(4)
@@ -229,17 +229,17 @@ differences = []
 for (split, metric), part in per_image.groupby(["split", "metric"], sort=False):
     value = {row: rows.sort_values("image")["value"].to_numpy() for row, rows in part.groupby("row")}
     sign = -1 if metric == "mse" else 1
-    result = metrics.paired_bootstrap(sign * value["network"], sign * value["ridge"])
+    result = results.paired_bootstrap(sign * value["network"], sign * value["ridge"])
     better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
     differences.append({"split": split, "metric": metric, **result._asdict(), "better": better})
 pd.DataFrame(differences).round(4)
 
 # %%
 selection = [{"what": "voxels kept, ridge penalty", "chosen": "in each fold", "split": f"{inner_folds}-fold cross-validation within the fold's training images"}]
-about = metrics.provenance(
+about = results.provenance(
     run.recipe or run.name, {"all": seed}, selection, dataset=dataset, differences=differences, acknowledgement=subject.attributes.get("acknowledgement", "")
 )
-metrics.write_metrics(run.results / "metrics.json", records, about)
+results.write_metrics(run.results / "metrics.json", records, about)
 
 # %%
 made, test = low[f"{folds}-fold"]

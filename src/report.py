@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
 
-from src.metrics import CONTROLS
+from src.results import CONTROLS
 from src.utils import PerceptError, atomic, read_json
 
 FIGURES = {  # file name without .png: (heading, what to look at), in the order of the page

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import metrics, report, retrieval
+from src import report, results, retrieval
 from src.utils import PerceptError
 
 VOID = {"meta", "img", "br", "link"}
@@ -39,7 +39,7 @@ class Checked(HTMLParser):
 
 def score(values, floors, **change):
     options = {"ceiling": np.ones(len(values)), "better": "higher", "protocol": "mini", "test_set": "20-ab"}
-    return metrics.make_record("pixcorr", values, floors=floors, **(options | change))
+    return results.make_record("pixcorr", values, floors=floors, **(options | change))
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def run(tmp_path):
         {"what": "<script>alert(1)</script>", "split": "val"},
         {"what": "sample", "chosen": "second order"},
     ]
-    origin = metrics.provenance("a&b", {"training": 42}, selection, alarms=["2 of 20 are <black>."])
-    metrics.write_metrics(tmp_path / "metrics.json", records, origin)
+    origin = results.provenance("a&b", {"training": 42}, selection, alarms=["2 of 20 are <black>."])
+    results.write_metrics(tmp_path / "metrics.json", records, origin)
     clip = torch.randn(20, 4)
     retrieval.published_protocol(clip, clip, pool=10).to_parquet(tmp_path / "retrieval.parquet")
     for name in ("contact_sheet", "own_picture"):
