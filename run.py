@@ -65,9 +65,18 @@ def parameters_of(stage: str, recipe: str, overrides: dict[str, Any]) -> dict[st
     values |= {k: utils.coerce(known[k], v, "-p") for k, v in overrides.items() if k in known}
     if "recipe" in known:
         values["recipe"] = recipe
-    if "model_name" in known and not values.get("model_name"):
-        values["model_name"] = utils.run_name(recipe, {k: p.default for k, p in known.items()} | values)
     return values
+
+
+def name_of(recipe: str, stages: Iterable[str], overrides: dict[str, Any]) -> str:
+    """The run's name, from the parameters of all its stages: what only a training has names the folder of every stage."""
+    defaults: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    for stage in stages:
+        known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
+        defaults |= {name: p.default for name, p in known.items()}
+        given |= {name: value for name, value in parameters_of(stage, recipe, overrides).items() if value != ""}
+    return utils.run_name(recipe, defaults | given)
 
 
 def check_overrides(stages: list[str], overrides: Iterable[str], origin: str) -> None:
@@ -169,14 +178,15 @@ def use_this_kernel() -> None:
 
 
 def asked(recipe: str, overrides: dict[str, Any], first: str, files: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The stages of a recipe, and the overrides of files and command line in one; refuses what no stage has."""
+    """The stages of a recipe, and the overrides of files and command line in one, with the run's name; refuses what no stage has."""
     stages = stages_of(recipe.split("/")[0])
     contents = [utils.read_recipe(file) for file in files]
     for content, origin in zip([*contents, overrides], [*files, "-p"], strict=True):
         check_overrides(stages, content, origin)
     if first and not any(stage.startswith(first) for stage in stages):
         raise PerceptError(f"--from {first} names no stage of {recipe}: choose among {', '.join(stages)}.")
-    return stages, {name: value for content in [*contents, overrides] for name, value in content.items()}
+    merged = {name: value for content in [*contents, overrides] for name, value in content.items()}
+    return stages, merged | {"model_name": name_of(recipe, stages, merged)}
 
 
 def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = ()) -> Path:
@@ -186,7 +196,7 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
     reached, begun = not first, time.time()
     for number, stage in enumerate(stages, 1):
         values = parameters_of(stage, recipe, overrides)
-        results = utils.HOME / "results" / values.get("model_name", recipe.replace("/", "-"))
+        results = utils.HOME / "results" / overrides["model_name"]
         results.mkdir(parents=True, exist_ok=True)
         mark = fingerprint(stage, values, before)
         stamp = results / ".stages" / f"{stage}.json"

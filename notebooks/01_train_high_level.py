@@ -24,6 +24,9 @@ subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
+split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+n_clusters = 20  # clusters of which a quarter is held out, at least 4
+n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
 norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
@@ -75,7 +78,7 @@ import torch
 import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
+from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, select_images
 from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves, umap_scatter
 from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
@@ -91,6 +94,10 @@ from src.utils import PerceptError, count_parameters, named, resolve, save_check
 # ## Data
 # Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
 # the mean of its repeats.
+#
+# Two tests need a training of their own (docs/overlap.md). With `split = "cluster-held-out"` no training or validation image is like the test images of a
+# quarter of the clusters: is an image recognised, or a category that was trained? With `n_components` the networks see that many principal components of
+# the voxels in place of the voxels: how much of the brain do they need?
 
 # %%
 published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
@@ -102,13 +109,19 @@ if timesteps == 1:
     raise PerceptError("timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number.")
 if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
+
+# %%
 mindeye.read_if_missing(data_path, dataset, subj)
-subject = open_subject(dataset, subj)
+everything = open_subject(dataset, subj)
+subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters)
+if subject.clusters is not None:
+    kept = {part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}" for part in ("train", "val")}
+    print(f"images kept: {kept}; test images in held-out clusters: {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}")
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
-normaliser = Normaliser.fit(subject)
+normaliser = Normaliser.fit(subject, n_components=n_components)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
-print(f"(train images, voxels) = ({len(subject.image_ids(train_split))}, {subject.betas.shape[1]})")
+print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(subject.image_ids(train_split))}, {normaliser.width})")
 
 # %% [markdown]
 # ## Targets
@@ -149,8 +162,9 @@ print(f"(tokens, dim) = ({n_tokens}, {dim})   targets: {'of augmented images, ' 
 # %%
 prior_weight = prior_mult or (30.0 if hidden else 0.03)
 told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "mse_mult", "use_image_aug", "cached_views", "faithful", "laion_prior", "seed")
+told += ("split", "n_clusters", "n_components")
 config = {
-    "model": high_level_config(run.parameters, subject.betas.shape[1], n_tokens, dim),
+    "model": high_level_config(run.parameters, normaliser.width, n_tokens, dim),
     "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
@@ -307,7 +321,7 @@ if decoder != "ridge" and prior:
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim), cv=ridge_folds, seed=seed)
-    ridge_config = {"model": ridge.config, "tokens": [n_tokens, dim], "clip": config["clip"]}
+    ridge_config = {"model": ridge.config, "training": config["training"], "tokens": [n_tokens, dim], "clip": config["clip"]}
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
 

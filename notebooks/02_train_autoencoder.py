@@ -16,6 +16,9 @@ dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
+split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+n_clusters = 20  # clusters of which a quarter is held out, at least 4
+n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 batch_size = 8  # images a step over all processes, at least 1
 num_epochs = 120  # passes over the training images, at least 1
 max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
@@ -55,13 +58,13 @@ import torch.nn.functional as F
 from kornia.filters import median_blur
 
 from src.augment import augmented, teacher_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject
+from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, select_images
 from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
 from src.models import RidgeBaseline
-from src.pretrained import LatentAutoencoder, Teacher
+from src.pretrained import Clipper, LatentAutoencoder, Teacher
 from src.reconstruct import build_decoder, low_level_config, predict_latents
 from src.training import fit, gather, tracker
 from src.utils import PerceptError, count_parameters, mixed_precision, save_checkpoint
@@ -69,14 +72,15 @@ from src.utils import PerceptError, count_parameters, mixed_precision, save_chec
 # %% [markdown]
 # ## Data
 # The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. It is computed once, as
-# are the teacher's embeddings of the image.
+# are the teacher's embeddings of the image. `split` and `n_components` are those of notebook 01, and have to be the same.
 
 # %%
 if use_sobel_loss and not use_reconst:
     raise PerceptError("use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True, too.")
-subject = open_subject(dataset, subj)
+everything = open_subject(dataset, subj)
+subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
-normaliser = Normaliser.fit(subject)
+normaliser = Normaliser.fit(subject, n_components=n_components)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
 latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
@@ -105,7 +109,7 @@ if use_cont and cached_views:
 needs_pixels = use_reconst or (use_cont and not cached_views)
 train = BrainDataset(subject, "train", targets, normaliser, "all" if voxel_select else "random", seed, pixels=needs_pixels)
 val = BrainDataset(subject, "val", {"latents": latents}, normaliser, "mean", seed, pixels=True)
-print(f"(train images, voxels) = ({len(train)}, {subject.betas.shape[1]})")
+print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(train)}, {normaliser.width})   protocol {subject.protocol}")
 
 # %% [markdown]
 # ## Model
@@ -113,8 +117,9 @@ print(f"(train images, voxels) = ({len(train)}, {subject.betas.shape[1]})")
 
 # %%
 told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "best_by", "seed")
+told += ("split", "n_clusters", "n_components")
 config = {
-    "model": low_level_config(run.parameters, subject.betas.shape[1]),
+    "model": low_level_config(run.parameters, normaliser.width),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
 }
@@ -234,7 +239,8 @@ if decoder != "ridge":
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), {"model": ridge.config, "latents": list(autoencoder.latent_shape)})
+    ridge_config = {"model": ridge.config, "training": config["training"], "latents": list(autoencoder.latent_shape)}
+    save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), ridge_config)
     print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
 
 # %% [markdown]

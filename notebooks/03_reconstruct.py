@@ -5,7 +5,7 @@
 #
 # **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth` under `train_logs/<model_name>/` and `epoch120.pth` of its
 # autoencoder under `train_logs/<autoencoder_name>/`. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
-# and the ridge's reconstructions, the low level alone, and the controls), and under the published names
+# and the ridge's reconstructions, the low level alone, the controls, and what notebook 06 needs beside them), and under the published names
 # `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
 #
 # A run that is interrupted goes on with the images that are missing.
@@ -37,6 +37,9 @@ num_inference_steps = 20  # steps of the image generator, at least 1
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
 first_images = 0  # reconstruct only so many test images, 0 for all, at least 0
 generator_batch = 16  # pictures that the generator makes at a time, at least 1
+untrained = False  # also reconstruct with the same networks before any training, a floor
+fewer_repeats = ""  # also reconstruct from so many repeats alone, separated by commas, e.g. 1,2
+keep_samples = 0  # samples an image that are stored to look at, made beyond recons_per_sample where that is fewer, at least 0
 seed = 42  # of everything random
 same_seed = False  # the same noise for every image, as published; otherwise each image has its own
 
@@ -53,15 +56,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cached_targets, open_subject
+from src.data import Normaliser, cached_targets, open_split
 from src.figures import contact_sheet, save
 from src.pretrained import Clipper
 from src.readers import mindeye
 from src.reconstruct import (
-    find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
+    build_decoder, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
+    repeat_agreement, sample_spread,
 )  # fmt: skip
 from src.retrieval import nearest
-from src.utils import atomic
+from src.utils import PerceptError, atomic, seed_everything
 
 # %% [markdown]
 # ## Data: the test images, their repeats averaged
@@ -69,48 +73,64 @@ from src.utils import atomic
 
 # %%
 mindeye.read_if_missing(data_path, dataset, subj)
-subject = open_subject(dataset, subj)
+subject = open_split(dataset, subj, run.logs)
 files = {
     "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(run.logs.parent / (autoencoder_name or run.logs.name), "low_level", checkpoint)),
     "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
 }
-keep = slice(0, first_images or None)
-
-
-def scale_of(path):
-    """The normaliser's file of the run that a network's file is of, or None for a released one."""
-    run_of = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
-    return None if path.suffix == ".pth" else run_of / "normaliser.safetensors"
-
-
-def measured(scale):
-    """Voxels (images, voxels) on that scale, and the images' ids."""
-    x, ids = subject.averaged("test", repeats=test_repeats or None, normaliser=scale and Normaliser.load(scale))
-    return x[keep], ids[keep]
-
+names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+main, keep = names[0], slice(0, first_images or None)
+image_ids = subject.image_ids("test")[keep]
+seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
+most = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
+fewer = sorted({int(k) for k in fewer_repeats.split(",") if k.strip()})
+if any(not 1 <= k < most for k in fewer):
+    raise PerceptError(f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1 to {most - 1}, or leave it empty.")
+print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol {subject.protocol}, test set {subject.test_set}")
 
 # %%
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
-voxels = {scale: measured(scale) for scale in {scale_of(path) for name in names for path in files[name] if path.exists()}}
-image_ids = next(iter(voxels.values()))[1]
-seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
-print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   protocol {subject.protocol}, test set {subject.test_set}")
+def measured(path, repeats=0, one=None):
+    """Voxels (images, voxels) as the network in a file was trained on them: of some repeats averaged (0: all that are asked for), or of `one` alone."""
+    run_of = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
+    scale = None if path.suffix == ".pth" else Normaliser.load(run_of / "normaliser.safetensors")  # a released file is for betas as they are
+    if one is not None:
+        return subject.mean_of([rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale)
+    return subject.averaged("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][keep]
+
 
 # %% [markdown]
 # ## The models
 # What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations.
+# With `untrained` the same networks are also used as they are before training, with `fewer_repeats` the first one is given fewer repeats.
 
 # %%
-main = names[0]
+def loaded(path):
+    """A trained decoder and its config, or nothing where there is no low level and none is needed."""
+    return load_decoder(path, run.device) if img2img_strength < 1 or path.exists() else (None, {})
+
+
 high = {name: load_decoder(files[name][0], run.device) for name in names}
-low = {name: load_decoder(files[name][1], run.device)[0] for name in names if img2img_strength < 1 or files[name][1].exists()}
+low = {name: loaded(files[name][1]) for name in names}
+decoders = {name: (high[name][0], low[name][0], measured(files[name][0]), low[name][0] and measured(files[name][1])) for name in names}
+for k in fewer:
+    decoders[f"repeats_{k}"] = (*decoders[main][:2], measured(files[main][0], k), low[main][0] and measured(files[main][1], k))
+if untrained and "network" in names:
+    seed_everything(seed)
+    configs = [high["network"][1], low["network"][1]]
+    fresh = [build_decoder(config["model"]).to(run.device).eval().requires_grad_(False) if config else None for config in configs]
+    decoders["untrained"] = (*fresh, *decoders["network"][2:])
+
+# %%
 config = high[main][1]
+told = {tuple(c["training"].get(k) for k in ("split", "n_clusters", "n_components")) for _, c in (*high.values(), *low.values()) if "training" in c}
+if len(told) > 1:
+    raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same split and n_components.")
 shape = tuple(config["tokens"])  # (tokens, dim)
 hidden = shape[0] > 1
 made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
 clipper = Clipper(weights, device=run.device, **made_for)
 diffusion = generator_for(shape[0], weights, run.device)
-print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}")
+print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}")
 
 # %% [markdown]
 # ## The step
@@ -129,27 +149,54 @@ def paint(tokens, ids, latents, samples):
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
 
 
-def reconstruct(name, rows):
-    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
-    high_level, low_level = files[name]
-    ids = image_ids[rows]
-    tokens, projected = predict_tokens(
-        high[name][0], voxels[scale_of(high_level)][0][rows], shape, recons_per_sample, use_prior=prior, timesteps=timesteps, seed=seed, device=run.device, image_ids=ids,
+def tokens_of(name, rows, voxels, samples, sampled):
+    """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one decoder."""
+    return predict_tokens(
+        decoders[name][0], voxels[rows], shape, samples, use_prior=sampled, timesteps=timesteps, seed=seed, device=run.device, image_ids=image_ids[rows],
         same=same_seed, solver=prior_solver,
     )  # fmt: skip
-    latents = predict_latents(low[name], voxels[scale_of(low_level)][0][rows], diffusion.latent_shape, device=run.device) if name in low else None
-    chosen, _ = pick_best(clipper, projected, paint(tokens, ids, latents, recons_per_sample))
-    also = {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu()}
-    return {name: chosen, f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected} | also
+
+
+# %%
+def reconstruct(name, rows):
+    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
+    _, low_level, voxels, low_voxels = decoders[name]
+    chosen_from = recons_per_sample if name in names else 1
+    samples = max(chosen_from, keep_samples if name == main else 1)  # those beyond take no part in the choice
+    tokens, projected = tokens_of(name, rows, voxels, samples, prior)
+    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], diffusion.latent_shape, device=run.device)
+    pictures = paint(tokens, image_ids[rows], latents, samples)
+    made = {name: pick_best(clipper, projected, pictures[:, :chosen_from])[0].half()}
+    if name in names:
+        made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
+        made |= {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu().half()}
+    if name == main and samples > 1:
+        made |= {"spread": sample_spread(clipper, pictures)} | ({"samples": pictures[:, :keep_samples].half()} if keep_samples else {})
+    return made
 
 
 # %%
 rows, unfinished = {}, run.results / ".reconstructing"
 unfinished.mkdir(exist_ok=True)
-for name in names:
-    mark = [run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files[name] if path.exists()], subject.test_set]
-    rows |= in_chunks(lambda part, name=name: reconstruct(name, part), len(seen), max(1, generator_batch // recons_per_sample), unfinished, mark)
-predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_"))}
+for name in decoders:
+    mark = [name, run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files.get(name, files[main]) if path.exists()], subject.test_set]
+    part = generator_batch // max(recons_per_sample if name in names else 1, keep_samples if name == main else 1)
+    rows |= in_chunks(lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark)
+predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_", "spread", "samples"))}
+
+# %% [markdown]
+# ## How well could any decoder do?
+# Two repeats of an image differ by noise alone. How alike the predictions from single repeats are bounds how well the mean of all can correlate with the truth
+# (notebook 06 shows it as the noise ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at random, the projected ones.
+
+# %%
+compared = f"projected_{main}" if prior and main == "network" else f"tokens_{main}"
+which = 1 if compared.startswith("projected") else 0
+singles = [tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half() for k in range(most)]
+if len(singles) > 1:
+    predicted["repeat_agreement"] = repeat_agreement(singles)
+    print(f"predictions from two single repeats correlate by {predicted['repeat_agreement'].mean():.3f}")
+del singles
 
 # %% [markdown]
 # ## Floors and ceiling
@@ -161,29 +208,35 @@ predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens
 # %%
 train_ids = subject.image_ids("train")
 clip_targets = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
-train_tokens = torch.from_numpy(clip_targets.rows(train_ids).astype(np.float32)).flatten(1)
-found = nearest(predicted[f"projected_{main}"].flatten(1), train_tokens, k=1)[1][:, 0]
+train_tokens = clip_targets.rows(train_ids)
+found = nearest(predicted[f"projected_{main}"], train_tokens, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
-rows["nearest_train"] = torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255
+rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
 mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
-rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1).float() / 255).expand(len(seen), -1, -1, -1).contiguous()
+rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
 
 # %%
 def best_possible(part):
     """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
     tokens, latents = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu(), diffusion.encode(seen[part]).cpu()
-    return {"ceiling": paint(tokens, image_ids[part], latents, 1)[:, 0], "autoencoder": diffusion.decode(latents).cpu(), "true_tokens": tokens[:, 0]}
+    made = {"ceiling": paint(tokens, image_ids[part], latents, 1)[:, 0], "autoencoder": diffusion.decode(latents).cpu()}
+    return {name: pictures.half() for name, pictures in made.items()} | {"true_tokens": tokens[:, 0]}
 
 
 rows |= in_chunks(best_possible, len(seen), generator_batch, unfinished, ["ceiling", run.parameters, subject.test_set])
-true_tokens = rows.pop("true_tokens")
+predicted["true_tokens"] = rows.pop("true_tokens")
+predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], train_tokens, k=1)[0][:, 0]  # of each seen image to the training image most like it
+
+# %% [markdown]
+# Pictures are stored in half precision, which a screen's 256 steps do not show.
 
 # %%
-tensors = {"seen": seen, **rows, **predicted, "true_tokens": true_tokens, "image_ids": torch.from_numpy(np.asarray(image_ids, np.int64))}
+about = {"protocol": subject.protocol, "test_set": subject.test_set if len(seen) == len(subject.image_ids("test")) else f"{subject.test_set}-first{len(seen)}"}
+tensors = {"seen": seen.half(), **rows, **predicted, "image_ids": torch.from_numpy(image_ids.astype(np.int64)), "held_out": torch.from_numpy(subject.held_out(image_ids))}
 with atomic(run.results / "reconstructions.safetensors") as path:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about | {"main": main, "repeats": str(most), "compared": compared})
 shutil.rmtree(unfinished)
-published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main]}
+published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main].float()}
 for name, tensor in published.items():
     with atomic(run.results / name) as path:
         torch.save(tensor, path)

@@ -5,8 +5,8 @@
 # activity nearest? Is it still so among images that resemble each other, and does a second model, which re-ranks what the first one found, help?
 #
 # **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens predicted from the brain, true tokens). **Writes**
-# `results/<run>/retrieval.json` and figures; notebook 06 adds the records to `metrics.json`. With `model_name2`, it also reads that run's
-# reconstructions.
+# its part of `results/<run>/metrics.json` and `scores.parquet`, `retrieved.parquet` (which candidates came first) and figures. With `model_name2`,
+# it also reads that run's reconstructions.
 #
 # Cost: seconds, and half a minute for the UMAP where it is asked for.
 #
@@ -38,22 +38,19 @@ run
 # %%
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file
 
 from src import retrieval
-from src.data import open_subject
+from src.data import open_split
 from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
-from src.results import make_record, paired_bootstrap
 from src.readers import mindeye
-from src.utils import PerceptError, write_json
+from src.reconstruct import load_reconstructions
+from src.results import add_results, make_record, paired_bootstrap, provenance
+from src.utils import PerceptError, atomic
 
 # %%
 mindeye.read_if_missing(data_path, dataset, subj)
-subject = open_subject(dataset, subj)
-path = run.results / "reconstructions.safetensors"
-if not path.exists():
-    raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
-made = load_file(path)
+subject = open_split(dataset, subj, run.logs)
+made, of = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 if model_name2 == run.name:
     raise PerceptError(f"model_name2 is this very run, '{run.name}': name another run, whose single embedding finds the candidates.")
@@ -72,7 +69,7 @@ print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
 directions = {"image_from_brain": retrieval.top1_image_from_brain_each, "brain_from_image": retrieval.top1_brain_from_image_each}
 shuffle = np.roll(np.arange(len(clip)), 1)
 each = {(name, d): top1(brain[name], clip).astype(float) for name in names for d, top1 in directions.items()}
-common = {"better": "higher", "protocol": subject.protocol, "test_set": subject.test_set, "ceiling": "the true image is among the candidates, so 1"}
+common = {"better": "higher", "protocol": of["protocol"], "test_set": of["test_set"], "ceiling": "the true image is among the candidates, so 1"}
 records = [
     make_record(
         f"{d}_top1" + ("" if name == names[0] else f" ({name})"), each[name, d], floors={"shuffled": directions[d](brain[name], clip[shuffle]).astype(float)},
@@ -100,11 +97,12 @@ pools
 # Candidates are only images that share the given labels with the one that was seen, e.g. the same object in the same scene.
 
 # %%
+hard_of = {}  # which images have a hard negative
 if hard_negatives:
     for name in names:
         for d in directions:
             hard = retrieval.hard_negative_top1(brain[name], clip, groups, d)
-            keep = np.isfinite(hard.each)
+            keep = hard_of[name] = np.isfinite(hard.each)
             each[name, f"hard_{d}"] = hard.each[keep]
             records.append(make_record(
                 f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"), hard.each[keep], floors={"chance": hard.chance_each[keep]}, chance=hard.chance,
@@ -147,15 +145,41 @@ if len(names) == 2:
         differences.append({"metric": f"{d}_top1", **result._asdict(), "better": better})
 pd.DataFrame(differences)
 
+# %% [markdown]
+# ## Into the results of the run
+# A row an image in `scores.parquet`, a record a score in `metrics.json`, and which candidates came first in `retrieved.parquet`.
+
 # %%
-write_json(run.results / "retrieval.json", {"metrics": records, "differences": differences, "second_order": second, "published_protocol": pools.to_dict("records")})
+scores = pd.concat([
+    pd.DataFrame({"metric": f"{d}_top1", "row": "system" if n == names[0] else n, "image": image_ids[hard_of[n] if d.startswith("hard") else slice(None)], "value": v})
+    for (n, d), v in each.items()
+], ignore_index=True)  # fmt: skip
+note = f"{draws} pools of {size} candidates, as in the papers; the interval speaks of the pools."
+tables = [{"title": "Retrieval in pools", "note": note, "rows": pools.to_dict("records")}]
+tables.append({"title": "Retrieval by number of candidates", "note": "Chance falls with the pool.", "rows": curve.to_dict("records")})
+if differences:
+    note = "Paired differences over the same images, positive where the network is better."
+    tables.append({"title": "Retrieval: network against ridge", "note": note, "rows": differences})
+if second:
+    tables.append({"title": "Retrieval with two models", "note": f"{model_name2} finds, all tokens choose.", "rows": second})
+about = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
+add_results(run.results, run.stage, scores, records, about, tables)
+
+# %%
+turned = {"image_from_brain": (brain[names[0]], clip), "brain_from_image": (clip, brain[names[0]])}
+first = []
+for d, (queries, candidates) in turned.items():
+    found = image_ids[retrieval.nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()]
+    first.append(pd.DataFrame({"direction": d, "image": image_ids, "rank": retrieval.rank_each(brain[names[0]], clip, d), "candidates": list(found)}))
+with atomic(run.results / "retrieved.parquet") as path:
+    pd.concat(first, ignore_index=True).to_parquet(path, index=False)
 
 # %% [markdown]
 # ## Hits and misses
 # The first ones in the order of the test set. Brain activity is shown as the image that it was recorded for.
 
 # %%
-seen, main = made["seen"], brain[names[0]]
+seen, main = made["seen"].float(), brain[names[0]]
 sides = {"image_from_brain": (main, clip, "Image from brain"), "brain_from_image": (clip, main, "Brain from image")}
 for d, (queries, candidates, title) in sides.items():
     ranks = retrieval.rank_each(main, clip, d)

@@ -1,12 +1,16 @@
 # %% [markdown]
 # # 06 · Metrics: what is a reconstruction worth?
 #
-# **Question.** How alike are seen and reconstructed images, and how much of that would one get without the brain, or with a perfect decoder?
+# **Question.** How alike are seen and reconstructed images, and how much of that would one get without the brain, without training, from a lookup, or
+# with a perfect decoder?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` and `retrieval.json`. **Writes** `results/<run>/metrics.json` (a record a metric),
-# `scores.parquet` (a row per image, metric and system) and `report.html`.
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03), or anyone's reconstructions: `recon_path` and `all_images_path` (the published
+# `.pt` tensors, `.npz` or `.npy`, or folders of PNG files). **Writes** its part of `results/<run>/metrics.json` (a record a score) and `scores.parquet`
+# (a row per image, metric and system), and `report.html`.
 #
-# Cost: 1000 images about 10 minutes on a CPU; mini about 1 minute on two CPU cores.
+# Cost: 1000 images about half an hour on a CPU, minutes on a GPU, and 0.5 GB of networks to download; mini about two minutes on two CPU cores.
+#
+# Source: MindEye, arXiv 2305.18274, Table 1; what stands beside the scores: docs/metrics.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
@@ -14,11 +18,13 @@ model_name = ""  # name of the run under train_logs/ and results/, by default ma
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge, both
-checkpoint = "last"  # the checkpoint that notebook 03 used, one of last, best
-metrics = "pixcorr,ssim,ssim_columns"  # pixel metrics, separated by commas
+recon_path = ""  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
+all_images_path = ""  # with recon_path, the images that were seen, in the same order
+metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"  # separated by commas
+resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
+hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
 shuffles = 3  # random pairings of the shuffled floor, at least 1
-seed = 42  # of these pairings and of the bootstrap
+seed = 42  # of these pairings, of the clusters and of the bootstrap
 
 # %%
 from src.utils import configure
@@ -27,117 +33,287 @@ run = configure(globals(), "06_metrics")
 run
 
 # %%
+import numpy as np
 import pandas as pd
-from safetensors.torch import load_file
+import torch
+from sklearn.cluster import KMeans
 
-from src.data import open_subject
-from src.figures import save, score_dots
-from src.metrics import METRICS, answer_metrics, two_way_metric
+from src.data import open_split
+from src.figures import abstain_curve, save, score_by_distance, score_dots
+from src.metrics import METRICS, answer_metrics, pcc, resize, two_way_within
+from src.networks import FeatureNetwork
 from src.pretrained import Clipper, Judge
-from src.report import write_report
-from src.results import Evaluator, check_alignment, check_outputs, make_records, paired_bootstrap, provenance, score_table, write_metrics, write_scores
-from src.utils import PerceptError, read_json
+from src.reconstruct import load_reconstructions
+from src.report import gallery_widget, write_report
+from src.results import (
+    add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records, most_alike,
+    noise_ceiling, pixel_hash, provenance, score_table,
+)  # fmt: skip
+from src.utils import PerceptError, atomic, read_json, resolve
+
+# %% [markdown]
+# ## The pictures
+# "system" is what is scored. Its floors: the mean image, the networks before training, the nearest training image, and for each image the other reconstruction
+# that looks most like its own. The ceiling is the generator with the true latents. Other rows (ridge, the low level alone, fewer repeats) are scored beside.
 
 # %%
-subject = open_subject(dataset, subj)
-path = run.results / "reconstructions.safetensors"
-if not path.exists():
-    raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
-made = load_file(path)
-main = "ridge" if decoder == "ridge" else "network"
-seen, recons = made["seen"], made[main]
-print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed")
+ours = not recon_path
+if ours:
+    subject = open_split(dataset, subj, run.logs)
+    made, of = load_reconstructions(run.results)
+    image_ids, main = made["image_ids"].numpy(), of["main"]
+    pictures = {name: made[name] for name in made if made[name].ndim == 4}
+    pictures = {"system": pictures.pop(main)} | pictures
+else:
+    if not (all_images_path and model_name):
+        raise PerceptError("recon_path needs all_images_path (the images that were seen) and model_name (a name for the results).")
+    pictures = {"seen": load_pictures(resolve(all_images_path)), "system": load_pictures(resolve(recon_path))}
+    pictures["mean_image"] = pictures["seen"].mean(0).expand_as(pictures["seen"])
+    image_ids, of, made, subject = np.arange(len(pictures["seen"])), {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])}, {}, None
+seen, recons = pictures.pop("seen"), pictures["system"]
+print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed; other rows: {', '.join(list(pictures)[1:])}")
+
+# %% [markdown]
+# ## Alarms before scores
+# Black, flat or identical pictures, values that are no numbers, and test images that were trained on.
+
+# %%
 alarms = check_outputs(recons)
+if not torch.isfinite(recons).all():
+    raise PerceptError(f"These reconstructions cannot be scored: {alarms[0]}")
+if ours:
+    train_ids = subject.image_ids("train")
+    blocks = (block for ids in np.array_split(train_ids, max(1, len(train_ids) // 500)) for block in [subject.images(ids)])
+    alarms += check_leak(subject.images(image_ids), blocks)
+pictures["other_recon"] = recons[most_alike(recons)]
 alarms
 
 # %% [markdown]
 # ## The metrics
-# Pixel metrics after resizing to 425 x 425, as the field does; two-way identification in CLIP's final embedding. With the mini weights this is the
-# mini CLIP, and is called so: it made the targets too, so it flatters, and it is near 1 long before a person recognises anything.
-# Therefore the mini world has a judge besides: a classifier that was trained on images of its own, that no decoder and no generator was ever
-# trained towards, and that says what a picture shows: the scene, the kind of the main object, its colour.
+# Pixel metrics at 425 x 425, and how alike frozen networks find the pictures: two-way identification (AlexNet's second and fifth convolution, Inception,
+# CLIP; chance is .5) or correlation distance (EfficientNet, SwAV; lower is better). With the mini weights the networks are miniature twins, and are called so.
+# The mini CLIP made the targets too, so it flatters, and is near 1 long before a person recognises anything. Therefore the mini world has a judge
+# besides: a classifier that was trained on images of its own, that no decoder and no generator was ever trained towards.
 
 # %%
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
 prefix = "mini:" if weights == "mini" else ""
-chosen = [METRICS[name.strip()] for name in metrics.split(",")]
-chosen.append(two_way_metric(f"{prefix}CLIP", lambda images: clipper.embed_image(images).cpu()))
-labels = subject.labels
+wanted = [name.strip() for name in metrics.split(",") if name.strip()]
+if unknown := [name for name in wanted if name not in METRICS]:
+    raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
+
+
+def clip_features(images):
+    """CLIP's final embedding (n, dim) of pictures (n, 3, height, width), resized bilinearly as the published evaluation does."""
+    parts = [resize(x.float(), clipper.size, antialias=resizing == "antialias") for x in images.split(64)]
+    return torch.cat([clipper.embed_image(part).float().cpu() for part in parts])
+
+
+def looking(name):
+    """A metric with the network it looks through; features of the seen images are kept for other runs."""
+    metric = METRICS[name]
+    if not metric.network:
+        return metric
+    if name == "CLIP":
+        return metric.through(clip_features, prefix)
+    network = FeatureNetwork(name, weights, run.device, resizing)
+    return metric.through(network, prefix, network.features(seen.float(), cache=run.results.parent / ".features"))
+
+
+# %%
+chosen = [looking(name) for name in wanted]
+labels = subject.labels if ours else None
 judge = Judge(weights, run.device) if weights == "mini" and labels is not None else None
 if judge is not None and set(judge.answers) <= set(labels.columns):
-    labels = labels.set_index("image").loc[made["image_ids"].numpy()]
+    labels = labels.set_index("image").loc[image_ids]
     chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
-    said = judge.ask(seen)
+    said = judge.ask(seen.float())
     print("the judge is right about the images that were shown:", {q: round(float((said[q] == labels[q]).mean()), 3) for q in said})
 
 # %% [markdown]
 # ## Score, floors and ceiling
-# Every row is scored in the same way on the same images. "shuffled" pairs each reconstruction with the wrong images; "low_level" is
-# the low-level image alone; "autoencoder" would be the ceiling of a perfect low level.
+# Every row is scored in the same way on the same images. "shuffled" pairs each reconstruction with wrong images.
 
 # %%
-controls = {"mean_image": made["mean_image"], "nearest_train": made["nearest_train"]}
-table = score_table(seen, recons, controls, made["ceiling"], chosen, draws=shuffles, seed=seed)
-records = make_records(table, chosen, protocol=subject.protocol, test_set=subject.test_set)
-others = [key for key in ("ridge", "low_level_network", "low_level_ridge", "autoencoder") if key in made and key != main]
-evaluator = Evaluator(seen, chosen)
-table = pd.concat([table, *(evaluator.score(made[key], key) for key in others)], ignore_index=True)
-write_scores(run.results / "scores.parquet", table)
-
-# %%
-summary = table.groupby(["row", "metric"], sort=False)["value"].mean().unstack().round(3)
-summary
-
-# %%
-each = {key: part.sort_values("image")["value"].to_numpy() for key, part in table.groupby(["row", "metric"])}
-if "pixcorr" in summary:
-    alarms += check_alignment(each["system", f"{prefix}CLIP"], each["system", "pixcorr"], summary.loc["shuffled", "pixcorr"])
-problems = [
-    f"{r['name']}: not above its floor '{floor}' ({r['value']:.3f} against {entry['value']:.3f})"
-    for r in records
-    for floor, entry in r["floors"].items()
-    if floor in ("shuffled", "mean_image") and (r["value"] - entry["value"]) * (1 if r["better"] == "higher" else -1) <= 0
-]
-alarms + problems
+table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids, resizing=resizing)
+reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
+records = make_records(table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=reason)
+each = {key: part["value"].to_numpy() for key, part in table[table["draw"] == 0].groupby(["row", "metric"], sort=False)}
+summary = table.groupby(["metric", "row"], sort=False)["value"].mean().unstack()
+summary.round(3)
 
 # %% [markdown]
-# ## Network against ridge
-# Paired bootstrap of the difference over the test images, positive where the network is better.
+# ## More alarms
+# Rows of brain data and images that do not belong together, and scores that no floor is below.
 
 # %%
-differences = []
-if decoder == "both":
-    for metric in chosen:
-        sign = 1 if metric.better == "higher" else -1
-        result = paired_bootstrap(sign * each["system", metric.name], sign * each["ridge", metric.name])
-        better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
-        differences.append({"metric": metric.name, **result._asdict(), "better": better})
-retrieved = read_json(run.results / "retrieval.json") if (run.results / "retrieval.json").exists() else {"metrics": [], "differences": []}
-differences += retrieved["differences"]
-worse = [d["metric"] for d in differences if d["better"] == "ridge"]
-print("The network is worse than the ridge baseline on: " + ", ".join(worse) if worse else "The network is nowhere significantly worse than the ridge.")
-pd.DataFrame(differences)
+if f"{prefix}CLIP" in summary.index and "pixcorr" in summary.index:
+    best = each.get(("ceiling", f"{prefix}CLIP"))
+    alarms += check_alignment(each["system", f"{prefix}CLIP"], each["system", "pixcorr"], summary.loc["pixcorr", "shuffled"], best)
+for record in records:
+    sign = 1 if record["better"] == "higher" else -1
+    for floor in ("shuffled", "mean_image"):
+        under = record["floors"][floor]["value"]
+        if sign * (record["value"] - under) <= 0:
+            alarms.append(f"{record['name']} is {record['value']:.3f}, not better than its floor '{floor.replace('_', ' ')}' ({under:.3f}).")
+alarms
+
+# %% [markdown]
+# ## Among images of the same kind
+# Two-way identification is easy when any other image may be the distractor. Here the distractors share labels or a cluster with the image that was seen.
 
 # %%
-selection = [
-    {"what": "epoch", "chosen": checkpoint, "split": "val" if checkpoint == "best" else "none: the last epoch is taken"},
-    {"what": "ridge penalty", "chosen": "by target", "split": "cross-validation within train"},
-    {"what": "one of several samples, where there are", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"},
-]
+if hard_negatives and ours:
+    groups, kind = subject.categories(image_ids, hard_negatives), hard_negatives.replace(",", " and ")
+else:
+    unit = clip_features(seen)
+    groups, kind = KMeans(max(2, len(unit) // 20), n_init=4, random_state=seed).fit_predict(unit), "cluster"
+truth, within = clip_features(seen), {}
+for row in [name for name in ("system", "mean_image", "other_recon", "untrained", "nearest_train", "ceiling", "ridge") if name in pictures]:
+    within[row] = two_way_within(truth, clip_features(pictures[row]), groups)
+kept = np.isfinite(within["system"])
+if kept.any():
+    within = {row: values[kept] for row, values in within.items()}
+    floors = {row: values for row, values in within.items() if row not in ("system", "ceiling", "ridge")}
+    records.append(make_record(
+        f"{prefix}CLIP within {kind}", within["system"], floors=floors, ceiling=within.get("ceiling", reason), better="higher", protocol=of["protocol"],
+        test_set=of["test_set"], chance=0.5, description=f"two-way identification among test images of the same {kind}", source="hard distractors",
+    ))  # fmt: skip
+    parts = [pd.DataFrame({"metric": f"{prefix}CLIP within {kind}", "row": row, "image": image_ids[kept], "draw": 0, "value": v}) for row, v in within.items()]
+    table = pd.concat([table, *parts], ignore_index=True)
+print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
+
+# %% [markdown]
+# ## The noise ceiling
+# What the brain's predicted tokens correlate with the true ones, image by image after the mean over images is taken off, and the most that any decoder with
+# these predictions' noise could reach, from how predictions of single repeats agree (Spearman-Brown).
+
+# %%
+if "repeat_agreement" in made:
+    true, said = (x.flatten(1) - x.flatten(1).mean(0) for x in (made["true_tokens"].float(), made[of["compared"]].float()))
+    own, noise = pcc(true, said), noise_ceiling(made["repeat_agreement"], int(of["repeats"]))
+    wrong = np.stack([pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1)
+    records.append(make_record(
+        "token_correlation", own, floors={"shuffled": wrong}, ceiling="the noise ceiling stands in its place", better="higher", protocol=of["protocol"],
+        test_set=of["test_set"], chance=0.0, description="correlation of predicted and true CLIP tokens, image by image", source="docs/metrics.md",
+        noise_ceiling=noise._asdict(), share_of_noise_ceiling=own.mean() / noise.value,
+    ))  # fmt: skip
+    table = pd.concat([table, pd.DataFrame({"metric": "token_correlation", "row": "system", "image": image_ids, "draw": 0, "value": own})], ignore_index=True)
+    print(f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]")
+
+# %% [markdown]
+# ## Tables beside the scores
+# One, two and three repeats; every row with its paired difference to the system; images that are far from all training images; images in held-out clusters.
+
+# %%
+def written(metric, values):
+    """Mean and interval of some images' values, as text."""
+    found = bootstrap_mean(values)
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+repeats = sorted(row for row in pictures if row.startswith("repeats_"))
+tables = []
+if repeats:
+    rows = [
+        {"metric": m.name} | {row.replace("repeats_", "") + " repeats": written(m, each[row, m.name]) for row in repeats}
+        | {f"{of['repeats']} repeats": written(m, each["system", m.name])} for m in chosen
+    ]  # fmt: skip
+    tables.append({"title": "Fewer repeats of the test images", "note": "Published tables average three repeats; life offers one.", "rows": rows})
+others = []
+for record in records:
+    for row, entry in record.get("others", {}).items():
+        gain = [entry["difference"][k] if record["better"] == "higher" else -entry["difference"][k] for k in ("value", "low", "high")]
+        if row not in repeats:
+            others.append({"metric": record["name"], "row": row, "score": entry["value"], "advantage": gain[0], "95 %": f"[{min(gain[1:]):+.3f}, {max(gain[1:]):+.3f}]"})
+if others:
+    tables.append({"title": "Other decoders on the same images", "note": "Advantage: of the system, paired by image, with its 95 % interval.", "rows": others})
+
+# %%
+if "train_distance" in made:
+    fifths = np.array_split(np.argsort(made["train_distance"].numpy(), kind="stable"), 5)
+    names = ("nearest fifth", "second", "third", "fourth", "farthest fifth")
+    rows = [{"metric": m.name} | {name: written(m, each["system", m.name][part]) for name, part in zip(names, fifths, strict=True)} for m in chosen]
+    tables.append({"title": "By distance to the nearest training image", "note": "In CLIP's tokens: is a score owed to look-alikes that were trained?", "rows": rows})
+if "held_out" in made and made["held_out"].any():
+    out = made["held_out"].numpy()
+    rows = [{"metric": m.name, "held-out clusters": written(m, each["system", m.name][out]), "kept clusters": written(m, each["system", m.name][~out])} for m in chosen]
+    note = f"No training image was like the {out.sum()} test images of the held-out clusters; notebook 07 compares with the plain run, pair by pair."
+    tables.append({"title": "Held-out clusters", "note": note, "rows": rows})
+
+# %%
+def drawn(wished):
+    """Scores of the system that a figure shows: the first four there are."""
+    names = [prefix + name if METRICS[name].network else name for name in METRICS] + [m.name for m in chosen if "judge" in m.name]
+    known = [name for name in (*wished, *names) if ("system", name) in each]
+    return {name: each["system", name] for name in list(dict.fromkeys(known))[:4]}
+
+
+told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}AlexNet(2)", f"{prefix}EffNet-B1"))
+if "train_distance" in made:
+    save(score_by_distance(made["train_distance"], told), run.results / "figures" / "train_distance.png")
+
+# %% [markdown]
+# ## Would it know when it does not know?
+# Samples of one image that differ much should be worse. The curve leaves out the images whose samples differ most; where it is flat, the spread says nothing.
+
+# %%
+if "spread" in made:
+    save(abstain_curve(made["spread"], told, {m.name: m.better for m in chosen}), run.results / "figures" / "abstain.png")
+
+# %% [markdown]
+# ## Into the results of the run
+# With the choices that were made on the way, as notebook 03 was told.
+
+# %%
+def choices():
+    """The selection log: what was chosen, and on which data."""
+    if not ours:
+        return [{"what": "everything", "chosen": "not known: the reconstructions were made elsewhere", "split": "unknown"}]
+    told = {name: entry["value"] for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()}
+    epoch = {"what": "epoch", "chosen": told["checkpoint"], "split": "val" if told["checkpoint"] == "best" else "none: the last epoch is taken"}
+    samples = told["recons_per_sample"]
+    best = {"what": f"one of {samples} samples an image", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"}
+    ridge = {"what": "penalty of the ridge baseline", "chosen": "by target", "split": "cross-validation within train"}
+    return [epoch, *([best] if samples > 1 else []), *([ridge] if told["decoder"] != "network" else [])]
+
+
 about = provenance(
-    run.recipe or run.name, {"all": seed}, selection, subject=subj, dataset=dataset, alarms=alarms + problems, differences=differences,
+    run.recipe or run.name, {"all": seed}, choices(), subject=subj if ours else "unknown", dataset=dataset if ours else recon_path, alarms=alarms,
+    protocol=of["protocol"], test_set={"id": of["test_set"], "images": len(seen), "pixels": pixel_hash(seen)}, resizing=resizing,
     parameters={key: str(value) for key, value in run.parameters.items()}, models=clipper.fingerprint(),
 )  # fmt: skip
-write_metrics(run.results / "metrics.json", records + retrieved["metrics"], about)
+add_results(run.results, run.stage, table, records, about, tables)
+save(score_dots(records), run.results / "figures" / "scores.png")
 
 # %%
-save(score_dots(records + retrieved["metrics"]), run.results / "figures" / "scores.png")
+published = {name: f"{summary.loc[prefix + name if METRICS[name].network else name, 'system']:.6f}" for name in wanted}
+if not ours:
+    with atomic(resolve(recon_path).with_suffix(".csv")) as path:
+        pd.Series(published, name="Value").rename_axis("Metric").to_csv(path, sep="\t")
+pd.Series(published)
+
+# %% [markdown]
+# ## The report and the gallery
+# One page that holds everything. Below, the same gallery in this notebook: sorted by any score, hits or misses of the retrieval.
 
 # %%
-report = write_report(run.results)
-print(f"Report: {report}")
+details = pd.DataFrame({m.name: each["system", m.name] for m in chosen}, index=image_ids)
+found = run.results / "retrieved.parquet"
+if ours and found.exists():
+    ranks = pd.read_parquet(found).query("direction == 'image_from_brain'").set_index("image")["rank"]
+    details["hit"] = ranks.reindex(image_ids).to_numpy() == 1
+if ours and subject.captions is not None:
+    details["caption"] = subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna("").to_numpy()
+names = {"system": "reconstructed", f"low_level_{main}" if ours else "": "low level", "nearest_train": "nearest training image", "ceiling": "ceiling"}
+shown = {"seen": seen.float()} | {label: pictures[row].float() for row, label in names.items() if row in pictures}
+print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")
+
+# %%
+gallery_widget(shown, details, made.get("samples"))
 
 # %% [markdown]
 # ## What to look at
 # A score means something only between its floors and its ceiling. Where "nearest_train" is as good as the system, the generator adds nothing to a
-# lookup. Where ridge is as good as the network, depth adds nothing.
+# lookup; where "other_recon" is, the sort of picture is right and the picture is not. Where ridge is as good as the network, depth adds nothing.
+# Next: notebook 07 compares runs.

@@ -186,8 +186,8 @@ def as_images(flat):
 chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
 tables, records = [], []
 for split, (made, test) in low.items():
-    controls = {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
-    table = results.score_table(as_images(pixels[test]), as_images(made["ridge"]), controls, None, chosen, seed=seed)
+    pictures = {"system": as_images(made["ridge"])} | {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
+    table = results.score_table(as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test])
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
@@ -201,9 +201,8 @@ for split, (made, test) in high.items():
         true = embeds[test] - embeds.mean(0)
         guess = predicted - embeds.mean(0)
         scores = {"clip two-way": metrics.two_way_each(true, guess), "clip top-1": retrieval.top1_image_from_brain_each(guess, true).astype(float)}
-        tables += [pd.DataFrame({"metric": m, "row": row, "image": np.arange(len(v)), "draw": 0, "value": v, "split": split}) for m, v in scores.items()]
+        tables += [pd.DataFrame({"metric": m, "row": row, "image": ids[test], "draw": 0, "value": v, "split": split}) for m, v in scores.items()]
 scores = pd.concat(tables, ignore_index=True)
-results.write_scores(run.results / "scores.parquet", scores)
 
 # %% [markdown]
 # ## The table
@@ -236,10 +235,11 @@ pd.DataFrame(differences).round(4)
 
 # %%
 selection = [{"what": "voxels kept, ridge penalty", "chosen": "in each fold", "split": f"{inner_folds}-fold cross-validation within the fold's training images"}]
-about = results.provenance(
-    run.recipe or run.name, {"all": seed}, selection, dataset=dataset, differences=differences, acknowledgement=subject.attributes.get("acknowledgement", "")
-)
-results.write_metrics(run.results / "metrics.json", records, about)
+about = results.provenance(run.recipe or run.name, {"all": seed}, selection, dataset=dataset, acknowledgement=subject.attributes.get("acknowledgement", ""))
+note = "Paired over the same images, positive where the network is better."
+more = [{"title": "Network against ridge", "note": note, "rows": differences}, {"title": "Every row of both splits", "note": "", "rows": lines}]
+one_table = scores.assign(metric=scores["metric"] + " (" + scores["split"] + ")")
+results.add_results(run.results, run.stage, one_table, records, about, more)
 
 # %%
 made, test = low[f"{folds}-fold"]

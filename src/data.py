@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import hashlib
@@ -38,6 +39,8 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from sklearn.cluster import KMeans
+from sklearn.utils.extmath import randomized_svd
 from torch.utils.data import Dataset
 
 from src.utils import HOME, PerceptError, atomic, progress, read_json, same_features, write_json
@@ -48,6 +51,7 @@ REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
 REPEATS = ("random", "batch", "mean", "all")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
+HELD_OUT = 0.25  # share of the clusters, and about that of the images, that a cluster-held-out training is not given
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
 
 
@@ -537,7 +541,10 @@ class Subject:
             added.
         protocol: name of the protocol, for every row of results.
         volume_shape: (x, y, z) where the betas are whole volumes, else None.
+        clusters: what `image_clusters` gave, where clusters of images are held out, else None.
     """
+
+    clusters: pd.DataFrame | None = None
 
     def __init__(self, folder: str | Path, subj: int):
         self.folder, self.subj = Path(folder), int(subj)
@@ -635,6 +642,41 @@ class Subject:
         """Unique ids of the images of a split, or of several joined by "+", ascending, int64 (images,)."""
         return np.unique(self.trials.loc[self._within(split), "image"].to_numpy())
 
+    def holding_out(self, clusters: pd.DataFrame) -> Subject:
+        """This subject without the training and validation images of held-out clusters: their trials are excluded, the test set stays as it is,
+        and the protocol ends in "+cluster-held-out".
+
+        Args:
+            clusters: from `image_clusters`: columns image, cluster, held_out.
+
+        Raises:
+            PerceptError: if no training image, or none of the validation images, is left.
+        """
+        held_out, made = clusters.loc[clusters["held_out"], "image"], copy.copy(self)
+        gone = self._within("train+val") & self.trials["image"].isin(held_out)
+        made.trials = self.trials.assign(split=self.trials["split"].mask(gone, "exclude"))
+        made.clusters, made.protocol = clusters, f"{self.protocol}+cluster-held-out"
+        for split in ("train", "val"):
+            if len(self.image_ids(split)) and not len(made.image_ids(split)):
+                raise PerceptError(f"Without the held-out clusters no {split} image is left: ask for more clusters (n_clusters).")
+        return made
+
+    def held_out(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which images are in held-out clusters, bool (n,); none of them where no clusters are held out.
+
+        Raises:
+            PerceptError: for an image that is in no cluster.
+        """
+        ids = np.asarray(image_ids, np.int64)
+        if self.clusters is None:
+            return np.zeros(len(ids), bool)
+        stored = self.clusters["image"].to_numpy()
+        return self.clusters["held_out"].to_numpy()[_positions(stored, np.argsort(stored), ids, "the table of clusters")]
+
+    def width(self, normaliser: Normaliser | None = None) -> int:
+        """Columns that `read` gives: voxels, or the components of a normaliser that has some."""
+        return self.betas.shape[1] if normaliser is None else normaliser.width
+
     def _within(self, split: str) -> pd.Series:
         """Which trials (trials,) belong to a split, or to one of several joined by "+"."""
         parts = split.split("+")
@@ -655,7 +697,7 @@ class Subject:
         return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
 
     def read(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
-        """Rows of betas as float32 (rows, voxels), normalised if asked."""
+        """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows, components) for a normaliser that has some."""
         betas = _gather(self.betas, rows)
         return (
             betas.astype(np.float32)
@@ -682,7 +724,7 @@ class Subject:
                 "over those they have.",
                 stacklevel=2,
             )
-        voxels = np.empty((len(ids), self.betas.shape[1]), np.float32)
+        voxels = np.empty((len(ids), self.width(normaliser)), np.float32)
         for start in range(0, len(ids), 128):
             voxels[start : start + 128] = self.mean_of(
                 [r[:repeats] for r in rows[start : start + 128]], normaliser
@@ -700,7 +742,7 @@ class Subject:
         (trials,)."""
         self.rows_by_image(split)  # refuses an empty split
         rows = np.flatnonzero((self.trials["split"] == split).to_numpy())
-        voxels = np.empty((len(rows), self.betas.shape[1]), np.float32)
+        voxels = np.empty((len(rows), self.width(normaliser)), np.float32)
         for start in range(0, len(rows), 512):
             voxels[start : start + 512] = self.read(rows[start : start + 512], normaliser)
         return voxels, self.trials["image"].to_numpy()[rows]
@@ -720,8 +762,10 @@ class Subject:
             noise_ceiling_percent.
 
         Raises:
-            PerceptError: if no training image was shown twice.
+            PerceptError: if no training image was shown twice, or the normaliser gives components in place of voxels.
         """
+        if normaliser is not None and normaliser.components is not None:
+            raise PerceptError("A noise ceiling is of voxels, and this normaliser gives components: fit one with n_components=0.")
         if repeats < 1:
             raise PerceptError(f"repeats is {repeats}: a noise ceiling is for the mean of at least 1 repeat.")
         groups = [rows for rows in self.rows_by_image("train") if len(rows) > 1]
@@ -769,23 +813,36 @@ class Subject:
 # -------------------------------------------------------------------------------- normalisation
 class Normaliser:
     """z-score of each voxel with the mean and standard deviation of training trials, for each session or for
-    all together.
+    all together; if asked, followed by a projection on the first principal components of the training trials.
 
     Args:
         mean: float32 (sessions, voxels).
         std: float32 (sessions, voxels), 1 where a voxel is constant.
         sessions: int64 (sessions,), or None for one row that holds for every session.
+        components: float32 (voxels, components), which z-scored voxels are multiplied with, or None.
     """
 
-    def __init__(self, mean: np.ndarray, std: np.ndarray, sessions: np.ndarray | None):
-        self.mean, self.std, self.sessions = mean, std, sessions
+    def __init__(self, mean: np.ndarray, std: np.ndarray, sessions: np.ndarray | None, components: np.ndarray | None = None):
+        self.mean, self.std, self.sessions, self.components = mean, std, sessions, components
+
+    @property
+    def width(self) -> int:
+        """Columns that `apply` gives: voxels or components."""
+        return self.mean.shape[1] if self.components is None else self.components.shape[1]
 
     @classmethod
-    def fit(cls, subject: Subject, by_session: bool = True) -> Normaliser:
-        """Fit on trials of split train only, in float64.
+    def fit(cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42) -> Normaliser:
+        """Fit on trials of split train only, in float64 (the components in float32).
+
+        Args:
+            subject: from `open_subject`.
+            by_session: z-score each session by itself.
+            n_components: number of principal components, 0 for the voxels themselves.
+            seed: of the randomised search for components.
 
         Raises:
-            PerceptError: if there are no training trials, or fewer than two of them in one of the sessions.
+            PerceptError: if there are no training trials, or fewer than two of them in one of the sessions, or
+                fewer dimensions in them than components are asked for.
 
         Warns:
             UserWarning: with the number of voxels that are constant in some session; they become 0.
@@ -820,17 +877,20 @@ class Normaliser:
                 stacklevel=2,
             )
         std[constant] = 1.0
-        return cls(mean.astype(np.float32), std.astype(np.float32), sessions)
+        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions)
+        if n_components:
+            made.components = _components(subject, made, n_components, seed)
+        return made
 
     def apply(self, betas: np.ndarray, sessions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """z-score.
+        """z-score, and project where there are components.
 
         Args:
             betas: (trials, voxels).
             sessions: (trials,) the session of each.
 
         Returns:
-            float32 (trials, voxels).
+            float32 (trials, voxels) or (trials, components).
 
         Raises:
             PerceptError: if the number of voxels is another one than that of the fit, or a session was not
@@ -856,13 +916,15 @@ class Normaliser:
         for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
             mine = row == r
             out[mine] = (out[mine] - self.mean[r]) / self.std[r]
-        return out
+        return out if self.components is None else out @ self.components
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         tensors = {"mean": self.mean, "std": self.std}
         if self.sessions is not None:
             tensors["sessions"] = np.asarray(self.sessions, np.int64)
+        if self.components is not None:
+            tensors["components"] = np.ascontiguousarray(self.components)
         with atomic(path) as temporary:
             save_file(tensors, temporary)
 
@@ -883,7 +945,7 @@ class Normaliser:
             ) from error
         if not {"mean", "std"} <= set(tensors):
             raise PerceptError(f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser.")
-        return cls(tensors["mean"], tensors["std"], tensors.get("sessions"))
+        return cls(tensors["mean"], tensors["std"], tensors.get("sessions"), tensors.get("components"))
 
 
 def _moments(betas: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -897,6 +959,135 @@ def _moments(betas: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
         square += np.einsum("tv,tv->v", x, x)
     mean = total / len(rows)
     return shift + mean, np.sqrt(np.maximum(square / len(rows) - mean**2, 0.0))
+
+
+def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: int) -> np.ndarray:
+    """First principal components of the z-scored training trials, each divided by its standard deviation over them, float32 (voxels, components).
+
+    All training trials are held once, in float32. Their mean is 0 already. The search is that of Halko, Martinsson & Tropp 2011, with so many
+    iterations that the variance kept is the most there is also where the spectrum falls slowly (tests/test_data.py).
+    """
+    size = (int((subject.trials["split"] == "train").sum()), subject.betas.shape[1])
+    if not 1 <= n_components <= min(size):
+        raise PerceptError(f"n_components is {n_components}: choose 0 for all voxels, or at most {min(size)}, as there are {size} (training trials, voxels).")
+    z, _ = subject.trials_of("train", zscore)
+    _, _, axes = randomized_svd(z, n_components, n_oversamples=n_components + 10, n_iter=10, random_state=seed)  # axes (components, voxels)
+    spread = (z @ axes.T).std(0, dtype=np.float64)
+    if empty := int((spread <= 1e-4 * spread.max()).sum()):
+        raise PerceptError(f"n_components is {n_components}, but the training trials vary in {n_components - empty} dimensions only: choose at most that.")
+    return np.ascontiguousarray((axes / spread[:, None]).T.astype(np.float32))
+
+
+# -------------------------------------------------------------------------------- clusters of images
+def image_clusters(subject: Subject, features: np.ndarray, made_by: dict[str, Any], n_clusters: int = 20, seed: int = 42) -> pd.DataFrame:
+    """Clusters of a subject's images, a quarter of which is held out; found once and stored as data/<dataset>/clusters-<hash>.parquet.
+
+    k-means of the features divided by their length. Of 2000 random quarters of the clusters that one is held out which holds most nearly a
+    quarter of the test images and a quarter of the training images. Source: Shirakawa et al. 2024, arXiv 2405.10078.
+
+    Args:
+        subject: with all its images.
+        features: (images, dim), in the order of `subject.all_images`.
+        made_by: fingerprint of the model that made them. Other features, images or settings are another file.
+        n_clusters: number of clusters, at least 4.
+        seed: of k-means and of the choice.
+
+    Returns:
+        One row an image, ascending: image, cluster (0 to n_clusters - 1), held_out (bool). Its `attrs` say how it was made.
+
+    Raises:
+        PerceptError: for features of another length, fewer images than clusters, or clusters of which no quarter holds test images and leaves some.
+    """
+    ids, test = subject.all_images, subject.image_ids("test")
+    if len(features) != len(ids) or not 4 <= n_clusters <= len(ids):
+        raise PerceptError(f"{len(features)} features of {len(ids)} images for {n_clusters} clusters: give one an image, and choose 4 clusters to one an image.")
+    store = subject._store
+    shown = hashlib.sha256(np.stack([ids, store.crc[store.positions(ids)]]).tobytes()).hexdigest()[:16]
+    meta = json.loads(json.dumps({"fingerprint": made_by, "images": shown, "test_set": subject.test_set, "n_clusters": n_clusters, "seed": seed}, default=str))
+    path = subject.folder / f"clusters-{_key(meta)}.parquet"
+    with open(subject.folder / ".clusters.lock", "w") as lock, disk_errors(subject.folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that ask at once take turns
+        if not path.exists():
+            unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+            cluster = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(unit.astype(np.float32))
+            held = _quarter(cluster, np.isin(ids, test), np.isin(ids, subject.image_ids("train")), n_clusters, seed)
+            table = pd.DataFrame({"image": ids, "cluster": cluster.astype(np.int64), "held_out": np.isin(cluster, held)})
+            table.attrs = meta
+            with atomic(path) as temporary:
+                table.to_parquet(temporary)
+    return pd.read_parquet(path)
+
+
+def _quarter(cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    """A quarter of the clusters with about a quarter of the images.
+
+    Args:
+        cluster: (images,) cluster of each.
+        test, train: bool (images,).
+        n_clusters: number of clusters.
+        seed: of the quarters that are tried.
+    """
+    counts = np.stack([np.bincount(cluster[part], minlength=n_clusters) for part in (test, train)])  # (test and train, clusters)
+    rng, best = np.random.default_rng(seed), (np.inf, np.empty(0, np.int64))
+    for _ in range(2000):
+        chosen = np.sort(rng.permutation(n_clusters)[: round(HELD_OUT * n_clusters)])
+        inside = counts[:, chosen].sum(1)
+        if (inside > 0).all() and (inside < counts.sum(1)).all():
+            miss = float(np.abs(inside / counts.sum(1) - HELD_OUT).sum())
+            best = min(best, (miss, chosen), key=lambda each: each[0])
+    if not len(best[1]):
+        raise PerceptError(f"No quarter of the {n_clusters} clusters holds test and training images and leaves some: ask for more clusters (n_clusters).")
+    return best[1]
+
+
+def select_images(subject: Subject, split: str, logs: str | Path, encoder: Callable[[], Any], n_clusters: int = 20) -> Subject:
+    """The subject with the images that a training may see, written down in the run's folder for `open_split`.
+
+    Args:
+        subject: from `open_subject`.
+        split: "images" (all of them), or "cluster-held-out" (no training or validation image of a quarter of the clusters).
+        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are held out, and loses it where they are not.
+        encoder: gives the frozen model whose features are clustered, as `pretrained.Clipper`; not called for "images".
+        n_clusters: as for `image_clusters`.
+
+    Raises:
+        PerceptError: for an unknown split, and as `image_clusters` and `Subject.holding_out`.
+    """
+    if split not in ("images", "cluster-held-out"):
+        raise PerceptError(f"split is {split!r}: choose one of images, cluster-held-out.")
+    record = Path(logs) / "clusters.parquet"
+    if split == "images":
+        record.unlink(missing_ok=True)
+        return subject
+    model = encoder()
+    ids, made_by = subject.all_images, model.fingerprint()
+    targets = cached_targets(subject.folder, "clip_tokens", made_by, ids, model.encode_pixels, model.target_shape)
+    clusters = image_clusters(subject, targets.rows(ids).reshape(len(ids), -1).astype(np.float32), made_by, n_clusters)
+    made = subject.holding_out(clusters)
+    with atomic(record) as temporary:
+        clusters.to_parquet(temporary)
+    return made
+
+
+def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
+    """Open a prepared subject as the training of a run saw it: `open_subject`, less what `select_images` has written down in `logs`.
+
+    Args:
+        dataset, subj: as for `open_subject`.
+        logs: folder of the run, train_logs/<run>/.
+
+    Raises:
+        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of other test images than the subject has.
+    """
+    subject, record = open_subject(dataset, subj), Path(logs) / "clusters.parquet"
+    if not record.parent.is_dir():
+        raise PerceptError(f"There is no run at {record.parent}: give the folder of a run under train_logs/.")
+    if not record.exists():
+        return subject
+    clusters = pd.read_parquet(record)
+    if clusters.attrs.get("test_set") != subject.test_set:
+        raise PerceptError(f"{record} is of other test images than {subject.folder.name} has now: run the training notebook of this run again.")
+    return subject.holding_out(clusters)
 
 
 # -------------------------------------------------------------------------------- torch dataset

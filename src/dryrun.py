@@ -54,6 +54,7 @@ class Sizes:
 
     voxels: int
     train_images: int
+    train_trials: int
     all_images: int
     test_images: int
     betas: int  # bytes
@@ -163,32 +164,33 @@ def training_memory(
 def sizes(parameters: Mapping[str, Any]) -> Sizes:
     """Sizes of data and frozen models, read where they are, else known or published."""
     p = parameters
-    voxels, train, everything, test, betas, image = _measured(p["dataset"], p["subj"]) or _expected(p["dataset"], p["subj"])
+    voxels, train, trials, everything, test, betas, image = _measured(p["dataset"], p["subj"]) or _expected(p["dataset"], p["subj"])
     variant, hidden = p.get("clip_variant", "ViT-L/14"), p.get("hidden", True)
     (tokens, dim), latent, frozen = CLIP_SIZES[variant], (4, 64, 64), {"CLIP": CLIP_BYTES[variant], "autoencoder": VAE_BYTES, "teacher": TEACHER_BYTES}
     if p.get("weights", "hub") != "hub":
         tokens, dim, latent, frozen = _local(p["weights"], variant, (tokens, dim), latent, frozen)
-    return Sizes(voxels, train, everything, test, betas, image, tokens if hidden else 1, dim, latent, frozen)
+    return Sizes(voxels, train, trials, everything, test, betas, image, tokens if hidden else 1, dim, latent, frozen)
 
 
-def _measured(dataset: str, subj: int) -> tuple[int, int, int, int, int, int] | None:
-    """Of prepared data: voxels, images to train on, all images, test images, bytes of the betas and of an image."""
+def _measured(dataset: str, subj: int) -> tuple[int, int, int, int, int, int, int] | None:
+    """Of prepared data: voxels, images to train on and their trials, all images, test images, bytes of the betas and of an image."""
     if not subject_folder(dataset, subj).exists():
         return None
     subject = open_subject(dataset, subj)
-    counts = (len(subject.image_ids("train")), len(subject.all_images), len(subject.image_ids("test")))
+    trials = int((subject.trials["split"] == "train").sum())
+    counts = (len(subject.image_ids("train")), trials, len(subject.all_images), len(subject.image_ids("test")))
     image = subject.images(subject.all_images[:1])
     return (math.prod(subject.betas.shape[1:]), *counts, subject.betas.size * subject.betas.dtype.itemsize, image.nbytes)
 
 
-def _expected(dataset: str, subj: int) -> tuple[int, int, int, int, int, int]:
+def _expected(dataset: str, subj: int) -> tuple[int, int, int, int, int, int, int]:
     """The same of data that are not there yet: the mini world's, or NSD's."""
     mini = dataset == "mini"
     if int(subj) not in NSD_VOXELS:
         raise PerceptError(f"There is no subject {subj} in {'the mini world' if mini else 'NSD'}: choose one of 1 to 8.")
     voxels = (miniworld.N_VOXELS if mini else NSD_VOXELS)[int(subj)]
     images, trials, test, side = (MINI_IMAGES, MINI_TRIALS, MINI_TEST, miniworld.IMAGE_SIZE) if mini else (NSD_IMAGES, NSD_TRIALS, NSD_TEST, NSD_SIDE)
-    return voxels, images["train"], images["all"], test, 4 * trials * voxels, 3 * side**2
+    return voxels, images["train"], trials * images["train"] // images["all"], images["all"], test, 4 * trials * voxels, 3 * side**2
 
 
 def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, frozen: dict[str, float]) -> tuple[int, int, tuple, dict[str, float]]:
@@ -212,13 +214,14 @@ def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, fro
 
 # ------------------------------------------------------------------------------------------------ stages
 def _high_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    config = high_level_config(p, s.voxels, s.tokens, s.dim)
+    width = p.get("n_components") or s.voxels
+    config = high_level_config(p, width, s.tokens, s.dim)
 
     def loss(model: nn.Module) -> Tensor:
         assert isinstance(model, BrainDiffusionPrior)
         n, network = p["batch_size"], model.voxel2clip
         target = torch.zeros(n, s.tokens, s.dim)
-        backbone, projected = network.tokens(torch.zeros(n, s.voxels))  # type: ignore[union-attr, operator]
+        backbone, projected = network.tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
         total = soft_clip_loss(unit(projected), unit(target)) if p["v2c"] else backbone.new_zeros(())
         if p["prior"]:
             drop = torch.zeros(2, n, dtype=torch.bool)
@@ -236,10 +239,11 @@ def _high_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[st
 
 
 def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    config = low_level_config(p, s.voxels)
+    width = p.get("n_components") or s.voxels
+    config = low_level_config(p, width)
 
     def loss(model: nn.Module) -> Tensor:
-        out = model(torch.zeros(p["batch_size"], s.voxels))
+        out = model(torch.zeros(p["batch_size"], width))
         latent, maps = out if isinstance(out, tuple) else (out, None)
         total = F.l1_loss(latent, torch.zeros_like(latent))
         return total if maps is None else total + soft_clip_loss(F.normalize(maps.flatten(0, 1), dim=-1), torch.zeros_like(maps.flatten(0, 1)))
@@ -284,9 +288,12 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     found = sizes(parameters)
     counts, memory, disk = STAGES[stage](parameters, found)
     if counts:
-        memory = {"interpreter and libraries": base} | memory
+        width = parameters.get("n_components") or found.voxels
+        fitting = 4.0 * found.train_trials * (found.voxels + 2 * width) if parameters.get("n_components") else 0.0  # over before there is a network
+        others = sum(size for name, size in memory.items() if name != "mapped data")
+        memory = {"interpreter and libraries": base} | memory | {"finding components, beyond that": max(0.0, fitting - others)}
         if parameters["decoder"] == "both":  # fitted after the training, in what that has left
-            memory["ridge baseline, beyond that"] = max(0.0, _ridge(stage, found) - memory["optimizer state"] - memory["activations and gradients"])
+            memory["ridge baseline, beyond that"] = max(0.0, _ridge(stage, found, width) - memory["optimizer state"] - memory["activations and gradients"])
         weights, every = 4.0 * sum(counts.values()), parameters["ckpt_interval"]
         kept = -(-parameters["num_epochs"] // every) if every and stage.startswith("02") else 0
         # best and last; and the state is written beside the former one before it takes its place
@@ -321,9 +328,9 @@ def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place} is not in the hub's cache: it will be downloaded."
 
 
-def _ridge(stage: str, s: Sizes) -> float:
+def _ridge(stage: str, s: Sizes, width: int) -> float:
     """Bytes of fitting the ridge baseline: voxels, targets and weights, and the copies that centring, folds and predictions make of them."""
-    n, p, t = s.train_images, s.voxels, s.tokens * s.dim if stage.startswith("01") else math.prod(s.latent)
+    n, p, t = s.train_images, width, s.tokens * s.dim if stage.startswith("01") else math.prod(s.latent)
     return 4.0 * (6 * n * p + 5 * n * t + 4 * p * t + 4 * p * p)  # the numbers of copies are measured
 
 

@@ -47,6 +47,8 @@ ENLARGEMENTS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling
 CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
     "shuffled": ("x", SOFT, "shuffled pairing"),
     "mean_image": ("s", "#E69F00", "mean image"),
+    "other_recon": ("v", "#CC79A7", "most similar other reconstruction"),
+    "untrained": ("P", "#56B4E9", "untrained network"),
     "nearest_train": ("D", "#009E73", "nearest training image"),
     "ceiling": ("|", "#7A5195", "ceiling (true latents)"),
 }
@@ -459,6 +461,74 @@ def _strip(ax: Any, record: dict[str, Any]) -> None:
     )
     value = f"{record['value']:.3f}  [{record['low']:.3f}, {record['high']:.3f}]"
     ax.text(1.02, 0.5, value, transform=ax.transAxes, va="center", fontsize=8.5)
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    """A row of panels, at most four."""
+    fig, axes = plt.subplots(1, count, figsize=(3.3 * count, 3.0), squeeze=False, layout="constrained")
+    return fig, list(axes[0])
+
+
+def _means(groups: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Mean and 95 % bootstrap interval of each group of values, (groups, 3)."""
+    rng, rows = np.random.default_rng(seed), []
+    for values in groups:
+        means = values[rng.integers(0, len(values), (1000, len(values)))].mean(1)
+        rows.append((values.mean(), *np.quantile(means, [0.025, 0.975])))
+    return np.array(rows)
+
+
+@_styled
+def score_by_distance(distance: Any, scores: dict[str, Any], xlabel: str = "distance to the nearest training image", bins: int = 5) -> Figure:
+    """Scores of test images against how far each is from its nearest training image: dots, and the mean of equally large groups.
+
+    Args:
+        distance: (n,) of the seen images.
+        scores: (n,) by name, at most four are drawn.
+        xlabel: what the distance is.
+        bins: groups of equal size.
+    """
+    distance = np.asarray(distance, np.float64)
+    parts = np.array_split(np.argsort(distance, kind="stable"), bins)
+    fig, axes = _panels(min(4, len(scores)))
+    for ax, (name, values) in zip(axes, scores.items(), strict=False):
+        values = np.asarray(values, np.float64)
+        ax.plot(distance, values, ".", ms=4, color=SOFT, alpha=0.35, label="one image")
+        means = _means([values[part] for part in parts])
+        at = [float(distance[part].mean()) for part in parts]
+        ax.errorbar(at, means[:, 0], yerr=np.abs(means[:, 1:] - means[:, :1]).T, color=COLOURS[0], marker="o", ms=6, capsize=3, label="mean of a fifth, 95 %")
+        ax.set(title=name.replace("_", " "), xlabel=xlabel)
+        ax.grid(axis="y")
+    axes[0].legend(fontsize=8)
+    return fig
+
+
+@_styled
+def abstain_curve(spread: Any, scores: dict[str, Any], better: dict[str, str] | None = None) -> Figure:
+    """Mean score of the images that are kept when those whose samples differ most are left out.
+
+    The line should rise to the left (for scores of which higher is better) if the spread of the samples knows what the decoder does not.
+
+    Args:
+        spread: (n,) how far apart the samples of an image are (`reconstruct.sample_spread`); nothing that was shown enters.
+        scores: (n,) by name, at most four are drawn.
+        better: "higher" or "lower" by name.
+    """
+    order = np.argsort(np.asarray(spread, np.float64), kind="stable")
+    shares = np.linspace(0.1, 1.0, 10)
+    fig, axes = _panels(min(4, len(scores)))
+    for ax, (name, values) in zip(axes, scores.items(), strict=False):
+        ranked = np.asarray(values, np.float64)[order]
+        means = _means([ranked[: max(2, round(share * len(ranked)))] for share in shares])
+        ax.fill_between(shares, means[:, 1], means[:, 2], color=COLOURS[0], alpha=0.15, lw=0)
+        ax.plot(shares, means[:, 0], marker="o", ms=4, color=COLOURS[0], label="the surest images, 95 %")
+        ax.axhline(ranked.mean(), color=SOFT, ls="--", lw=1.2, label="all images")
+        arrow = " (lower is better)" if (better or {}).get(name) == "lower" else ""
+        ax.set(title=name.replace("_", " ") + arrow, xlabel="share of the images that is answered")
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.grid(axis="y")
+    axes[0].legend(fontsize=8)
+    return fig
 
 
 @_styled

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -274,6 +276,36 @@ def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[
     return candidates[torch.arange(images), best], best
 
 
+@torch.no_grad()
+def sample_spread(clipper: Clipper, candidates: Tensor) -> Tensor:
+    """How far apart the samples of an image are, (images,): mean distance (1 - cosine) of the CLIP tokens of every two of them.
+
+    Args:
+        clipper: CLIP, whichever the selection uses.
+        candidates: (images, samples, 3, height, width), at least two samples.
+    """
+    images, samples = candidates.shape[:2]
+    embedded = torch.cat([clipper.embed_image(part).flatten(1).cpu() for part in candidates.flatten(0, 1).split(64)])
+    total = F.normalize(embedded, dim=-1).unflatten(0, (images, samples)).sum(1)  # (images, features)
+    return 1 - (total.square().sum(-1) - samples) / (samples * (samples - 1))  # of all pairs at once
+
+
+def repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:
+    """How alike the predictions from single repeats are, (images,): mean correlation over every two repeats.
+
+    Args:
+        predictions: one (images, features...) a repeat. The mean over images is taken off first, so that only what differs between images counts.
+    """
+    if len(predictions) < 2:
+        raise PerceptError("Agreement between repeats needs at least two of them.")
+    rows = []
+    for prediction in predictions:
+        x = prediction.flatten(1).float()
+        x = x - x.mean(0)
+        rows.append(F.normalize(x - x.mean(1, keepdim=True), dim=1))
+    return torch.stack([(a * b).sum(1) for a, b in combinations(rows, 2)]).mean(0)
+
+
 def in_chunks(make: Callable[[slice], dict[str, Tensor]], n: int, size: int, folder: Path, mark: Any) -> dict[str, Tensor]:
     """Call `make` for slices of n images and join what it gives; finished slices are kept, so that an interrupted call goes on where it stopped.
 
@@ -299,3 +331,18 @@ def in_chunks(make: Callable[[slice], dict[str, Tensor]], n: int, size: int, fol
             parts.append(load_file(path))
             bar.update(rows.stop - rows.start)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def load_reconstructions(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What notebook 03 left in results/<run>/: tensors (images, ...) by name, and what they are of (protocol, test_set, main, repeats).
+
+    Pictures are in half precision.
+
+    Raises:
+        PerceptError: there is no such file.
+    """
+    path = Path(folder) / "reconstructions.safetensors"
+    if not path.exists():
+        raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 (the file is no dict)

@@ -1,14 +1,19 @@
 """What stands beside a score, and how scores are stored: intervals, floors, ceilings, provenance and alarms.
 
 - Statistics are taken over images: a mean with its bootstrap interval, paired differences, permutations.
-- A score is not written without its floors and its ceiling (`write_metrics`).
+- One format for all scores (`add_results`): `scores.parquet`, a row per stage, metric, row of the table, image, sample and draw, and
+  `metrics.json`, a record a metric. Every stage that scores adds its own part and leaves the others'.
+- A score is not written without its floors and its ceiling.
+- Alarms are sentences: what looks wrong, and why it matters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,22 +21,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from src.metrics import SIZE, Metric
-from src.utils import PerceptError, atomic, write_json
+from src.metrics import CHUNK, RESIZING, SIZE, Metric, as_compared, resize
+from src.utils import PerceptError, atomic, progress, read_json, write_json
 
 CONFIDENCE = 0.95
-CONTROLS = {
-    "system": "the reconstructions themselves",
+FLOORS = {
     "shuffled": "the same reconstructions against other test images: what any plausible pictures score",
     "mean_image": "the mean training image for every test image: what one blurred picture scores",
+    "other_recon": "for each image the other reconstruction that looks most like its own: what knowing the sort of picture scores",
+    "untrained": "the same networks before any training: what their build and the generator give without learning",
+    "class_mean": "the mean training image of the class that was decoded",
     "nearest_train": "the training image whose features are nearest to the prediction: what a lookup scores",
-    "ceiling": "the generator fed with the true latents: the most this generator could score",
 }
+CONTROLS = {"system": "the reconstructions themselves"} | FLOORS | {
+    "ceiling": "the generator fed with the true latents: the most this generator could score",
+}  # fmt: skip
+COLUMNS = ["stage", "metric", "row", "image", "sample", "draw", "value"]  # of scores.parquet
 
 
-# ------------------------------------------------------------------------------------------------ statistics
 class Interval(NamedTuple):
     """A mean over images and its 95 % bootstrap interval."""
 
@@ -137,91 +148,133 @@ def derangements(n: int, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield order
 
 
-# ------------------------------------------------------------------------------------------------ tables
-class Evaluator:
-    """Scores several sets of reconstructions of the same images, preparing the true images once.
+# ------------------------------------------------------------------------------------------------ pictures
+def _number(path: Path) -> list[Any]:
+    """Files in the order of the numbers in their names."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def load_pictures(path: str | Path) -> Tensor:
+    """Pictures of anyone: float32 (n, 3, height, width) in [0, 1].
 
     Args:
-        images: true images (n, 3, height, width) in [0, 1].
-        metrics: the metrics to compute.
+        path: a .pt file that holds one tensor (as the published repositories write), an .npz or .npy file that holds one array, or a folder
+            of PNG or JPEG files, read in the order of the numbers in their names. Axes (n, 3, height, width) or (n, height, width, 3);
+            bytes, or floats in [0, 1].
+
+    Raises:
+        PerceptError: the file is missing, holds something else, or pictures of several sizes.
     """
-
-    def __init__(self, images: Tensor, metrics: Sequence[Metric]):
-        """Keep the images; they are prepared when a metric first needs them."""
-        self.images, self.metrics = torch.as_tensor(images), list(metrics)
-        self.features: dict[Callable, Any] = {}
-
-    def score(self, recons: Tensor, row: str, shuffles: Sequence[np.ndarray] = ()) -> pd.DataFrame:
-        """Score reconstructions (n, 3, height, width) in [0, 1].
-
-        Args:
-            recons: reconstructions in the order of the images.
-            row: name of this set in the table.
-            shuffles: permutations (n,) of the reconstructions, scored as draws of a further row "shuffled".
-
-        Returns: Tidy table [metric, row, image, draw, value] with one line a metric, order and image; `image`
-            counts from 0, and in the row "shuffled" names the reconstruction, so that its scores stand beside
-            the one against its own image.
-        """
-        recons = torch.as_tensor(recons)
-        if len(recons) != len(self.images):
-            raise PerceptError(f"{len(recons)} pictures of '{row}' were given for {len(self.images)} true images: give one each, in the same order.")
-        orders = [
-            (row, 0, np.arange(len(recons))),
-            *(("shuffled", draw, order) for draw, order in enumerate(shuffles)),
-        ]
-        prepared: dict[Callable, Any] = {}
-        tables = []
-        for metric in self.metrics:
-            key = metric.prepare
-            if key not in self.features:
-                self.features[key] = metric.prepare_true(self.images)
-            if key not in prepared:
-                prepared[key] = key(recons)
-            for name, draw, order in orders:
-                values = metric.compare(self.features[key], prepared[key][order])
-                columns = {"metric": metric.name, "row": name, "image": order, "draw": draw, "value": values}
-                tables.append(pd.DataFrame(columns))
-        return pd.concat(tables, ignore_index=True)
+    path = Path(path)
+    if not path.exists():
+        raise PerceptError(f"There are no pictures at {path}: give a .pt, .npz or .npy file, or a folder of PNG files.")
+    if path.is_dir():
+        files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg")), key=_number)
+        arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        if len({array.shape for array in arrays}) != 1:
+            what = "no PNG or JPEG files" if not arrays else "pictures of several sizes"
+            raise PerceptError(f"The folder {path} holds {what}: put all pictures there, numbered, in one size.")
+        found = np.stack(arrays)
+    else:
+        found = _stored(path)
+    pictures = torch.as_tensor(found)
+    if pictures.ndim == 4 and pictures.shape[1] != 3 and pictures.shape[3] == 3:
+        pictures = pictures.permute(0, 3, 1, 2)
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise PerceptError(f"{path} holds an array of shape {tuple(pictures.shape)}: pictures are (n, 3, height, width) or (n, height, width, 3).")
+    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
 
 
+def _stored(path: Path) -> Any:
+    """The one array of a file."""
+    if path.suffix not in (".pt", ".pth", ".npz", ".npy"):
+        raise PerceptError(f"{path} cannot be read as pictures: give a .pt, .npz or .npy file, or a folder of PNG files.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True) if path.suffix in (".pt", ".pth") else np.load(path, allow_pickle=False)
+        arrays = list(content.values()) if isinstance(content, Mapping) else [content]
+    except Exception as error:
+        raise PerceptError(f"{path} cannot be read ({str(error).splitlines()[0]}): it must hold plain numbers, no Python objects.") from error
+    if len(arrays) != 1 or not hasattr(arrays[0], "shape"):
+        raise PerceptError(f"{path} holds {len(arrays)} entries where one array of pictures is expected.")
+    return arrays[0]
+
+
+def pixel_hash(images: Any) -> str:
+    """Identity of pictures (n, 3, height, width) in [0, 1], whoever stored them: number, size, and a hash of their bytes at 8 bits."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    for start in range(0, len(images), CHUNK):
+        part = torch.as_tensor(images[start : start + CHUNK]).float()
+        digest.update((part * 255).round().clamp(0, 255).to(torch.uint8).contiguous().numpy().tobytes())
+    return f"{len(images)}-pixels-{digest.hexdigest()[:12]}"
+
+
+def most_alike(pictures: Any) -> np.ndarray:
+    """For each picture (n, 3, height, width) the other one that looks most like it, (n,): correlation of all pixels at 32 x 32."""
+    if len(pictures) < 2:
+        raise PerceptError("Another reconstruction needs at least two images.")
+    small = torch.cat([resize(torch.as_tensor(pictures[i : i + CHUNK]).float(), 32, antialias=True).flatten(1) for i in range(0, len(pictures), CHUNK)])
+    small = F.normalize(small - small.mean(1, keepdim=True), dim=1)
+    return torch.cat([_others(small, slice(i, i + 512)) for i in range(0, len(small), 512)]).numpy()
+
+
+def _others(rows: Tensor, mine: slice) -> Tensor:
+    alike = rows[mine] @ rows.T
+    alike[torch.arange(len(alike)), torch.arange(mine.start, mine.start + len(alike))] = -2.0  # not itself
+    return alike.argmax(1)
+
+
+# ------------------------------------------------------------------------------------------------ tables
 def score_table(
-    images: Tensor,
-    recons: Tensor,
-    controls: dict[str, Tensor],
-    ceiling: Tensor | None,
+    images: Any,
+    rows: Mapping[str, Any],
     metrics: Sequence[Metric],
     draws: int = 5,
     seed: int = 0,
+    image_ids: Any = None,
+    resizing: str = "straight",
 ) -> pd.DataFrame:
-    """Score a system and its controls on the same images, one line an image.
+    """Score a system, its controls and whatever else on the same images, one line an image.
+
+    The pictures of a row are prepared once for all metrics that look through the same network, and the true images once for all rows.
 
     Args:
         images: true images (n, 3, height, width) in [0, 1].
-        recons: the system's reconstructions, in the same order.
-        controls: floors by name, e.g. {"mean_image": ..., "nearest_train": ...}, each (n, 3, height, width).
-        ceiling: images made from the true latents, or None where there is no such thing (say why in
-            `make_records`).
-        metrics: e.g. `METRICS.values()`.
-        draws: random pairings of the "shuffled" floor, which is always computed.
+        rows: pictures (n, 3, height, width) by name, "system" among them; those named in `FLOORS` are its floors, "ceiling" is its ceiling.
+        metrics: e.g. of `METRICS`.
+        draws: random pairings of the "shuffled" floor, which is always computed from "system".
         seed: of these pairings.
+        image_ids: (n,), by default the position.
+        resizing: how all pictures are first brought to one size, a key of `metrics.RESIZING`.
 
-    Returns: Tidy table [metric, row, image, draw, value]; row is "system", "shuffled", a control's name or
-        "ceiling".
+    Returns:
+        Tidy table [metric, row, image, draw, value]. In the row "shuffled", `image` names the reconstruction, so that its scores stand
+        beside the one against its own image.
+
+    Raises:
+        PerceptError: no row "system", one called "shuffled", or rows that do not pair up with the images.
     """
-    taken = {"system", "shuffled", "ceiling"} & set(controls)
-    if taken:
-        raise PerceptError(
-            f"The control name {sorted(taken)[0]!r} is used by score_table itself; choose another one."
-        )
-    evaluator = Evaluator(images, metrics)
-    tables = [
-        evaluator.score(recons, "system", list(derangements(len(evaluator.images), draws, seed))),
-        *(evaluator.score(control, name) for name, control in controls.items()),
-    ]
-    if ceiling is not None:
-        tables.append(evaluator.score(ceiling, "ceiling"))
-    return pd.concat(tables, ignore_index=True)
+    if "system" not in rows or "shuffled" in rows:
+        raise PerceptError("The rows to score need one called 'system'; 'shuffled' is made from it and cannot be given.")
+    for name, pictures in rows.items():
+        if len(pictures) != len(images):
+            raise PerceptError(f"{len(pictures)} pictures of '{name}' were given for {len(images)} true images: give one each, in the same order.")
+    ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
+    pairings = [(0, None), *enumerate(derangements(len(images), draws, seed))]
+    truth: dict[Any, Any] = {}
+    for metric in metrics:
+        if metric.prepare not in truth:
+            truth[metric.prepare] = metric.prepare_true(as_compared(images, resizing))
+    tables: dict[str, list[pd.DataFrame]] = {metric.name: [] for metric in metrics}
+    for name, given in progress(rows.items(), "scoring"):
+        pictures, made = as_compared(given, resizing), {}
+        for metric in metrics:
+            if metric.prepare not in made:
+                made = {metric.prepare: metric.prepare(pictures)}  # that of the network before goes
+            for i, (draw, pairing) in enumerate(pairings if name == "system" else pairings[:1]):
+                options = {} if pairing is None else {"pairing": pairing}
+                values = metric.compare(truth[metric.prepare], made[metric.prepare], **options)
+                tables[metric.name].append(pd.DataFrame({"metric": metric.name, "row": "shuffled" if i else name, "image": ids, "draw": draw, "value": values}))
+    return pd.concat([part for parts in tables.values() for part in parts], ignore_index=True)
 
 
 def make_record(
@@ -282,6 +335,10 @@ def make_records(
         test_set: id of the test images.
         no_ceiling: why the table has no "ceiling" row, where it has none.
 
+    Returns:
+        Records as `make_record`; rows that are neither the system, nor a floor, nor the ceiling stand under "others", with the paired
+        difference of the system to them.
+
     Raises:
         PerceptError: there is neither a ceiling nor a reason.
     """
@@ -293,23 +350,46 @@ def make_records(
             for row, part in mine.groupby("row", sort=False)
         }
         if "ceiling" not in rows and not no_ceiling:
-            raise PerceptError(
-                f"{metric.name} has no ceiling row; give one to score_table, or the reason in no_ceiling."
-            )
-        floors = {
-            row: scores if row == "shuffled" else scores[:, 0]
+            raise PerceptError(f"{metric.name} has no ceiling row; give one to score_table, or the reason in no_ceiling.")
+        system = rows.pop("system")[:, 0]
+        ceiling = rows.pop("ceiling")[:, 0] if "ceiling" in rows else no_ceiling
+        floors = {row: rows[row] if row == "shuffled" else rows[row][:, 0] for row in FLOORS if row in rows}
+        others = {
+            row: bootstrap_mean(scores[:, 0])._asdict() | {"difference": paired_bootstrap(system, scores[:, 0])._asdict()}
             for row, scores in rows.items()
-            if row not in ("system", "ceiling")
+            if row not in FLOORS
         }
         records.append(make_record(
-            metric.name, rows["system"][:, 0], floors=floors, better=metric.better,
-            protocol=protocol, test_set=test_set,
-            ceiling=rows["ceiling"][:, 0] if "ceiling" in rows else no_ceiling,
-            chance=metric.chance, description=metric.description, source=metric.source,
+            metric.name, system, floors=floors, better=metric.better, protocol=protocol, test_set=test_set, ceiling=ceiling,
+            chance=metric.chance, description=metric.description, source=metric.source, others=others,
         ))  # fmt: skip
     return records
 
 
+def noise_ceiling(between_repeats: Any, repeats: int, n_boot: int = 2000, seed: int = 0) -> Interval:
+    """The most that a prediction from the mean of some repeats can correlate with the truth, from how repeats agree with each other.
+
+    With r the correlation of predictions from two single repeats, the mean of k has reliability k r / (1 + (k - 1) r) (Spearman 1910,
+    Brown 1910), and its correlation with anything is at most the square root of that.
+
+    Args:
+        between_repeats: (n,) per test image, the mean correlation of its predictions from pairs of single repeats.
+        repeats: k.
+        n_boot: resamples of the images.
+        seed: of these.
+    """
+    values = _values(between_repeats)
+
+    def ceiling(r: Any) -> np.ndarray:
+        r = np.clip(r, 0, 1)
+        return np.sqrt(repeats * r / (1 + (repeats - 1) * r))
+
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(ceiling(_bootstrap(values, n_boot, seed)), [tail, 1 - tail])
+    return Interval(float(ceiling(values.mean())), float(low), float(high))
+
+
+# ------------------------------------------------------------------------------------------------ the results of a run
 def provenance(
     recipe: str, seeds: dict[str, int], selection: Sequence[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
@@ -330,10 +410,12 @@ def provenance(
         except PackageNotFoundError:
             versions[package] = "not installed"
     settings = {
-        "pixel metrics": f"bilinear resize straight to {SIZE} pixels, without antialiasing",
+        "pixel metrics": f"compared at {SIZE} pixels, bilinear, without antialiasing",
         "grey": ".2125 red + .7154 green + .0721 blue",
         "intervals": "95 % percentile bootstrap over test images, 2000 resamples",
     }
+    if more.get("resizing") in RESIZING:
+        settings["resizing"] = f"{more['resizing']}: {RESIZING[more.pop('resizing')]}"
     return {
         "recipe": recipe,
         "seeds": dict(seeds),
@@ -365,7 +447,7 @@ def _check_record(record: dict[str, Any]) -> None:
     if not floors or not all(_is_score(floor) for floor in floors.values()):
         raise PerceptError(
             f"The score {name!r} has no floor; a score is only shown beside what no decoding would give "
-            "(score_table adds a shuffled pairing, pass mean_image and nearest_train as controls)."
+            "(score_table adds a shuffled pairing, pass mean_image and nearest_train as rows)."
         )
     if not _is_score(ceiling) and not (isinstance(ceiling, dict) and ceiling.get("not_applicable")):
         raise PerceptError(
@@ -374,8 +456,10 @@ def _check_record(record: dict[str, Any]) -> None:
         )
 
 
-def write_metrics(path: str | Path, records: Sequence[dict[str, Any]], provenance: dict[str, Any]) -> None:
-    """Write metrics.json: {"metrics": [one record a metric], "provenance": {...}}.
+def write_metrics(
+    path: str | Path, records: Sequence[dict[str, Any]], provenance: dict[str, Any], tables: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Write metrics.json: {"metrics": [one record a metric], "tables": [...], "provenance": {...}}.
 
     Raises:
         PerceptError: a record lacks its floors, its ceiling (or the reason why there is none), its interval,
@@ -385,16 +469,61 @@ def write_metrics(path: str | Path, records: Sequence[dict[str, Any]], provenanc
         _check_record(record)
     missing = [key for key in ("recipe", "seeds", "selection") if key not in provenance]
     if missing:
+        raise PerceptError(f"The provenance lacks {', '.join(missing)}; make it with results.provenance(...).")
+    write_json(Path(path), {"metrics": list(records), "tables": list(tables), "provenance": provenance})
+
+
+def add_results(
+    folder: str | Path,
+    stage: str,
+    scores: pd.DataFrame,
+    records: Sequence[dict[str, Any]],
+    provenance: dict[str, Any],
+    tables: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Add what a stage scored to the results of a run, in place of what it wrote there before; other stages' results stay.
+
+    Args:
+        folder: results/<run>; `scores.parquet` and `metrics.json` are written there.
+        stage: name of the notebook, e.g. "06_metrics".
+        scores: [metric, row, image, value] and optionally [sample, draw], one line an image; images by id.
+        records: of `make_record`.
+        provenance: of `provenance`; its selection log and seeds are kept by stage.
+        tables: further tables for a reader, each {"title", "note", "rows": [one dict a row]}.
+
+    Raises:
+        PerceptError: as `write_metrics`, or a stage before was scored on other test images.
+    """
+    folder, marked = Path(folder), [record | {"stage": stage} for record in records]
+    old = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {"metrics": [], "tables": [], "provenance": {}}
+    kept = [record for record in old["metrics"] if record.get("stage") not in (stage, None)]
+    for record in marked:
+        _check_record(record)
+    before, now = ({r["test_set"] for r in some} for some in (kept, marked))
+    if kept and before != now:
         raise PerceptError(
-            f"The provenance lacks {', '.join(missing)}; make it with metrics.provenance(...)."
+            f"{folder} has scores on the test set {', '.join(sorted(before))}, these are on {', '.join(sorted(now))}: scores of different test images "
+            "do not belong together; run all stages of the run again, or give this run another model_name."
         )
-    write_json(Path(path), {"metrics": list(records), "provenance": provenance})
+    lines = [old["provenance"], provenance]
+    both = lines[0] | lines[1]
+    both["seeds"] = {**lines[0].get("seeds", {}), **{f"{stage}: {k}": v for k, v in provenance["seeds"].items()}}
+    others = [c for c in lines[0].get("selection", []) if c.get("stage") not in (stage, None)]
+    both["selection"] = sorted([*others, *({**choice, "stage": stage} for choice in provenance["selection"])], key=lambda c: c["stage"])
+    more = [t for t in old.get("tables", []) if t.get("stage") not in (stage, None)] + [{**table, "stage": stage} for table in tables]
+    everything = sorted([*kept, *marked], key=lambda r: r["stage"])
+    _add_scores(folder / "scores.parquet", stage, scores)
+    write_metrics(folder / "metrics.json", everything, both, sorted(more, key=lambda t: t["stage"]))
 
 
-def write_scores(path: str | Path, table: pd.DataFrame) -> None:
-    """Write the per-image table [metric, row, image, draw, value] of `score_table` as parquet."""
-    with atomic(Path(path)) as temporary:
-        table.to_parquet(temporary, index=False)
+def _add_scores(path: Path, stage: str, scores: pd.DataFrame) -> None:
+    """Put a stage's per-image scores into the parquet file, in place of its old ones."""
+    mine = scores.assign(stage=stage, **{name: 0 for name in ("sample", "draw") if name not in scores})[COLUMNS]
+    others = pd.read_parquet(path) if path.exists() else None
+    if others is not None and list(others.columns) == COLUMNS:
+        mine = pd.concat([others[others["stage"] != stage], mine], ignore_index=True)
+    with atomic(path) as temporary:
+        mine.sort_values("stage", kind="stable").to_parquet(temporary, index=False)
 
 
 # ------------------------------------------------------------------------------------------------ alarms
@@ -429,23 +558,67 @@ def check_outputs(recons: Any) -> list[str]:
     return alarms
 
 
-def check_alignment(two_way: Any, pixcorr: Any, pixcorr_shuffled: float = 0.0) -> list[str]:
+def check_alignment(two_way: Any, pixcorr: Any, pixcorr_shuffled: float = 0.0, ceiling: Any = None) -> list[str]:
     """Say when scores look like rows of brain data and images that do not belong together.
 
     Args:
         two_way: (n,) of any two-way metric of the system.
         pixcorr: (n,) of the system.
         pixcorr_shuffled: mean pixel correlation of the shuffled pairing.
+        ceiling: (n,) of the same two-way metric with the true latents, where known: it tells rows that do not belong together from a
+            generator that cannot draw.
 
     Returns: One sentence when the interval of two-way identification reaches 50 % and the pixel correlation
         no better than shuffled, else none.
     """
     identification, pixels = bootstrap_mean(two_way), bootstrap_mean(pixcorr)
-    if identification.low <= 0.5 and pixels.low <= pixcorr_shuffled + 0.02:
-        return [
-            f"Two-way identification is {identification.value:.1%} and the pixel correlation "
-            f"{pixels.value:.3f}, as for a random "
-            "pairing: your rows are probably misaligned (brain rows in another order than the images), or "
-            "nothing was learned."
-        ]
-    return []
+    if identification.low > 0.5 or pixels.low > pixcorr_shuffled + 0.02:
+        return []
+    found = f"Two-way identification is {identification.value:.1%} and the pixel correlation {pixels.value:.3f}, as for a random pairing"
+    if ceiling is None:
+        return [f"{found}: your rows are probably misaligned (brain rows in another order than the images), or nothing was learned."]
+    best = bootstrap_mean(ceiling)
+    if best.low <= 0.6:
+        return [f"{found}, but true latents score {best.value:.1%} too: the generator, or the ceiling's latents, are at fault before the decoder is."]
+    return [
+        f"{found}, while true latents reach {best.value:.1%}: your rows are probably misaligned (brain rows in another order than the images), or "
+        "nothing was learned."
+    ]
+
+
+def check_leak(test_images: Any, train_images: Any) -> list[str]:
+    """Say when pictures of the test set are among the training images, whatever their ids.
+
+    Args:
+        test_images: uint8 (n, height, width, 3).
+        train_images: the same of the training images, or an iterable of such blocks.
+
+    Returns: One sentence with the number of test images that are, byte for byte, training images, else none.
+    """
+    wanted: dict[bytes, list[int]] = {}
+    for i, image in enumerate(np.asarray(test_images)):
+        wanted.setdefault(hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest(), []).append(i)
+    blocks = [train_images] if isinstance(train_images, np.ndarray) else train_images
+    seen = {hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for block in blocks for image in block}
+    leaked = sorted(i for key, rows in wanted.items() if key in seen for i in rows)
+    if not leaked:
+        return []
+    first = ", ".join(map(str, leaked[:5]))
+    return [f"{len(leaked)} of {len(test_images)} test images are also training images (first: {first}): their scores are memory, not decoding; split by image."]
+
+
+def check_same_test(test_sets: Mapping[str, str]) -> list[str]:
+    """Say when runs are to be compared that were not scored on the same images.
+
+    Args:
+        test_sets: test-set id by run.
+
+    Returns: One sentence naming the ids and their runs, else none.
+    """
+    by_id: dict[str, list[str]] = {}
+    for run, test_set in test_sets.items():
+        by_id.setdefault(test_set, []).append(run)
+    if len(by_id) < 2:
+        return []
+    groups = "; ".join(f"{test_set}: {', '.join(runs)}" for test_set, runs in by_id.items())
+    return [f"These runs were scored on {len(by_id)} different test sets, whose scores cannot be compared ({groups})."]

@@ -368,14 +368,18 @@ def nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tens
     Returns:
         similarities (q, k), best first, and row numbers in the index (q, k).
     """
-    queries, index = (torch.as_tensor(x).detach().flatten(1).float() for x in (queries, index_features))
-    if queries.shape[1] != index.shape[1]:
+    queries, size = torch.as_tensor(queries).detach().flatten(1).float(), int(np.prod(index_features.shape[1:]))
+    if queries.shape[1] != size:
         raise PerceptError(
-            f"Queries have {queries.shape[1]} features and the index {index.shape[1]}; both must come from "
+            f"Queries have {queries.shape[1]} features and the index {size}; both must come from "
             "the same encoder."
         )
-    if not 1 <= k <= len(index):
-        raise PerceptError(f"{k} neighbours were asked for, but the index holds {len(index)} rows.")
-    index = F.normalize(index, dim=1)
-    found = [(F.normalize(part, dim=1) @ index.T).topk(k, dim=1) for part in queries.split(CHUNK)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    if not 1 <= k <= len(index_features):
+        raise PerceptError(f"{k} neighbours were asked for, but the index holds {len(index_features)} rows.")
+    queries = F.normalize(queries, dim=1)
+    parts = []  # the index may be a mapped file, or in half precision: a block of it is turned into floats at a time
+    for start in range(0, len(index_features), CHUNK):
+        block = torch.as_tensor(np.array(index_features[start : start + CHUNK])).flatten(1).float()
+        parts.append(queries @ F.normalize(block, dim=1).T)  # (q, block)
+    found = torch.cat(parts, 1).topk(k, dim=1)
+    return found.values, found.indices

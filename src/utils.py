@@ -420,18 +420,22 @@ def _recipe_of(files: list[str]) -> str:
 
 
 def run_name(recipe: str, parameters: dict[str, Any]) -> str:
-    """`model_name`, or <recipe>[-mini]-subj01."""
+    """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out and -pca30 where the training differs in these."""
     if parameters.get("model_name"):
         return str(parameters["model_name"])
-    base = recipe.strip("/").replace("/", "-") or "mindeye"
-    return f"{base}-subj{int(parameters['subj']):02d}" if "subj" in parameters else base
+    name = recipe.strip("/").replace("/", "-") or "mindeye"
+    if "subj" in parameters:
+        name += f"-subj{int(parameters['subj']):02d}"
+    if parameters.get("split", "images") != "images":
+        name += f"-{parameters['split']}"
+    return f"{name}-pca{int(parameters['n_components'])}" if parameters.get("n_components") else name
 
 
 def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: str) -> Run:
     run = Run(run_name(recipe, values), stage, recipe, values, origins)
     if values.get("vd_cache_dir"):
         _keep_hub_in(resolve(str(values["vd_cache_dir"])))
-    if "dataset" in values and not stage.startswith("00") and not values.get("data_path"):
+    if "dataset" in values and not stage.startswith("00") and not (values.get("data_path") or values.get("recon_path")):
         folder = HOME / "data" / values["dataset"] / f"subj{int(values['subj']):02d}"
         if not folder.is_dir():
             raise PerceptError(

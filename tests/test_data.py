@@ -22,7 +22,10 @@ from src.data import (
     cached_views,
     check_trials,
     choose_repeats,
+    image_clusters,
+    open_split,
     open_subject,
+    select_images,
     write_image_table,
     write_images,
     write_subject,
@@ -452,6 +455,188 @@ def test_constant_voxels_are_counted_and_become_zero(world):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Normaliser.fit(world.subject)
+
+
+# -------------------------------------------------------------------------------- principal components
+def pictured(world, betas, trials=None):
+    """Those betas as subject 2 of the same images, and a normaliser of three components."""
+    write_subject(world.folder / "subj02", betas, world.trials if trials is None else trials, None, ATTRIBUTES)
+    subject = open_subject(world.folder, 2)
+    return subject, Normaliser.fit(subject, n_components=3)
+
+
+@pytest.mark.parametrize("by_session", [True, False])
+def test_components_are_those_of_an_svd_of_the_z_scored_training_trials(world, by_session):
+    plain, normaliser = Normaliser.fit(world.subject, by_session), Normaliser.fit(world.subject, by_session, n_components=3)
+    z, _ = world.subject.trials_of("train", plain)
+    left, _, _ = np.linalg.svd(z.astype(np.float64), full_matrices=False)
+    scores, ids = world.subject.trials_of("train", normaliser)
+    assert scores.shape == (len(z), 3) and scores.dtype == np.float32 and normaliser.width == world.subject.width(normaliser) == 3
+    for k in range(3):
+        expected = left[:, k] * np.sqrt(len(z)) * np.sign(left[:, k] @ scores[:, k])  # of unit variance
+        np.testing.assert_allclose(scores[:, k], expected, atol=2e-4)
+    np.testing.assert_allclose(scores.std(0), 1, rtol=1e-5)
+    assert plain.width == world.subject.width() == V and Normaliser.fit(world.subject).components is None
+
+
+def test_components_keep_nearly_the_most_variance_where_the_spectrum_is_flat(tmp_path):
+    rng, trials = np.random.default_rng(5), make_trials(n_images=200)
+    betas = (rng.standard_normal((600, 30)) * np.arange(60, 30, -1) / 60) @ rng.standard_normal((30, 400)) + 3 * rng.standard_normal((600, 400))
+    write_images(tmp_path / "images.h5", np.zeros((200, 1, 1, 3), np.uint8), np.unique(trials["image"]))
+    write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
+    subject = open_subject(tmp_path, 1)
+    z, _ = subject.trials_of("train", Normaliser.fit(subject))
+    most = (np.linalg.svd(z, compute_uv=False)[:20] ** 2).sum()
+    axes, _ = np.linalg.qr(Normaliser.fit(subject, n_components=20).components)
+    assert ((z @ axes) ** 2).sum() > 0.9995 * most
+
+
+def test_test_and_validation_trials_do_not_move_the_components(world):
+    train = (world.trials["split"] == "train").to_numpy()
+    _, one = pictured(world, world.betas)
+    _, other = pictured(world, np.where(train[:, None], world.betas, 1e3 * world.betas[::-1]))
+    np.testing.assert_array_equal(one.components, other.components)
+
+
+def test_averaging_and_projecting_commute(world):
+    subject, normaliser = pictured(world, world.betas)
+    plain, _ = subject.averaged("val", normaliser=Normaliser.fit(subject))
+    found, _ = subject.averaged("val", normaliser=normaliser)
+    assert found.shape == (3, 3)
+    np.testing.assert_allclose(found, plain @ normaliser.components, atol=1e-5)
+    for repeats, shape in (("mean", (2, 3)), ("random", (2, 3)), ("all", (2, 3, 3))):
+        assert BrainDataset(subject, "train", {}, normaliser, repeats).__getitems__([0, 1])["voxels"].shape == shape
+
+
+def test_components_are_saved_with_the_normaliser(world, tmp_path):
+    subject, normaliser = pictured(world, world.betas)
+    normaliser.save(tmp_path / "n.safetensors")
+    loaded = Normaliser.load(tmp_path / "n.safetensors")
+    assert loaded.width == 3
+    np.testing.assert_array_equal(subject.averaged("test", normaliser=loaded)[0], subject.averaged("test", normaliser=normaliser)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*do not vary")
+def test_components_refusals(world):
+    for k in (V + 1, -1):
+        with pytest.raises(PerceptError, match=f"n_components is {k}: choose 0 for all voxels, or at most 7"):
+            Normaliser.fit(world.subject, n_components=k)
+    betas = world.betas.copy()
+    betas[:, 2:] = betas[:, :1]
+    with pytest.raises(PerceptError, match="n_components is 3, but the training trials vary in 2 dimensions only"):
+        pictured(world, betas)
+    with pytest.raises(PerceptError, match="vary in 0 dimensions"):
+        pictured(world, np.zeros_like(betas))
+    with pytest.raises(PerceptError, match="noise ceiling is of voxels"):
+        world.subject.noise_ceiling(normaliser=Normaliser.fit(world.subject, n_components=2))
+
+
+# -------------------------------------------------------------------------------- clusters of images
+class Kinds:
+    """Frozen features of 120 images in 8 kinds, as a pretrained model gives them; counts the images it was asked for."""
+
+    target_shape, name = (5,), "kinds"
+
+    def __init__(self):
+        self.asked = 0
+
+    def fingerprint(self):
+        return {"name": self.name}
+
+    def encode_pixels(self, images):
+        self.asked += len(images)
+        centres = np.random.default_rng(0).standard_normal((8, 5))
+        return centres[images[:, 0, 0, 0] % 8] * 10 + images[:, 0, 0, 1:3].mean(1, keepdims=True) / 255
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """120 images of 8 kinds (the first number of an image modulo 8): 24 of them test, 12 val, the rest train, in three repeats."""
+    trials, rng = make_trials(n_images=120), np.random.default_rng(0)
+    position = (trials["image"] - 100) // 3
+    trials["split"] = np.select([position < 24, position < 36], ["test", "val"], "train")
+    images = rng.integers(0, 255, (120, 1, 1, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(120)
+    write_images(tmp_path / "images.h5", images, np.unique(trials["image"]))
+    write_subject(tmp_path / "subj01", rng.standard_normal((360, V)), trials, None, ATTRIBUTES)
+    return open_subject(tmp_path, 1)
+
+
+def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(kinds, tmp_path):
+    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    held = subject.clusters.groupby("cluster")["held_out"].agg(["min", "max"])
+    assert (held["min"] == held["max"]).all() and held["max"].sum() == 2  # whole clusters, a quarter of them
+    kind = (subject.clusters["image"] - 100) // 3 % 8
+    assert (subject.clusters.groupby("cluster")["image"].nunique() == 15).all() and (kind.groupby(subject.clusters["cluster"]).nunique() == 1).all()
+    for split in ("train", "val"):
+        assert not subject.held_out(subject.image_ids(split)).any()
+        assert set(kinds.image_ids(split)) - set(subject.image_ids(split)) == {i for i in kinds.image_ids(split) if subject.held_out([i])[0]} != set()
+    assert (subject.test_set, subject.image_ids("test").tolist()) == (kinds.test_set, kinds.image_ids("test").tolist())
+    assert subject.held_out(subject.image_ids("test")).sum() == 6 and subject.protocol == "toy+cluster-held-out"
+    check_trials(subject.trials)
+    assert len(subject.trials) == len(kinds.trials) and kinds.clusters is None and kinds.protocol == "toy" and not kinds.held_out([100]).any()
+    assert (subject.trials["split"] == "exclude").sum() == 3 * (len(kinds.all_images) - len(subject.all_images))
+
+
+def test_normaliser_and_batches_never_see_what_is_held_out(kinds, tmp_path):
+    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    gone = kinds.trials["image"].isin(subject.clusters["image"][subject.clusters["held_out"]]).to_numpy()
+    betas = np.where(gone[:, None], np.float32(1e3), kinds.betas)
+    write_subject(tmp_path / "subj02", betas, kinds.trials, None, ATTRIBUTES)
+    other = open_subject(tmp_path, 2).holding_out(subject.clusters)
+    one, two = (Normaliser.fit(s, n_components=3) for s in (subject, other))
+    np.testing.assert_array_equal(one.mean, two.mean)
+    np.testing.assert_array_equal(one.components, two.components)
+    assert not np.isin(BrainDataset(subject, "train+val").image_ids, subject.clusters["image"][subject.clusters["held_out"]]).any()
+
+
+def test_clusters_are_found_once_and_reopened_from_the_run(kinds, tmp_path):
+    encoder = Kinds()
+    first = select_images(kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8)
+    (file,) = tmp_path.glob("clusters-*.parquet")
+    made = file.stat().st_mtime_ns
+    again = select_images(kinds, "cluster-held-out", tmp_path / "more", lambda: encoder, n_clusters=8)
+    pd.testing.assert_frame_equal(again.clusters, first.clusters)
+    assert file.stat().st_mtime_ns == made and encoder.asked == 120
+    assert file.stem.startswith("clusters-") and first.clusters.attrs["n_clusters"] == 8 and first.clusters.attrs["fingerprint"] == {"name": "kinds"}
+    opened = open_split(tmp_path, 1, tmp_path / "logs")
+    pd.testing.assert_frame_equal(opened.trials, first.trials)
+    assert opened.protocol == first.protocol and pickle.loads(pickle.dumps(opened)).clusters is not None
+    file.unlink()
+    pd.testing.assert_frame_equal(select_images(kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8).clusters, first.clusters)
+    ids, features = kinds.all_images, np.random.default_rng(0).standard_normal((120, 5))
+    for n, made_by in ((8, {"name": "other"}), (9, {"name": "other"}), (9, {"name": "kinds"})):
+        image_clusters(kinds, features, made_by, n)
+    assert len(list(tmp_path.glob("clusters-*.parquet"))) == 4 and len(ids) == 120
+
+
+def test_a_plain_training_forgets_the_clusters_of_an_earlier_one(kinds, tmp_path):
+    select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    assert select_images(kinds, "images", tmp_path / "logs", Kinds) is kinds
+    assert open_split(tmp_path, 1, tmp_path / "logs").clusters is None
+
+
+def test_cluster_refusals(kinds, tmp_path):
+    with pytest.raises(PerceptError, match="split is 'image': choose one of images, cluster-held-out"):
+        select_images(kinds, "image", tmp_path / "logs", Kinds)
+    with pytest.raises(PerceptError, match="119 features of 120 images"):
+        image_clusters(kinds, np.zeros((119, 5)), {})
+    for n in (3, 121):
+        with pytest.raises(PerceptError, match=f"{n} clusters: .* choose 4 clusters to one an image"):
+            image_clusters(kinds, np.zeros((120, 5)), {}, n)
+    with pytest.raises(PerceptError, match="No quarter of the 4 clusters"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer points than clusters
+        image_clusters(kinds, np.ones((120, 5)), {}, 4)
+    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    with pytest.raises(PerceptError, match="Image 7 is not in the table of clusters"):
+        subject.held_out([7])
+    with pytest.raises(PerceptError, match="no train image is left"):
+        kinds.holding_out(subject.clusters.assign(held_out=True))
+    write_subject(tmp_path / "subj01", kinds.betas, kinds.trials.assign(split=kinds.trials["split"].replace({"val": "test", "test": "val"})), None, ATTRIBUTES)
+    with pytest.raises(PerceptError, match="is of other test images than"):
+        open_split(tmp_path, 1, tmp_path / "logs")
+    with pytest.raises(PerceptError, match="There is no run at .*absent"):
+        open_split(tmp_path, 1, tmp_path / "absent")
 
 
 # -------------------------------------------------------------------------------- torch dataset

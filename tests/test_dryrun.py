@@ -89,6 +89,17 @@ def test_the_full_model_is_what_is_published():
     assert made.disk["cached targets"] == pytest.approx(257 * 768 * 2 * 9841)
 
 
+def test_networks_are_as_wide_as_the_components():
+    full, few = (dryrun.plan("01_train_high_level", HIGH | {"n_components": k}) for k in (0, 30))
+    assert full.parameters["voxel2clip"] - few.parameters["voxel2clip"] == (15724 - 30) * 4096
+    assert full.parameters["net"] == few.parameters["net"] and not full.memory["finding components, beyond that"]
+    small = HIGH | {"h": 64, "n_blocks": 1, "projector_dim": 64, "prior": False, "clip_variant": "ViT-B/32", "hidden": False, "batch_size": 2, "n_components": 30}
+    made = dryrun.plan("01_train_high_level", small).memory
+    trials = 27750 * 8559 // 9841  # the voxels of the training trials in single precision are more than that network needs
+    others = sum(made[name] for name in ("weights", "optimizer state", "activations and gradients", "frozen CLIP"))
+    assert made["finding components, beyond that"] == pytest.approx(4 * trials * (15724 + 60) - others, rel=1e-6)
+
+
 def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setattr(dryrun.psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9}))
     monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)

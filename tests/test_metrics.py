@@ -3,6 +3,8 @@ refusals.
 """
 
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_two_way_chunks_do_not_matter(monkeypatch):
     rng = np.random.default_rng(3)
     real, recon = rng.normal(size=(2, 30, 6))
     whole = two_way_each(real, recon)
-    monkeypatch.setattr(metrics, "CHUNK", 7)
+    monkeypatch.setattr(metrics, "BLOCK", 7 * 6)
     np.testing.assert_array_equal(two_way_each(real, recon), whole)
 
 
@@ -142,6 +144,10 @@ FEATURE_METRICS = [
 
 @pytest.mark.parametrize("metric", [*METRICS.values(), *FEATURE_METRICS], ids=lambda m: m.name)
 def test_every_metric_prefers_the_seen_image(metric):
+    if metric.network:
+        with pytest.raises(PerceptError, match=re.escape(metric.name) + ".*was not given"):
+            metric.each(*pictures(6))
+        metric = metric.through(embed)
     images, recons = pictures(6)
     features = {}
     own = metric.each(images, recons, features)
@@ -157,7 +163,6 @@ def test_every_metric_prefers_the_seen_image(metric):
     [
         (torch.rand(3, 3, 8, 8), "row with row"),
         (torch.rand(4, 3, 8, 8) * 255, r"expect \[0, 1\]"),
-        (torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8), "expect floats"),
         (torch.full((4, 3, 8, 8), float("nan")), "NaN"),
         (torch.rand(4, 8, 8), "height, width"),
     ],
@@ -179,7 +184,7 @@ def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_vie
 
     truth = {"light": ["night", "day", "day", "day"], "size": ["big", "big", "small", "small"]}  # the second is not what it looks like
     light, size = answer_metrics("judge", ask, truth, {"light": 0.5, "size": 0.5})
-    table = score_table(images, images, {}, None, [light, size], draws=1)
+    table = score_table(images, {"system": images}, [light, size], draws=1)
     value = table[table["row"] == "system"].pivot(index="image", columns="metric", values="value")
     assert value["judge:light"].tolist() == [1, 0, 1, 1] and value["judge:size"].tolist() == [1, 1, 0, 0]
     assert calls == [4]  # one look for both questions, none at the shown images

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from test_metrics import embed, pictures
 
 from src import metrics, results
@@ -18,12 +19,15 @@ from src.utils import PerceptError
 @pytest.fixture(scope="module")
 def table():
     images, recons = pictures(8)
-    controls = {
+    rows = {
+        "system": recons,
         "mean_image": images.mean(0, keepdim=True).expand(8, -1, -1, -1),
         "nearest_train": pictures(8, seed=5)[0],
+        "ceiling": images,
+        "ridge": recons.roll(1, 0),
     }
     chosen = [METRICS["pixcorr"], METRICS["mse"], two_way_metric("two_way_pixels", embed)]
-    return score_table(images, recons, controls, images, chosen, draws=4), chosen
+    return score_table(images, rows, chosen, draws=4), chosen
 
 
 def records_of(table):
@@ -76,8 +80,8 @@ def test_derangements_leave_nothing_in_place():
 # ------------------------------------------------------------------------------------------------ tables
 def test_score_table_holds_every_row_and_image(table):
     scores, chosen = table
-    assert set(scores["row"]) == {"system", "shuffled", "mean_image", "nearest_train", "ceiling"}
-    assert len(scores) == len(chosen) * 8 * (4 + 4)  # four rows with one draw, one with four
+    assert set(scores["row"]) == {"system", "shuffled", "mean_image", "nearest_train", "ceiling", "ridge"}
+    assert len(scores) == len(chosen) * 8 * (5 + 4)  # five rows with one draw, one with four
     images, recons = pictures(8)
     mine = scores.query("metric == 'pixcorr' and row == 'system'").sort_values("image")
     np.testing.assert_allclose(mine["value"], metrics.pixcorr(images, recons))
@@ -90,8 +94,11 @@ def test_shuffled_rows_are_the_same_reconstructions_against_other_images(table):
     images, recons = pictures(8)
     order = next(results.derangements(8, 1, seed=0))
     drawn = scores.query("metric == 'mse' and row == 'shuffled' and draw == 0").set_index("image")["value"]
-    expected = ((recons[order] - images) ** 2).flatten(1).mean(1).numpy()
-    np.testing.assert_allclose(drawn.loc[order].to_numpy(), expected, rtol=1e-5)
+    expected = ((recons - images[order]) ** 2).flatten(1).mean(1).numpy()
+    np.testing.assert_allclose(drawn.to_numpy(), expected, rtol=1e-5)
+    names = [metric.name for metric in table[1] if metric.better == "higher"]
+    shuffled = scores.query("metric == 'two_way_pixels' and row == 'shuffled'")["value"]
+    assert names and abs(shuffled.mean() - 0.5) < 0.2
 
 
 def test_the_true_images_are_prepared_once():
@@ -103,7 +110,7 @@ def test_the_true_images_are_prepared_once():
 
     images, recons = pictures(5)
     both = [two_way_metric("two_way", counted), metrics.cosine_metric("cosine", counted)]
-    score_table(images, recons, {"mean_image": recons}, images, both, draws=3)
+    score_table(images, {"system": recons, "mean_image": recons, "ceiling": images}, both, draws=3)
     assert len(calls) == 4  # true images, system, shuffled, control and ceiling would be six and more
 
 
@@ -117,6 +124,7 @@ def test_records_carry_floors_ceiling_and_p(table):
     )
     assert set(record["floors"]) == {"shuffled", "mean_image", "nearest_train"}
     assert record["low"] <= record["value"] <= record["high"] <= record["ceiling"]["value"] + 1e-9
+    assert set(record["others"]) == {"ridge"} and record["others"]["ridge"]["difference"]["low"] > 0
     assert record["p_shuffled"] < 0.01 and record["floors"]["shuffled"]["value"] < record["low"]
     scores, chosen = table
     without = scores[scores["row"] != "ceiling"]
@@ -128,15 +136,45 @@ def test_records_carry_floors_ceiling_and_p(table):
     assert records[0]["ceiling"] == {"not_applicable": "retrieval has no generator"}
 
 
-def test_metrics_file_is_plain_json(table, tmp_path):
-    origin = results.provenance("mini", {"training": 42}, [{"what": "epoch", "split": "val"}], subject=1)
-    results.write_metrics(tmp_path / "metrics.json", records_of(table), origin)
-    results.write_scores(tmp_path / "scores.parquet", table[0])
+def added(folder, table, stage="06_metrics", test_set="8-abc", **more):
+    origin = results.provenance("mini", {"training": 42}, [{"what": f"epoch of {stage}", "split": "val"}], subject=1)
+    records = [record | {"test_set": test_set} for record in records_of(table)]
+    results.add_results(folder, stage, table[0], records, origin, **more)
+
+
+def test_results_are_plain_json_and_a_tidy_table(table, tmp_path):
+    added(tmp_path, table, tables=[{"title": "More", "note": "", "rows": [{"a": 1}]}])
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert [r["name"] for r in content["metrics"]] == ["pixcorr", "mse", "two_way_pixels"]
     assert content["provenance"]["versions"]["scikit-image"] and content["provenance"]["subject"] == 1
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), table[0], check_dtype=False)
+    assert content["tables"] == [{"title": "More", "note": "", "rows": [{"a": 1}], "stage": "06_metrics"}]
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    assert list(scores.columns) == results.COLUMNS and len(scores) == len(table[0]) and set(scores["stage"]) == {"06_metrics"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "scores.parquet"]
+
+
+def test_each_stage_replaces_its_own_results_only(table, tmp_path):
+    retrieval = (table[0][table[0]["metric"] == "mse"], table[1])
+    added(tmp_path, table, "06_metrics", tables=[{"title": "six", "note": "", "rows": []}])
+    for _ in range(2):
+        added(tmp_path, table, "05_retrieve", tables=[{"title": "five", "note": "", "rows": []}])
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert [r["stage"] for r in content["metrics"]] == ["05_retrieve"] * 3 + ["06_metrics"] * 3
+    assert [t["title"] for t in content["tables"]] == ["five", "six"]
+    assert [c["what"] for c in content["provenance"]["selection"]] == ["epoch of 05_retrieve", "epoch of 06_metrics"]
+    assert content["provenance"]["seeds"] == {"06_metrics: training": 42, "05_retrieve: training": 42}
+    assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 2 * len(table[0]) > len(retrieval[0])
+
+
+def test_scores_of_two_test_sets_are_not_mixed(table, tmp_path):
+    added(tmp_path, table, "05_retrieve")
+    before = (tmp_path / "metrics.json").read_bytes(), (tmp_path / "scores.parquet").read_bytes()
+    with pytest.raises(PerceptError, match="8-abc, these are on 8-other"):
+        added(tmp_path, table, "06_metrics", test_set="8-other")
+    assert before == ((tmp_path / "metrics.json").read_bytes(), (tmp_path / "scores.parquet").read_bytes())
+    added(tmp_path, table, "05_retrieve", test_set="8-other")  # the only stage there: it replaces itself
+    assert results.check_same_test({"a": "8-abc", "b": "8-abc"}) == []
+    assert "8-abc: a; 8-other: b, c" in results.check_same_test({"a": "8-abc", "b": "8-other", "c": "8-other"})[0]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +224,86 @@ def test_misaligned_rows_raise_an_alarm():
     images, recons = pictures(40)
     order = next(results.derangements(40, 1))
     metric = two_way_metric("two_way", embed)
-    assert results.check_alignment(metric.each(images, recons), metrics.pixcorr(images, recons)) == []
+    good, ceiling = metric.each(images, recons), metric.each(images, images)
+    assert results.check_alignment(good, metrics.pixcorr(images, recons)) == []
+    assert results.check_alignment(good, metrics.pixcorr(images, recons), ceiling=ceiling) == []
     shuffled = recons[order]
-    alarms = results.check_alignment(metric.each(images, shuffled), metrics.pixcorr(images, shuffled))
-    assert len(alarms) == 1 and "misaligned" in alarms[0]
+    scores = metric.each(images, shuffled), metrics.pixcorr(images, shuffled)
+    assert "misaligned" in results.check_alignment(*scores)[0]
+    assert "while true latents reach 100.0%: your rows are probably misaligned" in results.check_alignment(*scores, ceiling=ceiling)[0]
+    broken = results.check_alignment(*scores, ceiling=metric.each(images, shuffled))
+    assert len(broken) == 1 and "generator" in broken[0] and "misaligned" not in broken[0]
+
+
+def test_test_images_among_the_training_images_raise_an_alarm():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+    test, train = pixels[:5], pixels[5:]
+    assert results.check_leak(test, train) == []
+    mixed = np.concatenate([train, test[[3, 1]]])
+    assert "2 of 5 test images are also training images (first: 1, 3)" in results.check_leak(test, mixed)[0]
+    assert results.check_leak(test, iter(np.array_split(mixed, 3))) == results.check_leak(test, mixed)
+
+
+# ------------------------------------------------------------------------------------------------ noise ceiling
+def test_noise_ceiling_is_what_a_perfect_decoder_reaches():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(60, 4000))
+    repeats = truth[None] + 2 * rng.normal(size=(3, 60, 4000))  # what an unbiased decoder makes of three repeats
+    pairs = [metrics.pcc(repeats[a], repeats[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    ceiling = results.noise_ceiling(np.mean(pairs, 0), 3)
+    reached = metrics.pcc(truth, repeats.mean(0)).mean()
+    assert ceiling.low - 0.01 < reached < ceiling.high + 0.01 and ceiling.value == pytest.approx(np.sqrt(1 / (1 + 4 / 3)), abs=0.01)
+    assert results.noise_ceiling(np.full(5, -0.1), 3).value == 0
+
+
+# ------------------------------------------------------------------------------------------------ anyone's pictures
+def test_pictures_of_every_kind_are_read_alike(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), np.uint8)
+    floats = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    torch.save(floats, tmp_path / "a.pt")
+    torch.save({"images": floats}, tmp_path / "b.pt")
+    np.savez(tmp_path / "c.npz", pixels)
+    np.save(tmp_path / "d.npy", floats.numpy())
+    (tmp_path / "folder").mkdir()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "folder" / f"recon_{i}.png")  # 10 comes after 9, not after 1
+    for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
+        found = results.load_pictures(tmp_path / name)
+        assert found.dtype == torch.float32 and torch.allclose(found, floats, atol=1e-6), name
+        assert results.pixel_hash(found) == results.pixel_hash(floats)
+    assert results.pixel_hash(floats) != results.pixel_hash(floats.flip(0)) and results.pixel_hash(floats).startswith("12-pixels-")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.pt", None, "no pictures at"),
+        ("bad.pt", b"nothing", "cannot be read"),
+        ("notes.txt", b"text", "cannot be read as pictures"),
+        ("two.npz", {"a": np.zeros(3), "b": np.zeros(3)}, "2 entries"),
+        ("flat.npz", {"a": np.zeros((4, 5))}, "shape .4, 5."),
+    ],
+)
+def test_what_is_no_picture_is_refused(tmp_path, name, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content:
+        np.savez(tmp_path / name, **content)
+    with pytest.raises(PerceptError, match=words) as error:
+        results.load_pictures(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_pickled_file_runs_no_code(tmp_path):
+    torch.save({"recons": print}, tmp_path / "evil.pt")
+    with pytest.raises(PerceptError, match="no Python objects"):
+        results.load_pictures(tmp_path / "evil.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PerceptError, match="no PNG or JPEG files"):
+        results.load_pictures(tmp_path / "empty")
+
+
+def test_most_alike_is_never_oneself():
+    images, _ = pictures(10)
+    twins = torch.cat([images, (images * 0.97 + 0.01)])
+    assert results.most_alike(twins).tolist() == [*range(10, 20), *range(10)]

@@ -74,6 +74,23 @@ def test_a_change_of_parameters_or_notebook_runs_the_stage_and_those_after_it_ag
     assert "finished before" not in capsys.readouterr().out
 
 
+def test_all_stages_land_in_the_folder_that_one_stage_names(project):
+    notebook = project / "notebooks" / "01_second.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[1].source += "\nn_components = 0  # of the second stage alone, at least 0"
+    nbformat.write(content, notebook)
+    plain = run.run_recipe("sys", {"number": "1"})
+    results = run.run_recipe("sys", {"n_components": "30"})
+    assert (plain.name, results.name) == ("sys-subj01", "sys-subj01-pca30")
+    assert {path.name for path in results.glob("*.ipynb")} == {"00_first.ipynb", "01_second.ipynb"}
+    assert read_by_second(results) == "read 1" and (project / "home" / "train_logs" / "sys-subj01-pca30" / "number.txt").exists()
+    assert run.run_recipe("sys", {"n_components": "30", "model_name": "mine"}).name == "mine"
+    (project / "recipes" / "sys" / "01_second.yaml").write_text("n_components: 5\n")  # a recipe's own value counts, too
+    assert run.asked("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
+    with pytest.raises(PerceptError, match="must be at least 0"):
+        run.run_recipe("sys", {"n_components": "-1"})
+
+
 def read_by_second(results):
     return nbformat.read(results / "01_second.ipynb", 4).cells[-1].outputs[0]["text"].strip()
 

@@ -39,9 +39,13 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
         assert {"name", "value", "low", "high", "n", "protocol", "test_set", "floors", "ceiling"} <= set(record)
         assert record["low"] <= record["value"] <= record["high"] and record["floors"] and record["protocol"] == "mini-300"
     assert {"pixcorr", "ssim", "mini:CLIP", "mini:judge:kind", "image_from_brain_top1", "hard_image_from_brain_top1"} <= {r["name"] for r in written["metrics"]}
-    assert {d["better"] for d in written["provenance"]["differences"]} <= {"network", "ridge", "undecided"}
-    rows = set(pd.read_parquet(results / "scores.parquet")["row"])
-    assert {"system", "ridge", "shuffled", "mean_image", "nearest_train", "ceiling", "low_level_network"} <= rows
+    assert {"Other decoders on the same images", "Fewer repeats of the test images", "Retrieval in pools"} <= {t["title"] for t in written["tables"]}
+    assert {c["stage"] for c in written["provenance"]["selection"]} == {"06_metrics"} and written["provenance"]["test_set"]["images"] == 40
+    scores = pd.read_parquet(results / "scores.parquet")
+    assert {"05_retrieve", "06_metrics"} == set(scores["stage"]) and not scores.duplicated(["stage", "metric", "row", "image", "sample", "draw"]).any()
+    rows = {"system", "ridge", "shuffled", "mean_image", "other_recon", "untrained", "nearest_train", "ceiling", "low_level_network", "repeats_1"}
+    assert rows <= set(scores["row"]) and {"abstain.png", "train_distance.png", "scores.png"} <= {p.name for p in (results / "figures").iterdir()}
+    anyones_reconstructions(tmp_path, results)
     for stage in ("01_train_high_level", "02_train_autoencoder"):
         memory_is_as_planned(results / f"{stage}.ipynb")
     again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
@@ -49,6 +53,23 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     reconstruct_with_a_released_file(tmp_path)
     the_recipe_of_one_embedding(tmp_path, flags)
     both_trainings_with_everything_on(tmp_path)
+
+
+def anyones_reconstructions(home: Path, results: Path) -> None:
+    """The published files of the same run, scored as if they came from elsewhere, without data set or run: the same numbers, with the floors there can be."""
+    recons = next(results.glob("*_recons_img2img*samples.pt"))
+    flags = ("--recon_path", str(recons), "--all_images_path", str(results / "all_images.pt"), "--shuffles", "1")
+    mini = ("-f", "recipes/mindeye/mini/06_metrics.yaml")
+    unnamed = launch(home, "notebooks/06_metrics.py", *mini, *flags)
+    assert unnamed.returncode and "model_name" in unnamed.stderr.splitlines()[-1]
+    done = launch(home, "notebooks/06_metrics.py", *mini, *flags, "--model_name", "theirs", "--hard_negatives", "")
+    assert done.returncode == 0, done.stderr
+    theirs, ours = ({r["name"]: r for r in json.loads((folder / "metrics.json").read_text())["metrics"]} for folder in (results.parent / "theirs", results))
+    for name in ("pixcorr", "ssim", "mini:AlexNet(2)", "mini:CLIP"):
+        assert theirs[name]["value"] == pytest.approx(ours[name]["value"], abs=2e-3)  # ours went through half precision
+    assert set(theirs["pixcorr"]["floors"]) == {"shuffled", "mean_image", "other_recon"} and theirs["pixcorr"]["ceiling"]["not_applicable"]
+    table = pd.read_csv(recons.with_suffix(".csv"), sep="\t").set_index("Metric")["Value"]
+    assert table["pixcorr"] == pytest.approx(theirs["pixcorr"]["value"], abs=1e-5) and (results.parent / "theirs" / "report.html").exists()
 
 
 def memory_is_as_planned(notebook: Path) -> None:
@@ -85,9 +106,9 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
     two = ("--model_name2", results.name, "--rerank_k", "5", "--pool_sampling", "consecutive", "--pool", "20", "--no-plot_umap")
     done = launch(home, "notebooks/05_retrieve.py", "-f", "recipes/mindeye/mini/05_retrieve.yaml", *two)
     assert done.returncode == 0, done.stderr
-    found = json.loads((home / "results" / "mindeye-mini-subj01" / "retrieval.json").read_text())
+    found = json.loads((home / "results" / "mindeye-mini-subj01" / "metrics.json").read_text())
     record = {r["name"]: r for r in found["metrics"]}["second_order_image_from_brain_top1"]
-    assert record["value"] <= record["ceiling"]["value"] and len(found["second_order"]) == 4
+    assert record["value"] <= record["ceiling"]["value"] and len({t["title"]: t["rows"] for t in found["tables"]}["Retrieval with two models"]) == 4
     assert {"image_from_brain.png", "brain_from_image.png"} <= {p.name for p in (home / "results" / "mindeye-mini-subj01" / "figures").iterdir()}
 
 

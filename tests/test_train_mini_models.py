@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from src import miniworld
+from src import miniworld, networks
 from tools import train_mini_models as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,35 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
     assert rows[-1]["step"] > 1 and rows[-1]["psnr"] > 5
 
 
-def test_no_model_but_the_judge_sees_a_held_out_combination_and_no_image_is_shared():
+def test_the_twin_that_learns_without_labels_is_probed_beside_random_weights(tmp_path):
+    row = launch(tmp_path, "swav_resnet50", 0.1)[-1]
+    assert row["step"] > 0 and {"scene", "kind", "colour", "random_scene", "random_kind", "random_colour"} <= set(row)
+
+
+def test_exported_twins_are_those_that_were_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "WORK", tmp_path)
+    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
+    trained = {name: tool.Twin(name) for name in tool.METRIC_NETWORKS}
+    for name, twin in trained.items():
+        torch.save({"average": twin.state_dict()}, tmp_path / f"{name}.pt")
+    tool.export_metric_networks()
+    monkeypatch.setattr(networks, "MINI", tmp_path / "out" / "metric_networks")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metric_networks"}
+    x = torch.rand(2, 3, 32, 32)
+    for name in ("AlexNet(5)", "InceptionV3", "EffNet-B1", "SwAV"):
+        twin, made = trained[networks.NETWORKS[name].architecture].eval(), networks.FeatureNetwork(name, weights="mini")
+        features = torch.from_numpy(made(x))
+        if name == "AlexNet(5)":  # whose trained head reads on from there
+            features = twin.body.avgpool(twin.body.features[12](features.unflatten(1, (64, 7, 7)))).flatten(1)
+        torch.testing.assert_close(features, twin.features(x).detach(), rtol=0.02, atol=0.02 * float(features.std()))
+
+
+def test_committed_twins_have_the_settings_of_the_tool():
+    for name, config in tool.METRIC_NETWORKS.items():
+        assert json.loads((networks.MINI / name / "config.json").read_text()) == config
+
+
+def test_no_model_but_those_that_judge_sees_a_held_out_combination_and_no_image_is_shared():
     def combinations(name):
         what = [miniworld.compose(seed, i, split) for seed, split, count in tool.DRAWN[name] for i in range(min(count, 400))]
         return {miniworld.combination_split(w.things[-1].kind, w.things[-1].colour, w.scene) for w in what}

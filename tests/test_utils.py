@@ -63,3 +63,11 @@ def test_paths_hang_on_home_then_on_the_repository(tmp_path, monkeypatch):
     assert utils.resolve("/x") == utils.Path("/x")
     assert utils.resolve("data/none") == tmp_path / "data" / "none"
     assert utils.resolve("recipes") == utils.ROOT / "recipes"
+
+
+def test_a_run_of_another_training_has_another_name():
+    plain = {"model_name": "", "subj": 2, "split": "images", "n_components": 0}
+    assert utils.run_name("mindeye/mini", plain) == utils.run_name("mindeye/mini", {"subj": 2}) == "mindeye-mini-subj02"
+    other = plain | {"split": "cluster-held-out", "n_components": 30}
+    assert utils.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
+    assert utils.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"

@@ -9,10 +9,14 @@
     python tools/train_mini_models.py stable --minutes 6        # Stable Diffusion: the text encoder's hidden states
     python tools/train_mini_models.py judge --minutes 5         # the classifier that judges the results
     python tools/train_mini_models.py teacher --minutes 12      # local embeddings for the low level's contrastive loss
+    python tools/train_mini_models.py alexnet --minutes 5       # twins of the networks that metrics look through; likewise
+                                                                # efficientnet_b1, inception_v3, swav_resnet50
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
+    python tools/train_mini_models.py export_metric_networks    # of it, the twins of the metrics' networks alone
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
-  world's training split has: no frozen model has seen a combination of the validation or the test set.
+  world's training split has: no frozen model has seen a combination of the validation or the test set, but for those that only judge results
+  (judge, twins of the metrics' networks), which have images of their own.
 - Every stage logs its quality on held-out images to train_logs/mini_models/<stage>.jsonl and checkpoints every two minutes.
 - Latents and tokens are computed once. Diffusion predicts v, with timesteps drawn towards high noise, and keeps an average of its weights.
 """
@@ -56,7 +60,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src import augment, miniworld, pretrained
+from src import augment, miniworld, networks, pretrained
 from src.losses import mixco_nce
 from src.pretrained import judge_input, take_transformers
 
@@ -74,7 +78,8 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 DRAWN = {  # what each set of images is drawn from: (seed, split of the combinations, images)
     "train": [(SEED, "train", 40_000)],
     "check": [(SEED, "val", 512)],
-    # the judge knows every combination, in their natural shares, so that it leans towards none; its images are no other model's
+    # the judge knows every combination, in their natural shares, so that it leans towards none; its images are seen by no
+    # model that encodes or generates (the twins of the metrics' networks, which only look at results too, are trained on them as well)
     "judge": [(JUDGE_SEED, "train", 30_000), (JUDGE_SEED, "val", 5_000), (JUDGE_SEED, "test", 5_000)],
     "judge_check": [(JUDGE_SEED + 1, "train", 1_500), (JUDGE_SEED + 1, "val", 250), (JUDGE_SEED + 1, "test", 250)],
 }
@@ -433,6 +438,82 @@ def train_teacher(args, rank: int = 0) -> None:
     train("teacher", teacher, loss_of, check, args, lr=1e-3, batch=48, rank=rank)
 
 
+# ------------------------------------------------------------------------------------------------ twins of the networks that metrics look through
+METRIC_NETWORKS = {  # by the folder that src/networks.py looks in
+    "alexnet": {"class": "AlexNet", "settings": {"channels": [16, 32, 64, 64, 64], "kernel": 7, "stride": 2}, "size": 64},
+    "efficientnet_b1": {
+        "class": "EfficientNet",  # blocks: expansion, kernel, stride, channels in and out, repeats
+        "settings": {"blocks": [[1, 3, 1, 24, 16, 1], [4, 3, 2, 16, 40, 2], [4, 3, 1, 40, 64, 2]], "last_channel": 320},
+        "size": 32,
+    },
+    "inception_v3": {"class": "ShuffleNetV2", "settings": {"repeats": [2, 3, 2], "channels": [16, 48, 96, 192, 384]}, "size": 64},
+    "swav_resnet50": {
+        "class": "RegNet",
+        "settings": {
+            "stem_width": 16, "depths": [1, 2, 1], "widths": [48, 96, 192], "group_widths": [16, 32, 32],
+            "bottleneck_multipliers": [1.0] * 3, "strides": [2, 2, 2],
+        },
+        "size": 64,
+    },
+}  # fmt: skip
+
+
+class Twin(nn.Module):
+    """A twin with the head that trains it, which is left behind: logits of the judge's questions, or what is compared between two views."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.body, self.size = networks.new_twin(METRIC_NETWORKS[name]), METRIC_NETWORKS[name]["size"]
+        with torch.no_grad():
+            dim = self.body.eval()(torch.zeros(1, 3, self.size, self.size)).shape[1]
+        answers = sum(len(each) for each in ANSWERS.values())
+        compared = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.ReLU(True), nn.Linear(256, 128, bias=False))
+        self.head = compared if name == "swav_resnet50" else nn.Sequential(nn.Dropout(0.1), nn.Linear(dim, answers))
+        self.train()
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images (batch, 3, 32, 32) in [0, 1] -> (batch, dim), as src/networks.py makes them of `resizing` "straight"."""
+        mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (networks.IMAGENET_MEAN, networks.IMAGENET_STD))
+        return self.body((F.interpolate(x, (self.size, self.size), mode="bilinear") - mean) / std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_metric_network(name: str, args, rank: int = 0) -> None:
+    """A classifier of the judge's images and questions; SwAV's twin learns without labels, by finding an image again in a second view of it.
+
+    The judge's images are those that no model that encodes or generates has seen. Of SwAV it keeps that it needs no labels, not its clusters.
+    """
+    data, held = images("judge"), pixels(images("judge_check"))
+    labels, check_labels = (torch.from_numpy(words(split)[1][:, :3]) for split in ("judge", "judge_check"))
+    twin, sizes = Twin(name).to(device()), [len(answers) for answers in ANSWERS.values()]
+    view = nn.Sequential(augment.K.RandomHorizontalFlip(p=0.5), augment.teacher_augmentation(miniworld.IMAGE_SIZE))
+
+    def loss_of(rng, batch):
+        index = np.sort(rng.integers(len(data), size=batch))
+        x = pixels(data[index])
+        if name == "swav_resnet50":
+            a, b = F.normalize(twin(torch.cat([view(x), view(x)]).to(device())).float(), dim=-1).chunk(2)
+            return mixco_nce(a, b, temp=0.1)
+        wanted, logits = labels[index].to(device()), twin(blemished(x).to(device())).float().split(sizes, dim=1)
+        return sum(F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits))
+
+    def features(model, x):
+        return torch.cat([model.features(part.to(device())).cpu() for part in x.split(250)])
+
+    def check(model):
+        if name != "swav_resnet50":
+            return judge_share(torch.cat([model(x.to(device())).cpu() for x in held.split(250)]), check_labels)
+        some, torch_state = pixels(data[::10]), torch.get_rng_state()
+        untrained = Twin(name).to(device()).eval()
+        torch.set_rng_state(torch_state)
+        probed = {key: linear_probe(features(m, some), labels[::10], features(m, held), check_labels) for key, m in (("", model), ("random_", untrained))}
+        return {key + question: share for key, shares in probed.items() for question, share in shares.items()}
+
+    train(name, twin, loss_of, check, args, lr=2e-3, batch=96 if name == "swav_resnet50" else 128, rank=rank)
+
+
 # ------------------------------------------------------------------------------------------------ diffusion
 WIDTHS, HEADS = (64, 96, 96), 4
 TEXTUAL = ("text", "stable")
@@ -649,6 +730,7 @@ def export(args) -> None:
         (model.half() if isinstance(model, nn.Module) else model).save_pretrained(OUT / "clip")
     averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
     export_teacher()
+    export_metric_networks()
     shared = {"vae": vae.half(), "scheduler": DDIMScheduler(**SCHEDULE)}
     _export_versatile(shared, vision.half(), text.half(), tokenizer, processor)
     StableDiffusionImageVariationPipeline(
@@ -669,6 +751,15 @@ def export_teacher() -> None:
     state = averaged("teacher", pretrained.ConvNeXtMaps(**TEACHER)).half().state_dict()
     save_file(state, OUT / "teacher" / "model.safetensors")
     (OUT / "teacher" / "config.json").write_text(json.dumps(TEACHER | {"image_size": TEACHER_SIZE}, indent=1) + "\n")
+
+
+def export_metric_networks() -> None:
+    """Write the twins of the metrics' networks, without their heads, as `networks.FeatureNetwork` reads them."""
+    for name, config in METRIC_NETWORKS.items():
+        folder = OUT / "metric_networks" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(averaged(name, Twin(name)).body.half().state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def finished(stage: str) -> UNet2DConditionModel:
@@ -702,6 +793,7 @@ def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
 # ------------------------------------------------------------------------------------------------ command line
 STAGES = {
     "vae": train_vae, "clip": train_clip, "judge": train_judge, "teacher": train_teacher,
+    **{s: (lambda a, rank=0, s=s: train_metric_network(s, a, rank)) for s in METRIC_NETWORKS},
     **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)},
 }  # fmt: skip
 
@@ -726,7 +818,7 @@ def _worker(rank: int, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("stage", choices=[*STAGES, "export", "export_metric_networks"])
     parser.add_argument("--minutes", type=float, default=10, help="wall time in all, earlier runs of the stage counted in")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the gradients (two beat two threads on two cores)")
     parser.add_argument("--threads", type=int, default=1)
@@ -738,9 +830,11 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         export(args)
+    elif args.stage == "export_metric_networks":
+        export_metric_networks()
     elif args.processes > 1:
         _draw_fewer(args.share)
-        for split in ("judge", "judge_check") if args.stage == "judge" else ("train", "check"):
+        for split in ("judge", "judge_check") if args.stage in ("judge", *METRIC_NETWORKS) else ("train", "check"):
             images(split)  # drawn once, by one process
         if args.stage in ("image", *START):
             conditioning(args.stage, "train"), conditioning(args.stage, "check")
