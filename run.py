@@ -128,6 +128,8 @@ def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
     digest = hashlib.sha256(before.encode())
     for path in [notebook_of(stage), *sorted((utils.ROOT / "src").rglob("*.py"))]:
         digest.update(path.read_bytes())
+    for path in sorted((utils.HOME / "results").glob("*/metrics.json")) if "runs" in values else []:  # of a comparison, the scores it reads
+        digest.update(path.parent.name.encode() + path.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 

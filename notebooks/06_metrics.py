@@ -33,6 +33,8 @@ run = configure(globals(), "06_metrics")
 run
 
 # %%
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
@@ -40,14 +42,14 @@ from sklearn.cluster import KMeans
 
 from src.data import open_split
 from src.figures import abstain_curve, save, score_by_distance, score_dots
-from src.metrics import METRICS, answer_metrics, pcc, resize, two_way_within
+from src.metrics import METRICS, answer_metrics, as_compared, pcc, resize, two_way_within
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper, Judge
 from src.reconstruct import load_reconstructions
 from src.report import gallery_widget, write_report
 from src.results import (
-    add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records, most_alike,
-    noise_ceiling, pixel_hash, provenance, score_table,
+    add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records,
+    mean_picture, most_alike, noise_ceiling, pixel_hash, provenance, score_table,
 )  # fmt: skip
 from src.utils import PerceptError, atomic, read_json, resolve
 
@@ -68,7 +70,7 @@ else:
     if not (all_images_path and model_name):
         raise PerceptError("recon_path needs all_images_path (the images that were seen) and model_name (a name for the results).")
     pictures = {"seen": load_pictures(resolve(all_images_path)), "system": load_pictures(resolve(recon_path))}
-    pictures["mean_image"] = pictures["seen"].mean(0).expand_as(pictures["seen"])
+    pictures["mean_image"] = mean_picture(pictures["seen"])
     image_ids, of, made, subject = np.arange(len(pictures["seen"])), {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])}, {}, None
 seen, recons = pictures.pop("seen"), pictures["system"]
 print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed; other rows: {', '.join(list(pictures)[1:])}")
@@ -102,10 +104,15 @@ wanted = [name.strip() for name in metrics.split(",") if name.strip()]
 if unknown := [name for name in wanted if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
 
+# %%
+
+at_one_size = partial(as_compared, resizing=resizing)
+
 
 def clip_features(images):
     """CLIP's final embedding (n, dim) of pictures (n, 3, height, width), resized bilinearly as the published evaluation does."""
-    parts = [resize(x.float(), clipper.size, antialias=resizing == "antialias") for x in images.split(64)]
+    first = at_one_size(images)
+    parts = (resize(first[i : i + 64].float(), clipper.size, antialias=resizing == "antialias") for i in range(0, len(first), 64))
     return torch.cat([clipper.embed_image(part).float().cpu() for part in parts])
 
 
@@ -113,11 +120,11 @@ def looking(name):
     """A metric with the network it looks through; features of the seen images are kept for other runs."""
     metric = METRICS[name]
     if not metric.network:
-        return metric
+        return metric.through(at_one_size)
     if name == "CLIP":
         return metric.through(clip_features, prefix)
     network = FeatureNetwork(name, weights, run.device, resizing)
-    return metric.through(network, prefix, network.features(seen.float(), cache=run.results.parent / ".features"))
+    return metric.through(network, prefix, network.features(seen, cache=run.results.parent / ".features"))
 
 
 # %%
@@ -127,7 +134,7 @@ judge = Judge(weights, run.device) if weights == "mini" and labels is not None e
 if judge is not None and set(judge.answers) <= set(labels.columns):
     labels = labels.set_index("image").loc[image_ids]
     chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
-    said = judge.ask(seen.float())
+    said = judge.ask(seen)
     print("the judge is right about the images that were shown:", {q: round(float((said[q] == labels[q]).mean()), 3) for q in said})
 
 # %% [markdown]
@@ -135,7 +142,7 @@ if judge is not None and set(judge.answers) <= set(labels.columns):
 # Every row is scored in the same way on the same images. "shuffled" pairs each reconstruction with wrong images.
 
 # %%
-table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids, resizing=resizing)
+table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
 reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
 records = make_records(table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=reason)
 each = {key: part["value"].to_numpy() for key, part in table[table["draw"] == 0].groupby(["row", "metric"], sort=False)}
@@ -216,18 +223,21 @@ repeats = sorted(row for row in pictures if row.startswith("repeats_"))
 tables = []
 if repeats:
     rows = [
-        {"metric": m.name} | {row.replace("repeats_", "") + " repeats": written(m, each[row, m.name]) for row in repeats}
+        {"metric": m.name} | {row.replace("repeats_", "") + (" repeat" if row == "repeats_1" else " repeats"): written(m, each[row, m.name]) for row in repeats}
         | {f"{of['repeats']} repeats": written(m, each["system", m.name])} for m in chosen
     ]  # fmt: skip
     tables.append({"title": "Fewer repeats of the test images", "note": "Published tables average three repeats; life offers one.", "rows": rows})
 others = []
 for record in records:
+    cells = {}
     for row, entry in record.get("others", {}).items():
         gain = [entry["difference"][k] if record["better"] == "higher" else -entry["difference"][k] for k in ("value", "low", "high")]
         if row not in repeats:
-            others.append({"metric": record["name"], "row": row, "score": entry["value"], "advantage": gain[0], "95 %": f"[{min(gain[1:]):+.3f}, {max(gain[1:]):+.3f}]"})
+            cells[row] = f"{entry['value']:.3f} ({gain[0]:+.3f} [{min(gain[1:]):+.3f}, {max(gain[1:]):+.3f}])"
+    others += [{"metric": record["name"]} | cells] if cells else []
 if others:
-    tables.append({"title": "Other decoders on the same images", "note": "Advantage: of the system, paired by image, with its 95 % interval.", "rows": others})
+    note = "In brackets what the system is better by, paired by image, with its 95 % interval."
+    tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
 
 # %%
 if "train_distance" in made:
@@ -305,8 +315,8 @@ if ours and found.exists():
     details["hit"] = ranks.reindex(image_ids).to_numpy() == 1
 if ours and subject.captions is not None:
     details["caption"] = subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna("").to_numpy()
-names = {"system": "reconstructed", f"low_level_{main}" if ours else "": "low level", "nearest_train": "nearest training image", "ceiling": "ceiling"}
-shown = {"seen": seen.float()} | {label: pictures[row].float() for row, label in names.items() if row in pictures}
+names = {f"low_level_{main}" if ours else "": "low level", "system": "reconstructed", "nearest_train": "nearest training image", "ceiling": "ceiling"}
+shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
 print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")
 
 # %%

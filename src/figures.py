@@ -571,6 +571,186 @@ def retrieval_curve(table: pd.DataFrame) -> Figure:
     return fig
 
 
+# ------------------------------------------------------------------------------------------------ several runs
+def _grid(count: int, width: float, height: float, columns: int = 4, **options: Any) -> tuple[Figure, list[Any]]:
+    """Panels in rows of `columns`, as even as can be; those left over are hidden."""
+    rows = -(-count // columns)
+    columns = -(-count // rows)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return fig, list(axes.flat[:count])
+
+
+def _titled(ax: Any, metric: str, better: str) -> None:
+    arrow = " (lower is better)" if better == "lower" else ""
+    ax.set_title(_wrapped(metric.replace("_", " ") + arrow, 30), fontsize=9)
+    ax.tick_params(axis="both", labelsize=8, length=2)
+
+
+def _controls_legend(fig: Figure, shown: Sequence[str], first: Sequence[Line2D], y: float, ncols: int = 4, **look: Any) -> None:
+    """Legend of floors and ceiling at the top of a figure."""
+    handles = list(first)
+    for name in [*CONTROL_MARKS, *sorted(set(shown) - set(CONTROL_MARKS))]:
+        if name in shown:
+            _, colour, label = _mark(name)
+            handles.append(Line2D([], [], color=colour, label=label, **{"ls": "none", **_shape(name), "ms": 9, **look}))
+    fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, y), ncols=ncols, fontsize=8, columnspacing=1.3, handletextpad=0.5)
+
+
+@_styled
+def compare_dots(table: pd.DataFrame, row: str = "system", baseline: str = "") -> Figure:
+    """Runs on the same test images: a panel a metric, a line a run, its score as a dot with its interval; right is better everywhere.
+
+    Floors and the ceiling stand in the lowest line, each from the run where it is strongest, and a thin line rises from each.
+
+    Args:
+        table: [run, row, metric, value, low, high, better]; rows named in `CONTROL_MARKS` (and "chance") are floors and ceiling.
+        row: the row that is drawn as the score of its run.
+        baseline: run whose interval is drawn as a band over all lines, "" for none.
+    """
+    known = {*CONTROL_MARKS, "chance"} - {row}
+    scores, controls = table[table["row"] == row], table[table["row"].isin(known)]
+    if scores.empty:
+        raise PerceptError(f"There are no scores of {row!r} to draw.")
+    runs, metrics = list(dict.fromkeys(scores["run"])), list(dict.fromkeys(scores["metric"]))
+    margin, head, line = 0.3 + 0.072 * max(map(len, runs)), 0.85, 0.21
+    columns = -(-len(metrics) // -(-len(metrics) // 4))
+    height = line * (len(runs) + 1.6)
+    fig, axes = _grid(len(metrics), 2.2, height + 0.75, sharey=True)
+    width, tall = fig.get_figwidth() + margin, fig.get_figheight() + head
+    fig.set_size_inches(max(width, 7.6), tall)
+    width = fig.get_figwidth()
+    fig.subplots_adjust(left=margin / width, right=1 - 0.15 / width, top=1 - (head + 0.32) / tall, bottom=0.36 / tall, hspace=0.75 / height, wspace=0.1)
+    for i, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
+        mine, beneath = scores[scores["metric"] == metric].set_index("run"), controls[controls["metric"] == metric]
+        _titled(ax, metric, mine["better"].iloc[0])
+        _lines_of_runs(ax, runs, mine, beneath, baseline)
+        if i % columns == 0:
+            ax.set_yticks([*range(len(runs)), len(runs) + 0.3], [*runs, "floors and ceiling"], fontsize=8)
+    told = [Line2D([], [], color=COLOURS[0], marker="o", ms=7, lw=2.5, label="run, 95 % interval")]
+    told += [Line2D([], [], color=COLOURS[0], alpha=0.25, lw=7, label="interval of the baseline")] if baseline in runs else []
+    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall)
+    return fig
+
+
+def _lines_of_runs(ax: Any, runs: Sequence[str], mine: pd.DataFrame, beneath: pd.DataFrame, baseline: str) -> None:
+    """One panel of `compare_dots`."""
+    lower = mine["better"].iloc[0] == "lower"
+    ends = [mine["low"].min(), mine["high"].max()]
+    for name, part in beneath.groupby("row", sort=False):
+        value = part["value"].min() if lower else part["value"].max()
+        ax.axvline(value, ymin=0, color=_mark(str(name))[1], lw=0.9, ls=":", zorder=1)
+        ax.plot(value, len(runs) + 0.3, color=_mark(str(name))[1], zorder=3, clip_on=False, **(_shape(str(name)) | ({"ms": 12} if name == "ceiling" else {})))
+        ends += [value]
+    if baseline in mine.index:
+        ax.axvspan(mine.loc[baseline, "low"], mine.loc[baseline, "high"], color=COLOURS[0], alpha=0.15, lw=0, zorder=0)
+    for y, run in enumerate(runs):
+        ax.axhline(y, color=FAINT, lw=0.8, zorder=0)
+        if run in mine.index:
+            ax.plot(mine.loc[run, ["low", "high"]].to_numpy(float), [y, y], color=COLOURS[0], lw=2.5, solid_capstyle="butt", zorder=4)
+            ax.plot(mine.loc[run, "value"], y, marker="o", ms=6, color=COLOURS[0], mec="white", mew=0.8, zorder=5)
+    ax.axhline(len(runs) - 0.35, color=SOFT, lw=0.6, zorder=0)
+    pad = 0.07 * ((max(ends) - min(ends)) or 1.0)
+    ax.set(xlim=(min(ends) - pad, max(ends) + pad)[:: -1 if lower else 1], ylim=(len(runs) + 0.8, -0.6))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+@_styled
+def bottleneck_curve(table: pd.DataFrame) -> Figure:
+    """Scores by the number of voxel components, all voxels at the right end, between floors and ceiling (Mayo et al., arXiv 2411.02783).
+
+    Up is better everywhere, also for distances.
+
+    Args:
+        table: [curve, row, metric, components, value, low, high, better], 0 components being all voxels; the row "system" is drawn with its
+            interval, rows named in `CONTROL_MARKS` as thin lines, those of the first curve.
+    """
+    system = table[table["row"] == "system"]
+    if system.empty:
+        raise PerceptError("There are no scores by number of components to draw.")
+    metrics, curves, largest = list(dict.fromkeys(system["metric"])), list(dict.fromkeys(system["curve"])), system["components"].max()
+    place = {k: 3.2 * largest if k == 0 else k for k in sorted(set(system["components"]))}
+    controls = table[(table["row"] != "system") & (table["curve"] == curves[0])]
+    fig, axes = _grid(len(metrics), 2.9, 2.45)
+    tall = fig.get_figheight() + 0.7
+    fig.set_size_inches(max(fig.get_figwidth(), 7.6), tall)
+    for ax, metric in zip(axes, metrics, strict=True):
+        for name, part in controls[controls["metric"] == metric].groupby("row", sort=False):
+            part = part.sort_values("components", key=lambda k: k.map(place))
+            ax.plot(part["components"].map(place), part["value"], color=_mark(str(name))[1], lw=1, marker=_mark(str(name))[0], ms=4, alpha=0.85, zorder=2)
+            if len(part) == 1:
+                ax.axhline(part["value"].iloc[0], color=_mark(str(name))[1], lw=1, zorder=1)
+        for i, curve in enumerate(curves):
+            part = system[(system["metric"] == metric) & (system["curve"] == curve)].sort_values("components", key=lambda k: k.map(place))
+            at = part["components"].map(place)
+            ax.fill_between(at, part["low"], part["high"], color=COLOURS[i], alpha=0.22, lw=0, zorder=3)
+            ax.plot(at, part["value"], color=COLOURS[i], marker=MARKERS[i], ms=6, mec="white", mew=0.8, ls=["-", "--", "-."][i % 3], lw=2.2, zorder=4)
+        _titled(ax, metric, system[system["metric"] == metric]["better"].iloc[0])
+        if system[system["metric"] == metric]["better"].iloc[0] == "lower":
+            ax.invert_yaxis()  # up is better everywhere
+        ax.set_xscale("log")
+        ax.set_xticks(list(place.values()), [str(k) if k else "all" for k in place])
+        ax.minorticks_off()
+        ax.grid(axis="y")
+    rows = [ax.get_subplotspec().rowspan.start for ax in axes]
+    for ax, r in zip(axes, rows, strict=True):
+        if r == max(rows):
+            ax.set_xlabel("components of the voxels", fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.62 / tall), h_pad=1.2, w_pad=1.2)
+    told = [
+        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], ms=6, lw=2.2, ls=["-", "--", "-."][i % 3], label=f"{curve}, 95 % interval")
+        for i, curve in enumerate(curves)
+    ]
+    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall, ls="-", ms=5, lw=1)
+    return fig
+
+
+@_styled
+def held_out_effect(table: pd.DataFrame, title: str = "") -> Figure:
+    """What training without some clusters changes: on test images of these clusters (filled) and of the others (hollow), a strip a metric.
+
+    Left of 0 is a loss. What the filled mark loses beyond the hollow one is written at the right, with its interval.
+
+    Args:
+        table: that of `compare.held_out_effect`: [metric, images, value, low, high, n].
+        title: of the figure, e.g. the two runs.
+    """
+    if table.empty:
+        raise PerceptError("There are no changes on held-out clusters to draw.")
+    metrics, line = list(dict.fromkeys(table["metric"])), 0.36
+    tall = 1.25 + line * len(metrics)
+    fig, ax = plt.subplots(figsize=(8.8, tall))
+    fig.subplots_adjust(left=0.25, right=0.7, top=1 - 0.72 / tall, bottom=0.45 / tall)
+    for y, metric in enumerate(metrics):
+        mine = table[table["metric"] == metric].set_index("images")
+        ax.axhline(y, color=FAINT, lw=0.8, zorder=0)
+        looks: dict[str, dict[str, Any]] = {"kept clusters": {"mfc": "white", "mec": SOFT, "color": SOFT}, "held-out clusters": {"color": COLOURS[1], "mec": "white"}}
+        for (kind, look), shift in zip(looks.items(), (0.14, -0.14), strict=True):
+            ax.plot(mine.loc[kind, ["low", "high"]].to_numpy(float), [y + shift] * 2, color=look["color"], lw=2.2, solid_capstyle="butt", zorder=3)
+            ax.plot(mine.loc[kind, "value"], y + shift, marker="o" if kind == "kept clusters" else "s", ms=6.5, mew=1.2, zorder=4, **look)
+        found = mine.loc["effect"]
+        clear = found["low"] > 0 or found["high"] < 0
+        text = f"{found['value']:+.3f}  [{found['low']:+.3f}, {found['high']:+.3f}]"
+        ax.text(1.03, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5, fontweight="bold" if clear else "normal")
+    ax.axvline(0, color=INK, lw=1)
+    ax.set(ylim=(len(metrics) - 0.5, -0.5), xlabel="change in score by training without the clusters (negative: a loss)")
+    ax.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics], fontsize=9)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.text(1.03, 1 + 0.06 / (line * len(metrics)), "beyond the others [95 %]", transform=ax.transAxes, va="bottom", fontsize=8, color=SOFT)
+    counts = table.groupby("images")["n"].max()
+    handles = [
+        Line2D([], [], color=COLOURS[1], marker="s", mec="white", ms=7, lw=2.2, label=f"{counts['held-out clusters']} images of held-out clusters"),
+        Line2D([], [], color=SOFT, marker="o", mfc="white", ms=7, lw=2.2, label=f"{counts['kept clusters']} images of the others"),
+    ]
+    fig.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.245, 1 - 0.3 / tall), ncols=2, fontsize=8)
+    fig.text(0.012, 1 - 0.07 / tall, title, va="top", fontweight="bold", fontsize=10)
+    return fig
+
+
 # ---------------------------------------------------------------------------------------- embeddings, voxels
 def _umap_points(brain: Any, clip: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Both embeddings (n, ...) in one UMAP plane: (n, 2) and (n, 2)."""

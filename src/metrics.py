@@ -17,18 +17,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_array
+from numba import njit
 from torch import Tensor
 
 from src.utils import PerceptError
@@ -50,11 +51,12 @@ def _part(rows: Any, at: slice | np.ndarray) -> Tensor:
     Raises:
         PerceptError: values that are not finite.
     """
-    part = rows[at].detach().cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows[at]))
+    part = rows[at]
+    part = part.detach().cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
     if part.dtype == torch.uint8:
         return part.float() / 255
     part = part if part.dtype in (torch.float32, torch.float64) else part.float()
-    if not torch.isfinite(part).all():
+    if not math.isfinite(part.sum()):  # any value that is not finite makes the sum so
         raise PerceptError("The rows to be compared hold NaN or infinite values; find out why (results.check_outputs) before scoring.")
     return part
 
@@ -99,32 +101,43 @@ def resize(images: Tensor, size: int = SIZE, antialias: bool = False) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def as_compared(images: Any, resizing: str = "published") -> Tensor:
+class _Resized:
+    """Pictures (n, 3, height, width) that are resized when they are read: 10,000 of them are not held twice."""
+
+    def __init__(self, images: Any, size: int, antialias: bool):
+        self.images, self.size, self.antialias = images, size, antialias
+        self.shape, self.dtype = (len(images), 3, size, size), torch.float32
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, at: Any) -> Tensor:
+        return resize(_part(self.images, at), self.size, self.antialias)
+
+
+def as_compared(images: Any, resizing: str = "published") -> Any:
     """Pictures (n, 3, height, width) as an evaluation first brings them to one size: a key of `RESIZING`.
 
-    The published evaluation takes all pictures to 256 pixels, and from there to what each metric asks for.
+    The published evaluation takes all pictures to 256 pixels, and from there to what each metric asks for. What is returned can be sliced and
+    has a length and a shape; the pictures are resized when they are read.
 
     Raises:
         PerceptError: an unknown way.
     """
     if resizing not in RESIZING:
         raise PerceptError(f"There is no resizing '{resizing}': choose one of {', '.join(RESIZING)}.")
-    if resizing == "straight":
-        return _part(images, slice(None))
-    parts = [resize(_part(images, slice(i, i + CHUNK)), 256, resizing == "antialias") for i in range(0, len(images), CHUNK)]
-    return torch.cat(parts)
+    return images if resizing == "straight" else _Resized(images, 256, resizing == "antialias")
 
 
 # ------------------------------------------------------------------------------------------------ features
-def _unit_rows(rows: Tensor, centre: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Rows (n, features), centred if asked, of length one; a flat row becomes zero."""
-    rows = rows.flatten(1)
-    flat = rows.amax(1, keepdim=True) == rows.amin(1, keepdim=True)
-    rows = rows.to(dtype, copy=True)
+def _unit_rows(rows: Tensor, centre: bool = True) -> Tensor:
+    """Rows (n, features) in double precision, centred if asked, of length one; a flat row becomes zero."""
+    rows = rows.flatten(1).double()
     if centre:
-        rows -= rows.mean(1, keepdim=True, dtype=torch.float64).to(dtype)
-        rows *= ~flat  # a flat row must not become rounding noise
-    return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-300 if dtype == torch.float64 else 1e-30))
+        # a flat row must not become rounding noise
+        spread = rows.amax(1, keepdim=True) > rows.amin(1, keepdim=True)
+        rows = (rows - rows.mean(1, keepdim=True)) * spread
+    return F.normalize(rows, dim=1)
 
 
 def two_way_each(real_features: Any, recon_features: Any, pairing: Any = None) -> np.ndarray:
@@ -150,22 +163,52 @@ def two_way_each(real_features: Any, recon_features: Any, pairing: Any = None) -
     n, features = len(order), int(np.prod(real_features.shape[1:]))
     if n < 2:
         raise PerceptError("Two-way identification needs at least two images: one to find and one to confuse it with.")
+    if features != int(np.prod(recon_features.shape[1:])):
+        raise PerceptError(
+            f"True features {tuple(real_features.shape[1:])} and reconstructed ones {tuple(recon_features.shape[1:])} differ: both must come from "
+            "the same network."
+        )
     block = max(1, BLOCK // features)
-    counts = [_beaten(real_features, recon_features, np.arange(start, min(start + block, n)), order, max(1, block // 8)) for start in range(0, n, block)]
+    reals = [slice(start, start + block) for start in range(0, n, block)]
+    known = [_moments(_part(real_features, at).flatten(1)) for at in reals]
+    counts = [_beaten(real_features, reals, known, recon_features, np.arange(start, min(start + block, n)), order) for start in range(0, n, block)]
     return np.concatenate(counts) / (n - 1)
 
 
-def _beaten(real: Any, recon: Any, mine: np.ndarray, order: np.ndarray, step: int) -> np.ndarray:
-    """How many true images resemble each reconstruction of a block less than its own one does, (block,)."""
-    part = _part(recon, slice(mine[0], mine[-1] + 1))
-    if part.flatten(1).shape[1] != int(np.prod(real.shape[1:])):
-        raise PerceptError(f"True features {tuple(real.shape[1:])} and reconstructed ones {tuple(recon.shape[1:])} differ: both must come from the same network.")
-    preds = _unit_rows(part, dtype=torch.float32)  # (block, features)
-    r = torch.cat([_unit_rows(_part(real, slice(i, i + step)), dtype=torch.float32) @ preds.T for i in range(0, len(real), step)])  # (n, block)
+def _moments(rows: Tensor) -> Tensor:
+    """Sum, and length after centring, of rows (n, features): float64 (n, 2), as good as the rows' own precision; a flat row has length 0."""
+    sums, squares = rows.sum(1).double(), torch.linalg.vector_norm(rows, dim=1).double() ** 2
+    left = squares - sums**2 / rows.shape[1]
+    for i in (left < 1e-3 * squares).nonzero()[:, 0].tolist():  # nearly flat: what is left is not to be trusted
+        row = rows[i].double()
+        left[i] = 0.0 if row.max() == row.min() else (row - row.mean()).square().sum()
+    return torch.stack([sums, left.clamp_min(0).sqrt()], 1)
+
+
+def _beaten(real: Any, reals: list[slice], known: list[Tensor], recon: Any, mine: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """How many true images resemble each reconstruction of a block less than its own one does, (block,).
+
+    Args:
+        real: (n, features...).
+        reals: the blocks in which these are read.
+        known: `_moments` of each.
+        recon: (n, features...).
+        mine: the rows of this block.
+        order: (n,) the true image that each reconstruction is held against.
+    """
+    part = _part(recon, slice(mine[0], mine[-1] + 1)).flatten(1)
+    size, (sums, lengths) = part.shape[1], _moments(part).T
+    truth = torch.cat(known)
+    products = torch.cat([_part(real, at).flatten(1).to(part.dtype) @ part.T for at in reals]).double()  # (n, block)
+    r = (products - truth[:, :1] * sums / size) / (truth[:, 1:] * lengths).clamp_min(1e-300)
+    r[:, lengths == 0], r[truth[:, 1] == 0] = 0.0, 0.0  # what is flat correlates with nothing, exactly
     own = r[order[mine], torch.arange(len(mine))]
     beaten = r < own
-    near = (r - own).abs() < 1e-5
-    near[:, preds.abs().amax(1) == 0] = False  # a flat reconstruction ties with every image, exactly
+    # single precision is as good as the products are; where a large mean was taken off, its error weighs more
+    whole = [(moments[:, 1] ** 2 + moments[:, 0] ** 2 / size).sqrt() / moments[:, 1].clamp_min(1e-300) for moments in (truth, torch.stack([sums, lengths], 1))]
+    near = (r - own).abs() < 4e-6 * whole[0][:, None] * whole[1]
+    near[:, lengths == 0], near[truth[:, 1] == 0] = False, False
+    near[order[mine], torch.arange(len(mine))] = True
     for j in (near.sum(0) > 1).nonzero()[:, 0].tolist():
         rivals = near[:, j].nonzero()[:, 0].numpy()
         pred = _unit_rows(part[j : j + 1])[0]  # (features,)
@@ -243,39 +286,92 @@ def mse(images: Any, recons: Any, pairing: Any = None) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ pixels
+# The two pixel metrics read 3 x 425 x 425 numbers a pair; compiled, in one pass, they cost a millisecond each (benchmarks/metrics.py).
 def _each_pair(compare: Callable[[np.ndarray, np.ndarray], float], images: Any, recons: Any, pairing: Any) -> np.ndarray:
-    """`compare` of each pair of pictures (3, height, width), (n,), on all cores: numpy works outside of Python's lock."""
+    """`compare` of each pair of pictures float32 (3, height, width), (n,), on all cores: compiled code works outside of Python's lock."""
     order = _check_pair(images, recons, "images (n, 3, height, width)", pairing)
 
     def some(start: int) -> list[float]:
-        x, y = _part(images, order[start : start + 4]), _part(recons, slice(start, start + 4))
+        x, y = (_part(rows, at).float() for rows, at in ((images, order[start : start + 8]), (recons, slice(start, start + 8))))
         _check_pictures(x)
         _check_pictures(y)
-        return [compare(a, b) for a, b in zip(x.float().numpy(), y.float().numpy(), strict=True)]
+        return [compare(a, b) for a, b in zip(x.contiguous().numpy(), y.contiguous().numpy(), strict=True)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array([value for values in pool.map(some, range(0, len(order), 4)) for value in values])
+        return np.array([value for values in pool.map(some, range(0, len(order), 8)) for value in values])
+
+
+class _Resizer(NamedTuple):
+    """Bilinear resizing of one axis, a matrix A (size, side) that is almost empty; the axes can be treated apart."""
+
+    first: np.ndarray  # (size,) the first pixel that enters each new one
+    taps: np.ndarray  # (taps, size) the weights of that pixel and of those after it
+    bands: np.ndarray  # (2 * bands + 1, side) the diagonals of A'A: what inner products after resizing are
+    mean: np.ndarray  # (side,) mean over the new pixels of each old one's weight
 
 
 @lru_cache(maxsize=32)
-def _resizer(side: int, size: int, antialias: bool) -> tuple[csr_array, csr_array, np.ndarray]:
-    """Of resizing one axis bilinearly: its matrix A (size, side), A'A (side, side), and the mean over A's rows (side,).
-
-    Bilinear resizing is linear and treats the axes apart.
-    """
-    matrix = np.eye(side, dtype=np.float32)
+def _resizer(side: int, size: int, antialias: bool) -> _Resizer:
+    matrix = np.eye(side)
     if side != size:
-        matrix = F.interpolate(torch.eye(side)[None, None], (size, side), mode="bilinear", align_corners=False, antialias=antialias)[0, 0].numpy()
-    exact = matrix.astype(np.float64)
-    return csr_array(matrix), csr_array((exact.T @ exact).astype(np.float32)), exact.mean(0).astype(np.float32)
+        eye = torch.eye(side, dtype=torch.float64)[None, None]
+        matrix = F.interpolate(eye, (size, side), mode="bilinear", align_corners=False, antialias=antialias)[0, 0].numpy()
+    first = (matrix != 0).argmax(1)
+    count = int((side - (matrix[:, ::-1] != 0).argmax(1) - first).max())
+    first = np.minimum(first, side - count)
+    taps = np.stack([matrix[np.arange(size), first + t] for t in range(count)])
+    product = matrix.T @ matrix
+    reach = max(o for o in range(side) if np.diagonal(product, o).any())
+    bands = np.zeros((2 * reach + 1, side))
+    for o in range(-reach, reach + 1):
+        bands[o + reach, max(0, -o) : side - max(0, o)] = np.diagonal(product, o)
+    return _Resizer(first, taps.astype(np.float32), bands.astype(np.float32), matrix.mean(0).astype(np.float32))
 
 
-def _on_both_axes(rows: csr_array, columns: csr_array, x: np.ndarray) -> np.ndarray:
-    """Matrices times the rows and the columns of pictures (channels, height, width) -> (channels, height', width')."""
-    channels, _, width = x.shape
-    by_rows = (rows @ np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(-1, channels * width)).reshape(-1, channels, width)
-    by_columns = columns @ np.ascontiguousarray(by_rows.transpose(2, 1, 0)).reshape(width, -1)
-    return by_columns.reshape(-1, channels, len(by_rows)).transpose(1, 2, 0)
+@njit(nogil=True, fastmath=True, cache=True)
+def _correlation(x: Any, y: Any, rows: Any, columns: Any, row_mean: Any, column_mean: Any) -> Any:
+    """Pearson correlation of two pictures (3, height, width) after resizing, which is told by the bands and means of both axes' `_Resizer`."""
+    channels, height, width = x.shape
+    means, low, high = np.zeros(2), np.full(2, np.inf), np.full(2, -np.inf)
+    for k, z in enumerate((x, y)):
+        for c in range(channels):
+            for i in range(height):
+                total, least, most = np.float32(0), z[c, i, 0], z[c, i, 0]
+                for j in range(width):
+                    total += z[c, i, j] * column_mean[j]
+                    least, most = min(least, z[c, i, j]), max(most, z[c, i, j])
+                means[k] += row_mean[i] * total
+                low[k], high[k] = min(low[k], least), max(high[k], most)
+        means[k] /= channels
+    if low[0] == high[0] or low[1] == high[1]:
+        return 0.0
+    mx, my = np.float32(means[0]), np.float32(means[1])
+    up, across = len(rows) // 2, len(columns) // 2
+    xx = yy = xy = 0.0
+    ux, uy = np.empty(width, np.float32), np.empty(width, np.float32)
+    vx, vy = np.empty(width, np.float32), np.empty(width, np.float32)
+    for c in range(channels):
+        for i in range(height):
+            ux[:], uy[:], vx[:], vy[:] = 0.0, 0.0, 0.0, 0.0
+            for o in range(-up, up + 1):
+                if 0 <= i + o < height:
+                    weight = rows[o + up, i]
+                    for j in range(width):
+                        ux[j] += weight * (x[c, i + o, j] - mx)
+                        uy[j] += weight * (y[c, i + o, j] - my)
+            for o in range(-across, across + 1):
+                for j in range(max(0, -o), width - max(0, o)):
+                    vx[j] += columns[o + across, j] * ux[j + o]
+                    vy[j] += columns[o + across, j] * uy[j + o]
+            sx = sy = sxy = np.float32(0)
+            for j in range(width):
+                sx += (x[c, i, j] - mx) * vx[j]
+                sy += (y[c, i, j] - my) * vy[j]
+                sxy += (x[c, i, j] - mx) * vy[j]
+            xx += float(sx)
+            yy += float(sy)
+            xy += float(sxy)
+    return xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else 0.0
 
 
 def pixcorr(images: Any, recons: Any, size: int = SIZE, antialias: bool = False, pairing: Any = None) -> np.ndarray:
@@ -298,27 +394,11 @@ def pixcorr(images: Any, recons: Any, size: int = SIZE, antialias: bool = False,
 
     def compare(x: np.ndarray, y: np.ndarray) -> float:
         if x.shape != y.shape:
-            x, y = (_enlarged(z, size, antialias) for z in (x, y))
-        (_, rows, row_mean), (_, columns, column_mean) = (_resizer(side, size, antialias) for side in x.shape[1:])
-        x, y = (_centred(z, row_mean, column_mean) for z in (x, y))
-        ax, ay = (_on_both_axes(rows, columns, z) for z in (x, y))
-        xx, yy, xy = (np.sum(p * q, dtype=np.float64) for p, q in ((x, ax), (y, ay), (x, ay)))
-        return xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else 0.0
+            x, y = (resize(torch.from_numpy(z)[None], size, antialias)[0].contiguous().numpy() for z in (x, y))
+        rows, columns = (_resizer(side, size, antialias) for side in x.shape[1:])
+        return _correlation(x, y, rows.bands, columns.bands, rows.mean, columns.mean)
 
     return _each_pair(compare, images, recons, pairing)
-
-
-def _centred(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """A picture (3, height, width) less the constant that makes the mean of its resized version 0; a flat one becomes exactly 0."""
-    if x.max() == x.min():
-        return np.zeros_like(x)
-    return x - np.float32((rows @ x.mean(0, dtype=np.float64)) @ columns)
-
-
-def _enlarged(x: np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    """Pictures (channels, height, width) -> (channels, size, size)."""
-    (rows, *_), (columns, *_) = (_resizer(side, size, antialias) for side in x.shape[1:])
-    return x if x.shape[1:] == (size, size) else np.ascontiguousarray(_on_both_axes(rows, columns, x))
 
 
 GREY = np.array([0.2125, 0.7154, 0.0721], np.float32)  # scikit-image's weights of red, green and blue
@@ -326,41 +406,71 @@ TAPS = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2).astype(np.float32)  # a Gaus
 TAPS /= TAPS.sum()
 
 
-def _smooth(x: np.ndarray, axis: int) -> np.ndarray:
-    """Filter (rows, columns) along one axis with `TAPS`, where all of them fit: that axis loses 10 pixels."""
-    kept = x.shape[axis] - 10
-
-    def shifted(i: int) -> np.ndarray:
-        return x[i : i + kept] if axis == 0 else x[:, i : i + kept]
-
-    out = shifted(5) * TAPS[5]
-    both = np.empty_like(out)
-    for i in range(5):  # the filter is symmetric
-        np.add(shifted(i), shifted(10 - i), out=both)
-        both *= TAPS[i]
-        out += both
+@njit(nogil=True, fastmath=True, cache=True)
+def _grey(picture: Any, weights: Any, first: Any, row_taps: Any, start: Any, column_taps: Any) -> Any:
+    """Luminance of a picture (3, height, width), resized. Grey is taken before resizing: both are linear, and it is a third of the work."""
+    _, height, width = picture.shape
+    light = weights[0] * picture[0] + weights[1] * picture[1] + weights[2] * picture[2]
+    out, line = np.empty((len(first), len(start)), np.float32), np.empty(width, np.float32)
+    for i in range(len(first)):
+        line[:] = 0.0
+        for t in range(len(row_taps)):
+            weight = row_taps[t, i]
+            for j in range(width):
+                line[j] += weight * light[first[i] + t, j]
+        for j in range(len(start)):
+            value = np.float32(0)
+            for t in range(len(column_taps)):
+                value += column_taps[t, j] * line[start[j] + t]
+            out[i, j] = value
     return out
 
 
-def _structure(x: np.ndarray, y: np.ndarray, axes: tuple[int, ...]) -> float:
-    """Structural similarity (Wang et al. 2004) of two grey pictures (rows, columns) in [0, 1], statistics taken along some axes."""
-    c1, c2 = np.float32(0.01**2), np.float32(0.03**2)
-    maps = [x, y, x * x + y * y, x * y]
-    for axis in axes:
-        maps = [_smooth(z, axis) for z in maps]
-    mx, my, squares, product = maps
-    both, means = mx * my, mx * mx + my * my
-    product -= both
-    squares -= means
-    return float(((2 * both + c1) * (2 * product + c2) / ((means + c1) * (squares + c2))).mean(dtype=np.float64))
+@njit(nogil=True, fastmath=True, cache=True)
+def _structure(x: Any, y: Any, taps: Any, across: bool) -> Any:
+    """Mean structural similarity of two grey pictures (rows, columns) in [0, 1] where the whole window fits, statistics taken along the rows'
+    axis and, with `across`, along the columns' too."""
+    c1, c2, half, reach = np.float32(0.01**2), np.float32(0.03**2), np.float32(0.5), len(taps)
+    height, width = x.shape
+    kept = width - reach + 1 if across else width
+    up, total = np.empty((4, width), np.float32), 0.0
+    both = np.empty((4, kept), np.float32)
+    for i in range(height - reach + 1):
+        up[:] = 0.0
+        for t in range(reach):
+            w = taps[t]
+            for j in range(width):
+                a, b = x[i + t, j] - half, y[i + t, j] - half  # variances do not change, and rounding weighs less
+                up[0, j] += w * a
+                up[1, j] += w * b
+                up[2, j] += w * (a * a + b * b)
+                up[3, j] += w * (a * b)
+        if across:
+            both[:] = 0.0
+            for t in range(reach):
+                w = taps[t]
+                for k in range(4):
+                    for j in range(kept):
+                        both[k, j] += w * up[k, j + t]
+        else:
+            both[:] = up
+        for j in range(kept):
+            a, b = both[0, j], both[1, j]
+            covariance, variances = both[3, j] - a * b, both[2, j] - (a * a + b * b)
+            a, b = a + half, b + half
+            total += (2 * (a * b) + c1) * (2 * covariance + c2) / (((a * a + b * b) + c1) * (variances + c2))
+    return total / ((height - reach + 1) * kept)
 
 
-def _structures(images: Any, recons: Any, size: int, antialias: bool, pairing: Any, axes: tuple[int, ...]) -> np.ndarray:
-    """`_structure` of the grey pictures of each pair, (n,). Grey is taken before resizing: both are linear, and it is a third of the work."""
+def _structures(images: Any, recons: Any, size: int, antialias: bool, pairing: Any, across: bool) -> np.ndarray:
+    """`_structure` of the grey pictures of each pair, (n,)."""
 
     def compare(x: np.ndarray, y: np.ndarray) -> float:
-        x, y = (_enlarged(np.tensordot(GREY, z, 1)[None], size, antialias)[0] for z in (x, y))
-        return _structure(x, y, axes)
+        greys = []
+        for z in (x, y):
+            rows, columns = (_resizer(side, size, antialias) for side in z.shape[1:])
+            greys.append(_grey(z, GREY, rows.first, rows.taps, columns.first, columns.taps))
+        return _structure(greys[0], greys[1], TAPS, across)
 
     return _each_pair(compare, images, recons, pairing)
 
@@ -380,7 +490,7 @@ def ssim(images: Any, recons: Any, size: int = SIZE, antialias: bool = False, pa
     Returns:
         (n,) in [-1, 1].
     """
-    return _structures(images, recons, size, antialias, pairing, (0, 1))
+    return _structures(images, recons, size, antialias, pairing, True)
 
 
 def ssim_columns(images: Any, recons: Any, size: int = SIZE, antialias: bool = False, pairing: Any = None) -> np.ndarray:
@@ -391,7 +501,7 @@ def ssim_columns(images: Any, recons: Any, size: int = SIZE, antialias: bool = F
     There `multichannel=True` made the 425 columns channels: a one-dimensional SSIM, averaged over columns,
     about 0.1 higher. Arguments and result as `ssim`.
     """
-    return _structures(images, recons, size, antialias, pairing, (0,))
+    return _structures(images, recons, size, antialias, pairing, False)
 
 
 # ------------------------------------------------------------------------------------------------ registry

@@ -460,7 +460,8 @@ class Judge:
     @torch.no_grad()
     def ask(self, images: Tensor, batch_size: int = 250) -> dict[str, np.ndarray]:
         """(images, 3, 32, 32) in [0, 1] -> answers (images,) by question."""
-        parts = [self.model(judge_input(x.to(self.device))).logits for x in images.split(batch_size)]
+        starts = range(0, len(images), batch_size)
+        parts = [self.model(judge_input(images[i : i + batch_size].float().to(self.device))).logits for i in starts]
         by_question = torch.cat(parts).cpu().split([len(answers) for answers in self.answers.values()], dim=1)
         return {q: np.array(names)[logits.argmax(1)] for (q, names), logits in zip(self.answers.items(), by_question, strict=True)}
 

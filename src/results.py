@@ -13,6 +13,7 @@ import hashlib
 import math
 import platform
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from src.metrics import CHUNK, RESIZING, SIZE, Metric, as_compared, resize
+from src.metrics import CHUNK, RESIZING, SIZE, Metric, resize
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
 CONFIDENCE = 0.95
@@ -155,7 +156,7 @@ def _number(path: Path) -> list[Any]:
 
 
 def load_pictures(path: str | Path) -> Tensor:
-    """Pictures of anyone: float32 (n, 3, height, width) in [0, 1].
+    """Pictures of anyone: (n, 3, height, width), uint8 or floats in [0, 1], as they are stored; large files are mapped, not read.
 
     Args:
         path: a .pt file that holds one tensor (as the published repositories write), an .npz or .npy file that holds one array, or a folder
@@ -182,7 +183,7 @@ def load_pictures(path: str | Path) -> Tensor:
         pictures = pictures.permute(0, 3, 1, 2)
     if pictures.ndim != 4 or pictures.shape[1] != 3:
         raise PerceptError(f"{path} holds an array of shape {tuple(pictures.shape)}: pictures are (n, 3, height, width) or (n, height, width, 3).")
-    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+    return pictures
 
 
 def _stored(path: Path) -> Any:
@@ -190,7 +191,10 @@ def _stored(path: Path) -> Any:
     if path.suffix not in (".pt", ".pth", ".npz", ".npy"):
         raise PerceptError(f"{path} cannot be read as pictures: give a .pt, .npz or .npy file, or a folder of PNG files.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True) if path.suffix in (".pt", ".pth") else np.load(path, allow_pickle=False)
+        if path.suffix in (".pt", ".pth"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # the older format cannot be mapped
+        else:
+            content = np.load(path, allow_pickle=False, mmap_mode="c" if path.suffix == ".npy" else None)
         arrays = list(content.values()) if isinstance(content, Mapping) else [content]
     except Exception as error:
         raise PerceptError(f"{path} cannot be read ({str(error).splitlines()[0]}): it must hold plain numbers, no Python objects.") from error
@@ -203,9 +207,19 @@ def pixel_hash(images: Any) -> str:
     """Identity of pictures (n, 3, height, width) in [0, 1], whoever stored them: number, size, and a hash of their bytes at 8 bits."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     for start in range(0, len(images), CHUNK):
-        part = torch.as_tensor(images[start : start + CHUNK]).float()
-        digest.update((part * 255).round().clamp(0, 255).to(torch.uint8).contiguous().numpy().tobytes())
+        part = torch.as_tensor(images[start : start + CHUNK])
+        part = part if part.dtype == torch.uint8 else (part.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        digest.update(part.contiguous().numpy().tobytes())
     return f"{len(images)}-pixels-{digest.hexdigest()[:12]}"
+
+
+def mean_picture(images: Any) -> Tensor:
+    """The mean of pictures (n, 3, height, width), once for each of them (a view); float32, bytes become [0, 1]."""
+    total: Any = 0.0
+    for start in range(0, len(images), CHUNK):
+        part = torch.as_tensor(images[start : start + CHUNK])
+        total = total + (part.double() / 255 if part.dtype == torch.uint8 else part.double()).sum(0)
+    return (total / len(images)).float().expand(len(images), -1, -1, -1)
 
 
 def most_alike(pictures: Any) -> np.ndarray:
@@ -231,7 +245,6 @@ def score_table(
     draws: int = 5,
     seed: int = 0,
     image_ids: Any = None,
-    resizing: str = "straight",
 ) -> pd.DataFrame:
     """Score a system, its controls and whatever else on the same images, one line an image.
 
@@ -244,7 +257,6 @@ def score_table(
         draws: random pairings of the "shuffled" floor, which is always computed from "system".
         seed: of these pairings.
         image_ids: (n,), by default the position.
-        resizing: how all pictures are first brought to one size, a key of `metrics.RESIZING`.
 
     Returns:
         Tidy table [metric, row, image, draw, value]. In the row "shuffled", `image` names the reconstruction, so that its scores stand
@@ -263,10 +275,10 @@ def score_table(
     truth: dict[Any, Any] = {}
     for metric in metrics:
         if metric.prepare not in truth:
-            truth[metric.prepare] = metric.prepare_true(as_compared(images, resizing))
+            truth[metric.prepare] = metric.prepare_true(images)
     tables: dict[str, list[pd.DataFrame]] = {metric.name: [] for metric in metrics}
-    for name, given in progress(rows.items(), "scoring"):
-        pictures, made = as_compared(given, resizing), {}
+    for name, pictures in progress(rows.items(), "scoring"):
+        made: dict[Any, Any] = {}
         for metric in metrics:
             if metric.prepare not in made:
                 made = {metric.prepare: metric.prepare(pictures)}  # that of the network before goes
@@ -533,10 +545,19 @@ def check_outputs(recons: Any) -> list[str]:
     Returns: Sentences, none when all is well: values that are not finite or out of range, black images,
         images of one colour, all alike.
     """
-    recons = torch.as_tensor(recons).detach().float().cpu()
-    n, flat = len(recons), recons.flatten(1)
-    finite = torch.isfinite(flat).all(1)
-    alarms = []
+    n, alarms = len(recons), []
+    found: list[Tensor] = []
+    total: Any = 0.0
+    square: Any = 0.0
+    for start in range(0, n, CHUNK):  # a chunk at a time: 10,000 pictures fit
+        rows = torch.as_tensor(recons[start : start + CHUNK]).detach().cpu()
+        rows = (rows.float() / 255 if rows.dtype == torch.uint8 else rows.float()).flatten(1)
+        finite = torch.isfinite(rows).all(1)
+        rows = torch.where(finite[:, None], rows, 0.0)
+        found.append(torch.stack([finite, rows.amin(1), rows.amax(1), rows.std(1)], 1))
+        total, square = total + rows.double().sum(0), square + rows.double().square().sum(0)
+    finite, least, most, spread = torch.cat(found).T
+    finite = finite.bool()
 
     def say(which: Tensor, what: str) -> None:
         if which.any():
@@ -544,12 +565,12 @@ def check_outputs(recons: Any) -> list[str]:
             alarms.append(f"{int(which.sum())} of {n} reconstructions {what} (first: {first}).")
 
     say(~finite, "hold NaN or infinite values; half precision in the decoder is the usual cause")
-    flat = torch.where(finite[:, None], flat, 0.0)
-    say((flat.amin(1) < -1e-3) | (flat.amax(1) > 1 + 1e-3), "leave the range [0, 1]; clamp them")
-    black = finite & (flat.amax(1) < 0.02)
+    say((least < -1e-3) | (most > 1 + 1e-3), "leave the range [0, 1]; clamp them")
+    black = finite & (most < 0.02)
     say(black, "are black; a safety checker or a half-precision overflow is the usual cause")
-    say(finite & ~black & (flat.std(1) < 0.01), "are of one flat colour")
-    if n > 1 and flat.std(0).mean() < 0.1 * flat.std(1).mean():
+    say(finite & ~black & (spread < 0.01), "are of one flat colour")
+    between = (square / n - (total / n) ** 2).clamp_min(0).sqrt().mean()  # how much a pixel differs between pictures
+    if n > 1 and between < 0.1 * spread.mean():
         alarms.append(
             f"The {n} reconstructions are nearly alike (they differ less than a tenth of what one "
             "picture's pixels do): "

@@ -49,7 +49,34 @@ def voxel_table():
     return pd.DataFrame({"noise_ceiling": rng.random(50), **flags})
 
 
+RUNS = ["a_run", "a_run-with-a-long-name-cluster-held-out", *(f"run{i}" for i in range(8))]
+
+
+def run_table():
+    def line(run, row, metric, value):
+        return {"run": run, "row": row, "metric": metric, "value": value, "low": value - 0.05, "high": value + 0.05, "better": "lower" if metric == "mse" else "higher"}
+
+    rows = {"system": 0.5, "ridge": 0.4, "mean_image": 0.1, "ceiling": 0.9}
+    return pd.DataFrame([line(run, row, metric, value + i / 100) for i, run in enumerate(RUNS) for row, value in rows.items() for metric in ("pixcorr", "mse")])
+
+
+def bottleneck_table():
+    table = run_table()
+    table = table[table["run"].isin(RUNS[:3]) & (table["row"] != "ridge")]
+    table = table.assign(components=table["run"].map({RUNS[0]: 3, RUNS[1]: 30, RUNS[2]: 0}))
+    return pd.concat([table.assign(curve="mindeye/mini, network"), table[table["row"] == "system"].assign(curve="mindeye/mini, ridge")])
+
+
+def effect_table():
+    changes = {"held-out clusters": (-0.3, 5), "kept clusters": (-0.1, 20), "effect": (-0.2, 25)}
+    lines = [(m, kind, v, v - 0.05, v + 0.05, n) for m in ("pixcorr", "mini:judge:kind") for kind, (v, n) in changes.items()]
+    return pd.DataFrame(lines, columns=["metric", "images", "value", "low", "high", "n"])
+
+
 DRAWN = {
+    "compare_dots": lambda: figures.compare_dots(run_table(), baseline="a_run"),
+    "bottleneck_curve": lambda: figures.bottleneck_curve(bottleneck_table()),
+    "held_out_effect": lambda: figures.held_out_effect(effect_table(), "a run against another"),
     "contact_sheet": lambda: figures.contact_sheet(
         {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
     ),
@@ -142,6 +169,31 @@ def test_long_names_of_scores_stay_inside_the_figure():
     assert all(text.get_window_extent().x0 >= 0 for ax in fig.axes for text in ax.texts)
 
 
+def test_comparison_names_every_run_and_points_right_when_it_is_better():
+    fig = figures.compare_dots(run_table(), baseline="a_run")
+    shown = texts(fig)
+    assert {*RUNS, "floors and ceiling", "mean image", "ceiling (true latents)", "interval of the baseline"} <= set(shown) and "ridge" not in shown
+    limits = {ax.get_title(): ax.get_xlim() for ax in fig.axes}
+    assert limits["pixcorr"][0] < limits["pixcorr"][1] and limits["mse (lower is better)"][0] > limits["mse (lower is better)"][1]
+    dots = [line.get_xdata()[0] for line in fig.axes[0].get_lines() if line.get_marker() == "o"]
+    assert dots == pytest.approx([0.5 + i / 100 for i in range(10)])
+    FigureCanvasAgg(fig).draw()
+    assert all(label.get_window_extent().x0 >= 0 for label in fig.axes[0].get_yticklabels())
+
+
+def test_bottleneck_curve_ends_with_all_voxels():
+    fig = figures.bottleneck_curve(bottleneck_table())
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["3", "30", "all"]
+    assert {"mindeye/mini, network, 95 % interval", "mindeye/mini, ridge, 95 % interval", "mean image", "ceiling (true latents)"} <= set(texts(fig))
+    assert fig.axes[1].yaxis_inverted() and not fig.axes[0].yaxis_inverted()
+
+
+def test_held_out_effect_writes_what_is_lost_beyond_the_others():
+    shown = texts(figures.held_out_effect(effect_table(), "a run against another"))
+    assert shown.count("-0.200  [-0.250, -0.150]") == 2
+    assert {"a run against another", "5 images of held-out clusters", "20 images of the others", "mini:judge:kind"} <= set(shown)
+
+
 def test_umap_shows_brains_filled_and_images_open():
     clip = torch.randn(15, 4, 3, generator=torch.Generator().manual_seed(0))
     fig = figures.umap_scatter(clip + 0.1, clip, ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2, most=2)
@@ -171,6 +223,9 @@ def test_roi_figure_counts_voxels():
         (lambda: figures.contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
         (lambda: figures.training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
         (lambda: figures.score_dots([]), "no scores"),
+        (lambda: figures.compare_dots(run_table(), row="typo"), "no scores of 'typo'"),
+        (lambda: figures.bottleneck_curve(bottleneck_table().query("row == 'typo'")), "no scores by number"),
+        (lambda: figures.held_out_effect(effect_table()[:0]), "no changes"),
         (lambda: figures.umap_scatter(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
         (lambda: figures.roi_figure(pd.DataFrame({"V1": [True]})), "noise_ceiling"),
     ],

@@ -269,7 +269,8 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
         Image.fromarray(picture).save(tmp_path / "folder" / f"recon_{i}.png")  # 10 comes after 9, not after 1
     for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
         found = results.load_pictures(tmp_path / name)
-        assert found.dtype == torch.float32 and torch.allclose(found, floats, atol=1e-6), name
+        assert torch.allclose(found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6), name
+        assert torch.allclose(results.mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6)
         assert results.pixel_hash(found) == results.pixel_hash(floats)
     assert results.pixel_hash(floats) != results.pixel_hash(floats.flip(0)) and results.pixel_hash(floats).startswith("12-pixels-")
 

@@ -1,0 +1,165 @@
+# %% [markdown]
+# # 07 · Compare: which run is better, and by how much?
+#
+# **Question.** Scored on the same test images, how do runs differ, how sure is that, how much of the brain do they use, and how much do they owe to
+# categories that were trained?
+#
+# **Reads** `results/*/metrics.json` and `scores.parquet` (notebooks 05 and 06), of all runs or of those in `runs`. **Writes** `results/compare/`:
+# `comparison.csv` (all scores, floors and ceilings), `comparison.tex` (a table for a paper), `differences.csv` (paired), and figures.
+#
+# Cost: seconds.
+#
+# Source: paired bootstrap over images (Efron & Tibshirani 1993); the last two sections: docs/overlap.md.
+
+# %% tags=["parameters"]
+recipe = ""  # a recipe folder
+model_name = "compare"  # folder under results/ that the comparison is written to
+runs = ""  # runs under results/, separated by commas, by default all that were scored on the same test set
+test_set = ""  # id of the test set, by default that of most runs
+metrics = ""  # metrics to show, separated by commas, by default all that every run has
+row = "system"  # row of each run's scores that is compared, e.g. system or ridge
+baseline = ""  # run that the others are held against in pairs, by default the first
+seed = 0  # of the bootstrap
+
+# %%
+from src.utils import configure
+
+run = configure(globals(), "07_compare")
+run
+
+# %%
+import pandas as pd
+from safetensors.torch import load_file
+
+from src import compare, figures
+from src.utils import HOME, PerceptError, atomic
+
+# %% [markdown]
+# ## The runs
+# Runs that were scored on other test images cannot be compared: they are left out and named, or refused where `runs` asks for them.
+
+# %%
+found = compare.read_runs(HOME / "results", runs)
+if missing := [one.name for one in found if row not in one.rows] if runs else []:
+    raise PerceptError(f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs.")
+scored, alarms = compare.same_pictures([one for one in found if row in one.rows], test_set, refuse=bool(runs))
+held_against = baseline or scored[0].name
+shown = compare.choose_metrics(scored, metrics, row)
+print("\n".join(alarms or ["All runs were scored on the same test images."]))
+print("\n".join([] if metrics else compare.lacking(scored, shown, row)))
+pd.DataFrame({
+    "run": [one.name for one in scored],
+    "protocol": [one.protocol for one in scored],
+    "decoder": [one.trained.get("decoder", "made elsewhere") for one in scored],
+    "components": [one.trained.get("n_components", "") or "all voxels" for one in scored],
+    "images": [len(one.values(shown[0], row)) for one in scored],
+})  # fmt: skip
+
+# %% [markdown]
+# ## The table
+# A score is never without its floors and its ceiling, which stand beneath. Indented: other decoders of the same run.
+
+# %%
+tidy = compare.comparison(scored, shown)
+table = compare.Table(scored, tidy, shown, row, seed)
+with atomic(run.results / "comparison.csv") as path:
+    tidy.to_csv(path, index=False)
+with atomic(run.results / "comparison.tex") as path:
+    path.write_text(table.latex())
+table
+
+# %%
+figures.save(figures.compare_dots(tidy, row, held_against), run.results / "figures" / "comparison.png")
+
+# %% [markdown]
+# ## Paired differences
+# The intervals above overlap easily, since some images are hard for every run. The difference image by image takes that out. With 95 % intervals, one in
+# twenty differences excludes 0 by chance: count how many there are.
+
+# %%
+gaps = compare.differences(scored, shown, held_against, row, seed)
+with atomic(run.results / "differences.csv") as path:
+    gaps.to_csv(path, index=False)
+if len(gaps):
+    clear = (gaps["verdict"] != "undecided").sum()
+    print(f"{clear} of {len(gaps)} differences to {held_against} exclude 0; about {0.05 * len(gaps):.0f} would by chance.")
+    gaps["difference [95 %]"] = [f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in gaps[["value", "low", "high"]].to_numpy()]
+    gaps["difference [95 %]"] += gaps["verdict"].map({"better": " better", "worse": " worse", "undecided": ""})
+else:
+    print("There is one run only: train another one to compare it with, e.g. `python run.py mindeye --mini -p decoder ridge -p model_name ridge`.")
+gaps.pivot(index="metric", columns="run", values="difference [95 %]").reindex(shown).dropna(how="all").fillna("–") if len(gaps) else None
+
+# %% [markdown]
+# ## How much of the brain?
+# Voxels are replaced by their first principal components. Where few of them do as well as all voxels, the rest of the brain is not what makes the picture.
+
+# %%
+points = compare.bottleneck(scored, shown)
+if len(points):
+    figures.save(figures.bottleneck_curve(points), run.results / "figures" / "bottleneck.png")
+else:
+    print("No two runs of a recipe differ in their number of components; this makes one: `python run.py mindeye --mini -p n_components 30`")
+
+# %%
+def enough():
+    """The fewest components from which the paired difference to all voxels is undecided on, by curve and metric."""
+    by_name, lines = {one.name: one for one in scored}, []
+    system = points[(points["row"] == "system") & points["metric"].isin(shown)]
+    for (curve, metric), part in system.groupby(["curve", "metric"], sort=False):
+        everything = part[part["components"] == 0]["run"]
+        names = {k: name for k, name in zip(part["components"], part["run"], strict=True) if k}
+        if not len(everything):
+            continue
+        whole, least = points_of(by_name[everything.iloc[0]], curve, metric), None
+        for k in sorted(names, reverse=True):
+            told = compare.difference(points_of(by_name[names[k]], curve, metric), whole, seed)
+            if compare.verdict(told, part["better"].iloc[0]) == "worse":
+                break
+            least = k
+        lines.append({"curve": curve, "metric": metric, "as good as all voxels from": f"{least} components" if least else f"more than {max(names)}"})
+    return pd.DataFrame(lines)
+
+
+def points_of(one, curve, metric):
+    """Scores by image of the decoder that a curve is of."""
+    return one.values(metric, one.decoded()[curve.rsplit(", ", 1)[1]])
+
+
+enough() if len(points) else None
+
+# %% [markdown]
+# ## Categories that were never trained
+# A training without a quarter of the clusters of images, against the plain one: the change on test images of these clusters, and on the others, which is the
+# control for having trained on fewer images. What the first loses beyond the second was owed to relatives among the training images.
+
+# %%
+effects = []
+for without, its_row, plain, other_row in compare.held_out_pairs(scored):
+    made = load_file(HOME / "results" / without.name / "reconstructions.safetensors")
+    held_out = pd.Series(made["held_out"].numpy(), index=made["image_ids"].numpy())
+    names = [name for name in shown if name in without.records and name in plain.records]
+    scores = [{name: one.values(name, which) for name in names} for one, which in ((without, its_row), (plain, other_row))]
+    better = {name: without.records[name]["better"] for name in names}
+    effects.append(compare.held_out_effect(*scores, held_out, better, seed=seed).assign(run=without.name, row=its_row, plain=plain.name))
+    title = f"{without.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
+    figures.save(figures.held_out_effect(effects[-1], title), run.results / "figures" / f"held_out_{without.name}_{its_row}.png")
+if effects:
+    with atomic(run.results / "held_out.csv") as path:
+        pd.concat(effects).to_csv(path, index=False)
+else:
+    print("There is no run without some clusters beside a plain one; this makes it: `python run.py mindeye --mini -p split cluster-held-out`")
+
+# %%
+def told(part):
+    """Changes as text, a line a metric."""
+    texts = part.assign(text=[f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in part[["value", "low", "high"]].to_numpy()])
+    return texts.pivot(index=["run", "row", "metric"], columns="images", values="text")[["held-out clusters", "kept clusters", "effect"]]
+
+
+pd.concat([told(part) for part in effects]) if effects else None
+
+# %% [markdown]
+# ## What to look at
+# First whether a run is better than its floors at all, then the paired difference, then whether it is large beside the distance between floor and ceiling. A
+# run that was chosen because it came out best on these test images has been chosen on them: say so, or choose on validation images.
+# Where ridge is as good as a network, depth adds nothing; where a few components are as good as all voxels, neither does most of the brain.
