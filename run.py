@@ -212,7 +212,7 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
             print(f"[{number}/{len(stages)}] {stage}: {seconds:.0f} s", flush=True)
         before = identity(stamp)
     print(f"Finished in {time.time() - begun:.0f} s. Look at:")
-    for name in ("contact_sheet.png", "report.html", "metrics.json"):
+    for name in ("contact_sheet.png", "report.html", "metrics.json", "comparison.csv", "figures/comparison.png"):
         if (results / name).exists():
             print(f"  {results / name}")
     print(f"  {results}/*.ipynb (the executed notebooks)")

@@ -297,7 +297,7 @@ add_results(run.results, run.stage, table, records, about, tables)
 save(score_dots(records), run.results / "figures" / "scores.png")
 
 # %%
-published = {name: f"{summary.loc[prefix + name if METRICS[name].network else name, 'system']:.6f}" for name in wanted}
+published = {m.name: f"{summary.loc[m.name, 'system']:.6f}" for m in chosen if m.name.removeprefix(prefix) in wanted}
 if not ours:
     with atomic(resolve(recon_path).with_suffix(".csv")) as path:
         pd.Series(published, name="Value").rename_axis("Metric").to_csv(path, sep="\t")

@@ -40,13 +40,15 @@ from src.utils import HOME, PerceptError, atomic
 
 # %%
 found = compare.read_runs(HOME / "results", runs)
-if missing := [one.name for one in found if row not in one.rows] if runs else []:
+missing = [one.name for one in found if row not in one.rows]
+if missing and (runs or len(missing) == len(found)):
     raise PerceptError(f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs.")
 scored, alarms = compare.same_pictures([one for one in found if row in one.rows], test_set, refuse=bool(runs))
+alarms += compare.unlike(scored)
 held_against = baseline or scored[0].name
 shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
-print("\n".join([] if metrics else compare.lacking(scored, shown, row)))
+print("\n".join([f"Left out, without scores of '{row}': {name}." for name in missing] + ([] if metrics else compare.lacking(scored, shown, row))))
 pd.DataFrame({
     "run": [one.name for one in scored],
     "protocol": [one.protocol for one in scored],
@@ -101,42 +103,22 @@ else:
     print("No two runs of a recipe differ in their number of components; this makes one: `python run.py mindeye --mini -p n_components 30`")
 
 # %%
-def enough():
-    """The fewest components from which the paired difference to all voxels is undecided on, by curve and metric."""
-    by_name, lines = {one.name: one for one in scored}, []
-    system = points[(points["row"] == "system") & points["metric"].isin(shown)]
-    for (curve, metric), part in system.groupby(["curve", "metric"], sort=False):
-        everything = part[part["components"] == 0]["run"]
-        names = {k: name for k, name in zip(part["components"], part["run"], strict=True) if k}
-        if not len(everything):
-            continue
-        whole, least = points_of(by_name[everything.iloc[0]], curve, metric), None
-        for k in sorted(names, reverse=True):
-            told = compare.difference(points_of(by_name[names[k]], curve, metric), whole, seed)
-            if compare.verdict(told, part["better"].iloc[0]) == "worse":
-                break
-            least = k
-        lines.append({"curve": curve, "metric": metric, "as good as all voxels from": f"{least} components" if least else f"more than {max(names)}"})
-    return pd.DataFrame(lines)
-
-
-def points_of(one, curve, metric):
-    """Scores by image of the decoder that a curve is of."""
-    return one.values(metric, one.decoded()[curve.rsplit(", ", 1)[1]])
-
-
-enough() if len(points) else None
+compare.enough(points, scored, seed) if len(points) else None
 
 # %% [markdown]
 # ## Categories that were never trained
 # A training without a quarter of the clusters of images, against the plain one: the change on test images of these clusters, and on the others, which is the
-# control for having trained on fewer images. What the first loses beyond the second was owed to relatives among the training images.
+# control for having trained on fewer images. What the first loses beyond the second was owed to relatives among the training images. Negative is a loss, also
+# for distances.
 
 # %%
 effects = []
 for without, its_row, plain, other_row in compare.held_out_pairs(scored):
     made = load_file(HOME / "results" / without.name / "reconstructions.safetensors")
     held_out = pd.Series(made["held_out"].numpy(), index=made["image_ids"].numpy())
+    if held_out.all() or not held_out.any():
+        print(f"{without.name} was scored on too few images: all or none of them are in held-out clusters.")
+        continue
     names = [name for name in shown if name in without.records and name in plain.records]
     scores = [{name: one.values(name, which) for name in names} for one, which in ((without, its_row), (plain, other_row))]
     better = {name: without.records[name]["better"] for name in names}

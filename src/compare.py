@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Scored:
     """A run with its scores.
 
     Attributes: name; records of metrics.json by metric; scores, the table of scores.parquet; pixels, identity of the test pictures ("" where
-        not recorded); trained, parameters of stage 01 by name (none for reconstructions made elsewhere).
+        not recorded); trained, parameters of stage 01 by name (none for reconstructions made elsewhere); resizing, of pictures before scoring.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Scored:
     scores: pd.DataFrame
     pixels: str
     trained: dict[str, Any]
+    resizing: str = ""
 
     @property
     def test_set(self) -> str:
@@ -86,8 +87,9 @@ def _scored(folder: Path) -> Scored | None:
         return None
     told = folder / "parameters" / "01_train_high_level.json"
     trained = {name: entry["value"] for name, entry in read_json(told).items()} if told.exists() else {}
-    tested = content["provenance"].get("test_set")
-    return Scored(folder.name, records, scores, str(tested.get("pixels", "")) if isinstance(tested, dict) else "", trained)
+    about = content["provenance"]
+    tested, resizing = about.get("test_set"), str(about.get("settings", {}).get("resizing", "")).split(":")[0]
+    return Scored(folder.name, records, scores, str(tested.get("pixels", "")) if isinstance(tested, dict) else "", trained, resizing)
 
 
 def read_runs(results: str | Path, runs: str = "") -> list[Scored]:
@@ -155,7 +157,7 @@ def _renumbered(run: Scored, like: Scored) -> Scored:
     if len(theirs) != len(ours):
         raise PerceptError(f"{run.name} and {like.name} are said to have the same pictures, but have {len(theirs)} and {len(ours)}: score both again.")
     scores = run.scores.assign(image=run.scores["image"].map(dict(zip(theirs, ours, strict=True))))
-    return Scored(run.name, run.records, scores, run.pixels, run.trained)
+    return replace(run, scores=scores)
 
 
 def choose_metrics(runs: Sequence[Scored], metrics: str = "", row: str = "system") -> list[str]:
@@ -180,8 +182,19 @@ def lacking(runs: Sequence[Scored], metrics: Sequence[str], row: str = "system")
     everything = list(dict.fromkeys(name for run in runs for name in run.records if len(run.values(name, row))))
     out = [name for name in everything if name not in metrics]
     gaps = {run.name: [name for name in everything if not len(run.values(name, row))] for run in runs}
-    told = [f"{run} has no {', '.join(names)}" for run, names in gaps.items() if names]
-    return [f"Not shown, as not every run has them: {', '.join(out)} ({'; '.join(told)})."] if out and told else []
+    told = [f"{run} lacks {len(names)}" for run, names in gaps.items() if names]
+    return [f"Not shown, as not every run has them: {', '.join(out)} ({', '.join(told)})."] if out and told else []
+
+
+def unlike(runs: Sequence[Scored]) -> list[str]:
+    """A sentence where runs were scored under different settings, e.g. of resizing, which moves scores by itself; else none."""
+    by_setting: dict[str, list[str]] = {}
+    for run in runs:
+        by_setting.setdefault(run.resizing or "not recorded", []).append(run.name)
+    if len(by_setting) < 2:
+        return []
+    groups = "; ".join(f"{setting}: {', '.join(names)}" for setting, names in by_setting.items())
+    return [f"These runs' pictures were resized in {len(by_setting)} ways before they were scored ({groups}): score them again with one `resizing`."]
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -294,14 +307,20 @@ class Table:
         self.body: list[tuple[str, bool, list[Any], list[bool]]] = []  # label, whether it is a run's first line, cells, bold
         for run in runs:
             for w in rows[run.name]:
-                label = (run.name + (" †" if run.protocol.endswith(HELD_OUT) else "")) if w == row else words(w)
+                mark = ("" if row == "system" else f" ({words(row)})") + (" †" if run.protocol.endswith(HELD_OUT) else "")
+                label = run.name + mark if w == row else words(w)
                 self.body.append((label, w == row, [cells.get((run.name, w, m)) for m in metrics], [best[m] == (run.name, w) for m in metrics]))
         if any(run.protocol.endswith(HELD_OUT) for run in runs):
             self.caption += " † trained without a quarter of the clusters of images."
-        beneath = [w for w in (*FLOORS, *dict.fromkeys(tidy["row"]), *BESIDE, "ceiling") if w not in (*rows[runs[0].name], "ceiling")]
-        shown = [w for w in (*beneath, "ceiling") if w in FLOORS or w in (*BESIDE, "ceiling") or w == "chance"]
-        self.controls = [(words(w), [self._strongest(cells, runs, w, m) for m in metrics]) for w in dict.fromkeys(shown)]
-        self.controls = [(label, found) for label, found in self.controls if any(found)]
+        if any(set(BESIDE) & set(run.rows) for run in runs):
+            self.caption += " Autoencoder: the true low-level latents, decoded."
+        self.controls = [(words(w), [self._strongest(cells, runs, w, m) for m in metrics]) for w in (*FLOORS, "chance", *BESIDE, "ceiling") if w != row]
+        reasons: dict[str, list[str]] = {}
+        for metric in metrics:
+            for run in (run for run in runs if metric in run.records):
+                if why := run.records[metric]["ceiling"].get("not_applicable"):
+                    reasons[why] = list(dict.fromkeys([*reasons.get(why, []), words(metric)]))
+        self.caption += "".join(f" No ceiling of {', '.join(names)}: {why}." for why, names in reasons.items())
 
     def _strongest(self, cells: Mapping[Any, Any], runs: Sequence[Scored], row: str, metric: str) -> Any:
         found = [cells[run.name, row, metric] for run in runs if (run.name, row, metric) in cells]
@@ -311,12 +330,16 @@ class Table:
     def _blocks(self) -> Iterable[slice]:
         return (slice(i, i + BLOCK) for i in range(0, len(self.metrics), BLOCK))
 
+    def _beneath(self, part: slice) -> list[tuple[str, list[Any]]]:
+        """Floors and ceiling that a block has."""
+        return [(label, cells[part]) for label, cells in self.controls if any(cells[part])]
+
     def _heads(self, part: slice) -> list[str]:
         return [words(name) + (" ↓" if self.better[name] == "lower" else "") for name in self.metrics[part]]
 
     def __repr__(self) -> str:
         lines = [[label if head else f"  {label}", *map(written, cells)] for label, head, cells, _ in self.body]
-        lines += [[label, *map(written, cells)] for label, cells in self.controls]
+        lines += [[label, *map(written, cells)] for label, cells in self._beneath(slice(None))]
         return pd.DataFrame(lines, columns=["", *self._heads(slice(None))]).to_string(index=False) + f"\n{self.caption}"
 
     def _repr_html_(self) -> str:
@@ -330,15 +353,15 @@ class Table:
         for part in self._blocks():
             heads = "".join(f"<th {head_style}>{escape(head)}</th>" for head in self._heads(part))
             lines = [line(label, cells[part], bold[part], "font-weight:600" if head else "padding-left:1.6em") for label, head, cells, bold in self.body]
-            plain = [False] * len(self.metrics)
+            plain = [False] * len(self.metrics[part])
             rule = f'<tr><td colspan="{1 + len(self.metrics[part])}" style="border-top:1px solid #6b7280;padding:0"></td></tr>'
-            lines += [rule, *(line(label, cells[part], plain[part], "font-style:italic") for label, cells in self.controls)]
+            lines += [rule, *(line(label, cells, plain, "font-style:italic") for label, cells in self._beneath(part))]
             parts.append(f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
         note = "Bold: better than the second best, paired. Italic: floors and the ceiling, each from the run where it is strongest. ↓ lower is better."
         return "".join(parts) + f"<p><small>{escape(self.caption)} {note}</small></p>"
 
     def latex(self) -> str:
-        """The table in LaTeX, for the packages booktabs and textcomp; blocks of `BLOCK` metrics stand one below the other."""
+        """The table in LaTeX, for the package booktabs; blocks of `BLOCK` metrics stand one below the other."""
         lines = [r"% needs \usepackage{booktabs}", r"\begin{table*}", r"\centering\small"]
         for part in self._blocks():
             count = len(self.metrics[part])
@@ -348,7 +371,7 @@ class Table:
                 told = [_latex(cell, strong) for cell, strong in zip(cells[part], bold[part], strict=True)]
                 lines.append(" & ".join([("" if head else r"\quad ") + tex(label), *told]) + r" \\")
             lines.append(r"\midrule")
-            lines += [" & ".join([rf"\textit{{{tex(label)}}}", *(_latex(cell, False) for cell in cells[part])]) + r" \\" for label, cells in self.controls]
+            lines += [" & ".join([rf"\textit{{{tex(label)}}}", *(_latex(cell, False) for cell in cells)]) + r" \\" for label, cells in self._beneath(part)]
             lines += [r"\bottomrule", r"\end{tabular}", "", r"\medskip"]
         caption = f"{self.caption} Bold: the paired difference to the second best excludes 0. Floors and the ceiling are those of the run where they are strongest."
         return "\n".join([*lines[:-2], rf"\caption{{{tex(caption)}}}", r"\end{table*}", ""])
@@ -398,13 +421,38 @@ def bottleneck(runs: Sequence[Scored], metrics: Sequence[str]) -> pd.DataFrame:
                 continue
             seen.add((curve, k))
             told = comparison([run], metrics)
-            told = told[(told["row"] == row) | (told["row"].isin([*FLOORS, "ceiling"]) & (row == "system"))]
+            told = told[(told["row"] == row) | (told["row"].isin([*FLOORS, "chance", "ceiling"]) & (row == "system"))]
             lines.append(told.assign(curve=curve, components=k, row=told["row"].replace(row, "system")))
     table = pd.concat(lines, ignore_index=True) if lines else pd.DataFrame(columns=[*COLUMNS, "curve", "components"])
     numbers = table.groupby("curve")["components"].nunique()
     table = table[table["curve"].isin(numbers[numbers > 1].index)]
     table = table.iloc[np.lexsort((table["components"].replace(0, np.iinfo(np.int32).max).to_numpy(dtype=np.int64), table["curve"]))]
     return table[["curve", "run", "row", "metric", "components", "value", "low", "high", "better"]].reset_index(drop=True)
+
+
+def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.DataFrame:
+    """The fewest components from which on no number of them is worse than all voxels, in paired differences.
+
+    Args:
+        points: of `bottleneck`.
+        runs: those it was made of.
+        seed: of the bootstrap.
+
+    Returns: [curve, metric, as good as all voxels from]; curves without a run of all voxels are absent.
+    """
+    by_name, lines = {run.name: run for run in runs}, []
+    for (curve, metric), part in points[points["row"] == "system"].groupby(["curve", "metric"], sort=False):
+        decoder = str(curve).rsplit(", ", 1)[1]
+        each = {k: by_name[name].values(str(metric), by_name[name].decoded()[decoder]) for k, name in zip(part["components"], part["run"], strict=True)}
+        few = sorted((k for k in each if k and 0 in each and is_paired(each[k], each[0])), reverse=True)
+        least = 0
+        for k in few:
+            if verdict(difference(each[k], each[0], seed), part["better"].iloc[0]) == "worse":
+                break
+            least = k
+        if few:
+            lines.append([curve, metric, f"{least} components" if least else f"more than {few[0]}"])
+    return pd.DataFrame(lines, columns=["curve", "metric", "as good as all voxels from"])
 
 
 # ------------------------------------------------------------------------------------------------ clusters held out

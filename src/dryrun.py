@@ -264,11 +264,13 @@ def _prepare(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, 
 
 def _reconstruct(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     n, decoders = p["first_images"] or s.test_images, 1 + (p["decoder"] == "both")
-    made = 4.0 * 3 * (8 * s.latent[1]) ** 2 if p["weights"] == "hub" else 4.0 * s.image  # bytes of a picture in single precision
-    small = 3 * 4.0 * s.image  # seen, mean image, nearest training image
+    made = 2.0 * 3 * (8 * s.latent[1]) ** 2 if p["weights"] == "hub" else 2.0 * s.image  # bytes of a picture in half precision
+    small = 3 * 2.0 * s.image  # seen, mean image, nearest training image
     low_level = decoders if p["img2img_strength"] < 1 else 0
+    more = (p["untrained"] and p["decoder"] != "ridge") + len([k for k in p["fewer_repeats"].split(",") if k.strip()]) + p["keep_samples"]
     tokens = 4.0 * n * s.tokens * s.dim * (2 * decoders + 1)
-    return {}, {}, {"pictures": n * ((decoders + low_level + 2) * made + small), "tokens": tokens, "published files": n * (made + 4.0 * s.image)}
+    disk = {"pictures": n * ((decoders + low_level + more + 2) * made + small), "tokens": tokens, "published files": n * (2 * made + 4.0 * s.image)}
+    return {}, {}, disk
 
 
 STAGES = {"00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "03_reconstruct": _reconstruct}

@@ -672,7 +672,7 @@ def bottleneck_curve(table: pd.DataFrame) -> Figure:
     if system.empty:
         raise PerceptError("There are no scores by number of components to draw.")
     metrics, curves, largest = list(dict.fromkeys(system["metric"])), list(dict.fromkeys(system["curve"])), system["components"].max()
-    place = {k: 3.2 * largest if k == 0 else k for k in sorted(set(system["components"]))}
+    place = {k: k or 3.2 * largest for k in sorted(set(system["components"]), key=lambda k: k or np.inf)}  # all voxels at the right end
     controls = table[(table["row"] != "system") & (table["curve"] == curves[0])]
     fig, axes = _grid(len(metrics), 2.9, 2.45)
     tall = fig.get_figheight() + 0.7

@@ -131,10 +131,21 @@ def test_metrics_are_those_in_common_and_the_others_are_named(tmp_path):
     add_run(tmp_path, "b", 0.8, metrics=("pixcorr",))
     runs = compare.read_runs(tmp_path / "results")
     assert compare.choose_metrics(runs) == ["pixcorr"] and compare.choose_metrics(runs, "ssim") == ["ssim"]
-    assert compare.lacking(runs, ["pixcorr"]) == ["Not shown, as not every run has them: ssim (b has no ssim)."]
+    assert compare.lacking(runs, ["pixcorr"]) == ["Not shown, as not every run has them: ssim (b lacks 1)."]
     assert compare.lacking(runs, ["pixcorr", "ssim"]) == []
     table = compare.Table(runs, compare.comparison(runs, ["ssim"]), ["ssim"])
     assert "–" in repr(table) and " -- " in table.latex() + " "
+
+
+def test_different_resizing_is_an_alarm(tmp_path):
+    for name, resizing in (("a", "straight"), ("b", "published")):
+        path = add_run(tmp_path, name, 0.8) / "metrics.json"
+        content = json.loads(path.read_text())
+        content["provenance"]["settings"]["resizing"] = f"{resizing}: as it is"
+        path.write_text(json.dumps(content))
+    runs = compare.read_runs(tmp_path / "results")
+    assert "resized in 2 ways" in compare.unlike(runs)[0] and "straight: a; published: b" in compare.unlike(runs)[0]
+    assert compare.unlike(runs[:1]) == []
 
 
 def test_other_decoders_have_the_interval_of_bootstrap_mean(home):
@@ -186,6 +197,12 @@ def test_bottleneck_takes_the_decoder_of_a_run_of_both(tmp_path):
     assert set(table["curve"]) == {"mindeye/mini, ridge"} and system["components"].tolist() == [3, 30, 0] and system["run"].tolist()[-1] == "both"
     assert system["value"].iloc[-1] == pytest.approx(scores(0.75, 20).mean())  # the row ridge of that run
     assert {"mean_image", "ceiling"} <= set(table["row"])
+    add_run(tmp_path, "ridge100", 0.75, trained={"decoder": "ridge", "n_components": 100})
+    runs = compare.read_runs(tmp_path / "results")
+    table = compare.bottleneck(runs, ["pixcorr"])
+    assert compare.enough(table, runs).iloc[0].tolist() == ["mindeye/mini, ridge", "pixcorr", "100 components"]
+    assert compare.enough(table[~((table["components"] == 100) & (table["row"] == "system"))], runs).iloc[0, 2] == "more than 30"
+    assert compare.enough(table[table["components"] > 0], runs).empty
 
 
 def test_held_out_effect_is_the_difference_of_changes_and_negative_for_a_loss():

@@ -173,7 +173,7 @@ def test_comparison_names_every_run_and_points_right_when_it_is_better():
     fig = figures.compare_dots(run_table(), baseline="a_run")
     shown = texts(fig)
     assert {*RUNS, "floors and ceiling", "mean image", "ceiling (true latents)", "interval of the baseline"} <= set(shown) and "ridge" not in shown
-    limits = {ax.get_title(): ax.get_xlim() for ax in fig.axes}
+    limits = {ax.get_title("left"): ax.get_xlim() for ax in fig.axes}
     assert limits["pixcorr"][0] < limits["pixcorr"][1] and limits["mse (lower is better)"][0] > limits["mse (lower is better)"][1]
     dots = [line.get_xdata()[0] for line in fig.axes[0].get_lines() if line.get_marker() == "o"]
     assert dots == pytest.approx([0.5 + i / 100 for i in range(10)])

@@ -68,6 +68,13 @@ def anyones_reconstructions(home: Path, results: Path) -> None:
     for name in ("pixcorr", "ssim", "mini:AlexNet(2)", "mini:CLIP"):
         assert theirs[name]["value"] == pytest.approx(ours[name]["value"], abs=2e-3)  # ours went through half precision
     assert set(theirs["pixcorr"]["floors"]) == {"shuffled", "mean_image", "other_recon"} and theirs["pixcorr"]["ceiling"]["not_applicable"]
+    good = load_file(results / "reconstructions.safetensors")["ceiling"].float()  # the toy network itself is at chance, and told so
+    for name, pictures, alarm in (("aligned", good, ""), ("misaligned", good.roll(7, 0), "probably misaligned")):
+        torch.save(pictures, home / f"{name}.pt")
+        few = ("--recon_path", str(home / f"{name}.pt"), *flags[2:], "--metrics", "pixcorr,CLIP", "--model_name", name, "--hard_negatives", "")
+        assert launch(home, "notebooks/06_metrics.py", *mini, *few).returncode == 0
+        alarms = json.loads((results.parent / name / "metrics.json").read_text())["provenance"]["alarms"]
+        assert alarm in alarms[0] if alarm else not alarms
     table = pd.read_csv(recons.with_suffix(".csv"), sep="\t").set_index("Metric")["Value"]
     assert table["pixcorr"] == pytest.approx(theirs["pixcorr"]["value"], abs=1e-5) and (results.parent / "theirs" / "report.html").exists()
 

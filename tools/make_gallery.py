@@ -28,7 +28,7 @@ def render(notebook: Path, folder: Path) -> str:
     node.cells = [cell for cell in node.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in node.cells:
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" and "data:image" not in out.get("data", {}).get("text/html", "")]
     exporter = MarkdownExporter()
     body, resources = exporter.from_notebook_node(node)
     stem = notebook.stem
