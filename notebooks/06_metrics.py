@@ -259,7 +259,7 @@ def drawn(wished):
     return {name: each["system", name] for name in list(dict.fromkeys(known))[:4]}
 
 
-told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}AlexNet(2)", f"{prefix}EffNet-B1"))
+told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
 if "train_distance" in made:
     save(score_by_distance(made["train_distance"], told), run.results / "figures" / "train_distance.png")
 

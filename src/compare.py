@@ -438,7 +438,7 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
         runs: those it was made of.
         seed: of the bootstrap.
 
-    Returns: [curve, metric, as good as all voxels from]; curves without a run of all voxels are absent.
+    Returns: [curve, metric, not clearly worse than all voxels from]; curves without a run of all voxels are absent.
     """
     by_name, lines = {run.name: run for run in runs}, []
     for (curve, metric), part in points[points["row"] == "system"].groupby(["curve", "metric"], sort=False):
@@ -452,7 +452,7 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
             least = k
         if few:
             lines.append([curve, metric, f"{least} components" if least else f"more than {few[0]}"])
-    return pd.DataFrame(lines, columns=["curve", "metric", "as good as all voxels from"])
+    return pd.DataFrame(lines, columns=["curve", "metric", "not clearly worse than all voxels from"])
 
 
 # ------------------------------------------------------------------------------------------------ clusters held out

@@ -526,6 +526,7 @@ def abstain_curve(spread: Any, scores: dict[str, Any], better: dict[str, str] | 
         arrow = " (lower is better)" if (better or {}).get(name) == "lower" else ""
         ax.set(title=name.replace("_", " ") + arrow, xlabel="share of the images that is answered")
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.ticklabel_format(axis="y", useOffset=False)
         ax.grid(axis="y")
     axes[0].legend(fontsize=8)
     return fig
