@@ -83,8 +83,8 @@ main, keep = names[0], slice(0, first_images or None)
 image_ids = subject.image_ids("test")[keep]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 most = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
-fewer = sorted({int(k) for k in fewer_repeats.split(",") if k.strip()})
-if any(not 1 <= k < most for k in fewer):
+fewer = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
+if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
     raise PerceptError(f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1 to {most - 1}, or leave it empty.")
 print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol {subject.protocol}, test set {subject.test_set}")
 
@@ -112,7 +112,7 @@ def loaded(path):
 high = {name: load_decoder(files[name][0], run.device) for name in names}
 low = {name: loaded(files[name][1]) for name in names}
 decoders = {name: (high[name][0], low[name][0], measured(files[name][0]), low[name][0] and measured(files[name][1])) for name in names}
-for k in fewer:
+for k in map(int, fewer):
     decoders[f"repeats_{k}"] = (*decoders[main][:2], measured(files[main][0], k), low[main][0] and measured(files[main][1], k))
 if untrained and "network" in names:
     seed_everything(seed)
@@ -161,12 +161,11 @@ def tokens_of(name, rows, voxels, samples, sampled):
 def reconstruct(name, rows):
     """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
     _, low_level, voxels, low_voxels = decoders[name]
-    chosen_from = recons_per_sample if name in names else 1
-    samples = max(chosen_from, keep_samples if name == main else 1)  # those beyond take no part in the choice
+    samples = max(recons_per_sample, keep_samples if name == main else 1)  # those beyond take no part in the choice; a floor is made as the system is
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
     latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], diffusion.latent_shape, device=run.device)
     pictures = paint(tokens, image_ids[rows], latents, samples)
-    made = {name: pick_best(clipper, projected, pictures[:, :chosen_from])[0].half()}
+    made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
         made |= {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu().half()}
@@ -180,13 +179,13 @@ rows, unfinished = {}, run.results / ".reconstructing"
 unfinished.mkdir(exist_ok=True)
 for name in decoders:
     mark = [name, run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files.get(name, files[main]) if path.exists()], subject.test_set]
-    part = generator_batch // max(recons_per_sample if name in names else 1, keep_samples if name == main else 1)
+    part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
     rows |= in_chunks(lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark)
 predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_", "spread", "samples"))}
 
 # %% [markdown]
 # ## How well could any decoder do?
-# Two repeats of an image differ by noise alone. How alike the predictions from single repeats are bounds how well the mean of all can correlate with the truth
+# Two repeats of an image differ by noise alone. How alike the predictions from single repeats are bounds how well their mean can correlate with the truth
 # (notebook 06 shows it as the noise ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at random, the projected ones.
 
 # %%
@@ -219,11 +218,12 @@ rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1) / 255).half(
 def best_possible(part):
     """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
     tokens, latents = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu(), diffusion.encode(seen[part]).cpu()
-    made = {"ceiling": paint(tokens, image_ids[part], latents, 1)[:, 0], "autoencoder": diffusion.decode(latents).cpu()}
+    pictures = paint(tokens, image_ids[part], latents, recons_per_sample)  # as many samples as the system has, the nearest to the true tokens chosen
+    made = {"ceiling": pick_best(clipper, tokens[:, 0], pictures)[0], "autoencoder": diffusion.decode(latents).cpu()}
     return {name: pictures.half() for name, pictures in made.items()} | {"true_tokens": tokens[:, 0]}
 
 
-rows |= in_chunks(best_possible, len(seen), generator_batch, unfinished, ["ceiling", run.parameters, subject.test_set])
+rows |= in_chunks(best_possible, len(seen), max(1, generator_batch // recons_per_sample), unfinished, ["ceiling", run.parameters, subject.test_set])
 predicted["true_tokens"] = rows.pop("true_tokens")
 predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], train_tokens, k=1)[0][:, 0]  # of each seen image to the training image most like it
 
@@ -231,10 +231,12 @@ predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], train_tokens
 # Pictures are stored in half precision, which a screen's 256 steps do not show.
 
 # %%
-about = {"protocol": subject.protocol, "test_set": subject.test_set if len(seen) == len(subject.image_ids("test")) else f"{subject.test_set}-first{len(seen)}"}
+shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
+about = {"main": main, "repeats": str(shown), "compared": compared, "protocol": subject.protocol}
+about |= {"test_set": subject.test_set if len(seen) == len(subject.image_ids("test")) else f"{subject.test_set}-first{len(seen)}"}
 tensors = {"seen": seen.half(), **rows, **predicted, "image_ids": torch.from_numpy(image_ids.astype(np.int64)), "held_out": torch.from_numpy(subject.held_out(image_ids))}
 with atomic(run.results / "reconstructions.safetensors") as path:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about | {"main": main, "repeats": str(most), "compared": compared})
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)
 shutil.rmtree(unfinished)
 published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main].float()}
 for name, tensor in published.items():

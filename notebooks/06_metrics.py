@@ -24,7 +24,7 @@ metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffN
 resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
 hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
 shuffles = 3  # random pairings of the shuffled floor, at least 1
-seed = 42  # of these pairings, of the clusters and of the bootstrap
+seed = 42  # of these pairings and of the clusters; the bootstrap always has the same
 
 # %%
 from src.utils import configure
@@ -42,7 +42,7 @@ from sklearn.cluster import KMeans
 
 from src.data import open_split
 from src.figures import abstain_curve, save, score_by_distance, score_dots
-from src.metrics import METRICS, answer_metrics, as_compared, pcc, resize, two_way_within
+from src.metrics import METRICS, answer_metrics, as_compared, pcc, reordered, resize, two_way_within
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper, Judge
 from src.reconstruct import load_reconstructions
@@ -70,9 +70,11 @@ else:
     if not (all_images_path and model_name):
         raise PerceptError("recon_path needs all_images_path (the images that were seen) and model_name (a name for the results).")
     pictures = {"seen": load_pictures(resolve(all_images_path)), "system": load_pictures(resolve(recon_path))}
-    pictures["mean_image"] = mean_picture(pictures["seen"])
+    pictures["mean_seen"] = mean_picture(pictures["seen"])
     image_ids, of, made, subject = np.arange(len(pictures["seen"])), {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])}, {}, None
 seen, recons = pictures.pop("seen"), pictures["system"]
+if not 2 <= len(seen) == len(recons):
+    raise PerceptError(f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of both, in the same order, and at least two.")
 print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed; other rows: {', '.join(list(pictures)[1:])}")
 
 # %% [markdown]
@@ -81,13 +83,13 @@ print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tupl
 
 # %%
 alarms = check_outputs(recons)
-if not torch.isfinite(recons).all():
-    raise PerceptError(f"These reconstructions cannot be scored: {alarms[0]}")
+if refused := [alarm for alarm in alarms if "NaN" in alarm or "leave the range" in alarm]:
+    raise PerceptError(f"These reconstructions cannot be scored: {refused[0]}")
 if ours:
     train_ids = subject.image_ids("train")
     blocks = (block for ids in np.array_split(train_ids, max(1, len(train_ids) // 500)) for block in [subject.images(ids)])
     alarms += check_leak(subject.images(image_ids), blocks)
-pictures["other_recon"] = recons[most_alike(recons)]
+pictures["other_recon"] = reordered(recons, most_alike(recons))
 alarms
 
 # %% [markdown]
@@ -107,6 +109,7 @@ if unknown := [name for name in wanted if name not in METRICS]:
 # %%
 
 at_one_size = partial(as_compared, resizing=resizing)
+looked_through = {"CLIP": clipper.fingerprint()}
 
 
 def clip_features(images):
@@ -120,10 +123,11 @@ def looking(name):
     """A metric with the network it looks through; features of the seen images are kept for other runs."""
     metric = METRICS[name]
     if not metric.network:
-        return metric.through(at_one_size)
+        return metric if name in ("pcc", "mse") else metric.through(at_one_size)  # those two are of pictures at their own size
     if name == "CLIP":
         return metric.through(clip_features, prefix)
     network = FeatureNetwork(name, weights, run.device, resizing)
+    looked_through[name] = network.fingerprint()
     return metric.through(network, prefix, network.features(seen, cache=run.results.parent / ".features"))
 
 
@@ -159,7 +163,7 @@ if f"{prefix}CLIP" in summary.index and "pixcorr" in summary.index:
     alarms += check_alignment(each["system", f"{prefix}CLIP"], each["system", "pixcorr"], summary.loc["pixcorr", "shuffled"], best)
 for record in records:
     sign = 1 if record["better"] == "higher" else -1
-    for floor in ("shuffled", "mean_image"):
+    for floor in {"shuffled", "mean_image", "mean_seen"} & set(record["floors"]):
         under = record["floors"][floor]["value"]
         if sign * (record["value"] - under) <= 0:
             alarms.append(f"{record['name']} is {record['value']:.3f}, not better than its floor '{floor.replace('_', ' ')}' ({under:.3f}).")
@@ -176,7 +180,7 @@ else:
     unit = clip_features(seen)
     groups, kind = KMeans(max(2, len(unit) // 20), n_init=4, random_state=seed).fit_predict(unit), "cluster"
 truth, within = clip_features(seen), {}
-for row in [name for name in ("system", "mean_image", "other_recon", "untrained", "nearest_train", "ceiling", "ridge") if name in pictures]:
+for row in [name for name in ("system", "mean_image", "mean_seen", "other_recon", "untrained", "nearest_train", "ceiling", "ridge") if name in pictures]:
     within[row] = two_way_within(truth, clip_features(pictures[row]), groups)
 kept = np.isfinite(within["system"])
 if kept.any():
@@ -192,8 +196,8 @@ print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 
 # %% [markdown]
 # ## The noise ceiling
-# What the brain's predicted tokens correlate with the true ones, image by image after the mean over images is taken off, and the most that any decoder with
-# these predictions' noise could reach, from how predictions of single repeats agree (Spearman-Brown).
+# What the brain's predicted tokens correlate with the true ones, image by image after the mean over images is taken off, and the most that the mean of this
+# decoder's predictions from single repeats could correlate with anything, from how these agree with each other (Spearman-Brown).
 
 # %%
 if "repeat_agreement" in made:
@@ -203,7 +207,7 @@ if "repeat_agreement" in made:
     records.append(make_record(
         "token_correlation", own, floors={"shuffled": wrong}, ceiling="the noise ceiling stands in its place", better="higher", protocol=of["protocol"],
         test_set=of["test_set"], chance=0.0, description="correlation of predicted and true CLIP tokens, image by image", source="docs/metrics.md",
-        noise_ceiling=noise._asdict(), share_of_noise_ceiling=own.mean() / noise.value,
+        noise_ceiling=noise._asdict(), share_of_noise_ceiling=own.mean() / noise.value if noise.value > 0 else None,
     ))  # fmt: skip
     table = pd.concat([table, pd.DataFrame({"metric": "token_correlation", "row": "system", "image": image_ids, "draw": 0, "value": own})], ignore_index=True)
     print(f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]")
@@ -213,7 +217,7 @@ if "repeat_agreement" in made:
 # One, two and three repeats; every row with its paired difference to the system; images that are far from all training images; images in held-out clusters.
 
 # %%
-def written(metric, values):
+def written(values):
     """Mean and interval of some images' values, as text."""
     found = bootstrap_mean(values)
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
@@ -223,8 +227,8 @@ repeats = sorted(row for row in pictures if row.startswith("repeats_"))
 tables = []
 if repeats:
     rows = [
-        {"metric": m.name} | {row.replace("repeats_", "") + (" repeat" if row == "repeats_1" else " repeats"): written(m, each[row, m.name]) for row in repeats}
-        | {f"{of['repeats']} repeats": written(m, each["system", m.name])} for m in chosen
+        {"metric": m.name} | {row.replace("repeats_", "") + (" repeat" if row == "repeats_1" else " repeats"): written(each[row, m.name]) for row in repeats}
+        | {f"{of['repeats']} repeats": written(each["system", m.name])} for m in chosen
     ]  # fmt: skip
     tables.append({"title": "Fewer repeats of the test images", "note": "Published tables average three repeats; life offers one.", "rows": rows})
 others = []
@@ -240,14 +244,14 @@ if others:
     tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
 
 # %%
-if "train_distance" in made:
+if "train_distance" in made and len(seen) >= 5:
     fifths = np.array_split(np.argsort(made["train_distance"].numpy(), kind="stable"), 5)
     names = ("nearest fifth", "second", "third", "fourth", "farthest fifth")
-    rows = [{"metric": m.name} | {name: written(m, each["system", m.name][part]) for name, part in zip(names, fifths, strict=True)} for m in chosen]
+    rows = [{"metric": m.name} | {name: written(each["system", m.name][part]) for name, part in zip(names, fifths, strict=True)} for m in chosen]
     tables.append({"title": "By distance to the nearest training image", "note": "In CLIP's tokens: is a score owed to look-alikes that were trained?", "rows": rows})
-if "held_out" in made and made["held_out"].any():
+if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
     out = made["held_out"].numpy()
-    rows = [{"metric": m.name, "held-out clusters": written(m, each["system", m.name][out]), "kept clusters": written(m, each["system", m.name][~out])} for m in chosen]
+    rows = [{"metric": m.name, "held-out clusters": written(each["system", m.name][out]), "kept clusters": written(each["system", m.name][~out])} for m in chosen]
     note = f"No training image was like the {out.sum()} test images of the held-out clusters; notebook 07 compares with the plain run, pair by pair."
     tables.append({"title": "Held-out clusters", "note": note, "rows": rows})
 
@@ -260,7 +264,7 @@ def drawn(wished):
 
 
 told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
-if "train_distance" in made:
+if "train_distance" in made and len(seen) >= 5:
     save(score_by_distance(made["train_distance"], told), run.results / "figures" / "train_distance.png")
 
 # %% [markdown]
@@ -285,13 +289,14 @@ def choices():
     samples = told["recons_per_sample"]
     best = {"what": f"one of {samples} samples an image", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"}
     ridge = {"what": "penalty of the ridge baseline", "chosen": "by target", "split": "cross-validation within train"}
-    return [epoch, *([best] if samples > 1 else []), *([ridge] if told["decoder"] != "network" else [])]
+    network = [epoch, *([best] if samples > 1 else [])] if told["decoder"] != "ridge" else []
+    return [*network, *([ridge] if told["decoder"] != "network" else [])]
 
 
 about = provenance(
     run.recipe or run.name, {"all": seed}, choices(), subject=subj if ours else "unknown", dataset=dataset if ours else recon_path, alarms=alarms,
     protocol=of["protocol"], test_set={"id": of["test_set"], "images": len(seen), "pixels": pixel_hash(seen)}, resizing=resizing,
-    parameters={key: str(value) for key, value in run.parameters.items()}, models=clipper.fingerprint(),
+    parameters={key: str(value) for key, value in run.parameters.items()}, models=looked_through,
 )  # fmt: skip
 add_results(run.results, run.stage, table, records, about, tables)
 save(score_dots(records), run.results / "figures" / "scores.png")

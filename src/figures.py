@@ -47,6 +47,7 @@ ENLARGEMENTS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling
 CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
     "shuffled": ("x", SOFT, "shuffled pairing"),
     "mean_image": ("s", "#E69F00", "mean image"),
+    "mean_seen": ("s", "#E69F00", "mean seen image"),
     "other_recon": ("v", "#CC79A7", "most similar other reconstruction"),
     "untrained": ("P", "#56B4E9", "untrained network"),
     "nearest_train": ("D", "#009E73", "nearest training image"),

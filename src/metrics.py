@@ -10,7 +10,7 @@
 - The field's SSIM call changed meaning between scikit-image 0.19 and 0.20. `ssim` is the two-dimensional one
   (0.20 and later), `ssim_columns` the one that took the 425 columns for channels (0.19 and before). They
   differ by about 0.1: never mix them.
-- An image of one flat colour correlates 0 with everything here (the published code gives NaN for the whole
+- An image of one flat grey correlates 0 with everything here (the published code gives NaN for the whole
   set); `results.check_outputs` says so.
 - What stands beside a score (intervals, floors, ceilings, alarms) is in `src.results`.
 """
@@ -36,6 +36,8 @@ from src.utils import PerceptError
 
 SIZE = 425  # pixels a side at which the field compares pictures (the size of the NSD stimuli)
 CHUNK = 32  # pictures that are handled at once
+TOLERANCE = 1e-3  # by which pictures may leave [0, 1]
+SOME = 16384  # features that are added up in single precision
 BLOCK = 2**27  # numbers of a block of features that is held in single precision (half a GiB)
 RESIZING = {
     "published": "256 pixels first, without antialiasing, as MindEye's evaluation ran",
@@ -71,7 +73,10 @@ def _check_pair(true: Any, made: Any, axes: str, pairing: Any = None) -> np.ndar
     for name, rows in (("true", true), ("reconstructed", made)):
         if len(rows.shape) < 2:
             raise PerceptError(f"The {name} rows have shape {tuple(rows.shape)}; metrics expect {axes}.")
-    return np.arange(len(made)) if pairing is None else np.asarray(pairing)
+    order = np.arange(len(made)) if pairing is None else np.asarray(pairing)
+    if len(order) != len(made):
+        raise PerceptError(f"A pairing of {len(order)} was given for {len(made)} reconstructions; give each the number of one true image.")
+    return order
 
 
 def _pairs(true: Any, made: Any, axes: str, pairing: Any = None, chunk: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,9 +89,9 @@ def _pairs(true: Any, made: Any, axes: str, pairing: Any = None, chunk: int = CH
 def _check_pictures(pictures: Tensor) -> None:
     if pictures.ndim != 4 or pictures.shape[1] != 3:
         raise PerceptError(f"Images of shape {tuple(pictures.shape)} were given; pixel metrics expect (n, 3, height, width), floats in [0, 1] or bytes.")
-    if pictures.numel() and (pictures.min() < -1e-4 or pictures.max() > 1 + 1e-4):
+    if pictures.numel() and (pictures.min() < -TOLERANCE or pictures.max() > 1 + TOLERANCE):
         raise PerceptError(
-            f"Image values run from {pictures.min():.3g} to {pictures.max():.3g}; pixel metrics expect [0, 1]: "
+            f"Image values run from {pictures.min():.6g} to {pictures.max():.6g}; pixel metrics expect [0, 1]: "
             "clamp reconstructions, divide 8-bit images by 255."
         )
 
@@ -101,18 +106,27 @@ def resize(images: Tensor, size: int = SIZE, antialias: bool = False) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-class _Resized:
-    """Pictures (n, 3, height, width) that are resized when they are read: 10,000 of them are not held twice."""
+class _View:
+    """Pictures (n, 3, height, width) that are put in another order, turned into floats and resized when they are read: 10,000 of them are not held twice."""
 
-    def __init__(self, images: Any, size: int, antialias: bool):
+    def __init__(self, images: Any, size: int = 0, antialias: bool = False, order: np.ndarray | None = None):
         self.images, self.size, self.antialias = images, size, antialias
-        self.shape, self.dtype = (len(images), 3, size, size), torch.float32
+        self.order = np.arange(len(images)) if order is None else order
+        self.shape, self.dtype = (len(images), 3, size, size) if size else tuple(images.shape), torch.float32
+
+    ndim = 4
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, at: Any) -> Tensor:
-        return resize(_part(self.images, at), self.size, self.antialias)
+        pictures = _part(self.images, self.order[at])
+        return resize(pictures, self.size, self.antialias) if self.size else pictures
+
+
+def reordered(images: Any, order: Any) -> Any:
+    """Pictures (n, 3, height, width) in another order (n,), read one by one when they are needed."""
+    return _View(images, order=np.asarray(order))
 
 
 def as_compared(images: Any, resizing: str = "published") -> Any:
@@ -126,7 +140,7 @@ def as_compared(images: Any, resizing: str = "published") -> Any:
     """
     if resizing not in RESIZING:
         raise PerceptError(f"There is no resizing '{resizing}': choose one of {', '.join(RESIZING)}.")
-    return images if resizing == "straight" else _Resized(images, 256, resizing == "antialias")
+    return _View(images, 0 if resizing == "straight" else 256, resizing == "antialias")
 
 
 # ------------------------------------------------------------------------------------------------ features
@@ -170,19 +184,42 @@ def two_way_each(real_features: Any, recon_features: Any, pairing: Any = None) -
         )
     block = max(1, BLOCK // features)
     reals = [slice(start, start + block) for start in range(0, n, block)]
-    known = [_moments(_part(real_features, at).flatten(1)) for at in reals]
+    known = [_moments_of(_part(real_features, at).flatten(1)) for at in reals]
     counts = [_beaten(real_features, reals, known, recon_features, np.arange(start, min(start + block, n)), order) for start in range(0, n, block)]
     return np.concatenate(counts) / (n - 1)
 
 
-def _moments(rows: Tensor) -> Tensor:
-    """Sum, and length after centring, of rows (n, features): float64 (n, 2), as good as the rows' own precision; a flat row has length 0."""
-    sums, squares = rows.sum(1).double(), torch.linalg.vector_norm(rows, dim=1).double() ** 2
-    left = squares - sums**2 / rows.shape[1]
-    for i in (left < 1e-3 * squares).nonzero()[:, 0].tolist():  # nearly flat: what is left is not to be trusted
-        row = rows[i].double()
-        left[i] = 0.0 if row.max() == row.min() else (row - row.mean()).square().sum()
-    return torch.stack([sums, left.clamp_min(0).sqrt()], 1)
+@njit(nogil=True, fastmath=True, cache=True)
+def _moments(rows: Any) -> Any:
+    """Sum, and length after centring, of rows (n, features): float64 (n, 2); a flat row has length 0."""
+    found = np.zeros((len(rows), 2))
+    for i in range(len(rows)):
+        row = rows[i]
+        total, least, most = 0.0, row[0], row[0]
+        for j in range(len(row)):
+            total += row[j]
+            least, most = min(least, row[j]), max(most, row[j])
+        mean, squares = total / len(row), 0.0
+        if least < most:
+            for j in range(len(row)):
+                squares += (row[j] - mean) ** 2
+        found[i, 0], found[i, 1] = total, np.sqrt(squares)
+    return found
+
+
+def _moments_of(rows: Tensor) -> Tensor:
+    """`_moments` of rows (n, features), on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return torch.from_numpy(np.concatenate(list(pool.map(_moments, np.array_split(rows.contiguous().numpy(), max(1, len(rows) // 64))))))
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, features) times b (m, features) transposed, some features at a time and added up in double: single precision would lose
+    what is small beside a large sum."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for some, others in zip(a.split(SOME, dim=1), b.split(SOME, dim=1), strict=True):
+        total += some @ others.T
+    return total
 
 
 def _beaten(real: Any, reals: list[slice], known: list[Tensor], recon: Any, mine: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -191,15 +228,17 @@ def _beaten(real: Any, reals: list[slice], known: list[Tensor], recon: Any, mine
     Args:
         real: (n, features...).
         reals: the blocks in which these are read.
-        known: `_moments` of each.
+        known: `_moments_of` each.
         recon: (n, features...).
         mine: the rows of this block.
         order: (n,) the true image that each reconstruction is held against.
     """
     part = _part(recon, slice(mine[0], mine[-1] + 1)).flatten(1)
-    size, (sums, lengths) = part.shape[1], _moments(part).T
+    size, (sums, lengths) = part.shape[1], _moments_of(part).T
     truth = torch.cat(known)
-    products = torch.cat([_part(real, at).flatten(1).to(part.dtype) @ part.T for at in reals]).double()  # (n, block)
+    products = torch.cat([_products(_part(real, at).flatten(1).to(part.dtype), part) for at in reals])  # (n, block)
+    if not torch.isfinite(products.sum()):
+        raise PerceptError("The features are too large for single precision; scale them down before they are compared.")
     r = (products - truth[:, :1] * sums / size) / (truth[:, 1:] * lengths).clamp_min(1e-300)
     r[:, lengths == 0], r[truth[:, 1] == 0] = 0.0, 0.0  # what is flat correlates with nothing, exactly
     own = r[order[mine], torch.arange(len(mine))]
@@ -212,8 +251,9 @@ def _beaten(real: Any, reals: list[slice], known: list[Tensor], recon: Any, mine
     for j in (near.sum(0) > 1).nonzero()[:, 0].tolist():
         rivals = near[:, j].nonzero()[:, 0].numpy()
         pred = _unit_rows(part[j : j + 1])[0]  # (features,)
-        exact = torch.cat([_unit_rows(_part(real, rivals[i : i + CHUNK])) @ pred for i in range(0, len(rivals), CHUNK)])
-        beaten[rivals, j] = exact < exact[int(np.flatnonzero(rivals == order[mine[j]])[0])]
+        exact = torch.cat([(_unit_rows(_part(real, rivals[i : i + CHUNK])) * pred).sum(1) for i in range(0, len(rivals), CHUNK)])
+        mine_exact = exact[int(np.flatnonzero(rivals == order[mine[j]])[0])]
+        beaten[rivals, j] = exact < mine_exact - 1e-13  # what differs by the rounding of double precision is a tie
     return beaten.sum(0).numpy().astype(np.float64)
 
 
@@ -249,7 +289,13 @@ def two_way_within(real_features: Any, recon_features: Any, groups: Any) -> np.n
 
 def _paired(true: Any, made: Any, centre: bool, pairing: Any = None) -> np.ndarray:
     pairs = _pairs(true, made, "(n, ...)", pairing)
+    _check_alike(true, made)
     return torch.cat([(_unit_rows(a, centre) * _unit_rows(b, centre)).sum(1) for a, b in pairs]).numpy()
+
+
+def _check_alike(true: Any, made: Any) -> None:
+    if tuple(true.shape[1:]) != tuple(made.shape[1:]):
+        raise PerceptError(f"True rows {tuple(true.shape[1:])} and reconstructed ones {tuple(made.shape[1:])} differ; this score compares them as they are.")
 
 
 def pcc(images: Any, recons: Any, pairing: Any = None) -> np.ndarray:
@@ -282,6 +328,7 @@ def mse(images: Any, recons: Any, pairing: Any = None) -> np.ndarray:
     (n, ...) and (n, ...) -> (n,), lower is better.
     """
     pairs = _pairs(images, recons, "(n, ...)", pairing)
+    _check_alike(images, recons)
     return torch.cat([(b.double() - a.double()).square().flatten(1).mean(1) for a, b in pairs]).numpy()
 
 
@@ -332,8 +379,9 @@ def _resizer(side: int, size: int, antialias: bool) -> _Resizer:
 def _correlation(x: Any, y: Any, rows: Any, columns: Any, row_mean: Any, column_mean: Any) -> Any:
     """Pearson correlation of two pictures (3, height, width) after resizing, which is told by the bands and means of both axes' `_Resizer`."""
     channels, height, width = x.shape
-    means, low, high = np.zeros(2), np.full(2, np.inf), np.full(2, -np.inf)
+    means, low, high = np.zeros(2), np.zeros(2), np.zeros(2)
     for k, z in enumerate((x, y)):
+        low[k] = high[k] = z[0, 0, 0]
         for c in range(channels):
             for i in range(height):
                 total, least, most = np.float32(0), z[c, i, 0], z[c, i, 0]
@@ -410,19 +458,19 @@ TAPS /= TAPS.sum()
 def _grey(picture: Any, weights: Any, first: Any, row_taps: Any, start: Any, column_taps: Any) -> Any:
     """Luminance of a picture (3, height, width), resized. Grey is taken before resizing: both are linear, and it is a third of the work."""
     _, height, width = picture.shape
-    light = weights[0] * picture[0] + weights[1] * picture[1] + weights[2] * picture[2]
-    out, line = np.empty((len(first), len(start)), np.float32), np.empty(width, np.float32)
+    wide, out = np.zeros((height, len(start)), np.float32), np.zeros((len(first), len(start)), np.float32)
+    line = np.empty(width, np.float32)
+    for i in range(height):
+        for j in range(width):
+            line[j] = weights[0] * picture[0, i, j] + weights[1] * picture[1, i, j] + weights[2] * picture[2, i, j]
+        for t in range(len(column_taps)):
+            for j in range(len(start)):
+                wide[i, j] += column_taps[t, j] * line[start[j] + t]
     for i in range(len(first)):
-        line[:] = 0.0
         for t in range(len(row_taps)):
             weight = row_taps[t, i]
-            for j in range(width):
-                line[j] += weight * light[first[i] + t, j]
-        for j in range(len(start)):
-            value = np.float32(0)
-            for t in range(len(column_taps)):
-                value += column_taps[t, j] * line[start[j] + t]
-            out[i, j] = value
+            for j in range(len(start)):
+                out[i, j] += weight * wide[first[i] + t, j]
     return out
 
 
@@ -433,27 +481,29 @@ def _structure(x: Any, y: Any, taps: Any, across: bool) -> Any:
     c1, c2, half, reach = np.float32(0.01**2), np.float32(0.03**2), np.float32(0.5), len(taps)
     height, width = x.shape
     kept = width - reach + 1 if across else width
-    up, total = np.empty((4, width), np.float32), 0.0
-    both = np.empty((4, kept), np.float32)
-    for i in range(height - reach + 1):
-        up[:] = 0.0
-        for t in range(reach):
-            w = taps[t]
-            for j in range(width):
-                a, b = x[i + t, j] - half, y[i + t, j] - half  # variances do not change, and rounding weighs less
-                up[0, j] += w * a
-                up[1, j] += w * b
-                up[2, j] += w * (a * a + b * b)
-                up[3, j] += w * (a * b)
+    line, recent, both, total = np.empty((4, width), np.float32), np.empty((reach, 4, kept), np.float32), np.empty((4, kept), np.float32), 0.0
+    for i in range(height):
+        for j in range(width):
+            a, b = x[i, j] - half, y[i, j] - half  # variances do not change, and rounding weighs less
+            line[0, j], line[1, j], line[2, j], line[3, j] = a, b, a * a + b * b, a * b
+        place = i % reach  # of the last `reach` rows, filtered along the row
         if across:
-            both[:] = 0.0
+            recent[place] = 0.0
             for t in range(reach):
                 w = taps[t]
                 for k in range(4):
                     for j in range(kept):
-                        both[k, j] += w * up[k, j + t]
+                        recent[place, k, j] += w * line[k, j + t]
         else:
-            both[:] = up
+            recent[place] = line
+        if i < reach - 1:
+            continue
+        both[:] = 0.0
+        for t in range(reach):
+            w, place = taps[t], (i + 1 + t) % reach
+            for k in range(4):
+                for j in range(kept):
+                    both[k, j] += w * recent[place, k, j]
         for j in range(kept):
             a, b = both[0, j], both[1, j]
             covariance, variances = both[3, j] - a * b, both[2, j] - (a * a + b * b)

@@ -342,8 +342,8 @@ class FeatureNetwork:
         """Images (n, 3, height, width), floats in [0, 1] or uint8 -> (n, features) float32."""
         x = torch.as_tensor(images).to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        if not (x.min() >= -1e-4 and x.max() <= 1 + 1e-4):
-            raise PerceptError(f"Image values run from {x.min():.3g} to {x.max():.3g}; {self.name} expects [0, 1]: clamp reconstructions, or pass uint8.")
+        if not (x.min() >= -1e-3 and x.max() <= 1 + 1e-3):
+            raise PerceptError(f"Image values run from {x.min():.6g} to {x.max():.6g}; {self.name} expects [0, 1]: clamp reconstructions, or pass uint8.")
         first, antialias = RESIZING[self.resizing]
         for side in (FIRST, self.size) if first else (self.size,):
             if x.shape[-2:] != (side, side):

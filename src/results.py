@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from src.metrics import CHUNK, RESIZING, SIZE, Metric, resize
+from src.metrics import CHUNK, RESIZING, SIZE, TOLERANCE, Metric, resize
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
 CONFIDENCE = 0.95
 FLOORS = {
     "shuffled": "the same reconstructions against other test images: what any plausible pictures score",
     "mean_image": "the mean training image for every test image: what one blurred picture scores",
+    "mean_seen": "the mean of the seen images themselves for every test image: one blurred picture that knows the truth",
     "other_recon": "for each image the other reconstruction that looks most like its own: what knowing the sort of picture scores",
     "untrained": "the same networks before any training: what their build and the generator give without learning",
     "class_mean": "the mean training image of the class that was decoded",
@@ -225,7 +226,7 @@ def mean_picture(images: Any) -> Tensor:
 def most_alike(pictures: Any) -> np.ndarray:
     """For each picture (n, 3, height, width) the other one that looks most like it, (n,): correlation of all pixels at 32 x 32."""
     if len(pictures) < 2:
-        raise PerceptError("Another reconstruction needs at least two images.")
+        raise PerceptError("One picture has no other that could look like it: score at least two.")
     small = torch.cat([resize(torch.as_tensor(pictures[i : i + CHUNK]).float(), 32, antialias=True).flatten(1) for i in range(0, len(pictures), CHUNK)])
     small = F.normalize(small - small.mean(1, keepdim=True), dim=1)
     return torch.cat([_others(small, slice(i, i + 512)) for i in range(0, len(small), 512)]).numpy()
@@ -284,7 +285,10 @@ def score_table(
                 made = {metric.prepare: metric.prepare(pictures)}  # that of the network before goes
             for i, (draw, pairing) in enumerate(pairings if name == "system" else pairings[:1]):
                 options = {} if pairing is None else {"pairing": pairing}
-                values = metric.compare(truth[metric.prepare], made[metric.prepare], **options)
+                try:
+                    values = metric.compare(truth[metric.prepare], made[metric.prepare], **options)
+                except PerceptError as error:
+                    raise PerceptError(f"{metric.name} of the row '{name}': {error}") from None
                 tables[metric.name].append(pd.DataFrame({"metric": metric.name, "row": "shuffled" if i else name, "image": ids, "draw": draw, "value": values}))
     return pd.concat([part for parts in tables.values() for part in parts], ignore_index=True)
 
@@ -422,7 +426,7 @@ def provenance(
         except PackageNotFoundError:
             versions[package] = "not installed"
     settings = {
-        "pixel metrics": f"compared at {SIZE} pixels, bilinear, without antialiasing",
+        "pixel metrics": f"compared at {SIZE} pixels, bilinear",
         "grey": ".2125 red + .7154 green + .0721 blue",
         "intervals": "95 % percentile bootstrap over test images, 2000 resamples",
     }
@@ -479,10 +483,24 @@ def write_metrics(
     """
     for record in records:
         _check_record(record)
+    _check_provenance(provenance)
+    write_json(Path(path), _plain({"metrics": list(records), "tables": list(tables), "provenance": provenance}))
+
+
+def _check_provenance(provenance: dict[str, Any]) -> None:
     missing = [key for key in ("recipe", "seeds", "selection") if key not in provenance]
     if missing:
         raise PerceptError(f"The provenance lacks {', '.join(missing)}; make it with results.provenance(...).")
-    write_json(Path(path), {"metrics": list(records), "tables": list(tables), "provenance": provenance})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it: numpy's numbers as Python's, and null for what is no number."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_results(
@@ -511,6 +529,7 @@ def add_results(
     kept = [record for record in old["metrics"] if record.get("stage") not in (stage, None)]
     for record in marked:
         _check_record(record)
+    _check_provenance(provenance)
     before, now = ({r["test_set"] for r in some} for some in (kept, marked))
     if kept and before != now:
         raise PerceptError(
@@ -532,7 +551,7 @@ def _add_scores(path: Path, stage: str, scores: pd.DataFrame) -> None:
     """Put a stage's per-image scores into the parquet file, in place of its old ones."""
     mine = scores.assign(stage=stage, **{name: 0 for name in ("sample", "draw") if name not in scores})[COLUMNS]
     others = pd.read_parquet(path) if path.exists() else None
-    if others is not None and list(others.columns) == COLUMNS:
+    if others is not None and list(others.columns) == COLUMNS:  # else it is of an earlier format, which had no stages
         mine = pd.concat([others[others["stage"] != stage], mine], ignore_index=True)
     with atomic(path) as temporary:
         mine.sort_values("stage", kind="stable").to_parquet(temporary, index=False)
@@ -554,9 +573,10 @@ def check_outputs(recons: Any) -> list[str]:
         rows = (rows.float() / 255 if rows.dtype == torch.uint8 else rows.float()).flatten(1)
         finite = torch.isfinite(rows).all(1)
         rows = torch.where(finite[:, None], rows, 0.0)
-        found.append(torch.stack([finite, rows.amin(1), rows.amax(1), rows.std(1)], 1))
+        colours = rows.unflatten(1, (3, -1)).std(2).amax(1)  # spread of the colour that varies most over the picture
+        found.append(torch.stack([finite, rows.amin(1), rows.amax(1), rows.std(1), colours], 1))
         total, square = total + rows.double().sum(0), square + rows.double().square().sum(0)
-    finite, least, most, spread = torch.cat(found).T
+    finite, least, most, spread, colours = torch.cat(found).T
     finite = finite.bool()
 
     def say(which: Tensor, what: str) -> None:
@@ -565,10 +585,10 @@ def check_outputs(recons: Any) -> list[str]:
             alarms.append(f"{int(which.sum())} of {n} reconstructions {what} (first: {first}).")
 
     say(~finite, "hold NaN or infinite values; half precision in the decoder is the usual cause")
-    say((least < -1e-3) | (most > 1 + 1e-3), "leave the range [0, 1]; clamp them")
+    say((least < -TOLERANCE) | (most > 1 + TOLERANCE), "leave the range [0, 1]; clamp them")
     black = finite & (most < 0.02)
     say(black, "are black; a safety checker or a half-precision overflow is the usual cause")
-    say(finite & ~black & (spread < 0.01), "are of one flat colour")
+    say(finite & ~black & (colours < 0.01), "are of one flat colour")
     between = (square / n - (total / n) ** 2).clamp_min(0).sqrt().mean()  # how much a pixel differs between pictures
     if n > 1 and between < 0.1 * spread.mean():
         alarms.append(

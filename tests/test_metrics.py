@@ -74,7 +74,72 @@ def test_two_way_chunks_do_not_matter(monkeypatch):
     np.testing.assert_array_equal(two_way_each(real, recon), whole)
 
 
+def published_two_way(real, recon):
+    n = len(real)
+    r = np.corrcoef(real.astype(np.float64), recon.astype(np.float64))[:n, n:]
+    return (r < np.diag(r)).sum(0) / (n - 1)
+
+
+def test_two_way_ties_of_identical_images_are_lost():
+    rng = np.random.default_rng(0)
+    real = np.repeat(rng.normal(size=(20, 50)).astype(np.float32), 2, 0)  # every image twice, as repeats that were not averaged
+    recon = real + rng.normal(size=real.shape).astype(np.float32)
+    r = np.corrcoef(real, recon)[:40, 40:]
+    twin = np.arange(40) ^ 1
+    others = np.array([sum(r[i, j] < r[j, j] for i in range(40) if i not in (j, twin[j])) for j in range(40)]) / 39
+    np.testing.assert_allclose(two_way_each(real, recon), others, atol=1e-12)
+    assert two_way_each(np.tile(real[:1], (30, 1)), rng.normal(size=(30, 50))).max() == 0
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x + 20, lambda x: np.concatenate([x[:, :-1], 0 * x[:, :1] + 3000], 1), np.abs], ids=["mean", "outlier", "relu"])
+def test_two_way_is_exact_where_single_precision_is_not(spoil):
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=(1, 57_600))
+    real = spoil((base + 0.01 * rng.normal(size=(24, 57_600))).astype(np.float32))
+    recon = (base + 0.3 * rng.normal(size=(24, 57_600))).astype(np.float32)
+    np.testing.assert_array_equal(two_way_each(real, recon), published_two_way(real, recon))
+
+
+def test_two_way_within_groups_knows_no_other_distractors():
+    rng = np.random.default_rng(2)
+    real, recon = rng.normal(size=(2, 9, 12))
+    groups = np.array(list("aabbbabba"))
+    groups[8] = "c"
+    values = metrics.two_way_within(real, recon, groups)
+    for label in "ab":
+        mine = groups == label
+        np.testing.assert_allclose(values[mine], published_two_way(real[mine], recon[mine]))
+    assert np.isnan(values[8])
+    with pytest.raises(PerceptError, match="8 group labels"):
+        metrics.two_way_within(real, recon, groups[:8])
+
+
+def test_pairing_holds_reconstructions_against_other_images():
+    images, recons = pictures(7)
+    order = np.array([1, 2, 3, 4, 5, 6, 0])
+    for metric in (METRICS["pixcorr"], METRICS["ssim"], METRICS["mse"]):
+        np.testing.assert_allclose(metric.compare(images, recons, pairing=order), metric.compare(images[order], recons))
+    real, recon = images.flatten(1).numpy(), recons.flatten(1).numpy()
+    r = np.corrcoef(real, recon)[:7, 7:]
+    np.testing.assert_allclose(two_way_each(real, recon, pairing=order), [(r[:, j] < r[order[j], j]).sum() / 6 for j in range(7)])
+    with pytest.raises(PerceptError, match="pairing of 3"):
+        two_way_each(real, recon, pairing=order[:3])
+
+
 # ------------------------------------------------------------------------------------------------ pixels
+def test_bytes_and_views_are_compared_as_floats_are():
+    images, recons = pictures(5, 40)
+    as_bytes = (images * 255).round().to(torch.uint8)
+    for name in ("pixcorr", "ssim", "ssim_columns"):
+        exact = METRICS[name].each(as_bytes.float() / 255, recons)
+        np.testing.assert_allclose(METRICS[name].each(as_bytes, recons.numpy()), exact)
+        np.testing.assert_allclose(METRICS[name].each(metrics.as_compared(as_bytes, "straight"), metrics.reordered(recons, np.arange(5))), exact)
+        small = [torchvision_resize(x, [256, 256], antialias=False) for x in (images, recons)]
+        np.testing.assert_allclose(METRICS[name].each(*(metrics.as_compared(x, "published") for x in (images, recons))), METRICS[name].each(*small), atol=1e-6)
+    with pytest.raises(PerceptError, match="no resizing 'mine'"):
+        metrics.as_compared(images, "mine")
+
+
 @pytest.mark.parametrize(
     ("side", "other", "antialias"), [(24, 24, False), (32, 48, False), (500, 500, False), (500, 460, True)]
 )

@@ -211,6 +211,7 @@ def test_good_outputs_raise_no_alarm():
         (lambda x: x.index_fill(0, torch.tensor([2]), float("nan")), "1 of 6 .* NaN .*2"),
         (lambda x: x.index_fill(0, torch.tensor([0, 1]), 0.0), "2 of 6 .* black"),
         (lambda x: x.index_fill(0, torch.tensor([4]), 0.6), "1 of 6 .* flat"),
+        (lambda x: torch.cat([x[:5], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand_as(x[:1])]), "1 of 6 .* flat"),
         (lambda x: x * 2 - 1, "leave the range"),
         (lambda x: x[:1].repeat(6, 1, 1, 1) + 0.0, "nearly alike"),
     ],
