@@ -6,7 +6,7 @@ IMAGE ?= percept
 setup:
 	@bash setup.sh
 
-demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world (eight to nine minutes on two cores)
+demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world (nine to ten minutes on two cores)
 	@$(PYTHON) run.py mindeye --mini
 
 test: setup

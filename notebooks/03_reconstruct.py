@@ -11,7 +11,7 @@
 # A run that is interrupted goes on with the images that are missing.
 #
 # Cost: full size about 8 s an image and sample on an A100 (published figure, not
-# run here); mini about one minute on two CPU cores.
+# run here); mini about two minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.4.
 

@@ -256,6 +256,20 @@ if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
     tables.append({"title": "Held-out clusters", "note": note, "rows": rows})
 
 # %%
+def lines_of(title):
+    """The table of that title, or a sentence."""
+    return next((pd.DataFrame(t["rows"]).set_index("metric") for t in tables if t["title"] == title), "There is none for this run.")
+
+
+lines_of("Fewer repeats of the test images")
+
+# %%
+lines_of("Other decoders on the same images")
+
+# %%
+lines_of("By distance to the nearest training image")
+
+# %%
 def drawn(wished):
     """Scores of the system that a figure shows: the first four there are."""
     names = [prefix + name if METRICS[name].network else name for name in METRICS] + [m.name for m in chosen if "judge" in m.name]

@@ -270,7 +270,8 @@ def _image(uri: str, alt: str, side: int = 88) -> Markup:
 def _static(gallery: dict[str, Any], places: Sequence[int]) -> Markup:
     """A plain HTML table of the images at these places of the test set: what is seen where nothing can be pressed."""
     cell = Markup('<td style="text-align:left;padding:2px 6px">{}</td>')
-    head = Markup("").join(Markup('<th style="text-align:left;padding:2px 6px;max-width:88px">{}</th>').format(row["name"]) for row in gallery["rows"])
+    style = "text-align:left;padding:2px 6px;max-width:88px;font-size:11px;font-weight:500"
+    head = Markup("").join(Markup('<th style="{}">{}</th>').format(style, row["name"]) for row in gallery["rows"])
     lines = []
     for i in places:
         hit = "" if gallery["hits"] is None else ", hit" if gallery["hits"][i] else ", miss"
