@@ -124,10 +124,13 @@ def test_the_mini_world_is_known_before_it_is_drawn():
 
 def test_pictures_take_the_disk_that_is_told(tmp_path):
     told = {"dataset": "mini", "subj": 1, "weights": "mini", "decoder": "both", "first_images": 0, "img2img_strength": 0.85}
+    told |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
     disk = dryrun.plan("03_reconstruct", told).disk
-    assert disk["pictures"] == 300 * 3 * 32 * 32 * 4 * 9  # both decoders and low levels, ceiling, autoencoder; seen, mean image, nearest
+    assert disk["pictures"] == 300 * 3 * 32 * 32 * 2 * 9  # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image, nearest
     assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(dryrun.plan("03_reconstruct", told))
     assert dryrun.plan("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"] == disk["pictures"] * 7 / 9
+    more = dryrun.plan("03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}).disk
+    assert more["pictures"] == disk["pictures"] * (9 + 1 + 2 + 4) / 9
     one = dryrun.plan("03_reconstruct", told | {"hidden": False}).disk
     assert one["tokens"] == disk["tokens"] / 17
     full = dryrun.plan("03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}).disk
