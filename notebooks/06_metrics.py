@@ -125,13 +125,14 @@ def looking(name):
     if not metric.network:
         return metric if name in ("pcc", "mse") else metric.through(at_one_size)  # those two are of pictures at their own size
     if name == "CLIP":
-        return metric.through(clip_features, prefix)
+        return metric.through(clip_features, prefix, clip_seen)
     network = FeatureNetwork(name, weights, run.device, resizing)
     looked_through[name] = network.fingerprint()
     return metric.through(network, prefix, network.features(seen, cache=run.results.parent / ".features"))
 
 
 # %%
+clip_seen = clip_features(seen)
 chosen = [looking(name) for name in wanted]
 labels = subject.labels if ours else None
 judge = Judge(weights, run.device) if weights == "mini" and labels is not None else None
@@ -177,11 +178,10 @@ alarms
 if hard_negatives and ours:
     groups, kind = subject.categories(image_ids, hard_negatives), hard_negatives.replace(",", " and ")
 else:
-    unit = clip_features(seen)
-    groups, kind = KMeans(max(2, len(unit) // 20), n_init=4, random_state=seed).fit_predict(unit), "cluster"
-truth, within = clip_features(seen), {}
+    groups, kind = KMeans(max(2, len(seen) // 20), n_init=4, random_state=seed).fit_predict(clip_seen), "cluster"
+within = {}
 for row in [name for name in ("system", "mean_image", "mean_seen", "other_recon", "untrained", "nearest_train", "ceiling", "ridge") if name in pictures]:
-    within[row] = two_way_within(truth, clip_features(pictures[row]), groups)
+    within[row] = two_way_within(clip_seen, clip_features(pictures[row]), groups)
 kept = np.isfinite(within["system"])
 if kept.any():
     within = {row: values[kept] for row, values in within.items()}

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from src.metrics import CHUNK, RESIZING, SIZE, TOLERANCE, Metric, resize
+from src.metrics import CHUNK, RESIZING, SIZE, TOLERANCE, Metric, as_compared, resize
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
 CONFIDENCE = 0.95
@@ -216,10 +216,8 @@ def pixel_hash(images: Any) -> str:
 
 def mean_picture(images: Any) -> Tensor:
     """The mean of pictures (n, 3, height, width), once for each of them (a view); float32, bytes become [0, 1]."""
-    total: Any = 0.0
-    for start in range(0, len(images), CHUNK):
-        part = torch.as_tensor(images[start : start + CHUNK])
-        total = total + (part.double() / 255 if part.dtype == torch.uint8 else part.double()).sum(0)
+    floats = as_compared(images, "straight")
+    total: Any = sum(floats[i : i + CHUNK].double().sum(0) for i in range(0, len(images), CHUNK))
     return (total / len(images)).float().expand(len(images), -1, -1, -1)
 
 
@@ -227,7 +225,8 @@ def most_alike(pictures: Any) -> np.ndarray:
     """For each picture (n, 3, height, width) the other one that looks most like it, (n,): correlation of all pixels at 32 x 32."""
     if len(pictures) < 2:
         raise PerceptError("One picture has no other that could look like it: score at least two.")
-    small = torch.cat([resize(torch.as_tensor(pictures[i : i + CHUNK]).float(), 32, antialias=True).flatten(1) for i in range(0, len(pictures), CHUNK)])
+    floats = as_compared(pictures, "straight")
+    small = torch.cat([resize(floats[i : i + CHUNK], 32, antialias=True).flatten(1) for i in range(0, len(pictures), CHUNK)])
     small = F.normalize(small - small.mean(1, keepdim=True), dim=1)
     return torch.cat([_others(small, slice(i, i + 512)) for i in range(0, len(small), 512)]).numpy()
 
@@ -536,10 +535,10 @@ def add_results(
             f"{folder} has scores on the test set {', '.join(sorted(before))}, these are on {', '.join(sorted(now))}: scores of different test images "
             "do not belong together; run all stages of the run again, or give this run another model_name."
         )
-    lines = [old["provenance"], provenance]
-    both = lines[0] | lines[1]
-    both["seeds"] = {**lines[0].get("seeds", {}), **{f"{stage}: {k}": v for k, v in provenance["seeds"].items()}}
-    others = [c for c in lines[0].get("selection", []) if c.get("stage") not in (stage, None)]
+    earlier = old["provenance"]
+    both = earlier | provenance
+    both["seeds"] = {**earlier.get("seeds", {}), **{f"{stage}: {k}": v for k, v in provenance["seeds"].items()}}
+    others = [c for c in earlier.get("selection", []) if c.get("stage") not in (stage, None)]
     both["selection"] = sorted([*others, *({**choice, "stage": stage} for choice in provenance["selection"])], key=lambda c: c["stage"])
     more = [t for t in old.get("tables", []) if t.get("stage") not in (stage, None)] + [{**table, "stage": stage} for table in tables]
     everything = sorted([*kept, *marked], key=lambda r: r["stage"])
