@@ -295,7 +295,7 @@ def _paired(true: Any, made: Any, centre: bool, pairing: Any = None) -> np.ndarr
 
 def _check_alike(true: Any, made: Any) -> None:
     if tuple(true.shape[1:]) != tuple(made.shape[1:]):
-        raise PerceptError(f"True rows {tuple(true.shape[1:])} and reconstructed ones {tuple(made.shape[1:])} differ: this score compares them as they are; resize one set.")
+        raise PerceptError(f"True rows {tuple(true.shape[1:])} and reconstructed ones {tuple(made.shape[1:])} differ: resize one set, this score takes them as they are.")
 
 
 def pcc(images: Any, recons: Any, pairing: Any = None) -> np.ndarray:
