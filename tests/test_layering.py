@@ -12,7 +12,8 @@ THIRD = {"training", "published", "reconstruct", "results", "compare", "report",
 DOORS = {
     "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
     "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data"},
-    "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"}, "torchvision.models": {"networks"},
+    "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"},
+    "boto3": {"download"}, "botocore": {"download"}, "huggingface_hub": {"download", "pretrained", "dryrun"}, "torchvision.models": {"networks"},
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_layers(path):
     if name == "utils":
         assert not used
     elif name == "readers":
-        assert used <= {"utils", "data", "readers"}
+        assert used <= {"utils", "data", "readers", "download"}
     elif name in SECOND:
         assert used <= {"utils"}, f"{name} is of the second layer and may import utils only, not {used - {'utils'}}"
     elif name in THIRD:

@@ -21,12 +21,11 @@ import fcntl
 import io
 import re
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,6 +41,7 @@ from src.data import (
     write_images,
     write_subject,
 )
+from src.readers.common import Spool
 from src.utils import PerceptError, atomic, progress, read_json, resolve, write_json
 
 LAYOUT = "webdataset_avg_split"
@@ -109,7 +109,7 @@ def read(
     shards = {split: _shards(root, split, subj) for split in SPLITS}
     folder = dataset_folder(dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder), _Spool(folder) as rows, _Spool(folder) as pixels:
+    with disk_errors(folder), Spool(folder) as rows, Spool(folder) as pixels:
         trials, image_ids = _read_shards(shards, subj, val, betas, rows, pixels)
         _check_totals(root, subj, trials)
         trials = _finish_trials(trials, trials_per_session)
@@ -124,39 +124,6 @@ def read(
         _copy_tables(root, folder, image_ids)
         voxels = _voxel_table(root, subj) if betas == "nsdgeneral" else None
         return write_subject(subject_folder(dataset, subj), rows.array(), trials, voxels, about)
-
-
-class _Spool:
-    """Rows of one shape and dtype, appended to an unnamed temporary file and then memory-mapped."""
-
-    def __init__(self, folder: Path):
-        self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)
-        self.shape: tuple[int, ...] | None = None
-        self.dtype, self.count = np.dtype(np.float32), 0
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, row: np.ndarray, what: str) -> None:
-        if self.shape is None:
-            self.shape, self.dtype = row.shape, row.dtype
-        if (row.shape, row.dtype) != (self.shape, self.dtype):
-            raise PerceptError(
-                f"{what} is {row.dtype} {row.shape}, the ones before it are {self.dtype} {self.shape}: "
-                "all must be alike."
-            )
-        self.file.write(np.ascontiguousarray(row).data)
-        self.count += 1
-
-    def array(self) -> np.ndarray:
-        """All rows (rows, ...)."""
-        if self.shape is None:
-            raise PerceptError("The shards hold no samples.")
-        self.file.flush()
-        return np.memmap(self.file, self.dtype, "r", 0, (self.count, *self.shape))
 
 
 def _root(source: Path) -> Path:
@@ -181,7 +148,7 @@ def _shards(root: Path, split: str, subj: int) -> list[Path]:
 
 
 def _read_shards(
-    shards: dict[str, list[Path]], subj: int, val: str, betas: str, rows: _Spool, pixels: _Spool
+    shards: dict[str, list[Path]], subj: int, val: str, betas: str, rows: Spool, pixels: Spool
 ) -> tuple[pd.DataFrame, list[int]]:
     """Spool betas and images: a table with image, split, trial (-1 where unknown) a row of betas, and the
     ids of the images."""

@@ -1,0 +1,186 @@
+"""What several readers need: spooled rows, pictures, the choice of validation images, and files that their authors pickled.
+
+Conventions of the prepared table of trials, whatever the source counts from: `trial`, `session`, `run` and `repeat` count from 0 (-1 where a
+source does not tell a run), `image` is the source's own number of the image (NSD: the row of imgBrick, from 0).
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+from src.utils import PerceptError
+
+
+# -------------------------------------------------------------------------------- files
+def present(path: str | Path, what: str, remedy: str = "fetch it, or give the folder that holds it") -> Path:
+    """`path`, if it is there.
+
+    Raises:
+        PerceptError: naming the file, what it holds and what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PerceptError(f"{path} ({what}) is missing: {remedy}.")
+    return path
+
+
+class Spool:
+    """Rows of one shape and dtype, appended to an unnamed temporary file in `folder` and then memory-mapped."""
+
+    def __init__(self, folder: Path):
+        self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)
+        self.shape: tuple[int, ...] | None = None
+        self.dtype, self.count = np.dtype(np.float32), 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, row: np.ndarray, what: str) -> None:
+        """Add one row (...); `what` names it in the error for a row unlike those before it."""
+        self.extend(row[None], what)
+
+    def extend(self, rows: np.ndarray, what: str) -> None:
+        """Add rows (rows, ...).
+
+        Raises:
+            PerceptError: if they are unlike the rows before them.
+        """
+        if self.shape is None:
+            self.shape, self.dtype = rows.shape[1:], rows.dtype
+        if (rows.shape[1:], rows.dtype) != (self.shape, self.dtype):
+            raise PerceptError(f"{what} is {rows.dtype} {rows.shape[1:]}, the ones before it are {self.dtype} {self.shape}: all must be alike.")
+        self.file.write(np.ascontiguousarray(rows).data)
+        self.count += len(rows)
+
+    def array(self) -> np.ndarray:
+        """All rows (rows, ...).
+
+        Raises:
+            PerceptError: if there are none.
+        """
+        if self.shape is None:
+            raise PerceptError("The source holds no samples.")
+        self.file.flush()
+        return np.memmap(self.file, self.dtype, "r", 0, (self.count, *self.shape))
+
+
+# -------------------------------------------------------------------------------- pictures
+def shrink(image: np.ndarray, image_size: int) -> np.ndarray:
+    """An image uint8 (height, width, 3) whose shorter side is at most `image_size`, cut to its central square.
+
+    0 keeps the image as it is. A square image that is small enough is returned unchanged; nothing is enlarged.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if not image_size or (height == width and side <= image_size):
+        return image
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(image[top : top + side, left : left + side])
+    return np.asarray(square if side <= image_size else square.resize((image_size, image_size), Image.Resampling.BICUBIC))
+
+
+def picture(source: str | Path | BinaryIO, what: str, image_size: int = 0) -> np.ndarray:
+    """Decode a picture file: uint8 (height, width, 3), through `shrink`.
+
+    Raises:
+        PerceptError: if it is missing or cannot be decoded; `what` names it.
+    """
+    try:
+        with Image.open(source) as image:
+            return shrink(np.array(image.convert("RGB")), image_size)
+    except FileNotFoundError as error:
+        raise PerceptError(f"{what} is missing: there is no {source}.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise PerceptError(f"{what} cannot be decoded ({error}): fetch it again.") from error
+
+
+# -------------------------------------------------------------------------------- splits
+def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> pd.Series:
+    """The column `split` with so many of the training images, chosen at random by image, moved to "val".
+
+    Args:
+        trials: columns image and split (train, test, exclude or already val).
+        val_images: number of images; 0 moves none.
+        seed: of the choice, which depends on the set of training images alone, not on their order.
+
+    Raises:
+        PerceptError: if fewer than two training images would be left.
+    """
+    candidates = np.unique(trials.loc[trials["split"] == "train", "image"])
+    if val_images < 0 or len(candidates) - val_images < 2:
+        raise PerceptError(f"val_images is {val_images}, but there are {len(candidates)} training images: choose from 0 to {max(0, len(candidates) - 2)}.")
+    chosen = np.random.default_rng(seed).choice(candidates, val_images, replace=False)
+    return trials["split"].mask((trials["split"] == "train") & trials["image"].isin(chosen), "val")
+
+
+# -------------------------------------------------------------------------------- files that their authors pickled
+class _Restricted(pickle.Unpickler):
+    """Builds plain containers, texts and numbers, and NumPy arrays and scalars of these; nothing else."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"), ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+        ("collections", "OrderedDict"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def unpickle_npy(path: str | Path) -> Any:
+    """The content of an .npy whose authors pickled it (a dict, or an array of texts), without running code from it.
+
+    Raises:
+        PerceptError: if it is missing, damaged, or asks for anything but containers, texts, numbers and arrays.
+    """
+    try:
+        with open(present(path, "a pickled .npy"), "rb") as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file)
+            if not dtype.hasobject:
+                file.seek(0)
+                return np.lib.format.read_array(file, allow_pickle=False)
+            content = _Restricted(file).load()
+    except (ValueError, EOFError, OSError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise PerceptError(f"{path} cannot be read safely ({error}): fetch it again, or save it as plain arrays.") from error
+    content = np.asarray(content, dtype=object).reshape(shape)
+    return content.item() if shape == () else content
+
+
+# -------------------------------------------------------------------------------- regions
+def roi_columns(regions: dict[str, np.ndarray], n_voxels: int) -> pd.DataFrame:
+    """Boolean columns of the table of voxels, one a region, none for a region without voxels.
+
+    Raises:
+        PerceptError: if a region's mask has another length.
+    """
+    for name, mask in regions.items():
+        if mask.shape != (n_voxels,):
+            raise PerceptError(f"The mask of {name} has shape {mask.shape}, there are {n_voxels} voxels: take the masks of this very subject.")
+    return pd.DataFrame({name: mask.astype(bool) for name, mask in regions.items() if mask.any()}, index=range(n_voxels))
+
+
+def check_rois(wanted: Iterable[str], known: Collection[str], where: str) -> None:
+    """Refuse regions that the source does not have.
+
+    Raises:
+        PerceptError: naming the unknown and the known.
+    """
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise PerceptError(f"{where} has no region {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
