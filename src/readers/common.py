@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from src.utils import PerceptError
+from src.data import write_image_table
+from src.utils import PerceptError, atomic
 
 
 # -------------------------------------------------------------------------------- files
@@ -122,6 +123,49 @@ def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> 
         raise PerceptError(f"val_images is {val_images}, but there are {len(candidates)} training images: choose from 0 to {max(0, len(candidates) - 2)}.")
     chosen = np.random.default_rng(seed).choice(candidates, val_images, replace=False)
     return trials["split"].mask((trials["split"] == "train") & trials["image"].isin(chosen), "val")
+
+
+def own_split(source: Path, trials: pd.DataFrame) -> pd.Series | None:
+    """The column `split` as <source>/splits.csv (columns image and split) wants it, or nothing where there is no such file.
+
+    Trials of images that it does not name are excluded.
+
+    Raises:
+        PerceptError: if the file lacks a column or names an image twice.
+    """
+    path = source / "splits.csv"
+    if not path.exists():
+        return None
+    table = pd.read_csv(path)
+    if not {"image", "split"} <= set(table.columns) or table["image"].duplicated().any():
+        raise PerceptError(f"{path} needs the columns image and split, one row an image: it has {list(table.columns)} and {len(table)} rows.")
+    return trials["image"].map(table.set_index("image")["split"]).fillna("exclude").astype(str)
+
+
+def write_split(source: Path, trials: pd.DataFrame) -> None:
+    """Write <source>/splits.csv for `own_split`; images of other subjects already in it are kept."""
+    path, table = source / "splits.csv", trials.drop_duplicates("image")[["image", "split"]]
+    if path.exists():
+        old = pd.read_csv(path)
+        table = pd.concat([old[~old["image"].isin(table["image"])], table])
+    with atomic(path) as temporary:
+        table.sort_values("image").to_csv(temporary, index=False)
+
+
+# -------------------------------------------------------------------------------- what a source may bring along
+def copy_tables(source: Path, folder: Path, image_ids: Collection[int]) -> None:
+    """Take captions.parquet and labels.parquet (column image) beside a source over into the dataset's folder, where there are any."""
+    for name in ("captions.parquet", "labels.parquet"):
+        if (source / name).exists():
+            table = pd.read_parquet(source / name)
+            write_image_table(folder / name, table[table["image"].isin(image_ids)] if "image" in table else table)
+
+
+def write_tables(source: Path, captions: pd.DataFrame | None, labels: pd.DataFrame | None) -> None:
+    """Write captions.parquet and labels.parquet beside a source for `copy_tables`."""
+    for name, table in (("captions", captions), ("labels", labels)):
+        if table is not None:
+            write_image_table(source / f"{name}.parquet", table)
 
 
 # -------------------------------------------------------------------------------- files that their authors pickled

@@ -37,11 +37,10 @@ from src.data import (
     disk_errors,
     number_repeats,
     subject_folder,
-    write_image_table,
     write_images,
     write_subject,
 )
-from src.readers.common import Spool
+from src.readers.common import Spool, copy_tables, write_tables
 from src.utils import PerceptError, atomic, progress, read_json, resolve, write_json
 
 LAYOUT = "webdataset_avg_split"
@@ -121,7 +120,7 @@ def read(
             "trials_per_session": trials_per_session, **(attributes or {}),
         }  # fmt: skip
         write_images(folder / "images.h5", pixels.array(), image_ids)
-        _copy_tables(root, folder, image_ids)
+        copy_tables(root, folder, image_ids)
         voxels = _voxel_table(root, subj) if betas == "nsdgeneral" else None
         return write_subject(subject_folder(dataset, subj), rows.array(), trials, voxels, about)
 
@@ -286,15 +285,6 @@ def _check_totals(root: Path, subj: int, trials: pd.DataFrame) -> None:
         )
 
 
-def _copy_tables(root: Path, folder: Path, image_ids: list[int]) -> None:
-    for name in ("captions.parquet", "labels.parquet"):
-        if (root / name).exists():
-            table = pd.read_parquet(root / name)
-            write_image_table(
-                folder / name, table[table["image"].isin(image_ids)] if "image" in table else table
-            )
-
-
 def _voxel_table(root: Path, subj: int) -> pd.DataFrame | None:
     for name in (f"voxels_subj{subj:02d}.parquet", "voxels.parquet"):
         if (root / name).exists():
@@ -385,9 +375,7 @@ def write(
         if voxels is not None:
             with atomic(root / f"voxels_subj{subj:02d}.parquet") as temporary:
                 voxels.to_parquet(temporary)
-        for name, table in (("captions", captions), ("labels", labels)):
-            if table is not None:
-                write_image_table(root / f"{name}.parquet", table)
+        write_tables(root, captions, labels)
     return Path(source)
 
 
