@@ -809,6 +809,29 @@ def umap_scatter(brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0
 
 
 @_styled
+def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200) -> Figure:
+    """A few images and what the voxels did at each presentation: rows that look alike are a reliable measurement.
+
+    Args:
+        images: (n, 3, height, width) in [0, 1].
+        responses: for each image the z-scores of its presentations (repeats, voxels), voxels in the order in which they are to be drawn.
+        most: voxels drawn, the first ones.
+    """
+    n = len(responses)
+    fig, axes = plt.subplots(n, 2, figsize=(8, 0.95 * n + 0.5), width_ratios=(1, 8), layout="constrained", squeeze=False)
+    for (left, right), tile, x in zip(axes, _tiles(images, _side(images), "bicubic"), responses, strict=True):
+        left.imshow(tile)
+        left.axis("off")
+        shown = right.imshow(x[:, :most], aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest")
+        pairs = np.corrcoef(x)[np.triu_indices(len(x), 1)] if len(x) > 1 else np.array([])
+        right.set(xticks=[], yticks=range(len(x)), yticklabels=[f"{i + 1}" for i in range(len(x))])
+        right.set_ylabel(f"r = {pairs.mean():.2f}" if len(pairs) else "once", fontsize=8)
+    axes[0, 1].set_title(f"the {min(most, responses[0].shape[1])} most reliable voxels, a row a presentation; r: mean correlation of the rows", fontsize=9)
+    fig.colorbar(shown, ax=axes[:, 1], shrink=0.6, label="z-score")
+    return fig
+
+
+@_styled
 def roi_figure(
     voxels: pd.DataFrame, ceiling: str = "noise_ceiling", rois: Sequence[str] | None = None
 ) -> Figure:

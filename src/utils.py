@@ -17,7 +17,7 @@ import random
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -277,7 +277,7 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
     return made
 
 
-def check_known(names: Iterable[str], known: dict[str, Parameter], origin: str) -> None:
+def check_known(names: Iterable[str], known: Collection[str], origin: str) -> None:
     """Refuse names that no parameter has, suggesting the nearest."""
     for name in names:
         if name not in known:

@@ -5,14 +5,16 @@ import io
 import json
 import tarfile
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
 from PIL import Image
 
+from src import miniworld
 from src.data import number_repeats, open_subject
-from src.readers import READERS, digits69, mindeye, npz
+from src.readers import READERS, digits69, mindeye, npz, read, reader_options
 from src.utils import PerceptError
 
 V = 6
@@ -285,6 +287,119 @@ def test_mindeye_write_refusals(tmp_path):
         mindeye.write(tmp_path, 1, betas, trials, images, ids, image_format="gif")
 
 
+def test_mindeye_the_release_that_is_there_is_read(tmp_path):
+    betas, trials, images, ids = make_arrays()
+    mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset_avg_new")
+    mindeye.read(tmp_path, tmp_path / "out", 1, trials_per_session=6)
+    subject = open_subject(tmp_path / "out", 1)
+    assert subject.protocol == "nsd-1000" and subject.attributes["layout"] == "webdataset_avg_new"
+    np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
+    mindeye.write(tmp_path, 1, betas + 1, trials, images, ids)
+    with pytest.raises(PerceptError, match="holds the releases webdataset_avg_split, webdataset_avg_new.*name one"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    mindeye.read(tmp_path, tmp_path / "out", 1, layout="webdataset_avg_split")
+    mindeye.read(tmp_path / "webdataset_avg_new", tmp_path / "other", 1)
+    one, other = open_subject(tmp_path / "out", 1), open_subject(tmp_path / "other", 1)
+    np.testing.assert_array_equal(one.betas, betas[one.trials["trial"]] + 1)
+    np.testing.assert_array_equal(other.betas, betas[other.trials["trial"]])
+    assert (one.protocol, one.attributes["source"]) == ("nsd-1", "MindEye webdataset_avg_split") and other.protocol == "nsd-1000"
+    other_subject = {"layout": "webdataset_avg_split", "subj": 2}
+    for options, message in (({"layout": "webdataset"}, "holds webdataset/"), ({"layout": "wds"}, "layout is 'wds'"), (other_subject, "subj02_0.tar")):
+        with pytest.raises(PerceptError, match=message):
+            mindeye.read(**{"source": tmp_path, "dataset": tmp_path / "out", "subj": 1} | options)
+    with pytest.raises(PerceptError, match="layout='wds' one of"):
+        mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="wds")
+
+
+@pytest.mark.parametrize("volume", [(), (2, 3, 4)])
+def test_mindeye_early_release_there_and_back(tmp_path, volume):
+    betas, trials, images, ids = make_arrays(volume)
+    mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset", samples_per_shard=5)
+    root = tmp_path / "webdataset"
+    assert sorted(p.name for p in root.glob("*/*.tar")) == [f"train_subj01_{n}.tar" for n in range(3)] + ["val_subj01_0.tar"]
+    with tarfile.open(root / "val" / "val_subj01_0.tar") as file:
+        shapes = {np.load(io.BytesIO(file.extractfile(n).read())).shape for n in file.getnames() if "nsdgeneral" in n}
+        assert shapes == {(int(np.prod(volume)) if volume else V,)} and len(file.getnames()) == len(trials[trials["split"] == "test"]) * (6 if volume else 5)
+    name = "wholebrain_3d" if volume else "nsdgeneral"
+    mindeye.read(tmp_path, tmp_path / "out", 1, trials_per_session=6, betas=name)
+    subject = open_subject(tmp_path / "out", 1)
+    expected = trials.loc[subject.trials["trial"]].reset_index(drop=True).assign(run=-1)
+    pd.testing.assert_frame_equal(subject.trials, expected[list(subject.trials)], check_dtype=False)
+    np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]].reshape(17, -1))
+    np.testing.assert_array_equal(subject.images(ids), images)
+    assert subject.protocol == "nsd-early-1" and subject.attributes.get("volume_shape") == (",".join(map(str, volume)) or None)
+
+
+def make_early(root, coco=True, held_out=(16, 17)):
+    """Eight trials of the images 11 to 17 (trials 0 and 5 show image 11); the last two are in the val shard."""
+    image = np.array([11, 12, 13, 14, 15, 11, *held_out])
+    betas = np.random.default_rng(1).standard_normal((8, V)).astype(np.float32)
+    samples = []
+    for trial in range(8):
+        fields = {"jpg": png(np.full((4, 4, 3), image[trial], np.uint8)), "nsdgeneral.npy": npy(betas[trial]), "trial.npy": npy(np.int64(trial))}
+        samples.append((f"{trial:05d}", fields | ({"coco73k.npy": npy(image[trial])} if coco else {})))
+    tar(root / "webdataset" / "train" / "train_subj01_0.tar", samples[3:6])
+    tar(root / "webdataset" / "train" / "train_subj01_1.tar", samples[:3])
+    tar(root / "webdataset" / "val" / "val_subj01_0.tar", samples[6:])
+    return image, betas
+
+
+@pytest.mark.filterwarnings("ignore:.*metadata_subj01.json is missing")
+def test_mindeye_early_release_held_out_trials_are_the_test_set(tmp_path):
+    image, betas = make_early(tmp_path)
+    mindeye.read(tmp_path, tmp_path / "out", 1, val_images=2, seed=3)
+    subject = open_subject(tmp_path / "out", 1)
+    np.testing.assert_array_equal(subject.trials["image"], image[subject.trials["trial"]])
+    np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
+    assert subject.image_ids("test").tolist() == [16, 17] and len(subject.image_ids("val")) == 2 and len(subject.image_ids("train")) == 3
+    assert dict(zip(subject.trials["trial"], subject.trials["repeat"], strict=True)) == {t: int(t == 5) for t in range(8)}
+    make_early(tmp_path, held_out=(12, 17))
+    with pytest.raises(PerceptError, match="Image 12 is in"):
+        mindeye.read(tmp_path, tmp_path / "out", 1, val_images=0)
+    (tmp_path / "webdataset" / "splits.csv").write_text("image,split\n11,train\n12,test\n13,val\n17,test\n")
+    mindeye.read(tmp_path, tmp_path / "out", 1)
+    settled = open_subject(tmp_path / "out", 1)
+    assert [settled.image_ids(split).tolist() for split in ("train", "val", "test", "exclude")] == [[11], [13], [12, 17], [14, 15]]
+
+
+@pytest.mark.filterwarnings("ignore:.*metadata_subj01.json is missing")
+def test_mindeye_images_of_trials_come_from_the_table_where_shards_lack_them(tmp_path):
+    image, betas = make_early(tmp_path, coco=False)
+    with pytest.raises(PerceptError, match="no coco73k.npy"):
+        mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
+    with h5py.File(tmp_path / "COCO_73k_subj_indices.hdf5", "w") as file:
+        file["subj01"] = image
+    mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
+    trials = open_subject(tmp_path / "out", 1).trials
+    np.testing.assert_array_equal(trials["image"], image[trials["trial"]])
+    with h5py.File(tmp_path / "COCO_73k_subj_indices.hdf5", "r+") as file:
+        file["subj01"][4] = 3
+    make_early(tmp_path)
+    with pytest.warns(UserWarning, match="Trial 4 shows image 15 in the shards, but 3 in COCO_73k"):
+        mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
+    (tmp_path / "COCO_73k_subj_indices.hdf5").write_bytes(b"no HDF5")
+    with pytest.raises(PerceptError, match="COCO_73k_subj_indices.hdf5 cannot be read"):
+        mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
+
+
+@pytest.mark.parametrize("dtype", [object, str])
+@pytest.mark.parametrize("above", [True, False])
+def test_mindeye_captions_from_the_curated_annotations(tmp_path, dtype, above):
+    make_shards(tmp_path)
+    folder = tmp_path if above else tmp_path / "webdataset_avg_split"
+    texts = np.array([[f"text {i}", f" again {i} ", ""] for i in range(16)], dtype=dtype)
+    np.save(folder / "COCO_73k_annots_curated.npy", texts, allow_pickle=True)
+    mindeye.read(tmp_path, tmp_path / "out", 1)
+    captions = open_subject(tmp_path / "out", 1).captions
+    assert captions["image"].tolist() == np.repeat(np.arange(10, 16), 2).tolist() and captions["caption"].tolist()[:3] == ["text 10", "again 10", "text 11"]
+    np.save(folder / "COCO_73k_annots_curated.npy", texts[:15], allow_pickle=True)
+    with pytest.raises(PerceptError, match="a row of captions for each image up to 15"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    pd.DataFrame({"image": [10], "caption": ["ours"]}).to_parquet(tmp_path / "webdataset_avg_split" / "captions.parquet")
+    mindeye.read(tmp_path, tmp_path / "new", 1)
+    assert open_subject(tmp_path / "new", 1).captions["caption"].tolist() == ["ours"]
+
+
 # -------------------------------------------------------------------------------- digits69
 def make_digits(path, n=40, n_test=4):
     """Synthetic stand-in: image i has pixel (row 2, column i mod 28) lit."""
@@ -466,3 +581,47 @@ def test_npz_damaged(tmp_path):
     np.save(tmp_path / "e.npy", np.zeros(3))
     with pytest.raises(PerceptError, match="one bare array"):
         npz.read(tmp_path / "e.npy", tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------- the mini world, whatever it is written as
+PLAYED = ("mindeye", "mindeye2", "nsd", "algonauts", "bold5000", "god", "things")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return miniworld.simulate(1, 40, 10, 12, trials_per_session=62)
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
+    """As notebook 00 writes and reads it: betas by trial or, where a format holds means, by image; images, splits, sessions."""
+    trials, betas = mini.scan.trials, np.round(mini.scan.betas * 300) / np.float32(300)  # NSD stores integers
+    READERS[name].write(
+        tmp_path / "source", 1, betas, trials, mini.images, mini.image_ids, voxels=mini.scan.voxels, captions=mini.captions, labels=mini.labels
+    )
+    attributes = {"source": "mini world", "units": "simulated", "normalisation": "none", "protocol": "mini-12"}
+    read(name, tmp_path / "source", tmp_path / "prepared", 1, seed=1, trials_per_session=62, attributes=attributes)
+    subject = open_subject(tmp_path / "prepared", 1)
+    assert subject.protocol == "mini-12" and subject.attributes["source"] == "mini world"
+    for split in ("train", "val", "test"):
+        ids = np.unique(trials.loc[trials.split == split, "image"])
+        np.testing.assert_array_equal(subject.image_ids(split), ids)
+        np.testing.assert_array_equal(subject.images(ids), mini.images[np.searchsorted(mini.image_ids, ids)])
+        want = np.stack([betas[(trials.image == i).to_numpy()].mean(0) for i in ids])
+        np.testing.assert_allclose(subject.averaged(split)[0], want, atol=2e-6)
+    if name != "algonauts":  # which holds the mean of an image's repeats
+        mine = subject.trials.set_index("trial").loc[trials.trial]
+        np.testing.assert_array_equal(mine.image, trials.image)
+        np.testing.assert_array_equal(mine.session, trials.session)
+        np.testing.assert_array_equal(mine.repeat, trials.repeat)
+        np.testing.assert_allclose(subject.betas[np.argsort(subject.trials.trial.to_numpy())], betas, atol=1e-6)
+    assert {"V1", "hV4"} <= set(subject.voxels.columns) and (subject.captions is not None) and (subject.labels is not None)
+
+
+@pytest.mark.parametrize("text, said", [("{voxel: 1}", "voxel"), ("[1]", "name: value"), ("{seed: 1", "not YAML"), ("{val_images: many}", "type of its default")])
+def test_options_of_a_reader_are_checked(text, said):
+    with pytest.raises(PerceptError, match=said):
+        reader_options("nsd", text)
+    assert reader_options("nsd", "{roi: streams}", seed=3, folds="no such option") == {"seed": 3, "roi": "streams"}
+    with pytest.raises(PerceptError, match="There is no reader of 'nds'"):
+        reader_options("nds", "")

@@ -1,14 +1,76 @@
 """Readers: one module for each source format, with `read(source, dataset, subj, **options)` and `write(...)`.
 
 `read` turns a source into the prepared layout of `src.data` and returns the folder of the subject; `write`
-makes the source format from arrays (the mini world is written as MindEye's shards, and tests read what they
-wrote). To add a format, add a module with these two functions and name it here.
+makes the source format from arrays (the mini world is written in any of the formats, and tests read what they
+wrote); `TERMS` says under which terms the data may be used. To add a format, add a module with these three and name it here.
 """
 
+import inspect
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from src.readers import digits69, mindeye, npz
+import yaml
 
-READERS: dict[str, ModuleType] = {"mindeye": mindeye, "digits69": digits69, "npz": npz}
+from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
+from src.utils import PerceptError, check_known
 
-__all__ = ["READERS", "digits69", "mindeye", "npz"]
+READERS: dict[str, ModuleType] = {
+    "mindeye": mindeye, "mindeye2": mindeye2, "nsd": nsd, "algonauts": algonauts, "bold5000": bold5000, "god": god, "things": things, "digits69": digits69,
+    "npz": npz,
+}  # fmt: skip
+
+__all__ = ["READERS", "digits69", "mindeye", "npz", "options_of", "read", "reader_options"]
+
+
+def options_of(source: str) -> dict[str, Any]:
+    """The options of a source's reader and their defaults.
+
+    Raises:
+        PerceptError: for a source without a reader.
+    """
+    if source not in READERS:
+        raise PerceptError(f"There is no reader of '{source}': choose one of {', '.join(READERS)}.")
+    return {name: p.default for name, p in inspect.signature(READERS[source].read).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
+    """What a source's reader is called with.
+
+    Args:
+        source: name of the reader.
+        options: YAML mapping of options, e.g. "{protocol: nsd-982, rois: 'V1v,V1d'}".
+        given: options that many readers have; those that this one does not have are left out.
+
+    Raises:
+        PerceptError: for text that is no mapping, an option that the reader does not have, or a value of another type.
+    """
+    known = options_of(source)
+    try:
+        chosen = yaml.safe_load(options) or {}
+    except yaml.YAMLError as error:
+        raise PerceptError(f"options is {options!r}, which is not YAML ({error}): write it as {{name: value, ...}}.") from error
+    if not isinstance(chosen, dict):
+        raise PerceptError(f"options is {options!r}: write it as {{name: value, ...}}; {source} knows {', '.join(known)}.")
+    check_known(chosen, known, f"options for {source}")
+    for name, value in chosen.items():
+        wanted = type(known[name])
+        if known[name] is not None and not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+            raise PerceptError(f"Option {name} of {source} is {value!r}: it must be of the type of its default {known[name]!r}.")
+    return {name: value for name, value in given.items() if name in known} | chosen
+
+
+def read(source: str, data_path: str | Path, dataset: str | Path, subj: int, options: str = "", **given: Any) -> Path:
+    """Read one subject of a source into the prepared layout.
+
+    Args:
+        source: name of the reader.
+        data_path: where the source's files lie.
+        dataset: name or folder of the prepared dataset.
+        subj: number of the subject.
+        options, given: see `reader_options`.
+
+    Returns:
+        The folder of the subject.
+    """
+    return READERS[source].read(data_path, dataset, subj, **reader_options(source, options, **given))

@@ -35,6 +35,9 @@ WHERE = (
     "(hdl.handle.net/11633/di.dcc.DSC_2018.00112_485), "
     "accept its data use agreement, and give the path of digit69_28x28.mat"
 )
+TERMS = (
+    "Data use agreement of the Donders Repository (DSC_2018.00112_485), accepted on request: no redistribution, so the file never becomes part of this project."
+)
 ACKNOWLEDGEMENT = (
     "Data were provided (in part) by the Donders Institute for Brain, Cognition and Behaviour, "
     "Radboud University Nijmegen."

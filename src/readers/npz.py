@@ -36,6 +36,7 @@ from src.data import (
 )
 from src.utils import PerceptError, atomic
 
+TERMS = "Your own data, under your own terms."
 PER_TRIAL = ("image_index", "session", "run", "repeat", "trial", "split")
 PER_IMAGE = ("image_ids", "captions", "labels")
 TEXTS = ("units", "normalisation", "protocol")
