@@ -6,6 +6,8 @@
     python run.py mindeye --dry-run                      # what it will need: parameters, memory, disk
     python run.py mindeye --mini -f my.yaml              # a file of overrides, laid over the recipe and under -p
     python run.py mindeye --mini --from 03 --force       # again from stage 03
+    python run.py download mindeye -p subj 5 --dry-run   # list what the recipe needs from the hub; without --dry-run, fetch it
+    python run.py mindeye --launch launch/eight_gpus.yaml  # stages that train do so in several processes (docs/launching.md)
 
 - The listing of recipes/<system>/ is the pipeline; with --mini, recipes/<system>/mini/ is laid over it.
 - Each executed notebook lands in results/<run>/. A stage whose notebook, parameters, code and earlier stages are unchanged, and whose files are
@@ -19,6 +21,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -104,12 +110,62 @@ def is_finished(stamp: Path, mark: str) -> bool:
     return made["fingerprint"] == mark and notebook.exists() and all((utils.HOME / path).exists() for path in made.get("wrote", []))
 
 
-def run_stage(stage: str, values: dict[str, Any], results: Path, mark: str) -> float:
+def launcher_of(how: str) -> list[str]:
+    """The command that --launch stands for: an accelerate config, or what is put before a script.
+
+    Raises:
+        PerceptError: for a config or a program that is not there.
+    """
+    words = shlex.split(how)
+    if words and words[0].endswith((".yaml", ".yml")):
+        if not Path(words[0]).exists():
+            raise PerceptError(f"--launch {how}: there is no file {words[0]}: choose a config of launch/, or give the path of your own.")
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *words]
+    if words and not shutil.which(words[0]):
+        raise PerceptError(f"--launch {how}: there is no program {words[0]}: give an accelerate config (.yaml), or activate .venv and give a command.")
+    return words
+
+
+def train_launched(stage: str, values: dict[str, Any], launcher: list[str]) -> None:
+    """Run a training stage's script under a launcher. SIGTERM is passed on, so that the training saves its state before it ends.
+
+    Raises:
+        PerceptError: if the launcher fails; what its processes said is on stderr.
+        SystemExit: after SIGTERM.
+    """
+    keep_memory()
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    process = subprocess.Popen([*launcher, str(utils.NOTEBOOKS / f"{stage}.py"), *flags], cwd=utils.ROOT)
+    asked = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # a terminal has sent it to the processes, too: they save and end
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:
+        raise SystemExit(128 + signal.SIGTERM)
+    if code:
+        raise PerceptError(f"Stage {stage} stopped under `{shlex.join(launcher)}` (exit code {code}): the lines above say why.")
+
+
+def run_stage(stage: str, values: dict[str, Any], results: Path, mark: str, launcher: Sequence[str] = ()) -> float:
     """Execute a stage and stamp it; return the seconds. The old stamp goes first: a stage that fails half-way has changed its files."""
     stamp = results / ".stages" / f"{stage}.json"
     stamp.unlink(missing_ok=True)
     before, begun = written(values, results.name), time.time()
-    execute(stage, values, results)
+    if launcher and "resume_from_ckpt" in utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage):
+        train_launched(stage, values, list(launcher))
+        execute(stage, values | {"resume_from_ckpt": True}, results)  # the notebook finds the training finished, and shows it
+    else:
+        execute(stage, values, results)
     seconds = round(time.time() - begun, 1)
     wrote = [path for path, changed in written(values, results.name).items() if before.get(path) != changed]
     record = {"fingerprint": mark, "finished": time.time_ns(), "seconds": seconds, "parameters": values, "wrote": wrote}
@@ -172,11 +228,15 @@ def use_this_kernel() -> None:
     spec = utils.read_json(folder / "kernel.json")
     spec["argv"].append("--log-level=ERROR")  # no lines of the kernel's own between ours
     utils.write_json(folder / "kernel.json", spec)
-    # glibc gives large blocks back to the system at once and asks for them again in the next step: costly page faults on a CPU.
+    keep_memory()
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+
+
+def keep_memory() -> None:
+    """Let processes that are started from here keep large blocks: glibc gives them back at once and asks again in the next step, costly page faults on a CPU."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a step of the full-size model in 6 s instead of 11 (benchmarks/full_size_step.py)
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 
 
 def asked(recipe: str, overrides: dict[str, Any], first: str, files: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -191,8 +251,9 @@ def asked(recipe: str, overrides: dict[str, Any], first: str, files: Sequence[st
     return stages, merged | {"model_name": name_of(recipe, stages, merged)}
 
 
-def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = ()) -> Path:
+def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = (), launch: str = "") -> Path:
     """Run every stage of a recipe that is not finished, and return results/<run>/."""
+    launcher = launcher_of(launch)
     stages, overrides = asked(recipe, overrides, first, files)
     before, results = "", utils.HOME
     reached, begun = not first, time.time()
@@ -208,7 +269,7 @@ def run_recipe(recipe: str, overrides: dict[str, Any], first: str = "", force: b
             print(f"[{number}/{len(stages)}] {stage}: {'finished before, skipped' if done else 'skipped, as --from asks'}", flush=True)
         else:
             print(f"[{number}/{len(stages)}] {stage} ...", flush=True)
-            seconds = run_stage(stage, values, results, mark)
+            seconds = run_stage(stage, values, results, mark, launcher)
             print(f"[{number}/{len(stages)}] {stage}: {seconds:.0f} s", flush=True)
         before = identity(stamp)
     print(f"Finished in {time.time() - begun:.0f} s. Look at:")
@@ -243,8 +304,29 @@ def list_recipes() -> None:
             print(f"  {stage:24} {cost_of(stage)}")
 
 
+def download(arguments: Sequence[str]) -> int:
+    """Parse the command line of `run.py download`, say what would be fetched, and fetch it."""
+    from src.download import carry_out, describe, plan
+
+    parser = argparse.ArgumentParser(prog="run.py download", description="Fetch what a recipe needs; files that are there are left (docs/downloads.md).")
+    parser.add_argument("what", help="a recipe, a bundle (docs/downloads.md), or the id of a model on the hub")
+    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="subj, data_path, vd_cache_dir, num_sessions, ...")
+    parser.add_argument("--only", default="", metavar="PARTS", help="some parts of a recipe, e.g. shards,checkpoints")
+    parser.add_argument("--mirror", default="", help="a folder with the files, or the address of a mirror of the hub or of S3")
+    parser.add_argument("--to", default="", metavar="FOLDER", help="folder that takes the place of PERCEPT_HOME, e.g. to carry away")
+    parser.add_argument("--dry-run", action="store_true", help="only list files and sizes")
+    args = parser.parse_args(arguments)
+    planned = plan(args.what, only=args.only, to=args.to, mirror=args.mirror, overrides=dict(args.pairs))
+    print(describe(planned), flush=True)
+    for one in planned if not args.dry_run else []:
+        carry_out(one)
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run."""
+    if sys.argv[1:2] == ["download"]:
+        return download(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or `list`")
     parser.add_argument("--mini", action="store_true", help="lay the recipe's miniature overlay over it")
@@ -253,6 +335,7 @@ def main() -> int:
     parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
     parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
     parser.add_argument("--dry-run", action="store_true", help="only tell what the stages will need: parameters, memory, disk")
+    parser.add_argument("--launch", default="", metavar="HOW", help="train in several processes: an accelerate config of launch/, or a command before the script")
     args, rest = parser.parse_known_args()
     if args.recipe == "sweep":
         raise PerceptError("`run.py sweep` is not there yet: run the recipe once for each value with -p, under different model_name.")
@@ -266,7 +349,7 @@ def main() -> int:
     if args.dry_run:
         dry_run(recipe, dict(args.pairs), args.first, args.files)
         return 0
-    run_recipe(recipe, dict(args.pairs), args.first, args.force, args.files)
+    run_recipe(recipe, dict(args.pairs), args.first, args.force, args.files, args.launch)
     return 0
 
 

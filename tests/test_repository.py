@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from src.readers import READERS, options_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,6 +45,13 @@ def test_readme_tree_and_links_exist():
 def test_no_page_has_a_gap_left_to_fill():
     for page in [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
         assert not re.search(r"EFFECT_|TODO|FIXME|XXX", page.read_text()), page
+
+
+def test_docs_name_every_reader_and_option():
+    rows = {line.split("`")[1]: line for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")}
+    assert set(rows) == {*READERS, "mini"}
+    for source in READERS:
+        assert all(f"`{option}`" in rows[source] for option in options_of(source)), source
 
 
 def test_make_targets():
