@@ -24,6 +24,7 @@ from src.utils import PerceptError, read_json
 COLUMNS = ["run", "row", "metric", "value", "low", "high", "n", "protocol", "test_set", "better"]  # of comparison.csv
 BLOCK = 6  # metrics side by side in a table
 BESIDE = ("autoencoder",)  # a row that no brain takes part in: the low level's own ceiling
+TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_basic_autoencoder")  # the stage that tells what a run was trained with; the first there is
 HELD_OUT = "+cluster-held-out"  # what the protocol of such a run ends in
 
 
@@ -32,7 +33,7 @@ class Scored:
     """A run with its scores.
 
     Attributes: name; records of metrics.json by metric; scores, the table of scores.parquet; pixels, identity of the test pictures ("" where
-        not recorded); trained, parameters of stage 01 by name (none for reconstructions made elsewhere); resizing, of pictures before scoring.
+        not recorded); trained, parameters of its training by name (none for reconstructions made elsewhere); resizing, of pictures before scoring.
     """
 
     name: str
@@ -85,8 +86,8 @@ def _scored(folder: Path) -> Scored | None:
     records = {record["name"]: record for record in content["metrics"] if record["name"] in known}  # "top1 (ridge)" is a row of top1
     if not records:
         return None
-    told = folder / "parameters" / "01_train_high_level.json"
-    trained = {name: entry["value"] for name, entry in read_json(told).items()} if told.exists() else {}
+    told = [path for path in (folder / "parameters" / f"{stage}.json" for stage in TRAININGS) if path.exists()]
+    trained = {name: entry["value"] for name, entry in read_json(told[0]).items()} if told else {}
     about = content["provenance"]
     tested, resizing = about.get("test_set"), str(about.get("settings", {}).get("resizing", "")).split(":")[0]
     return Scored(folder.name, records, scores, str(tested.get("pixels", "")) if isinstance(tested, dict) else "", trained, resizing)

@@ -112,6 +112,46 @@ def mixco_nce(
     return (loss - (logits.T.log_softmax(-1) * labels.T).sum(-1).mean()) / 2
 
 
+def info_nce(preds: Tensor, targs: Tensor, temp: float = 0.1) -> Tensor:
+    """InfoNCE from brain to image alone: predictions (batch, dim) find their targets (batch, dim), both L2-normalised -> scalar.
+
+    Source: van den Oord et al. 2018, arXiv 1807.03748; the early combined system took it in this direction.
+    """
+    return mixco_nce(preds, targs, temp, bidirectional=False)
+
+
+LOSS_FORMS: dict[str, Callable[[Any, Any, float], Any]] = {  # of the combined system: (mse, nce, alpha) -> loss
+    "run": lambda mse, nce, alpha: alpha * mse + (1 - alpha) * nce,  # what its code ran
+    "stated": lambda mse, nce, alpha: alpha * mse + nce,  # what its documentation said
+}
+ALPHA_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {  # (first, last, share of the epochs that is over) -> alpha
+    "constant": lambda first, last, share: first,
+    "linear": lambda first, last, share: first + (last - first) * share,
+}
+
+
+def combined_loss(mse: Tensor, nce: Tensor, alpha: float, form: str = "run") -> Tensor:
+    """The prior's squared error and the contrastive loss (scalars) as one; `form` is a key of LOSS_FORMS.
+
+    Raises:
+        PerceptError: for an unknown form.
+    """
+    if form not in LOSS_FORMS:
+        raise PerceptError(f"There is no form '{form}' of the combined loss: choose one of {', '.join(LOSS_FORMS)}.")
+    return LOSS_FORMS[form](mse, nce, alpha)
+
+
+def alpha_at(epoch: int, epochs: int, schedule: str = "constant", first: float = 0.01, last: float = 0.05) -> float:
+    """Weight of the squared error in an epoch (counted from 0) out of `epochs`; `schedule` is a key of ALPHA_SCHEDULES.
+
+    Raises:
+        PerceptError: for an unknown schedule.
+    """
+    if schedule not in ALPHA_SCHEDULES:
+        raise PerceptError(f"There is no schedule '{schedule}' of alpha: choose one of {', '.join(ALPHA_SCHEDULES)}.")
+    return ALPHA_SCHEDULES[schedule](first, last, epoch / max(1, epochs - 1))
+
+
 def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return -(logits.log_softmax(-1) * target_logits.softmax(-1)).sum(-1).mean()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from src.models import UPS_MODES, build, published_state
 from src.prior import BrainDiffusionPrior
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, load_checkpoint
 
 FRESH_IN_LAION = ("net.null_text_encodings", "net.null_text_embeds", "net.null_image_embed")
 STRAY = ("temp", "voxel2clip.temp")  # a number that early voxel2clip networks carried and never used
@@ -268,6 +268,20 @@ def load_laion_prior(path: str | Path, prior: BrainDiffusionPrior) -> list[str]:
     _check_fits(state, prior, str(path))
     prior.load_state_dict(state)
     return fresh
+
+
+def load_voxel2clip(path: str | Path, network: nn.Module) -> None:
+    """Give a voxel2clip the weights of a file: a released .pth (a state dict, bare or as "model_state_dict"), or a checkpoint of ours.
+
+    Of a file that holds a whole prior, its voxel2clip is taken.
+
+    Raises:
+        PerceptError: if the file cannot be read, or its keys and shapes are not those of the network; a few are named, and what to do.
+    """
+    state = load_checkpoint(path)[0] if Path(path).suffix == ".safetensors" else read_published(path)
+    state = _part(state, "voxel2clip.") or state
+    _check_fits(state, network, str(path))
+    network.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -435,7 +435,8 @@ def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: 
     run = Run(run_name(recipe, values), stage, recipe, values, origins)
     if values.get("vd_cache_dir"):
         _keep_hub_in(resolve(str(values["vd_cache_dir"])))
-    if "dataset" in values and not stage.startswith("00") and not (values.get("data_path") or values.get("recon_path")):
+    fetched_or_given = any(values.get(name) for name in ("data_path", "recon_path", "remote_data"))
+    if "dataset" in values and not stage.startswith("00") and not fetched_or_given:
         folder = HOME / "data" / values["dataset"] / f"subj{int(values['subj']):02d}"
         if not folder.is_dir():
             raise PerceptError(

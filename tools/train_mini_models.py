@@ -11,7 +11,9 @@
     python tools/train_mini_models.py teacher --minutes 12      # local embeddings for the low level's contrastive loss
     python tools/train_mini_models.py alexnet --minutes 5       # twins of the networks that metrics look through; likewise
                                                                 # efficientnet_b1, inception_v3, swav_resnet50
+    python tools/train_mini_models.py laion_prior --minutes 4   # text to image embeddings, from which the combined model starts
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
+    python tools/train_mini_models.py export_laion_prior        # of it, the text to image prior alone
     python tools/train_mini_models.py export_metric_networks    # of it, the twins of the metrics' networks alone
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
@@ -62,7 +64,10 @@ from transformers import (
 
 from src import augment, miniworld, networks, pretrained
 from src.losses import mixco_nce
+from src.models import DiffusionPriorNetwork
 from src.pretrained import judge_input, take_transformers
+from src.prior import BrainDiffusionPrior
+from src.published import FRESH_IN_LAION
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
@@ -78,6 +83,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 DRAWN = {  # what each set of images is drawn from: (seed, split of the combinations, images)
     "train": [(SEED, "train", 40_000)],
     "check": [(SEED, "val", 512)],
+    "laion": [(SEED, "train", 12_000)],  # the first of these, for the text to image prior
     # the judge knows every combination, in their natural shares, so that it leans towards none; its images are seen by no
     # model that encodes or generates (the twins of the metrics' networks, which only look at results too, are trained on them as well)
     "judge": [(JUDGE_SEED, "train", 30_000), (JUDGE_SEED, "val", 5_000), (JUDGE_SEED, "test", 5_000)],
@@ -514,6 +520,62 @@ def train_metric_network(name: str, args, rank: int = 0) -> None:
     train(name, twin, loss_of, check, args, lr=2e-3, batch=96 if name == "swav_resnet50" else 128, rank=rank)
 
 
+# ------------------------------------------------------------------------------------------------ LAION's text -> image prior
+LAION = {"dim": DIM, "depth": 2, "dim_head": 32, "heads": 4, "num_timesteps": 100, "max_text_len": 4}
+LAION_SCALE = 0.39  # brings the embeddings to unit variance, as theirs are
+
+
+def new_laion_prior() -> BrainDiffusionPrior:
+    """The prior alone; its null text encodings are left out of the file, as LAION's has none, and so are drawn anew at every step."""
+    prior = BrainDiffusionPrior(DiffusionPriorNetwork(**LAION), image_embed_dim=DIM, timesteps=LAION["num_timesteps"], cond_drop_prob=0.0, image_embed_scale=LAION_SCALE)
+    for name in FRESH_IN_LAION:
+        prior.get_parameter(name).requires_grad_(False)
+    return prior
+
+
+def laion_pairs(split: str) -> tuple[Tensor, Tensor]:
+    """Embeddings of the shipped mini CLIP: captions (images, 5, dim) and images (images, dim), computed once."""
+    path = WORK / f"laion_{split}.npz"
+    if not path.exists():
+        clip, captions = pretrained.Clipper("mini", hidden=False, norm_embs=False), [text for five in words(split)[0] for text in five]
+        text = torch.cat([clip.embed_text(captions[start : start + 250]) for start in range(0, len(captions), 250)])
+        seen = np.concatenate([clip.encode_pixels(part) for part in np.array_split(images(split), max(1, len(images(split)) // 500))])
+        np.savez(path, text=text.view(-1, 5, DIM).half().numpy(), seen=seen.astype(np.float16))
+    stored = np.load(path)
+    return torch.from_numpy(stored["text"]).float(), torch.from_numpy(stored["seen"]).float()
+
+
+def train_laion_prior(args, rank: int = 0) -> None:
+    (text, seen), (held_text, held) = (laion_pairs(split) for split in ("laion", "check"))
+    prior = new_laion_prior().to(device())
+
+    def loss_of(rng, batch):
+        prior.net.null_text_encodings.data.normal_()
+        index = rng.integers(len(seen), size=batch)
+        condition, wanted = text[index, rng.integers(5, size=batch)].to(device()), seen[index].to(device())
+        return prior(text_embed=condition, image_embed=wanted)[0]
+
+    def check(model):
+        """Of held-out combinations, first captions: R2 of one step from pure noise (the mean) and of a sample; images found by it among 512."""
+        condition, wanted = held_text[:, 0].to(device()), held.to(device())
+        last = torch.full((len(held),), LAION["num_timesteps"] - 1, device=condition.device)
+        mean = model.net(torch.randn_like(wanted), last, condition) / model.image_embed_scale
+        sample = model.sample(condition, generator=torch.Generator().manual_seed(1))
+        found = (F.normalize(sample, dim=-1) @ F.normalize(wanted, dim=-1).T).argmax(1) == torch.arange(len(held), device=wanted.device)
+        r2 = {name: round(1 - float((made - wanted).square().mean() / wanted.var()), 3) for name, made in (("r2_mean", mean), ("r2_sample", sample))}
+        return r2 | {"top1_of_512": round(float(found.float().mean()), 3)}
+
+    train("laion_prior", prior, loss_of, check, args, lr=1e-3, batch=256, rank=rank)
+
+
+def export_laion_prior() -> None:
+    """Write the prior as LAION's file is: a bare state dict of the wrapper without the null embeddings; network in half precision."""
+    state = averaged("laion_prior", new_laion_prior()).state_dict()
+    (OUT / "laion_prior").mkdir(parents=True, exist_ok=True)
+    kept = {key: value.half() if key.startswith("net.") else value for key, value in state.items() if key not in FRESH_IN_LAION}
+    torch.save(kept, OUT / "laion_prior" / "best.pth")
+
+
 # ------------------------------------------------------------------------------------------------ diffusion
 WIDTHS, HEADS = (64, 96, 96), 4
 TEXTUAL = ("text", "stable")
@@ -731,6 +793,7 @@ def export(args) -> None:
     averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
     export_teacher()
     export_metric_networks()
+    export_laion_prior()
     shared = {"vae": vae.half(), "scheduler": DDIMScheduler(**SCHEDULE)}
     _export_versatile(shared, vision.half(), text.half(), tokenizer, processor)
     StableDiffusionImageVariationPipeline(
@@ -792,10 +855,13 @@ def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
 
 # ------------------------------------------------------------------------------------------------ command line
 STAGES = {
-    "vae": train_vae, "clip": train_clip, "judge": train_judge, "teacher": train_teacher,
+    "vae": train_vae, "clip": train_clip, "judge": train_judge, "teacher": train_teacher, "laion_prior": train_laion_prior,
     **{s: (lambda a, rank=0, s=s: train_metric_network(s, a, rank)) for s in METRIC_NETWORKS},
     **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)},
 }  # fmt: skip
+
+
+PARTS = {"export_metric_networks": export_metric_networks, "export_laion_prior": export_laion_prior}
 
 
 def _draw_fewer(share: float) -> None:
@@ -818,7 +884,7 @@ def _worker(rank: int, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "export", "export_metric_networks"])
+    parser.add_argument("stage", choices=[*STAGES, "export", *PARTS])
     parser.add_argument("--minutes", type=float, default=10, help="wall time in all, earlier runs of the stage counted in")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the gradients (two beat two threads on two cores)")
     parser.add_argument("--threads", type=int, default=1)
@@ -830,8 +896,8 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         export(args)
-    elif args.stage == "export_metric_networks":
-        export_metric_networks()
+    elif args.stage in PARTS:
+        PARTS[args.stage]()
     elif args.processes > 1:
         _draw_fewer(args.share)
         for split in ("judge", "judge_check") if args.stage in ("judge", *METRIC_NETWORKS) else ("train", "check"):
