@@ -4,7 +4,8 @@
 # **Question.** What did the person see, as far as the brain activity, the decoder and the generator together can tell?
 #
 # **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth` under `train_logs/<model_name>/` and `epoch120.pth` of its
-# autoencoder under `train_logs/<autoencoder_name>/`. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
+# autoencoder under `train_logs/<autoencoder_name>/`. A run without a high level (FMRI2IMG's basic autoencoder) is read with `img2img_strength` 0: its
+# low-level image is the reconstruction. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
 # and the ridge's reconstructions, the low level alone, the controls, and what notebook 06 needs beside them), and under the published names
 # `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
 #
@@ -26,7 +27,7 @@ vd_cache_dir = ""  # where models from the hub are kept, by default the hub's ow
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
 autoencoder_name = ""  # run that holds the low-level network, by default this run
-img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself, at least 0, at most 1
+img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself and needs no high level, at least 0, at most 1
 faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
 recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one, at least 1
 prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
@@ -58,7 +59,7 @@ from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_split
 from src.figures import contact_sheet, save
-from src.pretrained import Clipper
+from src.pretrained import Clipper, LatentAutoencoder
 from src.readers import mindeye
 from src.reconstruct import (
     build_decoder, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
@@ -100,20 +101,27 @@ def measured(path, repeats=0, one=None):
 
 # %% [markdown]
 # ## The models
-# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations.
+# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations. Without
+# a high level there is no generator: the autoencoder's decoder makes the picture of the predicted latent.
 # With `untrained` the same networks are also used as they are before training, with `fewer_repeats` the first one is given fewer repeats.
 
 # %%
-def loaded(path):
-    """A trained decoder and its config, or nothing where there is no low level and none is needed."""
-    return load_decoder(path, run.device) if img2img_strength < 1 or path.exists() else (None, {})
+def loaded(path, needed):
+    """A trained decoder and its config, or nothing where there is none and none is needed."""
+    return load_decoder(path, run.device) if needed or path.exists() else (None, {})
 
 
-high = {name: load_decoder(files[name][0], run.device) for name in names}
-low = {name: loaded(files[name][1]) for name in names}
-decoders = {name: (high[name][0], low[name][0], measured(files[name][0]), low[name][0] and measured(files[name][1])) for name in names}
+def with_voxels(name, repeats=0):
+    """High and low level of a decoder, and the voxels that each of them is given; nothing for a level that is not there."""
+    levels = high[name][0], low[name][0]
+    return (*levels, *(level and measured(path, repeats) for level, path in zip(levels, files[name], strict=True)))
+
+
+high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
+low = {name: loaded(files[name][1], img2img_strength < 1) for name in names}
+decoders = {name: with_voxels(name) for name in names}
 for k in map(int, fewer):
-    decoders[f"repeats_{k}"] = (*decoders[main][:2], measured(files[main][0], k), low[main][0] and measured(files[main][1], k))
+    decoders[f"repeats_{k}"] = with_voxels(main, k)
 if untrained and "network" in names:
     seed_everything(seed)
     configs = [high["network"][1], low["network"][1]]
@@ -121,16 +129,20 @@ if untrained and "network" in names:
     decoders["untrained"] = (*fresh, *decoders["network"][2:])
 
 # %%
-config = high[main][1]
+config, has_tokens = high[main][1], high[main][0] is not None
 told = {tuple(c["training"].get(k) for k in ("split", "n_clusters", "n_components")) for _, c in (*high.values(), *low.values()) if "training" in c}
 if len(told) > 1:
     raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same split and n_components.")
-shape = tuple(config["tokens"])  # (tokens, dim)
-hidden = shape[0] > 1
-made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
-clipper = Clipper(weights, device=run.device, **made_for)
-diffusion = generator_for(shape[0], weights, run.device)
-print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}")
+if has_tokens:
+    shape = tuple(config["tokens"])  # (tokens, dim)
+    hidden = shape[0] > 1
+    made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
+    clipper = Clipper(weights, device=run.device, **made_for)
+    diffusion = generator_for(shape[0], weights, run.device)
+    print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}")
+else:
+    diffusion = LatentAutoencoder(weights, device=run.device, **low[main][1].get("autoencoder", {}))
+    print(f"(channels, height, width) of a latent = {diffusion.latent_shape}: no generator   decoders: {', '.join(decoders)}")
 
 # %% [markdown]
 # ## The step
@@ -161,9 +173,11 @@ def tokens_of(name, rows, voxels, samples, sampled):
 def reconstruct(name, rows):
     """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
     _, low_level, voxels, low_voxels = decoders[name]
+    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], diffusion.latent_shape, device=run.device)
+    if not has_tokens:
+        return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
     samples = max(recons_per_sample, keep_samples if name == main else 1)  # those beyond take no part in the choice; a floor is made as the system is
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
-    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], diffusion.latent_shape, device=run.device)
     pictures = paint(tokens, image_ids[rows], latents, samples)
     made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
@@ -181,17 +195,20 @@ for name in decoders:
     mark = [name, run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files.get(name, files[main]) if path.exists()], subject.test_set]
     part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
     rows |= in_chunks(lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark)
-predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_", "spread", "samples"))}
+predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_", "latents_", "spread", "samples"))}
 
 # %% [markdown]
 # ## How well could any decoder do?
 # Two repeats of an image differ by noise alone. How alike the predictions from single repeats are bounds how well their mean can correlate with the truth
-# (notebook 06 shows it as the noise ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at random, the projected ones.
+# (notebook 06 shows it as the noise ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at random, the projected
+# ones. Without tokens this is left out.
 
 # %%
-compared = f"projected_{main}" if prior and main == "network" else f"tokens_{main}"
-which = 1 if compared.startswith("projected") else 0
-singles = [tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half() for k in range(most)]
+level = ("projected" if prior and main == "network" else "tokens") if has_tokens else "latents"
+compared = f"{level}_{main}"
+which = 1 if level == "projected" else 0
+alone = range(most if has_tokens else 0)
+singles = [tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half() for k in alone]
 if len(singles) > 1:
     predicted["repeat_agreement"] = repeat_agreement(singles)
     print(f"predictions from two single repeats correlate by {predicted['repeat_agreement'].mean():.3f}")
@@ -201,14 +218,14 @@ del singles
 # ## Floors and ceiling
 # Each is scored in notebook 06 exactly as a reconstruction is.
 # - **mean image**: no brain data at all.
-# - **nearest training image**: the training image whose tokens are nearest to those predicted: what a lookup would show.
-# - **ceiling**: the same generator, given the true tokens and the true latents.
+# - **nearest training image**: the training image whose tokens (or latent) are nearest to those predicted: what a lookup would show.
+# - **ceiling**: the same generator, given the true tokens and the true latents; without one, what the autoencoder keeps of the image.
 
 # %%
 train_ids = subject.image_ids("train")
-clip_targets = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
-train_tokens = clip_targets.rows(train_ids)
-found = nearest(predicted[f"projected_{main}"], train_tokens, k=1)[1][:, 0]
+kind, frozen = ("clip_tokens", clipper) if has_tokens else ("vae_latents", diffusion)
+known = cached_targets(dataset, kind, frozen.fingerprint(), subject.all_images, frozen.encode_pixels, frozen.target_shape).rows(train_ids)
+found = nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
 mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
@@ -217,15 +234,19 @@ rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1) / 255).half(
 # %%
 def best_possible(part):
     """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
-    tokens, latents = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu(), diffusion.encode(seen[part]).cpu()
+    latents = diffusion.encode(seen[part]).cpu()
+    if not has_tokens:
+        return {"ceiling": diffusion.decode(latents).cpu().half()}
+    tokens = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu()
     pictures = paint(tokens, image_ids[part], latents, recons_per_sample)  # as many samples as the system has, the nearest to the true tokens chosen
     made = {"ceiling": pick_best(clipper, tokens[:, 0], pictures)[0], "autoencoder": diffusion.decode(latents).cpu()}
     return {name: pictures.half() for name, pictures in made.items()} | {"true_tokens": tokens[:, 0]}
 
 
 rows |= in_chunks(best_possible, len(seen), max(1, generator_batch // recons_per_sample), unfinished, ["ceiling", run.parameters, subject.test_set])
-predicted["true_tokens"] = rows.pop("true_tokens")
-predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], train_tokens, k=1)[0][:, 0]  # of each seen image to the training image most like it
+if has_tokens:
+    predicted["true_tokens"] = rows.pop("true_tokens")
+    predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], known, k=1)[0][:, 0]  # of each seen image to the training image most like it
 
 # %% [markdown]
 # Pictures are stored in half precision, which a screen's 256 steps do not show.

@@ -48,7 +48,7 @@ from src.utils import HOME, PerceptError, atomic, progress, read_json, same_feat
 SPLITS = ("train", "val", "test", "exclude")
 TRIAL_COLUMNS = ("trial", "image", "session", "run", "repeat", "split")
 REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
-REPEATS = ("random", "batch", "mean", "all")
+REPEATS = ("random", "batch", "mean", "all", "each")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
 HELD_OUT = 0.25  # share of the clusters, and about that of the images, that a cluster-held-out training is not given
@@ -673,8 +673,46 @@ class Subject:
         stored = self.clusters["image"].to_numpy()
         return self.clusters["held_out"].to_numpy()[_positions(stored, np.argsort(stored), ids, "the table of clusters")]
 
+    def columns_of(self, rois: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Voxels of regions, by the Boolean columns of `voxels`.
+
+        Args:
+            rois: names separated by commas, e.g. "V1v,V1d,hV4"; a voxel of several of them counts once.
+
+        Returns:
+            Columns of the betas, ascending, int64 (selected,), and the names that were found, as they were given.
+
+        Raises:
+            PerceptError: if none of the regions is there.
+
+        Warns:
+            UserWarning: naming the regions that are not there, or have no voxel; the others are taken.
+        """
+        wanted = tuple(dict.fromkeys(name.strip() for name in rois.split(",") if name.strip()))
+        known = [str(name) for name in self.voxels.select_dtypes("bool").columns if self.voxels[name].any()]
+        found, missing = (tuple(name for name in wanted if (name in known) is there) for there in (True, False))
+        where = f"Subject {self.subj} of {self.folder.name}"
+        if not found:
+            raise PerceptError(f"{where} has none of the regions '{rois}': it has {', '.join(known) or 'no named region'}.")
+        if missing:
+            warnings.warn(f"{where} has no region {', '.join(missing)}: {', '.join(found)} alone are taken.", stacklevel=2)
+        return np.flatnonzero(self.voxels[list(found)].any(axis=1).to_numpy()).astype(np.int64), found
+
+    def limited(self, n_train: int, seed: int = 42) -> Subject:
+        """This subject with at most n_train training images, drawn by seed; the trials of the others are excluded.
+
+        Raises:
+            PerceptError: for fewer than one image.
+        """
+        ids, made = self.image_ids("train"), copy.copy(self)
+        if n_train < 1:
+            raise PerceptError(f"n_train is {n_train}: keep at least 1 training image.")
+        gone = self.trials["image"].isin(np.random.default_rng(seed).permutation(ids)[n_train:]) & self._within("train")
+        made.trials = self.trials.assign(split=self.trials["split"].mask(gone, "exclude"))
+        return made
+
     def width(self, normaliser: Normaliser | None = None) -> int:
-        """Columns that `read` gives: voxels, or the components of a normaliser that has some."""
+        """Columns that `read` gives: voxels (those of a normaliser's regions, if it has some), or the components of a normaliser that has some."""
         return self.betas.shape[1] if normaliser is None else normaliser.width
 
     def _within(self, split: str) -> pd.Series:
@@ -758,7 +796,7 @@ class Subject:
         ncsnr^2 / (ncsnr^2 + 1 / n).
 
         Returns:
-            One row a voxel: ncsnr, noise_ceiling (fraction of variance, for the mean of `repeats` repeats),
+            One row a voxel (of a normaliser's regions, if it has some): ncsnr, noise_ceiling (fraction of variance, for the mean of `repeats` repeats),
             noise_ceiling_percent.
 
         Raises:
@@ -784,7 +822,7 @@ class Subject:
 
     def _variances(self, groups: list[np.ndarray], normaliser: Normaliser) -> tuple[np.ndarray, np.ndarray]:
         """Variance of signal and of noise of each voxel, float64 (voxels,)."""
-        total, square, within = np.zeros((3, self.betas.shape[1]))
+        total, square, within = np.zeros((3, self.width(normaliser)))
         for start in range(0, len(groups), 64):
             chunk = groups[start : start + 64]
             sizes = np.array([len(r) for r in chunk])
@@ -813,40 +851,60 @@ class Subject:
 # -------------------------------------------------------------------------------- normalisation
 class Normaliser:
     """z-score of each voxel with the mean and standard deviation of training trials, for each session or for
-    all together; if asked, followed by a projection on the first principal components of the training trials.
+    all together; if asked, of the voxels of some regions alone, and followed by a projection on the first principal
+    components of the training trials.
+
+    It is given whole rows of betas whatever it selects, and stored with the model: each network finds its own voxels.
 
     Args:
-        mean: float32 (sessions, voxels).
-        std: float32 (sessions, voxels), 1 where a voxel is constant.
+        mean: float32 (sessions, selected), selected being all voxels unless `columns` says which.
+        std: float32 (sessions, selected), 1 where a voxel is constant.
         sessions: int64 (sessions,), or None for one row that holds for every session.
-        components: float32 (voxels, components), which z-scored voxels are multiplied with, or None.
+        components: float32 (selected, components), which z-scored voxels are multiplied with, or None.
+        columns: int64 (selected,), the voxels that are taken, or None for all.
+        rois: names of the regions that these are of.
+        n_voxels: voxels of the rows that `apply` is given; needed with `columns`.
     """
 
-    def __init__(self, mean: np.ndarray, std: np.ndarray, sessions: np.ndarray | None, components: np.ndarray | None = None):
+    def __init__(
+        self,
+        mean: np.ndarray,
+        std: np.ndarray,
+        sessions: np.ndarray | None,
+        components: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
+        rois: tuple[str, ...] = (),
+        n_voxels: int = 0,
+    ):
         self.mean, self.std, self.sessions, self.components = mean, std, sessions, components
+        self.columns, self.rois, self.n_voxels = columns, rois, n_voxels or mean.shape[1]
 
     @property
     def width(self) -> int:
-        """Columns that `apply` gives: voxels or components."""
+        """Columns that `apply` gives: voxels (the selected ones) or components."""
         return self.mean.shape[1] if self.components is None else self.components.shape[1]
 
     @classmethod
-    def fit(cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42) -> Normaliser:
+    def fit(cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42, rois: str = "") -> Normaliser:
         """Fit on trials of split train only, in float64 (the components in float32).
 
         Args:
             subject: from `open_subject`.
             by_session: z-score each session by itself.
-            n_components: number of principal components, 0 for the voxels themselves.
+            n_components: number of principal components (of the selected voxels), 0 for the voxels themselves.
             seed: of the randomised search for components.
+            rois: regions whose voxels are taken, names separated by commas as for `Subject.columns_of`, "" for all voxels.
 
         Raises:
-            PerceptError: if there are no training trials, or fewer than two of them in one of the sessions, or
-                fewer dimensions in them than components are asked for.
+            PerceptError: if there are fewer than two training trials, or fewer dimensions in them than components are asked
+                for, or none of the regions.
 
         Warns:
-            UserWarning: with the number of voxels that are constant in some session; they become 0.
+            UserWarning: naming sessions with fewer than two training trials, which are z-scored with the training trials of all
+                sessions; with the number of voxels that are constant in some session, which become 0. Also as
+                `Subject.columns_of`.
         """
+        columns, found = subject.columns_of(rois) if rois.strip() else (None, ())
         trials = subject.trials
         train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
         if not train.any():
@@ -855,19 +913,16 @@ class Normaliser:
                 "normaliser on."
             )
         sessions = subject.sessions if by_session else None
-        groups = (
-            [np.flatnonzero(train)]
-            if sessions is None
-            else [np.flatnonzero(train & (session == s)) for s in sessions]
-        )
+        if train.sum() < 2:
+            raise PerceptError(f"Subject {subject.subj} of {subject.folder.name} has one training trial, too few for a z-score.")
+        groups = [np.flatnonzero(train)] if sessions is None else [np.flatnonzero(train & (session == s)) for s in sessions]
         few = [i for i, rows in enumerate(groups) if len(rows) < 2]
-        if few:
-            where = "" if sessions is None else f" in session {sessions[few[0]]}"
-            raise PerceptError(
-                f"There are {len(groups[few[0]])} training trials{where}, too few for a z-score: use "
-                "by_session=False."
+        if few and sessions is not None:  # sessions of test trials alone, as in GOD: their own statistics would be the test set's
+            warnings.warn(
+                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they are z-scored with those of all sessions.", stacklevel=2
             )
-        moments = [_moments(subject.betas, rows) for rows in groups]
+            groups = [np.flatnonzero(train) if i in few else rows for i, rows in enumerate(groups)]
+        moments = [_moments(subject.betas, rows, columns) for rows in groups]
         mean, std = (np.stack(values) for values in zip(*moments, strict=True))
         constant = std <= 1e-7 * np.abs(mean)
         if constant.any():
@@ -877,7 +932,7 @@ class Normaliser:
                 stacklevel=2,
             )
         std[constant] = 1.0
-        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions)
+        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions, None, columns, found, subject.betas.shape[1])
         if n_components:
             made.components = _components(subject, made, n_components, seed)
         return made
@@ -886,20 +941,20 @@ class Normaliser:
         """z-score, and project where there are components.
 
         Args:
-            betas: (trials, voxels).
+            betas: (trials, voxels), all of the subject's.
             sessions: (trials,) the session of each.
 
         Returns:
-            float32 (trials, voxels) or (trials, components).
+            float32 (trials, selected) or (trials, components).
 
         Raises:
             PerceptError: if the number of voxels is another one than that of the fit, or a session was not
                 there.
         """
         betas, sessions = np.asarray(betas), np.asarray(sessions)
-        if betas.ndim != 2 or betas.shape[1] != self.mean.shape[1] or sessions.shape != betas.shape[:1]:
+        if betas.ndim != 2 or betas.shape[1] != self.n_voxels or sessions.shape != betas.shape[:1]:
             raise PerceptError(
-                f"The normaliser is for (trials, {self.mean.shape[1]}) voxels, these are {betas.shape} "
+                f"The normaliser is for (trials, {self.n_voxels}) voxels, these are {betas.shape} "
                 f"with {sessions.shape} sessions: "
                 "they belong to another subject or another selection of voxels."
             )
@@ -912,7 +967,7 @@ class Normaliser:
                     f"The normaliser was fitted without session {unseen[0]}: fit it again with "
                     "by_session=False."
                 )
-        out = betas.astype(np.float32)
+        out = betas.astype(np.float32) if self.columns is None else betas[:, self.columns].astype(np.float32)
         for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
             mine = row == r
             out[mine] = (out[mine] - self.mean[r]) / self.std[r]
@@ -925,8 +980,10 @@ class Normaliser:
             tensors["sessions"] = np.asarray(self.sessions, np.int64)
         if self.components is not None:
             tensors["components"] = np.ascontiguousarray(self.components)
+        if self.columns is not None:
+            tensors["columns"] = np.asarray(self.columns, np.int64)
         with atomic(path) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={"rois": ",".join(self.rois), "n_voxels": str(self.n_voxels)})
 
     @classmethod
     def load(cls, path: str | Path) -> Normaliser:
@@ -938,23 +995,26 @@ class Normaliser:
         try:
             with safe_open(path, framework="np") as file:
                 # noqa: SIM118 (the file is no dict)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors, told = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise PerceptError(
                 f"{path} is no safetensors file ({error}): run the training notebook of this run again."
             ) from error
         if not {"mean", "std"} <= set(tensors):
             raise PerceptError(f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser.")
-        return cls(tensors["mean"], tensors["std"], tensors.get("sessions"), tensors.get("components"))
+        rois = tuple(name for name in told.get("rois", "").split(",") if name)
+        sessions, components, columns = (tensors.get(name) for name in ("sessions", "components", "columns"))
+        return cls(tensors["mean"], tensors["std"], sessions, components, columns, rois, int(told.get("n_voxels", 0)))
 
 
-def _moments(betas: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and shifted by
-    the first row."""
-    shift = betas[rows[0]].astype(np.float64)
+    the first row; of some columns where they are given."""
+    chosen = slice(None) if columns is None else columns
+    shift = betas[rows[0]][chosen].astype(np.float64)
     total, square = np.zeros_like(shift), np.zeros_like(shift)
     for start in range(0, len(rows), 256):
-        x = betas[rows[start : start + 256]].astype(np.float64) - shift
+        x = betas[rows[start : start + 256]][:, chosen].astype(np.float64) - shift
         total += x.sum(0)
         square += np.einsum("tv,tv->v", x, x)
     mean = total / len(rows)
@@ -967,7 +1027,7 @@ def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: i
     All training trials are held once, in float32. Their mean is 0 already. The search is that of Halko, Martinsson & Tropp 2011, with so many
     iterations that the variance kept is the most there is also where the spectrum falls slowly (tests/test_data.py).
     """
-    size = (int((subject.trials["split"] == "train").sum()), subject.betas.shape[1])
+    size = (int((subject.trials["split"] == "train").sum()), zscore.width)
     if not 1 <= n_components <= min(size):
         raise PerceptError(f"n_components is {n_components}: choose 0 for all voxels, or at most {min(size)}, as there are {size} (training trials, voxels).")
     z, _ = subject.trials_of("train", zscore)
@@ -1123,7 +1183,7 @@ def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndar
 class BrainDataset(Dataset):
     """Map-style dataset over the images of a split.
 
-    Item i is image `image_ids[i]`. `__getitems__` reads a whole batch at once: {"voxels": float32 (batch,
+    Item i is image `image_ids[i]`, or with repeats="each" a trial of it. `__getitems__` reads a whole batch at once: {"voxels": float32 (batch,
     voxels), or (batch, repeats, voxels) for repeats="all"; "image": int64 (batch,); "seed": int64 (batch,),
     for whatever a step draws for a sample, a pure function of (seed, epoch, image); "pixels": uint8 (batch, 3,
     height, width), with pixels=True; each target: float32 (batch, ...)}. In a DataLoader pass
@@ -1133,11 +1193,11 @@ class BrainDataset(Dataset):
         subject: from `open_subject`.
         split: train, val or test, or several joined by "+".
         targets: for each name what `cached_targets` or `cached_views` gives, or an array whose rows are in
-            the order of `subject.image_ids(split)`.
+            the order of the samples, `dataset.image_ids`.
         normaliser: fitted on training trials, or None for the betas as they are.
         repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one number of
-            repeat for all images of a batch), "mean", or "all" (images with fewer than the most repeats
-            start over).
+            repeat for all images of a batch), "mean", "all" (images with fewer than the most repeats
+            start over), or "each" (every trial is a sample by itself, with the image that it shows).
         seed: of everything random.
         pixels: also read the images themselves.
 
@@ -1161,6 +1221,9 @@ class BrainDataset(Dataset):
         self.pixels = pixels
         self.seed, self.epoch, self.targets = seed, 0, dict(targets or {})
         self._rows, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
+        if repeats == "each":
+            self.image_ids = np.repeat(self.image_ids, [len(rows) for rows in self._rows])
+            self._rows = [row[None] for rows in self._rows for row in rows]
         self.counts = np.array([len(rows) for rows in self._rows])
         self._table = np.stack(
             [np.resize(rows, self.counts.max()) for rows in self._rows]

@@ -19,6 +19,7 @@ import re
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,12 +35,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from src import miniworld, pretrained
 from src.data import open_subject, subject_folder
-from src.losses import soft_clip_loss, unit
+from src.losses import combined_loss, info_nce, soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
-from src.reconstruct import build_decoder, high_level_config, low_level_config
+from src.reconstruct import basic_config, build_decoder, combined_config, high_level_config, low_level_config
 from src.utils import HOME, PerceptError, mixed_precision, resolve, to_device
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
+NSD_VOLUME = (81, 104, 83)  # of subject 1
 NSD_IMAGES, NSD_TRIALS, NSD_SIDE, NSD_TEST = {"train": 8559, "all": 9841}, 27750, 256, 982
 MINI_IMAGES, MINI_TRIALS, MINI_TEST = {"train": 5000, "all": 5600}, 16800, 300
 CLIP_SIZES = {"ViT-L/14": (257, 768), "ViT-B/32": (50, 512), "RN50": (1, 1024), "RN50x64": (1, 1024)}  # (tokens, dim)
@@ -238,6 +240,34 @@ def _high_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[st
     return counts, memory | frozen, {"cached targets": cached}
 
 
+def _combined(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    volume = NSD_VOLUME
+    if subject_folder(p["dataset"], p["subj"]).exists():
+        volume = open_subject(p["dataset"], p["subj"]).volume_shape or volume
+    config = combined_config(p, s.voxels, s.dim, volume)
+    width = math.prod(volume) if p["voxel_dims"] == 3 else s.voxels
+
+    def build() -> nn.Module:
+        model = build_decoder(config)
+        model.voxel2clip.requires_grad_(p["combine_models"])  # type: ignore[union-attr, operator]
+        return model
+
+    def loss(model: nn.Module) -> Tensor:
+        assert isinstance(model, BrainDiffusionPrior)
+        n, network = p["batch_size"], model.voxel2clip
+        target, drop = torch.zeros(n, 1, s.dim), torch.zeros(2, n, dtype=torch.bool)
+        brain, _ = network.tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
+        mse = model.p_losses(target, torch.zeros(n, dtype=torch.long), brain, torch.zeros_like(target), drop)[0]
+        return combined_loss(mse, info_nce(unit(brain), unit(target)), p["alpha"]) if p["combine_losses"] else mse
+
+    memory = training_memory(build, loss, p["precision"])
+    with torch.device("meta"):
+        model = build()
+    counts = {name: sum(q.numel() for q in getattr(model, name).parameters()) for name in ("voxel2clip", "net")}
+    cached = 2.0 * s.dim * s.all_images
+    return counts, memory | {"frozen CLIP": s.frozen["CLIP"], "mapped data": s.betas + cached}, {"cached targets": cached}
+
+
 def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     width = p.get("n_components") or s.voxels
     config = low_level_config(p, width)
@@ -258,6 +288,37 @@ def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str
     return counts, memory | frozen, {"cached targets": cached}
 
 
+def _basic(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    width = p.get("n_components") or _of_rois(p) or s.voxels
+    vae = pretrained.untrained_vae(p["weights"])
+    side = p["image_size"] or vae.config.sample_size
+    latent_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
+    config = basic_config(p, width, (vae.config.latent_channels, latent_size), vae.config.scaling_factor)
+    part = p["batch_size"] // p["gradient_accumulation_steps"]
+
+    def both() -> nn.Module:
+        return nn.ModuleDict({"encoder": build_decoder(config), "vae": pretrained.untrained_vae(p["weights"]).requires_grad_(False)})
+
+    def loss(models: nn.Module) -> Tensor:
+        picture = models["vae"].decode(models["encoder"](torch.zeros(part, width))).sample  # type: ignore[index]
+        return F.mse_loss(picture, torch.zeros(part, 3, side, side))
+
+    memory = training_memory(both, loss, p["precision"])
+    with torch.device("meta"):
+        counts = {"encoder": sum(q.numel() for q in build_decoder(config).parameters())}
+    cached = 2.0 * vae.config.latent_channels * latent_size**2 * s.all_images if p["latent_mult"] or p["decoder"] == "both" else 0.0
+    return counts, memory | {"mapped data": s.betas + s.image * s.train_images + cached}, {"cached targets": cached}
+
+
+def _of_rois(p: Mapping[str, Any]) -> int:
+    """Voxels of the regions that are asked for, 0 where none are or the data are not there yet."""
+    if not p.get("rois") or not subject_folder(p["dataset"], p["subj"]).exists():
+        return 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training names the regions that are missing
+        return len(open_subject(p["dataset"], p["subj"]).columns_of(p["rois"])[0])
+
+
 def _prepare(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     return {}, {}, {"betas": s.betas, "images": float(s.image * s.all_images)}
 
@@ -268,13 +329,16 @@ def _reconstruct(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[s
     small = 3 * 2.0 * s.image  # seen, mean image, nearest training image
     low_level = decoders if p["img2img_strength"] < 1 else 0
     more = (p["untrained"] and p["decoder"] != "ridge") + len([k for k in p["fewer_repeats"].split(",") if k.strip()]) + p["keep_samples"]
-    tokens = 4.0 * n * s.tokens * s.dim * (2 * decoders + 1)
+    tokens = 4.0 * n * s.tokens * s.dim * (2 * decoders + 1) if p["img2img_strength"] else 0.0  # of the low level alone
     disk = {"pictures": n * ((decoders + low_level + more + 2) * made + small), "tokens": tokens, "published files": n * (2 * made + 4.0 * s.image)}
     return {}, {}, disk
 
 
-STAGES = {"00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "03_reconstruct": _reconstruct}
-TRAININGS = ("01_train_high_level", "02_train_autoencoder")
+STAGES = {
+    "00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "02_train_basic_autoencoder": _basic,
+    "01_train_combined": _combined, "03_reconstruct": _reconstruct,
+}  # fmt: skip
+TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_autoencoder", "02_train_basic_autoencoder")
 
 
 def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
@@ -286,6 +350,8 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     """
     if stage not in STAGES or (stage in TRAININGS and parameters["decoder"] == "ridge"):
         return None
+    if stage == "01_train_combined":  # has one embedding in any case, and no parameter that says so
+        parameters = {"hidden": False} | dict(parameters)
     base = _base()
     found = sizes(parameters)
     counts, memory, disk = STAGES[stage](parameters, found)
@@ -309,7 +375,11 @@ def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
     """Names of the pretrained models that a stage loads."""
     clip = pretrained.CLIP_VARIANTS[p.get("clip_variant", "ViT-L/14")]
     generator = "versatile_diffusion" if p.get("hidden", True) else "image_variation"
-    return {"01_train_high_level": [clip], "02_train_autoencoder": ["versatile_diffusion"], "03_reconstruct": [clip, generator]}.get(stage, [])
+    last = [clip, generator] if p.get("img2img_strength", 1) else ["stable_diffusion"]  # of the low level alone
+    return {
+        "01_train_high_level": [clip], "01_train_combined": [clip] + ["image_variation"] * bool(p.get("n_samples_save")),
+        "02_train_autoencoder": ["versatile_diffusion"], "02_train_basic_autoencoder": ["stable_diffusion"], "03_reconstruct": last,
+    }.get(stage, [])  # fmt: skip
 
 
 def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Networks that train, under the names and state-dict keys of the published systems.
 
-- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level network (voxels -> latents), and the ridge baseline.
+- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level networks (voxels -> latents), and the ridge baseline.
 - Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model. `published_state`
   brings the keys of files that others released to those of today.
 - The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -52,7 +53,19 @@ def _flat_voxels(x: Tensor, first: nn.Module) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ voxels -> CLIP
-class BrainNetwork(Network):
+class Encoder(Network):
+    """What the networks from voxels to CLIP share: `tokens`."""
+
+    clip_size: int
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without a projector both are the same."""
+        out = self(x)
+        backbone, projected = out if isinstance(out, tuple) else (out, out)
+        return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
+
+
+class BrainNetwork(Encoder):
     """Residual MLP from voxels to CLIP tokens (voxel2clip).
 
     Args:
@@ -114,12 +127,6 @@ class BrainNetwork(Network):
             return x
         return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Voxels (batch, voxels) to backbone and projected tokens, (batch, tokens, dim) each; without a projector both are the same."""
-        out = self(x)
-        backbone, projected = out if isinstance(out, tuple) else (out, out)
-        return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
-
 
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {"ln": (nn.LayerNorm, nn.GELU), "bn": (nn.BatchNorm1d, nn.ReLU)}
 
@@ -129,6 +136,87 @@ def _projector(dim: int, width: int) -> nn.Sequential:
         nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width),
         nn.LayerNorm(width), nn.GELU(), nn.Linear(width, dim),
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ whole volumes -> CLIP
+class _Mixing(nn.Module):
+    """Every place of a feature map looks at all others: one residual self-attention over (batch, places, width)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
+
+
+class VolumeEncoder(Encoder):
+    """3-D convolutions from a whole volume to a CLIP embedding, with an attention over the places that are left (or none).
+
+    Args:
+        dims: (x, y, z) of the volume; NSD's func1pt8mm of subject 1 has (81, 104, 83).
+        out_dim: tokens * dim.
+        clip_size: dim of a token.
+        channels: of the convolutions, each followed by BatchNorm and ReLU.
+        strides: of the convolutions.
+        kernel: of the convolutions.
+        padding: of the convolutions.
+        dilation: of the convolutions.
+        attention_width: width of the attention's tokens, 0 for no attention.
+        heads: of the attention.
+        average_output: average over the places before the last linear map, instead of one weight for each place.
+
+    Raises:
+        PerceptError: for channels and strides of different number, or a volume that is too small for them.
+
+    The figures are those of the published configuration; what stands between them is ours, as nothing else of this network is documented.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        out_dim: int = 768,
+        clip_size: int = 768,
+        channels: Sequence[int] = (64, 128, 256, 64),
+        strides: Sequence[int] = (1, 2, 3, 3),
+        kernel: int = 3,
+        padding: int = 1,
+        dilation: int = 1,
+        attention_width: int = 64,
+        heads: int = 4,
+        average_output: bool = False,
+    ):
+        super().__init__()
+        if len(channels) != len(strides) or not len(channels):
+            raise PerceptError(f"A volume encoder needs one stride a convolution, but has channels {list(channels)} and strides {list(strides)}.")
+        places, layers = [int(side) for side in dims], []
+        for before, width, stride in zip((1, *channels), channels, strides, strict=False):
+            layers += [nn.Conv3d(before, width, kernel, stride, padding, dilation), nn.BatchNorm3d(width), nn.ReLU(True)]
+            places = [(side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in places]
+        if min(places) < 1:
+            raise PerceptError(f"A volume of {list(dims)} voxels is too small for {len(channels)} convolutions with strides {list(strides)}.")
+        self.dims, self.clip_size, self.average_output = tuple(dims), clip_size, average_output
+        self.convolutions = nn.Sequential(*layers)
+        width = attention_width or channels[-1]
+        self.mixing = nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads)) if attention_width else nn.Identity()
+        self.lin1 = nn.Linear(width if average_output else width * math.prod(places), out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z), to (batch, tokens * dim)."""
+        if x[0].numel() != math.prod(self.dims):
+            raise PerceptError(f"The network reads volumes of {self.dims} voxels but was given {x[0].numel()} voxels: give it the volumes that it was made for.")
+        x = self.convolutions(x.reshape(len(x), 1, *self.dims))  # (batch, channels, x, y, z)
+        x = self.mixing(x.flatten(2).transpose(1, 2))  # (batch, places, width)
+        return self.lin1(x.mean(1) if self.average_output else x.flatten(1))
+
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # voxel2clip of the combined system, by its parameter `arch`: network, what sets it apart
+    "brainnet": ("BrainNetwork", {"norm_type": "bn", "act_first": True, "use_projector": False}),
+    "3dconv": ("VolumeEncoder", {"channels": [64, 128, 256, 64], "attention_width": 64}),
+    "3dconv-simple": ("VolumeEncoder", {"channels": [64, 128, 256, 128], "attention_width": 0, "average_output": True}),
+}
 
 
 # ------------------------------------------------------------------------------------------------ the prior's transformer
@@ -602,6 +690,50 @@ def _maps_projector(channels: int, width: int = 512) -> nn.Sequential:
     )  # fmt: skip
 
 
+BASIC_SIZES = {"2048": ((2048, 2048), 1), "512": ((512,), 2)}  # by width: hidden layers, and transposed convolutions after the last linear one
+
+
+class BasicEncoder(Network):
+    """Small encoder from voxels to the latent of a frozen autoencoder, without norms or dropout.
+
+    Linear layers, then transposed convolutions that each double height and width; GELU between all of them and none at the end.
+
+    Args:
+        in_dim: number of voxels.
+        size: "2048" (the published code as it is now) or "512" (an earlier one, whose pictures its authors show).
+        latent_size: height and width of the latent.
+        latent_channels: its channels.
+        factor: what the last layer's output is multiplied by. The published encoder gives latents as the autoencoder has them; with the
+            autoencoder's scaling factor here, `forward` gives scaled ones all the same.
+
+    State dict: mlp.0, mlp.2 (and mlp.4 of "2048"), upsampler.0 (and upsampler.2 of "512"), each with weight and bias.
+
+    Raises:
+        PerceptError: for an unknown size, or a latent size that it cannot make.
+
+    Source: FMRI2IMG (github.com/aaalgo/fmri2img), its basic autoencoder.
+    """
+
+    def __init__(self, in_dim: int = 4660, size: str = "2048", latent_size: int = 16, latent_channels: int = 4, factor: float = 1.0):
+        super().__init__()
+        if size not in BASIC_SIZES:
+            raise PerceptError(f"The basic encoder has no size '{size}': choose one of {', '.join(BASIC_SIZES)}.")
+        widths, doublings = BASIC_SIZES[size]
+        if latent_size % 2**doublings or latent_size < 1:
+            raise PerceptError(f"A basic encoder of size '{size}' makes latents whose side is a multiple of {2**doublings}, not {latent_size}: choose the other size.")
+        self.factor, self.side = factor, latent_size // 2**doublings
+        channels = [16] * doublings + [latent_channels]
+        linear = [nn.Linear(a, b) for a, b in pairwise([in_dim, *widths, 16 * self.side**2])]
+        self.mlp = nn.Sequential(*(layer for each in linear for layer in (each, nn.GELU())))
+        doubling = [nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1) for a, b in pairwise(channels)]
+        self.upsampler = nn.Sequential(*(layer for each in doubling for layer in (each, nn.GELU())))[:-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Voxels (batch, voxels) -> latent (batch, channels, h, w)."""
+        x = self.mlp(_flat_voxels(x, self.mlp[0]))  # (batch, 16 * side * side)
+        return self.factor * self.upsampler(x.view(len(x), 16, self.side, self.side))
+
+
 # ------------------------------------------------------------------------------------------------ baseline
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(1, 6, 11))
 
@@ -704,8 +836,11 @@ def _himalaya_backend(name: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ registry
 MODELS: dict[str, type[Network]] = {
-    cls.__name__: cls for cls in (BrainNetwork, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, RidgeBaseline)
-}
+    cls.__name__: cls
+    for cls in (
+        BrainNetwork, VolumeEncoder, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, BasicEncoder, RidgeBaseline,
+    )
+}  # fmt: skip
 
 
 def build(config: dict[str, Any]) -> Network:

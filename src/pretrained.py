@@ -428,6 +428,15 @@ class LatentAutoencoder(Frozen):
         return max(1, 2**20 // self.image_size**2)
 
 
+def untrained_vae(weights: str = "hub", name: str = "stable_diffusion") -> Any:
+    """The VAE of a diffusion model without its weights, for planning: the folder's own, or as those of the hub are."""
+    if weights != "hub":
+        return AutoencoderKL.from_config(AutoencoderKL.load_config(locate(name, weights), subfolder="vae"))
+    widths = (128, 256, 512, 512)
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(block_out_channels=widths, layers_per_block=2, sample_size=512, **types)
+
+
 def judge_input(images: Tensor) -> Tensor:
     """Images (batch, 3, 32, 32) in [0, 1] as the judge takes them, in training as in use: 64 pixels a side, in [-1, 1]."""
     return 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1

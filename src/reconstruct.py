@@ -68,6 +68,47 @@ def high_level_config(parameters: Mapping[str, Any], in_dim: int, tokens: int, d
     }
 
 
+def combined_config(parameters: Mapping[str, Any], in_dim: int, dim: int, volume: Sequence[int] | None = None) -> dict[str, Any]:
+    """The config of the combined model (notebook 01_train_combined), from which `build_decoder` makes it.
+
+    Args:
+        parameters: of the notebook: arch, h, n_blocks, conv_channels, conv_strides, prior_depth, prior_heads, prior_dim_head, timesteps,
+            max_text_len, prior_scale (0: sqrt(dim), as published).
+        in_dim: voxels.
+        dim: of CLIP's final embedding.
+        volume: (x, y, z) where the betas are whole volumes.
+
+    Raises:
+        PerceptError: for an encoder of volumes without volumes, or channels and strides that are no numbers.
+    """
+    p = parameters
+    name, kwargs = models.ENCODERS[p["arch"]]
+    if name == "BrainNetwork":
+        kwargs = kwargs | {"in_dim": in_dim, "out_dim": dim, "clip_size": dim, "h": p["h"], "n_blocks": p["n_blocks"]}
+    elif volume is None:
+        raise PerceptError(f"arch '{p['arch']}' reads whole volumes, but the betas are (trials, voxels): prepare betas (trials, x, y, z), or choose brainnet.")
+    else:
+        kwargs = kwargs | {"dims": [int(side) for side in volume], "out_dim": dim, "clip_size": dim}
+        given = {key: p[f"conv_{key}"] for key in ("channels", "strides") if p[f"conv_{key}"]}
+        kwargs |= {key: _numbers(text, f"conv_{key}") for key, text in given.items()}
+    net = {"dim": dim, "depth": p["prior_depth"], "dim_head": p["prior_dim_head"], "heads": p["prior_heads"], "normformer": True}
+    prior = {"image_embed_dim": dim, "timesteps": p["timesteps"], "cond_drop_prob": 0.0} | ({"image_embed_scale": p["prior_scale"]} if p["prior_scale"] else {})
+    return {
+        "name": "BrainDiffusionPrior",
+        "kwargs": prior,
+        "voxel2clip": {"name": name, "kwargs": kwargs},
+        "net": {"name": "DiffusionPriorNetwork", "kwargs": net | {"num_timesteps": p["timesteps"], "max_text_len": p["max_text_len"]}},
+    }
+
+
+def _numbers(text: str, parameter: str) -> list[int]:
+    """Whole numbers that a parameter gives separated by commas."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise PerceptError(f"{parameter} is '{text}': give whole numbers separated by commas, e.g. 64,128,256.") from None
+
+
 def low_level_config(parameters: Mapping[str, Any], in_dim: int) -> dict[str, Any]:
     """The config of notebook 02's model, from which `build_decoder` makes it.
 
@@ -77,11 +118,21 @@ def low_level_config(parameters: Mapping[str, Any], in_dim: int) -> dict[str, An
     """
     kwargs = {name: parameters[name] for name in ("h", "n_blocks", "use_cont", "ups_mode", "latent_size")}
     if parameters["block_out_channels"]:
-        try:
-            kwargs["block_out_channels"] = [int(width) for width in parameters["block_out_channels"].split(",")]
-        except ValueError:
-            raise PerceptError(f"block_out_channels is '{parameters['block_out_channels']}': give whole numbers separated by commas, e.g. 64,128,256.") from None
+        kwargs["block_out_channels"] = _numbers(parameters["block_out_channels"], "block_out_channels")
     return {"name": "Voxel2StableDiffusionModel", "kwargs": {"in_dim": in_dim} | kwargs}
+
+
+def basic_config(parameters: Mapping[str, Any], in_dim: int, latent: tuple[int, ...], scale: float) -> dict[str, Any]:
+    """The config of the basic autoencoder's encoder (notebook 02_train_basic_autoencoder), from which `build_decoder` makes it.
+
+    Args:
+        parameters: of the notebook: encoder, scaled_latents.
+        in_dim: voxels.
+        latent: (channels, height, width) of the autoencoder's latent.
+        scale: its scaling factor.
+    """
+    factor = 1.0 if parameters["scaled_latents"] else scale
+    return {"name": "BasicEncoder", "kwargs": {"in_dim": in_dim, "size": parameters["encoder"], "latent_size": latent[1], "latent_channels": latent[0], "factor": factor}}
 
 
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -206,6 +257,21 @@ def latent_noise(image_ids: np.ndarray, shape: tuple[int, int, int], seed: int =
         rng = np.random.default_rng([seed, sample, 0 if same else int(image)])
         draws.append(torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)))
     return torch.stack(draws)
+
+
+SAMPLERS = {"unipcm": "UniPCMultistepScheduler", "pndms": "PNDMScheduler"}  # of the diffusion library, by the name that the early system gave them
+
+
+def sampled_by(diffusion: Generator, sampler: str) -> Generator:
+    """The generator, sampling from now on by a key of SAMPLERS; it is loaded with "unipcm". "pndms" begins at noise alone (no img2img)."""
+    if sampler not in SAMPLERS:
+        raise PerceptError(f"There is no sampler '{sampler}' for the generator: choose one of {', '.join(SAMPLERS)}.")
+    now: Any = diffusion.scheduler
+    if type(now).__name__ != SAMPLERS[sampler]:
+        chosen = next(kind for kind in now.compatibles if kind.__name__ == SAMPLERS[sampler]).from_config(now.config, skip_prk_steps=True)
+        chosen.set_begin_index = lambda start: None  # it has no such thing, and counts its steps itself
+        diffusion.scheduler = chosen
+    return diffusion
 
 
 def generator_for(tokens: int, weights: str, device: str = "cpu") -> VersatileDiffusion | ImageVariation:

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,16 +66,17 @@ class TrainingData(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------ optimizer and schedule
-def _cycle(optimizer: Optimizer, max_lr: float, epochs: int, steps: int) -> LRScheduler:
+def _cycle(optimizer: Optimizer, max_lr: float, epochs: int, steps: int, warmup: int = 0) -> LRScheduler:
     """One cycle; the warm-up lasts two epochs, but never more than half of the run."""
     share = min(0.5, 2 / epochs) if epochs * steps > 2 else 0.1  # torch divides by zero where a warm-up lasts one step
     return OneCycleLR(optimizer, max_lr, total_steps=epochs * steps, pct_start=share, final_div_factor=1000)
 
 
-SCHEDULERS: dict[str, Callable[[Optimizer, float, int, int], LRScheduler]] = {
+SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {  # of optimizer, max_lr, epochs, steps an epoch, and steps of warm-up
     "cycle": _cycle,
-    "linear": lambda optimizer, max_lr, epochs, steps: LinearLR(optimizer, total_iters=epochs * steps),  # max_lr / 3 -> max_lr
-    "fixed": lambda optimizer, max_lr, epochs, steps: ConstantLR(optimizer, factor=1.0),
+    "linear": lambda optimizer, max_lr, epochs, steps, warmup=0: LinearLR(optimizer, total_iters=epochs * steps),  # max_lr / 3 -> max_lr
+    "fixed": lambda optimizer, max_lr, epochs, steps, warmup=0: ConstantLR(optimizer, factor=1.0),
+    "warmup": lambda optimizer, max_lr, epochs, steps, warmup=0: LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),  # then fixed
 }
 
 
@@ -112,10 +113,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "no_nor
     return [group for group in both if group["params"]]
 
 
-def _adamw(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+def _adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> Optimizer:
     parameters = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def _choose(registry: dict[str, Any], name: str, what: str) -> Any:
@@ -144,6 +145,20 @@ def _collate(batch: Any) -> Batch:
     return batch if isinstance(batch, dict) else default_collate(batch)
 
 
+class FirstSamples:
+    """The first n samples of a dataset, as `fit` takes them: whoever cannot overfit these has a fault elsewhere."""
+
+    def __init__(self, dataset: Any, n: int):
+        self.dataset, self.n, self.set_epoch = dataset, min(n, len(dataset)), dataset.set_epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """As the dataset's."""
+        return self.dataset.__getitems__(indices)
+
+
 def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
     """Every sample of a dataset once, in order; the last batch may be smaller.
 
@@ -155,6 +170,12 @@ def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu") -
     for start in range(0, len(dataset), batch_size):
         indices = list(range(start, min(start + batch_size, len(dataset))))
         yield send_to_device(_collate(dataset.__getitems__(indices)), device)
+
+
+def _parts(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch in equal parts, one after the other."""
+    for rows in torch.arange(len(next(iter(batch.values())))).chunk(parts):
+        yield batch if parts == 1 else {name: x[rows[0] : rows[-1] + 1] for name, x in batch.items()}
 
 
 @torch.no_grad()
@@ -311,7 +332,7 @@ class _Means:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What must be the same for a run to be resumed."""
+    """What must be the same for a run to be resumed. Those with a default came later: a run at their defaults is what it was without them."""
 
     epochs: int
     batch_size: int
@@ -324,6 +345,15 @@ class _Settings:
     clip_grad: float | None
     samples: int
     order: str
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    accumulate: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """What is compared when a run is resumed."""
+        late = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {name: value for name, value in asdict(self).items() if name not in late or value != late[name]}
 
 
 @dataclass(frozen=True)
@@ -337,6 +367,7 @@ class _Saving:
     keep_epochs: bool
     save_at_end: bool
     checkpoints: bool
+    draw_interval: int
 
 
 @dataclass
@@ -439,9 +470,12 @@ class _Training:
         _choose(ORDERS, settings.order, "order")
         self.steps = self._steps_per_epoch()
         self.model = _share_norms(model.to(self.device), self.accelerator)
-        self.raw_optimizer = _adamw(parameter_groups(self.model, settings.weight_decay, settings.decay), settings.max_lr)
+        groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
+        self.raw_optimizer = _adamw(groups, settings.max_lr, settings.betas, settings.eps)
         make = _choose(SCHEDULERS, settings.scheduler, "scheduler")
-        self.scheduler = make(self.raw_optimizer, settings.max_lr, settings.epochs, self.steps)  # not prepared: one step a step
+        if settings.warmup_steps and settings.scheduler != "warmup":
+            raise PerceptError(f"The schedule '{settings.scheduler}' has no warmup_steps to set: choose 'warmup', or leave them at 0.")
+        self.scheduler = make(self.raw_optimizer, settings.max_lr, settings.epochs, self.steps, settings.warmup_steps)  # not prepared: one step a step
         self.stepper, self.optimizer = self.accelerator.prepare(_Stepper(self.model, step), self.raw_optimizer)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.at, self.means, self.stop = _Position(), _Means(), _Stop()
@@ -453,7 +487,7 @@ class _Training:
     def _step_as_gradients_arrive(self) -> None:
         """Update each parameter as soon as its gradient is there and free that: the gradients of the whole model are never held together."""
         s = self.settings
-        for name, there in (("several processes", self.world > 1), ("clip_grad", bool(s.clip_grad))):
+        for name, there in (("several processes", self.world > 1), ("clip_grad", bool(s.clip_grad)), ("accumulate", s.accumulate > 1)):
             if there:
                 raise PerceptError(f"step_in_backward does not go together with {name}, which needs all the gradients at once: leave one of them.")
 
@@ -473,6 +507,9 @@ class _Training:
             raise PerceptError(f"Training needs at least one epoch and a batch of one, not {s.epochs} and {s.batch_size}.")
         if s.batch_size % self.world:
             raise PerceptError(f"A batch_size of {s.batch_size} cannot be split over {self.world} processes: choose a multiple of {self.world}.")
+        if s.accumulate < 1 or s.batch_size // self.world % s.accumulate:
+            parts = f"{s.accumulate} equal parts" + (f" on each of {self.world} processes" if self.world > 1 else "")
+            raise PerceptError(f"A batch_size of {s.batch_size} cannot be worked through in {parts}: choose a multiple.")
         if s.samples < s.batch_size:
             raise PerceptError(f"There are {s.samples} training samples, fewer than one batch of {s.batch_size}: choose a smaller batch_size.")
         return s.samples // s.batch_size
@@ -488,7 +525,7 @@ class _Training:
 
     def _identity(self) -> dict[str, Any]:
         try:
-            return json.loads(json.dumps({"config": self.config, "fit": asdict(self.settings)}))
+            return json.loads(json.dumps({"config": self.config, "fit": self.settings.identity()}))
         except TypeError as error:
             raise PerceptError(f"The config cannot be stored as JSON ({error}): keep numbers, texts, lists and dicts in it.") from error
 
@@ -571,11 +608,15 @@ class _Training:
         self.at.lr = self.raw_optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         self.broken_gradient = False
+        told, parts = [], self.settings.accumulate
+        finite = torch.tensor(True, device=self.device)
         with _shared_batch(self.world):
-            loss, logs = self.stepper(batch, self.at.epoch)
-            finite = torch.isfinite(loss.detach())
-            if not self.in_backward or bool(finite):
-                self.accelerator.backward(loss)
+            for part in _parts(batch, parts):
+                loss, logs = self.stepper(part, self.at.epoch)
+                told.append({"loss": loss.detach(), **logs})
+                finite = finite & torch.isfinite(loss.detach())
+                if not self.in_backward or bool(finite):
+                    self.accelerator.backward(loss / parts)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None]).to(self.device)  # of none at all, it is on the CPU
         flags = [finite, torch.isfinite(norm) & (not self.broken_gradient)]
@@ -584,7 +625,8 @@ class _Training:
             self._skip(bad_loss)
         else:
             self._update(norm)
-            self.means.add({"loss": loss, **logs})
+            for values in told:
+                self.means.add(values, weight=1 / parts)
         self.at.step += 1
         return save and not self.at.bad, stop
 
@@ -728,7 +770,7 @@ class _Training:
 
     def _figures(self, draw: Draw | None) -> dict[str, Any]:
         """What `draw` makes of the epoch that has just ended, where its turn has come."""
-        every = self.saving.ckpt_interval
+        every = self.saving.draw_interval
         if draw is None or not self.main or not (self.finished or (every and self.at.epoch % every == 0)):
             return {}
         return self._apart(draw, self.model, self.at.epoch - 1)
@@ -762,8 +804,12 @@ def fit(
     validate: Validate | None = None,
     seed: int = 42,
     scheduler: str = "cycle",
+    warmup_steps: int = 0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
     weight_decay: float = 1e-2,
     decay: str = "no_norms",
+    accumulate: int = 1,
     precision: str = "no",
     clip_grad: float | None = None,
     resume: bool = True,
@@ -780,6 +826,7 @@ def fit(
     device: str = "auto",
     logger: Logger | None = None,
     draw: Draw | None = None,
+    draw_interval: int | None = None,
 ) -> pd.DataFrame:
     """Train a model; called again after an interruption, it goes on where it was, and for a finished run it returns at once.
 
@@ -795,9 +842,13 @@ def fit(
         max_lr: peak learning rate; never scaled.
         validate: model -> {"val/loss": ...} on the validation split (never the test split), called in eval mode, without gradient, in every process.
         seed: of the order and of everything random in the steps (process n has seed + n).
-        scheduler: key of SCHEDULERS: "cycle" (MindEye's), "linear" or "fixed"; it advances once a step.
+        scheduler: key of SCHEDULERS: "cycle" (MindEye's), "linear", "fixed", or "warmup" (rises to max_lr, then fixed); it advances once a step.
+        warmup_steps: of the schedule "warmup".
+        betas: of AdamW.
+        eps: of AdamW.
         weight_decay: of AdamW.
         decay: key of DECAYS: what it leaves out.
+        accumulate: parts in which a batch is worked through before the one update, to save memory; a loss must be a mean over samples.
         precision: "no", "bf16" or "fp16" (the whole step runs under autocast).
         clip_grad: largest norm of the gradient.
         resume: go on from folder/state.pt where there is one; False: remove it and the checkpoints, and begin anew.
@@ -814,7 +865,8 @@ def fit(
         num_workers: processes that read batches.
         device: "auto", "cuda" or "cpu".
         logger: called with (row of the history and figures of the epoch, steps so far) after each epoch, e.g. a `tracker`.
-        draw: (model, epoch) -> figures by name, called as `validate` is, but by the main process alone, every `ckpt_interval` epochs and at the end.
+        draw: (model, epoch) -> figures by name, called as `validate` is, but by the main process alone, every `draw_interval` epochs and at the end.
+        draw_interval: by default `ckpt_interval`; 0: at the end alone.
 
     Returns:
         The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped (non-finite steps), seconds.
@@ -823,8 +875,12 @@ def fit(
         PerceptError: for settings that are impossible or that differ from the run on disk, or when training cannot be kept finite.
         KeyboardInterrupt: after Ctrl-C, when the step is done and the state saved (SystemExit after SIGTERM).
     """
-    settings = _Settings(epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset), order)
-    saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end, checkpoints)
+    settings = _Settings(
+        epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset), order, warmup_steps, (betas[0], betas[1]), eps,
+        accumulate,
+    )
+    figures_every = ckpt_interval if draw_interval is None else draw_interval
+    saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end, checkpoints, figures_every)
     training = _Training(model, step, dataset, Path(folder), config, settings, saving, device, step_in_backward)
     training.begin(resume)
     if not training.finished:
@@ -839,10 +895,13 @@ class Tracker:
     Args:
         run: whose name, stage and parameters are sent along; a run that is resumed goes on under the same id.
         project: of Weights & Biases.
+        name: shown for this run, by default the run's own.
+        notes: about this run.
+        host: address of a server of one's own, e.g. https://wandb.example.org; by default what `wandb login` or WANDB_BASE_URL say.
     """
 
-    def __init__(self, run: Run, project: str):
-        self.run, self.project = run, project
+    def __init__(self, run: Run, project: str, name: str = "", notes: str = "", host: str = ""):
+        self.run, self.project, self.name, self.notes, self.host = run, project, name or run.name, notes, host
         self._open: Any = None
 
     def __call__(self, row: dict[str, Any], step: int) -> None:
@@ -850,8 +909,10 @@ class Tracker:
         import wandb  # takes a second to import: only where it is used
 
         if self._open is None:
+            settings = wandb.Settings(base_url=self.host) if self.host else None
             self._open = wandb.init(
-                project=self.project, name=self.run.name, id=f"{self.run.name}-{self.run.stage}", resume="allow", dir=self.run.logs,
+                project=self.project, name=self.name, notes=self.notes or None, settings=settings,
+                id=f"{self.run.name}-{self.run.stage}", resume="allow", dir=self.run.logs,
                 job_type=self.run.stage, config=dict(self.run.parameters),
             )  # fmt: skip
         self._open.log({k: wandb.Image(v) if isinstance(v, Figure) else v for k, v in row.items()}, step=step)
@@ -862,9 +923,9 @@ class Tracker:
             self._open.finish()
 
 
-def tracker(run: Run, wandb_log: bool, project: str) -> Tracker | None:
-    """A `Tracker` for `fit`'s `logger`, or None where none is wanted: not at all, or not in this one of several processes."""
-    return Tracker(run, project) if wandb_log and os.environ.get("RANK", "0") == "0" else None
+def tracker(run: Run, wandb_log: bool, project: str, **options: str) -> Tracker | None:
+    """A `Tracker` (with its `options`) for `fit`'s `logger`, or None where none is wanted: not at all, or not in this one of several processes."""
+    return Tracker(run, project, **options) if wandb_log and os.environ.get("RANK", "0") == "0" else None
 
 
 def load_best(model: nn.Module, folder: str | Path) -> nn.Module:

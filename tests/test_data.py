@@ -434,9 +434,10 @@ def test_normaliser_refusals(world):
     trials.loc[trials["split"] == "test", "session"] = 5
     write_subject(world.folder / "subj02", world.betas, trials, None, ATTRIBUTES)
     subject = open_subject(world.folder, 2)
-    with pytest.raises(PerceptError, match="session 5.*by_session=False"):
-        Normaliser.fit(subject)
-    Normaliser.fit(subject, by_session=False)
+    with pytest.warns(UserWarning, match=r"Sessions \[5\].*those of all sessions"):
+        by_session = Normaliser.fit(subject)
+    together, rows = Normaliser.fit(subject, by_session=False), subject.rows_by_image("test")[0]
+    np.testing.assert_array_equal(subject.read(rows, by_session), subject.read(rows, together))  # nothing of the test trials themselves
     write_subject(world.folder / "subj02", world.betas, trials.assign(split="test"), None, ATTRIBUTES)
     with pytest.raises(PerceptError, match="no training trials"):
         Normaliser.fit(open_subject(world.folder, 2))
@@ -529,6 +530,74 @@ def test_components_refusals(world):
         pictured(world, np.zeros_like(betas))
     with pytest.raises(PerceptError, match="noise ceiling is of voxels"):
         world.subject.noise_ceiling(normaliser=Normaliser.fit(world.subject, n_components=2))
+
+
+# -------------------------------------------------------------------------------- regions
+FLAGS = {"V1": [0, 2], "V2": [2, 5], "FFA": [6], "PPA": []}
+
+
+@pytest.fixture
+def regions(world):
+    """Subject 2: the same betas with regions, two of which share a voxel and one of which has none."""
+    table = pd.DataFrame({name: np.isin(np.arange(V), columns) for name, columns in FLAGS.items()} | {"x": np.arange(V)})
+    write_subject(world.folder / "subj02", world.betas, world.trials, table, ATTRIBUTES)
+    return open_subject(world.folder, 2)
+
+
+@pytest.mark.parametrize(("rois", "columns"), [("V1", [0, 2]), ("V2, V1", [0, 2, 5]), ("FFA,V1,V1", [0, 2, 6])])
+def test_regions_select_their_own_voxels_and_no_others(world, regions, tmp_path, rois, columns):
+    everything, chosen = Normaliser.fit(world.subject), Normaliser.fit(regions, rois=rois)
+    chosen.save(tmp_path / "n.safetensors")
+    loaded = Normaliser.load(tmp_path / "n.safetensors")
+    sessions = world.trials["session"].to_numpy()
+    for normaliser in (chosen, loaded):
+        np.testing.assert_array_equal(normaliser.apply(world.betas, sessions), everything.apply(world.betas, sessions)[:, columns])
+        assert normaliser.columns.tolist() == columns and normaliser.width == regions.width(normaliser) == len(columns)
+    assert loaded.rois == tuple(dict.fromkeys(name.strip() for name in rois.split(",")))
+    np.testing.assert_array_equal(
+        regions.averaged("test", normaliser=loaded)[0], world.subject.averaged("test", normaliser=everything)[0][:, columns]
+    )
+    assert BrainDataset(regions, "train", {}, loaded, "all").__getitems__([1, 0])["voxels"].shape == (2, 3, len(columns))
+    with pytest.raises(PerceptError, match=r"\(trials, 7\) voxels"):  # whole rows, not the selected voxels
+        loaded.apply(world.betas[:, columns], sessions)
+    ceiling = world.subject.noise_ceiling().iloc[columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(regions.noise_ceiling(normaliser=loaded), ceiling)
+
+
+def test_components_are_of_the_regions_alone(world, regions, tmp_path):
+    normaliser = Normaliser.fit(regions, rois="V1,V2", n_components=2)
+    assert normaliser.components.shape == (3, 2) and normaliser.width == 2
+    z = Normaliser.fit(regions, rois="V1,V2").apply(world.betas, world.trials["session"])
+    np.testing.assert_allclose(normaliser.apply(world.betas, world.trials["session"]), z @ normaliser.components, atol=1e-6)
+    with pytest.raises(PerceptError, match="at most 3"):
+        Normaliser.fit(regions, rois="V1,V2", n_components=4)
+    normaliser.save(tmp_path / "n.safetensors")
+    np.testing.assert_array_equal(
+        regions.averaged("test", normaliser=Normaliser.load(tmp_path / "n.safetensors"))[0], regions.averaged("test", normaliser=normaliser)[0]
+    )
+
+
+def test_regions_that_are_missing_are_named(world, regions):
+    with pytest.warns(UserWarning, match="no region hV4, PPA: V1 alone"):
+        assert Normaliser.fit(regions, rois="hV4,V1,PPA").columns.tolist() == FLAGS["V1"]
+    with pytest.raises(PerceptError, match="none of the regions 'hV4,x': it has V1, V2, FFA"):
+        Normaliser.fit(regions, rois="hV4,x")
+    with pytest.raises(PerceptError, match="no named region"):
+        Normaliser.fit(world.subject, rois="V1")
+
+
+def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
+    ids = world.subject.image_ids("train")
+    kept = world.subject.limited(2, seed=1)
+    assert len(kept.image_ids("train")) == 2 and set(kept.image_ids("train")) < set(ids)
+    for split in ("val", "test"):
+        np.testing.assert_array_equal(kept.image_ids(split), world.subject.image_ids(split))
+    assert kept.test_set == world.subject.test_set and (kept.trials["split"] == "exclude").sum() == 3 * (len(ids) - 2)
+    np.testing.assert_array_equal(kept.image_ids("train"), world.subject.limited(2, seed=1).image_ids("train"))
+    assert any(set(world.subject.limited(2, seed=s).image_ids("train")) != set(kept.image_ids("train")) for s in range(2, 9))
+    np.testing.assert_array_equal(world.subject.limited(999).image_ids("train"), ids)
+    with pytest.raises(PerceptError, match="n_train is 0"):
+        world.subject.limited(0)
 
 
 # -------------------------------------------------------------------------------- clusters of images
@@ -684,6 +753,21 @@ def test_mean_and_all(world):
     torch.testing.assert_close(batch["voxels"][0, 2], batch["voxels"][0, 0], rtol=0, atol=0)  # cycled
     torch.testing.assert_close(batch["voxels"][0, :2].mean(0), mean["voxels"][1])
     torch.testing.assert_close(batch["voxels"][1].mean(0), mean["voxels"][0])
+
+
+def test_each_trial_is_a_sample_with_its_own_image_and_target(world):
+    normaliser = Normaliser.fit(world.subject)
+    everything, ids = world.subject.trials_of("train", normaliser)
+    cached = cached_targets(world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32")
+    dataset = BrainDataset(world.subject, "train", {"first": cached}, normaliser, "each", pixels=True)
+    assert len(dataset) == len(everything) == 3 * len(world.subject.image_ids("train"))
+    batch = dataset.__getitems__(range(len(dataset)))
+    assert sorted(map(tuple, batch["voxels"].numpy())) == sorted(map(tuple, everything))  # every trial, once
+    for voxels, image in zip(batch["voxels"].numpy(), batch["image"].tolist(), strict=True):
+        assert (everything[ids == image] == voxels).all(1).sum() == 1
+    torch.testing.assert_close(batch["first"], batch["pixels"][:, :, 0, 0].float() / 255)
+    dataset.set_epoch(3)
+    torch.testing.assert_close(dataset.__getitems__([4])["voxels"], batch["voxels"][4:5], rtol=0, atol=0)
 
 
 def test_targets_follow_their_images_in_a_loader(world):

@@ -9,6 +9,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "networks", "retrieval", "figures", "miniworld", "download", "readers", "augment"}
 THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined"}
+BESIDE = {"reconstruct": {"published"}, "dryrun": {"reconstruct"}, "combined": {"reconstruct"}, "report": {"results"}, "compare": {"results"}}
 DOORS = {
     "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
     "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data"},
@@ -50,7 +51,7 @@ def test_layers(path):
     elif name in SECOND:
         assert used <= {"utils"}, f"{name} is of the second layer and may import utils only, not {used - {'utils'}}"
     elif name in THIRD:
-        assert used <= SECOND | {"utils"} | {"reconstruct": {"published"}, "dryrun": {"reconstruct"}, "combined": {"reconstruct"}, "report": {"results"}, "compare": {"results"}}.get(name, set())
+        assert used <= SECOND | {"utils"} | BESIDE.get(name, set())
     else:
         assert name == "__init__" and not used
 

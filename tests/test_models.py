@@ -36,6 +36,8 @@ TINY = {
     "VersatileDiffusionPriorNetwork": TINY_PRIOR,
     "DiffusionPriorNetwork": {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "num_timesteps": 10, "max_text_len": 4},
     "Voxel2StableDiffusionModel": {"in_dim": 11, "h": 12, "n_blocks": 2, "latent_size": 16, "block_out_channels": [32, 32, 64]},
+    "VolumeEncoder": {"dims": [6, 5, 7], "out_dim": 8, "clip_size": 8, "channels": [4, 6], "strides": [1, 2], "attention_width": 4, "heads": 2},
+    "BasicEncoder": {"in_dim": 11, "size": "512", "latent_size": 8},
     "RidgeBaseline": {"in_dim": 11, "target_shape": [3, 4]},
 }
 
@@ -55,6 +57,7 @@ def _inputs(name):
     return {
         "VersatileDiffusionPriorNetwork": (tokens, t, torch.randn(2, 5, 16)),
         "DiffusionPriorNetwork": (tokens[:, 0], t, tokens[:, 1]),
+        "VolumeEncoder": (torch.randn(2, 6 * 5 * 7),),
     }.get(name, (torch.randn(2, 11),))
 
 
