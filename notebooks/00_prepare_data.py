@@ -16,6 +16,7 @@ dataset = "nsd"  # name of the prepared dataset, a folder under data/
 source = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
 source_format = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
 data_path = "data/nsd_source"  # where the source's files lie
+remote_data = False  # fetch what data_path lacks first, of mindeye, mindeye2 or nsd; docs/downloads.md has more ways
 subj = 1  # subject, at least 1
 options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
 folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
@@ -38,7 +39,7 @@ import pandas as pd
 from src import miniworld
 from src.data import Normaliser, dataset_folder, open_subject
 from src.figures import image_grid, roi_figure, save, trials_figure
-from src.readers import READERS, options_of, read
+from src.readers import READERS, options_of, read, reader_options
 from src.utils import resolve
 
 # %% [markdown]
@@ -60,6 +61,13 @@ if source == "mini" and (overwrite or not prepared.exists()):
 # %% [markdown]
 # ## Read
 # Whatever the source, this leaves the same files. An image is in one split only; this is checked, and refused otherwise.
+
+# %%
+if remote_data and (overwrite or not prepared.exists()):
+    from src.download import fetch
+
+    release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
+    fetch(release.get(reader_options(played, options).get("layout", ""), source), folder, subj=subj)
 
 # %%
 print(f"options of the reader '{played}' and their defaults: {options_of(played)}\n\nterms of use: {READERS[played].TERMS}")

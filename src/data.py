@@ -122,12 +122,12 @@ def _store_rows(
     blocks: Iterable[np.ndarray],
     n_rows: int,
     inspect: Callable[[np.ndarray, int], np.ndarray],
-) -> tuple[tuple[int, ...], str]:
-    """Write row blocks as one contiguous dataset: its shape and the blake2b checksum of its bytes.
+) -> tuple[int, ...]:
+    """Write row blocks as one contiguous dataset and return its shape.
 
     `inspect(block, first_row)` checks a block and returns it in the dtype to be stored.
     """
-    digest, written = hashlib.blake2b(digest_size=16), 0
+    written = 0
     with h5py.File(path, "w") as file:
         for raw in blocks:
             block = np.ascontiguousarray(inspect(np.asarray(raw), written))
@@ -146,7 +146,6 @@ def _store_rows(
                     "table against the array."
                 )
             target[written : written + len(block)] = block
-            digest.update(block.data)
             written += len(block)
         if written != n_rows:
             raise PerceptError(
@@ -155,7 +154,7 @@ def _store_rows(
             )
         if name not in file:
             raise PerceptError(f"There is not one row of {name}: nothing to write.")
-        return file[name].shape, digest.hexdigest()
+        return file[name].shape
 
 
 # -------------------------------------------------------------------------------- tables
@@ -404,8 +403,8 @@ def write_images(
 
 
 # -------------------------------------------------------------------------------- writing a subject
-def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
-    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype."""
+def _finite_block(trials: pd.DataFrame, n_voxels: int | None, digest: Any) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype and adds it to a checksum."""
     numbers = trials["trial"].to_numpy()
 
     def inspect(block: np.ndarray, row: int) -> np.ndarray:
@@ -420,7 +419,7 @@ def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.nd
             raise PerceptError(
                 f"Betas have {int(np.prod(block.shape[1:]))} voxels, the table of voxels has {n_voxels} rows."
             )
-        block = block if block.dtype == np.float16 else block.astype(np.float32)
+        block = np.ascontiguousarray(block if block.dtype == np.float16 else block.astype(np.float32, copy=False))
         flat = block.reshape(len(block), -1)
         finite = np.isfinite(flat)
         if not finite.all():
@@ -430,6 +429,7 @@ def _finite_block(trials: pd.DataFrame, n_voxels: int | None) -> Callable[[np.nd
                 f"The beta of trial {trial} (row {row + at}), voxel {voxel} is {flat[at, voxel]}: "
                 "leave out such voxels or trials, or mend them, before preparing the data."
             )
+        digest.update(block.data)
         return block
 
     return inspect
@@ -479,15 +479,14 @@ def write_subject(
     folder = Path(folder)
     check_trials(trials)
     _check_attributes(attributes)
-    inspect = _finite_block(trials, None if voxels is None else len(voxels))
+    digest = hashlib.blake2b(digest_size=16)
+    inspect = _finite_block(trials, None if voxels is None else len(voxels), digest)
     with disk_errors(folder.parent), _replacing(folder) as temporary:
-        shape, checksum = _store_rows(
-            temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect
-        )
+        shape = _store_rows(temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect)
         n_voxels = int(np.prod(shape[1:]))
         with h5py.File(temporary / "betas.h5", "r+") as file:
             file["betas"].attrs.update(
-                {**attributes, "checksum": checksum, "n_trials": shape[0], "n_voxels": n_voxels}
+                {**attributes, "checksum": digest.hexdigest(), "n_trials": shape[0], "n_voxels": n_voxels}
             )
         table = (
             trials[list(TRIAL_COLUMNS)]

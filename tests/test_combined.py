@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from servers import hub_server
 
 from src import combined, dryrun, losses, models, published, training, utils
 from src.data import choose_repeats, write_images, write_subject
 from src.prior import BrainDiffusionPrior
+from src.readers import mindeye
 from src.reconstruct import build_decoder, combined_config, generate_images, generator_for, load_decoder, sampled_by
 from src.utils import PerceptError, read_parameters
 
@@ -298,8 +300,8 @@ def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, m
 
 
 # ------------------------------------------------------------------------------------------------ the notebook
-def launch(home: Path, *flags: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+def launch(home: Path, *flags: str, **more: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, "notebooks/01_train_combined.py", "-f", "recipes/combined/mini/01_train_combined.yaml", *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
@@ -351,3 +353,19 @@ def test_the_notebook_learns_captions_from_whole_volumes_with_mixco(home):
     assert len(list((home / "data" / "volumes" / "targets").glob("captions-*.npy"))) == 1
     done = launch(home, *TOY, "--dataset", "volumes", "--model_name", "conv")
     assert done.returncode != 0 and "voxel_dims is 1" in done.stderr.splitlines()[-1]
+
+
+def test_remote_data_come_from_the_hub_into_the_cache_and_then_from_there(home, tmp_path):
+    rng, n = np.random.default_rng(1), 330
+    trials = pd.DataFrame({"trial": range(n), "image": range(n), "session": 0, "run": -1, "repeat": 0, "split": ["train"] * 320 + ["test"] * 10})
+    images = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8)
+    mindeye.write(tmp_path / "made", 1, rng.normal(size=(n, 30)).astype(np.float32), trials, images, np.arange(n), layout=mindeye.EARLY)
+    files = {str(path.relative_to(tmp_path / "made")): path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    cache, more = tmp_path / "cache", ("--decoder", "network", "--n_samples_save", "0", "--num_epochs", "1", "--dataset", "remote")
+    with hub_server({("dataset", "pscotti/naturalscenesdataset"): files}) as hub:
+        done = launch(home, *TOY, *more, "--model_name", "remote", "--remote_data", "--cache_dir", str(cache), HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
+        assert done.returncode == 0, done.stderr
+        assert {path.name for path in cache.rglob("*.tar")} == {Path(name).name for name in files if name.endswith(".tar")}
+    assert len(pd.read_parquet(home / "data" / "remote" / "subj01" / "trials.parquet")) == n
+    done = launch(home, *TOY, *more, "--model_name", "again", "--remote_data", "--cache_dir", str(cache), HF_ENDPOINT=hub.url)  # the hub is gone
+    assert done.returncode == 0, done.stderr

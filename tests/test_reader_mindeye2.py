@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import shutil
 import tarfile
 
 import h5py
@@ -270,7 +271,10 @@ BETAS, PICTURES, INDICES, MASKS = "betas_all_subj02_fp32_renorm.hdf5", "coco_ima
         (lambda s, b: replace(s, INDICES, "subj02", lambda a: a[:15]), "Trial 15 is in the tars, but .* has 15 trials"),
         (lambda s, b: replace(s, MASKS, "subj02/V1", lambda a: a[1:]), r"mask of V1 has shape \(4,\), there are 5 voxels"),
         (lambda s, b: np.save(s / "shared1000.npy", np.isin(np.arange(30), [10, 11])), "Trial 9 is in split test, of which .*shared1000.npy says otherwise"),
-        (lambda s, b: (s / "wds/subj02/train/4.tar").unlink(), "Trial 16 and 2 more .* in no training tar"),
+        (lambda s, b: cut(s / "shared1000.npy", 0.9), "shared1000.npy is damaged or cut off"),
+        (lambda s, b: cut(s / "shared1000.npy", 0), "shared1000.npy is damaged or cut off"),
+        (lambda s, b: (s / "wds/subj02/train/4.tar").unlink(), "Trial 16 and 2 more .* in no training tar: .*the first 4 sessions"),
+        (lambda s, b: shutil.copy(s / "wds/subj02/train/1.tar", s / "wds/subj02/train/2.tar"), "Trial 4 is twice in the tars"),
         (lambda s, b: spoil_trial(s, b, 1, 5), "sample000000001.* is of subject 5, not 2"),
         (lambda s, b: spoil_trial(s, b, 2, 0), "sample000000001.* session 0"),
         (lambda s, b: spoil_trial(s, b, 0, np.nan), r"behav.npy of Sample sample000000001.* must be \(1, 17\)"),
@@ -294,8 +298,24 @@ def test_an_image_on_both_sides_and_a_trial_twice(plain, tmp_path):
     with pytest.raises(PerceptError, match="Image 10 is in (test.*train|train.*test)"):
         mindeye2.read(source, tmp_path / "out", 2, val_images=0)
     spoil_trial(source, behav, 5, 0)
-    with pytest.raises(PerceptError, match="Trial 0 is twice"):
+    with pytest.raises(PerceptError, match="Trial 0 is twice in the tars"):
         mindeye2.read(source, tmp_path / "out", 2, val_images=0)
+
+
+def test_betas_with_swapped_axes_are_refused_even_where_nothing_tells_the_voxels(plain, tmp_path):
+    source = plain[0]
+    for name in (INDICES, MASKS, "shared1000.npy"):
+        (source / name).unlink()
+    replace(source, BETAS, "betas", lambda a: np.zeros((100, 20), np.float32))
+    with pytest.raises(PerceptError, match=r"are \(100, 20\): they must be \(trials, voxels\)"):
+        mindeye2.read(source, tmp_path / "out", 2, val_images=2)
+
+
+def test_behaviour_that_is_not_used_may_be_missing(plain, tmp_path):
+    source, betas, _, behav = plain
+    spoil_trial(source, behav, 9, np.nan)  # no reaction time
+    mindeye2.read(source, tmp_path / "out", 2, val_images=2)
+    np.testing.assert_array_equal(open_subject(tmp_path / "out", 2).betas, betas)
 
 
 def test_missing_source_subject_and_options(plain, tmp_path):

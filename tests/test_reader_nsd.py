@@ -248,6 +248,7 @@ REFUSED = [
     (lambda r: cut(beta_file(r), 900), {}, "session01.hdf5 is damaged"),
     (lambda r: None, {"protocol": "nsd-1000"}, "betas_session03.hdf5.*missing"),
     (lambda r: None, {"protocol": "nsd-983"}, "protocol"),
+    (lambda r: None, {"image_size": -1}, "image_size is -1"),
     (lambda r: None, {"sessions": "1-3"}, "sessions 1 to 2"),
     (lambda r: None, {"sessions": "a"}, "1-10"),
     (lambda r: None, {"rois": "V9"}, "no region V9"),
@@ -259,6 +260,9 @@ REFUSED = [
     (lambda r: edit_responses(r, lambda t: t.drop(index=19, inplace=True)), {}, "10 trials, responses.tsv has 9"),
     (lambda r: [p.unlink() for n in ("responses.tsv", "nsd_expdesign.mat") for p in r.rglob(n)], {}, "Neither"),
     (lambda r: (r / "nsddata/experiments/nsd/nsd_expdesign.mat").write_bytes(b"x"), {}, "nsd_expdesign.mat is damaged"),
+    (lambda r: cut(r / "nsddata/experiments/nsd/nsd_expdesign.mat", -60), {}, "nsd_expdesign.mat is damaged"),
+    (lambda r: (r / "nsddata/ppdata/subj01/behav/responses.tsv").write_bytes(b""), {}, "responses.tsv is damaged, cut off"),
+    (lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), np.nan)), {}, "responses.tsv is damaged.*whole numbers"),
     (lambda r: (r / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5").unlink(), {}, "stimuli.* is missing"),
     (leak, {}, "shared test images"),
 ]  # fmt: skip
@@ -296,10 +300,51 @@ def test_a_nifti_of_several_members_is_one_stream(tmp_path):
     np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas[:10], stored[:10, general > 0].astype(np.float32) / np.float32(300))
 
 
-def test_a_grid_whose_axes_cannot_be_told_apart(tmp_path):
-    tree(tmp_path, grid=(4, 5, 4))
-    with pytest.raises(PerceptError, match="more than one order of axes"):
+def test_a_grid_whose_axes_cannot_be_told_apart_has_the_documented_order(tmp_path):
+    stored, general, _ = tree(tmp_path, grid=(4, 4, 4))
+    nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
+    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas, stored[:, general > 0].astype(np.float32) / np.float32(300))
+
+
+def test_halves_of_a_roi_file_keep_its_labels(tmp_path):
+    _, general, _ = tree(tmp_path)
+    folder = tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi"
+    visual, left = nibabel.load(folder / "prf-visualrois.nii.gz").get_fdata(), np.arange(GRID[0])[:, None, None] < 2
+    for side, here in (("lh", left), ("rh", ~left)):
+        nibabel.save(nibabel.Nifti1Image(np.where(here, visual, -1).astype(np.int16), np.eye(4)), folder / f"{side}.prf-visualrois.nii.gz")
+    (folder / "prf-visualrois.nii.gz").unlink()
+    nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
+    voxels = open_subject(tmp_path / "out", 1).voxels
+    for side, here in (("lh", left), ("rh", ~left)):
+        names = [f"{side}.{name}" for name in nsd.NAMES["prf-visualrois"]]
+        expected = {name: ((visual == n) & here)[general > 0] for n, name in enumerate(names, 1)}
+        assert [name for name in names if name in voxels] == [name for name in names if expected[name].any()] != []
+        for name in set(names) & set(voxels):
+            np.testing.assert_array_equal(voxels[name], expected[name])
+
+
+def test_the_sentence_about_missing_sessions_names_an_option_that_works(tmp_path):
+    tree(tmp_path, sessions=3)
+    beta_file(tmp_path, 3).unlink()
+    with pytest.raises(PerceptError, match='session03.hdf5 is missing.*of 40 sessions 2 are there.*sessions="1-2"'):
+        nsd.read(tmp_path, tmp_path / "out", 1, val_images=1)
+    assert len(open_subject(nsd.read(tmp_path, tmp_path / "out", 1, val_images=1, sessions="1-2").parent, 1).trials) == 20
+    beta_file(tmp_path, 1).unlink()
+    with pytest.raises(PerceptError, match='sessions="2"'):
+        nsd.read(tmp_path, tmp_path / "out", 1)
+    beta_file(tmp_path, 2).unlink()
+    with pytest.raises(PerceptError, match="fetch the betas of this subject"):
+        nsd.read(tmp_path, tmp_path / "out", 1)
+
+
+def test_a_failed_reading_leaves_the_subject_as_it_was(tmp_path):
+    tree(tmp_path, fmt="nii.gz")
+    nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    cut(beta_file(tmp_path, 2, "nii.gz"), -60)
+    with pytest.raises(PerceptError, match="cut off"):
         nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_not_a_number(tmp_path):

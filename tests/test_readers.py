@@ -126,7 +126,7 @@ def test_mindeye_distinct_repeats_wherever_the_copy_lies(tmp_path):
 
 
 def test_mindeye_without_trial_numbers_warns(tmp_path):
-    make_shards(tmp_path, lambda i, f: {k: v for k, v in f.items() if k != "trial.npy"})
+    make_shards(tmp_path, lambda i, f: {k: v for k, v in f.items() if k != "trial.npy"} | ({"trial.npy": npy(np.arange(2))} if i else {}))
     with pytest.warns(UserWarning, match="one session"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     trials = open_subject(tmp_path / "out", 1).trials
@@ -160,6 +160,7 @@ def test_mindeye_early_layout_one_trial_a_sample(tmp_path):
         ({"nsdgeneral.npy": npy(np.array([{}, 1, 2], dtype=object))}, "00001.*cannot be read.*allow_pickle"),
         ({"nsdgeneral.npy": npy(np.ones((3, V + 1), np.float16))}, "00001.*must be alike"),
         ({"nsdgeneral.npy": npy(np.full((3, V), np.nan, np.float16))}, "beta of trial"),
+        ({"nsdgeneral.npy": npy(np.zeros((V, 3), np.float16))}, "00001.*first axis must be that of the repeats"),
         ({"num_uniques.npy": npy(np.array([4]))}, "00001.* is 4, with 3"),
         ({"coco73k.npy": npy(np.array([1, 2, 3]))}, "00001.*must name one"),
         ({"coco73k.npy": npy(np.array([14]))}, "Image 14 is in (test.*train|train.*test)"),
@@ -174,6 +175,37 @@ def test_mindeye_bad_samples_are_named(tmp_path, change, message):
     with pytest.raises(PerceptError, match=message):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     assert not (tmp_path / "out" / "subj01").exists()
+
+
+def test_mindeye_transposed_betas_are_refused_in_every_sample(tmp_path):
+    make_shards(tmp_path, lambda i, f: f | {"nsdgeneral.npy": npy(np.load(io.BytesIO(f["nsdgeneral.npy"])).T.copy())})
+    with pytest.raises(PerceptError, match="first axis must be that of the repeats"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    make_shards(tmp_path, lambda i, f: {k: v for k, v in f.items() if k not in ("trial.npy", "num_uniques.npy")} | {"nsdgeneral.npy": npy(np.zeros((V, 3)))})
+    with pytest.raises(PerceptError, match="first axis must be that of the repeats"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+
+
+def test_mindeye_arrays_in_fortran_order_and_double_precision(tmp_path):
+    make_shards(tmp_path / "c")
+    make_shards(tmp_path / "f", lambda i, f: f | {"nsdgeneral.npy": npy(np.asfortranarray(np.load(io.BytesIO(f["nsdgeneral.npy"])).astype(np.float64)))})
+    read = [open_subject(mindeye.read(tmp_path / name, tmp_path / f"out-{name}", 1).parent, 1) for name in "cf"]
+    np.testing.assert_array_equal(read[0].betas, read[1].betas)
+    assert [s.betas.dtype for s in read] == [np.float16, np.float32]
+
+
+def test_mindeye_a_failed_reading_leaves_the_subject_as_it_was(tmp_path):
+    make_shards(tmp_path)
+    mindeye.read(tmp_path, tmp_path / "out", 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    metadata = tmp_path / "webdataset_avg_split" / "metadata_subj01.json"
+    metadata.write_text(metadata.read_text()[:-9])
+    with pytest.raises(PerceptError, match="metadata_subj01.json cannot be read"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    make_shards(tmp_path, lambda i, f: f | ({"nsdgeneral.npy": npy(np.full((3, V), np.inf, np.float16))} if i == 5 else {}))
+    with pytest.raises(PerceptError, match="is inf"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_mindeye_truncation_anywhere_is_noticed(tmp_path):
@@ -354,7 +386,7 @@ def test_mindeye_early_release_held_out_trials_are_the_test_set(tmp_path):
     assert subject.image_ids("test").tolist() == [16, 17] and len(subject.image_ids("val")) == 2 and len(subject.image_ids("train")) == 3
     assert dict(zip(subject.trials["trial"], subject.trials["repeat"], strict=True)) == {t: int(t == 5) for t in range(8)}
     make_early(tmp_path, held_out=(12, 17))
-    with pytest.raises(PerceptError, match="Image 12 is in"):
+    with pytest.raises(PerceptError, match="Image 12 is in.*splits.csv"):
         mindeye.read(tmp_path, tmp_path / "out", 1, val_images=0)
     (tmp_path / "webdataset" / "splits.csv").write_text("image,split\n11,train\n12,test\n13,val\n17,test\n")
     mindeye.read(tmp_path, tmp_path / "out", 1)

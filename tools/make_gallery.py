@@ -1,6 +1,7 @@
 """Render the executed notebooks of a run into docs/gallery, so that a reader on a web page sees them.
 
-    python tools/make_gallery.py [results/mindeye-mini-subj01]
+    python tools/make_gallery.py                                  # of the demo
+    python tools/make_gallery.py results/mindeye-mini-subj01 results/combined-mini-subj01 results/basic_ae-mini-subj01 results/compare
 
 Each notebook becomes a Markdown page with its figures as PNG files beside it; docs/contact_sheet.png is the picture of the README.
 """
@@ -43,21 +44,26 @@ def render(notebook: Path, folder: Path) -> str:
     return titles[0] if titles else stem
 
 
-def main(results: Path) -> None:
-    """Remake the gallery from the executed notebooks in `results`."""
-    notebooks = sorted(results.glob("[0-9][0-9]_*.ipynb"))
-    if not notebooks:
-        raise PerceptError(f"No executed notebooks in {results}: run `python run.py mindeye --mini` first.")
+def main(results: list[Path]) -> None:
+    """Remake the gallery from the executed notebooks of the first run, and from those of further runs that the first does not have."""
+    runs = {run: sorted(run.glob("[0-9][0-9]_*.ipynb")) for run in results}
+    if missing := [run for run, notebooks in runs.items() if not notebooks]:
+        raise PerceptError(f"No executed notebooks in {missing[0]}: run its recipe first, e.g. `python run.py mindeye --mini`.")
     with tempfile.TemporaryDirectory(dir=ROOT / "docs") as temporary:
         folder = Path(temporary) / "gallery"
         folder.mkdir()
-        lines = [f"- [{render(notebook, folder)}]({notebook.stem}.md)" for notebook in notebooks]
-        text = ["# Gallery", "", f"The notebooks of the run `{results.name}`, executed. Made by `make gallery`; do not edit.", "", *lines, ""]
+        text = ["# Gallery", "", "Executed notebooks of the mini world. Made by `make gallery`; do not edit.", ""]
+        for run, notebooks in runs.items():
+            new = [notebook for notebook in notebooks if not (folder / f"{notebook.stem}.md").exists()]
+            text += [f"**{run.name}**", "", *(f"- [{render(notebook, folder)}]({notebook.stem}.md)" for notebook in new), ""]
+            if (sheet := run / "contact_sheet.png").exists():
+                shutil.copy(sheet, folder / f"{run.name}_contact_sheet.png")
+                text += [f"![Seen images and what was decoded]({run.name}_contact_sheet.png)", ""]
         (folder / "README.md").write_text("\n".join(text))
         shutil.rmtree(GALLERY, ignore_errors=True)
         shutil.move(folder, GALLERY)
-    shutil.copy(results / "contact_sheet.png", ROOT / "docs" / "contact_sheet.png")
+    shutil.copy(results[0] / "contact_sheet.png", ROOT / "docs" / "contact_sheet.png")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HOME / "results" / "mindeye-mini-subj01")
+    main([Path(folder) for folder in sys.argv[1:]] or [HOME / "results" / "mindeye-mini-subj01"])

@@ -129,7 +129,7 @@ def _read_trials(tars: list[tuple[str, Path]], subj: int) -> pd.DataFrame:
         for key, fields in samples(path, {"behav.npy"}):
             what = f"Sample {key} of {path}"
             behav = array_of(fields, "behav", what)
-            if behav.shape not in ((1, 17), (17,)) or not np.isfinite(behav).all():
+            if behav.shape not in ((1, 17), (17,)) or not np.isfinite(behav.ravel()[:6]).all():
                 raise PerceptError(f"behav.npy of {what} is {behav.dtype} {behav.shape}: it must be (1, 17) numbers.")
             image, person, session, run, _, trial = behav.ravel()[:6].astype(int)
             if person != subj:
@@ -156,25 +156,35 @@ def _image_ids(source: Path) -> pd.Series | None:
 
 def _check_sources(source: Path, subj: int, trials: pd.DataFrame, complete: bool) -> None:
     """Compare the trials of the tars with one another, with COCO_73k_subj_indices.hdf5 and with shared1000.npy; `complete`: no session was left out."""
+    _refuse(trials["trial"].duplicated(), trials, "is twice in the tars")
     test = trials["split"] == "test"
     table = _arrays_of(source / INDICES, f"subj{subj:02d}").get("", np.array([], int))
     if len(table):
         _refuse(~trials["trial"].isin(range(len(table))), trials, f"is in the tars, but {source / INDICES} has {len(table)} trials")
         seen = table[trials["trial"]]
         _refuse(trials["image"] != seen, trials, f"shows image {{image}} in the tars, another in {source / INDICES}")
-    shared = np.load(source / SHARED, allow_pickle=False).astype(bool) if (source / SHARED).exists() else np.array([], bool)
+    shared = _shared(source / SHARED)
     if len(shared):
         _refuse(~trials["image"].isin(range(len(shared))), trials, f"shows image {{image}}, but {source / SHARED} has {len(shared)} images")
         _refuse(shared[trials["image"]] != test, trials, f"is in split {{split}}, of which {source / SHARED} says otherwise")
     if complete:
+        remedy = f"fetch the tars that are missing, or read the first {trials.loc[~test, 'session'].nunique()} sessions with the option sessions"
         absent = set(trials.loc[test, "session"]) - set(trials.loc[~test, "session"])
         if len(table) and len(shared):
             expected = np.flatnonzero((table >= 0) & ~shared[table])
             lost = np.setdiff1d(expected, trials.loc[~test, "trial"])
             if len(lost):
-                raise PerceptError(f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training tar: fetch the last sessions, or give sessions.")
+                raise PerceptError(f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training tar: {remedy}.")
         elif absent:
-            raise PerceptError(f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar: fetch it, or give sessions.")
+            raise PerceptError(f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar: {remedy}.")
+
+
+def _shared(path: Path) -> np.ndarray:
+    """Whether an image is a test image, Boolean (images,); empty where there is no such file."""
+    try:
+        return np.load(path, allow_pickle=False).astype(bool) if path.exists() else np.array([], bool)
+    except (ValueError, EOFError, OSError) as error:
+        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
 
 
 def _refuse(wrong: pd.Series | np.ndarray, trials: pd.DataFrame, why: str) -> None:
@@ -214,7 +224,7 @@ def _arrays_of(path: Path, key: str) -> dict[str, np.ndarray]:
 def _check_shapes(betas: h5py.Dataset, images: h5py.Dataset, trials: pd.DataFrame, rows: np.ndarray) -> None:
     """Refuse arrays whose axes are not those of the tables."""
     last = int(trials["trial"].max())
-    if betas.ndim != 2 or len(betas) <= last:
+    if betas.ndim != 2 or len(betas) <= last or len(betas) != last + 1 == betas.shape[1]:
         raise PerceptError(f"Betas of {betas.file.filename} are {betas.shape}: they must be (trials, voxels) with a row for each trial up to {last}.")
     if images.ndim != 4 or images.shape[1] != 3 or len(images) <= rows[-1] or not np.issubdtype(images.dtype, np.floating):
         raise PerceptError(

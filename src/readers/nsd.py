@@ -11,7 +11,8 @@
   voxel indices from 0, x, y, z are mm by the mask's affine (NSD puts the origin about the centre of the grid). noise_ceiling is ncsnr^2 / (ncsnr^2 + 1), that
   of a single trial, as a fraction.
 - A voxel that does not vary within a session holds no data there: it becomes 0 in that session and is counted in the column flat_sessions.
-- The HDF5 files are said to have reversed axes (trials, z, y, x); which order a file has is found by comparing its shape with the mask. Inferred: that order,
+- The HDF5 files are said to have reversed axes (trials, z, y, x); which order a file has is found by comparing its shape with the mask.
+  Where several fit, it is taken to be this one. Inferred: that order,
   and the layout of the .ctab files. Everything NSD's own could not be tried here, as its terms forbid passing it on.
 """
 
@@ -26,7 +27,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import nibabel
@@ -53,7 +54,7 @@ NAMES = {  # documented labels, for where the .ctab is absent
     "prf-visualrois": ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"),
     "streams": ("early", "midventral", "midlateral", "midparietal", "ventral", "lateral", "parietal"),
 }
-AXES = ("tzyx", "txyz", "xyzt")  # orders of the axes that a file of betas may have
+AXES = ("tzyx", "txyz", "xyzt")  # orders of the axes that a file of betas may have, the documented one first
 GAP = 2  # voxels on a line that lie this close are read in one call
 
 
@@ -107,9 +108,11 @@ def read(
     root = present(source, "the root of NSD")
     protocol = (attributes or {}).get("protocol", protocol)
     _check_options(subj, space, betas_version, file_format)
+    if image_size < 0:
+        raise PerceptError(f"image_size is {image_size}: give the side of the images in pixels, or 0 for the whole size.")
     responses, design = _responses(root, subj), _design(root, subj)
     wanted = _wanted_sessions(protocol, sessions, subj, _recorded(root, subj, space, betas_version, responses))
-    files = [Betas.open(_betas_folder(root, subj, space, betas_version), s, file_format) for s in wanted]
+    files = [Betas.open(path, s) for s, path in _files(_betas_folder(root, subj, space, betas_version), wanted, file_format).items()]
     mask, affine = _mask(root, subj, space, roi)
     voxels, mask = _voxels(root, subj, space, betas_version, mask, affine, rois)
     for file in files:
@@ -188,15 +191,36 @@ def _wanted_sessions(protocol: str, sessions: str, subj: int, recorded: int) -> 
     return sorted(wanted)
 
 
+def _files(folder: Path, wanted: list[int], file_format: str) -> dict[int, Path]:
+    """The file of each session."""
+    formats = FORMATS if file_format == "auto" else (file_format,)
+    candidates = {s: [folder / f"betas_session{s:02d}.{f}" for f in formats] for s in wanted}
+    found = {s: next((path for path in paths if path.exists()), None) for s, paths in candidates.items()}
+    there = [s for s, path in found.items() if path]
+    if len(there) < len(wanted):
+        first = next(s for s, path in found.items() if not path)
+        unbroken = there == list(range(1, len(there) + 1)) and len(there) > 1
+        read = f"1-{len(there)}" if unbroken else ",".join(map(str, there))
+        remedy = f'fetch what is missing, or read the sessions that are there with sessions="{read}"' if there else "fetch the betas of this subject"
+        raise PerceptError(
+            f"{candidates[first][0]} is missing{' (and so is the .nii.gz)' if len(formats) > 1 else ''}, of {len(wanted)} sessions {len(there)} are there: {remedy}."
+        )
+    return {s: path for s, path in found.items() if path}
+
+
 def _responses(root: Path, subj: int) -> pd.DataFrame | None:
     """responses.tsv, one row a trial in their order, or None where it is absent."""
     path = root / "nsddata" / "ppdata" / f"subj{subj:02d}" / "behav" / "responses.tsv"
     if not path.exists():
         return None
-    table = pd.read_csv(path, sep="\t")
-    missing = {"SESSION", "RUN", "73KID"} - set(table.columns)
-    if missing or not len(table):
-        raise PerceptError(f"{path} has {len(table)} rows and lacks the columns {sorted(missing)}: fetch it again.")
+    needed = ["SESSION", "RUN", "73KID"]
+    try:
+        table = pd.read_csv(path, sep="\t")
+        table[needed] = table[needed].astype(np.int64)
+    except (KeyError, ValueError) as error:
+        raise PerceptError(f"{path} is damaged, cut off or lacks whole numbers in {', '.join(needed)} ({error}): fetch it again.") from error
+    if not len(table):
+        raise PerceptError(f"{path} has no rows: fetch it again.")
     if "SUBJECT" in table and (table["SUBJECT"] != subj).any():
         raise PerceptError(f"{path} is of subject {table['SUBJECT'].iloc[0]}, not {subj}: put each subject's file in its own folder.")
     steps = np.diff(table["SESSION"], prepend=0)
@@ -223,7 +247,7 @@ def _design(root: Path, subj: int) -> Design | None:
     if not path.exists():
         return None
     try:
-        content = scipy.io.loadmat(path, variable_names=["masterordering", "subjectim", "sharedix"])
+        content = scipy.io.loadmat(path)  # all of it, so that a file that was cut off is noticed
         order, images, shared = (np.asarray(content[k]).astype(np.int64) for k in ("masterordering", "subjectim", "sharedix"))
         return Design(images[subj - 1, order.ravel() - 1] - 1, shared.ravel() - 1)
     except (KeyError, ValueError, IndexError, TypeError, OSError, NotImplementedError, zlib.error, scipy.io.matlab.MatReadError) as error:
@@ -245,7 +269,7 @@ def _trials(files: list[Betas], responses: pd.DataFrame | None, design: Design |
             at = np.flatnonzero(responses["SESSION"] == file.session)
             if len(at) != file.trials:
                 raise PerceptError(f"{file.path} has {file.trials} trials, responses.tsv has {len(at)} of session {file.session}: fetch the two again.")
-            runs, rows = responses["RUN"].to_numpy()[at] - 1, responses["73KID"].to_numpy(np.int64)[at] - 1
+            runs, rows = responses["RUN"].to_numpy()[at] - 1, responses["73KID"].to_numpy()[at] - 1
         else:
             at = (file.session - 1) * longest + np.arange(file.trials)  # all sessions are alike, but for a shorter last one
             if file.trials < longest and file is not files[-1]:
@@ -333,13 +357,14 @@ def _mask(root: Path, subj: int, space: str, roi: str) -> tuple[np.ndarray, np.n
 
 
 def _label_names(root: Path, subj: int, roi: str) -> dict[int, str]:
-    """Names of the labels in a ROI file: lines "<number> <name> ..." of its .ctab, else the documented ones."""
+    """Names of the labels in a ROI file: lines "<number> <name> ..." of its .ctab, else the documented ones; lh. and rh. go before those of a half."""
+    side, base = (roi[:3], roi[3:]) if roi.startswith(("lh.", "rh.")) else ("", roi)
     for owner in (f"subj{subj:02d}", "fsaverage"):
-        path = root / "nsddata" / "freesurfer" / owner / "label" / f"{roi}.mgz.ctab"
+        path = root / "nsddata" / "freesurfer" / owner / "label" / f"{base}.mgz.ctab"
         if path.exists():
             lines = (line.split() for line in path.read_text().splitlines())
-            return {int(parts[0]): parts[1] for parts in lines if len(parts) > 1 and parts[0].lstrip("-").isdigit()}
-    return dict(enumerate(NAMES.get(roi, ()), 1))
+            return {int(parts[0]): side + parts[1] for parts in lines if len(parts) > 1 and parts[0].lstrip("-").isdigit()}
+    return {value: side + name for value, name in enumerate(NAMES.get(base, ()), 1)}
 
 
 def _labels(root: Path, subj: int, space: str, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -411,18 +436,14 @@ class Betas:
     axes: str = ""
 
     @classmethod
-    def open(cls, folder: Path, session: int, file_format: str) -> Betas:
-        """Find the file of a session and read its header.
+    def open(cls, path: Path, session: int) -> Betas:
+        """Read the header of a session's file.
 
         Raises:
-            PerceptError: if it is missing, damaged, or holds something else than betas.
+            PerceptError: if it is damaged, or holds something else than betas.
         """
-        formats = list(FORMATS) if file_format == "auto" else [file_format]
-        paths = {f: folder / f"betas_session{session:02d}.{f}" for f in formats}
-        found = next((f for f, path in paths.items() if path.exists()), formats[0])
-        path = present(paths[found], f"betas of session {session}", "fetch it, or name other sessions with the option sessions")
         try:
-            made = cls._from_h5(path, session) if found == "hdf5" else cls._from_nifti(path, session)
+            made = cls._from_h5(path, session) if path.suffix == ".hdf5" else cls._from_nifti(path, session)
         except (OSError, RuntimeError, KeyError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
             raise PerceptError(f"{path} is damaged, cut off or holds no betas ({error}): fetch it again.") from error
         if len(made.shape) != 4 or not (made.dtype == np.int16 or made.dtype.kind == "f"):
@@ -447,17 +468,16 @@ class Betas:
         return self.shape[self.axes.index("t")]
 
     def settle_axes(self, grid: tuple[int, ...]) -> None:
-        """Find the order of the axes from the grid (x, y, z) of the mask.
+        """Find the order of the axes from the grid (x, y, z) of the mask; where two fit, the documented one is taken.
 
         Raises:
-            PerceptError: if no order fits, or more than one.
+            PerceptError: if no order fits.
         """
         sizes = dict(zip("xyz", grid, strict=True))
         orders = AXES if self.format == "hdf5" else ("xyzt",)
         fitting = [axes for axes in orders if all(n == sizes[a] for a, n in zip(axes, self.shape, strict=True) if a != "t")]
-        if len(fitting) != 1:
-            why = "could have more than one order of axes" if fitting else "does not fit"
-            raise PerceptError(f"{self.path} of shape {self.shape} {why} for the mask's grid (x, y, z) = {grid}: take betas and mask of the same subject and space.")
+        if not fitting:
+            raise PerceptError(f"{self.path} of shape {self.shape} does not fit the mask's grid (x, y, z) = {grid}: take betas and mask of the same subject and space.")
         self.axes = fitting[0]
 
     def rows(self, mask: np.ndarray) -> np.ndarray:
@@ -493,36 +513,34 @@ class Betas:
         """Decompress one volume (x, y, z) after the other, which lies in Fortran order, and keep the ROI."""
         where = np.ravel_multi_index(tuple(np.argwhere(mask).T), mask.shape, order="F")
         taken = np.empty((self.trials, int(mask.sum())), self.dtype)
-        with open(self.path, "rb") as file:
-            volumes = _inflated(file, self.offset, mask.size * self.dtype.itemsize)
-            for row in taken:
-                np.take(np.frombuffer(next(volumes, b""), self.dtype, mask.size), where, out=row)
-            next(volumes, None)  # to the end of the stream, where its checksum is compared
+        size, start, done, held = mask.size * self.dtype.itemsize, self.offset, 0, bytearray()
+        for piece in _inflated(self.path):  # to the end of the stream, where its checksum is compared
+            held += piece
+            while done < self.trials and len(held) >= start + size:
+                np.take(np.frombuffer(held, self.dtype, mask.size, start), where, out=taken[done])
+                del held[: start + size]
+                start, done = 0, done + 1
+        if done < self.trials:
+            raise EOFError(f"it ends after {done} of {self.trials} trials")
         return taken
 
 
-def _inflated(file: BinaryIO, skip: int, size: int) -> Iterator[bytes]:
-    """Decompress a .gz: after `skip` bytes, pieces of `size` bytes. Raises EOFError for a stream that ends within a piece or without its checksum."""
-    decoder, pending, need, begun = zlib.decompressobj(wbits=31), b"", skip or size, not skip
-    parts: list[bytes] = []
-    while True:
-        if decoder.eof:  # of several members, as some compressors write them
-            rest = decoder.unused_data or file.read(1 << 20)
-            if not rest:
-                break
-            decoder, pending = zlib.decompressobj(wbits=31), rest
-        pending = pending or file.read(1 << 20)
-        if not pending:
-            raise EOFError("the compressed stream ends too early")
-        part = decoder.decompress(pending, need)
-        pending, need = decoder.unconsumed_tail, need - len(part)
-        parts.append(part)
-        if need == 0:
-            if begun:
-                yield b"".join(parts)
-            parts, need, begun = [], size, True
-    if need != size:
-        raise EOFError("it ends within a volume")
+def _inflated(path: Path) -> Iterator[bytes]:
+    """The content of a .gz, of one or more members, piece by piece; gzip.open takes a quarter longer.
+
+    Raises:
+        EOFError: if it ends too early.
+    """
+    decoder = zlib.decompressobj(wbits=31)
+    with open(path, "rb") as file:
+        while data := file.read(1 << 16):
+            while data:
+                if decoder.eof:
+                    decoder = zlib.decompressobj(wbits=31)
+                yield decoder.decompress(data)
+                data = decoder.unused_data
+    if not decoder.eof:
+        raise EOFError("the compressed stream ends too early")
 
 
 def _blocks(files: list[Betas], mask: np.ndarray, voxels: pd.DataFrame) -> Iterator[np.ndarray]:
