@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,7 @@ def download(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", default="", metavar="FOLDER", help="folder that takes the place of PERCEPT_HOME, e.g. to carry away")
     parser.add_argument("--dry-run", action="store_true", help="only list files and sizes")
     args = parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"run.py: {message}", file=sys.stderr)  # type: ignore[assignment]  # the sentence alone
     planned = plan(args.what, only=args.only, to=args.to, mirror=args.mirror, overrides=dict(args.pairs))
     print(describe(planned), flush=True)
     for one in planned if not args.dry_run else []:

@@ -510,11 +510,11 @@ def _sentence(error: BaseException, what: str) -> str:
     if status == 404 or isinstance(error, EntryNotFoundError):
         return f"There is no {what} on the server (404): it was moved or removed, or the mirror does not have it."
     if isinstance(error, HFValidationError):
-        return f"'{what}' is no id of the hub: write owner/name."
+        return f"The hub can have no {what}: write its id as owner/name."
     if status:
         return f"The server answered {status} for {what}: try again later."
     if isinstance(error, OSError) and not isinstance(error, (HTTP_ERROR, ConnectionError, TimeoutError)):
-        return f"{what} could not be read or written: {error}."
+        return f"{what} could not be read or written ({error}): correct the path or its permissions, or choose another."
     return f"The server could not be reached for {what} ({type(error).__name__}): check the network, or give --mirror (an address or a folder)."
 
 
@@ -665,8 +665,10 @@ def transfer(files: list[RemoteFile], folder: Path) -> None:
     Raises:
         PerceptError: as `_fetch_one`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "w") as lock:
+    with _plainly(f"The folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / ".download.lock", "w")
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [file for file in files if not file.there]
         check_space(missing)

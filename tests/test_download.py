@@ -519,3 +519,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert run.download(arguments) == 0
         said = capsys.readouterr().out
         assert "to fetch 0 B" in said and " there " in said
+
+
+def test_a_place_that_cannot_be_is_one_sentence(hub, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PerceptError, match="The folder .*file/to could not be read or written .*Not a directory"):
+        fetch("mindeye", tmp_path / "file" / "to", mirror=hub.url)

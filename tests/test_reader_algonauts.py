@@ -1,6 +1,7 @@
 """src.readers.algonauts: both flavours written with plain numpy and read, each test set, the regions, and every refusal."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from PIL import Image
 from src import miniworld
 from src.data import open_subject
 from src.readers import algonauts
+from src.readers.common import unpickle_npy
 from src.utils import PerceptError
 
 N, LEFT, RIGHT = 10, 5, 7
@@ -269,3 +271,54 @@ def test_write_refuses(tmp_path, world):
     with pytest.raises(PerceptError, match="overlap"):
         algonauts.write(tmp_path, 1, e.scan.betas, e.scan.trials, e.images, e.image_ids, voxels=overlap)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_images_with_the_defaults_and_an_empty_folder_of_test_responses(tmp_path, responses, pictures):
+    make(tmp_path / "source", responses, pictures)
+    (tmp_path / "source" / "subj01" / "test_split" / "test_fmri").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="only 10 training images: 1 of them instead of 300 become test images"):
+        algonauts.read(tmp_path / "source", tmp_path / "few", 1)
+    assert open_subject(tmp_path / "few", 1).trials["split"].value_counts().to_dict() == {"train": 8, "val": 1, "test": 1}
+
+
+def test_a_mapping_without_masks_is_a_class_without_regions(tmp_path, responses, pictures):
+    make(tmp_path / "source", responses, pictures)
+    masks = tmp_path / "source" / "subj01" / "roi_masks"
+    for side in ("lh", "rh"):
+        (masks / f"{side}.streams_challenge_space.npy").unlink()
+    algonauts.read(tmp_path / "source", tmp_path / "out", 1, test="random", test_images=2, val_images=2)
+    voxels = pd.read_parquet(tmp_path / "out" / "subj01" / "voxels.parquet")
+    assert "EBA" in voxels and "ventral" not in voxels
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_read_without_running_anything(tmp_path):
+    path, ran = tmp_path / "pickled.npy", tmp_path / "ran"
+    contents = [{0: "Unknown", np.int64(2): np.str_("V1v")}, {0: np.arange(3), 1: np.array(["a", None], dtype=object)}, np.array([["two dogs", "b"]], dtype=object)]
+    for content in contents:
+        np.save(path, content, allow_pickle=True)
+        assert repr(unpickle_npy(path)) == repr(content)
+    np.save(path, np.array([Command(ran)], dtype=object), allow_pickle=True)
+    with pytest.raises(PerceptError, match=r"cannot be read safely.*asks for"):
+        unpickle_npy(path)
+    assert not ran.exists()
+
+
+def test_a_forged_shape_is_not_trusted(tmp_path):
+    """NumPy's own unpickling takes 229 objects from a list of three, and the process ends."""
+    path = tmp_path / "forged.npy"
+    np.save(path, np.array(["a", "b", None], dtype=object), allow_pickle=True)
+    content = path.read_bytes()
+    forged = content.replace(b"K\x01K\x03\x85\x94h", b"K\x01K\xe5\x85\x94h")
+    assert forged != content
+    for damaged in (forged, content[:-9]):
+        path.write_bytes(damaged)
+        with pytest.raises(PerceptError, match="cannot be read safely"):
+            unpickle_npy(path)

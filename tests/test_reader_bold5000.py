@@ -300,3 +300,20 @@ def test_errors_of_the_source(tmp_path):
     with pytest.raises(PerceptError, match="no betas of CSI1"):
         read(tmp_path, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_session_damaged_within_is_found_by_its_sum(tmp_path):
+    volumes(tmp_path / "source")
+    path = sorted((tmp_path / "source").rglob("CSI2_*_ses-*.nii.gz"))[0]
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 255  # of the CRC
+    path.write_bytes(content)
+    with pytest.raises(PerceptError, match="damaged or cut off.*CRC"):
+        read(tmp_path / "source", tmp_path / "out", 2)
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    volumes(tmp_path / "source")
+    next((tmp_path / "source").rglob("CSI2_imgnames.txt")).write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(PerceptError, match="CSI2_imgnames.txt is no text"):
+        read(tmp_path / "source", tmp_path / "out", 2)

@@ -292,3 +292,13 @@ def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(PerceptError, match="no name of an ImageNet picture"):
         god.image_id("cat.jpg")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_pictures_need_float64(tmp_path):
+    subject_file(tmp_path)
+    with h5py.File(next(tmp_path.rglob("Subject3.h5")), "r+") as file:
+        small = file["dataset"][:].astype(np.float32)
+        del file["dataset"]
+        file["dataset"] = small
+    with pytest.raises(PerceptError, match="Subject3.h5 is stored as float32, which cannot hold"):
+        god.read(tmp_path, tmp_path / "out", 3)

@@ -9,6 +9,7 @@ from PIL import Image
 from src import data, miniworld
 from src.data import open_subject
 from src.readers import things
+from src.readers.common import pictures
 from src.utils import PerceptError
 
 V = 9
@@ -235,3 +236,52 @@ def test_write_refuses(tmp_path, world):
     with pytest.raises(PerceptError, match="lacks the columns .'session'"):
         things.write(tmp_path, 1, e.scan.betas, e.scan.trials.drop(columns="session"), e.images, e.image_ids)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "words"),
+    [
+        ("session", lambda s: s.where(s != 2, 3), "Session 2 of subject 1 is missing in .*StimulusMetadata"),
+        ("session", lambda s: "ses-" + s.astype(str), "Column session of .* must hold whole numbers"),
+        ("run", lambda s: s.where(s.index != 1), "Column run of .* must hold whole numbers"),
+    ],
+)
+def test_sessions_and_runs_that_cannot_be(tmp_path, column, change, words):
+    make(tmp_path / "source")
+    path = tmp_path / "source" / "betas_csv" / "sub-01_StimulusMetadata.csv"
+    table = pd.read_csv(path)
+    table["session"] = 1 + np.arange(len(table)) * 3 // len(table)
+    table[column] = change(table[column])
+    table.to_csv(path, index=False)
+    with pytest.raises(PerceptError, match=words):
+        things.read(tmp_path / "source", tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_voxel_id_in_the_block_of_the_betas(tmp_path):
+    make(tmp_path / "source")
+    things.read(tmp_path / "source", tmp_path / "two", 1, val_images=1, rois="all")
+    with h5py.File(tmp_path / "source" / "betas_csv" / "sub-01_ResponseData.h5", "r+") as file:
+        group = file["ResponseData"]
+        blocks = {name: group[name][:] for name in group if name.endswith("_values")}
+        betas = next(b for b in blocks.values() if np.issubdtype(b.dtype, np.floating))
+        ids = next(b for b in blocks.values() if np.issubdtype(b.dtype, np.integer))
+        for name in blocks:
+            del group[name]
+        group["block0_values"] = np.concatenate([ids.reshape(-1, 1).astype(betas.dtype), betas], axis=1)
+    things.read(tmp_path / "source", tmp_path / "one", 1, val_images=1, rois="all")
+    assert np.array_equal(open_subject(tmp_path / "one", 1).betas, open_subject(tmp_path / "two", 1).betas)
+
+
+def test_many_pictures_keep_their_order(tmp_path):
+    files = []
+    for number in range(40):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((9, 5 + number, 3), number, np.uint8)).save(files[-1])
+    blocks = list(pictures(files, "Image", 8))
+    assert [int(block[0, 0, 0, 0]) for block in blocks] == list(range(40)) and blocks[4].shape == (1, 8, 8, 3)
+    files[30].write_bytes(files[30].read_bytes()[:40])
+    made = pictures(files, "Image", 8)
+    assert all(next(made).shape[0] == 1 for _ in range(30))
+    with pytest.raises(PerceptError, match="Image .*30.png cannot be decoded"):
+        next(made)

@@ -38,11 +38,12 @@ from PIL import Image
 
 from src.data import BLOCK_BYTES, check_trials, dataset_folder, disk_errors, number_repeats, subject_folder, write_images, write_subject
 from src.readers.common import (
+    affordable,
     check_rois,
     choose_validation,
     copy_tables,
     own_split,
-    picture,
+    pictures,
     present,
     roi_columns,
     unpickle_npy,
@@ -115,7 +116,7 @@ def read(
     if test not in TESTS:
         raise PerceptError(f"test={test!r} is not known: choose one of {', '.join(TESTS)}.")
     root, folder = _folders(Path(source), subj)
-    held_out = test == "official" or (test == "auto" and (folder / "test_split" / "test_fmri").is_dir())
+    held_out = test == "official" or (test == "auto" and any((folder / "test_split" / "test_fmri").glob("*.npy")))
     parts = [_part(folder, part, subj) for part in ("training", "test")[: 1 + held_out]]
     voxels, kept = _voxels(folder, parts[0].widths, rois)
     trials = _trials(parts)
@@ -130,7 +131,7 @@ def read(
     target.mkdir(parents=True, exist_ok=True)
     with disk_errors(target):
         files = progress([file for part in parts for file in part.files], f"images of subject {subj}")
-        write_images(target / "images.h5", (picture(file, f"Image {file}", image_size)[None] for file in files), ids)
+        write_images(target / "images.h5", pictures(files, "Image", image_size), ids)
         for place in (root, folder):
             copy_tables(place, target, ids)
         return write_subject(subject_folder(dataset, subj), _blocks(parts, kept), trials, voxels, about)
@@ -263,14 +264,20 @@ def _regions(folder: Path, widths: tuple[int, int]) -> dict[str, np.ndarray]:
         kind, names = path.stem.removeprefix("mapping_"), unpickle_npy(path)
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise PerceptError(f"{path} must hold a dictionary from label to name: fetch it again.")
+        if not any(_labels_files(folder, f"{side}.{kind}") for side in HEMISPHERES):
+            continue  # a mapping alone: this subject has none of these regions
         labels = np.concatenate([_labels(folder, f"{side}.{kind}", width) for side, width in zip(HEMISPHERES, widths, strict=True)])
         masks.update({name: labels == label for label, name in names.items() if label != 0})
     return masks
 
 
+def _labels_files(folder: Path, name: str) -> list[Path]:
+    return [path for pattern in FLAVOURS.values() if (path := folder / pattern.format(name)).exists()]
+
+
 def _labels(folder: Path, name: str, width: int) -> np.ndarray:
     """Labels (vertices,) of one hemisphere."""
-    found = [path for pattern in FLAVOURS.values() if (path := folder / pattern.format(name)).exists()]
+    found = _labels_files(folder, name)
     path = found[0] if found else present(folder / FLAVOURS["official"].format(name), "labels of the vertices")
     labels = _array(path)
     if labels.shape != (width,):
@@ -305,6 +312,7 @@ def _split(
     else:
         if test == "auto":
             warnings.warn("There are no test responses and no list of NSD's shared images: the test images are drawn at random.", stacklevel=3)
+        test_images = affordable(test_images, len(trials), "test")
         if not 1 <= test_images <= len(trials) - 2:
             raise PerceptError(f"test_images is {test_images}, but there are {len(trials)} images: choose from 1 to {max(1, len(trials) - 2)}.")
         made, name = choose_validation(trials, test_images, seed).replace("val", "test"), f"algonauts-random{test_images}-seed{seed}"

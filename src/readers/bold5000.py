@@ -32,7 +32,7 @@ from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 
 from src.data import check_trials, dataset_folder, disk_errors, number_repeats, subject_folder, write_image_table, write_images, write_subject
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, picture, present, roi_columns, write_split, write_tables
+from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, roi_columns, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -116,7 +116,7 @@ def read(
 def _store_pictures(root: Path, folder: Path, shown: pd.DataFrame, image_size: int) -> None:
     """Write the pictures, and the tables about them, into the dataset's folder."""
     todo = progress(shown["path"], "pictures", len(shown))
-    write_images(folder / "images.h5", (picture(path, f"Picture {path.name}", image_size)[None] for path in todo), shown["image"].to_numpy())
+    write_images(folder / "images.h5", pictures(todo, "Picture", image_size), shown["image"].to_numpy())
     copy_tables(root, folder, set(shown["image"]))
     if not (root / "labels.parquet").exists():
         write_image_table(folder / "labels.parquet", shown[["image", "name", "source"]])
@@ -156,7 +156,11 @@ def _shown(path: Path, stimuli: pd.DataFrame) -> np.ndarray:
     """Image of each trial (trials,) int64 from a list of file names."""
     known = stimuli.set_index("name")["image"].to_dict()
     images = []
-    for number, line in enumerate(filter(None, map(str.strip, path.read_text().splitlines())), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise PerceptError(f"{path} is no text ({error}): it must name a picture in each line, fetch it again.") from error
+    for number, line in enumerate(filter(None, map(str.strip, lines)), 1):
         stem = Path(line).stem
         image = known.get(stem, known.get(stem.removeprefix("rep_")))
         if image is None:
@@ -173,7 +177,7 @@ def _trials(files: dict[str, list[Path]], name: str, stimuli: pd.DataFrame, meas
     images = lists[name]
     if len(images) != measured.n_trials:
         raise PerceptError(
-            f"{measured.where} holds {measured.n_trials} trials of {name}, {files[f'{name}_imgnames.txt'][0]} names {len(images)}: "
+            f"There are {measured.n_trials} trials of {name} in {measured.where}, while {files[f'{name}_imgnames.txt'][0]} names {len(images)}: "
             "a session is missing, or the files do not belong together."
         )
     per_session = _per_session(measured, sessions)
@@ -181,6 +185,8 @@ def _trials(files: dict[str, list[Path]], name: str, stimuli: pd.DataFrame, meas
     within = np.concatenate([np.arange(count) for count in per_session])
     whole = (np.array(per_session) % TRIALS_PER_RUN == 0)[session]
     repeated = np.concatenate([_more_than_once(shown) for shown in lists.values()])
+    if not np.isin(repeated, images).any():
+        warnings.warn(f"{name} saw no picture that was shown more than once: there is no test set, unless splits.csv in the source names one.", stacklevel=3)
     trials = pd.DataFrame({"trial": np.arange(len(images)), "image": images, "session": session, "run": np.where(whole, within // TRIALS_PER_RUN, -1)})
     trials["repeat"] = number_repeats(trials)
     trials["split"] = np.where(np.isin(images, repeated), "test", "train")
@@ -242,20 +248,17 @@ def _mask(path: Path, grid: tuple[int, ...]) -> np.ndarray:
     proxy = _header(path)
     if proxy.shape[:3] != grid or int(np.prod(proxy.shape)) != int(np.prod(grid)):
         raise PerceptError(f"{path} has shape {proxy.shape}, the betas have (x, y, z) = {grid}: take the mask of this subject, with its axes in this order.")
-    try:
-        return np.asarray(proxy).ravel(order="F") != 0
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
+    return next(_rows(path, slice(None))) != 0
 
 
 def _voxels(files: dict[str, list[Path]], name: str, wanted: list[str], grid: tuple[int, ...]) -> tuple[np.ndarray, pd.DataFrame]:
     """Places of the chosen voxels in a volume (voxels,), and their table: regions, x, y, z (mm)."""
     pattern = re.compile(rf"sub-{name}_mask-(LH|RH)(\w+)\.nii(\.gz)?")
     regions: dict[str, np.ndarray] = {}
-    masks = {file: same[0] for file, same in sorted(files.items()) if pattern.fullmatch(file)}
-    for file, path in masks.items():
-        region = pattern.fullmatch(file).group(2)  # type: ignore[union-attr]
-        region = MISNAMED.get(region, region)
+    matches = [match for match in map(pattern.fullmatch, sorted(files)) if match]
+    masks = [(match[1], MISNAMED.get(match[2], match[2]), files[match[0]][0]) for match in matches]
+    _check_hemispheres({mask[:2] for mask in masks}, f"masks of {name}")
+    for _, region, path in masks:
         regions[region] = regions.get(region, False) | _mask(path, grid)
     if wanted == ["brain"] or (not wanted and not regions):
         brain = files.get(f"{name}_brainmask.nii.gz", [None])[0]
@@ -264,7 +267,7 @@ def _voxels(files: dict[str, list[Path]], name: str, wanted: list[str], grid: tu
         chosen, reference = _mask(brain, grid), brain
     else:
         check_rois(wanted, regions, name)
-        chosen, reference = np.logical_or.reduce([regions[region] for region in wanted or regions]), next(iter(masks.values()))
+        chosen, reference = np.logical_or.reduce([regions[region] for region in wanted or regions]), masks[0][2]
     at = np.flatnonzero(chosen)
     if not len(at):
         raise PerceptError(f"The masks of {name} for {','.join(wanted) or 'all regions'} hold no voxel: choose other rois.")
@@ -274,10 +277,18 @@ def _voxels(files: dict[str, list[Path]], name: str, wanted: list[str], grid: tu
     return at, table.assign(x=xyz[:, 0], y=xyz[:, 1], z=xyz[:, 2])
 
 
-def _rows(path: Path, at: np.ndarray) -> Iterator[np.ndarray]:
+def _check_hemispheres(found: set[tuple[str, str]], what: str) -> None:
+    """Warn of regions, given as (hemisphere, region), of which one hemisphere alone is there."""
+    for side, region in sorted(found):
+        other = "RH" if side == "LH" else "LH"
+        if (other, region) not in found:
+            warnings.warn(f"Of the {what}, {other}{region} is missing: {region} is read from one hemisphere, fetch the other.", stacklevel=4)
+
+
+def _rows(path: Path, at: np.ndarray | slice) -> Iterator[np.ndarray]:
     """The chosen voxels of each volume of a file in turn, float32 (voxels,); one volume is held at a time."""
     proxy = _header(path)
-    grid, count = proxy.shape[:3], proxy.shape[3]
+    grid, count = proxy.shape[:3], int(np.prod(proxy.shape[3:]))
     size, done = int(np.prod(grid)) * proxy.dtype.itemsize, 0
     scale = (proxy.slope, proxy.inter)
     try:
@@ -287,9 +298,11 @@ def _rows(path: Path, at: np.ndarray) -> Iterator[np.ndarray]:
                 raw = file.read(size)
                 if len(raw) < size:
                     raise EOFError("end of file")
+                done += 1
+                if done == count:
+                    file.read(1)  # gzip compares its sum at the end of the file only
                 row = np.frombuffer(raw, proxy.dtype)[at]
                 yield row.astype(np.float32) if scale == (1, 0) else (row * scale[0] + scale[1]).astype(np.float32)
-                done += 1
     except (OSError, EOFError, zlib.error) as error:
         raise PerceptError(f"{path} is damaged or cut off at trial {done} of {count} ({error}): fetch it again.") from error
 
@@ -316,6 +329,7 @@ def _matrices(files: dict[str, list[Path]], name: str, wanted: list[str], root: 
     if wanted == ["brain"]:
         raise PerceptError(f"rois='brain' needs the volumes ({name}_{BETAS}_ses-NN.nii.gz) and {name}_brainmask.nii.gz: {root} holds matrices of regions only.")
     check_rois(wanted, {region for region, _ in found}, name)
+    _check_hemispheres({(side, region) for region, side in found}, f"matrices of {name}")
     chosen = sorted(key for key in found if not wanted or key[0] in wanted)
     arrays = [_matrix(found[key]) for key in chosen]
     n_trials = len(arrays[0])

@@ -6,9 +6,13 @@ source does not tell a run), `image` is the source's own number of the image (NS
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
-from collections.abc import Collection, Iterable
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,12 +87,17 @@ def shrink(image: np.ndarray, image_size: int) -> np.ndarray:
     0 keeps the image as it is. A square image that is small enough is returned unchanged; nothing is enlarged.
     """
     height, width = image.shape[:2]
-    side = min(height, width)
-    if not image_size or (height == width and side <= image_size):
+    if not image_size or height == width <= image_size:
         return image
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square if side <= image_size else square.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return np.asarray(_square(Image.fromarray(image), image_size))
+
+
+def _square(image: Image.Image, image_size: int) -> Image.Image:
+    side = min(image.size)
+    if image.width != image.height:
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return image if side <= image_size else image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def picture(source: str | Path | BinaryIO, what: str, image_size: int = 0) -> np.ndarray:
@@ -99,26 +108,53 @@ def picture(source: str | Path | BinaryIO, what: str, image_size: int = 0) -> np
     """
     try:
         with Image.open(source) as image:
-            return shrink(np.array(image.convert("RGB")), image_size)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            return np.asarray(_square(rgb, image_size) if image_size else rgb)
     except FileNotFoundError as error:
         raise PerceptError(f"{what} is missing: there is no {source}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise PerceptError(f"{what} cannot be decoded ({error}): fetch it again.") from error
 
 
+def pictures(files: Iterable[str | Path], what: str, image_size: int = 0) -> Iterator[np.ndarray]:
+    """Decode picture files, some at a time but in their order: blocks uint8 (1, height, width, 3), through `picture`; few are held at once."""
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[np.ndarray]] = deque()
+        for file in files:
+            ahead.append(pool.submit(picture, file, f"{what} {file}", image_size))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()[None]
+        while ahead:
+            yield ahead.popleft().result()[None]
+
+
 # -------------------------------------------------------------------------------- splits
+def affordable(wanted: int, there: int, what: str, default: int = 300) -> int:
+    """The default number of images to set aside, or a tenth, with a warning, where the default would take more than half of what is there.
+
+    A number that was chosen, and so differs from the default, is returned as it is.
+    """
+    if wanted != default or 2 * default <= there:
+        return wanted
+    fewer = there // 10 or int(there > 2)
+    warnings.warn(f"There are only {there} training images: {fewer} of them instead of {default} become {what} images; {what}_images sets their number.", stacklevel=4)
+    return fewer
+
+
 def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> pd.Series:
     """The column `split` with so many of the training images, chosen at random by image, moved to "val".
 
     Args:
         trials: columns image and split (train, test, exclude or already val).
-        val_images: number of images; 0 moves none.
+        val_images: number of images; 0 moves none. Where the default, 300, would be more than half of them, a tenth is taken.
         seed: of the choice, which depends on the set of training images alone, not on their order.
 
     Raises:
         PerceptError: if fewer than two training images would be left.
     """
     candidates = np.unique(trials.loc[trials["split"] == "train", "image"])
+    val_images = affordable(val_images, len(candidates), "val")
     if val_images < 0 or len(candidates) - val_images < 2:
         raise PerceptError(f"val_images is {val_images}, but there are {len(candidates)} training images: choose from 0 to {max(0, len(candidates) - 2)}.")
     chosen = np.random.default_rng(seed).choice(candidates, val_images, replace=False)
@@ -169,20 +205,58 @@ def write_tables(source: Path, captions: pd.DataFrame | None, labels: pd.DataFra
 
 
 # -------------------------------------------------------------------------------- files that their authors pickled
-class _Restricted(pickle.Unpickler):
-    """Builds plain containers, texts and numbers, and NumPy arrays and scalars of these; nothing else."""
+class _Dtype:
+    """Stands for a pickled dtype: of its state the byte order alone is taken."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"), ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
-        ("collections", "OrderedDict"),
-    }  # fmt: skip
+    def __init__(self, name: str, *_: object):
+        self.made = np.dtype(str(name))
+        if self.made.kind not in "OSUbiufc":
+            raise pickle.UnpicklingError(f"it has the dtype {name}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.made = self.made.newbyteorder(">")
+
+    def scalar(self, data: bytes) -> Any:
+        return np.frombuffer(data, self.made, 1)[0]  # refuses a dtype of objects
+
+
+class _Array:
+    """Stands for a pickled array, which is made of its checked dtype and its plain content."""
+
+    def __init__(self, *_: object):
+        self.made = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        if dtype.made.hasobject:
+            flat = np.empty(len(data), object)
+            flat[:] = _settled(data)
+        else:
+            flat = np.frombuffer(data, dtype.made)
+        self.made = flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _settled(content: Any) -> Any:
+    """Containers with arrays in the place of what stood for them."""
+    if isinstance(content, dict):
+        return {key: _settled(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(_settled, content))
+    return content.made if isinstance(content, (_Array, _Dtype)) else content
+
+
+class _Restricted(pickle.Unpickler):
+    """Builds plain containers, texts and numbers, and NumPy arrays and scalars of these; nothing else. NumPy's own unpickling
+    is not used: it trusts the shapes and states that a file tells, so that a forged one can end the process."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        allowed: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("collections", "OrderedDict"): OrderedDict}
+        for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            allowed |= {(core, "_reconstruct"): _Array, (core, "scalar"): lambda dtype, data: dtype.scalar(data)}
+        if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+        return allowed[module, name]
 
 
 def unpickle_npy(path: str | Path) -> Any:
@@ -199,10 +273,11 @@ def unpickle_npy(path: str | Path) -> Any:
             if not dtype.hasobject:
                 file.seek(0)
                 return np.lib.format.read_array(file, allow_pickle=False)
-            content = _Restricted(file).load()
-    except (ValueError, EOFError, OSError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            content = np.asarray(_settled(_Restricted(file).load()), dtype=object).reshape(shape)
+    except PerceptError:
+        raise
+    except Exception as error:  # whatever a damaged or forged file provokes
         raise PerceptError(f"{path} cannot be read safely ({error}): fetch it again, or save it as plain arrays.") from error
-    content = np.asarray(content, dtype=object).reshape(shape)
     return content.item() if shape == () else content
 
 

@@ -33,7 +33,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data import BLOCK_BYTES, check_trials, dataset_folder, disk_errors, number_repeats, subject_folder, write_image_table, write_images, write_subject
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, picture, present, roi_columns, shrink, write_split, write_tables
+from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, roi_columns, shrink, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -215,6 +215,8 @@ def _trials(part: BData, files: dict[str, Path]) -> pd.DataFrame:
     if session is None:
         warnings.warn(f"{part.path.name} does not tell sessions: all its trials are taken as one, 0.", stacklevel=4)
         session = np.zeros(len(trials))
+    if np.isnan(session).any():
+        raise PerceptError(f"Sample {np.flatnonzero(np.isnan(session))[0]} of {part.path} has no Session: fetch the file again.")
     trials["session"] = np.unique(session, return_inverse=True)[1]
     # Run may go on counting from one session to the next, so that its rank within the session is taken.
     trials["run"] = -1 if run is None else pd.Series(run).groupby(trials["session"]).rank("dense").fillna(0).astype(int) - 1
@@ -271,6 +273,8 @@ def _image_ids(part: BData, kind: np.ndarray, files: dict[str, Path]) -> np.ndar
     for key in ("stimulus_id", "Label"):
         numbers = part.column(key)
         if numbers is not None:
+            if numbers.dtype.itemsize < 8:
+                raise PerceptError(f"{part.path} is stored as {numbers.dtype}, which cannot hold {key} such as 1443537.022563: fetch it again, or save it as float64.")
             return _from_numbers(numbers, kind, f"{key} of {part.path}")
     names = part.column("stimulus_name")
     if names is not None and part.stimulus_names:
@@ -303,7 +307,7 @@ def _from_numbers(numbers: np.ndarray, kind: np.ndarray, where: str) -> np.ndarr
     wrong = (np.abs(scaled - images) > 0.05) | (images < 0) | ((images % UNIT == 0) & (kind != 3))
     if wrong.any():
         at = np.flatnonzero(wrong)[0]
-        raise PerceptError(f"Sample {at} has {numbers[at]!r} as {where}: it must be like 1443537.022563, a category and a picture with six decimals in float64.")
+        raise PerceptError(f"Sample {at} has {float(numbers[at])!r} as {where}: it must be like 1443537.022563, a category and a picture with six decimals in float64.")
     return images
 
 
@@ -313,18 +317,16 @@ def _store_pictures(root: Path, files: dict[str, Path], folder: Path, images: np
     stems = {path.stem: path for path in files.values() if path.suffix.lower() in PICTURES}
     missing = [image for image in images if image_name(image) not in stems]
     if missing and "images_256.npz" in files:
-        order, pictures = _repacked(files, images, image_size)
+        order, blocks = _repacked(files, images, image_size)
     elif missing:
         raise PerceptError(
             f"Picture {image_name(missing[0])}.JPEG ({len(missing)} of {len(images)}) is missing below {root}: ask the authors for the pictures (see TERMS), "
             "or put MinD-Vis's images_256.npz and its lists there."
         )
     else:
-        order, pictures = (
-            images,
-            (picture(stems[image_name(image)], f"Picture {image_name(image)}", image_size)[None] for image in progress(images, "pictures", len(images))),
-        )
-    write_images(folder / "images.h5", pictures, order)
+        paths = (stems[image_name(image)] for image in progress(images, "pictures", len(images)))
+        order, blocks = images, pictures(paths, "Picture", image_size)
+    write_images(folder / "images.h5", blocks, order)
     copy_tables(root, folder, set(images))
     if not (root / "labels.parquet").exists():
         names = [image_name(image) for image in images]
@@ -345,11 +347,11 @@ def _repacked(files: dict[str, Path], images: np.ndarray, image_size: int) -> tu
     if len(absent := np.setdiff1d(images, order)):
         raise PerceptError(f"Picture {image_name(absent[0])} is not in the lists of {path}: ask the authors for the pictures.")
 
-    def pictures() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[np.ndarray]:
         for array, rows in wanted.items():
             yield from (shrink(pixels, image_size)[None] for pixels in _rows(path, array, {row for row, _ in rows}))
 
-    return order, pictures()
+    return order, blocks()
 
 
 def _rows(path: Path, name: str, wanted: set[int]) -> Iterator[np.ndarray]:

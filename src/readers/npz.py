@@ -18,6 +18,7 @@ Nothing pickled is read: texts must be NumPy string arrays, not object arrays.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,19 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             raise PerceptError(f"{path} holds one bare array: save an .npz with the arrays betas and images.")
         with file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise PerceptError(
-            f"{path} cannot be read ({error}): save it with np.savez, texts as arrays of strings."
+            f"{path} cannot be read, it is damaged, cut off or no .npz of plain arrays ({error}): save it again "
+            "with np.savez, texts as arrays of strings."
         ) from error
     missing = [key for key in ("betas", "images") if key not in arrays]
     known = {"betas", "images", "xyz", *PER_TRIAL, *PER_IMAGE, *TEXTS}
     unknown = [key for key in arrays if key not in known and not key.startswith("roi_")]
-    if missing or unknown:
+    if missing:
+        raise PerceptError(f"{path} lacks the arrays {missing}: it has {sorted(arrays)}, add those that are missing.")
+    if unknown:
         raise PerceptError(
-            f"{path} lacks the arrays {missing} and has the unknown {unknown}: known are {sorted(known)} "
-            "and roi_<name>."
+            f"{path} has the unknown {unknown}: known are {', '.join(sorted(known))} and roi_<name>."
         )
     if arrays["betas"].ndim != 2:
         raise PerceptError(
@@ -139,8 +142,8 @@ def _check_lengths(arrays: dict[str, np.ndarray], path: Path) -> None:
         for key in keys:
             if key in arrays and arrays[key].shape != (length,):
                 raise PerceptError(
-                    f"{key} of {path} has shape {arrays[key].shape}, there are {length} {what}: it must "
-                    f"be ({length},)."
+                    f"{key} of {path} has shape {arrays[key].shape}, there are {length} {what} (betas {n} x {v} "
+                    f"are trials x voxels, {m} images): it must be ({length},)."
                 )
     if "xyz" in arrays and arrays["xyz"].shape != (v, 3):
         raise PerceptError(f"xyz of {path} has shape {arrays['xyz'].shape}: it must be ({v}, 3).")
@@ -149,6 +152,9 @@ def _check_lengths(arrays: dict[str, np.ndarray], path: Path) -> None:
             f"{path} has {n} trials of {m} images and no image_index: add the row of `images` that each "
             "trial showed."
         )
+    ids, counts = np.unique(arrays.get("image_ids", np.arange(m)), return_counts=True)
+    if (counts > 1).any():
+        raise PerceptError(f"image_ids of {path} has {ids[counts.argmax()]} {counts.max()} times: give each image its own.")
     for key in ("image_index", "image_ids", "session", "run", "repeat", "trial"):
         if key in arrays and not np.issubdtype(arrays[key].dtype, np.integer):
             raise PerceptError(f"{key} of {path} is {arrays[key].dtype}: it must hold integers.")
@@ -173,7 +179,8 @@ def _trials(arrays: dict[str, np.ndarray], ids: np.ndarray, n: int, path: Path) 
 def _random_split(image: np.ndarray, val: float, test: float, seed: int) -> np.ndarray:
     """Split of each trial: images at random, by image."""
     unique, position = np.unique(image, return_inverse=True)
-    n_val, n_test = (round(share * len(unique)) for share in (val, test))
+    least = len(unique) >= 4  # of which one each can be set aside
+    n_val, n_test = (max(round(share * len(unique)), least and share > 0) for share in (val, test))
     if min(val, test) < 0 or len(unique) - n_val - n_test < 2:
         raise PerceptError(
             f"val={val} and test={test} of {len(unique)} images leave too few to train on: choose smaller "

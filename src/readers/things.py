@@ -48,7 +48,7 @@ from src.data import (
     write_images,
     write_subject,
 )
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, picture, present, write_split, write_tables
+from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -108,6 +108,8 @@ def read(
     root, paths = _find(Path(source), subj)
     target = dataset_folder(dataset)
     stimuli, voxels = _stimuli(paths[1], subj), _table(paths[2], {"voxel_id", "voxel_x", "voxel_y", "voxel_z"}, subj)
+    with _matrix(paths[0], voxels["voxel_id"].to_numpy(), len(stimuli)):
+        pass  # what does not fit is said before anything is made
     kept, table = _voxels(voxels, rois, paths[2])
     names = stimuli.drop_duplicates("stimulus")[["stimulus", "concept"]]
     number = _numbers(root, stimuli)
@@ -123,8 +125,7 @@ def read(
     files = _image_files(Path(images_path).expanduser() if images_path else root / "images", names)
     target.mkdir(parents=True, exist_ok=True)
     with disk_errors(target):
-        pictures = (picture(file, f"Image {file}", image_size)[None] for file in progress(files, "images", len(files)))
-        write_images(target / "images.h5", pictures, labels["image"].to_numpy())
+        write_images(target / "images.h5", pictures(progress(files, "images", len(files)), "Image", image_size), labels["image"].to_numpy())
         _write_labels(root, target, labels)
         betas = _transposed(paths[0], voxels["voxel_id"].to_numpy(), kept, len(trials), target)
         return write_subject(subject_folder(dataset, subj), betas, trials, table, about)
@@ -162,6 +163,11 @@ def _stimuli(path: Path, subj: int) -> pd.DataFrame:
     unknown = sorted(set(stimuli["trial_type"].astype(str)) - {"train", "test"})
     if unknown:
         raise PerceptError(f"{path} has trials of the type {unknown[0]}: only train and test are known in the table format.")
+    for column in ("session", "run"):
+        if not pd.api.types.is_integer_dtype(stimuli[column]):
+            raise PerceptError(f"Column {column} of {path} must hold whole numbers from 1, in every row: fetch it again.")
+    if missing := sorted(set(range(1, stimuli["session"].max() + 1)) - set(stimuli["session"])):
+        raise PerceptError(f"Session {missing[0]} of subject {subj} is missing in {path}, which goes on to {stimuli['session'].max()}: fetch it again.")
     stimuli["stimulus"] = stimuli["stimulus"].astype(str)
     if "concept" not in stimuli:
         stimuli["concept"] = [Path(name).stem.rpartition("_")[0] or Path(name).stem for name in stimuli["stimulus"]]
@@ -236,8 +242,8 @@ def _voxels(voxels: pd.DataFrame, rois: str, path: Path) -> tuple[np.ndarray, pd
 
 # -------------------------------------------------------------------------------- responses
 @contextmanager
-def _matrix(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterator[h5py.Dataset | np.memmap]:
-    """The betas (voxels, trials) of a pandas frame in fixed format, memory-mapped where they are contiguous."""
+def _matrix(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterator[tuple[h5py.Dataset | np.memmap, int]]:
+    """The block of betas of a pandas frame in fixed format, memory-mapped where it is contiguous, and which of its columns is the first trial."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -249,13 +255,16 @@ def _matrix(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterator[h5py.D
         if len(betas) != 1:
             raise PerceptError(f"{path} has {len(betas)} tables of betas where one is expected, ResponseData/block0_values: fetch it again.")
         shape, expected = betas[0].shape, (len(voxel_ids), n_trials)
-        if shape != expected:
+        first = int(not ids and shape == (len(voxel_ids), n_trials + 1))  # voxel_id is a float and in the same block
+        if first:
+            ids = [betas[0][:, :1]]
+        elif shape != expected:
             turned = ", it is trials x voxels and must be turned" if shape == expected[::-1] else ""
             raise PerceptError(f"The betas of {path} are {shape}, the metadata tell (voxels, trials) = {expected}{turned}: give one subject's own files.")
         if ids and not np.array_equal(ids[0][:].ravel(), voxel_ids):
             raise PerceptError(f"The voxel_id of {path} are not those of the voxel metadata: give one subject's own files.")
         offset = betas[0].id.get_offset()
-        yield betas[0] if offset is None else np.memmap(path, betas[0].dtype, "r", offset, shape)
+        yield betas[0] if offset is None else np.memmap(path, betas[0].dtype, "r", offset, shape), first
 
 
 def _groups(matrix: h5py.Dataset | np.memmap, rows: np.ndarray) -> list[np.ndarray]:
@@ -271,13 +280,13 @@ def _groups(matrix: h5py.Dataset | np.memmap, rows: np.ndarray) -> list[np.ndarr
 
 def _transposed(path: Path, voxel_ids: np.ndarray, rows: np.ndarray, n_trials: int, folder: Path) -> Iterator[np.ndarray]:
     """Blocks (trials, voxels) of the voxels at `rows`, by way of a temporary file of transposed tiles in `folder`."""
-    with _matrix(path, voxel_ids, n_trials) as matrix, tempfile.TemporaryFile(dir=folder) as spool:
+    with _matrix(path, voxel_ids, n_trials) as (matrix, first), tempfile.TemporaryFile(dir=folder) as spool:
         dtype = np.dtype(np.float16 if matrix.dtype == np.float16 else np.float32)
         check_space(folder, 2 * len(rows) * n_trials * dtype.itemsize)  # the tiles, and what is made of them
         shapes = []
         for group in progress(_groups(matrix, rows), "voxels"):
             taken = matrix[group] if isinstance(matrix, np.memmap) else matrix[group[0] : group[-1] + 1][group - group[0]]
-            tile = np.ascontiguousarray(taken.T, dtype)
+            tile = np.ascontiguousarray(taken[:, first:].T, dtype)
             spool.write(tile.data)
             shapes.append(tile.shape)
         spool.flush()
