@@ -3,6 +3,7 @@
 - The science is in the notebook's `step(model, batch, epoch) -> (loss, logs)`; here is what surrounds it: order, optimizer, schedule, checkpoints.
 - Resuming is exact: on CPU, a run that was killed and started again ends with bitwise the weights of one that was not. The order of an epoch is a
   pure function of (seed, epoch); state.pt holds weights, optimizer, schedule and the random generators of every process.
+- Launched with DeepSpeed, the optimizer's state is in pieces, one file a process beside state.pt, and such a run is resumed by as many processes.
 - `batch_size` is global and the learning rate is what it says: nothing is scaled by the number of processes. The whole step runs inside
   accelerate's wrapper, so it may call any part of the model; a loss that compares samples uses `gather`.
 - A non-finite loss or gradient skips the update and is counted; too many in a row go back to the weights of the last state, on the batches to come.
@@ -30,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -279,16 +280,66 @@ def check_precision(device: str, precision: str, step_in_backward: bool = False)
     return kind
 
 
-def _accelerator(device: str, precision: str, step_in_backward: bool) -> Accelerator:
+class _Sharded(Accelerator):
+    """Accelerate where it was launched with DeepSpeed: each process keeps and updates its piece of the optimizer's state (ZeRO stages 1 and 2).
+
+    The weights stay whole, and in single precision: precision "bf16" is autocast, as elsewhere. A parameter without a gradient counts as one with zeros.
+    """
+
+    def __init__(self, settings: _Settings):
+        self.settings = settings
+        super().__init__(mixed_precision="no", gradient_accumulation_steps=settings.accumulate)
+        stage = self.deepspeed_plugin.zero_stage
+        if stage not in (1, 2):
+            raise PerceptError(f"DeepSpeed's ZeRO stage {stage} is not supported: choose stage 1 or 2 in its config, as launch/deepspeed_zero2_offload.json has.")
+
+    def autocast(self, autocast_handler: Any = None) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def prepare(self, stepper: _Stepper, optimizer: Optimizer) -> Any:  # type: ignore[override]
+        s = self.settings
+        self.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": s.batch_size // self.num_processes // s.accumulate,
+            "gradient_accumulation_steps": s.accumulate,
+            "gradient_clipping": s.clip_grad or 0.0,
+        }
+        stepper.step = self.autocast()(stepper.step)
+        self.own = optimizer  # its groups become this process's pieces
+        self.engine, idle = super().prepare(stepper, optimizer)
+        self.engine.optimizer.check_grad_overflow = True  # by default not in single precision
+        return self.engine, idle
+
+    def backward(self, loss: Tensor, **other: Any) -> None:
+        """Of one part of a batch; that of the last part updates the weights, unless a loss or gradient of any process is not finite."""
+        spoil = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)  # also the gradients: these are what the processes agree about
+        self.engine.backward(loss * spoil, scale_wrt_gas=False)
+        self.engine.step()
+
+    def gradient_norm(self) -> Tensor:
+        """Of the batch whose backward is done; infinite where there was no update."""
+        self.own.zero_grad(set_to_none=False)  # else a parameter without a gradient would find that of the step before
+        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else math.inf
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+
+def _accelerator(device: str, settings: _Settings, step_in_backward: bool) -> Accelerator:
     """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one."""
-    kind = check_precision(device, precision, step_in_backward)
+    sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    for name, there in (("step_in_backward", step_in_backward), ("precision 'fp16'", settings.precision == "fp16")):
+        if sharded and there:
+            raise PerceptError(f"DeepSpeed does not go together with {name}: leave that, or launch with a plain multi-GPU config.")
+    kind = check_precision(device, settings.precision, step_in_backward)
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as published
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())  # else a second precision is refused
+    if sharded:
+        if kind == "cpu":
+            PartialState(cpu=True)  # else accelerate, which knows DeepSpeed on GPUs alone, would take each process for the only one
+        return _Sharded(settings)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # a phase of training may leave parts of a model alone
-    accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu", kwargs_handlers=[ddp])
-    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        raise PerceptError(f"Sharded training ({accelerator.distributed_type.value}) is not supported: launch with a plain multi-GPU config.")
+    accelerator = Accelerator(mixed_precision=settings.precision, cpu=kind == "cpu", kwargs_handlers=[ddp])
+    if accelerator.distributed_type.value in ("FSDP", "MEGATRON_LM"):
+        raise PerceptError(f"Sharded training ({accelerator.distributed_type.value}) is not supported: launch with a plain multi-GPU config, or DeepSpeed's.")
     return accelerator
 
 
@@ -463,7 +514,8 @@ class _Training:
         device: str,
         step_in_backward: bool = False,
     ):
-        self.accelerator = _accelerator(device, settings.precision, step_in_backward)
+        self.accelerator = _accelerator(device, settings, step_in_backward)
+        self.sharded = self.accelerator if isinstance(self.accelerator, _Sharded) else None
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.dataset, self.folder, self.config, self.settings, self.saving = dataset, folder, config, settings, saving
@@ -532,25 +584,44 @@ class _Training:
     def save(self) -> None:
         """Write the state; all processes take part. Of a finished run it keeps the history alone, as the weights are in last.safetensors, if anywhere."""
         self._tick()
+        if self.sharded and not self.finished:
+            with atomic(self._piece(vars(self.at), self.rank)) as temporary:
+                torch.save(self.raw_optimizer.state_dict(), temporary)
         own = {"random": _random_state(self.device), "means": self.means.state()}
         content = {"identity": self._identity(), "position": vars(self.at), "processes": gather_object([own])}
         if self.main:
             if not self.finished:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-                content |= {"model": self.model.state_dict(), "optimizer": self.raw_optimizer.state_dict()}
-                content |= {"scheduler": self.scheduler.state_dict(), "scaler": scaler}
+                content |= {"model": self.model.state_dict(), "optimizer": None if self.sharded else self.raw_optimizer.state_dict()}
+                content |= {"pieces": self.pieces, "scheduler": self.scheduler.state_dict(), "scaler": scaler}
             elif not self.saving.checkpoints:
                 content |= {"model": self.model.state_dict()}
             with atomic(self.path) as temporary:
                 torch.save(content, temporary)
+            self._remove_pieces("" if self.finished else self._piece(vars(self.at), "*").name)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
-    def _load(self) -> dict[str, Any]:
-        try:  # mapped for a GPU, whose process then reads only what it copies
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.device.type == "cuda")
+    @property
+    def pieces(self) -> int:
+        """In how many files beside state.pt the optimizer's state is; 0 where state.pt holds it."""
+        return self.world if self.sharded else 0
+
+    def _piece(self, position: dict[str, Any], rank: int | str) -> Path:
+        """The optimizer's state in one process; state.pt is written after those of its step, and those of the one before are removed last."""
+        return self.folder / f"state-{position['epoch'] * self.steps + position['step']}-{rank}.pt"
+
+    def _remove_pieces(self, but: str = "") -> None:
+        for old in self.folder.glob("state-*.pt"):
+            if not but or not old.match(but):
+                old.unlink()
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:  # mapped for a GPU, whose process then reads only what it copies; the optimizer may keep its piece as it is
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=self.device.type == "cuda" and path == self.path)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise PerceptError(f"{self.path} cannot be read ({str(error).splitlines()[0]}): delete it, or set resume_from_ckpt to False to begin anew.") from error
+            state = "it" if path == self.path else self.path
+            raise PerceptError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete {state}, or set resume_from_ckpt to False to begin anew.") from error
 
     def begin(self, resume: bool) -> None:
         """Go on from the state on disk, or begin anew."""
@@ -558,19 +629,23 @@ class _Training:
         seed_everything(self.settings.seed + self.rank)  # dropout and noise differ between processes
         identity = self._identity()
         if resume and self.path.exists():
-            content = self._load()
+            content = self._load(self.path)
             _check_same(content["identity"]["config"], identity["config"], self.folder)
             _check_same(content["identity"]["fit"], identity["fit"], self.folder)
             self._restore(content)
         elif not resume and self.main:
             for name in ("state.pt", "history.csv", "best.safetensors", "last.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
+            self._remove_pieces()
         self.accelerator.wait_for_everyone()
 
     def _restore(self, content: dict[str, Any]) -> None:
         self.at = _Position(**content["position"])
         if self.finished:
             return self._restore_finished(content.get("model"))
+        if content.get("pieces", 0) != self.pieces:
+            before, now = (f"by {n} processes under DeepSpeed" if n else "without DeepSpeed" for n in (content.get("pieces", 0), self.pieces))
+            raise PerceptError(f"{self.path} was saved {before} and cannot be resumed {now}: launch as before, or set resume_from_ckpt to False to begin anew.")
         self._restore_weights(content)
         self.scheduler.load_state_dict(content["scheduler"])
         if content["scaler"] and self.accelerator.scaler:
@@ -596,7 +671,9 @@ class _Training:
 
     def _restore_weights(self, content: dict[str, Any]) -> None:
         load_strictly(self.model, content["model"], str(self.path))
-        self.raw_optimizer.load_state_dict(content["optimizer"])
+        if self.sharded:
+            self.sharded.engine.optimizer.refresh_fp32_params()  # what it updates is a copy of the weights
+        self.raw_optimizer.load_state_dict(self._load(self._piece(content["position"], self.rank)) if self.sharded else content["optimizer"])
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -617,8 +694,7 @@ class _Training:
                 finite = finite & torch.isfinite(loss.detach())
                 if not self.in_backward or bool(finite):
                     self.accelerator.backward(loss / parts)
-        self.accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None]).to(self.device)  # of none at all, it is on the CPU
+        norm = self.sharded.gradient_norm() if self.sharded else self._gradient_norm()
         flags = [finite, torch.isfinite(norm) & (not self.broken_gradient)]
         bad_loss, bad_grad, save, stop = self._agree(flags, [self._due(), bool(self.stop.asked)])
         if bad_loss or bad_grad:
@@ -629,6 +705,10 @@ class _Training:
                 self.means.add(values, weight=1 / parts)
         self.at.step += 1
         return save and not self.at.bad, stop
+
+    def _gradient_norm(self) -> Tensor:
+        self.accelerator.unscale_gradients(self.optimizer)
+        return nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None]).to(self.device)  # of none at all, it is on the CPU
 
     def _agree(self, finite: list[Tensor], flags: list[bool]) -> list[bool]:
         """What holds in any process: [not finite..., flags...]. The one place where a step waits for the device."""
@@ -677,7 +757,7 @@ class _Training:
             )
         log.warning("loss or gradient is not finite (epoch %d, step %d): back to the last saved weights", self.at.epoch, self.at.step)
         now = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
-        self._restore_weights(self._load())
+        self._restore_weights(self._load(self.path))
         for group, values in zip(self.raw_optimizer.param_groups, now, strict=True):
             group.update(values)  # the learning rate belongs to the position, which stays
         self.at.bad = 0
@@ -885,6 +965,8 @@ def fit(
     training.begin(resume)
     if not training.finished:
         training.run(validate, num_workers, logger, draw)
+    if training.sharded:
+        training.sharded.engine.destroy()  # takes its hooks off the model
     model.eval()
     return pd.DataFrame(training.at.history)
 

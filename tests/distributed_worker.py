@@ -1,6 +1,8 @@
 """What each process of tests/test_distributed.py does, under torchrun; it writes what it found into a folder."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import nn
 
 from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
 from src.reconstruct import build_decoder, high_level_config
-from src.training import fit, gather, own_rows
+from src.training import PATIENCE, fit, gather, own_rows
 from src.utils import PerceptError, seeded
 
 torch.set_num_threads(1)
@@ -83,10 +85,38 @@ def noisy_step(model, batch, epoch):
 def nan_in_one_process(model, batch, epoch):
     """The last process has a loss that is infinite, with a gradient that is not."""
     loss, logs = mean_step(model, batch, epoch)
-    if RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1 and not hasattr(model, "spoiled"):
-        model.spoiled = True
-        loss = loss + float("inf")
-    return loss, logs
+    return spoiled_once(model, loss + float("inf"), loss), logs
+
+
+def spoiled_once(model, bad, good):
+    """The bad loss in the first step of the last process."""
+    if RANK != int(os.environ.get("WORLD_SIZE", 1)) - 1 or hasattr(model, "spoiled"):
+        return good
+    model.spoiled = True
+    return bad
+
+
+def backbone_step(model, batch, epoch):
+    return (model.backbone(batch["x"]) - batch["y"]).square().mean(), {}
+
+
+def early_step(model, batch, epoch):
+    """A part that is trained in the first epoch alone."""
+    out = model.backbone(batch["x"])
+    return ((model.late(out) if epoch == 0 else out) - batch["y"]).square().mean(), {}
+
+
+def bad_gradient(model, batch, epoch):
+    """In one step the last process has a gradient that is not finite, of a loss that is."""
+    loss, logs = backbone_step(model, batch, epoch)
+    return spoiled_once(model, loss + (model.backbone[0].bias * 0).sum().sqrt(), loss), logs
+
+
+def often_bad(model, batch, epoch):
+    """As many steps without a finite loss as make `fit` go back to its last weights."""
+    model.calls = getattr(model, "calls", 0) + 1
+    loss, logs = backbone_step(model, batch, epoch)
+    return (loss * float("nan") if 3 <= model.calls < 3 + PATIENCE else loss), logs
 
 
 # ------------------------------------------------------------------------------------------------ MindEye's own step
@@ -149,7 +179,8 @@ def mind_eye(folder, dtype):
     return {"losses": losses, "weights": model.state_dict()}
 
 
-STEPS = {"mean": mean_step, "contrastive": contrastive_step, "local": local_step, "noisy": noisy_step, "inf": nan_in_one_process}
+PLAIN = {"mean": mean_step, "contrastive": contrastive_step, "local": local_step, "noisy": noisy_step, "inf": nan_in_one_process}
+STEPS = PLAIN | {"backbone": backbone_step, "early": early_step, "bad gradient": bad_gradient, "often bad": often_bad}
 
 
 def train(folder, name, seed=0, do=None, **other):
@@ -167,11 +198,9 @@ def train(folder, name, seed=0, do=None, **other):
         return before(self, *args, **kwargs)
 
     torch.optim.AdamW.step = watch
+    options = {"folder": folder / name, "config": {}, "epochs": EPOCHS, "batch_size": BATCH, "max_lr": 1e-2, "device": "cpu"} | other
     try:
-        history = fit(
-            model, step, Data(), folder=folder / name, config={}, epochs=EPOCHS, batch_size=BATCH, max_lr=1e-2, device="cpu",
-            validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())}, **other,
-        )  # fmt: skip
+        history = fit(model, step, Data(), validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())}, **options)
     finally:
         torch.optim.AdamW.step = before
     return {"weights": model.state_dict(), "gradients": first, "history": history.drop(columns="seconds").to_dict("list")}
@@ -204,8 +233,57 @@ def interrupted(folder):
     return -1
 
 
+# ------------------------------------------------------------------------------------------------ DeepSpeed
+CASES = {
+    "mean": {}, "early": {}, "contrastive": {}, "clip": {"name": "backbone", "clip_grad": 0.05}, "parts": {"name": "early", "accumulate": 2}, "inf": {},
+    "bad gradient": {}, "often bad": {"epochs": 12, "save_steps": 1}, "bf16": {"name": "backbone", "precision": "bf16"},
+}  # fmt: skip
+
+
+def with_zeros(step):
+    """Gradients of zero where a step leaves a part alone: what DeepSpeed makes of it."""
+
+    def changed(model, batch, epoch):
+        loss, logs = step(model, batch, epoch)
+        return loss + 0 * sum(p.sum() for p in model.parameters()), logs
+
+    return changed
+
+
+def cases(folder, change=lambda step: step):
+    found = {}
+    for case, options in CASES.items():
+        options = {"name": case} | options
+        found[case] = train(folder / case, do=change(STEPS[options["name"]]), **options)
+    return found | {"mind_eye": mind_eye(folder, torch.float32)}
+
+
+def zero_refusals(folder):
+    """What does not go together with DeepSpeed."""
+    found, config = {}, os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    folder.mkdir()
+    (folder / "stage3.json").write_text(json.dumps(json.loads(Path(config).read_text()) | {"zero_optimization": {"stage": 3}}))
+    for name, path, other in (("step_in_backward", config, {"step_in_backward": True}), ("stage 3", str(folder / "stage3.json"), {})):
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
+        try:
+            train(folder, "backbone", **other)
+        except PerceptError as error:
+            found[name] = str(error)
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = config
+    return found
+
+
+def zero(folder):
+    found = cases(folder) | {"noisy": train(folder, "noisy"), "interrupted after": interrupted(folder)}
+    if RANK == 0:
+        shutil.copytree(folder / "interrupted", folder / "copy")
+    found["resumed"] = train(folder / "interrupted", "noisy", seed=5)
+    found["refusals"] = zero_refusals(folder / f"refusals{RANK}")
+    torch.save(found, folder / f"rank{RANK}.pt")
+
+
 def main(folder):
-    found = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in STEPS}
+    found = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in PLAIN}
     found["mind_eye"] = mind_eye(folder, torch.float64)
     found["refusals"] = refusals(folder)
     found["interrupted after"] = interrupted(folder)
@@ -214,4 +292,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"plain": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))

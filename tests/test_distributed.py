@@ -1,6 +1,8 @@
 """Two processes with the same global batch do what one does."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+from src.utils import PerceptError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return launched(tmp_path_factory.mktemp("two"), launch, "plain")
+
+
+def launched(folder, launch, what, **variables):
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [*launch, str(ROOT / "tests" / "distributed_worker.py"), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
+    command = [sys.executable, "-m", *launch, str(ROOT / "tests" / "distributed_worker.py"), str(folder), what]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -95,3 +102,72 @@ def test_ctrl_c_in_one_process_stops_both_and_resuming_is_exact(two):
 def test_what_cannot_be_shared_is_refused(two):
     assert "cannot be split over 2 processes: choose a multiple of 2" in two[1]["refusals"]["odd"]
     assert "Batch norms" in two[0]["refusals"]["norm"]
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """What two processes of launch/deepspeed_zero2_offload.yaml found, on the CPU."""
+    if not importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is not installed here (the optional packages 'scale')")
+    folder = tmp_path_factory.mktemp("zero")
+    launch = ["accelerate.commands.launch", "--config_file", "launch/deepspeed_zero2_offload.yaml", "--num_processes", "2"]
+    return folder, launched(folder, launch, "zero", DS_ACCELERATOR="cpu")
+
+
+@pytest.fixture(scope="module")
+def without(zero, tmp_path_factory):
+    """The same without DeepSpeed, in one process."""
+    return worker.cases(tmp_path_factory.mktemp("without"), worker.with_zeros)
+
+
+@pytest.mark.parametrize("case", worker.CASES)
+def test_deepspeed_does_what_is_done_without(zero, without, case):
+    tolerance = 1e-3 if case == "bf16" else 1e-5
+    for found in zero[1]:
+        assert largest_difference(without[case]["weights"], found[case]["weights"]) < tolerance
+        assert all(w.dtype == torch.float32 for w in found[case]["weights"].values())
+        for column, values in without[case]["history"].items():
+            assert np.allclose(values, found[case]["history"][column], rtol=tolerance, atol=tolerance, equal_nan=True), column
+
+
+def test_with_deepspeed_the_step_of_notebook_01_gives_the_same_losses(zero, without):
+    together = np.mean([found["mind_eye"]["losses"] for found in zero[1]], axis=0)
+    assert np.allclose(together, without["mind_eye"]["losses"], rtol=1e-5)
+    assert largest_difference(without["mind_eye"]["weights"], zero[1][0]["mind_eye"]["weights"]) < 1e-5
+
+
+def test_deepspeed_skips_what_is_not_finite_and_goes_back(zero):
+    for found in zero[1]:
+        assert found["inf"]["history"]["skipped"] == found["bad gradient"]["history"]["skipped"] == [1, 0]
+        assert sum(found["often bad"]["history"]["skipped"]) == worker.PATIENCE
+    assert all(largest_difference(zero[1][0][case]["weights"], zero[1][1][case]["weights"]) == 0 for case in worker.CASES)
+
+
+def test_resuming_with_deepspeed_is_exact_and_leaves_no_pieces(zero):
+    folder, processes = zero
+    for found in processes:
+        assert found["interrupted after"] == 2
+        assert largest_difference(found["resumed"]["weights"], found["noisy"]["weights"]) == 0
+        assert found["resumed"]["history"] == found["noisy"]["history"]
+    assert sorted(path.name for path in (folder / "copy" / "noisy").glob("state*")) == ["state-2-0.pt", "state-2-1.pt", "state.pt"]
+    assert [path.name for path in (folder / "interrupted" / "noisy").glob("state*")] == ["state.pt"]
+
+
+def test_what_deepspeed_began_is_not_resumed_without_but_begun_anew(zero, tmp_path):
+    shutil.copytree(zero[0] / "copy", tmp_path / "run")
+    with pytest.raises(PerceptError, match="was saved by 2 processes under DeepSpeed and cannot be resumed without DeepSpeed: launch as before"):
+        worker.train(tmp_path / "run", "noisy")
+    worker.train(tmp_path / "run", "noisy", resume=False)
+    assert [path.name for path in (tmp_path / "run" / "noisy").glob("state*")] == ["state.pt"]
+
+
+def test_what_a_finished_run_with_deepspeed_has_is_there_without(zero, tmp_path):
+    shutil.copytree(zero[0] / "noisy", tmp_path / "noisy")
+    assert largest_difference(worker.train(tmp_path, "noisy", seed=3)["weights"], zero[1][0]["noisy"]["weights"]) == 0
+
+
+def test_what_does_not_go_together_with_deepspeed_is_refused(zero):
+    for found in zero[1]:
+        assert "DeepSpeed does not go together with step_in_backward" in found["refusals"]["step_in_backward"]
+        assert "ZeRO stage 3 is not supported: choose stage 1 or 2" in found["refusals"]["stage 3"]

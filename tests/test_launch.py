@@ -33,7 +33,8 @@ def test_accelerate_reads_the_config(path):
     config = load_config_from_file(str(path))
     expected = {"cpu": (1, 2, True), "one_gpu": (1, 1, False), "eight_gpus": (1, 8, False), "several_nodes": (2, 16, False), "deepspeed_zero2_offload": (1, 8, False)}
     assert (config.num_machines, config.num_processes, config.use_cpu) == expected[path.stem]
-    assert config.mixed_precision == "no"  # the notebooks' parameter decides
+    alone = path.stem == "deepspeed_zero2_offload"  # accelerate refuses to start where both it and DeepSpeed's own file could say
+    assert config.mixed_precision == (None if alone else "no")  # the notebooks' parameter decides
     kind = {"one_gpu": "NO", "deepspeed_zero2_offload": "DEEPSPEED"}.get(path.stem, "MULTI_GPU")
     assert config.distributed_type.value == kind
 

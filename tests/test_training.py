@@ -635,3 +635,10 @@ def test_a_gradient_that_is_not_finite_is_counted_and_its_parameter_left(tmp_pat
 def test_what_needs_all_gradients_at_once_is_refused(tmp_path, option, named):
     with pytest.raises(PerceptError, match=f"step_in_backward does not go together with {named}"):
         train(tmp_path / "run", step_in_backward=True, **option)
+
+
+@pytest.mark.parametrize("named, options", [("step_in_backward", {"step_in_backward": True}), ("precision 'fp16'", {"precision": "fp16"})])
+def test_what_does_not_go_together_with_deepspeed_is_refused_before_anything_starts(tmp_path, monkeypatch, named, options):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher says
+    with pytest.raises(PerceptError, match=f"DeepSpeed does not go together with {named}: leave that"):
+        train(tmp_path, **options)
