@@ -21,8 +21,9 @@ lint: setup
 notebooks: setup  ## remake the .py exports from the notebooks
 	@.venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all notebooks/*.ipynb
 
-gallery: demo  ## remake docs/gallery from the demo's executed notebooks
-	@$(PYTHON) tools/make_gallery.py
+gallery: demo  ## remake docs/gallery from the executed notebooks of three recipes and of their comparison
+	@$(PYTHON) run.py combined --mini && $(PYTHON) run.py basic_ae --mini && $(PYTHON) run.py compare
+	@$(PYTHON) tools/make_gallery.py $(addprefix results/,mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 compare)
 
 build:
 	docker build -t $(IMAGE) .

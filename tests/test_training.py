@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -588,7 +589,11 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     logger.finish()
     written = list((tmp_path / "train_logs" / "toy" / "wandb").glob("offline-run-*-toy-01_train_high_level"))
     assert len(written) == 1 and len(history) == 2
-    stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
+    for _ in range(60):  # a process of its own writes the file
+        stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
+        if b"train/loss" in stored:
+            break
+        time.sleep(0.5)
     assert b"train/loss" in stored and b"a project" in stored and len(list(written[0].rglob("*.png"))) == 2
     assert training.tracker(started, False, "a project") is None
     monkeypatch.setenv("RANK", "1")
