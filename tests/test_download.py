@@ -502,8 +502,10 @@ def test_every_bundle_and_recipe_is_described():
 
 
 def test_places_are_those_of_the_notebooks():
-    known = utils.read_parameters(utils.parameters_source(utils.NOTEBOOKS / "00_prepare_data.ipynb"))
-    assert BUNDLES["mindeye"].place == known["data_path"].default
+    default = utils.read_parameters(utils.parameters_source(utils.NOTEBOOKS / "00_prepare_data.ipynb"))["data_path"].default
+    for recipe, parts in RECIPES_NEED.items():
+        if (first := utils.RECIPES / recipe / "00_prepare_data.yaml").exists():  # what is fetched lies where the recipe reads it
+            assert BUNDLES[next(iter(parts.values()))].place == utils.read_recipe(first).get("data_path", default), recipe
     assert LFS_FROM < 2000
 
 
