@@ -16,8 +16,10 @@ from huggingface_hub import HfApi, hf_hub_download
 from servers import LFS_FROM, hub_server, s3_server
 
 import run
-from src import download, pretrained, utils
+from src import download, miniworld, pretrained, utils
+from src.data import open_subject
 from src.download import BUNDLES, MOVED, RECIPES_NEED, Bundle, Want, describe, fetch, listing, live, plan, transfer
+from src.readers import nsd
 from src.utils import PerceptError
 
 NSD, MINDEYE2 = ("dataset", "pscotti/naturalscenesdataset"), ("dataset", "pscotti/mindeyev2")
@@ -485,6 +487,24 @@ def test_a_subject_without_released_networks(tmp_path):
         assert {one.name for one in planned if not one.files} == {"checkpoints"} and "(none for this subject)" in describe(planned)
         with pytest.raises(PerceptError, match="has no released checkpoints of subject 5"):
             plan("mindeye", only="checkpoints", mirror=hub.url, overrides={"subj": 5})
+
+
+def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
+    """The mini world as NSD's tree in a bucket: fetched without credentials, read, and the betas are those that were measured."""
+    mini = miniworld.simulate(1, 20, 4, 6, trials_per_session=45)
+    betas, trials = np.round(mini.scan.betas * 300) / np.float32(300), mini.scan.trials
+    order = {image: row for row, image in enumerate(mini.image_ids.tolist())}
+    trials = trials.assign(image=trials["image"].map(order))
+    nsd.write(tmp_path / "bucket", 1, betas, trials, mini.images, np.arange(len(mini.images)), voxels=mini.scan.voxels)
+    files = {str(path.relative_to(tmp_path / "bucket")): path.read_bytes() for path in (tmp_path / "bucket").rglob("*") if path.is_file()}
+    with s3_server(BUCKET, files) as url:
+        fetch("nsd", tmp_path / "nsd", mirror=url)
+    nsd.read(tmp_path / "nsd", tmp_path / "prepared", 1, image_size=0, attributes={"protocol": "mini-6"})
+    subject = open_subject(tmp_path / "prepared", 1)
+    np.testing.assert_allclose(subject.betas, betas, atol=1e-6)
+    np.testing.assert_array_equal(subject.trials["image"], trials["image"])
+    np.testing.assert_array_equal(subject.image_ids("test"), np.unique(trials.loc[trials["split"] == "test", "image"]))
+    np.testing.assert_array_equal(subject.images(subject.image_ids("test")), mini.images[subject.image_ids("test")])
 
 
 def test_basic_ae_takes_raw_nsd(s3, tmp_path):
