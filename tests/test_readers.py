@@ -141,7 +141,10 @@ def test_mindeye_early_layout_one_trial_a_sample(tmp_path):
         return {"png": png(np.full((4, 4, 3), image, np.uint8)), "coco73k.npy": npy(np.array([image]))} | one
 
     make_shards(tmp_path, single)
-    with pytest.warns(UserWarning, match="announces 4"):
+    with pytest.raises(PerceptError, match="announces 4 .*hold 3: fetch the shards that are missing"):
+        mindeye.read(tmp_path, tmp_path / "out", 1)
+    next(tmp_path.rglob("metadata_subj01.json")).unlink()
+    with pytest.warns(UserWarning, match="whether all shards are there"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     subject = open_subject(tmp_path / "out", 1)
     ten = subject.trials[subject.trials["image"] == 10]

@@ -499,9 +499,11 @@ def _check_totals(root: Path, subj: int, trials: pd.DataFrame) -> None:
         raise PerceptError(f"{path} cannot be read ({error}): fetch it again, or remove it.") from error
     announced = sum(totals.get(split, 0) for split in ("train", "val"))
     found = len(trials) if single else trials.loc[trials["split"] != "test", "image"].nunique()
+    said = f"{path} announces {announced} {'trials' if single else 'training and validation images'}, the shards hold {found}"
+    if found < announced and not single:  # what the early release counts is not documented
+        raise PerceptError(f"{said}: fetch the shards that are missing, or remove that file to read those there are.")
     if announced and announced != found:
-        what = "trials" if single else "training and validation images"
-        warnings.warn(f"{path.name} announces {announced} {what}, the shards hold {found}: if fewer, fetch the shards that are missing and read again.", stacklevel=3)
+        warnings.warn(f"{said}.", stacklevel=3)
 
 
 def _voxel_table(root: Path, subj: int) -> pd.DataFrame | None:
