@@ -285,3 +285,11 @@ def test_many_pictures_keep_their_order(tmp_path):
     assert all(next(made).shape[0] == 1 for _ in range(30))
     with pytest.raises(PerceptError, match="Image .*30.png cannot be decoded"):
         next(made)
+
+
+def test_without_labels_each_image_is_its_own_concept_also_where_its_name_is_a_number(tmp_path):
+    trials = pd.DataFrame({"trial": range(6), "image": [7, 8, 9, 7, 8, 9], "session": 0, "run": 0, "repeat": [0] * 3 + [1] * 3, "split": ["train", "train", "test"] * 2})
+    images = np.random.default_rng(0).integers(0, 255, (3, 5, 5, 3), dtype=np.uint8)
+    things.write(tmp_path, 1, np.eye(6, 4, dtype=np.float32), trials, images, np.array([7, 8, 9]))
+    things.read(tmp_path, tmp_path / "out", 1, rois="all", val_images=0)
+    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).images([7, 8, 9]), images)

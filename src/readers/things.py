@@ -148,7 +148,7 @@ def _table(path: Path, columns: set[str], subj: int) -> pd.DataFrame:
     try:
         with open(path) as file:
             separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(path, sep=separator)
+        table = pd.read_csv(path, sep=separator, dtype={"stimulus": str, "concept": str})  # names, also those that look like numbers
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise PerceptError(f"{path} cannot be read ({error}): fetch it again.") from error
     if missing := sorted(columns - set(table.columns)):
