@@ -17,7 +17,7 @@ def cells(path: Path) -> list[dict]:
 
 
 def test_there_are_notebooks():
-    assert [p.stem[:2] for p in NOTEBOOKS][:4] == ["00", "01", "02", "03"]
+    assert {p.stem[:2] for p in NOTEBOOKS} >= {"00", "01", "02", "03", "05", "06", "07"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
