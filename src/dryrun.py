@@ -38,7 +38,7 @@ from src.data import open_subject, subject_folder
 from src.losses import combined_loss, info_nce, soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
 from src.reconstruct import basic_config, build_decoder, combined_config, high_level_config, low_level_config
-from src.utils import HOME, PerceptError, mixed_precision, resolve, to_device
+from src.utils import HOME, PerceptError, mixed_precision, read_recipe, recipe_files, resolve, to_device
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
 NSD_VOLUME = (81, 104, 83)  # of subject 1
@@ -350,8 +350,7 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     """
     if stage not in STAGES or (stage in TRAININGS and parameters["decoder"] == "ridge"):
         return None
-    if stage == "01_train_combined":  # has one embedding in any case, and no parameter that says so
-        parameters = {"hidden": False} | dict(parameters)
+    parameters = {"hidden": _all_tokens(str(parameters.get("recipe", "")))} | dict(parameters)  # which training alone has as a parameter
     base = _base()
     found = sizes(parameters)
     counts, memory, disk = STAGES[stage](parameters, found)
@@ -369,6 +368,13 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     made = Plan(stage, counts, memory, disk)
     made.warnings.extend([*_absent(stage, parameters), *_missing(made)])
     return made
+
+
+def _all_tokens(recipe: str) -> bool:
+    """Whether a recipe trains on all of CLIP's tokens, not on its one final embedding."""
+    if not recipe or recipe_files(recipe, "01_train_combined"):
+        return not recipe
+    return all(read_recipe(file).get("hidden", True) for file in recipe_files(recipe, "01_train_high_level"))
 
 
 def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
