@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import urlopen
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -176,4 +177,5 @@ def s3_server(bucket, objects, in_parts=()):
     try:
         yield url
     finally:
+        urlopen(f"{url}/moto-api/reset", data=b"")  # what is stored outlives the server
         server.stop()

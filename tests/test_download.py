@@ -384,7 +384,7 @@ def nsd_objects():
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def s3():
     with s3_server(BUCKET, nsd_objects(), in_parts=["nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]) as url:
         yield url
