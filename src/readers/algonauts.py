@@ -42,6 +42,7 @@ from src.readers.common import (
     check_rois,
     choose_validation,
     copy_tables,
+    fitting,
     own_split,
     pictures,
     present,
@@ -398,16 +399,9 @@ def _averaged(
     betas: np.ndarray, trials: pd.DataFrame, images: np.ndarray, image_ids: np.ndarray
 ) -> tuple[list[int], np.ndarray, list[np.ndarray], pd.DataFrame]:
     """Ids in the order of their first showing, mean responses (images, vertices), pictures, and the split of each image."""
-    if missing := {"trial", "image", "split"} - set(trials.columns):
-        raise PerceptError(f"The table of trials lacks the columns {sorted(missing)}.")
+    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "split"))
     place = {int(image): row for row, image in enumerate(image_ids)}
-    absent = trials.loc[~trials["image"].isin(place), "image"]
-    if len(trials) != len(betas) or len(images) != len(image_ids) or len(absent):
-        raise PerceptError(
-            f"{len(betas)} betas, {len(trials)} trials, {len(images)} images and {len(image_ids)} image ids do not fit each other "
-            f"({len(absent)} trials show an image that is not given)."
-        )
-    kept = trials.reset_index(drop=True).query("split != 'exclude'").sort_values("trial")
+    kept = ordered.query("split != 'exclude'")
     table = kept.drop_duplicates("image")[["image", "split"]]
     ids = [int(image) for image in table["image"]]
     rows = kept.groupby("image").groups

@@ -32,7 +32,7 @@ from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 
 from src.data import check_trials, dataset_folder, disk_errors, number_repeats, subject_folder, write_image_table, write_images, write_subject
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, roi_columns, write_split, write_tables
+from src.readers.common import check_rois, copy_tables, fitting, pictures, present, roi_columns, split_of, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -99,8 +99,7 @@ def read(
     wanted = [roi.strip() for roi in rois.split(",") if roi.strip()]
     measured = _volumes(files, name, wanted) or _matrices(files, name, wanted, root)
     trials = _trials(files, name, stimuli, measured, sessions)
-    own = own_split(root, trials)
-    trials["split"] = choose_validation(trials, val_images, seed) if own is None else own
+    trials["split"] = split_of(root, trials, val_images, seed)
     check_trials(trials)
     about: dict[str, Any] = {
         "source": f"BOLD5000 release 2, {name}, {BETAS}", "units": "percent signal change", "normalisation": "none",
@@ -390,10 +389,7 @@ def write(
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
     name, root = _participant(subj), Path(source)
-    missing = {"trial", "image", "session", "split"} - set(trials.columns)
-    if missing or len(trials) != len(betas) or len(images) != len(image_ids) or (voxels is not None and len(voxels) != betas.shape[1]):
-        raise PerceptError(f"Betas {betas.shape}, {len(trials)} trials (missing columns {sorted(missing)}), {len(images)} images and {len(image_ids)} ids do not fit.")
-    ordered = trials.reset_index(drop=True).sort_values("trial")
+    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "session", "split"), voxels)
     session = ordered["session"].to_numpy()
     if session[0] != 0 or not np.isin(np.diff(session), (0, 1)).all():
         raise PerceptError("Sessions must count from 0 without gaps in the order of the trials, as the session files do: number them so.")

@@ -178,6 +178,12 @@ def own_split(source: Path, trials: pd.DataFrame) -> pd.Series | None:
     return trials["image"].map(table.set_index("image")["split"]).fillna("exclude").astype(str)
 
 
+def split_of(source: Path, trials: pd.DataFrame, val_images: int, seed: int) -> pd.Series:
+    """The column `split` of <source>/splits.csv, or where there is none, with validation images chosen; see `own_split` and `choose_validation`."""
+    own = own_split(source, trials)
+    return choose_validation(trials, val_images, seed) if own is None else own
+
+
 def write_split(source: Path, trials: pd.DataFrame) -> None:
     """Write <source>/splits.csv for `own_split`; images of other subjects already in it are kept."""
     path, table = source / "splits.csv", trials.drop_duplicates("image")[["image", "split"]]
@@ -186,6 +192,31 @@ def write_split(source: Path, trials: pd.DataFrame) -> None:
         table = pd.concat([old[~old["image"].isin(table["image"])], table])
     with atomic(path) as temporary:
         table.sort_values("image").to_csv(temporary, index=False)
+
+
+# -------------------------------------------------------------------------------- what a source is written from
+def fitting(
+    betas: np.ndarray, trials: pd.DataFrame, images: np.ndarray, image_ids: Collection[int], needed: Collection[str], voxels: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The table of trials in the order of `trial`, its index the row of betas (trials, ...), if it, betas, images and voxels belong together.
+
+    Raises:
+        PerceptError: if they do not: another number of rows, a column of `needed` that is missing, or a trial whose image is not given.
+    """
+    if missing := set(needed) - set(trials.columns):
+        raise PerceptError(f"The table of trials lacks the columns {sorted(missing)}: it has {list(trials.columns)}.")
+    unlike = voxels is not None and len(voxels) != betas.shape[1]
+    if unlike or len(trials) != len(betas) or len(images) != len(image_ids):
+        table = "" if voxels is None else f", {len(voxels)} rows of voxels for {betas.shape[1]} columns of betas"
+        raise PerceptError(
+            f"{len(betas)} betas, {len(trials)} trials, {len(images)} images, {len(image_ids)} image ids{table} do not fit each other: "
+            "give one row a trial, one id an image, one row a voxel."
+        )
+    ordered = trials.reset_index(drop=True).sort_values("trial")
+    absent = ordered.loc[~ordered["image"].isin(image_ids), "image"]
+    if len(absent):
+        raise PerceptError(f"Image {absent.iloc[0]} of the trials is not among the images given: give it, or leave out its trials.")
+    return ordered
 
 
 # -------------------------------------------------------------------------------- what a source may bring along

@@ -33,7 +33,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data import BLOCK_BYTES, check_trials, dataset_folder, disk_errors, number_repeats, subject_folder, write_image_table, write_images, write_subject
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, roi_columns, shrink, write_split, write_tables
+from src.readers.common import check_rois, copy_tables, fitting, pictures, present, roi_columns, shrink, split_of, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -236,9 +236,7 @@ def _finish(trials: pd.DataFrame, root: Path, imagery: bool, val_images: int, se
     if (trials["image"] < 0).any():
         raise PerceptError(f"Trial {trials.loc[trials['image'] < 0, 'trial'].iloc[0]} imagines a category of which no picture was tested: read with imagery=False.")
     trials["repeat"] = number_repeats(trials.assign(trial=trials["trial"] + np.where(seen, 0, len(keep))))
-    own = own_split(root, trials)
-    split = choose_validation(trials, val_images, seed) if own is None else own
-    trials["split"] = split.where(seen, "exclude")
+    trials["split"] = split_of(root, trials, val_images, seed).where(seen, "exclude")
     check_trials(trials)
     return trials, keep
 
@@ -406,13 +404,10 @@ def write(
     """
     if subj not in range(1, 6):
         raise PerceptError(f"Generic Object Decoding has the subjects 1 to 5, not {subj}: choose subj among them.")
-    missing = {"trial", "image", "session", "run", "split"} - set(trials.columns)
-    if missing or len(trials) != len(betas) or len(images) != len(image_ids) or (voxels is not None and len(voxels) != betas.shape[1]):
-        raise PerceptError(f"Betas {betas.shape}, {len(trials)} trials (missing columns {sorted(missing)}), {len(images)} images and {len(image_ids)} ids do not fit.")
     unfit = [int(image) for image in image_ids if image % UNIT == 0 or not 0 < image < 10**8 * UNIT]
     if unfit:
         raise PerceptError(f"Image id {unfit[0]} cannot be written as a stimulus_id: ids are category * 10**6 + picture, the picture not 0.")
-    root, ordered = Path(source), trials.reset_index(drop=True).sort_values("trial")
+    root, ordered = Path(source), fitting(betas, trials, images, image_ids, ("trial", "image", "session", "run", "split"), voxels)
     test = set(trials.loc[trials["split"] == "test", "image"])
     with disk_errors(root):
         _write_bdata(root / f"Subject{subj}.h5", betas, ordered, voxels)

@@ -52,7 +52,7 @@ from src.data import (
     write_images,
     write_subject,
 )
-from src.readers.common import choose_validation, copy_tables, own_split, picture, unpickle_npy, write_split, write_tables
+from src.readers.common import choose_validation, copy_tables, fitting, own_split, picture, unpickle_npy, write_split, write_tables
 from src.utils import PerceptError, atomic, progress, read_json, resolve, write_json
 
 TERMS = (
@@ -558,18 +558,9 @@ def write(
         raise PerceptError(
             f"image_format={image_format!r} must be png or jpg, samples_per_shard={samples_per_shard} at least 1, layout={layout!r} one of {', '.join(LAYOUTS)}."
         )
-    missing = {"trial", "image", "split"} - set(trials.columns)
-    if missing or len(trials) != len(betas) or len(images) != len(image_ids):
-        raise PerceptError(
-            f"{len(betas)} betas, {len(trials)} trials (missing columns {sorted(missing)}), {len(images)} images and "
-            f"{len(image_ids)} image ids do not fit each other."
-        )
+    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "split"))
     root, early = Path(source) / layout, layout == EARLY
     place = {int(image): row for row, image in enumerate(image_ids)}
-    ordered = trials.reset_index(drop=True).sort_values("trial")
-    absent = ordered.loc[~ordered["image"].isin(place), "image"]
-    if len(absent):
-        raise PerceptError(f"Image {absent.iloc[0]} of the trials is not among the images given.")
     repeats = 0 if early else repeats or int(ordered.groupby("image").size().max())
     folders = ordered["split"].replace({"val": "train", "test": "val"} if early else {})
     totals = {}

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from src.data import BLOCK_BYTES, check_trials, dataset_folder, disk_errors, number_repeats, row_blocks, subject_folder, write_images, write_subject
-from src.readers.common import choose_validation, copy_tables, own_split, present, roi_columns, shrink, write_split, write_tables
+from src.readers.common import copy_tables, fitting, present, roi_columns, shrink, split_of, write_split, write_tables
 from src.readers.mindeye import add_members, array_of, samples
 from src.utils import PerceptError, atomic, progress
 
@@ -90,8 +90,7 @@ def read(
     if ids is not None:
         _refuse(~trials["image"].isin(ids.index), trials, f"shows image {{image}}, which {source / 'image_ids.csv'} does not name")
         trials["image"] = trials["image"].map(ids)
-    own = own_split(source, trials)
-    trials["split"] = choose_validation(trials, val_images, seed) if own is None else own
+    trials["split"] = split_of(source, trials, val_images, seed)
     check_trials(trials)
     folder = dataset_folder(dataset)
     with _dataset(path, "betas") as betas, _dataset(source / IMAGES, "images") as images, disk_errors(folder):
@@ -305,14 +304,9 @@ def write(
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
     source, name = Path(source), f"subj{subj:02d}"
-    missing = {"trial", "image", "session", "run", "repeat", "split"} - set(trials.columns)
-    if missing or betas.ndim != 2 or len(trials) != len(betas) or len(images) != len(image_ids):
-        raise PerceptError(
-            f"Betas {betas.shape}, {len(trials)} trials (missing columns {sorted(missing)}), {len(images)} images and {len(image_ids)} image ids do not fit each other."
-        )
-    absent = trials.loc[~trials["image"].isin(image_ids), "image"]
-    if len(absent):
-        raise PerceptError(f"Image {absent.iloc[0]} of the trials is not among the images given.")
+    fitting(betas, trials, images, image_ids, ("trial", "image", "session", "run", "repeat", "split"))
+    if betas.ndim != 2:
+        raise PerceptError(f"Betas have shape {betas.shape}: they must be (trials, voxels).")
     numbers = trials["trial"].to_numpy()
     if numbers.min() < 0 or trials["trial"].duplicated().any():
         raise PerceptError("Trial numbers are rows of the betas: they must count from 0, each once.")

@@ -36,7 +36,7 @@ import pandas as pd
 import scipy.io
 
 from src.data import check_trials, dataset_folder, disk_errors, number_repeats, row_blocks, subject_folder, write_image_table, write_images, write_subject
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, present, roi_columns, shrink, write_split, write_tables
+from src.readers.common import check_rois, choose_validation, copy_tables, fitting, own_split, present, roi_columns, shrink, write_split, write_tables
 from src.readers.volumes import anat_roi, load_nifti
 from src.utils import PerceptError, atomic, progress
 
@@ -674,15 +674,9 @@ def write(
 
 def _check_arrays(betas: np.ndarray, trials: pd.DataFrame, images: np.ndarray, image_ids: np.ndarray) -> pd.DataFrame:
     """The trials in their order; the index says the row of betas."""
-    missing = {"trial", "image", "session", "run", "split"} - set(trials.columns)
-    if missing or betas.ndim != 2 or len(trials) != len(betas) or len(images) != len(image_ids):
-        raise PerceptError(
-            f"Betas {betas.shape}, {len(trials)} trials (missing columns {sorted(missing)}), {len(images)} images and {len(image_ids)} image ids do not fit each other."
-        )
-    ordered = trials.reset_index(drop=True).sort_values("trial")
-    absent = ordered.loc[~ordered["image"].isin(image_ids), "image"]
-    if len(absent):
-        raise PerceptError(f"Image {absent.iloc[0]} of the trials is not among the images given.")
+    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "session", "run", "split"))
+    if betas.ndim != 2:
+        raise PerceptError(f"Betas have shape {betas.shape}: they must be (trials, voxels).")
     steps = np.diff(ordered["session"], prepend=-1)
     if not np.array_equal(ordered["trial"], np.arange(len(ordered))) or not np.isin(steps, (0, 1)).all():
         raise PerceptError("Trials must count from 0 on and sessions must follow one another from 0 on: number them so, as NSD does.")

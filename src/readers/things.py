@@ -48,7 +48,7 @@ from src.data import (
     write_images,
     write_subject,
 )
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures, present, write_split, write_tables
+from src.readers.common import check_rois, choose_validation, copy_tables, fitting, own_split, pictures, present, write_split, write_tables
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
@@ -353,16 +353,7 @@ def write(
     Raises:
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
-    if missing := {"trial", "image", "session", "run", "split"} - set(trials.columns):
-        raise PerceptError(f"The table of trials lacks the columns {sorted(missing)}.")
-    absent = trials.loc[~trials["image"].isin(image_ids), "image"]
-    if len(trials) != len(betas) or len(images) != len(image_ids) or len(absent) or (voxels is not None and len(voxels) != betas.shape[1]):
-        raise PerceptError(
-            f"{betas.shape} betas (trials, voxels), {len(trials)} trials, {len(images)} images and {len(image_ids)} image ids do not fit each other, "
-            f"or the table of voxels ({len(absent)} trials show an image that is not given)."
-        )
-    root = Path(source)
-    ordered = trials.reset_index(drop=True).sort_values("trial")
+    root, ordered = Path(source), fitting(betas, trials, images, image_ids, ("trial", "image", "session", "run", "split"), voxels)
     concepts = dict(zip(labels["image"], labels[concept], strict=True)) if labels is not None and concept in labels else {}
     stimuli = _stimulus_metadata(ordered, subj, concepts)
     with disk_errors(root):
