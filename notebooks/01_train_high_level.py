@@ -26,6 +26,7 @@ vd_cache_dir = ""  # where models from the hub are kept, by default the hub's ow
 decoder = "network"  # one of network, ridge, both
 split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
+rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
@@ -118,7 +119,7 @@ if subject.clusters is not None:
     kept = {part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}" for part in ("train", "val")}
     print(f"images kept: {kept}; test images in held-out clusters: {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}")
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
-normaliser = Normaliser.fit(subject, n_components=n_components)
+normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
 print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(subject.image_ids(train_split))}, {normaliser.width})")
@@ -162,7 +163,7 @@ print(f"(tokens, dim) = ({n_tokens}, {dim})   targets: {'of augmented images, ' 
 # %%
 prior_weight = prior_mult or (30.0 if hidden else 0.03)
 told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "mse_mult", "use_image_aug", "cached_views", "faithful", "laion_prior", "seed")
-told += ("split", "n_clusters", "n_components")
+told += ("split", "n_clusters", "n_components", "rois")
 config = {
     "model": high_level_config(run.parameters, normaliser.width, n_tokens, dim),
     "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},

@@ -18,6 +18,7 @@ weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
+rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 batch_size = 8  # images a step over all processes, at least 1
 num_epochs = 120  # passes over the training images, at least 1
@@ -80,7 +81,7 @@ if use_sobel_loss and not use_reconst:
 everything = open_subject(dataset, subj)
 subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
-normaliser = Normaliser.fit(subject, n_components=n_components)
+normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
 latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
@@ -117,7 +118,7 @@ print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(tra
 
 # %%
 told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "best_by", "seed")
-told += ("split", "n_clusters", "n_components")
+told += ("split", "n_clusters", "n_components", "rois")
 config = {
     "model": low_level_config(run.parameters, normaliser.width),
     "training": {k: run.parameters[k] for k in told},

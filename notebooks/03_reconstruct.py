@@ -66,7 +66,7 @@ from src.reconstruct import (
     repeat_agreement, sample_spread,
 )  # fmt: skip
 from src.retrieval import nearest
-from src.utils import PerceptError, atomic, seed_everything
+from src.utils import HOME, PerceptError, atomic, seed_everything
 
 # %% [markdown]
 # ## Data: the test images, their repeats averaged
@@ -75,8 +75,9 @@ from src.utils import PerceptError, atomic, seed_everything
 # %%
 mindeye.read_if_missing(data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
+low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 files = {
-    "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(run.logs.parent / (autoencoder_name or run.logs.name), "low_level", checkpoint)),
+    "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(low_logs, "low_level", checkpoint)),
     "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
 }
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
@@ -92,7 +93,7 @@ print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most}
 # %%
 def measured(path, repeats=0, one=None):
     """Voxels (images, voxels) as the network in a file was trained on them: of some repeats averaged (0: all that are asked for), or of `one` alone."""
-    run_of = run.logs.parent / path.relative_to(run.logs.parent).parts[0]
+    run_of = path.parents[1] if path.parent.name in ("high_level", "low_level") else path.parent
     scale = None if path.suffix == ".pth" else Normaliser.load(run_of / "normaliser.safetensors")  # a released file is for betas as they are
     if one is not None:
         return subject.mean_of([rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale)
@@ -130,7 +131,7 @@ if untrained and "network" in names:
 
 # %%
 config, has_tokens = high[main][1], high[main][0] is not None
-told = {tuple(c["training"].get(k) for k in ("split", "n_clusters", "n_components")) for _, c in (*high.values(), *low.values()) if "training" in c}
+told = {tuple(c["training"].get(k) or "" for k in ("split", "n_clusters", "n_components", "rois")) for _, c in (*high.values(), *low.values()) if "training" in c}
 if len(told) > 1:
     raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same split and n_components.")
 if has_tokens:

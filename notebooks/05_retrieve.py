@@ -45,7 +45,7 @@ from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
 from src.readers import mindeye
 from src.reconstruct import load_reconstructions
 from src.results import add_results, derangements, make_record, paired_bootstrap, provenance
-from src.utils import PerceptError, atomic
+from src.utils import HOME, PerceptError, atomic
 
 # %%
 mindeye.read_if_missing(data_path, dataset, subj)
@@ -119,7 +119,7 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # %%
 second = []
 if model_name2:
-    first, k = retrieval.load_embeddings(run.results.parent / model_name2, image_ids), min(rerank_k, len(clip))
+    first, k = retrieval.load_embeddings(HOME / "results" / model_name2, image_ids), min(rerank_k, len(clip))
     for d in directions:
         two = retrieval.second_order(brain[names[0]], clip, *first, k=k, direction=d)
         reached = (two.first <= k).astype(float)

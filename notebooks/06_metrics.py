@@ -33,6 +33,7 @@ run = configure(globals(), "06_metrics")
 run
 
 # %%
+import json
 from functools import partial
 
 import numpy as np
@@ -51,7 +52,8 @@ from src.results import (
     add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records,
     mean_picture, most_alike, noise_ceiling, pixel_hash, provenance, score_table,
 )  # fmt: skip
-from src.utils import PerceptError, atomic, read_json, resolve
+from src.utils import HOME, PerceptError, atomic, read_json, resolve
+from src.voting import told as voting_table, verdict, worth
 
 # %% [markdown]
 # ## The pictures
@@ -124,11 +126,11 @@ def looking(name):
     metric = METRICS[name]
     if not metric.network:
         return metric if name in ("pcc", "mse") else metric.through(at_one_size)  # those two are of pictures at their own size
-    if name == "CLIP":
+    if metric.network.startswith("CLIP"):
         return metric.through(clip_features, prefix, clip_seen)
     network = FeatureNetwork(name, weights, run.device, resizing)
     looked_through[name] = network.fingerprint()
-    return metric.through(network, prefix, network.features(seen, cache=run.results.parent / ".features"))
+    return metric.through(network, prefix, network.features(seen, cache=HOME / "results" / ".features"))
 
 
 # %%
@@ -255,6 +257,16 @@ if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
     note = f"No training image was like the {out.sum()} test images of the held-out clusters; notebook 07 compares with the plain run, pair by pair."
     tables.append({"title": "Held-out clusters", "note": note, "rows": rows})
 
+# %% [markdown]
+# Where several models voted (notebook 03_vote): the vote beside the single models, the mean of their latents, and the oracle, which takes the best voter of each
+# image by the very score of its line.
+
+# %%
+if "voters" in of:
+    several = worth(each, {m.name: m.better for m in chosen}, of["voters"].split(","), of["best_voter"], seed)
+    tables.append({"title": "What the vote is worth", "note": verdict(several), "rows": voting_table(several)})
+    print(verdict(several))
+
 # %%
 def lines_of(title):
     """The table of that title, or a sentence."""
@@ -265,6 +277,9 @@ lines_of("Fewer repeats of the test images")
 
 # %%
 lines_of("Other decoders on the same images")
+
+# %%
+lines_of("What the vote is worth")
 
 # %%
 lines_of("By distance to the nearest training image")
@@ -298,6 +313,8 @@ def choices():
     """The selection log: what was chosen, and on which data."""
     if not ours:
         return [{"what": "everything", "chosen": "not known: the reconstructions were made elsewhere", "split": "unknown"}]
+    if "choices" in of:
+        return json.loads(of["choices"])
     told = {name: entry["value"] for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()}
     epoch = {"what": "epoch", "chosen": told["checkpoint"], "split": "val" if told["checkpoint"] == "best" else "none: the last epoch is taken"}
     samples = told["recons_per_sample"]

@@ -24,7 +24,7 @@ from src.utils import PerceptError, read_json
 COLUMNS = ["run", "row", "metric", "value", "low", "high", "n", "protocol", "test_set", "better"]  # of comparison.csv
 BLOCK = 6  # metrics side by side in a table
 BESIDE = ("autoencoder",)  # a row that no brain takes part in: the low level's own ceiling
-TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_basic_autoencoder")  # the stage that tells what a run was trained with; the first there is
+TRAININGS = ("02_train_roi_models", "01_train_high_level", "01_train_combined", "02_train_basic_autoencoder")  # tells of a run's training; the first there is
 HELD_OUT = "+cluster-held-out"  # what the protocol of such a run ends in
 
 

@@ -52,6 +52,11 @@ REPEATS = ("random", "batch", "mean", "all", "each")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
 HELD_OUT = 0.25  # share of the clusters, and about that of the images, that a cluster-held-out training is not given
+ROI_SETS = {  # of the 2023 ROI project, by the names that its tables use (there 1, 2 and 3; "-" is no selection)
+    "set1": ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4", "FFA-1", "FFA-2", "PPA"),
+    "set2": ("EBA", "FBA-1", "FBA-2", "mTL-bodies", "OFA", "FFA-1", "FFA-2", "mTL-faces", "aTL-faces", "OPA", "PPA", "RSC"),
+    "set3": ("early", "midventral", "midlateral", "midparietal", "ventral", "lateral", "parietal"),
+}
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
 
 
@@ -673,29 +678,63 @@ class Subject:
         return self.clusters["held_out"].to_numpy()[_positions(stored, np.argsort(stored), ids, "the table of clusters")]
 
     def columns_of(self, rois: str) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Voxels of regions, by the Boolean columns of `voxels`.
+        """Voxels of a set of regions, by the Boolean columns of `voxels`.
 
         Args:
-            rois: names separated by commas, e.g. "V1v,V1d,hV4"; a voxel of several of them counts once.
+            rois: terms separated by commas, e.g. "V1v,V1d,hV4": a region; a published set of ROI_SETS ("set1"); "-" for all voxels; "!V1" for all
+                but these, or, beside other terms, for those without these. A voxel of several regions counts once.
 
         Returns:
-            Columns of the betas, ascending, int64 (selected,), and the names that were found, as they were given.
+            Columns of the betas, ascending, int64 (selected,), and the terms that were found, in their order, sets as their regions.
 
         Raises:
-            PerceptError: if none of the regions is there.
+            PerceptError: if none of the regions is there, or none of those to leave out, or no voxel is left.
 
         Warns:
             UserWarning: naming the regions that are not there, or have no voxel; the others are taken.
         """
-        wanted = tuple(dict.fromkeys(name.strip() for name in rois.split(",") if name.strip()))
+        terms = dict.fromkeys(region for term in rois.split(",") if term.strip() for region in ROI_SETS.get(term.strip(), (term.strip(),)))
         known = [str(name) for name in self.voxels.select_dtypes("bool").columns if self.voxels[name].any()]
-        found, missing = (tuple(name for name in wanted if (name in known) is there) for there in (True, False))
+        found, missing = (tuple(term for term in terms if (term.removeprefix("!") in [*known, "-"]) is there) for there in (True, False))
         where = f"Subject {self.subj} of {self.folder.name}"
-        if not found:
+        out = [term[1:] for term in found if term.startswith("!")]
+        taken = [term for term in found if not term.startswith("!")]
+        asked = [any(term.startswith("!") is left_out for term in terms) for left_out in (False, True)]
+        if asked[0] > bool(taken) or asked[1] > bool(out) or not found:
             raise PerceptError(f"{where} has none of the regions '{rois}': it has {', '.join(known) or 'no named region'}.")
         if missing:
-            warnings.warn(f"{where} has no region {', '.join(missing)}: {', '.join(found)} alone are taken.", stacklevel=2)
-        return np.flatnonzero(self.voxels[list(found)].any(axis=1).to_numpy()).astype(np.int64), found
+            warnings.warn(f"{where} has no region {', '.join(term.removeprefix('!') for term in missing)}: '{','.join(found)}' is what is taken.", stacklevel=2)
+        everything = not taken or "-" in taken
+        chosen = np.ones(len(self.voxels), bool) if everything else self.voxels[taken].any(axis=1).to_numpy()
+        columns = np.flatnonzero(chosen & ~self.voxels[out].any(axis=1).to_numpy() if out else chosen)
+        if not len(columns):
+            raise PerceptError(f"{where} has no voxel in '{rois}': every one of them is left out again.")
+        return columns.astype(np.int64), found
+
+    def bagged(self, share: float, seed: int) -> Subject:
+        """This subject with a share of its training images, drawn by seed; the others of them become the validation images, and the prepared
+        validation images are excluded, so that models with different bags have these and the test images in common, which none of them saw.
+
+        Args:
+            share: of the training images that stay, between 0 and 1; 1 leaves the subject as it is.
+            seed: of the draw.
+
+        Raises:
+            PerceptError: for a share that leaves one side empty.
+
+        Source: the 2023 ROI project, which splits all its images 70 / 30 by a seed a model.
+        """
+        ids, made = self.image_ids("train"), copy.copy(self)
+        if share == 1.0:
+            return made
+        kept = round(share * len(ids))
+        if not 0 < kept < len(ids):
+            raise PerceptError(f"A share of {share} of {len(ids)} training images leaves nothing to train on or nothing to validate on: choose one between 0 and 1.")
+        drawn = np.random.default_rng(seed).permutation(ids)[:kept]
+        ours, theirs = self._within("train"), self._within("val")
+        out_of_bag = ours & ~self.trials["image"].isin(drawn)
+        made.trials = self.trials.assign(split=self.trials["split"].mask(theirs, "exclude").mask(out_of_bag, "val"))
+        return made
 
     def limited(self, n_train: int, seed: int = 42) -> Subject:
         """This subject with at most n_train training images, drawn by seed; the trials of the others are excluded.
@@ -863,6 +902,7 @@ class Normaliser:
         columns: int64 (selected,), the voxels that are taken, or None for all.
         rois: names of the regions that these are of.
         n_voxels: voxels of the rows that `apply` is given; needed with `columns`.
+        masked: `apply` gives all voxels, those that are not taken as 0, instead of the selected ones.
     """
 
     def __init__(
@@ -874,17 +914,22 @@ class Normaliser:
         columns: np.ndarray | None = None,
         rois: tuple[str, ...] = (),
         n_voxels: int = 0,
+        masked: bool = False,
     ):
         self.mean, self.std, self.sessions, self.components = mean, std, sessions, components
-        self.columns, self.rois, self.n_voxels = columns, rois, n_voxels or mean.shape[1]
+        self.columns, self.rois, self.n_voxels, self.masked = columns, rois, n_voxels or mean.shape[1], masked
 
     @property
     def width(self) -> int:
-        """Columns that `apply` gives: voxels (the selected ones) or components."""
+        """Columns that `apply` gives: voxels (the selected ones; all if masked) or components."""
+        if self.masked:
+            return self.n_voxels
         return self.mean.shape[1] if self.components is None else self.components.shape[1]
 
     @classmethod
-    def fit(cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42, rois: str = "") -> Normaliser:
+    def fit(
+        cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42, rois: str = "", masked: bool = False
+    ) -> Normaliser:
         """Fit on trials of split train only, in float64 (the components in float32).
 
         Args:
@@ -892,10 +937,11 @@ class Normaliser:
             by_session: z-score each session by itself.
             n_components: number of principal components (of the selected voxels), 0 for the voxels themselves.
             seed: of the randomised search for components.
-            rois: regions whose voxels are taken, names separated by commas as for `Subject.columns_of`, "" for all voxels.
+            rois: regions whose voxels are taken, as for `Subject.columns_of`, "" or "-" for all voxels.
+            masked: keep all voxels, those of no such region as 0 (the published form of the ROI project), instead of the selected ones alone.
 
         Raises:
-            PerceptError: if there are fewer than two training trials, or fewer dimensions in them than components are asked
+            PerceptError: for components of a masked selection, if there are fewer than two training trials, or fewer dimensions in them than components are asked
                 for, or none of the regions.
 
         Warns:
@@ -903,7 +949,9 @@ class Normaliser:
                 sessions; with the number of voxels that are constant in some session, which become 0. Also as
                 `Subject.columns_of`.
         """
-        columns, found = subject.columns_of(rois) if rois.strip() else (None, ())
+        if masked and n_components:
+            raise PerceptError("Components are made of the selected voxels: leave masked at False, or n_components at 0.")
+        columns, found = subject.columns_of(rois) if rois.strip() not in ("", "-") else (None, ())
         trials = subject.trials
         train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
         if not train.any():
@@ -931,7 +979,7 @@ class Normaliser:
                 stacklevel=2,
             )
         std[constant] = 1.0
-        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions, None, columns, found, subject.betas.shape[1])
+        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions, None, columns, found, subject.betas.shape[1], masked and columns is not None)
         if n_components:
             made.components = _components(subject, made, n_components, seed)
         return made
@@ -944,7 +992,7 @@ class Normaliser:
             sessions: (trials,) the session of each.
 
         Returns:
-            float32 (trials, selected) or (trials, components).
+            float32 (trials, selected), (trials, components), or (trials, voxels) if masked.
 
         Raises:
             PerceptError: if the number of voxels is another one than that of the fit, or a session was not
@@ -970,6 +1018,10 @@ class Normaliser:
         for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
             mine = row == r
             out[mine] = (out[mine] - self.mean[r]) / self.std[r]
+        if self.masked:
+            whole = np.zeros((len(out), self.n_voxels), np.float32)
+            whole[:, self.columns] = out
+            return whole
         return out if self.components is None else out @ self.components
 
     def save(self, path: str | Path) -> None:
@@ -982,7 +1034,8 @@ class Normaliser:
         if self.columns is not None:
             tensors["columns"] = np.asarray(self.columns, np.int64)
         with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"rois": ",".join(self.rois), "n_voxels": str(self.n_voxels)})
+            told = {"rois": ",".join(self.rois), "n_voxels": str(self.n_voxels), "masked": "yes" if self.masked else ""}
+            save_file(tensors, temporary, metadata=told)
 
     @classmethod
     def load(cls, path: str | Path) -> Normaliser:
@@ -1003,7 +1056,7 @@ class Normaliser:
             raise PerceptError(f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser.")
         rois = tuple(name for name in told.get("rois", "").split(",") if name)
         sessions, components, columns = (tensors.get(name) for name in ("sessions", "components", "columns"))
-        return cls(tensors["mean"], tensors["std"], sessions, components, columns, rois, int(told.get("n_voxels", 0)))
+        return cls(tensors["mean"], tensors["std"], sessions, components, columns, rois, int(told.get("n_voxels", 0)), bool(told.get("masked")))
 
 
 def _moments(betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -1333,6 +1386,39 @@ class Targets:
             mine = place[:, 0] == number
             out[mine] = _gather(self._maps[number], place[mine, 1])
         return out
+
+
+class LatentFile:
+    """Latents of images that somebody else computed, a row an image, memory-mapped: `fMRI_VAE.npy` of the course's NSD subset, for instance.
+
+    Args:
+        path: .npy of floats (images, channels, h, w) or (images, 1, channels, h, w), already scaled; row i is of the image with id i.
+        shape: (channels, h, w) that is expected.
+
+    Raises:
+        PerceptError: if the file is missing, is no such array, or is of latents of another shape.
+    """
+
+    def __init__(self, path: str | Path, shape: tuple[int, ...]):
+        self.path, self.shape = Path(path), tuple(shape)
+        try:
+            self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise PerceptError(f"{path} is no array of latents that can be read ({error}): give the .npy file, or leave latents_file empty.") from None
+        if self._array.dtype.kind != "f" or self._array.shape[1:] not in (self.shape, (1, *self.shape)):
+            expected = f"floats (images, {', '.join(map(str, self.shape))})"
+            raise PerceptError(f"{path} holds {self._array.dtype} {self._array.shape}, not {expected}: it is of another autoencoder or of something else.")
+
+    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+        """Raise PerceptError if the latent of one of these images is missing."""
+        beyond = np.asarray(image_ids)[(np.asarray(image_ids) < 0) | (np.asarray(image_ids) >= len(self._array))]
+        if len(beyond):
+            raise PerceptError(f"{self.path} has {len(self._array)} rows, none for image {beyond[0]}: its rows have to be the images 0, 1, 2 and so on.")
+
+    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Latents by image id, (n, channels, h, w)."""
+        self.check(image_ids)
+        return np.asarray(self._array[np.asarray(image_ids, np.int64)]).reshape(-1, *self.shape)
 
 
 class Views:

@@ -221,7 +221,8 @@ def _nsd(
     anatomical: bool = False,
 ) -> list[Want]:
     """`rois`: names, separated by commas; `num_sessions`: 0 for all; `beta_format`: hdf5 or nii.gz; `anatomical`: the ROIs on the anatomical
-    grid with the transformation to the functional one, too."""
+    grid with the transformation to the functional one, too. With a localiser's ROIs (floc-...) comes the table of their names, which the
+    reader knows of the other files by itself."""
     if beta_format not in ("hdf5", "nii.gz"):
         raise PerceptError(f"beta_format is '{beta_format}': choose hdf5 or nii.gz.")
     own, names = f"nsddata/ppdata/subj{subj:02d}", [name.strip() for name in rois.split(",") if name.strip()]
@@ -229,6 +230,7 @@ def _nsd(
     sessions = [Want(f"session {n}", betas, re.escape(f"{betas}/betas_session{n:02d}.{beta_format}")) for n in range(1, num_sessions + 1)]
     sessions = sessions or [Want(f"betas of subject {subj} as {beta_format}", betas, rf"{betas}/betas_session\d\d\.{re.escape(beta_format)}")]
     single = [f"{own}/{space}/roi/{roi}.nii.gz" for roi in names]
+    single += [f"nsddata/freesurfer/subj{subj:02d}/label/{roi}.mgz.ctab" for roi in names if roi.startswith("floc-")]
     single += [f"{own}/anat/roi/{roi}.nii.gz" for roi in names if anatomical]
     single += [f"{own}/transforms/anat0pt8-to-{space.removesuffix('mm')}.nii.gz"] if anatomical else []
     single += [f"{betas}/ncsnr.nii.gz", "nsddata/experiments/nsd/nsd_expdesign.mat", f"{own}/behav/responses.tsv", "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]
@@ -303,6 +305,7 @@ BUNDLES: dict[str, Bundle] = {
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", _SD_TERMS, "vae", "unet", "scheduler", "text_encoder", "tokenizer"
     ),
     "stable_diffusion_vae": _frozen("Stable Diffusion 1.5's VAE", "stable-diffusion-v1-5/stable-diffusion-v1-5", _SD_TERMS, "vae"),
+    "blip": _frozen("BLIP, which writes captions", "Salesforce/blip-image-captioning-large", "BLIP's weights are Salesforce's: see its page on the hub for the licence."),
 }  # fmt: skip
 
 # The names on the left are those of --only.
@@ -315,6 +318,7 @@ RECIPES_NEED: dict[str, dict[str, str]] = {
     },
     "combined": {"shards": "mindeye_early", "laion_prior": "laion_prior", "clip": "clip", "image_variation": "image_variation"},
     "basic_ae": {"nsd": "nsd", "vae": "stable_diffusion_vae"},
+    "roi_voting": {"nsd": "nsd", "clip": "clip", "blip": "blip", "stable_diffusion": "stable_diffusion"},
     "mindeye2_small": {"data": "mindeye2", "clip": "clip-ViT-B-32"},
 }  # fmt: skip
 # Where a recipe takes something else than a bundle's defaults.
@@ -322,6 +326,7 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
     "mindeye": {"names": "prior_257,autoencoder"},
     "mindeye_retrieval": {"names": "prior_1x768"},
     "basic_ae": {"rois": "prf-visualrois", "beta_format": "nii.gz"},
+    "roi_voting": {"rois": "nsdgeneral,prf-visualrois,floc-faces,floc-bodies,floc-places,floc-words,streams"},
 }
 
 

@@ -39,6 +39,7 @@ from src.losses import combined_loss, info_nce, soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
 from src.reconstruct import basic_config, build_decoder, combined_config, high_level_config, low_level_config
 from src.utils import HOME, PerceptError, mixed_precision, read_recipe, recipe_files, resolve, to_device
+from src.voting import VOTES, voters_of
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
 NSD_VOLUME = (81, 104, 83)  # of subject 1
@@ -216,7 +217,7 @@ def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, fro
 
 # ------------------------------------------------------------------------------------------------ stages
 def _high_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    width = p.get("n_components") or s.voxels
+    width = p.get("n_components") or _of_rois(p) or s.voxels
     config = high_level_config(p, width, s.tokens, s.dim)
 
     def loss(model: nn.Module) -> Tensor:
@@ -269,7 +270,7 @@ def _combined(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str,
 
 
 def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    width = p.get("n_components") or s.voxels
+    width = p.get("n_components") or _of_rois(p) or s.voxels
     config = low_level_config(p, width)
 
     def loss(model: nn.Module) -> Tensor:
@@ -310,9 +311,27 @@ def _basic(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, fl
     return counts, memory | {"mapped data": s.betas + s.image * s.train_images + cached}, {"cached targets": cached}
 
 
+def _roi_models(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    counts: dict[str, int] = {}
+    memory: dict[str, float] = {}
+    for voter in voters_of(p["voters"], p["rois"], p["bag_seeds"], p["batch_sizes"], p["seed"]):
+        width = s.voxels if p["masked"] else _of_rois(dict(p) | {"rois": voter.rois}) or s.voxels
+        config = low_level_config(dict(p) | {"latent_size": s.latent[1], "use_cont": False}, width)
+
+        def loss(model: nn.Module, n: int = voter.batch_size, width: int = width) -> Tensor:
+            return model(torch.zeros(n, width)).abs().mean()
+
+        needed = training_memory(lambda config=config: build_decoder(config), loss, p["precision"])  # type: ignore[misc]
+        memory = max(memory, needed, key=lambda parts: sum(parts.values()))  # one after the other
+        with torch.device("meta"):
+            counts[f"voter {voter.name}"] = sum(q.numel() for q in build_decoder(config).parameters())
+    cached = 0.0 if p["latents_file"] else 2.0 * math.prod(s.latent) * s.all_images
+    return counts, memory | {"frozen models": s.frozen["autoencoder"], "mapped data": s.betas + cached}, {"cached targets": cached}
+
+
 def _of_rois(p: Mapping[str, Any]) -> int:
     """Voxels of the regions that are asked for, 0 where none are or the data are not there yet."""
-    if not p.get("rois") or not subject_folder(p["dataset"], p["subj"]).exists():
+    if p.get("rois", "").strip() in ("", "-") or ";" in p["rois"] or not subject_folder(p["dataset"], p["subj"]).exists():
         return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the training names the regions that are missing
@@ -334,11 +353,19 @@ def _reconstruct(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[s
     return {}, {}, disk
 
 
+def _vote(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    n, voters = (p["image_to"] or s.test_images) - p["image_from"], max(1, p["voters"].count(",") + 1)
+    made = 2.0 * 3 * (8 * s.latent[1]) ** 2 if p["weights"] == "hub" else 2.0 * s.image  # bytes of a picture in half precision
+    rows = voters + len(VOTES) + 5 + (p["decoder"] == "both") + p["untrained"]  # and oracle, latent mean, ceiling, two low-level rows
+    return {}, {}, {"pictures": n * (rows * made + 3 * 2.0 * s.image)}
+
+
 STAGES = {
     "00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "02_train_basic_autoencoder": _basic,
     "01_train_combined": _combined, "03_reconstruct": _reconstruct,
+    "02_train_roi_models": _roi_models, "03_vote": _vote,
 }  # fmt: skip
-TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_autoencoder", "02_train_basic_autoencoder")
+TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_autoencoder", "02_train_basic_autoencoder", "02_train_roi_models")
 
 
 def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
@@ -355,7 +382,7 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     found = sizes(parameters)
     counts, memory, disk = STAGES[stage](parameters, found)
     if counts:
-        width = parameters.get("n_components") or found.voxels
+        width = parameters.get("n_components") or _of_rois(parameters) or found.voxels
         fitting = 4.0 * found.train_trials * (found.voxels + 2 * width) if parameters.get("n_components") else 0.0  # over before there is a network
         others = sum(size for name, size in memory.items() if name != "mapped data")
         memory = {"interpreter and libraries": base} | memory | {"finding components, beyond that": max(0.0, fitting - others)}
@@ -385,6 +412,7 @@ def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
     return {
         "01_train_high_level": [clip], "01_train_combined": [clip] + ["image_variation"] * bool(p.get("n_samples_save")),
         "02_train_autoencoder": ["versatile_diffusion"], "02_train_basic_autoencoder": ["stable_diffusion"], "03_reconstruct": last,
+        "02_train_roi_models": ["stable_diffusion"], "03_vote": ["clip", "stable_diffusion"] + ["blip"] * (p.get("strength", 0) > 0),
     }.get(stage, [])  # fmt: skip
 
 

@@ -25,7 +25,9 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from nibabel import Nifti1Image
 from PIL import Image
 
 from src.utils import PerceptError, atomic
@@ -832,6 +834,55 @@ def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200)
 
 
 @_styled
+def roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
+    """Which share of each region's voxels each model is given: a column chosen by mistake shows at once.
+
+    Args:
+        voxels: one row a voxel, with Boolean columns of regions.
+        sets: by name of the model the positions of its voxels (selected,), or None for all of them.
+    """
+    regions = [str(name) for name in voxels.select_dtypes("bool").columns if voxels[name].any()]
+    groups = {"all voxels": np.ones(len(voxels), bool), **{name: voxels[name].to_numpy(bool) for name in regions}}
+    chosen = {name: np.isin(np.arange(len(voxels)), columns) if columns is not None else np.ones(len(voxels), bool) for name, columns in sets.items()}
+    share = np.array([[mine[member].mean() for member in groups.values()] for mine in chosen.values()])
+    fig, ax = plt.subplots(figsize=(1.6 + 0.62 * len(groups), 0.9 + 0.42 * len(sets)), layout="constrained")
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(share):
+        ax.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else INK)
+    ax.set_xticks(range(len(groups)), [f"{name}\n{member.sum():,}" for name, member in groups.items()], fontsize=8, rotation=40 if len(groups) > 14 else 0)
+    ax.set_yticks(range(len(sets)), list(sets))
+    ax.set_title("share of each region's voxels that a model is given")
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return fig
+
+
+def vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) -> np.ndarray:
+    """One image as a strip: what was seen, what was chosen, a gap, and the candidates.
+
+    Args:
+        seen: (3, height, width) in [0, 1].
+        chosen: (3, height, width) in [0, 1].
+        candidates: (voters, 3, height, width) in [0, 1].
+        tile: pixels a side of each picture.
+
+    Returns:
+        uint8 (height, width, 3): white, the pictures 20 pixels apart, 80 before the candidates.
+
+    Source: the 2023 ROI project (3272 x 552 for four candidates of 512 pixels).
+    """
+    border, gap = 20, 60
+    first = torch.stack([torch.as_tensor(picture).float() for picture in (seen, chosen)])
+    pictures = [*_tiles(first, tile, "bicubic"), *_tiles(candidates, tile, "bicubic")]
+    sheet = np.full((tile + 2 * border, len(pictures) * (tile + border) + border + gap, 3), 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        left = border + place * (tile + border) + (gap if place > 1 else 0)
+        sheet[border : border + tile, left : left + tile] = picture
+    return sheet
+
+
+@_styled
 def roi_figure(
     voxels: pd.DataFrame, ceiling: str = "noise_ceiling", rois: Sequence[str] | None = None
 ) -> Figure:
@@ -877,3 +928,318 @@ def _cells(ax: Any, y: float, texts: tuple[str, str, str], **look: Any) -> None:
     for x, text, side in zip((-0.52, -0.16, -0.03), texts, ("left", "right", "right"), strict=True):
         weight = "bold" if side == "left" else "normal"
         ax.text(x, y, text, transform=ax.transAxes, ha=side, fontweight=weight, **look)
+
+
+# ------------------------------------------------------------------------------------------------ sweeps
+def _levels(names: Sequence[str]) -> dict[str, str]:
+    """Colour of each level, in order; past the eighth they begin again, and places tell them apart."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+@_styled
+def sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
+    """Training and validation loss by epoch of all runs of a sweep, a row a kind of model: thin lines a run, thick ones the mean of a level.
+
+    Args:
+        histories: [label, kind, model, epoch, train/loss, val/loss, `factor`].
+        factor: column whose levels have colours.
+    """
+    shown = [column for column in ("train/loss", "val/loss") if column in histories and histories[column].notna().any()]
+    if not shown:
+        raise PerceptError("The histories have no column train/loss or val/loss to draw.")
+    kinds, colours = list(dict.fromkeys(histories["kind"])), _levels(list(dict.fromkeys(histories[factor])))
+    fig, axes = plt.subplots(len(kinds), len(shown), figsize=(8.8, 0.6 + 2.7 * len(kinds)), squeeze=False)
+    tall = fig.get_figheight()
+    fig.subplots_adjust(left=0.08, right=0.98, top=1 - 0.72 / tall, bottom=0.5 / tall, hspace=0.55, wspace=0.16)
+    for row, kind in zip(axes, kinds, strict=True):
+        for ax, column in zip(row, shown, strict=True):
+            mine = histories[(histories["kind"] == kind) & histories[column].notna()]
+            for (_, _, level), part in mine.groupby(["label", "model", factor], sort=False):
+                ax.plot(part["epoch"], part[column], color=colours[level], lw=0.7, alpha=0.4)
+            for i, (level, part) in enumerate(mine.groupby(factor, sort=False)):
+                mean = part.groupby("epoch")[column].mean()
+                ax.plot(mean.index, mean, color=colours[level], lw=2.4, ls=["-", "--", "-.", ":"][i % 4], zorder=4)
+            words = {"train/loss": "training loss", "val/loss": "validation loss"}[column]
+            ax.set(title=words + (f" ({kind.replace('_', ' ')})" if len(kinds) > 1 else ""), xlabel="epoch")
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            ax.grid(axis="y")
+    handles = [Line2D([], [], color=colour, lw=2.4, ls=["-", "--", "-.", ":"][i % 4], label=level) for i, (level, colour) in enumerate(colours.items())]
+    fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1 - 0.02 / tall), ncols=min(6, len(handles)), fontsize=8, handlelength=3.2)
+    return fig
+
+
+@_styled
+def sweep_look(panels: Sequence[dict[str, Any]], factor: str, second: str = "", title: str = "", gaps: Sequence[Any] = ()) -> Figure:
+    """Which level of a factor is best, and whether by more than the luck of a seed: a panel a score, the first the one that decides.
+
+    Small marks are runs (their shape the second factor), the large dot is the mean of a level with its 95 % interval over seeds; the bar at the right is as
+    long as two standard deviations over seeds. Up is better everywhere. Floor and ceiling are shaded or drawn where they are near enough to be seen.
+    The second panel shows what the others lack to the best level of the first, paired: an interval that is clear of the line is more than the luck of a seed.
+
+    Args:
+        panels: one dict a score: name; better ("higher" or "lower"); runs, a table [factor, value] and the column `second` if there is one; levels, that
+            of `sweep.level_table`; sd, of a level's mean over seeds (NaN with one seed); floor and ceiling where known, as (value, what it is).
+        factor: column of the levels.
+        second: column that the shape of the marks stands for, "" for none.
+        title: the verdict.
+        gaps: of `sweep.gaps_to_best`, in the score of the first panel; none where no level is named the best.
+    """
+    if not panels:
+        raise PerceptError("There are no scores of the sweep to draw.")
+    levels = list(panels[0]["levels"][factor])
+    kinds = list(dict.fromkeys(panels[0]["runs"][second])) if second else [""]
+    second = second if len(kinds) > 1 else ""
+    slant, count = max(map(len, levels)) * len(levels) > 26, len(panels) + bool(gaps)
+    wide = max(2.9, 0.22 * len(levels) + 1.1)
+    width = max(8.2, wide * count + 0.4)
+    lines = _wrapped(title, int(width * 11.5))
+    head = 0.6 + 0.19 * (lines.count("\n") + 1)
+    fig, axes = plt.subplots(1, count, figsize=(width, 3.5 + head), squeeze=False)
+    tall, order = fig.get_figheight(), list(axes[0])
+    under = 0.42 + (0.062 * max(map(len, levels)) if slant else 0.0)
+    fig.subplots_adjust(left=0.65 / width, right=1 - 0.1 / width, top=1 - (head + 0.42) / tall, bottom=under / tall, wspace=0.72 / wide)
+    if gaps:
+        _behind(order.pop(1), gaps, levels, panels[0])
+    for ax, panel in zip(order, panels, strict=True):
+        _look(ax, panel, factor, second, levels, kinds if second else [""])
+    for ax in axes[0]:
+        ax.set_xticks(range(len(levels)), levels, fontsize=8, rotation=40 if slant else 0, ha="right" if slant else "center", rotation_mode="anchor")
+    handles = [Line2D([], [], color=SOFT, marker="o", ms=8, lw=2.5, label="mean, 95 % over seeds"), Line2D([], [], color=INK, lw=5, alpha=0.45, label="2 sd of seeds")]
+    handles += [Line2D([], [], color=SOFT, marker=MARKERS[i % 8], ls="none", ms=4.5, mfc="none", label=f"{second} {kind}") for i, kind in enumerate(kinds) if second]
+    y = 1 - (head - 0.33) / tall
+    fig.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.3 / width, y), ncols=6, fontsize=8, columnspacing=1.6, handletextpad=0.9)
+    fig.text(0.14 / width, 1 - 0.09 / tall, lines, va="top", fontweight="bold", fontsize=10)
+    return fig
+
+
+def _behind(ax: Any, gaps: Sequence[Any], levels: Sequence[str], panel: dict[str, Any]) -> None:
+    """The panel of `sweep_look` that decides: paired differences to the best level, and the spread of the seeds as a band around none."""
+    colours = _levels(levels)
+    if np.isfinite(panel["sd"]):
+        ax.axhspan(-panel["sd"], panel["sd"], color=INK, alpha=0.12, lw=0, zorder=0)
+    ax.axhline(0, color=INK, lw=1)
+    ax.plot(levels.index(gaps[0].best), 0, marker="*", ms=13, color=colours[gaps[0].best], mec="white", zorder=5)
+    for gap in gaps:
+        x = levels.index(gap.other)
+        ax.plot([x, x], [gap.low, gap.high], color=colours[gap.other], lw=2.5, solid_capstyle="butt", zorder=4)
+        ax.plot(x, gap.value, marker="o", ms=6, color=colours[gap.other] if gap.clear else "white", mec="white" if gap.clear else colours[gap.other], mew=1.4, zorder=5)
+    ax.set(xlim=(-0.5, len(levels) - 0.5))
+    ax.invert_yaxis()
+    ax.set_title(f"behind {gaps[0].best}, paired\n(band: ± sd of seeds)", fontsize=9)
+    ax.tick_params(axis="both", labelsize=8, length=2)
+    ax.grid(axis="y")
+
+
+def _look(ax: Any, panel: dict[str, Any], factor: str, second: str, levels: Sequence[str], kinds: Sequence[str]) -> None:
+    """One panel of `sweep_look`."""
+    colours, table = _levels(levels), panel["levels"].set_index(factor)
+    for level, part in panel["runs"].groupby(factor, sort=False):
+        x = levels.index(str(level))
+        for i, kind in enumerate(kinds):
+            mine = part[part[second] == kind] if second else part
+            at = x - 0.24 + 0.2 * (i / max(1, len(kinds) - 1)) + np.linspace(-0.02, 0.02, len(mine))
+            ax.plot(at, mine["value"], color=colours[str(level)], marker=MARKERS[i % 8], ls="none", ms=4.5, mfc="none", mew=1, alpha=0.85)
+    for x, level in enumerate(levels):
+        if level in table.index:
+            found = table.loc[level]
+            ax.plot([x + 0.2] * 2, [found["low"], found["high"]], color=colours[level], lw=2.5, solid_capstyle="butt", zorder=4)
+            ax.plot(x + 0.2, found["value"], marker="o", ms=8, color=colours[level], mec="white", mew=1, zorder=5)
+    ends = [*panel["runs"]["value"], *table[["low", "high"]].stack().dropna()]
+    low, high = min(ends), max(ends)
+    span = (high - low) or abs(high) * 0.1 or 1.0
+    for key, look in (("floor", {"color": SOFT, "ls": ":"}), ("ceiling", {"color": "#7A5195", "ls": "-"})):
+        value, words = panel.get(key) or (np.nan, "")
+        if low - 1.5 * span <= value <= high + 1.5 * span:
+            low, high = min(low, value), max(high, value)
+            worse = (-1e9 if panel["better"] == "higher" else 1e9) if key == "floor" else value
+            ax.axhspan(value, worse, color=SOFT, alpha=0.13, lw=0, zorder=0)
+            ax.axhline(value, lw=1.1, zorder=1, **look)
+            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (0, -9 if key == "floor" else 2)}
+            ax.annotate(words, (0.01, value), fontsize=7.5, color=look["color"], **place)
+    span = high - low or span
+    limits = (low - 0.08 * span, high + 0.08 * span)
+    if np.isfinite(panel["sd"]) and panel["sd"] > 0:
+        middle = table["value"].mean()
+        ax.plot([len(levels) - 0.42] * 2, [middle - panel["sd"], middle + panel["sd"]], color=INK, lw=5, alpha=0.45, solid_capstyle="butt", zorder=3)
+    ax.set(xlim=(-0.5, len(levels) - 0.3), ylim=limits if panel["better"] == "higher" else limits[::-1])
+    _titled(ax, panel["name"], panel["better"])
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y")
+
+
+@_styled
+def region_curves(table: pd.DataFrame) -> Figure:
+    """Scores from each region alone and from all voxels but it, between those of all voxels and the shuffled floor; a panel a score, up is better.
+
+    Args:
+        table: that of `sweep.region_table`.
+    """
+    if table.empty:
+        raise PerceptError("There are no regions, alone and left out, to draw.")
+    metrics, regions = list(dict.fromkeys(table["metric"])), [region for region in dict.fromkeys(table["region"]) if region]
+    fig, axes = plt.subplots(1, len(metrics), figsize=(max(8.2, (0.28 * len(regions) + 1.3) * len(metrics)), 3.9), squeeze=False)
+    fig.subplots_adjust(left=0.65 / fig.get_figwidth(), right=0.985, top=0.79, bottom=0.17, wspace=0.24)
+    looks = {"alone": (COLOURS[0], "o", "-"), "left out": (COLOURS[1], "s", "--")}
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        mine = table[table["metric"] == metric]
+        for kind, (colour, marker, line) in looks.items():
+            part = mine[mine["kind"] == kind].set_index("region").reindex(regions)
+            spread = np.abs(part[["low", "high"]].sub(part["value"], axis=0)).fillna(0).to_numpy().T
+            ax.errorbar(range(len(regions)), part["value"], yerr=spread, color=colour, marker=marker, ls=line, ms=6, mec="white", mew=0.8, capsize=2, zorder=4)
+        whole = mine[mine["kind"] == "all"]
+        if len(whole):
+            ax.axhspan(*whole[["low", "high"]].fillna(whole["value"].iloc[0]).iloc[0], color=INK, alpha=0.12, lw=0)
+            ax.axhline(whole["value"].iloc[0], color=INK, lw=1.3)
+        if mine["shuffled"].notna().any():
+            ax.axhline(mine["shuffled"].mean(), color=SOFT, lw=1.3, ls=":")
+        _titled(ax, metric, mine["better"].iloc[0])
+        if mine["better"].iloc[0] == "lower":
+            ax.invert_yaxis()
+        ax.set_xticks(range(len(regions)), regions, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
+        ax.grid(axis="y")
+    words = {"alone": "the region alone", "left out": "all voxels but the region"}
+    handles = [Line2D([], [], color=c, marker=m, ls=line, ms=6, label=words[kind]) for kind, (c, m, line) in looks.items()]
+    handles += [Line2D([], [], color=INK, lw=1.3, label="all voxels"), Line2D([], [], color=SOFT, lw=1.3, ls=":", label="shuffled pairing")]
+    fig.legend(handles=handles, loc="upper center", ncols=4, fontsize=8)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------- attribution
+VIEWS = {"from behind": ("x", "z"), "from above": ("x", "y"), "from the right": ("y", "z")}
+AXES = {"x": "left - right (mm)", "y": "back - front (mm)", "z": "down - up (mm)"}
+
+
+@_styled
+def voxel_map(voxels: pd.DataFrame, values: dict[str, Any], rois: Sequence[str] | None = None) -> Figure:
+    """Voxels at their places, seen from three sides, each a dot in the colour of its value; red adds, blue takes away.
+
+    Args:
+        voxels: one row a voxel: x, y, z (mm; right, front and up positive) and Boolean columns of regions.
+        values: by what they are, e.g. "low level": (voxels,), NaN where a voxel was not used: a small grey dot. A row each, with its own symmetric scale.
+        rois: regions whose names are written at their places; every Boolean column by default.
+
+    Raises:
+        PerceptError: without coordinates.
+    """
+    if not {"x", "y", "z"} <= set(voxels):
+        raise PerceptError("These voxels have no x, y and z (mm), so that there is no place to draw them at: look at regions.")
+    rois = list(voxels.select_dtypes("bool").columns) if rois is None else list(rois)
+    spans = {axis: float(np.ptp(voxels[axis])) + 4 for axis in AXES}  # mm, with the margin that a dot needs
+    widths = [spans[across] for across, _ in VIEWS.values()]
+    size = (12, (0.9 + 8.6 * max(spans[up] for _, up in VIEWS.values()) / sum(widths)) * len(values))  # one scale for all views
+    fig, axes = plt.subplots(len(values), len(VIEWS), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
+    for row, (name, each) in zip(axes, values.items(), strict=True):
+        each = np.asarray(each, float)
+        order = np.argsort(np.nan_to_num(np.abs(each), nan=-1.0))  # the strongest on top
+        limit = max(float(np.nanquantile(np.abs(each), 0.99)), 1e-12)
+        for ax, (view, (across, up)) in zip(row, VIEWS.items(), strict=True):
+            x, y = voxels[across].to_numpy(float), voxels[up].to_numpy(float)
+            unused = np.isnan(each)
+            ax.scatter(x[unused], y[unused], s=3, c=FAINT)
+            shown = ax.scatter(x[order], y[order], s=11, c=each[order], cmap="RdBu_r", vmin=-limit, vmax=limit, lw=0.15, edgecolors=SOFT)
+            ax.set(aspect="equal", xlabel=AXES[across], ylabel=AXES[up], title=f"{name}, {view}" if ax is row[0] else view)
+            _name_regions(ax, voxels, rois, across, up)
+        fig.colorbar(shown, ax=row, shrink=0.8, label="mean attribution", extend="both")
+    return fig
+
+
+def _name_regions(ax: Any, voxels: pd.DataFrame, rois: Sequence[str], across: str, up: str) -> None:
+    """Names of regions at the middle of their voxels, in the right hemisphere where both have some; names that would overlap are moved up."""
+    middles = {}
+    for roi in rois:
+        mine = voxels[voxels[roi].to_numpy(bool)]
+        right = mine[mine["x"] > 0]
+        if len(mine):
+            middles[roi] = (right if len(right) else mine)[[across, up]].median().to_numpy(float)
+    wide, high = (0.02 * float(np.ptp(voxels[axis])) for axis in (across, up))
+    placed: list[tuple[float, float, int]] = []
+    for roi, (x, y) in sorted(middles.items(), key=lambda item: item[1][1]):
+        while any(abs(x - u) < 2.4 * wide * max(len(roi), n) / 2 and abs(y - v) < 4 * high for u, v, n in placed):
+            y += high
+        placed.append((x, y, len(roi)))
+        edge = [withStroke(linewidth=2.5, foreground="white")]
+        ax.text(x, y, roi, ha="center", va="center", fontsize=8.5, fontweight="bold", path_effects=edge, zorder=5)
+
+
+@_styled
+def region_bars(table: pd.DataFrame, apart: Sequence[str] = ("early areas", "higher areas")) -> Figure:
+    """What each region is worth: its share of the attribution of both levels, and by how much each score falls when it is permuted.
+
+    Args:
+        table: rows of `attribution.attribution_table` and `importance_table`: [level, measure, score, region, voxels, value, low, high].
+        apart: sets of regions that are permuted jointly, drawn below the others.
+
+    Raises:
+        PerceptError: for a table without such rows.
+    """
+    drops = table[(table["measure"] == "drop") & (table["region"] != "all")]
+    shares = table[table["measure"] == "attribution"]
+    regions = [r for r in dict.fromkeys([*shares["region"], *drops["region"]]) if r not in apart] + [r for r in apart if (drops["region"] == r).any()]
+    scores = [(level, score) for level in ("low_level", "high_level") for score in dict.fromkeys(drops.loc[drops["level"] == level, "score"])]
+    if not regions or not scores:
+        raise PerceptError("There are no drops of regions to draw.")
+    colour = {"low_level": COLOURS[0], "high_level": COLOURS[1]}
+    tall = 1.5 + 0.34 * len(regions)
+    fig, axes = plt.subplots(1, 1 + len(scores), figsize=(2.6 + 1.85 * (1 + len(scores)), tall), sharey=True, layout="constrained")
+    rows = {name: y for y, name in enumerate(regions)}
+    for shift, level in ((-0.2, "low_level"), (0.2, "high_level")):
+        _bars(axes[0], shares[shares["level"] == level], rows, shift, 0.36, colour[level])
+    axes[0].set_title("share of the\nattribution", fontsize=10)
+    axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for ax, (level, score) in zip(axes[1:], scores, strict=True):
+        _bars(ax, drops[(drops["level"] == level) & (drops["score"] == score)], rows, 0.0, 0.66, colour[level])
+        ax.set_title(f"drop in\n{score}", fontsize=10)
+    sizes = table.drop_duplicates("region").set_index("region")["voxels"]
+    axes[0].set_yticks(range(len(regions)), [f"{name}  {int(sizes[name]):,}" for name in regions], fontsize=9)
+    for ax in axes:
+        ax.set_ylim(len(regions) - 0.4, -0.6)
+        ax.axvline(0, color=INK, lw=0.8)
+        ax.tick_params(axis="y", length=0)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        for y in (y - 0.5 for name, y in rows.items() if name in apart[:1]):
+            ax.axhline(y, color=SOFT, lw=0.8, ls=":")
+    handles = [Rectangle((0, 0), 1, 1, color=colour[level], label=label) for level, label in (("low_level", "low level"), ("high_level", "high level"))]
+    told = "region and its voxels; bars with 95 % intervals over images"
+    fig.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=9, title=told, title_fontsize=9, alignment="left")
+    return fig
+
+
+def _bars(ax: Any, mine: pd.DataFrame, rows: dict[str, int], shift: float, height: float, colour: str) -> None:
+    """Horizontal bars of some regions with their intervals."""
+    y = mine["region"].map(rows).to_numpy(float) + shift
+    value, low, high = (mine[name].to_numpy(float) for name in ("value", "low", "high"))
+    ax.barh(y, value, height, color=colour, alpha=0.85)
+    ax.hlines(y, low, high, color=INK, lw=1.3)
+
+
+def glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "") -> Figure:
+    """Values of voxels in a glass brain: the largest along each line of sight, in an outline of the MNI template.
+
+    Where the affine is of a subject's own space, the outline is for orientation only: say so in the title.
+
+    Args:
+        voxels: one row a voxel: its indices i, j, k in the volume.
+        values: (voxels,), NaN where there is none.
+        affine: (4, 4), voxel indices -> mm.
+        title: of the figure.
+
+    Raises:
+        PerceptError: without indices.
+    """
+    if not {"i", "j", "k"} <= set(voxels):
+        raise PerceptError("These voxels have no indices i, j, k into a volume, so that no brain can be drawn: look at the flat chart.")
+    from nilearn.plotting import plot_glass_brain  # takes seconds to import: only where it is used
+
+    at = voxels[["i", "j", "k"]].to_numpy(int)
+    volume = np.zeros(at.max(0) + 2, np.float32)
+    volume[tuple(at.T)] = np.nan_to_num(np.asarray(values, np.float32))
+    limit = max(float(np.nanquantile(np.abs(np.asarray(values, float)), 0.99)), 1e-12)
+    with plt.rc_context(style()):
+        fig = plt.figure(figsize=(10, 4.2))
+        image = Nifti1Image(volume, np.asarray(affine, float))
+        look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "threshold": 1e-3 * limit, "plot_abs": False, "colorbar": True}
+        plot_glass_brain(image, figure=fig, axes=(0.0, 0.0, 0.97, 0.88), display_mode="lyrz", **look)
+        fig.text(0.012, 0.985, title, va="top", fontweight="bold", fontsize=11)
+        fig.canvas.draw()
+    plt.close(fig)
+    return fig

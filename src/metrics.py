@@ -630,12 +630,12 @@ def distance_metric(name: str, embed: Callable[[Any], Any], source: str = _FIELD
     return Metric(name, correlation_distance, "lower", 1.0, _DISTANCE + where, source, embed)
 
 
-def cosine_metric(name: str, embed: Callable[[Any], Any], source: str = "cosine") -> Metric:
-    """Cosine in the features of a frozen network.
+def cosine_metric(name: str, embed: Callable[[Any], Any], source: str = "cosine", where: str = "") -> Metric:
+    """Cosine in the features of a frozen network; far above 0 for unrelated pictures, so read it against its floors.
 
     `embed` maps images (n, 3, height, width) to (n, features...).
     """
-    return Metric(name, cosine, "higher", None, "cosine of the features of seen image and reconstruction", source, embed)
+    return Metric(name, cosine, "higher", None, "cosine of the features of seen image and reconstruction" + where, source, embed)
 
 
 def _field(make: Callable[..., Metric], name: str, network: str, layer: str) -> Metric:
@@ -655,6 +655,7 @@ METRICS: dict[str, Metric] = {
         _field(two_way_metric, "AlexNet(5)", "AlexNet", "fifth convolution"),
         _field(two_way_metric, "InceptionV3", "InceptionV3", "average pool"),
         _field(two_way_metric, "CLIP", "CLIP ViT-L/14", "final embedding"),
+        _field(cosine_metric, "CLIP-cosine", "CLIP ViT-L/14", "final embedding"),
         _field(distance_metric, "EffNet-B1", "EfficientNet-B1", "average pool"),
         _field(distance_metric, "SwAV", "SwAV ResNet-50", "average pool"),
         Metric("pcc", pcc, "higher", 0.0, "correlation of all pixels at their own size", _DIGITS),

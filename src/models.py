@@ -1,6 +1,7 @@
 """Networks that train, under the names and state-dict keys of the published systems.
 
-- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level networks (voxels -> latents), and the ridge baseline.
+- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level networks (voxels -> latents), the ridge baseline,
+  and the map from one frozen model's tokens to another's.
 - Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model. `published_state`
   brings the keys of files that others released to those of today.
 - The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
@@ -26,7 +27,7 @@ from himalaya.ridge import RidgeCV
 from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
-from src.utils import PerceptError
+from src.utils import PerceptError, progress
 
 
 class Network(nn.Module):
@@ -627,6 +628,7 @@ class Voxel2StableDiffusionModel(Network):
         latent_size: height and width of the latent.
         block_out_channels: widths of the upsampler, by default the published ones of the mode.
         latent_channels: channels of the latent.
+        dropout: of the residual blocks; .25 in MindEye, .3 in the ROI project, which has the same network at h = 2048.
 
     Raises:
         PerceptError: for an unknown mode, or widths or a latent size that do not fit it.
@@ -644,6 +646,7 @@ class Voxel2StableDiffusionModel(Network):
         latent_size: int = 64,
         block_out_channels: Sequence[int] | None = None,
         latent_channels: int = 4,
+        dropout: float = 0.25,
     ):
         super().__init__()
         if ups_mode not in UPS_MODES:
@@ -660,7 +663,7 @@ class Voxel2StableDiffusionModel(Network):
             return nn.Sequential(nn.Linear(width_in, h, bias=False), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout))
 
         self.lin0 = block(in_dim, 0.5)
-        self.mlp = nn.ModuleList(block(h, 0.25) for _ in range(n_blocks))
+        self.mlp = nn.ModuleList(block(h, dropout) for _ in range(n_blocks))
         self.lin1 = nn.Linear(h, channels * self.side**2, bias=False)
         self.norm = nn.GroupNorm(1, channels)
         self.upsampler = Decoder(
@@ -834,11 +837,160 @@ def _himalaya_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+# ------------------------------------------------------------------------------------------------ tokens of one frozen model -> another's
+class TokenMap(Network):
+    """Image tokens of one frozen model as another model would give them: a linear map of the class token, and one that all patches share.
+
+    The grid of patches is resampled (bilinear) to that of the other model. Fitted on images alone: no brain data are needed to say with
+    BLIP what tokens of CLIP show, true or predicted ones.
+
+    Args:
+        shape_in: (tokens, dim) of the tokens that are given: the class token, then a square grid of patches row by row.
+        shape_out: (tokens, dim) of those that are wanted.
+
+    Raises:
+        PerceptError: if the patches of either are no square.
+
+    The state dict holds the two maps, `alphas` (class token, patches), the penalties that were chosen, and `r2`, the explained share of the
+    variance on the images by which they were chosen.
+    """
+
+    alphas: Tensor
+    r2: Tensor
+
+    def __init__(self, shape_in: Sequence[int], shape_out: Sequence[int]):
+        super().__init__()
+        self.shape_in, self.shape_out = tuple(shape_in), tuple(shape_out)
+        self.sides = tuple(math.isqrt(max(0, tokens - 1)) for tokens in (shape_in[0], shape_out[0]))
+        for side, (tokens, _) in zip(self.sides, (self.shape_in, self.shape_out), strict=True):
+            if side < 1 or side**2 + 1 != tokens:
+                raise PerceptError(f"{tokens} tokens are not a class token and a square grid of patches: give the tokens of a vision transformer.")
+        self.token, self.patch = (nn.Linear(shape_in[1], shape_out[1]) for _ in range(2))
+        self.register_buffer("alphas", torch.zeros(2))
+        self.register_buffer("r2", torch.zeros(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens, dim) of the one model -> (batch, tokens, dim) of the other."""
+        if tokens.shape[1:] != self.shape_in:
+            raise PerceptError(f"The map reads tokens (batch, {', '.join(map(str, self.shape_in))}) but was given {tuple(tokens.shape)}: use those it was fitted on.")
+        token, patches = self._parts(tokens)
+        return torch.cat([self.token(token), self.patch(patches)], dim=1)
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens (batch, tokens, dim) the class token (batch, 1, dim), and the patches on the grid that is wanted (batch, patches, dim)."""
+        token, patches = tokens[:, :1], tokens[:, 1:]
+        here, there = self.sides
+        if here != there:
+            grid = patches.transpose(1, 2).unflatten(2, (here, here))  # (batch, dim, h, w)
+            patches = F.interpolate(grid, (there, there), mode="bilinear").flatten(2).transpose(1, 2)
+        return token, patches
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        source: Any,
+        target: Any,
+        image_ids: Sequence[int] | np.ndarray | None = None,
+        alphas: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        held_out: float = 0.1,
+        seed: int = 0,
+        batch_size: int = 64,
+        device: str = "cpu",
+    ) -> TokenMap:
+        """Ridge regression in closed form, over all images and places; a block of images is in memory at a time.
+
+        Args:
+            source: tokens to map from, (images, tokens, dim), or an object whose `rows(image_ids)` gives them (`data.Targets`).
+            target: tokens to map to, likewise.
+            image_ids: (images,) training images, none of them twice; needed where `rows` gives the tokens.
+            alphas: candidate penalties, in units of the mean variance of the tokens that are given.
+            held_out: share of these images on which the penalty is chosen; then it is fitted on all of them.
+            seed: of that choice.
+            batch_size: images in a block.
+            device: torch device.
+
+        Returns:
+            The fitted module.
+
+        Raises:
+            PerceptError: if there are too few images, or their tokens are no class token and square grid, or not finite.
+
+        Source: Hoerl & Kennard 1970.
+        """
+        ids = np.arange(len(source)) if image_ids is None else np.asarray(image_ids)
+        count = round(held_out * len(ids))
+        if len(ids) < 10 or not 0 < count < len(ids):
+            raise PerceptError(f"{len(ids)} images of which {count} are held out are too few to fit a map of tokens: give at least 10, and hold some of them out.")
+        first, wanted = (_token_rows(tokens, ids[:1]) for tokens in (source, target))
+        made = cls(first.shape[1:], wanted.shape[1:]).to(device)
+        sums = [
+            made._moments(source, target, np.array_split(part, math.ceil(len(part) / batch_size)))
+            for part in np.split(np.random.default_rng(seed).permutation(ids), [count])
+        ]
+        for i, (linear, held, rest) in enumerate(zip((made.token, made.patch), *sums, strict=True)):
+            scores = [held.r2(*rest.ridge(alpha)) for alpha in alphas]
+            best = int(np.argmax(scores))
+            weight, bias = (rest + held).ridge(alphas[best])
+            linear.weight.copy_(weight.T)
+            linear.bias.copy_(bias)
+            made.alphas[i], made.r2[i] = alphas[best], scores[best]
+        return made.cpu().eval()
+
+    def _moments(self, source: Any, target: Any, blocks: Sequence[np.ndarray]) -> tuple[_Moments, _Moments]:
+        """Sums over blocks of images: of their class tokens, and of their patches."""
+        of_token, of_patches = _Moments(), _Moments()
+        for block in progress(blocks, "fitting the map of tokens"):
+            x, y = (_token_rows(tokens, block).to(self.alphas.device) for tokens in (source, target))
+            if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+                raise PerceptError("The tokens to map from or to hold values that are not finite: make them again.")
+            token, patches = self._parts(x)
+            of_token.add(token.flatten(0, 1), y[:, :1].flatten(0, 1))
+            of_patches.add(patches.flatten(0, 1), y[:, 1:].flatten(0, 1))
+        return of_token, of_patches
+
+
+def _token_rows(tokens: Any, image_ids: np.ndarray) -> Tensor:
+    """Tokens (images, tokens, dim) of some images, from an array or from what gives rows by image."""
+    return torch.as_tensor(np.asarray(tokens.rows(image_ids) if hasattr(tokens, "rows") else tokens[image_ids])).float()
+
+
+class _Moments:
+    """Sums over rows from which a ridge regression is solved and scored: of 1, x, y, xx', xy' and y^2, in double precision."""
+
+    def __init__(self, parts: Sequence[Any] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)):
+        self.parts = list(parts)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x (rows, dim_in) and y (rows, dim_out)."""
+        new = (len(x), x.double().sum(0), y.double().sum(0), (x.T @ x).double(), (x.T @ y).double(), y.double().square().sum())
+        self.parts = [old + more for old, more in zip(self.parts, new, strict=True)]
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments([a + b for a, b in zip(self.parts, other.parts, strict=True)])
+
+    def ridge(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Weight (dim_in, dim_out) and bias (dim_out,), the penalty being in units of the mean variance of x."""
+        n, x, y, xx, xy, _ = self.parts
+        centred = xx / n - torch.outer(x, x) / n**2
+        penalty = alpha * centred.diagonal().mean() * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(centred + penalty, xy / n - torch.outer(x, y) / n**2)
+        return weight, (y - x @ weight) / n
+
+    def r2(self, weight: Tensor, bias: Tensor) -> float:
+        """Share of the variance of y that a map explains."""
+        n, x, y, xx, xy, yy = self.parts
+        cross = (weight * xy).sum() + bias @ y
+        square = (weight * (xx @ weight)).sum() + 2 * (x @ weight) @ bias + n * bias @ bias
+        return float(1 - (yy - 2 * cross + square) / (yy - y @ y / n))
+
+
 # ------------------------------------------------------------------------------------------------ registry
 MODELS: dict[str, type[Network]] = {
     cls.__name__: cls
     for cls in (
         BrainNetwork, VolumeEncoder, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, BasicEncoder, RidgeBaseline,
+        TokenMap,
     )
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from src import models
-from src.pretrained import Clipper, Generator, ImageVariation, VersatileDiffusion
+from src.pretrained import Clipper, Generator, ImageVariation, VersatileDiffusion, constant_condition
 from src.prior import BrainDiffusionPrior
 from src.published import published_config, read_published
 from src.utils import PerceptError, atomic, load_checkpoint, load_strictly
@@ -113,10 +113,10 @@ def low_level_config(parameters: Mapping[str, Any], in_dim: int) -> dict[str, An
     """The config of notebook 02's model, from which `build_decoder` makes it.
 
     Args:
-        parameters: of the notebook: h, n_blocks, use_cont, ups_mode, latent_size, block_out_channels.
+        parameters: of the notebook: h, n_blocks, use_cont, ups_mode, latent_size, block_out_channels, and, where it has one, dropout.
         in_dim: voxels.
     """
-    kwargs = {name: parameters[name] for name in ("h", "n_blocks", "use_cont", "ups_mode", "latent_size")}
+    kwargs = {name: parameters[name] for name in ("h", "n_blocks", "use_cont", "ups_mode", "latent_size", "dropout") if name in parameters}
     if parameters["block_out_channels"]:
         kwargs["block_out_channels"] = _numbers(parameters["block_out_channels"], "block_out_channels")
     return {"name": "Voxel2StableDiffusionModel", "kwargs": {"in_dim": in_dim} | kwargs}
@@ -317,6 +317,40 @@ def generate_images(
         rows = slice(start, start + batch_size)
         made.append(diffusion.generate(condition[rows], noise[rows], None if init is None else init[rows], strength, **options).cpu())
     return torch.cat(made).unflatten(0, (images, samples))
+
+
+def guided_images(
+    pipeline: Any, captions: Sequence[str], pictures: Tensor, image_ids: np.ndarray, strength: float = 0.75, seed: int = 42, batch_size: int = 16, **options: Any
+) -> Tensor:
+    """Repaint pictures after sentences with the library's `StableDiffusionImg2ImgPipeline`.
+
+    Args:
+        pipeline: from `pretrained.stable_diffusion_pipeline`.
+        captions: (images,), one sentence a picture.
+        pictures: (images, 3, height, width) in [0, 1], from which it begins.
+        image_ids: (images,), from which each picture's noise is drawn, whatever batch it is in.
+        strength: share of the steps that are run; where that is less than one step, the pictures come back as they are.
+        seed: of the noise.
+        batch_size: pictures at a time.
+        options: guidance_scale, num_inference_steps.
+
+    Returns:
+        (images, 3, height, width) in [0, 1].
+
+    Source: Meng et al. 2022 (SDEdit), arXiv 2108.01073; as in the 2023 ROI project.
+    """
+    if int(options.get("num_inference_steps", 50) * strength) < 1:
+        return pictures.clone()
+    made = []
+    for start in range(0, len(captions), batch_size):
+        part = slice(start, start + batch_size)
+        generator = [torch.Generator().manual_seed(_seed(seed, int(image))) for image in image_ids[part]]
+        with constant_condition(pipeline.unet):
+            out = pipeline(
+                prompt=list(captions[part]), image=pictures[part].float(), strength=strength, generator=generator, output_type="pt", **options
+            ).images  # fmt: skip
+        made.append(out.float().clamp(0, 1).cpu())
+    return torch.cat(made)
 
 
 def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,17 +67,18 @@ class TrainingData(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------ optimizer and schedule
-def _cycle(optimizer: Optimizer, max_lr: float, epochs: int, steps: int, warmup: int = 0) -> LRScheduler:
-    """One cycle; the warm-up lasts two epochs, but never more than half of the run."""
-    share = min(0.5, 2 / epochs) if epochs * steps > 2 else 0.1  # torch divides by zero where a warm-up lasts one step
-    return OneCycleLR(optimizer, max_lr, total_steps=epochs * steps, pct_start=share, final_div_factor=1000)
+def _cycle(optimizer: Optimizer, max_lr: float, epochs: int, steps: int, warmup: int = 0, whole: int = 0) -> LRScheduler:
+    """One cycle; the warm-up lasts two epochs, but never more than half of the run. `whole`: its steps, where it is longer than the run."""
+    total = whole or epochs * steps
+    share = min(0.5, 2 / epochs) if total > 2 else 0.1  # torch divides by zero where a warm-up lasts one step
+    return OneCycleLR(optimizer, max_lr, total_steps=total, pct_start=share, final_div_factor=1000)
 
 
-SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {  # of optimizer, max_lr, epochs, steps an epoch, and steps of warm-up
+SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {  # of optimizer, max_lr, epochs, steps an epoch, steps of warm-up, and of the whole cycle
     "cycle": _cycle,
-    "linear": lambda optimizer, max_lr, epochs, steps, warmup=0: LinearLR(optimizer, total_iters=epochs * steps),  # max_lr / 3 -> max_lr
-    "fixed": lambda optimizer, max_lr, epochs, steps, warmup=0: ConstantLR(optimizer, factor=1.0),
-    "warmup": lambda optimizer, max_lr, epochs, steps, warmup=0: LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),  # then fixed
+    "linear": lambda optimizer, max_lr, epochs, steps, *_: LinearLR(optimizer, total_iters=epochs * steps),  # max_lr / 3 -> max_lr
+    "fixed": lambda optimizer, max_lr, epochs, steps, *_: ConstantLR(optimizer, factor=1.0),
+    "warmup": lambda optimizer, max_lr, epochs, steps, warmup=0, *_: LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),  # then fixed
 }
 
 
@@ -400,6 +401,7 @@ class _Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     accumulate: int = 1
+    cycle_steps: int = 0
 
     def identity(self) -> dict[str, Any]:
         """What is compared when a run is resumed."""
@@ -527,7 +529,10 @@ class _Training:
         make = _choose(SCHEDULERS, settings.scheduler, "scheduler")
         if settings.warmup_steps and settings.scheduler != "warmup":
             raise PerceptError(f"The schedule '{settings.scheduler}' has no warmup_steps to set: choose 'warmup', or leave them at 0.")
-        self.scheduler = make(self.raw_optimizer, settings.max_lr, settings.epochs, self.steps, settings.warmup_steps)  # not prepared: one step a step
+        if settings.cycle_steps and (settings.scheduler != "cycle" or settings.cycle_steps < settings.epochs * self.steps):
+            raise PerceptError(f"cycle_steps is {settings.cycle_steps}: it is for the schedule 'cycle' and at least the {settings.epochs * self.steps} steps of the run.")
+        shape = (settings.epochs, self.steps, settings.warmup_steps, settings.cycle_steps)
+        self.scheduler = make(self.raw_optimizer, settings.max_lr, *shape)  # not prepared: one step a step
         self.stepper, self.optimizer = self.accelerator.prepare(_Stepper(self.model, step), self.raw_optimizer)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.at, self.means, self.stop = _Position(), _Means(), _Stop()
@@ -885,6 +890,7 @@ def fit(
     seed: int = 42,
     scheduler: str = "cycle",
     warmup_steps: int = 0,
+    cycle_steps: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
@@ -924,6 +930,7 @@ def fit(
         seed: of the order and of everything random in the steps (process n has seed + n).
         scheduler: key of SCHEDULERS: "cycle" (MindEye's), "linear", "fixed", or "warmup" (rises to max_lr, then fixed); it advances once a step.
         warmup_steps: of the schedule "warmup".
+        cycle_steps: of the whole of the schedule "cycle", where the run shall walk through a part of it only; 0: as many as the run has.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
@@ -957,7 +964,7 @@ def fit(
     """
     settings = _Settings(
         epochs, batch_size, max_lr, seed, scheduler, weight_decay, decay, precision, clip_grad or None, len(dataset), order, warmup_steps, (betas[0], betas[1]), eps,
-        accumulate,
+        accumulate, cycle_steps,
     )
     figures_every = ckpt_interval if draw_interval is None else draw_interval
     saving = _Saving(monitor, save_every, save_steps, ckpt_interval, keep_epochs, save_at_end, checkpoints, figures_every)

@@ -578,12 +578,93 @@ def test_components_are_of_the_regions_alone(world, regions, tmp_path):
 
 
 def test_regions_that_are_missing_are_named(world, regions):
-    with pytest.warns(UserWarning, match="no region hV4, PPA: V1 alone"):
+    with pytest.warns(UserWarning, match="no region hV4, PPA: 'V1' is what is taken"):
         assert Normaliser.fit(regions, rois="hV4,V1,PPA").columns.tolist() == FLAGS["V1"]
     with pytest.raises(PerceptError, match="none of the regions 'hV4,x': it has V1, V2, FFA"):
         Normaliser.fit(regions, rois="hV4,x")
     with pytest.raises(PerceptError, match="no named region"):
         Normaliser.fit(world.subject, rois="V1")
+
+
+@pytest.mark.parametrize(
+    ("rois", "columns"),
+    [
+        ("-", range(V)), ("!V1", [1, 3, 4, 5, 6]), ("!V1,!FFA", [1, 3, 4, 5]), ("V1,V2,!V2", [0]), ("-,!V2", [0, 1, 3, 4, 6]), ("early", [0, 2, 5]),
+        ("early,FFA", [0, 2, 5, 6]),
+    ],  # fmt: skip
+)
+def test_sets_of_regions(world, regions, monkeypatch, rois, columns):
+    monkeypatch.setitem(data.ROI_SETS, "early", ("V1", "V2"))
+    found, names = regions.columns_of(rois)
+    assert found.tolist() == list(columns) and "early" not in names
+    normaliser = Normaliser.fit(regions, rois=rois)
+    assert normaliser.width == len(columns)
+    assert normaliser.columns is None if rois == "-" else normaliser.columns.tolist() == list(columns)
+
+
+def test_published_sets_are_those_of_the_report():
+    assert {name: len(regions) for name, regions in data.ROI_SETS.items()} == {"set1": 10, "set2": 12, "set3": 7}
+    assert not set(data.ROI_SETS["set3"]) & set(data.ROI_SETS["set1"] + data.ROI_SETS["set2"])
+    assert set(data.ROI_SETS["set1"]) & set(data.ROI_SETS["set2"]) == {"FFA-1", "FFA-2", "PPA"}
+
+
+def test_sets_of_regions_that_cannot_be_taken(world, regions):
+    with pytest.raises(PerceptError, match="none of the regions '!V9'"):
+        regions.columns_of("!V9")  # all voxels would be another selection than the one that was asked for
+    with pytest.raises(PerceptError, match="none of the regions 'V9,!V1'"):
+        regions.columns_of("V9,!V1")
+    with pytest.raises(PerceptError, match="no voxel in 'V1,!V1'"):
+        regions.columns_of("V1,!V1")
+    with pytest.raises(PerceptError, match="none of the regions 'set3'"):
+        regions.columns_of("set3")
+    with pytest.warns(UserWarning, match="no region V9: 'V2,!V1' is what is taken"):
+        assert regions.columns_of("V2,!V1,!V9")[0].tolist() == [5]
+
+
+def test_masked_regions_keep_their_places(world, regions, tmp_path):
+    masked, chosen = Normaliser.fit(regions, rois="V1,V2", masked=True), Normaliser.fit(regions, rois="V1,V2")
+    masked.save(tmp_path / "n.safetensors")
+    sessions = world.trials["session"].to_numpy()
+    for normaliser in (masked, Normaliser.load(tmp_path / "n.safetensors")):
+        whole = normaliser.apply(world.betas, sessions)
+        assert normaliser.width == V == whole.shape[1] and normaliser.rois == ("V1", "V2")
+        np.testing.assert_array_equal(whole[:, [0, 2, 5]], chosen.apply(world.betas, sessions))
+        assert not whole[:, [1, 3, 4, 6]].any()
+    assert regions.averaged("test", normaliser=masked)[0].shape[1] == V
+    with pytest.raises(PerceptError, match="masked"):
+        Normaliser.fit(regions, rois="V1,V2", masked=True, n_components=2)
+
+
+def test_a_bag_is_a_seeded_share_of_the_training_images(world):
+    ids, val, test = (world.subject.image_ids(split) for split in ("train", "val", "test"))
+    bag = world.subject.bagged(0.7, seed=3)
+    assert len(bag.image_ids("train")) == round(0.7 * len(ids))
+    np.testing.assert_array_equal(np.union1d(bag.image_ids("train"), bag.image_ids("val")), ids)
+    np.testing.assert_array_equal(bag.image_ids("exclude"), val)  # in no bag, and nobody's own validation either
+    np.testing.assert_array_equal(bag.image_ids("test"), test)
+    assert bag.test_set == world.subject.test_set
+    np.testing.assert_array_equal(bag.image_ids("train"), world.subject.bagged(0.7, seed=3).image_ids("train"))
+    assert any(set(world.subject.bagged(0.7, seed=s).image_ids("train")) != set(bag.image_ids("train")) for s in range(4, 9))
+    np.testing.assert_array_equal(world.subject.bagged(1.0, seed=3).image_ids("val"), val)
+    for share in (0.0, 0.01, 1.2):
+        with pytest.raises(PerceptError, match="leaves nothing"):
+            world.subject.bagged(share, seed=0)
+
+
+def test_latents_that_others_computed(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((5, 1, 4, 2, 2)).astype(np.float32)
+    np.save(tmp_path / "fMRI_VAE.npy", latents)
+    file = data.LatentFile(tmp_path / "fMRI_VAE.npy", (4, 2, 2))
+    np.testing.assert_array_equal(file.rows([3, 0]), latents[[3, 0], 0])
+    for wrong in (5, -1):
+        with pytest.raises(PerceptError, match=f"has 5 rows, none for image {wrong}"):
+            file.rows([0, wrong])
+    with pytest.raises(PerceptError, match="another autoencoder"):
+        data.LatentFile(tmp_path / "fMRI_VAE.npy", (4, 64, 64))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name in ("objects.npy", "absent.npy"):
+        with pytest.raises(PerceptError, match="no array of latents"):
+            data.LatentFile(tmp_path / name, (4, 2, 2))
 
 
 def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):

@@ -512,6 +512,27 @@ def test_basic_ae_takes_raw_nsd(s3, tmp_path):
     assert {Path(f.path).name for f in one.files} >= {"prf-visualrois.nii.gz", "betas_session01.nii.gz"} and one.folder == tmp_path / "data" / "nsd_raw"
 
 
+def test_roi_voting_takes_the_regions_and_their_names(tmp_path):
+    localisers = [f"floc-{what}" for what in ("faces", "bodies", "places", "words")]
+    objects = nsd_objects() | {f"nsddata/ppdata/subj01/func1pt8mm/roi/{roi}.nii.gz": b"roi" for roi in localisers}
+    objects |= {f"nsddata/freesurfer/subj01/label/{roi}.mgz.ctab": b"1 OFA" for roi in [*localisers, "Kastner2015"]}
+    with s3_server(BUCKET, objects) as url:
+        (one,) = plan("roi_voting", only="nsd", mirror=url, to=str(tmp_path), overrides={"num_sessions": 1})
+        names = {Path(f.path).name for f in one.files}
+    assert {n.removesuffix(".nii.gz") for n in names if n.endswith(".nii.gz")} == {"ncsnr", "nsdgeneral", "prf-visualrois", "streams", *localisers}
+    assert {n for n in names if n.endswith(".ctab")} == {f"{roi}.mgz.ctab" for roi in localisers} and "betas_session01.hdf5" in names
+    with s3_server(BUCKET, nsd_objects()) as url, pytest.raises(PerceptError, match="floc-faces"):
+        plan("roi_voting", only="nsd", mirror=url, to=str(tmp_path))
+
+
+def test_blip_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
+    repo = pretrained.HUB["blip"]
+    with hub_server({("model", repo): mini_model("blip")}) as hub:
+        fetch("blip", tmp_path, mirror=hub.url)
+    for cls in (pretrained.BlipForConditionalGeneration, pretrained.BlipProcessor):
+        cls.from_pretrained(repo, cache_dir=tmp_path, local_files_only=True)
+
+
 def test_every_bundle_and_recipe_is_described():
     assert all(name in BUNDLES for parts in RECIPES_NEED.values() for name in parts.values())
     page = (utils.ROOT / "docs" / "downloads.md").read_text()

@@ -120,6 +120,11 @@ def test_jobs_can_be_queued_again_and_keep_their_log(path):
     assert len(given) == path.read_text().count("#SBATCH")
 
 
+def test_the_array_of_a_sweep_is_over_its_points():
+    assert 'sweep "$@" --only "$SLURM_ARRAY_TASK_ID" --launch python' in (LAUNCH / "sweep.slurm").read_text()
+    assert any(word.startswith("--array=") for word in directives(LAUNCH / "sweep.slurm"))
+
+
 def test_the_array_is_over_subjects_and_the_nodes_fit_their_configs():
     assert "--array=1,2,5,7" in directives(LAUNCH / "subjects.slurm") and '-p subj "$SLURM_ARRAY_TASK_ID"' in (LAUNCH / "subjects.slurm").read_text()
     for name, nodes in (("one_node", 1), ("several_nodes", 2)):

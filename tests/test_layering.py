@@ -8,13 +8,17 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "networks", "retrieval", "figures", "miniworld", "download", "readers", "augment"}
-THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined"}
-BESIDE = {"reconstruct": {"published"}, "dryrun": {"reconstruct"}, "combined": {"reconstruct"}, "report": {"results"}, "compare": {"results"}}
+THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined", "voting", "attribution", "sweep"}
+BESIDE = {
+    "reconstruct": {"published"}, "dryrun": {"reconstruct", "voting"}, "voting": {"reconstruct", "results"}, "combined": {"reconstruct"},
+    "report": {"results"}, "compare": {"results"}, "attribution": {"results"}, "sweep": {"compare"},
+}  # fmt: skip
 DOORS = {
     "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
-    "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data"},
+    "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data", "figures"},  # figures: the volume that a glass brain is drawn of
     "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"},
     "boto3": {"download"}, "botocore": {"download"}, "huggingface_hub": {"download", "pretrained", "dryrun"}, "torchvision.models": {"networks"},
+    "captum": {"attribution"}, "nilearn": {"figures"},
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from src.models import (
     DiffusionPriorNetwork,
     RelativePositionBias,
     RidgeBaseline,
+    TokenMap,
     VersatileDiffusionPriorNetwork,
     Voxel2StableDiffusionModel,
     build,
@@ -39,6 +40,7 @@ TINY = {
     "VolumeEncoder": {"dims": [6, 5, 7], "out_dim": 8, "clip_size": 8, "channels": [4, 6], "strides": [1, 2], "attention_width": 4, "heads": 2},
     "BasicEncoder": {"in_dim": 11, "size": "512", "latent_size": 8},
     "RidgeBaseline": {"in_dim": 11, "target_shape": [3, 4]},
+    "TokenMap": {"shape_in": [5, 16], "shape_out": [10, 6]},
 }
 
 
@@ -58,6 +60,7 @@ def _inputs(name):
         "VersatileDiffusionPriorNetwork": (tokens, t, torch.randn(2, 5, 16)),
         "DiffusionPriorNetwork": (tokens[:, 0], t, tokens[:, 1]),
         "VolumeEncoder": (torch.randn(2, 6 * 5 * 7),),
+        "TokenMap": (tokens,),
     }.get(name, (torch.randn(2, 11),))
 
 
@@ -462,6 +465,73 @@ def test_ridge_refusals():
         RidgeBaseline.fit(x[:4], y[:4])
     with pytest.raises(PerceptError, match="reads 9 voxels but was given 8"):
         RidgeBaseline.fit(x, y)(torch.zeros(1, 8))
+
+
+# ------------------------------------------------------------------------------------------------ the map of tokens
+def test_the_map_of_tokens_is_a_ridge_regression_over_images_and_places():
+    """Against scikit-learn on all rows at once, with the penalty in its units: alpha x rows x mean variance."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5, 3)).astype(np.float32) + 2, rng.normal(size=(60, 5, 4)).astype(np.float32)
+    y[:, 1:] += x[:, 1:] @ rng.normal(size=(3, 4)).astype(np.float32)
+    fitted = TokenMap.fit(x, y, alphas=[0.3], batch_size=7)
+    for part, linear in ((slice(0, 1), fitted.token), (slice(1, 5), fitted.patch)):
+        rows, wanted = x[:, part].reshape(-1, 3), y[:, part].reshape(-1, 4)
+        expected = Ridge(0.3 * len(rows) * rows.var(axis=0).mean()).fit(rows, wanted)
+        np.testing.assert_allclose(linear.weight.detach(), expected.coef_, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(linear.bias.detach(), expected.intercept_, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(fitted.alphas, 0.3)
+
+
+def test_the_map_of_tokens_chooses_its_penalty_on_images_that_it_was_not_fitted_on():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(40, 5, 30)).astype(np.float32)
+    noise = rng.normal(size=(40, 5, 4)).astype(np.float32)
+    clear, vague = (x @ rng.normal(size=(30, 4)).astype(np.float32) * gain + noise * (1 - gain) for gain in (1.0, 0.0))
+    fitted, hopeless = (TokenMap.fit(x, y, alphas=[1e-5, 0.1, 1e3]) for y in (clear, vague))
+    assert fitted.alphas[1] == pytest.approx(1e-5) and fitted.r2[1] > 0.99
+    assert hopeless.alphas[1] == pytest.approx(1e3) and abs(float(hopeless.r2[1])) < 0.2
+    with torch.no_grad():
+        np.testing.assert_allclose(fitted(torch.from_numpy(x))[:, 1:], clear[:, 1:], atol=0.05)
+
+
+def test_the_map_of_tokens_resamples_the_grid():
+    """A smooth ramp over 2 x 2 places, with the identity as the map, is a ramp over 4 x 4; the class token stays apart."""
+    network = TokenMap([5, 1], [17, 1])
+    for linear in (network.token, network.patch):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    with torch.no_grad():
+        made = network(torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1))[0, :, 0]
+    assert made[0] == 9
+    torch.testing.assert_close(made[1:].view(4, 4)[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(made[1:].view(4, 4)[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
+
+
+def test_the_map_of_tokens_reads_blocks_by_image_id():
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(30, 5, 3)).astype(np.float32), rng.normal(size=(30, 10, 4)).astype(np.float32)
+
+    class Stored:
+        def __init__(self, rows):
+            self.all, self.asked = rows, []
+
+        def rows(self, image_ids):
+            self.asked.append(len(image_ids))
+            return self.all[np.asarray(image_ids) - 100].astype(np.float16)
+
+    source, target = Stored(x), Stored(y)
+    made = TokenMap.fit(source, target, np.arange(105, 130), batch_size=4)
+    plain = TokenMap.fit(x[5:], y[5:], batch_size=25)
+    assert max(source.asked) <= 4 and sum(source.asked) == 25 + 1, "each image is read once, and one for the shapes"
+    torch.testing.assert_close(made.patch.weight, plain.patch.weight, rtol=0.02, atol=0.02)
+    with pytest.raises(PerceptError, match="9 images of which 1 are held out are too few"):
+        TokenMap.fit(x[:9], y[:9])
+    with pytest.raises(PerceptError, match="not finite"):
+        TokenMap.fit(np.full_like(x, np.nan), y)
+    with pytest.raises(PerceptError, match="7 tokens are not a class token and a square grid"):
+        TokenMap([7, 3], [5, 3])
+    with pytest.raises(PerceptError, match=r"reads tokens \(batch, 5, 3\) but was given \(2, 10, 3\)"):
+        made(torch.zeros(2, 10, 3))
 
 
 # ------------------------------------------------------------------------------------------------ registry

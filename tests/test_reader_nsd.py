@@ -48,6 +48,8 @@ def test_the_mini_world_comes_back(worlds, tmp_path, file_format):
         np.testing.assert_allclose(subject.voxels["noise_ceiling"], world.scan.voxels["noise_ceiling"], rtol=1e-4)
         assert set(subject.captions["image"]) >= set(world.image_ids) and subject.labels is not None
         assert subject.protocol == "mini" and subject.attributes["units"] == "percent signal change"
+        affine = np.array(json.loads(subject.attributes["affine"]))
+        np.testing.assert_allclose(subject.voxels[["i", "j", "k"]] @ affine[:3, :3].T + affine[:3, 3], subject.voxels[["x", "y", "z"]])
         assert (subject.voxels["flat_sessions"] == 0).all()
 
 

@@ -120,6 +120,34 @@ def test_deleting_what_a_stage_wrote_runs_it_again_and_those_after_it(project, c
     assert "finished before" not in capsys.readouterr().out
 
 
+def test_a_run_in_a_folder_of_runs_knows_what_it_wrote(project, capsys):
+    results = run.run_recipe("sys", {"model_name": "many/one"})
+    assert results == project / "home" / "results" / "many" / "one" and read_by_second(results) == "read 1"
+    assert json.loads((results / ".stages" / "00_first.json").read_text())["wrote"] == ["train_logs/many/one/number.txt"]
+    (project / "home" / "train_logs" / "many" / "one" / "number.txt").unlink()
+    capsys.readouterr()
+    run.run_recipe("sys", {"model_name": "many/one"})
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_to_ends_with_a_stage_and_the_same_without_it_goes_on(project, capsys):
+    results = run.run_recipe("sys", {}, last="00")
+    assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
+    run.run_recipe("sys", {})
+    said = capsys.readouterr().out
+    assert "00_first: finished before" in said and "01_second ..." in said
+    with pytest.raises(PerceptError, match="--to 07 names no stage"):
+        run.run_recipe("sys", {}, last="07")
+
+
+def test_a_right_kernel_is_not_registered_again():
+    run.use_this_kernel()
+    known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
+    before = known.stat().st_mtime_ns
+    run.use_this_kernel()
+    assert known.stat().st_mtime_ns == before and "--log-level=ERROR" in json.loads(known.read_text())["argv"]
+
+
 def test_a_killed_kernel_is_one_sentence(project):
     with pytest.raises(PerceptError, match="Stage 01_second stopped: its Python process was killed"):
         run.run_recipe("sys", {"die": "true"})
@@ -156,9 +184,3 @@ def test_list_shows_recipes_stages_and_cost():
     assert done.returncode == 0 and "mindeye  (also --mini)" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "01_train_high_level" in line)
     assert "A100" in line and "mini" in line
-
-
-def test_sweep_is_reserved():
-    for arguments in (["sweep"], ["sweep", "mindeye", "--mini"]):
-        done = command(*arguments)
-        assert done.returncode == 1 and "not there yet" in done.stderr

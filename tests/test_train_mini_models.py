@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from src import miniworld, networks
+from src import miniworld, networks, pretrained
 from tools import train_mini_models as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,50 @@ def test_exported_twins_are_those_that_were_trained(tmp_path, monkeypatch):
         if name == "AlexNet(5)":  # whose trained head reads on from there
             features = twin.body.avgpool(twin.body.features[12](features.unflatten(1, (64, 7, 7)))).flatten(1)
         torch.testing.assert_close(features, twin.features(x).detach(), rtol=0.02, atol=0.02 * float(features.std()))
+
+
+def test_the_captioner_trains_and_is_exported_as_the_libraries_read_it(tmp_path, monkeypatch):
+    row = launch(tmp_path, "blip", 0.1)[-1]
+    assert row["step"] > 0 and {"scene", "kind", "colour", "degraded_scene", "degraded_kind", "degraded_colour", "says"} <= set(row)
+    monkeypatch.setattr(tool, "WORK", tmp_path / "train_logs" / "mini_models")
+    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
+    tool.export_blip()
+    made, stored = pretrained.Captioner(str(tmp_path / "out")), torch.load(tool.WORK / "blip.pt", weights_only=True)["average"]
+    for key, value in made.model.state_dict().items():
+        torch.testing.assert_close(value, stored[key], rtol=1e-3, atol=1e-4)
+    assert made.fingerprint()["golden"] and made.caption(torch.rand(2, 3, 32, 32), max_length=5)
+    assert len(made.processor.tokenizer) == len(pretrained.Captioner("mini").processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("caption", "named"),
+    [
+        ("a striped red ball next to a blue car on a sandy beach", ("beach", "ball", "red")),
+        ("room scene with an orange cup at night", ("room", "cup", "orange")),
+        ("a picture of a thing", ("", "", "")),
+    ],
+)
+def test_what_a_caption_names(caption, named):
+    assert tool.named_in(caption) == named
+
+
+def test_every_caption_that_teaches_names_kind_colour_and_scene():
+    for split, count in (("train", 300), ("test", 100)):
+        for what in (miniworld.compose(1, i, split) for i in range(count)):
+            main, five = what.things[-1], miniworld.caption(what)
+            right = (miniworld.SCENES[what.scene], list(miniworld.KINDS)[main.kind], list(miniworld.COLOURS)[main.colour])
+            assert all(tool.named_in(five[k]) == right for k in tool.NAMING)
+
+
+def test_vague_and_washed_out_pictures_keep_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "WORK", tmp_path)
+    monkeypatch.setitem(tool.DRAWN, "train", [(tool.SEED, "train", 200)])
+    clear = tool.pixels(tool.images("train"))
+    for made in (tool.pixels(tool.degraded("train", 200)), tool.washed_out(clear)):
+        assert made.shape == clear.shape and 0 <= float(made.min()) and float(made.max()) <= 1
+        kept = torch.corrcoef(torch.stack([(made - made.mean(0)).flatten(), (clear - clear.mean(0)).flatten()]))[0, 1]
+        assert 0.5 < kept < 0.97
+    assert np.array_equal(tool.degraded("train", 200), np.load(tmp_path / "degraded_train.npy"))
 
 
 def test_committed_twins_have_the_settings_of_the_tool():

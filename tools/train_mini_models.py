@@ -7,6 +7,7 @@
     python tools/train_mini_models.py text --minutes 12         # text tokens instead of image tokens
     python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding instead of all the tokens
     python tools/train_mini_models.py stable --minutes 6        # Stable Diffusion: the text encoder's hidden states
+    python tools/train_mini_models.py blip --minutes 20         # captions, of clear pictures and of washed-out ones
     python tools/train_mini_models.py judge --minutes 5         # the classifier that judges the results
     python tools/train_mini_models.py teacher --minutes 12      # local embeddings for the low level's contrastive loss
     python tools/train_mini_models.py alexnet --minutes 5       # twins of the networks that metrics look through; likewise
@@ -14,6 +15,7 @@
     python tools/train_mini_models.py laion_prior --minutes 4   # text to image embeddings, from which the combined model starts
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
     python tools/train_mini_models.py export_laion_prior        # of it, the text to image prior alone
+    python tools/train_mini_models.py export_blip               # of it, the captioner alone
     python tools/train_mini_models.py export_metric_networks    # of it, the twins of the metrics' networks alone
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
@@ -51,6 +53,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -346,6 +353,123 @@ def train_clip(args, rank: int = 0) -> None:
         return {"top1_of_512": [round(h, 3) for h in hit], "pixel_r2": round(1 - float(drawn), 3), **{n: round(r, 3) for n, r in zip(names, right, strict=True)}}
 
     train("clip", model, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------------ BLIP: captions
+NAMING = (0, 1, 3, 4)  # those of the five captions that name kind, colour and scene
+SCENE_WORDS = {"sandy": "beach"}  # a word that tells the scene without being its name; every other caption holds the name itself
+
+
+@cache
+def new_blip_tokenizer() -> BertTokenizer:
+    """BLIP's kind of tokenizer over the words of the mini captions, each of them whole; [DEC] begins a caption, [SEP] ends it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    some = (text for i in range(2_000) for text in miniworld.caption(miniworld.compose(SEED, i, "train")))  # they hold every word many times
+    known = sorted({word for text in some for word in text.split()} | {"blurry"})
+    return BertTokenizer(vocab={token: i for i, token in enumerate([*special, *known, "[DEC]"])}, bos_token="[DEC]", model_max_length=CONTEXT)
+
+
+def new_blip(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
+    """A vision transformer as large as the mini CLIP's, and three blocks that write words while looking at its tokens."""
+    sep = tokenizer.sep_token_id
+    vision = {"hidden_size": DIM, "intermediate_size": 4 * DIM, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": miniworld.IMAGE_SIZE,
+              "patch_size": PATCH, "hidden_act": "quick_gelu", "initializer_range": 0.02}  # fmt: skip
+    text = {"hidden_size": DIM, "intermediate_size": 2 * DIM, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": len(tokenizer),
+            "max_position_embeddings": CONTEXT, "bos_token_id": tokenizer.bos_token_id, "sep_token_id": sep, "eos_token_id": sep,
+            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    return BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config=text))
+
+
+@torch.no_grad()
+def look_as_clip(blip: BlipForConditionalGeneration, sample: Tensor) -> None:
+    """Begin the vision tower with the mini CLIP's weights; where CLIP normalises its embeddings, BLIP gets their mean scale for `sample`."""
+    clip = pretrained.Clipper("mini").model.model.vision_model
+    mine, embeddings = blip.vision_model, clip.embeddings(normalised(sample))
+    scale = clip.pre_layrnorm.weight.mean() / embeddings.std(dim=-1).mean()
+    mine.embeddings.class_embedding.copy_(scale * clip.embeddings.class_embedding)
+    mine.embeddings.position_embedding.copy_(scale * clip.embeddings.position_embedding.weight)
+    mine.embeddings.patch_embedding.weight.copy_(scale * clip.embeddings.patch_embedding.weight)
+    mine.embeddings.patch_embedding.bias.zero_()
+    mine.post_layernorm.load_state_dict(clip.post_layernorm.state_dict())
+    for taker, donor in zip(mine.encoder.layers, clip.encoder.layers, strict=True):
+        attention = donor.self_attn
+        for part in ("weight", "bias"):
+            joined = torch.cat([getattr(m, part) for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
+            getattr(taker.self_attn.qkv, part).copy_(joined)
+        taker.self_attn.projection.load_state_dict(attention.out_proj.state_dict())
+        for name in ("layer_norm1", "layer_norm2", "mlp"):
+            getattr(taker, name).load_state_dict(getattr(donor, name).state_dict())
+
+
+LATENT_NOISE = (0.0, 1.7)  # log10 of the variance under which latents are seen: the guess keeps between .85 and .43 of their variance
+
+
+def degraded(split: str, count: int = 12_000) -> np.ndarray:
+    """uint8 (images, height, width, 3): the first images decoded from latents as vague as a decoder's guess (see `Vagueness`), made once."""
+    path = WORK / f"degraded_{split}.npy"
+    if not path.exists():
+        vae, stored = pretrained.LatentAutoencoder("mini", "stable_diffusion"), images(split)[:count]
+        vague = Vagueness(torch.cat([vae.encode(pixels(part)) for part in np.array_split(images("train")[:6000], 24)]).numpy())
+        torch.manual_seed(SEED + len(stored))
+        parts = []
+        for part in np.array_split(stored, max(1, len(stored) // 250)):
+            latents = vague(vae.encode(pixels(part)), 10 ** torch.empty(len(part)).uniform_(*LATENT_NOISE))
+            parts.append((255 * vae.decode(latents)).round().byte().permute(0, 2, 3, 1).numpy())
+        np.save(path, np.concatenate(parts))
+    return np.load(path, mmap_mode="r")
+
+
+def washed_out(x: Tensor) -> Tensor:
+    """Images (batch, 3, height, width) blurred, drawn towards their own mean colour and under smooth noise, each to a degree of its own."""
+    n = len(x)
+    x = augment.K.RandomGaussianBlur((9, 9), (0.7, 2.5), p=1.0)(x)
+    x = torch.lerp(x, x.mean((2, 3), keepdim=True), torch.empty(n, 1, 1, 1).uniform_(0, 0.6))
+    noise = F.interpolate(torch.randn(n, 3, 8, 8), x.shape[-2:], mode="bilinear")
+    return (x + 0.1 * torch.rand(n, 1, 1, 1) * noise).clamp(0, 1)
+
+
+def named_in(caption: str) -> tuple[str, str, str]:
+    """Scene, kind and colour that a caption names, "" where it names none; the main object comes first in every caption."""
+    said = [SCENE_WORDS.get(word, word) for word in caption.split()]
+    return tuple(next((word for word in said if word in answers), "") for answers in ANSWERS.values())
+
+
+def named_share(captions: list[str], labels: np.ndarray) -> dict[str, float]:
+    """Share of captions that name what is shown; labels (images, >= 3): scene, kind, colour as indices."""
+    said = np.array([named_in(caption) for caption in captions])
+    return {q: round(float((said[:, i] == np.array(a)[labels[:, i]]).mean()), 4) for i, (q, a) in enumerate(ANSWERS.items())}
+
+
+def train_blip(args, rank: int = 0) -> None:
+    """Half of the pictures clear, half washed out (by the VAE's vague latents or by blur); what a caption of these says first is that they are blurry."""
+    data, dim, (captions, _), (_, labels) = images("train"), degraded("train"), words("train"), words("check")
+    held = {"": pixels(images("check")), "degraded_": pixels(degraded("check"))}
+    tokenizer = new_blip_tokenizer()
+    blip = new_blip(tokenizer)
+    look_as_clip(blip, pixels(data[:250]))
+    blip.to(device())
+    encode = lambda texts: tokenizer(texts, padding="max_length", max_length=24, return_tensors="pt").input_ids  # noqa: E731
+    ids = [encode([five[k] for five in captions]) for k in NAMING] + [encode(["a blurry picture of " + five[0] for five in captions])]
+    ids = torch.stack(ids, 1)  # (images, captions, 24)
+    ids[:, :, 0] = tokenizer.bos_token_id
+
+    def loss_of(rng, batch):
+        way = rng.choice(3, p=(0.5, 0.3, 0.2), size=batch)  # clear, vague latents, blur
+        index = rng.integers(np.where(way == 1, len(dim), len(data)))
+        x = torch.where(torch.from_numpy(way == 1)[:, None, None, None], pixels(dim[index % len(dim)]), pixels(data[index]))
+        x = torch.where(torch.from_numpy(way == 2)[:, None, None, None], washed_out(x), augment.tinted(x))
+        said = ids[index, np.where(way == 0, rng.integers(len(NAMING), size=batch), len(NAMING))].to(device())
+        seen = (said != tokenizer.pad_token_id).long()
+        return blip(pixel_values=normalised(x).to(device()), input_ids=said, attention_mask=seen, labels=said.masked_fill(seen == 0, -100)).loss
+
+    def check(model):
+        shares = {}
+        for kind, x in held.items():
+            made = tokenizer.batch_decode(model.generate(pixel_values=normalised(x).to(device()), max_length=20), skip_special_tokens=True)
+            shares |= {kind + question: share for question, share in named_share(made, labels).items()}
+        return shares | {"says": made[0]}
+
+    train("blip", blip, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
 
 
 # ------------------------------------------------------------------------------------------------ the judge
@@ -791,6 +915,7 @@ def export(args) -> None:
     for model in (clip, processor, tokenizer):
         (model.half() if isinstance(model, nn.Module) else model).save_pretrained(OUT / "clip")
     averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
+    export_blip()
     export_teacher()
     export_metric_networks()
     export_laion_prior()
@@ -816,6 +941,14 @@ def export_teacher() -> None:
     (OUT / "teacher" / "config.json").write_text(json.dumps(TEACHER | {"image_size": TEACHER_SIZE}, indent=1) + "\n")
 
 
+def export_blip() -> None:
+    """Write the captioner and its processor, as the hub's lie there."""
+    tokenizer, side = new_blip_tokenizer(), miniworld.IMAGE_SIZE
+    averaged("blip", new_blip(tokenizer)).half().save_pretrained(OUT / "blip")
+    BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(OUT / "blip")
+    _write_golden("blip", [pretrained.Captioner(str(OUT))])
+
+
 def export_metric_networks() -> None:
     """Write the twins of the metrics' networks, without their heads, as `networks.FeatureNetwork` reads them."""
     for name, config in METRIC_NETWORKS.items():
@@ -837,8 +970,12 @@ def write_golden() -> None:
         **{name: [pretrained.LatentAutoencoder("mini", name)] for name in ("versatile_diffusion", "image_variation", "stable_diffusion")},
     }
     for name, made in models_of.items():
-        golden = {json.dumps([type(m).__name__, m._options()], sort_keys=True): m.golden_features() for m in made}
-        (OUT / name / "golden_features.json").write_text(json.dumps(golden, indent=1) + "\n")
+        _write_golden(name, made)
+
+
+def _write_golden(name: str, made: list[pretrained.Frozen]) -> None:
+    golden = {json.dumps([type(m).__name__, m._options()], sort_keys=True): m.golden_features() for m in made}
+    (OUT / name / "golden_features.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
 def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
@@ -855,13 +992,13 @@ def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
 
 # ------------------------------------------------------------------------------------------------ command line
 STAGES = {
-    "vae": train_vae, "clip": train_clip, "judge": train_judge, "teacher": train_teacher, "laion_prior": train_laion_prior,
+    "vae": train_vae, "clip": train_clip, "blip": train_blip, "judge": train_judge, "teacher": train_teacher, "laion_prior": train_laion_prior,
     **{s: (lambda a, rank=0, s=s: train_metric_network(s, a, rank)) for s in METRIC_NETWORKS},
     **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)},
 }  # fmt: skip
 
 
-PARTS = {"export_metric_networks": export_metric_networks, "export_laion_prior": export_laion_prior}
+PARTS = {"export_blip": export_blip, "export_metric_networks": export_metric_networks, "export_laion_prior": export_laion_prior}
 
 
 def _draw_fewer(share: float) -> None:

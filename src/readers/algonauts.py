@@ -15,7 +15,8 @@
   "random", `test_images` training images drawn with `seed`;
   "auto" (default), the first that is possible of splits.csv beside the source, "official", "shared1000" and "random", the last with a warning.
   The protocol names what was done: algonauts-official, -shared982, -random300-seed42, or -own300 for splits.csv.
-- fMRI_VAE.npy of the course's subset (latents of the images) is not read: latents are made by our own autoencoder.
+- fMRI_VAE.npy of the course's subset (latents of the images) is not read here: latents are made by our own autoencoder, unless notebook
+  02_train_roi_models is told of that file (latents_file).
 - splits.csv, captions.parquet and labels.parquet are looked for in the subject's folder, then beside it.
 """
 

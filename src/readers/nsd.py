@@ -8,8 +8,8 @@
 - A test image is one of the shared 1000 (sharedix) that was seen in the sessions read. The image id is 73KID - 1, the row of imgBrick.
 - Voxels are in the order of a NumPy mask (C order of (x, y, z)), the order of MindEye's arrays. The table of voxels has a Boolean column for
   every label in every ROI file; where two files share a name (V1v of prf-visualrois and of Kastner2015), the later file's is called <file>:<label>. i, j, k are
-  voxel indices from 0, x, y, z are mm by the mask's affine (NSD puts the origin about the centre of the grid). noise_ceiling is ncsnr^2 / (ncsnr^2 + 1), that
-  of a single trial, as a fraction.
+  voxel indices from 0, x, y, z are mm by the mask's affine (NSD puts the origin about the centre of the grid), which is kept as the attribute "affine", as
+  JSON. noise_ceiling is ncsnr^2 / (ncsnr^2 + 1), that of a single trial, as a fraction.
 - A voxel that does not vary within a session holds no data there: it becomes 0 in that session and is counted in the column flat_sessions.
 - The HDF5 files are said to have reversed axes (trials, z, y, x); which order a file has is found by comparing its shape with the mask.
   Where several fit, it is taken to be this one. Inferred: that order,
@@ -123,7 +123,8 @@ def read(
     about: dict[str, Any] = {
         "source": f"NSD {betas_version} {space}", "units": "percent signal change", "normalisation": "none",
         "protocol": f"{protocol}+sessions-{sessions.replace(' ', '')}" if sessions else protocol, "roi": roi, "rois": rois, "space": space,
-        "betas_version": betas_version, "file_format": files[0].format, "sessions": len(files), **(attributes or {}),
+        "betas_version": betas_version, "file_format": files[0].format, "sessions": len(files),
+        "affine": json.dumps(np.asarray(affine, float).tolist()), **(attributes or {}),
     }  # fmt: skip
     folder = dataset_folder(dataset)
     folder.mkdir(parents=True, exist_ok=True)
