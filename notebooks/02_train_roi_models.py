@@ -208,7 +208,7 @@ for voter in bag:
     folder, _, normaliser = at[voter.name]
     x = subject.mean_of(subject.rows_by_image("val")[:12], normaliser)
     found = predict_latents(load_decoder(folder / wanted[0], run.device)[0], x, shape, device=run.device)
-    rows[f"{voter.name}: {voter.rois}"] = autoencoder.decode(found).cpu()
+    rows[f"voter {voter.name}"] = autoencoder.decode(found).cpu()
 save(image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%

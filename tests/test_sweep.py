@@ -235,6 +235,7 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         ({"name": "../up", "grid": {"rate": [2]}}, "a name of letters"),
         ({"grids": {"rate": [2]}}, "the entry 'grids'"),
         ({"grid": {"rate": [2]}, "report": {"factr": "rate"}}, "no parameter 'factr'"),
+        ({"grid": {"rate": [2]}, "from": "00"}, "from: 00 .* names no stage that comes after"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, content, words):
@@ -259,6 +260,25 @@ def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[1].split() == ["1", "missing", "rate=1,seed=1"] and said[-1] == f"sbatch --array=0-3 launch/sweep.slurm {tiny}"
     assert run.in_ranges([5, 0, 1, 2]) == "0-2,5"
+
+
+def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
+    """A stage that is skipped is neither run nor asked for, and later fingerprints are those that the run itself takes."""
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    path = tmp_path / "late.yaml"
+    path.write_text("recipe: roi_voting/mini\nfrom: 02\ngrid: {num_epochs: [1]}\n")
+    told = run.Sweep(path)
+    assert told.stages[told.begin] == "02_train_roi_models" and told.stages[0].startswith("01")
+    point = told.grid.points[0]
+    command = told.job(point, False, "").command
+    assert command[command.index("--from") + 1] == "02_train_roi_models"
+    overrides = run.asked(told.grid.recipe, told.overrides_of(point), "02", ())[1]
+    for stage, _, stamp, mark in run.chain(told.grid.recipe, overrides, [*told.preparing, *told.stages]):  # as the point's run goes through them
+        if stage >= "02":
+            assert not told.is_done(point)
+            (stamp.parents[1] / f"{stage}.ipynb").write_text("{}")
+            utils.write_json(stamp, {"fingerprint": mark, "finished": 1, "wrote": []})
+    assert told.is_done(point)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
