@@ -279,7 +279,7 @@ for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
 sheet
 
 # %%
-columns = {"seen": seen, "latent mean": low_level["latent_mean"], "chosen": rows[main_row], "mean of latents, repainted": rows["latent_mean"]}
+columns = {"seen": seen, "latent mean": low_level["latent_mean"], "chosen": rows[main_row], "mean repainted": rows["latent_mean"]}
 columns |= {"caption from tokens": rows["brain_caption"]} if "brain_caption" in rows else {}
 save(contact_sheet(columns | {"nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}, n=24), run.results / "contact_sheet.png")
 
