@@ -900,9 +900,9 @@ def _without_mask(forward: Any, *args: Any, encoder_attention_mask: Tensor | Non
 
 def image_variation_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The library's `StableDiffusionImageVariationPipeline`, which is conditioned on one CLIP embedding (the 1x768 model's generator)."""
-    return _load(StableDiffusionImageVariationPipeline, locate("image_variation", weights), torch_dtype=dtype).to(device)
+    return _load(StableDiffusionImageVariationPipeline, locate("image_variation", weights), dtype=dtype).to(device)
 
 
 def stable_diffusion_pipeline(weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The library's `StableDiffusionImg2ImgPipeline`, which repaints an image after a sentence (the ROI project's last step)."""
-    return _load(StableDiffusionImg2ImgPipeline, locate("stable_diffusion", weights), torch_dtype=dtype).to(device)
+    return _load(StableDiffusionImg2ImgPipeline, locate("stable_diffusion", weights), dtype=dtype).to(device)
