@@ -1,7 +1,7 @@
 """Render the executed notebooks of a run into docs/gallery, so that a reader on a web page sees them.
 
     python tools/make_gallery.py                                  # of the demo
-    python tools/make_gallery.py results/mindeye-mini-subj01 results/combined-mini-subj01 results/basic_ae-mini-subj01 results/compare
+    python tools/make_gallery.py results/mindeye-mini-subj01 results/roi_voting-mini-subj01 results/compare results/roi_sets_mini
 
 Each notebook becomes a Markdown page with its figures as PNG files beside it; docs/contact_sheet.png is the picture of the README.
 """
