@@ -93,8 +93,7 @@ print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most}
 # %%
 def measured(path, repeats=0, one=None):
     """Voxels (images, voxels) as the network in a file was trained on them: of some repeats averaged (0: all that are asked for), or of `one` alone."""
-    run_of = path.parents[1] if path.parent.name in ("high_level", "low_level") else path.parent
-    scale = None if path.suffix == ".pth" else Normaliser.load(run_of / "normaliser.safetensors")  # a released file is for betas as they are
+    scale = Normaliser.beside(path)
     if one is not None:
         return subject.mean_of([rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale)
     return subject.averaged("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][keep]
@@ -229,8 +228,7 @@ known = cached_targets(dataset, kind, frozen.fingerprint(), subject.all_images, 
 found = nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
-mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
-rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
+rows["mean_image"] = (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
 
 # %%
 def best_possible(part):

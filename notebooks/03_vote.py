@@ -130,7 +130,7 @@ if path is None and (tokens_from or vote == "agreement"):
     raise PerceptError(f"There is no high level in {logs}: run notebook 01 for it, name another run in tokens_from, or choose the vote published or medoid.")
 if path is not None:
     model, config = load_decoder(path, run.device)
-    normaliser = None if path.suffix == ".pth" else Normaliser.load(logs / "normaliser.safetensors")
+    normaliser = Normaliser.beside(path)
     regress = {"token_shape": tuple(config["tokens"]), "use_prior": False, "device": run.device}
     tokens, projected = predict_tokens(model, measured(normaliser), **regress)
     hidden = regress["token_shape"][0] > 1
@@ -245,8 +245,7 @@ train_ids = subject.image_ids("train")
 of_train = known.rows(train_ids).reshape(len(train_ids), -1)
 found = nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
 rows["nearest_train"] = (torch.from_numpy(subject.images(train_ids[np.asarray(found)])).permute(0, 3, 1, 2).float() / 255).half()
-mean_image = np.mean([subject.images(ids).mean(0) for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))], 0)
-rows["mean_image"] = (torch.from_numpy(mean_image).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
+rows["mean_image"] = (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
 
 # %%
 selection = [{"what": f"one of {len(names)} voters an image", "chosen": f"by the rule '{vote}'", "split": "none: no true image is used"}]

@@ -111,7 +111,7 @@ def open_level(
     """
     if baseline not in BASELINES:
         raise PerceptError(f"The baseline '{baseline}' is unknown: choose one of {', '.join(BASELINES)}.")
-    scale = None if Path(path).suffix == ".pth" else Normaliser.load(_beside(Path(path)))
+    scale = Normaliser.beside(path)
     if scale is not None and scale.n_voxels != subject.betas.shape[1]:
         raise PerceptError(f"{path} was trained on rows of {scale.n_voxels} voxels and the subject has {subject.betas.shape[1]}: name its own dataset and subj.")
     components = None if scale is None or scale.components is None else torch.from_numpy(scale.components)
@@ -122,12 +122,6 @@ def open_level(
     columns = np.arange(subject.betas.shape[1]) if scale is None or scale.columns is None else scale.columns
     start = BASELINES[baseline](subject, scale, voxels.shape[1])
     return Level(kind, decoder, voxels, columns, start, torch.as_tensor(truth).float()[: first or None], components, device)
-
-
-def _beside(path: Path) -> Path:
-    """The normaliser of a checkpoint: in its folder, or the one above (train_logs/<run>/low_level/last.safetensors)."""
-    near = [folder / "normaliser.safetensors" for folder in path.parents[:2]]
-    return next((file for file in near if file.exists()), near[-1])
 
 
 def _mean_of_training(subject: Subject, scale: Normaliser | None, width: int) -> np.ndarray:

@@ -764,6 +764,11 @@ class Subject:
         """Images by id, uint8 (n, height, width, 3)."""
         return self._store.rows(image_ids)
 
+    def mean_image(self, split: str) -> np.ndarray:
+        """Mean picture of a split, float64 (height, width, 3) in 0 to 255, about 500 images in memory at a time."""
+        ids = self.image_ids(split)
+        return np.mean([self.images(part).mean(0) for part in np.array_split(ids, max(1, len(ids) // 500))], 0)
+
     def rows_by_image(self, split: str) -> list[np.ndarray]:
         """For each image of `image_ids(split)`, the rows of its trials in the order of their repeats."""
         ids = self.image_ids(split)
@@ -1036,6 +1041,16 @@ class Normaliser:
         with atomic(path) as temporary:
             told = {"rois": ",".join(self.rois), "n_voxels": str(self.n_voxels), "masked": "yes" if self.masked else ""}
             save_file(tensors, temporary, metadata=told)
+
+    @classmethod
+    def beside(cls, path: str | Path) -> Normaliser | None:
+        """The normaliser that a decoder was trained with, from the folder of its file or the one above (train_logs/<run>/low_level/last.safetensors);
+        None for a released file (.pth), which is for betas as they are. Raises PerceptError as `load`.
+        """
+        if Path(path).suffix == ".pth":
+            return None
+        near = [folder / "normaliser.safetensors" for folder in Path(path).parents[:2]]
+        return cls.load(next((file for file in near if file.exists()), near[-1]))
 
     @classmethod
     def load(cls, path: str | Path) -> Normaliser:
