@@ -191,7 +191,8 @@ def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
     digest = hashlib.sha256(before.encode())
     for path in [notebook_of(stage), *sorted((utils.ROOT / "src").rglob("*.py"))]:
         digest.update(path.read_bytes())
-    for path in sorted((utils.HOME / "results").glob("*/metrics.json")) if "runs" in values else []:  # of a comparison, the scores it reads
+    folders = ["*", *(name for part in values["runs"].split(",") if "/" in (name := part.strip(" /")))] if "runs" in values else []
+    for path in sorted(path for name in folders for path in (utils.HOME / "results").glob(f"{name}/metrics.json")):  # of a comparison, the scores it reads
         digest.update(path.parent.name.encode() + path.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
@@ -370,12 +371,15 @@ class Sweep:
         if self.begin < 0:
             raise PerceptError(f"from: {self.grid.first} in {path} names no stage that comes after the preparation: choose among {', '.join(self.stages)}.")
         effective = [self._effective(point.overrides) for point in self.grid.points]
+        for how in dict.fromkeys(point.launch for point in self.grid.points):
+            launcher_of(how)
         seen: dict[str, str] = {}
         for point, values in zip(self.grid.points, effective, strict=True):
-            other = seen.setdefault(json.dumps(values, sort_keys=True), point.label)
+            other = seen.setdefault(json.dumps([values, point.launch], sort_keys=True), point.label)
             if other != point.label:
                 raise PerceptError(f"The points {other} and {point.label} of {path} are the same setting: leave one out.")
         merged = [{k: v for of_stage in values.values() for k, v in of_stage.items()} for values in effective]
+        merged = [values | {"launch": point.launch} for point, values in zip(self.grid.points, merged, strict=True)]
         points = [with_levels(point, self.grid.factors, values) for point, values in zip(self.grid.points, merged, strict=True)]
         self.grid = replace(self.grid, points=points)
         self.folder = utils.HOME / "results" / self.grid.name
@@ -386,7 +390,7 @@ class Sweep:
 
     def _check_names(self, stages: list[str]) -> None:
         """Refuse names that no stage has, and to vary what is one for all points."""
-        fixed, varied = self.grid.fixed, list(self.grid.factors)
+        fixed, varied = self.grid.fixed, [name for name in self.grid.factors if name != "launch"]
         if own := [name for name in [*fixed, *varied] if name in ("recipe", "model_name")]:
             raise PerceptError(f"'{own[0]}' in {self.path} is the sweep's own: leave it out there, and set `name` or `recipe` of the file instead.")
         check_overrides(stages, [*fixed, *varied], str(self.path))
@@ -423,12 +427,14 @@ class Sweep:
         marks = [(stamp, mark) for _, _, stamp, mark in chain(self.grid.recipe, self.overrides_of(point), self.stages, before)]
         return all(is_finished(stamp, mark) for stamp, mark in marks[self.begin :])
     def state(self, point: Any) -> str:
-        """One of finished, running (somewhere), failed, begun, missing."""
-        from src.sweep import take
+        """One of finished, skipped (what it is launched with is not there), running (somewhere), failed, begun, missing."""
+        from src.sweep import lacks, take
 
         results = self.folder / point.label
         if self.is_done(point):
             return "finished"
+        if lacks(point.launch):
+            return "skipped"
         if not (results / ".lock").exists():
             return "missing"
         if (lock := take(results / ".lock")) is None:
@@ -460,7 +466,8 @@ class Sweep:
         for stamp in self.prepared():
             utils.write_json(results / ".stages" / stamp.name, utils.read_json(stamp))
         more = ["--from", self.stages[self.begin]] if self.preparing or self.begin else []
-        more += [*(["--force"] if force else []), *(["--launch", launch] if launch else [])]
+        how = point.launch or launch
+        more += [*(["--force"] if force else []), *(["--launch", how] if how else [])]
         command = [sys.executable, "-u", str(utils.ROOT / "run.py"), self.grid.recipe, "-f", str(results / "overrides.yaml")]
         return Job(point.label, [*command, "-p", "model_name", self.grid.run_of(point), *more], results / "log.txt", results / ".lock")
 
@@ -506,10 +513,12 @@ def run_points(sweep: Sweep, points: Sequence[Any], states: dict[str, str], jobs
     from src.sweep import places, work
 
     by_label = {point.label: point for point in points}
-    todo = [point for point in points if force or states[point.label] != "finished"]
+    todo = [point for point in points if (force or states[point.label] != "finished") and states[point.label] != "skipped"]
     cores, devices = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, gpus()
     where = places(min(jobs or len(devices) or cores, max(1, len(todo))), devices, cores)
-    print(f"{sweep.grid.name}: {len(points)} points, {len(points) - len(todo)} finished before, {len(where) if todo else 0} at a time", flush=True)
+    skipped = sum(states[point.label] == "skipped" for point in points)
+    before = f"{len(points) - len(todo) - skipped} finished before" + (f", {skipped} skipped" if skipped else "")
+    print(f"{sweep.grid.name}: {len(points)} points, {before}, {len(where) if todo else 0} at a time", flush=True)
     use_this_kernel()  # once, not by all at the same moment
     failed: dict[str, str] = {}
     left = len(todo)
@@ -551,7 +560,7 @@ def show_points(sweep: Sweep) -> None:
     states = [sweep.state(point) for point in sweep.grid.points]
     for number, (point, state) in enumerate(zip(sweep.grid.points, states, strict=True)):
         print(f"{number:4d}  {state:9}  {point.label}")
-    if todo := [number for number, state in enumerate(states) if state not in ("finished", "running")]:
+    if todo := [number for number, state in enumerate(states) if state not in ("finished", "running")]:  # skipped is what is not to be had here; a node may
         print(f"sbatch --array={in_ranges(todo)} launch/sweep.slurm {sweep.path}")
 
 
@@ -566,6 +575,8 @@ def sweep(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only tell what one point will need, the first: parameters, memory, disk")
     parser.add_argument("--launch", default="", metavar="HOW", help="as without sweep: how stages that train are started, e.g. python, which lets SIGTERM save any state")
     args = parser.parse_args(arguments)
+    from src.sweep import lacks
+
     told = Sweep(args.grid)
     points, numbers = told.grid.points, args.only.split(",") if args.only else []
     if args.jobs < 0 or [n for n in numbers if not n.strip().isdecimal() or int(n) >= len(points)]:
@@ -576,6 +587,8 @@ def sweep(arguments: Sequence[str]) -> int:
         return 0
     prepare_data(told)
     states = {point.label: told.state(point) for point in points}
+    for reason in dict.fromkeys(lacks(point.launch) for point in points if states[point.label] == "skipped"):
+        print(f"Skipped, as {reason}: {', '.join(point.label for point in points if states[point.label] == 'skipped')}", flush=True)
     if removed := told.write_ledger(states):
         print(f"No longer in {args.grid}, left as they are: {', '.join(removed)}", flush=True)
     failed = run_points(told, [points[int(n)] for n in numbers] or points, states, args.jobs, args.force, args.launch)

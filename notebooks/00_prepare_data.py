@@ -18,6 +18,7 @@ source_format = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000,
 data_path = "data/nsd_source"  # where the source's files lie
 remote_data = False  # fetch what data_path lacks first, of mindeye, mindeye2 or nsd; docs/downloads.md has more ways
 subj = 1  # subject, at least 1
+also = ""  # further subjects that are prepared, separated by commas, e.g. 2,3,4 to pretrain on
 options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
 folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
 trials_per_session = 750  # of the mini world, and needed to know the session of a trial in MindEye's shards, at least 1
@@ -37,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from src import miniworld
-from src.data import Normaliser, dataset_folder, open_subject
+from src.data import Normaliser, open_subject, subject_folder
 from src.figures import image_grid, roi_figure, save, trials_figure
 from src.readers import READERS, options_of, read, reader_options
 from src.utils import resolve
@@ -48,12 +49,13 @@ from src.utils import resolve
 # so that the same reader reads both.
 
 # %%
-folder, prepared = resolve(data_path), dataset_folder(dataset) / f"subj{subj:02d}"
+folder, everyone = resolve(data_path), sorted({subj, *(int(s) for s in also.split(",") if s.strip())})
+missing = [s for s in everyone if overwrite or not subject_folder(dataset, s).exists()]
 played = source_format if source == "mini" else source
-if source == "mini" and (overwrite or not prepared.exists()):
-    world = miniworld.simulate(subj, mini_images, trials_per_session=trials_per_session)
+for number in missing if source == "mini" else []:
+    world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
     READERS[played].write(
-        folder, subj, world.scan.betas, world.scan.trials, world.images, world.image_ids,
+        folder, number, world.scan.betas, world.scan.trials, world.images, world.image_ids,
         voxels=world.scan.voxels, captions=world.captions, labels=world.labels,
     )  # fmt: skip
     print(f"(trials, voxels) = {world.scan.betas.shape}   (images, height, width, channels) = {world.images.shape}")
@@ -63,19 +65,20 @@ if source == "mini" and (overwrite or not prepared.exists()):
 # Whatever the source, this leaves the same files. An image is in one split only; this is checked, and refused otherwise.
 
 # %%
-if remote_data and (overwrite or not prepared.exists()):
+if remote_data and missing:
     from src.download import fetch
 
     release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
-    fetch(release.get(reader_options(played, options).get("layout", ""), source), folder, subj=subj)
+    for number in missing:
+        fetch(release.get(reader_options(played, options).get("layout", ""), source), folder, subj=number)
 
 # %%
 print(f"options of the reader '{played}' and their defaults: {options_of(played)}\n\nterms of use: {READERS[played].TERMS}")
 given = {"trials_per_session": trials_per_session, "seed": seed, "split": folds or "official"}
 if source == "mini":
     given["attributes"] = {"source": "mini world (simulated)", "units": "percent signal change (simulated)", "normalisation": "none", "protocol": "mini-300"}
-if overwrite or not prepared.exists():
-    read(played, folder, dataset, subj, options, **given)
+for number in missing:
+    read(played, folder, dataset, number, options, **given)
 subject = open_subject(dataset, subj)
 subject
 

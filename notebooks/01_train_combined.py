@@ -102,7 +102,7 @@ from src.models import RidgeBaseline
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper
 from src.published import load_laion_prior, load_voxel2clip
-from src.readers import mindeye
+from src.readers import read_if_missing
 from src.reconstruct import build_decoder, combined_config, generator_for, predict_tokens, sampled_by
 from src.training import FirstSamples, batches, check_precision, fit, gather, own_rows, tracker
 from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
@@ -127,7 +127,7 @@ if remote_data and not subject_folder(dataset, subj).exists():
     fetch("mindeye_early", source, subj=subj, revision=data_commit)
 
 # %%
-mindeye.read_if_missing(source, dataset, subj)
+read_if_missing("mindeye", source, dataset, subj)
 subject = open_subject(dataset, subj)
 check_volumes(voxel_dims, subject.volume_shape)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")

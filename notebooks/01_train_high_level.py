@@ -26,6 +26,7 @@ vd_cache_dir = ""  # where models from the hub are kept, by default the hub's ow
 decoder = "network"  # one of network, ridge, both
 split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
+num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
 rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
@@ -86,7 +87,7 @@ from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_lo
 from src.models import RidgeBaseline
 from src.pretrained import Clipper
 from src.published import load_laion_prior
-from src.readers import mindeye
+from src.readers import read_if_missing
 from src.reconstruct import build_decoder, high_level_config, predict_tokens
 from src.training import batches, check_precision, fit, gather, own_rows, tracker
 from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
@@ -96,9 +97,10 @@ from src.utils import PerceptError, count_parameters, named, resolve, save_check
 # Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
 # the mean of its repeats.
 #
-# Two tests need a training of their own (docs/overlap.md). With `split = "cluster-held-out"` no training or validation image is like the test images of a
+# Three tests need a training of their own (docs/overlap.md). With `split = "cluster-held-out"` no training or validation image is like the test images of a
 # quarter of the clusters: is an image recognised, or a category that was trained? With `n_components` the networks see that many principal components of
-# the voxels in place of the voxels: how much of the brain do they need?
+# the voxels in place of the voxels: how much of the brain do they need? With `num_sessions` they are trained on the first so many sessions alone, and tested on
+# the whole test set (docs/sweeps.md): how long has someone to lie in the scanner?
 
 # %%
 published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
@@ -112,10 +114,10 @@ if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
 
 # %%
-mindeye.read_if_missing(data_path, dataset, subj)
+read_if_missing("mindeye", data_path, dataset, subj)
 everything = open_subject(dataset, subj)
-subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters)
-if subject.clusters is not None:
+subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters, num_sessions)
+if subject is not everything:
     kept = {part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}" for part in ("train", "val")}
     print(f"images kept: {kept}; test images in held-out clusters: {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}")
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
@@ -163,7 +165,7 @@ print(f"(tokens, dim) = ({n_tokens}, {dim})   targets: {'of augmented images, ' 
 # %%
 prior_weight = prior_mult or (30.0 if hidden else 0.03)
 told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "mse_mult", "use_image_aug", "cached_views", "faithful", "laion_prior", "seed")
-told += ("split", "n_clusters", "n_components", "rois")
+told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
     "model": high_level_config(run.parameters, normaliser.width, n_tokens, dim),
     "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},

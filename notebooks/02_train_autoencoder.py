@@ -18,6 +18,7 @@ weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
+num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
 rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 batch_size = 8  # images a step over all processes, at least 1
@@ -73,13 +74,13 @@ from src.utils import PerceptError, count_parameters, mixed_precision, save_chec
 # %% [markdown]
 # ## Data
 # The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. It is computed once, as
-# are the teacher's embeddings of the image. `split` and `n_components` are those of notebook 01, and have to be the same.
+# are the teacher's embeddings of the image. `split`, `num_sessions` and `n_components` are those of notebook 01, and have to be the same.
 
 # %%
 if use_sobel_loss and not use_reconst:
     raise PerceptError("use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True, too.")
 everything = open_subject(dataset, subj)
-subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters)
+subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters, num_sessions)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
@@ -118,7 +119,7 @@ print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(tra
 
 # %%
 told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "best_by", "seed")
-told += ("split", "n_clusters", "n_components", "rois")
+told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
     "model": low_level_config(run.parameters, normaliser.width),
     "training": {k: run.parameters[k] for k in told},

@@ -37,6 +37,7 @@ guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 (Versa
 num_inference_steps = 20  # steps of the image generator, at least 1
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
 first_images = 0  # reconstruct only so many test images, 0 for all, at least 0
+converter_epochs = 60  # passes over the training images of the map from smaller tokens to those that unCLIP reads, at least 1
 generator_batch = 16  # pictures that the generator makes at a time, at least 1
 untrained = False  # also reconstruct with the same networks before any training, a floor
 fewer_repeats = ""  # also reconstruct from so many repeats alone, separated by commas, e.g. 1,2
@@ -59,10 +60,12 @@ from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_split
 from src.figures import contact_sheet, save
-from src.pretrained import Clipper, LatentAutoencoder
-from src.readers import mindeye
+from src.mindeye2 import fit_converter
+from src.models import MindEye2
+from src.pretrained import LatentAutoencoder, PatchClip
+from src.readers import read_if_missing
 from src.reconstruct import (
-    build_decoder, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
+    build_decoder, encoder_for, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
     repeat_agreement, sample_spread,
 )  # fmt: skip
 from src.retrieval import nearest
@@ -73,7 +76,7 @@ from src.utils import HOME, PerceptError, atomic, seed_everything
 # The released networks were trained on the betas as the shards hold them, ours on z-scores: each is given what it was trained on.
 
 # %%
-mindeye.read_if_missing(data_path, dataset, subj)
+read_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 files = {
@@ -118,7 +121,11 @@ def with_voxels(name, repeats=0):
 
 
 high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
+for name, (network, _) in high.items():  # MindEye2's low level is a branch of the same network
+    if isinstance(network, MindEye2) and network.backbone.blurry_recon:
+        files[name] = (files[name][0], files[name][0])
 low = {name: loaded(files[name][1], img2img_strength < 1) for name in names}
+subject = subject.with_neighbours(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
 decoders = {name: with_voxels(name) for name in names}
 for k in map(int, fewer):
     decoders[f"repeats_{k}"] = with_voxels(main, k)
@@ -130,19 +137,34 @@ if untrained and "network" in names:
 
 # %%
 config, has_tokens = high[main][1], high[main][0] is not None
-told = {tuple(c["training"].get(k) or "" for k in ("split", "n_clusters", "n_components", "rois")) for _, c in (*high.values(), *low.values()) if "training" in c}
+same = ("split", "n_clusters", "num_sessions", "n_components", "rois")
+told = {tuple(c["training"].get(k) or "" for k in same) for _, c in (*high.values(), *low.values()) if "training" in c}
 if len(told) > 1:
-    raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same split and n_components.")
+    raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same {', '.join(same)}.")
 if has_tokens:
     shape = tuple(config["tokens"])  # (tokens, dim)
-    hidden = shape[0] > 1
-    made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
-    clipper = Clipper(weights, device=run.device, **made_for)
-    diffusion = generator_for(shape[0], weights, run.device)
+    clipper = encoder_for(config, weights, run.device)
+    diffusion = generator_for(shape[0], weights, run.device, clipper)
     print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}")
 else:
     diffusion = LatentAutoencoder(weights, device=run.device, **low[main][1].get("autoencoder", {}))
     print(f"(channels, height, width) of a latent = {diffusion.latent_shape}: no generator   decoders: {', '.join(decoders)}")
+
+# %% [markdown]
+# MindEye2 is different in two things. Its blurry latents are of another autoencoder than the generator's; and unCLIP reads all of bigG's patch tokens, so that a model
+# of smaller ones (ViT-B/32) needs a map from these to those, which is learnt here on training images, without a brain.
+
+# %%
+patches = has_tokens and isinstance(clipper, PatchClip)
+low_decoder = LatentAutoencoder(weights, "image_variation", 0 if weights == "mini" else 224, run.device) if patches else diffusion
+read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
+converter = None
+if patches and read.target_shape != clipper.target_shape:
+    pairs = [cached_targets(dataset, "patch_tokens", c.fingerprint(), subject.all_images, c.encode_pixels, c.target_shape) for c in (clipper, read)]
+    made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
+    splits = [subject.image_ids(split) for split in ("train", "val")]
+    converter, history = fit_converter(*pairs, *splits, run.logs / "decoder_converter", made_by, converter_epochs, seed=seed, device=run.device)
+    print(f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on {len(splits[1])} validation images {history['val/r2'].max():.3f}")
 
 # %% [markdown]
 # ## The step
@@ -156,6 +178,9 @@ options["batch_size"] = generator_batch
 
 def paint(tokens, ids, latents, samples):
     """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun at latents (images, channels, h, w)."""
+    if patches:
+        latents = diffusion.encode(low_decoder.decode(latents)) if img2img_strength < 1 else None
+        tokens = tokens if converter is None else converter(tokens.to(run.device).flatten(0, 1)).unflatten(0, tokens.shape[:2]).cpu()
     if latents is not None and faithful_img2img:
         latents = diffusion.published_start(latents, latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed))
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
@@ -173,7 +198,7 @@ def tokens_of(name, rows, voxels, samples, sampled):
 def reconstruct(name, rows):
     """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
     _, low_level, voxels, low_voxels = decoders[name]
-    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], diffusion.latent_shape, device=run.device)
+    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device)
     if not has_tokens:
         return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
     samples = max(recons_per_sample, keep_samples if name == main else 1)  # those beyond take no part in the choice; a floor is made as the system is
@@ -182,7 +207,7 @@ def reconstruct(name, rows):
     made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
-        made |= {} if latents is None else {f"low_level_{name}": diffusion.decode(latents).cpu().half()}
+        made |= {} if latents is None else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
     if name == main and samples > 1:
         made |= {"spread": sample_spread(clipper, pictures)} | ({"samples": pictures[:, :keep_samples].half()} if keep_samples else {})
     return made
@@ -223,7 +248,7 @@ del singles
 
 # %%
 train_ids = subject.image_ids("train")
-kind, frozen = ("clip_tokens", clipper) if has_tokens else ("vae_latents", diffusion)
+kind, frozen = ("patch_tokens" if patches else "clip_tokens", clipper) if has_tokens else ("vae_latents", diffusion)
 known = cached_targets(dataset, kind, frozen.fingerprint(), subject.all_images, frozen.encode_pixels, frozen.target_shape).rows(train_ids)
 found = nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
@@ -233,12 +258,12 @@ rows["mean_image"] = (torch.from_numpy(subject.mean_image("train")).permute(2, 0
 # %%
 def best_possible(part):
     """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
-    latents = diffusion.encode(seen[part]).cpu()
+    latents = low_decoder.encode(seen[part]).cpu()
     if not has_tokens:
         return {"ceiling": diffusion.decode(latents).cpu().half()}
     tokens = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu()
     pictures = paint(tokens, image_ids[part], latents, recons_per_sample)  # as many samples as the system has, the nearest to the true tokens chosen
-    made = {"ceiling": pick_best(clipper, tokens[:, 0], pictures)[0], "autoencoder": diffusion.decode(latents).cpu()}
+    made = {"ceiling": pick_best(clipper, tokens[:, 0], pictures)[0], "autoencoder": low_decoder.decode(latents).cpu()}
     return {name: pictures.half() for name, pictures in made.items()} | {"true_tokens": tokens[:, 0]}
 
 

@@ -52,7 +52,7 @@ from src.data import cached_targets, open_split
 from src.figures import glass_brain, region_bars, save, voxel_map
 from src.metrics import pixcorr
 from src.pretrained import Clipper, LatentAutoencoder
-from src.readers import mindeye
+from src.readers import read_if_missing
 from src.reconstruct import find_decoder, load_decoder
 from src.retrieval import top1_image_from_brain_each
 from src.utils import HOME, PerceptError, atomic
@@ -62,7 +62,7 @@ from src.utils import HOME, PerceptError, atomic
 # A level that was not trained is left out. Voxels are z-scored by the decoder's own normaliser, and the repeats of a test image averaged.
 
 # %%
-mindeye.read_if_missing(data_path, dataset, subj)
+read_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 if decoder == "network":

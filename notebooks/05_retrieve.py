@@ -42,13 +42,13 @@ import pandas as pd
 from src import retrieval
 from src.data import open_split
 from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
-from src.readers import mindeye
+from src.readers import read_if_missing
 from src.reconstruct import load_reconstructions
 from src.results import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.utils import HOME, PerceptError, atomic
 
 # %%
-mindeye.read_if_missing(data_path, dataset, subj)
+read_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]

@@ -2,15 +2,16 @@
 # # 06 · Metrics: what is a reconstruction worth?
 #
 # **Question.** How alike are seen and reconstructed images, and how much of that would one get without the brain, without training, from a lookup, or
-# with a perfect decoder?
+# with a perfect decoder? And how near do captions from the brain come to what people wrote?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03), or anyone's reconstructions: `recon_path` and `all_images_path` (the published
-# `.pt` tensors, `.npz` or `.npy`, or folders of PNG files). **Writes** its part of `results/<run>/metrics.json` (a record a score) and `scores.parquet`
-# (a row per image, metric and system), and `report.html`.
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03, and the refined pictures of 04) and `captions_brain.parquet` (04) where there are any, or
+# anyone's reconstructions: `recon_path` and `all_images_path` (the published `.pt` tensors, `.npz` or `.npy`, or folders of PNG files). **Writes** its part of
+# `results/<run>/metrics.json` (a record a score) and `scores.parquet` (a row per image, metric and system), `report.html`, and under `tables/` the published
+# tables with the names of the metrics in them.
 #
 # Cost: 1000 images about half an hour on a CPU, minutes on a GPU, and 0.5 GB of networks to download; mini about two minutes on two CPU cores.
 #
-# Source: MindEye, arXiv 2305.18274, Table 1; what stands beside the scores: docs/metrics.md.
+# Source: MindEye, arXiv 2305.18274, Table 1; MindEye2, arXiv 2403.11207 (captions, brain correlation); what stands beside the scores: docs/metrics.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
@@ -23,6 +24,10 @@ all_images_path = ""  # with recon_path, the images that were seen, in the same 
 metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"  # separated by commas
 resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
 hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
+blend = 0.0  # share of the blurry picture blended into the reconstructions that are scored, published evaluates .25, at least 0, at most 1
+brain_corr = False  # also what of the measured responses GNet, an encoder of this subject, predicts from the reconstructions
+caption_metrics = "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"  # separated by commas
+references = "one"  # one of one, all; what people wrote of an image that its caption is held against (published is one)
 shuffles = 3  # random pairings of the shuffled floor, at least 1
 seed = 42  # of these pairings and of the clusters; the bootstrap always has the same
 
@@ -34,6 +39,7 @@ run
 
 # %%
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -41,9 +47,11 @@ import pandas as pd
 import torch
 from sklearn.cluster import KMeans
 
-from src.data import open_split
+from src.captions import caption_lines, caption_rows, corpus_lines, most_common, read_captions, ready_metrics, scored_pairings
+from src.data import Normaliser, open_split
 from src.figures import abstain_curve, save, score_by_distance, score_dots
-from src.metrics import METRICS, answer_metrics, as_compared, pcc, reordered, resize, two_way_within
+from src.gnet import brain_correlation, load_gnet, roi_masks
+from src.metrics import METRICS, Metric, answer_metrics, as_compared, pcc, reordered, resize, two_way_within
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper, Judge
 from src.reconstruct import load_reconstructions
@@ -52,6 +60,7 @@ from src.results import (
     add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records,
     mean_picture, most_alike, noise_ceiling, pixel_hash, provenance, score_table,
 )  # fmt: skip
+from src.tables import retrieval_rows, score_lines, write_lines
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 from src.voting import told as voting_table, verdict, worth
 
@@ -78,6 +87,21 @@ seen, recons = pictures.pop("seen"), pictures["system"]
 if not 2 <= len(seen) == len(recons):
     raise PerceptError(f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of both, in the same order, and at least two.")
 print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed; other rows: {', '.join(list(pictures)[1:])}")
+
+# %% [markdown]
+# ## With the blurry picture in it
+# The published evaluation of MindEye2 scores three parts of a reconstruction and one of the low level's blurry picture (`blend` .25), which is kinder to pixel
+# metrics than what the generator painted. Here nothing is blended in unless it is asked for, and then the names of the scores say so.
+
+# %%
+mark = f", blend {blend:g}" if blend else ""
+if blend:
+    blurry = pictures.get(f"low_level_{main}") if ours else None
+    if blurry is None:
+        raise PerceptError("blend needs the blurry pictures of a low level, which these reconstructions come without: set it to 0.")
+    for row in {"system", "refined"} & set(pictures):
+        pictures[row] = (1 - blend) * pictures[row].float() + blend * resize(blurry.float(), pictures[row].shape[-1])
+    recons = pictures["system"]
 
 # %% [markdown]
 # ## Alarms before scores
@@ -143,6 +167,7 @@ if judge is not None and set(judge.answers) <= set(labels.columns):
     chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
     said = judge.ask(seen)
     print("the judge is right about the images that were shown:", {q: round(float((said[q] == labels[q]).mean()), 3) for q in said})
+chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 
 # %% [markdown]
 # ## Score, floors and ceiling
@@ -161,15 +186,22 @@ summary.round(3)
 # Rows of brain data and images that do not belong together, and scores that no floor is below.
 
 # %%
-if f"{prefix}CLIP" in summary.index and "pixcorr" in summary.index:
-    best = each.get(("ceiling", f"{prefix}CLIP"))
-    alarms += check_alignment(each["system", f"{prefix}CLIP"], each["system", "pixcorr"], summary.loc["pixcorr", "shuffled"], best)
-for record in records:
-    sign = 1 if record["better"] == "higher" else -1
-    for floor in {"shuffled", "mean_image", "mean_seen"} & set(record["floors"]):
-        under = record["floors"][floor]["value"]
-        if sign * (record["value"] - under) <= 0:
-            alarms.append(f"{record['name']} is {record['value']:.3f}, not better than its floor '{floor.replace('_', ' ')}' ({under:.3f}).")
+two_way, pixels = f"{prefix}CLIP{mark}", f"pixcorr{mark}"
+if {two_way, pixels} <= set(summary.index):
+    alarms += check_alignment(each["system", two_way], each["system", pixels], summary.loc[pixels, "shuffled"], each.get(("ceiling", two_way)))
+
+
+def beneath_floors(records):
+    """A sentence for every score that is not better than one of its floors."""
+    for record in records:
+        sign = 1 if record["better"] == "higher" else -1
+        for floor in [name for name in ("shuffled", "mean_image", "mean_seen", "common_caption") if name in record["floors"]]:
+            under = record["floors"][floor]["value"]
+            if sign * (record["value"] - under) <= 0:
+                yield f"{record['name']} is {record['value']:.3f}, not better than its floor '{floor.replace('_', ' ')}' ({under:.3f})."
+
+
+alarms += beneath_floors(records)
 alarms
 
 # %% [markdown]
@@ -189,10 +221,10 @@ if kept.any():
     within = {row: values[kept] for row, values in within.items()}
     floors = {row: values for row, values in within.items() if row not in ("system", "ceiling", "ridge")}
     records.append(make_record(
-        f"{prefix}CLIP within {kind}", within["system"], floors=floors, ceiling=within.get("ceiling", reason), better="higher", protocol=of["protocol"],
+        f"{prefix}CLIP within {kind}{mark}", within["system"], floors=floors, ceiling=within.get("ceiling", reason), better="higher", protocol=of["protocol"],
         test_set=of["test_set"], chance=0.5, description=f"two-way identification among test images of the same {kind}", source="hard distractors",
     ))  # fmt: skip
-    parts = [pd.DataFrame({"metric": f"{prefix}CLIP within {kind}", "row": row, "image": image_ids[kept], "draw": 0, "value": v}) for row, v in within.items()]
+    parts = [pd.DataFrame({"metric": records[-1]["name"], "row": row, "image": image_ids[kept], "draw": 0, "value": v}) for row, v in within.items()]
     table = pd.concat([table, *parts], ignore_index=True)
 print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 
@@ -213,6 +245,63 @@ if "repeat_agreement" in made:
     ))  # fmt: skip
     table = pd.concat([table, pd.DataFrame({"metric": "token_correlation", "row": "system", "image": image_ids, "draw": 0, "value": own})], ignore_index=True)
     print(f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]")
+
+# %% [markdown]
+# ## Brain correlation
+# What would this subject's voxels have answered to the reconstruction? GNet, an encoder from images to voxels, says so, and is held against what was measured,
+# across the voxels of a region. The seen images themselves, through the encoder, are the ceiling; the generator's pictures of the true latents stand beside.
+
+# %%
+def in_region(name, mask):
+    """The brain correlation of one region as a metric: pictures are prepared by the encoder, the truth is what was measured."""
+    compare = lambda true, made, pairing=slice(None): brain_correlation(made, true[pairing], {name: mask})[name]  # noqa: E731
+    text = f"correlation across the voxels of {name} of what GNet says of the reconstruction and what was measured; ceiling: the seen images"
+    return Metric(f"brain_correlation {name}{mark}", compare, "higher", None, text, "MindEye2, arXiv 2403.11207, brain correlation", encoder.predict, measured)
+
+
+regional = []
+if brain_corr and subject is None:
+    raise PerceptError("brain_corr needs what was measured while the images were seen, which recon_path comes without: set it to False.")
+if brain_corr:
+    encoder, masks = load_gnet(weights, subj, run.device), roi_masks(subject.voxels)
+    measured, order = subject.averaged("test", normaliser=Normaliser.fit(subject))  # (images, voxels), z-scored
+    measured = measured[[list(order).index(image) for image in image_ids]]
+    regional = [in_region(name, mask) for name, mask in masks.items()]
+    rows = {name: pictures[name] for name in ("system", "refined", "mean_image", "other_recon", "untrained", "nearest_train") if name in pictures}
+    rows |= {"ceiling": seen} | ({"true_latents": pictures["ceiling"]} if "ceiling" in pictures else {})
+    answers = score_table(seen, rows, regional, draws=shuffles, seed=seed, image_ids=image_ids)
+    records += (answered := make_records(answers, regional, protocol=of["protocol"], test_set=of["test_set"]))
+    alarms += beneath_floors(answered)
+    table = pd.concat([table, answers], ignore_index=True)
+pd.DataFrame(records).tail(len(regional))[["name", "value", "low", "high"]]
+
+# %% [markdown]
+# ## Captions
+# What notebook 04 read from the brain, against what people wrote of the image and against what the same captioner says of the image itself, as published. The
+# last, held against people, is the ceiling; "relative" is the share of it that captions from the brain reach. Floors: the same captions for wrong images, and
+# one sentence for all images, the most common one of training.
+
+# %%
+file, captions, speech = run.results / "captions_brain.parquet", None, []
+if ours and file.exists() and subject.captions is not None and caption_metrics:
+    captions, trained = read_captions(file, image_ids, references), subject.captions["image"].isin(train_ids)
+    common = most_common(subject.captions["caption"][trained])
+    speech, unsaid, networks = ready_metrics(caption_metrics, weights, run.device, clipper)
+    looked_through |= networks
+    print(f"held against every image: '{common}'", *(f"{name} is left out. {why}" for name, why in unsaid.items()), sep="\n")
+
+# %%
+spoken, spoken_records, said = {}, [], pd.DataFrame()
+if speech:
+    on = {"protocol": of["protocol"], "test_set": of["test_set"]}
+    endings = {"brain_ref": "", "brain_img": " to image's caption"}
+    for pairing, (wanted_captions, rows) in scored_pairings(captions, common).items():
+        spoken[pairing] = score_table(wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids)
+        called = [replace(m, name=m.name + endings[pairing], description=f"{m.description}; ceiling: the captioner looking at the image") for m in speech]
+        spoken_records += make_records(spoken[pairing].assign(metric=spoken[pairing]["metric"] + endings[pairing]), called, **on)
+    alarms += beneath_floors(spoken_records)
+    said = pd.concat([caption_lines(spoken), corpus_lines(captions, common, next(derangements(len(seen), 1, seed)))], ignore_index=True)
+said.pivot(index="metric", columns="pairing", values="value").reindex(said["metric"].unique()).round(3) if len(said) else "There are no captions."
 
 # %% [markdown]
 # ## Tables beside the scores
@@ -268,6 +357,13 @@ if "voters" in of:
     print(verdict(several))
 
 # %%
+if len(said):
+    which = {"one": "one sentence of a person an image, as published", "all": "all sentences that people wrote of an image"}[references]
+    note = " ".join([f"Held against {which}; relative is the third column over the second.", *(f"{name} is left out. {why}" for name, why in unsaid.items())])
+    tables.append({"title": "Captions from the brain", "note": note, "rows": caption_rows(said)})
+
+
+# %%
 def lines_of(title):
     """The table of that title, or a sentence."""
     return next((pd.DataFrame(t["rows"]).set_index("metric") for t in tables if t["title"] == title), "There is none for this run.")
@@ -287,8 +383,8 @@ lines_of("By distance to the nearest training image")
 # %%
 def drawn(wished):
     """Scores of the system that a figure shows: the first four there are."""
-    names = [prefix + name if METRICS[name].network else name for name in METRICS] + [m.name for m in chosen if "judge" in m.name]
-    known = [name for name in (*wished, *names) if ("system", name) in each]
+    names = [prefix + name if METRICS[name].network else name for name in METRICS] + [m.name.removesuffix(mark) for m in chosen if "judge" in m.name]
+    known = [name + mark for name in (*wished, *names) if ("system", name + mark) in each]
     return {name: each["system", name] for name in list(dict.fromkeys(known))[:4]}
 
 
@@ -331,9 +427,38 @@ about = provenance(
 )  # fmt: skip
 add_results(run.results, run.stage, table, records, about, tables)
 save(score_dots(records), run.results / "figures" / "scores.png")
+if speech:
+    endless = [t.assign(metric=t["metric"] + endings[pairing]) for pairing, t in spoken.items()]
+    add_results(run.results, "06_captions", pd.concat(endless, ignore_index=True), spoken_records, about | {"selection": []})
+
+# %% [markdown]
+# ## The published tables, with names
+# A line a metric, the published ones first and in their order, beside floors and ceiling. The refined pictures have their own, as the published evaluation has.
 
 # %%
-published = {m.name: f"{summary.loc[m.name, 'system']:.6f}" for m in chosen if m.name.removeprefix(prefix) in wanted}
+def as_system(row, metrics, scored):
+    """Records of another row in the system's place, with its own shuffled pairing, and the floors that do not depend on it."""
+    own = score_table(seen, {"system": pictures[row]}, metrics, draws=shuffles, seed=seed, image_ids=image_ids)
+    floors = scored[scored["row"].isin(("mean_image", "untrained", "nearest_train"))]
+    limit = "ceiling" if metrics is regional else f"{row}_ceiling"
+    best = scored[scored["row"] == limit].assign(row="ceiling")
+    none = "" if len(best) else "the same was not made of the true latents"
+    both = pd.concat([own, floors, best], ignore_index=True)
+    return make_records(both[both["metric"].isin([m.name for m in metrics])], metrics, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=none)
+
+
+written_tables, retrieval = run.results / "tables", retrieval_rows(read_json(run.results / "metrics.json"))
+write_lines(written_tables / f"{run.name}_all_recons.csv", score_lines([*records, *retrieval]))
+if "refined" in pictures:
+    refined = as_system("refined", chosen, table) + (as_system("refined", regional, table) if regional else [])
+    write_lines(written_tables / f"{run.name}_all_enhancedrecons.csv", score_lines([*refined, *retrieval]))
+if len(said):
+    named = said.assign(Metric=said["metric"] + " " + said["pairing"])[["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]]
+    write_lines(written_tables / f"{run.name}_caption_metrics.csv", named.rename(columns={"value": "Value"}))
+score_lines([*records, *retrieval])
+
+# %%
+published = {m.name: f"{summary.loc[m.name, 'system']:.6f}" for m in chosen if m.name.removeprefix(prefix).removesuffix(mark) in wanted}
 if not ours:
     with atomic(resolve(recon_path).with_suffix(".csv")) as path:
         pd.Series(published, name="Value").rename_axis("Metric").to_csv(path, sep="\t")
@@ -351,6 +476,8 @@ if ours and found.exists():
     details["hit"] = ranks.reindex(image_ids).to_numpy() == 1
 if ours and subject.captions is not None:
     details["caption"] = subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna("").to_numpy()
+if speech:
+    details["caption"] = [f"{a} | from the brain: {b} | of the image: {c}" for a, b, c in zip(details["caption"], captions["brain"], captions["git_image"], strict=True)]
 names = {f"low_level_{main}" if ours else "": "low level", "system": "reconstructed", "nearest_train": "nearest training image", "ceiling": "ceiling"}
 shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
 print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")

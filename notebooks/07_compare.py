@@ -1,20 +1,21 @@
 # %% [markdown]
 # # 07 · Compare: which run is better, and by how much?
 #
-# **Question.** Scored on the same test images, how do runs differ, how sure is that, how much of the brain do they use, and how much do they owe to
-# categories that were trained?
+# **Question.** Scored on the same test images, how do runs differ, how sure is that, how much of the brain and how many sessions do they need, and how
+# much do they owe to pretraining on other subjects, and to categories that were trained?
 #
 # **Reads** `results/*/metrics.json` and `scores.parquet` (notebooks 05 and 06), of all runs or of those in `runs`. **Writes** `results/compare/`:
-# `comparison.csv` (all scores, floors and ceilings), `comparison.tex` (a table for a paper), `differences.csv` (paired), and figures.
+# `comparison.csv` (all scores, floors and ceilings), `comparison.tex` (a table for a paper), `differences.csv` (paired), `sessions.csv`,
+# `pretraining.csv` and `held_out.csv` where there are such runs, and figures.
 #
 # Cost: seconds.
 #
-# Source: paired bootstrap over images (Efron & Tibshirani 1993); the last two sections: docs/overlap.md.
+# Source: paired bootstrap over images (Efron & Tibshirani 1993); components and clusters: docs/overlap.md; sessions and pretraining: docs/sweeps.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
 model_name = "compare"  # folder under results/ that the comparison is written to
-runs = ""  # runs under results/, separated by commas, by default all that were scored on the same test set
+runs = ""  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
 test_set = ""  # id of the test set, by default that of most runs
 metrics = ""  # metrics to show, separated by commas, by default all that every run has
 row = "system"  # row of each run's scores that is compared, e.g. system or ridge
@@ -96,14 +97,58 @@ gaps.pivot(index="metric", columns="run", values="difference [95 %]").reindex(sh
 # Voxels are replaced by their first principal components. Where few of them do as well as all voxels, the rest of the brain is not what makes the picture.
 
 # %%
-points = compare.bottleneck(scored, shown)
+points = compare.curves(scored, shown, "n_components")
 if len(points):
-    figures.save(figures.bottleneck_curve(points), run.results / "figures" / "bottleneck.png")
+    figures.save(figures.curves_over(points, "n_components", "components of the voxels"), run.results / "figures" / "bottleneck.png")
 else:
     print("No two runs of a recipe differ in their number of components; this makes one: `python run.py mindeye --mini -p n_components 30`")
 
 # %%
 compare.enough(points, scored, seed) if len(points) else None
+
+# %% [markdown]
+# ## How many sessions?
+# Trained on the first so many sessions of a subject alone, each run is scored on the whole test set. Networks stand beside ridge, and beside a network that was
+# pretrained on other subjects where there is one. The floors move, too: with few sessions, the nearest training image is one of few. Intervals are over test
+# images; one training a point says nothing of the luck of its seed.
+
+# %%
+sessions = compare.curves(scored, shown, "num_sessions")
+if len(sessions):
+    with atomic(run.results / "sessions.csv") as path:
+        sessions.to_csv(path, index=False)
+    figures.save(figures.curves_over(sessions, "num_sessions", "training sessions"), run.results / "figures" / "sessions.png")
+else:
+    print("No two runs of a recipe differ in their number of training sessions; this makes one: `python run.py mindeye --mini -p num_sessions 1`")
+
+# %%
+def by_sessions(table):
+    """Scores as text, a line a metric and curve, floors and ceiling of the first curve beneath; a column a number of sessions."""
+    kept = table[(table["row"] == "system") | (table["curve"] == table["curve"].iloc[0])]
+    text = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in kept[["value", "low", "high"]].to_numpy()]
+    what = kept["curve"].where(kept["row"] == "system", kept["row"].map(compare.words))
+    wide = kept.assign(text=text, what=what).pivot(index=["metric", "what"], columns="num_sessions", values="text")
+    order = kept.assign(what=what)[["metric", "what"]].drop_duplicates().sort_values("metric", key=lambda m: m.map(shown.index), kind="stable")
+    return wide.reindex(index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(kept["num_sessions"]))).rename(columns={0: "all"}).fillna("–")
+
+
+by_sessions(sessions.sort_values("num_sessions", key=lambda k: k.replace(0, 10**6))) if len(sessions) else None
+
+# %% [markdown]
+# ## What does pretraining on other subjects add?
+# A run that started from weights of other subjects against the run that is alike in all but that, image by image. Positive is more, for distances worse.
+
+# %%
+added = compare.pretraining(scored, shown, seed)
+if len(added):
+    with atomic(run.results / "pretraining.csv") as path:
+        added.to_csv(path, index=False)
+    added["difference [95 %]"] = [f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in added[["value", "low", "high"]].to_numpy()]
+    added["difference [95 %]"] += added["verdict"].map({"better": " better", "worse": " worse", "undecided": ""})
+else:
+    print("No run that started from weights of other subjects (multisubject_ckpt) stands beside one that is alike in all but that (docs/mindeye2.md).")
+names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype(str) + " sessions")
+names.pivot(index="metric", columns=["run", "num_sessions"], values="difference [95 %]").reindex(shown) if len(added) else None
 
 # %% [markdown]
 # ## Categories that were never trained
@@ -124,7 +169,7 @@ for without, its_row, plain, other_row in compare.held_out_pairs(scored):
     better = {name: without.records[name]["better"] for name in names}
     effects.append(compare.held_out_effect(*scores, held_out, better, seed=seed).assign(run=without.name, row=its_row, plain=plain.name))
     title = f"{without.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
-    figures.save(figures.held_out_effect(effects[-1], title), run.results / "figures" / f"held_out_{without.name}_{its_row}.png")
+    figures.save(figures.held_out_effect(effects[-1], title), run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png")
 if effects:
     with atomic(run.results / "held_out.csv") as path:
         pd.concat(effects).to_csv(path, index=False)

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 07 · Sweep: which setting wins, and is that more than luck of the seed?
 #
-# **Question.** Of the values that a parameter took, which is best, by how much, and would another seed have said the same?
+# **Question.** Of the values that a parameter took, which is best, by how much, would another seed have said the same, and what did each cost?
 #
 # **Reads** `results/<sweep>/points.json` (`run.py sweep`), and of every point its histories and its scores on the test images. **Writes**
-# `results/<sweep>/sweep.csv` (a line a point), `levels.csv` (a line a level and score) and figures.
+# `results/<sweep>/sweep.csv` (a line a point), `levels.csv` (a line a level and score), `costs.csv` (a line a point: scores, memory, time) and figures.
 #
 # Cost: seconds.
 #
@@ -44,7 +44,7 @@ if unknown := [name for name in (factor, seed_name) if name and name not in vari
     raise PerceptError(f"The sweep {run.name} does not vary '{unknown[0]}': choose among {', '.join(varied)}.")
 if not factor:
     raise PerceptError(f"The sweep {run.name} varies nothing but {seed_name}: name that as the factor, or vary another parameter.")
-others = [name for name in varied if name not in (factor, seed_name)]
+others = [name for name in varied if name not in (factor, seed_name) and points.groupby(factor)[name].nunique().max() > 1]  # the rest goes with the factor
 finished = points[points["state"] == "finished"]
 pairs = " and ".join([*others, *([seed_name] if seed_name else [])])
 print(f"{ledger['recipe']}: {len(finished)} of {len(points)} points are finished; {factor} is compared" + (f", in pairs of equal {pairs}" if pairs else ""))
@@ -83,7 +83,7 @@ else:
 # %%
 def tables_of(table, value):
     """Runs that have a pair at every level, the table of levels, and the standard deviation over seeds."""
-    paired = sweep.complete(table.dropna(subset=value), factor, [name for name in varied if name != factor])
+    paired = sweep.complete(table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])])
     paired = paired.assign(value=paired[value])
     return paired, sweep.level_table(paired, factor, seed_name), sweep.seed_sd(paired, factor, seed_name)
 
@@ -91,7 +91,7 @@ def tables_of(table, value):
 better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
 words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
-for kind, part in losses.groupby("kind", sort=False) if by in losses else ():
+for kind, part in losses.groupby("kind", sort=False) if by in losses and factor not in sweep.OTHER_IMAGES else ():
     found[kind] = tables_of(part, by)
     what = f"{words} of the {kind.replace('_', ' ')}" if losses["kind"].nunique() > 1 else words
     gaps[kind] = sweep.gaps_to_best(found[kind][0], factor, seed_name, better) if len(found[kind][0]) else []
@@ -99,7 +99,8 @@ for kind, part in losses.groupby("kind", sort=False) if by in losses else ():
     dropped = len(part) - len(found[kind][0])
     print(verdicts[kind] + "." + (f" {dropped} runs without a pair at every level are left out." if dropped else ""))
 if not verdicts:
-    print(f"No level is named the best: no training left the column {by}, and nothing is chosen on test images.")
+    why = f"with another {factor} the validation images are others, too" if factor in sweep.OTHER_IMAGES else f"no training left the column {by}"
+    print(f"No level is named the best: {why}, and nothing is chosen on test images.")
 
 # %%
 panels = [
@@ -158,6 +159,23 @@ with atomic(run.results / "sweep.csv") as path:
 sheet[[c for c in sheet if "," not in c or c.split(", ")[-1] in set(losses["kind"])]].reset_index(drop=True).set_index("number").round(4)
 
 # %% [markdown]
+# ## Scores, memory, time
+# What each point took, beside what it gave. `weights` counts the numbers in the checkpoints of its networks; `memory` and `gpu_memory` are the most, in GB, that
+# the process of a training held; times are in seconds, as the stages ran here last, side by side with other points where several ran at a time. Where a training
+# was launched by itself, its stage also counts the notebook that shows it.
+
+# %%
+costs = sheet.reset_index()[["label", *varied, *(name for name in (by, *shown) if name in sheet)]].merge(
+    sweep.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label"
+)
+with atomic(run.results / "costs.csv") as path:
+    costs.to_csv(path, index=False)
+for metric, part in scores.groupby("metric", sort=False):
+    told = {name.replace("_", " "): part[name].astype(float).mean() for name in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling")}
+    print(f"{metric}: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items() if pd.notna(value)))
+costs.set_index("label").round(4)
+
+# %% [markdown]
 # ## Regions alone and left out
 # A region that does well alone carries much; one whose absence costs nothing carries little that others do not. The two need not agree.
 
@@ -173,4 +191,5 @@ else:
 # %% [markdown]
 # ## What to look at
 # First the bar of the seeds: a difference that is shorter is luck. Then whether the floor is far below: where it is not, nothing was read from the brain that
-# could differ. A level that won here won on validation images; its test score is an estimate for it, but the best of the test scores would not be.
+# could differ. A level that won here won on validation images; its test score is an estimate for it, but the best of the test scores would not be. Last what a
+# level costs: a difference that is no more than luck need not be paid for.

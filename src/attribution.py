@@ -119,7 +119,8 @@ def open_level(
         scale = copy.copy(scale)
         scale.components = None  # voxels are attributed; the decoder is reached through the components
     voxels = subject.averaged("test", normaliser=scale)[0][: first or None]
-    columns = np.arange(subject.betas.shape[1]) if scale is None or scale.columns is None else scale.columns
+    selected = None if scale is None or scale.masked else scale.columns  # masked: voxels of no such region are 0 here and in the baseline, and add nothing
+    columns = np.arange(subject.betas.shape[1]) if selected is None else selected
     start = BASELINES[baseline](subject, scale, voxels.shape[1])
     return Level(kind, decoder, voxels, columns, start, torch.as_tensor(truth).float()[: first or None], components, device)
 

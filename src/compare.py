@@ -2,8 +2,8 @@
 
 - Only what was scored on the same pictures is compared (`same_pictures`); differences are taken image by image.
 - One tidy table of all scores (`comparison`), from which the table for a reader, LaTeX and the figures are made.
-- Two questions that need runs trained for them (docs/overlap.md): scores by the number of voxel components, and what is lost on images
-  whose relatives were not trained.
+- Questions that need runs trained for them: scores by the number of voxel components, and what is lost on images whose relatives were not
+  trained (docs/overlap.md); scores by the number of training sessions, and what pretraining on other subjects adds (docs/sweeps.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from src.utils import PerceptError, read_json
 COLUMNS = ["run", "row", "metric", "value", "low", "high", "n", "protocol", "test_set", "better"]  # of comparison.csv
 BLOCK = 6  # metrics side by side in a table
 BESIDE = ("autoencoder",)  # a row that no brain takes part in: the low level's own ceiling
-TRAININGS = ("02_train_roi_models", "01_train_high_level", "01_train_combined", "02_train_basic_autoencoder")  # tells of a run's training; the first there is
+TRAININGS = ("02_train_roi_models", "01_train_high_level", "01_train_mindeye2", "01_train_combined", "02_train_basic_autoencoder")  # one tells of the training
+SWEPT = ("n_components", "num_sessions")  # parameters of a training that curves are drawn over, 0 for all there is
 HELD_OUT = "+cluster-held-out"  # what the protocol of such a run ends in
 
 
@@ -75,7 +76,7 @@ class Scored:
 
 
 # ------------------------------------------------------------------------------------------------ which runs
-def _scored(folder: Path) -> Scored | None:
+def _scored(folder: Path, name: str) -> Scored | None:
     """The scores of a run; none where it has not been scored."""
     if not (folder / "metrics.json").exists() or not (folder / "scores.parquet").exists():
         return None
@@ -90,7 +91,7 @@ def _scored(folder: Path) -> Scored | None:
     trained = {name: entry["value"] for name, entry in read_json(told[0]).items()} if told else {}
     about = content["provenance"]
     tested, resizing = about.get("test_set"), str(about.get("settings", {}).get("resizing", "")).split(":")[0]
-    return Scored(folder.name, records, scores, str(tested.get("pixels", "")) if isinstance(tested, dict) else "", trained, resizing)
+    return Scored(name, records, scores, str(tested.get("pixels", "")) if isinstance(tested, dict) else "", trained, resizing)
 
 
 def read_runs(results: str | Path, runs: str = "") -> list[Scored]:
@@ -98,20 +99,23 @@ def read_runs(results: str | Path, runs: str = "") -> list[Scored]:
 
     Args:
         results: the folder that holds a folder a run.
-        runs: names separated by commas, "" for all.
+        runs: names separated by commas, "" for all. A point of a sweep is <sweep>/<label>; * stands for any letters, so that <sweep>/* are its points.
 
     Raises:
         PerceptError: a named run has no scores, or nothing has.
     """
     results = Path(results)
-    names = list(dict.fromkeys(part.strip() for part in runs.split(",") if part.strip()))
-    found = {folder.name: run for folder in sorted(results.glob("*/")) if not names or folder.name in names for run in [_scored(folder)] if run}
-    if missing := [name for name in names if name not in found]:
-        known = ", ".join(sorted(folder.parent.name for folder in results.glob("*/metrics.json"))) or "none"
-        raise PerceptError(f"{results / missing[0]} holds no scores (metrics.json and scores.parquet of notebook 06); runs with scores: {known}.")
+    names = list(dict.fromkeys(part.strip(" /") for part in runs.split(",") if part.strip(" /")))
+    found: dict[str, Scored] = {}
+    for wanted in names or ["*"]:
+        scored = {(own := folder.relative_to(results).as_posix()): _scored(folder, own) for folder in sorted(results.glob(f"{wanted}/"))}
+        if names and not any(scored.values()):
+            known = ", ".join(sorted(folder.parent.name for folder in results.glob("*/metrics.json"))) or "none"
+            raise PerceptError(f"{results / wanted} holds no scores (metrics.json and scores.parquet of notebook 06); runs with scores: {known}.")
+        found |= {own: run for own, run in scored.items() if run and own not in found}
     if not found:
         raise PerceptError(f"There are no scores under {results} to compare: run `python run.py mindeye --mini` first.")
-    return [found[name] for name in (names or found)]
+    return list(found.values())
 
 
 def same_pictures(runs: Sequence[Scored], test_set: str = "", refuse: bool = False) -> tuple[list[Scored], list[str]]:
@@ -406,36 +410,45 @@ def tex(text: str) -> str:
     return re.sub("|".join(map(re.escape, TEX)), lambda found: TEX[found.group()], text)
 
 
-# ------------------------------------------------------------------------------------------------ bottleneck
-def bottleneck(runs: Sequence[Scored], metrics: Sequence[str]) -> pd.DataFrame:
-    """Scores by the number of principal components that replaced the voxels, for recipes and decoders with at least two such numbers.
+# ------------------------------------------------------------------------------------------------ fewer components, fewer sessions
+def curves(runs: Sequence[Scored], metrics: Sequence[str], by: str) -> pd.DataFrame:
+    """Scores by the number of principal components that replaced the voxels, or of training sessions, for recipes and decoders with at least two such numbers.
 
-    Returns: [curve, run, row, metric, components, value, low, high, better] of the decoders and of their runs' floors and ceilings (row,
-        where "system" is the decoder); 0 components are all voxels; ascending, all voxels last. Empty where there is no such curve.
+    Runs that differ in another of `SWEPT` from what is usual, or that pretrain for others, take no part; of several runs of one curve and number the
+    first speaks.
+
+    Args:
+        runs: comparable ones.
+        metrics: of these.
+        by: one of `SWEPT`.
+
+    Returns: [curve, run, row, metric, `by`, value, low, high, better] of the decoders and of their runs' floors and ceilings (row, where "system" is the
+        decoder); 0 stands for all voxels or sessions; ascending, these last. Empty where there is no such curve.
     """
     lines, seen = [], set()
     for run in sorted(runs, key=lambda run: run.trained.get("decoder") == "both"):  # a run of one decoder speaks for it, before one of both
         for decoder, row in run.decoded().items():
-            k, recipe = int(run.trained.get("n_components", 0)), str(run.trained.get("recipe", ""))
-            curve = f"{recipe}, {decoder}"
-            if run.trained.get("split", "images") != "images" or (curve, k) in seen or row not in run.rows:
+            k, start = int(run.trained.get(by, 0)), "pretrained " if decoder == "network" and run.trained.get("multisubject_ckpt") else ""
+            curve = f"{run.trained.get('recipe', '')}, {start}{decoder}"
+            unusual = [run.trained.get(name) for name in (*SWEPT, "multi_subject") if name != by]
+            if run.trained.get("split", "images") != "images" or any(unusual) or (curve, k) in seen or row not in run.rows:
                 continue
             seen.add((curve, k))
             told = comparison([run], metrics)
             told = told[(told["row"] == row) | (told["row"].isin([*FLOORS, "chance", "ceiling"]) & (row == "system"))]
-            lines.append(told.assign(curve=curve, components=k, row=told["row"].replace(row, "system")))
-    table = pd.concat(lines, ignore_index=True) if lines else pd.DataFrame(columns=[*COLUMNS, "curve", "components"])
-    numbers = table.groupby("curve")["components"].nunique()
+            lines.append(told.assign(curve=curve, row=told["row"].replace(row, "system")).assign(**{by: k}))
+    table = pd.concat(lines, ignore_index=True) if lines else pd.DataFrame(columns=[*COLUMNS, "curve", by])
+    numbers = table.groupby("curve")[by].nunique()
     table = table[table["curve"].isin(numbers[numbers > 1].index)]
-    table = table.iloc[np.lexsort((table["components"].replace(0, np.iinfo(np.int32).max).to_numpy(dtype=np.int64), table["curve"]))]
-    return table[["curve", "run", "row", "metric", "components", "value", "low", "high", "better"]].reset_index(drop=True)
+    table = table.iloc[np.lexsort((table[by].replace(0, np.iinfo(np.int32).max).to_numpy(dtype=np.int64), table["curve"]))]
+    return table[["curve", "run", "row", "metric", by, "value", "low", "high", "better"]].reset_index(drop=True)
 
 
 def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.DataFrame:
     """The fewest components from which on no number of them is worse than all voxels, in paired differences.
 
     Args:
-        points: of `bottleneck`.
+        points: of `curves` by n_components.
         runs: those it was made of.
         seed: of the bootstrap.
 
@@ -444,7 +457,7 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
     by_name, lines = {run.name: run for run in runs}, []
     for (curve, metric), part in points[points["row"] == "system"].groupby(["curve", "metric"], sort=False):
         decoder = str(curve).rsplit(", ", 1)[1]
-        each = {k: by_name[name].values(str(metric), by_name[name].decoded()[decoder]) for k, name in zip(part["components"], part["run"], strict=True)}
+        each = {k: by_name[name].values(str(metric), by_name[name].decoded()[decoder]) for k, name in zip(part["n_components"], part["run"], strict=True)}
         few = sorted((k for k in each if k and 0 in each and is_paired(each[k], each[0])), reverse=True)
         least = 0
         for k in few:
@@ -454,6 +467,31 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
         if few:
             lines.append([curve, metric, f"{least} components" if least else f"more than {few[0]}"])
     return pd.DataFrame(lines, columns=["curve", "metric", "not clearly worse than all voxels from"])
+
+
+# ------------------------------------------------------------------------------------------------ pretraining
+def pretraining(runs: Sequence[Scored], metrics: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """What a start from weights that were pretrained on other subjects adds: paired differences, on the same images, to the run that is alike in all but that.
+
+    Alike are runs with the same values of all parameters of their training but `multisubject_ckpt` and the names of run and recipe.
+
+    Args:
+        runs: comparable ones.
+        metrics: of these.
+        seed: of the bootstrap.
+
+    Returns: [run, plain, num_sessions, metric, value, low, high, p, n, verdict], value being run - plain; all sessions are 0, and last.
+    """
+    free, lines = ("multisubject_ckpt", "model_name", "recipe"), []
+    for run in (run for run in runs if run.trained.get("multisubject_ckpt")):
+        alike = {name: value for name, value in run.trained.items() if name not in free}
+        plain = [other for other in runs if not other.trained.get("multisubject_ckpt") and {k: v for k, v in other.trained.items() if k not in free} == alike]
+        for other in plain[:1]:
+            told = differences([other, run], [name for name in metrics if name in run.records and name in other.records], other.name, seed=seed)
+            lines.append(told.assign(num_sessions=int(run.trained.get("num_sessions", 0))).rename(columns={"baseline": "plain"}))
+    columns = ["run", "plain", "num_sessions", "metric", "value", "low", "high", "p", "n", "verdict"]
+    table = pd.concat(lines, ignore_index=True)[columns] if lines else pd.DataFrame(columns=columns)
+    return table.sort_values("num_sessions", key=lambda k: k.replace(0, np.iinfo(np.int32).max), kind="stable").reset_index(drop=True)
 
 
 # ------------------------------------------------------------------------------------------------ clusters held out

@@ -51,6 +51,7 @@ REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
 REPEATS = ("random", "batch", "mean", "all", "each")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
+CLUSTERS, SESSIONS = "clusters.parquet", "sessions.json"  # what a training was given less than everything, in the folder of its run
 HELD_OUT = 0.25  # share of the clusters, and about that of the images, that a cluster-held-out training is not given
 ROI_SETS = {  # of the 2023 ROI project, by the names that its tables use (there 1, 2 and 3; "-" is no selection)
     "set1": ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4", "FFA-1", "FFA-2", "PPA"),
@@ -577,6 +578,7 @@ class Subject:
                 "prepare the data again."
             )
         self.protocol = str(self.attributes.get("protocol", ""))
+        self.neighbours: np.ndarray | None = None  # (trials, trials read together), rows of the betas, -1 for none
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("betas", "_store")}
@@ -749,6 +751,30 @@ class Subject:
         made.trials = self.trials.assign(split=self.trials["split"].mask(gone, "exclude"))
         return made
 
+    def first_sessions(self, n: int) -> Subject:
+        """This subject as its first n sessions alone would have trained it: the training and validation trials of later sessions are excluded, and with
+        them images that were not shown before. The test set stays whole, with its protocol. A session counts if it has training trials.
+
+        Args:
+            n: number of sessions, in ascending order; 0 for all of them, which is the subject as it is.
+
+        Raises:
+            PerceptError: for fewer sessions than 0 or more than there are, or if no validation image is left.
+
+        Source: MindEye2, arXiv 2403.11207, section 3.
+        """
+        theirs = np.unique(self.trials.loc[self._within("train"), "session"].to_numpy())
+        where = f"Subject {self.subj} of {self.folder.name}"
+        if not 0 <= n <= len(theirs):
+            raise PerceptError(f"num_sessions is {n}, but {where} has {len(theirs)} sessions with training trials: choose at most that, or 0 for all.")
+        if n == 0:
+            return self
+        made, later = copy.copy(self), self._within("train+val") & ~self.trials["session"].isin(theirs[:n])
+        made.trials = self.trials.assign(split=self.trials["split"].mask(later, "exclude"))
+        if len(self.image_ids("val")) and not len(made.image_ids("val")):
+            raise PerceptError(f"The first {n} of the {len(theirs)} sessions of {where} show no validation image: choose more (num_sessions).")
+        return made
+
     def width(self, normaliser: Normaliser | None = None) -> int:
         """Columns that `read` gives: voxels (those of a normaliser's regions, if it has some), or the components of a normaliser that has some."""
         return self.betas.shape[1] if normaliser is None else normaliser.width
@@ -778,13 +804,48 @@ class Subject:
         return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
 
     def read(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
-        """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows, components) for a normaliser that has some."""
+        """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows, components) for a normaliser that has some.
+
+        Of a subject `with_neighbours` (rows, trials, voxels), zeros where there is no such trial.
+        """
+        if self.neighbours is None:
+            return self._read(rows, normaliser)
+        near = self.neighbours[rows]  # (rows, trials)
+        betas = self._read(near.clip(0).ravel(), normaliser).reshape(*near.shape, -1)
+        betas[near < 0] = 0
+        return betas
+
+    def _read(self, rows: np.ndarray, normaliser: Normaliser | None) -> np.ndarray:
         betas = _gather(self.betas, rows)
-        return (
-            betas.astype(np.float32)
-            if normaliser is None
-            else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
-        )
+        return betas.astype(np.float32) if normaliser is None else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
+
+    def with_neighbours(self, past: int, future: int) -> Subject:
+        """This subject, each of whose trials is read together with those before and after it in its session (MindEye2's past and future tokens).
+
+        Order: the trial itself, the `past` trials before it, the nearest first, then the `future` trials after it. A trial is shown none of a
+        later split (train, val, test), so that no brain data of a test image is seen in training; excluded trials are shown to none.
+
+        Args:
+            past: trials before it.
+            future: trials after it.
+
+        Raises:
+            PerceptError: for negative numbers.
+        """
+        if past < 0 or future < 0:
+            raise PerceptError(f"seq_past is {past} and seq_future is {future}: give 0 or more trials.")
+        made, trials = copy.copy(self), self.trials
+        made.neighbours = None
+        if past or future:
+            row_of = {(s, t): row for row, (s, t) in enumerate(zip(trials["session"], trials["trial"], strict=True))}
+            steps = [0, *(-k for k in range(1, past + 1)), *range(1, future + 1)]
+            near = [[row_of.get((s, t + step), -1) for step in steps] for s, t in zip(trials["session"], trials["trial"], strict=True)]
+            made.neighbours = np.array(near)
+            rank = trials["split"].map({"train": 0, "val": 1, "test": 2, "exclude": 3}).to_numpy(np.int64)
+            unseen = (rank[made.neighbours] > rank[:, None]) | (rank[made.neighbours] == 3)
+            unseen[:, 0] = False
+            made.neighbours[unseen] = -1
+        return made
 
     def averaged(
         self, split: str, repeats: int | None = None, normaliser: Normaliser | None = None
@@ -805,27 +866,21 @@ class Subject:
                 "over those they have.",
                 stacklevel=2,
             )
-        voxels = np.empty((len(ids), self.width(normaliser)), np.float32)
-        for start in range(0, len(ids), 128):
-            voxels[start : start + 128] = self.mean_of(
-                [r[:repeats] for r in rows[start : start + 128]], normaliser
-            )
-        return voxels, ids
+        parts = [self.mean_of([r[:repeats] for r in rows[start : start + 128]], normaliser) for start in range(0, len(ids), 128)]
+        return np.concatenate(parts), ids
 
     def mean_of(self, rows: list[np.ndarray], normaliser: Normaliser | None) -> np.ndarray:
         """Mean over each group of rows, float32 (groups, voxels)."""
         sizes = np.array([len(r) for r in rows])
         sums = np.add.reduceat(self.read(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0)
-        return sums / sizes[:, None].astype(np.float32)
+        return sums / sizes.reshape(-1, *[1] * (sums.ndim - 1)).astype(np.float32)
 
     def trials_of(self, split: str, normaliser: Normaliser | None = None) -> tuple[np.ndarray, np.ndarray]:
         """All single trials of a split in the order of the table: voxels float32 (trials, voxels), image_ids
         (trials,)."""
         self.rows_by_image(split)  # refuses an empty split
         rows = np.flatnonzero((self.trials["split"] == split).to_numpy())
-        voxels = np.empty((len(rows), self.width(normaliser)), np.float32)
-        for start in range(0, len(rows), 512):
-            voxels[start : start + 512] = self.read(rows[start : start + 512], normaliser)
+        voxels = np.concatenate([self.read(rows[start : start + 512], normaliser) for start in range(0, len(rows), 512)])
         return voxels, self.trials["image"].to_numpy()[rows]
 
     def noise_ceiling(self, repeats: int = 1, normaliser: Normaliser | None = None) -> pd.DataFrame:
@@ -971,7 +1026,7 @@ class Normaliser:
         few = [i for i, rows in enumerate(groups) if len(rows) < 2]
         if few and sessions is not None:  # sessions of test trials alone, as in GOD: their own statistics would be the test set's
             warnings.warn(
-                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they are z-scored with those of all sessions.", stacklevel=2
+                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they are z-scored with all training trials.", stacklevel=2
             )
             groups = [np.flatnonzero(train) if i in few else rows for i, rows in enumerate(groups)]
         moments = [_moments(subject.betas, rows, columns) for rows in groups]
@@ -1167,31 +1222,44 @@ def _quarter(cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_cluster
     return best[1]
 
 
-def select_images(subject: Subject, split: str, logs: str | Path, encoder: Callable[[], Any], n_clusters: int = 20) -> Subject:
+def select_images(
+    subject: Subject, split: str, logs: str | Path, encoder: Callable[[], Any], n_clusters: int = 20, num_sessions: int = 0
+) -> Subject:
     """The subject with the images that a training may see, written down in the run's folder for `open_split`.
 
     Args:
         subject: from `open_subject`.
         split: "images" (all of them), or "cluster-held-out" (no training or validation image of a quarter of the clusters).
-        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are held out, and loses it where they are not.
+        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are held out, and loses it where they are not; sessions.json
+            likewise, where the first sessions alone are used.
         encoder: gives the frozen model whose features are clustered, as `pretrained.Clipper`; not called for "images".
-        n_clusters: as for `image_clusters`.
+        n_clusters: as for `image_clusters`. Clusters are of the images of all sessions, so that they are the same however many are used.
+        num_sessions: the first so many sessions, as for `Subject.first_sessions`, 0 for all.
 
     Raises:
-        PerceptError: for an unknown split, and as `image_clusters` and `Subject.holding_out`.
+        PerceptError: for an unknown split, and as `image_clusters`, `Subject.holding_out` and `Subject.first_sessions`.
     """
     if split not in ("images", "cluster-held-out"):
         raise PerceptError(f"split is {split!r}: choose one of images, cluster-held-out.")
-    record = Path(logs) / "clusters.parquet"
+    limited = subject.first_sessions(num_sessions)  # refuses before anything is written
     if split == "images":
-        record.unlink(missing_ok=True)
-        return subject
-    model = encoder()
+        (Path(logs) / CLUSTERS).unlink(missing_ok=True)
+    else:
+        limited = _without_clusters(subject, logs, encoder(), n_clusters).first_sessions(num_sessions)
+    if num_sessions:
+        write_json(Path(logs) / SESSIONS, {"num_sessions": num_sessions})
+    else:
+        (Path(logs) / SESSIONS).unlink(missing_ok=True)
+    return limited
+
+
+def _without_clusters(subject: Subject, logs: str | Path, model: Any, n_clusters: int) -> Subject:
+    """The subject without a quarter of its clusters, which are written down."""
     ids, made_by = subject.all_images, model.fingerprint()
     targets = cached_targets(subject.folder, "clip_tokens", made_by, ids, model.encode_pixels, model.target_shape)
     clusters = image_clusters(subject, targets.rows(ids).reshape(len(ids), -1).astype(np.float32), made_by, n_clusters)
     made = subject.holding_out(clusters)
-    with atomic(record) as temporary:
+    with atomic(Path(logs) / CLUSTERS) as temporary:
         clusters.to_parquet(temporary)
     return made
 
@@ -1204,17 +1272,19 @@ def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
         logs: folder of the run, train_logs/<run>/.
 
     Raises:
-        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of other test images than the subject has.
+        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of other test images than the subject has, or it has
+            fewer sessions.
     """
-    subject, record = open_subject(dataset, subj), Path(logs) / "clusters.parquet"
+    subject, record, told = open_subject(dataset, subj), Path(logs) / CLUSTERS, Path(logs) / SESSIONS
     if not record.parent.is_dir():
         raise PerceptError(f"There is no run at {record.parent}: give the folder of a run under train_logs/.")
+    num_sessions = int(read_json(told)["num_sessions"]) if told.exists() else 0
     if not record.exists():
-        return subject
+        return subject.first_sessions(num_sessions)
     clusters = pd.read_parquet(record)
     if clusters.attrs.get("test_set") != subject.test_set:
         raise PerceptError(f"{record} is of other test images than {subject.folder.name} has now: run the training notebook of this run again.")
-    return subject.holding_out(clusters)
+    return subject.holding_out(clusters).first_sessions(num_sessions)
 
 
 # -------------------------------------------------------------------------------- torch dataset
@@ -1339,7 +1409,8 @@ class BrainDataset(Dataset):
             return self.subject.mean_of([self._rows[i] for i in at], self.normaliser)
         if self.repeats == "all":
             rows = self._table[at]  # (batch, repeats)
-            return self.subject.read(rows.ravel(), self.normaliser).reshape(*rows.shape, -1)
+            read = self.subject.read(rows.ravel(), self.normaliser)
+            return read.reshape(*rows.shape, *read.shape[1:])
         ids = self.image_ids[at] if self.repeats == "random" else np.full(len(at), self.image_ids[at[0]])
         chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[at])
         return self.subject.read(self._table[at, chosen], self.normaliser)

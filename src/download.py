@@ -289,6 +289,22 @@ BUNDLES: dict[str, Bundle] = {
         "the minimal part of MindEye2's data for one subject", "dataset", "pscotti/mindeyev2", "data/mindeye2_source", _mindeye2,
         f"MindEye2's data are prepared NSD data: {_NSD_TERMS}", "data_path",
     ),
+    "unclip": Bundle(
+        "MindEye2's unCLIP decoder", "dataset", "pscotti/mindeyev2", "data/mindeye2_models", partial(_single, "unclip6_epoch0_step110000.ckpt"),
+        "The decoder is a fine-tune of SDXL 1.0, whose CreativeML OpenRAIL++-M licence names forbidden uses; see the repository's page for its own terms.",
+    ),
+    "refiner": Bundle(
+        "ZavyChromaXL, which refines MindEye2's pictures", "dataset", "pscotti/mindeyev2", "data/mindeye2_models",
+        partial(_single, "zavychromaxl_v30.safetensors"), "ZavyChromaXL is a fine-tune of SDXL by one of its users: see the page of its authors for the licence.",
+    ),
+    "caption_converter": Bundle(
+        "MindEye2's map from CLIP's tokens to GIT's", "dataset", "pscotti/mindeyev2", "data/mindeye2_models", partial(_single, "bigG_to_L_epoch8.pth"),
+        "MindEye2's authors released this map on the hub: see the repository's page for the terms.",
+    ),
+    "gnet": Bundle(
+        "GNet, the encoder of brain correlation", "dataset", "pscotti/mindeyev2", "data/mindeye2_models", partial(_single, "gnet_multisubject.pt"),
+        "GNet is St-Yves et al.'s (2023), trained on NSD and handed on by MindEye2's authors: see the repository's page for the terms.",
+    ),
     "nsd": Bundle("raw NSD of one subject", "bucket", "natural-scenes-dataset", "data/nsd_raw", _nsd, _NSD_TERMS, "data_path"),
     "clip": _frozen("CLIP ViT-L/14", "openai/clip-vit-large-patch14", "CLIP's weights are OpenAI's: see the model card, which limits deployment."),
     "clip-ViT-B-32": _frozen("CLIP ViT-B/32", "openai/clip-vit-base-patch32", "CLIP's weights are OpenAI's: see the model card, which limits deployment."),
@@ -305,10 +321,21 @@ BUNDLES: dict[str, Bundle] = {
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", _SD_TERMS, "vae", "unet", "scheduler", "text_encoder", "tokenizer"
     ),
     "stable_diffusion_vae": _frozen("Stable Diffusion 1.5's VAE", "stable-diffusion-v1-5/stable-diffusion-v1-5", _SD_TERMS, "vae"),
+    "clip-bigG": _frozen(
+        "OpenCLIP ViT-bigG/14, whose patch tokens MindEye2 predicts", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+        "LAION's CLIP is under the MIT licence: see the model card.",
+    ),
+    "git": _frozen("GIT, which writes captions from tokens", "microsoft/git-large-coco", "GIT's weights are Microsoft's: see the model card for the licence (MIT)."),
     "blip": _frozen("BLIP, which writes captions", "Salesforce/blip-image-captioning-large", "BLIP's weights are Salesforce's: see its page on the hub for the licence."),
 }  # fmt: skip
 
 # The names on the left are those of --only.
+def _parts_of_mindeye2(clip: str) -> dict[str, str]:
+    """What a MindEye2 recipe needs that goes all the way to scores."""
+    decoding = {"bigG": "clip-bigG", "image_variation": "image_variation", "unclip": "unclip", "refiner": "refiner"}
+    return {"data": "mindeye2", "clip": clip, **decoding, "converter": "caption_converter", "git": "git", "gnet": "gnet"}
+
+
 RECIPES_NEED: dict[str, dict[str, str]] = {
     "mindeye": {
         "shards": "mindeye", "checkpoints": "mindeye_checkpoints", "teacher": "teacher", "clip": "clip", "versatile_diffusion": "versatile_diffusion",
@@ -319,7 +346,9 @@ RECIPES_NEED: dict[str, dict[str, str]] = {
     "combined": {"shards": "mindeye_early", "laion_prior": "laion_prior", "clip": "clip", "image_variation": "image_variation"},
     "basic_ae": {"nsd": "nsd", "vae": "stable_diffusion_vae"},
     "roi_voting": {"nsd": "nsd", "clip": "clip", "blip": "blip", "stable_diffusion": "stable_diffusion"},
-    "mindeye2_small": {"data": "mindeye2", "clip": "clip-ViT-B-32"},
+    **{name: _parts_of_mindeye2("clip-ViT-B-32") for name in ("mindeye2_small", "mindeye2_small_finetune")},
+    "mindeye2_small_pretrain": {"data": "mindeye2", "clip": "clip-ViT-B-32"},
+    "mindeye2": _parts_of_mindeye2("clip-bigG"), "mindeye2_pretrain": {"data": "mindeye2", "clip": "clip-bigG"},
 }  # fmt: skip
 # Where a recipe takes something else than a bundle's defaults.
 RECIPE_OPTIONS: dict[str, dict[str, Any]] = {

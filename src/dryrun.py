@@ -15,10 +15,7 @@ import importlib
 import json
 import math
 import os
-import re
-import resource
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -37,8 +34,9 @@ from src import miniworld, pretrained
 from src.data import open_subject, subject_folder
 from src.losses import combined_loss, info_nce, soft_clip_loss, unit
 from src.prior import BrainDiffusionPrior
-from src.reconstruct import basic_config, build_decoder, combined_config, high_level_config, low_level_config
+from src.reconstruct import basic_config, build_decoder, combined_config, high_level_config, low_level_config, mindeye2_config
 from src.utils import HOME, PerceptError, mixed_precision, read_recipe, recipe_files, resolve, to_device
+from src.utils import peak_memory as peak_memory  # notebooks print it beside the plan
 from src.voting import VOTES, voters_of
 
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}  # nsdgeneral, func1pt8mm
@@ -46,7 +44,9 @@ NSD_VOLUME = (81, 104, 83)  # of subject 1
 NSD_IMAGES, NSD_TRIALS, NSD_SIDE, NSD_TEST = {"train": 8559, "all": 9841}, 27750, 256, 982
 MINI_IMAGES, MINI_TRIALS, MINI_TEST = {"train": 5000, "all": 5600}, 16800, 300
 CLIP_SIZES = {"ViT-L/14": (257, 768), "ViT-B/32": (50, 512), "RN50": (1, 1024), "RN50x64": (1, 1024)}  # (tokens, dim)
-CLIP_BYTES = {"ViT-L/14": 1.22e9, "ViT-B/32": 0.35e9, "RN50": 0.41e9, "RN50x64": 2.5e9}  # in single precision
+ALL_SESSIONS = 40  # of a subject who has done all of them, in NSD as in the mini world
+PATCH_SIZES = {"bigG": (256, 1664), "ViT-L/14": (256, 1024), "ViT-B/32": (49, 768)}  # of MindEye2's targets
+CLIP_BYTES = {"bigG": 7.4e9, "ViT-L/14": 1.22e9, "ViT-B/32": 0.35e9, "RN50": 0.41e9, "RN50x64": 2.5e9}  # in single precision
 INDEX = ("config.json", "model_index.json")  # one of these is among a model's files
 VAE_BYTES, TEACHER_BYTES = 0.34e9, 1.4e9
 
@@ -166,41 +166,47 @@ def training_memory(
 # ------------------------------------------------------------------------------------------------ sizes
 def sizes(parameters: Mapping[str, Any]) -> Sizes:
     """Sizes of data and frozen models, read where they are, else known or published."""
-    p = parameters
-    voxels, train, trials, everything, test, betas, image = _measured(p["dataset"], p["subj"]) or _expected(p["dataset"], p["subj"])
+    p, sessions = parameters, int(parameters.get("num_sessions", 0))
+    voxels, train, trials, everything, test, betas, image = _measured(p["dataset"], p["subj"], sessions) or _expected(p["dataset"], p["subj"], sessions)
     variant, hidden = p.get("clip_variant", "ViT-L/14"), p.get("hidden", True)
-    (tokens, dim), latent, frozen = CLIP_SIZES[variant], (4, 64, 64), {"CLIP": CLIP_BYTES[variant], "autoencoder": VAE_BYTES, "teacher": TEACHER_BYTES}
+    patches = "clip_seq_dim" in p  # MindEye2: no class token, no projection
+    (tokens, dim), latent = (PATCH_SIZES if patches else CLIP_SIZES)[variant], (4, 28, 28) if patches else (4, 64, 64)
+    frozen = {"CLIP": CLIP_BYTES[variant], "autoencoder": VAE_BYTES, "teacher": TEACHER_BYTES}
     if p.get("weights", "hub") != "hub":
-        tokens, dim, latent, frozen = _local(p["weights"], variant, (tokens, dim), latent, frozen)
+        tokens, dim, latent, frozen = _local(p["weights"], variant, (tokens, dim), latent, frozen, patches)
+    tokens = p.get("clip_seq_dim") or tokens
     return Sizes(voxels, train, trials, everything, test, betas, image, tokens if hidden else 1, dim, latent, frozen)
 
 
-def _measured(dataset: str, subj: int) -> tuple[int, int, int, int, int, int, int] | None:
+def _measured(dataset: str, subj: int, sessions: int) -> tuple[int, int, int, int, int, int, int] | None:
     """Of prepared data: voxels, images to train on and their trials, all images, test images, bytes of the betas and of an image."""
     if not subject_folder(dataset, subj).exists():
         return None
-    subject = open_subject(dataset, subj)
+    subject = open_subject(dataset, subj).first_sessions(sessions)
     trials = int((subject.trials["split"] == "train").sum())
     counts = (len(subject.image_ids("train")), trials, len(subject.all_images), len(subject.image_ids("test")))
     image = subject.images(subject.all_images[:1])
     return (math.prod(subject.betas.shape[1:]), *counts, subject.betas.size * subject.betas.dtype.itemsize, image.nbytes)
 
 
-def _expected(dataset: str, subj: int) -> tuple[int, int, int, int, int, int, int]:
+def _expected(dataset: str, subj: int, sessions: int) -> tuple[int, int, int, int, int, int, int]:
     """The same of data that are not there yet: the mini world's, or NSD's."""
     mini = dataset == "mini"
     if int(subj) not in NSD_VOXELS:
         raise PerceptError(f"There is no subject {subj} in {'the mini world' if mini else 'NSD'}: choose one of 1 to 8.")
     voxels = (miniworld.N_VOXELS if mini else NSD_VOXELS)[int(subj)]
     images, trials, test, side = (MINI_IMAGES, MINI_TRIALS, MINI_TEST, miniworld.IMAGE_SIZE) if mini else (NSD_IMAGES, NSD_TRIALS, NSD_TEST, NSD_SIDE)
-    return voxels, images["train"], trials * images["train"] // images["all"], images["all"], test, 4 * trials * voxels, 3 * side**2
+    shown = trials * images["train"] // images["all"]
+    own = min(images["train"], shown * sessions // ALL_SESSIONS or images["train"])  # in few sessions hardly an image comes twice
+    return voxels, own, shown * sessions // ALL_SESSIONS or shown, images["all"], test, 4 * trials * voxels, 3 * side**2
 
 
-def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, frozen: dict[str, float]) -> tuple[int, int, tuple, dict[str, float]]:
+def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, frozen: dict[str, float], patches: bool = False) -> tuple[int, int, tuple, dict[str, float]]:
     """Sizes of pretrained models in a folder, from their config files."""
     tokens, dim = clip
     folder = pretrained.MINI if weights == "mini" else Path(weights)
-    for name, sub in (("CLIP", pretrained.CLIP_VARIANTS[variant]), ("autoencoder", "versatile_diffusion/vae"), ("teacher", "teacher")):
+    clips = pretrained.PATCH_VARIANTS if patches else pretrained.CLIP_VARIANTS
+    for name, sub in (("CLIP", "clip" if weights == "mini" else clips[variant]), ("autoencoder", "versatile_diffusion/vae"), ("teacher", "teacher")):
         config = folder / sub / "config.json"
         if not config.exists():
             continue
@@ -209,6 +215,7 @@ def _local(weights: str, variant: str, clip: tuple[int, int], latent: tuple, fro
         if name == "CLIP":
             vision = content.get("vision_config", content)
             tokens, dim = (vision["image_size"] // vision["patch_size"]) ** 2 + 1, content.get("projection_dim", vision.get("projection_dim", dim))
+            tokens, dim = (tokens - 1, vision["hidden_size"]) if patches else (tokens, dim)
         elif name == "autoencoder":
             side = content["sample_size"] // 2 ** (len(content["block_out_channels"]) - 1)
             latent = (content["latent_channels"], side, side)
@@ -267,6 +274,41 @@ def _combined(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str,
     counts = {name: sum(q.numel() for q in getattr(model, name).parameters()) for name in ("voxel2clip", "net")}
     cached = 2.0 * s.dim * s.all_images
     return counts, memory | {"frozen CLIP": s.frozen["CLIP"], "mapped data": s.betas + cached}, {"cached targets": cached}
+
+
+def _mindeye2(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    others = [int(number) for number in p["subjects"].split(",") if int(number) != p["subj"]] if p["multi_subject"] else []
+    each = [sizes(dict(p) | {"subj": number}) for number in others] or [s]
+    widths = [size.voxels for size in each] if others else [_of_rois(p) or s.voxels]
+    config = mindeye2_config(dict(p) | {"prior": p["prior"] and p["use_prior"]}, widths, s.tokens, s.dim, s.latent[1])
+    n, trials = p["batch_size"], 1 + p["seq_past"] + p["seq_future"]
+
+    def build() -> nn.Module:
+        model = build_decoder(config)
+        if model.diffusion_prior is not None:
+            model.diffusion_prior.net.causal_transformer.checkpointing = p["gradient_checkpointing"]  # type: ignore[union-attr, operator]
+        return model
+
+    def loss(model: nn.Module) -> Tensor:
+        target = torch.zeros(n, s.tokens, s.dim)
+        backbone, clip, blurry = model(torch.zeros(n, trials, widths[0]), 0)
+        total = backbone.mean() + (soft_clip_loss(unit(clip), unit(target)) if p["clip_scale"] else 0)
+        if p["blurry_recon"]:
+            total = total + blurry[0].abs().mean() + blurry[1].square().mean()
+        if model.diffusion_prior is not None:
+            drop = torch.zeros(2, n, dtype=torch.bool)
+            total = total + model.diffusion_prior.p_losses(target, torch.zeros(n, dtype=torch.long), backbone, torch.zeros_like(target), drop)[0]  # type: ignore[union-attr, operator]
+        return total
+
+    memory = training_memory(build, loss, p["precision"], p["step_in_backward"])
+    with torch.device("meta"):
+        counts = {name: sum(q.numel() for q in part.parameters()) for name, part in build().named_children()}
+    images, views = sum(size.all_images for size in each), p["cached_views"] if p["blurry_recon"] and p["use_cont"] else 0
+    maps = 2.0 * 512 * (s.latent[1] // 4) ** 2 * sum(size.train_images for size in each) * (views and 1 + views)
+    cached = 2.0 * images * (s.tokens * s.dim + math.prod(s.latent)) + maps
+    networks = s.frozen["CLIP"] + s.frozen["autoencoder"] + (s.frozen["teacher"] if views else 0)
+    frozen = {"frozen models": networks, "mapped data": sum(size.betas for size in each) + cached}
+    return counts, memory | frozen, {"cached targets": cached}
 
 
 def _low_level(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
@@ -362,10 +404,10 @@ def _vote(p: Mapping[str, Any], s: Sizes) -> tuple[dict[str, int], dict[str, flo
 
 STAGES = {
     "00_prepare_data": _prepare, "01_train_high_level": _high_level, "02_train_autoencoder": _low_level, "02_train_basic_autoencoder": _basic,
-    "01_train_combined": _combined, "03_reconstruct": _reconstruct,
+    "01_train_combined": _combined, "01_train_mindeye2": _mindeye2, "03_reconstruct": _reconstruct,
     "02_train_roi_models": _roi_models, "03_vote": _vote,
 }  # fmt: skip
-TRAININGS = ("01_train_high_level", "01_train_combined", "02_train_autoencoder", "02_train_basic_autoencoder", "02_train_roi_models")
+TRAININGS = ("01_train_high_level", "01_train_combined", "01_train_mindeye2", "02_train_autoencoder", "02_train_basic_autoencoder", "02_train_roi_models")
 
 
 def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
@@ -406,6 +448,11 @@ def _all_tokens(recipe: str) -> bool:
 
 def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
     """Names of the pretrained models that a stage loads."""
+    patches = pretrained.PATCH_VARIANTS[p["clip_variant"]] if "clip_seq_dim" in p else _patches(str(p.get("recipe", "")))
+    if patches:
+        own, read = ("clip", "clip") if p["weights"] == "mini" else (patches, "clip-bigG")
+        decoding = {"03_reconstruct": [*dict.fromkeys([own, read]), "image_variation", "unclip"], "04_refine": [own, "git"]}
+        return {"01_train_mindeye2": [own, "image_variation"], **decoding}.get(stage, [])
     clip = pretrained.CLIP_VARIANTS[p.get("clip_variant", "ViT-L/14")]
     generator = "versatile_diffusion" if p.get("hidden", True) else "image_variation"
     last = [clip, generator] if p.get("img2img_strength", 1) else ["stable_diffusion"]  # of the low level alone
@@ -414,6 +461,13 @@ def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
         "02_train_autoencoder": ["versatile_diffusion"], "02_train_basic_autoencoder": ["stable_diffusion"], "03_reconstruct": last,
         "02_train_roi_models": ["stable_diffusion"], "03_vote": ["clip", "stable_diffusion"] + ["blip"] * (p.get("strength", 0) > 0),
     }.get(stage, [])  # fmt: skip
+
+
+def _patches(recipe: str) -> str:
+    """The model whose patch tokens a recipe's training predicts, "" where it is none of MindEye2's."""
+    files = recipe_files(recipe, "01_train_mindeye2") if recipe else []
+    variants = [read_recipe(file).get("clip_variant", "") for file in files]
+    return pretrained.PATCH_VARIANTS[next((v for v in reversed(variants) if v), "bigG")] if files else ""
 
 
 def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:
@@ -438,15 +492,6 @@ def _ridge(stage: str, s: Sizes, width: int) -> float:
     """Bytes of fitting the ridge baseline: voxels, targets and weights, and the copies that centring, folds and predictions make of them."""
     n, p, t = s.train_images, width, s.tokens * s.dim if stage.startswith("01") else math.prod(s.latent)
     return 4.0 * (6 * n * p + 5 * n * t + 4 * p * t + 4 * p * p)  # the numbers of copies are measured
-
-
-def peak_memory() -> float:
-    """The most memory that this process has had so far, in bytes: on the GPU where there is one, else resident."""
-    if to_device("auto").startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated())
-    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
-        return 1024.0 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _base() -> float:

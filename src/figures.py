@@ -53,7 +53,7 @@ CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
     "other_recon": ("v", "#CC79A7", "most similar other reconstruction"),
     "untrained": ("P", "#56B4E9", "untrained network"),
     "nearest_train": ("D", "#009E73", "nearest training image"),
-    "ceiling": ("|", "#7A5195", "ceiling (true latents)"),
+    "ceiling": ("|", "#7A5195", "ceiling"),
 }
 
 
@@ -164,6 +164,7 @@ def contact_sheet(
     blocks: int = 2,
     labels: Sequence[Any] | None = None,
     enlarge: str = "bicubic",
+    sentences: dict[str, Sequence[str]] | None = None,
 ) -> Figure:
     """The first n test images beside what was made of them.
 
@@ -177,6 +178,7 @@ def contact_sheet(
         blocks: side-by-side blocks the rows are folded into.
         labels: (m,) short names of the rows, e.g. image ids; their places in the test set by default.
         enlarge: "bicubic" or "nearest", for small pictures.
+        sentences: (m,) sentences written beneath each row of pictures, by who says them.
     """
     lengths = {title: len(images) for title, images in columns.items()}
     if len(set(lengths.values())) != 1:
@@ -190,7 +192,12 @@ def contact_sheet(
     gap, head, between = 6, 40, 26
     margin = 14 + 7 * max(len(str(label)) for label in labels[:n])  # room for the longest label
     width = margin + len(columns) * (side + gap)  # of a block
-    canvas = _Canvas(blocks * (width + between) - between + 8, head + rows * (side + gap))
+    beneath = _beneath(sentences or {}, n, (width - margin) // 7)
+    height = side + gap + LINE * max((text.count("\n") + 1 for text in beneath if text), default=0)  # of a row
+    canvas = _Canvas(blocks * (width + between) - between + 8, head + rows * height)
+    for i, text in enumerate(beneath):
+        b, r = divmod(i, rows)
+        canvas.text(b * (width + between) + margin, head + r * height + side + 2, text, va="top", ha="left", fontsize=7.5, linespacing=1.05)
     for c, (title, images) in enumerate(columns.items()):
         for b in range(blocks):
             x = b * (width + between) + margin + c * (side + gap)
@@ -206,11 +213,20 @@ def contact_sheet(
             )
         for i, tile in enumerate(_tiles(images[:n], side, enlarge)):
             b, r = divmod(i, rows)
-            x, y = b * (width + between) + margin, head + r * (side + gap)
+            x, y = b * (width + between) + margin, head + r * height
             canvas.tile(tile, x + c * (side + gap), y)
             if c == 0:
                 canvas.text(x - 6, y + side / 2, str(labels[i]), ha="right", color=SOFT, fontsize=8)
     return canvas.done()
+
+
+LINE = 13  # pixels a line of the sentences takes
+
+
+def _beneath(sentences: dict[str, Sequence[str]], n: int, width: int) -> list[str]:
+    """What is written beneath each of n rows of pictures: a sentence a speaker, in lines of about `width` characters."""
+    told = [[_wrapped(f"{who}: {said[i]}", width) for who, said in sentences.items()] for i in range(n)]
+    return ["\n".join(lines) for lines in told]
 
 
 @_styled
@@ -663,33 +679,39 @@ def _lines_of_runs(ax: Any, runs: Sequence[str], mine: pd.DataFrame, beneath: pd
 
 
 @_styled
-def bottleneck_curve(table: pd.DataFrame) -> Figure:
-    """Scores by the number of voxel components, all voxels at the right end, between floors and ceiling (Mayo et al., arXiv 2411.02783).
+def curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
+    """Scores by how much a training was given, all of it at the right end, between floors and ceiling: by the number of voxel components (Mayo et al.,
+    arXiv 2411.02783), or of training sessions.
 
     Up is better everywhere, also for distances.
 
     Args:
-        table: [curve, row, metric, components, value, low, high, better], 0 components being all voxels; the row "system" is drawn with its
-            interval, rows named in `CONTROL_MARKS` as thin lines, those of the first curve.
+        table: [curve, row, metric, `by`, value, low, high, better], 0 being all; the row "system" is drawn with its interval, rows named in
+            `CONTROL_MARKS` as thin lines, those of the first curve.
+        by: column of the numbers.
+        words: what they are of, in words.
     """
     system = table[table["row"] == "system"]
     if system.empty:
-        raise PerceptError("There are no scores by number of components to draw.")
-    metrics, curves, largest = list(dict.fromkeys(system["metric"])), list(dict.fromkeys(system["curve"])), system["components"].max()
-    place = {k: k or 3.2 * largest for k in sorted(set(system["components"]), key=lambda k: k or np.inf)}  # all voxels at the right end
+        raise PerceptError(f"There are no scores by number of {words} to draw.")
+    metrics, curves, largest = list(dict.fromkeys(system["metric"])), list(dict.fromkeys(system["curve"])), system[by].max()
+    place = {k: k or 3.2 * largest for k in sorted(set(system[by]), key=lambda k: k or np.inf)}  # all at the right end
     controls = table[(table["row"] != "system") & (table["curve"] == curves[0])]
     fig, axes = _grid(len(metrics), 2.9, 2.45)
-    tall = fig.get_figheight() + 0.7
-    fig.set_size_inches(max(fig.get_figwidth(), 7.6), tall)
+    width = max(fig.get_figwidth(), 7.6)
+    columns = max(1, int(width / (0.55 + 0.06 * len(max([f"{curve}, 95 % interval" for curve in curves], key=len)))))
+    head = 0.12 + 0.2 * -(-(len(curves) + controls["row"].nunique()) // columns)  # of the legend
+    tall = fig.get_figheight() + head
+    fig.set_size_inches(width, tall)
     for ax, metric in zip(axes, metrics, strict=True):
         for name, part in controls[controls["metric"] == metric].groupby("row", sort=False):
-            part = part.sort_values("components", key=lambda k: k.map(place))
-            ax.plot(part["components"].map(place), part["value"], color=_mark(str(name))[1], lw=1, marker=_mark(str(name))[0], ms=4, alpha=0.85, zorder=2)
+            part = part.sort_values(by, key=lambda k: k.map(place))
+            ax.plot(part[by].map(place), part["value"], color=_mark(str(name))[1], lw=1, marker=_mark(str(name))[0], ms=4, alpha=0.85, zorder=2)
             if len(part) == 1:
                 ax.axhline(part["value"].iloc[0], color=_mark(str(name))[1], lw=1, zorder=1)
         for i, curve in enumerate(curves):
-            part = system[(system["metric"] == metric) & (system["curve"] == curve)].sort_values("components", key=lambda k: k.map(place))
-            at = part["components"].map(place)
+            part = system[(system["metric"] == metric) & (system["curve"] == curve)].sort_values(by, key=lambda k: k.map(place))
+            at = part[by].map(place)
             ax.fill_between(at, part["low"], part["high"], color=COLOURS[i], alpha=0.22, lw=0, zorder=3)
             ax.plot(at, part["value"], color=COLOURS[i], marker=MARKERS[i], ms=6, mec="white", mew=0.8, ls=["-", "--", "-."][i % 3], lw=2.2, zorder=4)
         _titled(ax, metric, system[system["metric"] == metric]["better"].iloc[0])
@@ -702,13 +724,13 @@ def bottleneck_curve(table: pd.DataFrame) -> Figure:
     rows = [ax.get_subplotspec().rowspan.start for ax in axes]
     for ax, r in zip(axes, rows, strict=True):
         if r == max(rows):
-            ax.set_xlabel("components of the voxels", fontsize=8)
-    fig.tight_layout(rect=(0, 0, 1, 1 - 0.62 / tall), h_pad=1.2, w_pad=1.2)
+            ax.set_xlabel(words, fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - head / tall), h_pad=1.2, w_pad=1.2)
     told = [
         Line2D([], [], color=COLOURS[i], marker=MARKERS[i], ms=6, lw=2.2, ls=["-", "--", "-."][i % 3], label=f"{curve}, 95 % interval")
         for i, curve in enumerate(curves)
     ]
-    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall, ls="-", ms=5, lw=1)
+    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall, columns, ls="-", ms=5, lw=1)
     return fig
 
 

@@ -37,13 +37,15 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return computed
 
 
-def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mix the voxels of about half of a batch with those of other samples.
 
     Args:
         voxels: (batch, ...), left as it is.
         beta: both parameters of the Beta distribution that the weights are drawn from.
         s_thresh: share of the samples that are mixed.
+        groups: (batch,), e.g. subjects; where given, a sample is mixed with one of its own group. The partners are numbers of rows of the whole
+            batch: MindEye2 counts them within each subject and so points the labels of all but the first subject at wrong images.
 
     Returns:
         Mixed voxels (batch, ...), perm (batch,), betas (batch,) with 1 where nothing was mixed, and select (batch,) Boolean.
@@ -51,13 +53,22 @@ def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5) -> tuple[Te
     Source: MixCo (Kim et al. 2020, arXiv 2010.06300), as in MindEye, section 2.2.
     """
     batch = len(voxels)
-    perm = torch.randperm(batch)
+    perm = torch.randperm(batch) if groups is None else _within_groups(groups.cpu())
     betas = torch.distributions.Beta(beta, beta).sample([batch]).to(voxels.device, voxels.dtype)
     select = (torch.rand(batch) <= s_thresh).to(voxels.device)
     perm = perm.to(voxels.device)
     weight = betas.view(-1, *[1] * (voxels.ndim - 1))  # (batch, 1, ...)
     mixed = torch.where(select.view_as(weight), weight * voxels + (1 - weight) * voxels[perm], voxels)
     return mixed, perm, torch.where(select, betas, torch.ones_like(betas)), select
+
+
+def _within_groups(groups: Tensor) -> Tensor:
+    """A permutation (batch,) that keeps every row in its group (batch,)."""
+    perm = torch.arange(len(groups))
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        perm[rows] = rows[torch.randperm(len(rows))]
+    return perm
 
 
 def _mixed_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
@@ -196,6 +207,22 @@ def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
     if steps < 2:
         return [start] * steps
     return [end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)]
+
+
+def places(maps: Tensor, like: Tensor | None = None) -> Tensor:
+    """Local embeddings of a batch as unit rows, for `soft_cont_loss`.
+
+    Args:
+        maps: (batch, locations, dim), the locations a square row by row.
+        like: other embeddings (batch, locations, dim); where they have fewer locations, `maps` are averaged over neighbours to as many.
+
+    Returns:
+        (batch * locations, dim), in single precision.
+    """
+    if like is not None and like.shape[1] < maps.shape[1]:
+        side, fewer = math.isqrt(maps.shape[1]), math.isqrt(like.shape[1])
+        maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), fewer).flatten(2).mT
+    return F.normalize(maps.flatten(0, 1).float(), dim=-1)
 
 
 @_exact

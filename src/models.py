@@ -1,7 +1,7 @@
 """Networks that train, under the names and state-dict keys of the published systems.
 
-- BrainNetwork (voxels -> CLIP tokens), the two prior networks, the low-level networks (voxels -> latents), the ridge baseline,
-  and the map from one frozen model's tokens to another's.
+- BrainNetwork (voxels -> CLIP tokens), the prior networks, MindEye2's networks for several subjects, the low-level networks (voxels ->
+  latents), the ridge baseline, and the maps from one frozen model's tokens to another's.
 - Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model. `published_state`
   brings the keys of files that others released to those of today.
 - The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
@@ -26,6 +26,7 @@ from himalaya.backend import get_backend, set_backend
 from himalaya.ridge import RidgeCV
 from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src.utils import PerceptError, progress
 
@@ -385,6 +386,7 @@ class CausalTransformer(nn.Module):
         self.layers = nn.ModuleList(_Layer([Attention(dim, dim_head, heads, rotary), _feed_forward(dim, normformer=normformer)]) for _ in range(depth))
         self.norm = GainNorm(dim, stable=True)
         self.project_out = nn.Linear(dim, dim, bias=False)
+        self.checkpointing = False  # compute activations again on the way back instead of keeping them: less memory, a third more time
         self._keeping = False
         self._kept: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
@@ -413,7 +415,11 @@ class CausalTransformer(nn.Module):
         """(batch, n, dim) -> (batch, n, dim), or only the `last` positions, whose neighbours the last layer then leaves out."""
         bias, table = self._positions(x.shape[1])
         for i, layer in enumerate(self.layers):
-            x = layer(x, bias, table, last if i == len(self.layers) - 1 else None)
+            asked = last if i == len(self.layers) - 1 else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(layer, x, bias, table, asked, use_reentrant=False))
+            else:
+                x = layer(x, bias, table, asked)
         return self.project_out(self.norm(x))
 
 
@@ -557,6 +563,34 @@ class VersatileDiffusionPriorNetwork(Denoiser):
         return self.causal_transformer(tokens, last=self.num_tokens)
 
 
+class PriorNetwork(VersatileDiffusionPriorNetwork):
+    """MindEye2's prior network: MindEye's at other sizes, [brain tokens, time, noisy image tokens] -> image tokens.
+
+    Args:
+        dim: dim of a token.
+        depth: layers.
+        dim_head: width of a head.
+        heads: heads; 0: dim // dim_head, as published (14 for 768, whose inner width then is 728).
+        num_tokens: tokens an image.
+        causal: causal attention.
+        learned_query_mode: as `VersatileDiffusionPriorNetwork`.
+
+    Source: MindEye2 (arXiv 2403.11207), appendix A.5.
+    """
+
+    def __init__(
+        self,
+        dim: int = 1664,
+        depth: int = 6,
+        dim_head: int = 52,
+        heads: int = 0,
+        num_tokens: int = 256,
+        causal: bool = False,
+        learned_query_mode: str = "pos_emb",
+    ):
+        super().__init__(dim, depth, dim_head, heads or dim // dim_head, num_tokens, causal, learned_query_mode)
+
+
 class DiffusionPriorNetwork(Denoiser):
     """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots, condition, time, image, query] -> image.
 
@@ -609,6 +643,224 @@ class DiffusionPriorNetwork(Denoiser):
         slots, query = self.null_text_encodings.expand(batch, -1, -1), self.learned_query.expand(batch, 1, -1)
         tokens = torch.cat((slots, text, time, image, query), 1)  # (batch, max_text_len + 4, dim)
         return self.causal_transformer(tokens, last=1).view(shape)
+
+
+# ------------------------------------------------------------------------------------------------ MindEye2: several subjects -> CLIP
+class RidgeRegression(Network):
+    """One linear layer a subject, from its voxels into the space that all subjects share. The name is the published one: it is no ridge
+    solver, its penalty is the optimizer's weight decay.
+
+    Args:
+        input_sizes: voxels of each subject, in the order of the run's subjects.
+        out_features: width h of the shared space.
+
+    Source: MindEye2 (arXiv 2403.11207), section 2.1.
+    """
+
+    def __init__(self, input_sizes: Sequence[int] = (15724,), out_features: int = 4096):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(voxels, out_features) for voxels in input_sizes)
+
+    def forward(self, x: Tensor, subject_index: int | Tensor = 0) -> Tensor:
+        """Voxels to the shared space.
+
+        Args:
+            x: (batch, time, voxels), or (batch, voxels) for one trial; with several subjects in a batch, filled up to the most voxels.
+            subject_index: position of the subject in `input_sizes`, of the batch or of each sample (batch,).
+
+        Returns:
+            (batch, time, h).
+
+        Raises:
+            PerceptError: if one subject's voxels are not as many as its layer was made for.
+        """
+        x = x[:, None] if x.ndim == 2 else x
+        if not isinstance(subject_index, Tensor):
+            layer = cast(nn.Linear, self.linears[subject_index])
+            if x.shape[-1] != layer.in_features:
+                raise PerceptError(f"Subject {subject_index} of this network has {layer.in_features} voxels, not {x.shape[-1]}: use the subject that it was made for.")
+            return layer(x)
+        out, rows = [], []
+        for number in subject_index.unique().tolist():
+            layer = cast(nn.Linear, self.linears[number])
+            rows.append((subject_index == number).nonzero()[:, 0])
+            out.append(layer(x[rows[-1], :, : layer.in_features]))
+        return torch.cat(out)[torch.cat(rows).argsort()]
+
+
+def _mixer_block(width: int, drop: float) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(drop), nn.Linear(width, width)))
+
+
+class MixerBrainNetwork(Network):
+    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens, and beside it to a blurry picture.
+
+    With one token (`seq_len` 1: every released configuration) the mixer adds one number to its input, whatever its widest matrices hold: the
+    second branch normalises an axis of length 1 and keeps a residual of its own, so `mixer_blocks1` never reaches the output (docs/mindeye2.md
+    derives it). `folded` computes that number and skips the rest; the weights stay in the state dict. Unlike the published code, no dropout
+    falls upon that number.
+
+    Args:
+        h: width of the shared space.
+        out_dim: tokens * dim.
+        seq_len: trials that are read together, the past and the future ones with it.
+        n_blocks: pairs of mixer blocks.
+        clip_size: dim of a token.
+        blurry_recon: add the branch for the blurry picture.
+        drop: dropout in the mixer blocks.
+        clip_scale: 0 leaves out the head of the contrastive loss (its weights are there all the same, as published).
+        latent_size: height and width of the blurry picture's latent, a multiple of 4.
+        folded: with one token, compute what the mixer amounts to instead of the mixer.
+
+    Raises:
+        PerceptError: for tokens that do not fit out_dim, or a latent size that the upsampler cannot make.
+
+    Source: MindEye2 (arXiv 2403.11207), sections 2.1 and 2.4.
+    """
+
+    def __init__(
+        self,
+        h: int = 4096,
+        out_dim: int = 256 * 1664,
+        seq_len: int = 1,
+        n_blocks: int = 4,
+        clip_size: int = 1664,
+        blurry_recon: bool = True,
+        drop: float = 0.15,
+        clip_scale: float = 1.0,
+        latent_size: int = 28,
+        folded: bool = True,
+    ):
+        super().__init__()
+        if out_dim % clip_size or latent_size % 4:
+            raise PerceptError(f"A backbone needs an out_dim ({out_dim}) of whole tokens ({clip_size}) and a latent_size ({latent_size}) divisible by 4.")
+        self.seq_len, self.clip_size, self.blurry_recon, self.clip_scale, self.folded = seq_len, clip_size, blurry_recon, clip_scale, folded
+        self.mixer_blocks1 = nn.ModuleList(_mixer_block(h, drop) for _ in range(n_blocks))
+        self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len, drop) for _ in range(n_blocks))
+        self.backbone_linear = nn.Linear(h * seq_len, out_dim)
+        self.clip_proj = _projector(clip_size, clip_size)
+        if blurry_recon:
+            self.side = latent_size // 4
+            self.blin1 = nn.Linear(h * seq_len, 64 * self.side**2)
+            self.bdropout = nn.Dropout(0.3)
+            self.bnorm = nn.GroupNorm(1, 64)
+            widths = (32, 64, 128)
+            self.bupsampler = Decoder(64, 4, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=widths, layers_per_block=1)
+            self.b_maps_projector = _maps_projector(64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Shared space (batch, seq_len, h) to tokens.
+
+        Returns:
+            backbone (batch, tokens, dim), the prior's condition; clip (batch, tokens, dim), for the contrastive loss and retrieval (a single 0
+            where clip_scale is 0); blurry: scaled latent (batch, 4, h, w) and maps (batch, locations, 512) for its contrastive loss (two 0,
+            as published, without the branch).
+
+        Raises:
+            PerceptError: if the trials are not `seq_len`.
+        """
+        if x.shape[1] != self.seq_len:
+            raise PerceptError(f"The backbone reads {self.seq_len} trials together but was given {x.shape[1]}: use as many past and future trials as in training.")
+        x = self._mixed(x).flatten(1)  # (batch, seq_len * h)
+        backbone = self.backbone_linear(x).view(len(x), -1, self.clip_size)  # (batch, tokens, dim)
+        clip = self.clip_proj(backbone) if self.clip_scale else x.new_zeros(1)
+        return backbone, clip, self._blurry(x) if self.blurry_recon else x.new_zeros(2, 1)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """(batch, seq_len, h) -> the same shape."""
+        if self.folded and self.seq_len == 1:
+            return x + self._constant()
+        first, second = x, x.transpose(1, 2)  # each branch keeps a residual of its own: this is what is wrong with it
+        for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
+            first = along_width(x) + first
+            second = along_time(first.transpose(1, 2)) + second  # (batch, h, seq_len)
+            x = second.transpose(1, 2)
+        return x
+
+    def _constant(self) -> Tensor:
+        """What the mixer adds to one token: the second branch's answer to its norm's bias, which is all that a norm over one number lets pass."""
+        total = self.backbone_linear.weight.new_zeros(1)
+        for norm, (enter, gelu, _, leave) in cast(Any, self.mixer_blocks2):
+            total = total + leave(gelu(enter(0 * norm.weight + norm.bias)))
+        return total
+
+    def dead_parameters(self) -> list[nn.Parameter]:
+        """Weights that cannot reach the output and are only kept for the checkpoint: nothing to optimise."""
+        mixer = list(self.mixer_blocks1.parameters()) if self.folded and self.seq_len == 1 else []
+        return mixer + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+
+    def _blurry(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In single precision, as half precision is known to blow up here."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.bdropout(self.blin1(x.to(self.blin1.weight.dtype)))
+            x = self.bnorm(x.view(len(x), 64, self.side, self.side))
+            return self.bupsampler(x), self.b_maps_projector(x).flatten(2).transpose(1, 2)  # (batch, 4, h, w), (batch, locations, 512)
+
+
+class ResidualBrainNetwork(MixerBrainNetwork):
+    """The backbone with a mixer as it was probably meant, under the same keys: each block is added to what came before it.
+
+    With one token there is nothing to mix along time: what is left is a residual MLP of `mixer_blocks1`, and `mixer_blocks2` is idle.
+    """
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
+            x = x + along_width(x)
+            if self.seq_len > 1:
+                x = x + along_time(x.transpose(1, 2)).transpose(1, 2)
+        return x
+
+    def dead_parameters(self) -> list[nn.Parameter]:
+        """See `MixerBrainNetwork.dead_parameters`."""
+        mixer = list(self.mixer_blocks2.parameters()) if self.seq_len == 1 else []
+        return mixer + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+
+
+class MindEye2(nn.Module):
+    """The whole of MindEye2 under its published names: `ridge`, `backbone`, `diffusion_prior`.
+
+    Args:
+        ridge: `RidgeRegression`, from each subject's voxels to the shared space.
+        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; those of its weights that cannot reach the output are not trained.
+        diffusion_prior: `src.prior.BrainDiffusionPrior`, or None for a model without one.
+    """
+
+    def __init__(self, ridge: nn.Module, backbone: nn.Module, diffusion_prior: nn.Module | None = None):
+        super().__init__()
+        self.ridge, self.backbone, self.diffusion_prior = ridge, cast(MixerBrainNetwork, backbone), diffusion_prior
+        for parameter in self.backbone.dead_parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, voxels: Tensor, subject_index: int | Tensor = 0) -> tuple[Tensor, Tensor, Any]:
+        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry, as `MixerBrainNetwork` gives them."""
+        return self.backbone(self.ridge(voxels, subject_index))
+
+    def tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbone and projected tokens, (batch, tokens, dim) each, of the first subject's voxels."""
+        backbone, clip, _ = self(voxels)
+        return backbone, clip if clip.ndim == 3 else backbone
+
+
+class CaptionConverter(Network):
+    """Tokens of one image encoder as those of another: one linear map along the tokens, then one along the features.
+
+    Args:
+        tokens_in: tokens that are given.
+        tokens_out: tokens that are wanted.
+        dim_in: dim of a token that is given.
+        dim_out: dim of a token that is wanted.
+
+    Source: MindEye2 (arXiv 2403.11207), appendix A.6 (from CLIP bigG to the image tokens of GIT).
+    """
+
+    def __init__(self, tokens_in: int = 256, tokens_out: int = 257, dim_in: int = 1664, dim_out: int = 1024):
+        super().__init__()
+        self.linear1 = nn.Linear(tokens_in, tokens_out)
+        self.linear2 = nn.Linear(dim_in, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens_in, dim_in) -> (batch, tokens_out, dim_out)."""
+        return self.linear2(self.linear1(x.transpose(1, 2)).transpose(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------ voxels -> latents
@@ -762,7 +1014,8 @@ class RidgeBaseline(Network):
         self.register_buffer("alphas", torch.zeros(size))
 
     def forward(self, voxels: Tensor) -> Tensor:
-        """(batch, voxels) -> (batch, *target_shape)."""
+        """(batch, voxels), or (batch, trials, voxels), -> (batch, *target_shape)."""
+        voxels = voxels.flatten(1)
         if voxels.shape[-1] != len(self.weight):
             raise PerceptError(f"The ridge baseline reads {len(self.weight)} voxels but was given {voxels.shape[-1]}: use the subject that it was fitted on.")
         return (voxels @ self.weight + self.bias).view(len(voxels), *self.target_shape)
@@ -989,8 +1242,8 @@ class _Moments:
 MODELS: dict[str, type[Network]] = {
     cls.__name__: cls
     for cls in (
-        BrainNetwork, VolumeEncoder, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, Voxel2StableDiffusionModel, BasicEncoder, RidgeBaseline,
-        TokenMap,
+        BrainNetwork, VolumeEncoder, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, PriorNetwork, RidgeRegression, MixerBrainNetwork,
+        ResidualBrainNetwork, CaptionConverter, Voxel2StableDiffusionModel, BasicEncoder, RidgeBaseline, TokenMap,
     )
 }  # fmt: skip
 

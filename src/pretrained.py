@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,22 +46,28 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    GitForCausalLM,
+    GitProcessor,
     ResNetForImageClassification,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from src.utils import HOME, ROOT, PerceptError, load_strictly, progress, same_features
 
 HUB = {
     "clip": "openai/clip-vit-large-patch14",
     "clip-ViT-B-32": "openai/clip-vit-base-patch32",
+    "clip-bigG": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     "versatile_diffusion": "shi-labs/versatile-diffusion",
     "image_variation": "lambdalabs/sd-image-variations-diffusers",
     "stable_diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # where the withdrawn runwayml/stable-diffusion-v1-5 lives on
     "blip": "Salesforce/blip-image-captioning-large",
+    "git": "microsoft/git-large-coco",
 }
 REVISIONS = {HUB["image_variation"]: "v2.0"}  # others: what their authors have last given
-MINI_ONLY = ("judge", "teacher")
+MINI_ONLY = ("judge", "teacher", "unclip")
 CLIP_VARIANTS = {"ViT-L/14": "clip", "ViT-B/32": "clip-ViT-B-32", "RN50": "RN50", "RN50x64": "RN50x64"}  # the ResNets through OpenAI's own package
+PATCH_VARIANTS = {"bigG": "clip-bigG", "ViT-L/14": "clip", "ViT-B/32": "clip-ViT-B-32"}  # of which MindEye2 takes the patches
 MINI = ROOT / "data" / "mini_models"
 # The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage would leave the rest without memory.
 TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
@@ -279,6 +286,11 @@ class _VisionClip(nn.Module):
         last = vision(pixel_values=pixel_values).last_hidden_state  # (batch, tokens, width)
         return self.model.visual_projection(vision.post_layernorm(last))
 
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (batch, 3, size, size) -> patches of the last layer, not projected (batch, patches, width)."""
+        vision = self.model.vision_model
+        return vision.post_layernorm(vision(pixel_values=pixel_values).last_hidden_state)[:, 1:]
+
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""
         vision = self.model.vision_model
@@ -373,6 +385,61 @@ class Clipper(Frozen):
         """Captions -> final text embeddings (batch, dim), L2-normalised if norm_embs."""
         embeds = self.model.embed_text(captions)
         return F.normalize(embeds, dim=-1) if self.norm_embs else embeds
+
+
+class PatchClip(Frozen):
+    """CLIP's patch tokens as MindEye2 predicts them: the last layer's, normalised, without the class token and not projected.
+
+    Args:
+        weights: "hub", "mini" or a folder that holds `clip-bigG/`, `clip/` or `clip-ViT-B-32/`.
+        variant: key of PATCH_VARIANTS: "bigG" (256 x 1664, what the unCLIP decoder reads) or "ViT-B/32" (49 x 768, low compute). The miniature
+            has one CLIP (16 x 128), which stands for each of them.
+        device: torch device.
+        squeezed: the published defect: pictures in [0, 1] were treated as if they lay in [-1, 1], so that CLIP saw them in [.5, 1]. Released
+            networks predict the tokens of such pictures.
+        patches: patch tokens that are kept, a square number; 0: all. Fewer are the means of neighbouring patches.
+
+    Raises:
+        PerceptError: for an unknown variant, patches that form no such square, or missing files.
+
+    Source: MindEye2 (arXiv 2403.11207), section 2.2; its embedder resizes bicubically with antialiasing, without a crop.
+    """
+
+    def __init__(self, weights: str = "hub", variant: str = "bigG", device: str = "cpu", squeezed: bool = False, patches: int = 0):
+        if variant not in PATCH_VARIANTS:
+            raise PerceptError(f"There are no patch tokens of a CLIP '{variant}': choose one of {', '.join(PATCH_VARIANTS)}.")
+        super().__init__("clip" if weights == "mini" else PATCH_VARIANTS[variant], weights, device)
+        self.variant, self.squeezed = variant, squeezed
+        self.model: Any = _VisionClip(self.place).eval().requires_grad_(False).to(self.device)
+        self.config, self.size, self.dim = self.model.config, self.model.size, self.model.config.hidden_size
+        self.side = self.size // self.config.patch_size
+        self.kept = math.isqrt(patches) if patches else self.side
+        if self.kept**2 != (patches or self.side**2) or self.side % self.kept:
+            raise PerceptError(f"{patches} tokens cannot be made of CLIP's {self.side} x {self.side} patches: give the square of a divisor of {self.side}, or 0 for all.")
+
+    def _options(self) -> dict[str, Any]:
+        more = {"patches": self.kept**2} if self.kept < self.side else {}
+        return {"patch_tokens": True, "variant": self.variant} | more | ({"squeezed": True} if self.squeezed else {})
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """(tokens, dim)."""
+        return self.kept**2, self.dim
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.embed_image(images)
+
+    @torch.no_grad()
+    def embed_image(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> (batch, tokens, dim)."""
+        x = images.to(self.device)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
+        tokens = self.model.embed_patches(clip_normalise((x + 1) / 2 if self.squeezed else x))
+        if self.kept == self.side:
+            return tokens
+        grid = tokens.mT.unflatten(2, (self.side, self.side))  # (batch, dim, h, w)
+        return F.adaptive_avg_pool2d(grid, self.kept).flatten(2).mT
 
 
 class LatentAutoencoder(Frozen):
@@ -578,6 +645,102 @@ class Captioner(Frozen):
             encoder_hidden_states=tokens, encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long, device=self.device),
             **{"max_length": MAX_LENGTH} | options,
         )  # fmt: skip
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+class GivenTokens(nn.Module):
+    """Stands where GIT has its image encoder: what it is called with, (batch, 1, tokens, dim), are the hidden states already."""
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+        """(batch, 1, tokens, dim) -> hidden states (batch, tokens, dim); of rank 4, because GIT takes nothing else for one image."""
+        return BaseModelOutput(last_hidden_state=pixel_values[:, 0])
+
+
+class BrainCaptioner(Frozen):
+    """GIT, which writes a sentence after the tokens of its image encoder, be they a picture's or predicted from a brain's.
+
+    Writing is greedy (no beams, no sampling), up to `MAX_LENGTH` tokens. Targets, for the cache, are the hidden states of the image encoder,
+    which `models.CaptionConverter` learns to predict from other tokens.
+
+    Args:
+        weights: "hub", "mini" or a folder that holds `git/`.
+        device: torch device; the published low-compute runs keep this model on the CPU, beside a GPU for all else.
+        dtype: half precision on a GPU by default, as published.
+
+    Source: Wang et al. 2022 (arXiv 2205.14100); MindEye2 (arXiv 2403.11207), section 2.5.
+    """
+
+    def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
+        super().__init__("git", weights, device)
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self.model: Any = _load(GitForCausalLM, self.place, dtype=self.dtype).eval().requires_grad_(False).to(self.device)
+        self.processor: Any = _load(GitProcessor, self.place)
+        self.config = self.model.config
+        self.size = int(self.config.vision_config.image_size)
+        self.encoder, self.model.git.image_encoder = self.model.git.image_encoder, GivenTokens()
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """(tokens, dim) of the image encoder: the class token, then the patches row by row."""
+        vision = self.config.vision_config
+        return (self.size // vision.patch_size) ** 2 + 1, vision.hidden_size
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.embed_image(images)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> pixel values (batch, 3, size, size): bicubic, antialiased, centre crop, CLIP's mean and spread."""
+        x, (height, width) = images.to(self.device, torch.float32), images.shape[-2:]
+        if (height, width) != (self.size, self.size):
+            short = min(height, width)
+            target = int(height * self.size / short), int(width * self.size / short)
+            for size in ((height, target[1]), target):  # the library limits values after each of the two directions
+                x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+            top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+            x = x[..., top : top + self.size, left : left + self.size]
+        own = self.processor.image_processor
+        mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (own.image_mean, own.image_std))
+        return (x - mean) / std
+
+    @torch.no_grad()
+    def embed_image(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> last hidden states of the image encoder (batch, tokens, dim)."""
+        return self.encoder(pixel_values=self.preprocess(images).to(self.dtype)).last_hidden_state
+
+    def caption(self, images: Tensor, batch_size: int = 4, **options: Any) -> list[str]:
+        """Write a caption for each image.
+
+        Args:
+            images: (images, 3, height, width) in [0, 1].
+            batch_size: images at a time; 4 as the low-compute runs write.
+            options: of the library's `generate`, e.g. num_beams=3.
+
+        Returns:
+            One caption an image, in small letters, as GIT writes.
+        """
+        return [text for some in progress(images.split(batch_size), "captions") for text in self._write(self.embed_image(some), options)]
+
+    def caption_tokens(self, tokens: Tensor, batch_size: int = 4, **options: Any) -> list[str]:
+        """Write captions from hidden states of the image encoder, those of `embed_image` or predicted ones.
+
+        Args:
+            tokens: (images, tokens, dim), as `target_shape` says.
+            batch_size: images at a time.
+            options: as for `caption`.
+
+        Raises:
+            PerceptError: for tokens of another shape, or that are not finite.
+        """
+        if tokens.shape[1:] != self.target_shape:
+            raise PerceptError(f"This GIT writes from tokens (images, {', '.join(map(str, self.target_shape))}), not {tuple(tokens.shape)}: convert them first.")
+        if not torch.isfinite(tokens).all():
+            raise PerceptError("The tokens to write captions from hold values that are not finite: make them again.")
+        return [text for some in progress(tokens.split(batch_size), "captions") for text in self._write(some, options)]
+
+    @torch.no_grad()
+    def _write(self, tokens: Tensor, options: dict[str, Any]) -> list[str]:
+        """Captions of one batch: the library's own `generate`, from the visual projection onward."""
+        ids = self.model.generate(pixel_values=tokens.to(self.device, self.dtype)[:, None], **{"max_length": MAX_LENGTH, "do_sample": False} | options)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 

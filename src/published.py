@@ -1,7 +1,7 @@
 """Checkpoints as others released them: read without running code from them, rebuild the network they hold, load it strictly, write such files.
 
-- MindEye's high-level files (`last.pth` of prior_257_... and prior_1x768_...), its low-level files (`epoch120.pth` of autoencoder_...), and
-  LAION's text -> image prior, which initialises the prior of the 1x768 model.
+- MindEye's high-level files (`last.pth` of prior_257_... and prior_1x768_...), its low-level files (`epoch120.pth` of autoencoder_...), MindEye2's
+  `last.pth` or DeepSpeed folder, and LAION's text -> image prior, which initialises the prior of the 1x768 model.
 - The files are pickles with a gigabyte of weights and two of optimizer state. Only tensors and numbers are rebuilt, everything else becomes an
   inert object, and the file is mapped: what is not asked for is not read.
 - Sizes are inferred from the weights, so there is nothing to configure and nothing to get wrong.
@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 import re
 import types
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.models import UPS_MODES, build, published_state
+from src.models import UPS_MODES, MindEye2, build, published_state
 from src.prior import BrainDiffusionPrior
 from src.utils import PerceptError, atomic, load_checkpoint
 
@@ -83,6 +84,7 @@ _TRUSTED = {
     ("numpy.core.multiarray", "scalar"): _number,  # numpy 1
     ("numpy._core.multiarray", "scalar"): _number,  # numpy 2
     ("_codecs", "encode"): _latin1,
+    ("torch", "Size"): torch.Size,
 }
 
 
@@ -100,12 +102,13 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     """The weights of a released file under today's keys, mapped from the file and not yet read.
 
     Args:
-        path: a .pth file: a state dict, or a dictionary that holds one as "model_state_dict" or "model".
+        path: a .pth file: a state dict, or a dictionary that holds one as "model_state_dict" or "model"; or a folder that DeepSpeed has
+            written (ZeRO stages 1 and 2), whose weights are then put together from the pieces of its processes, in single precision.
 
     Raises:
         PerceptError: if the file is missing, damaged, or holds no state dict, or one with a weight under two names.
     """
-    content = _content(path)
+    content = _deepspeed(Path(path)) if Path(path).is_dir() else read_content(path)
     for key in ("model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -121,6 +124,25 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _deepspeed(folder: Path) -> dict[str, Tensor]:
+    """Weights of a folder of DeepSpeed's: those of the model as they were computed with, then in their place the optimizer's in single precision."""
+    tag = folder / "latest"
+    folder = folder / tag.read_text().strip() if tag.exists() else folder
+    models = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(models) != 1:
+        raise PerceptError(f"{folder} holds {len(models)} files mp_rank_*_model_states.pt, not one: give the folder of a checkpoint that DeepSpeed's stage 1 or 2 wrote.")
+    model = read_content(models[0])
+    state = dict(model["module"]) if isinstance(model, Mapping) and isinstance(model.get("module"), Mapping) else {}
+    pieces = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=lambda path: int(re.search(r"pp_rank_(\d+)", path.name)[1]))  # type: ignore[index]
+    groups = [read_content(path)["optimizer_state_dict"].get("single_partition_of_fp32_groups", []) for path in pieces]
+    for number, shapes in enumerate(model.get("param_shapes", []) if pieces else []):
+        flat = torch.cat([group[number].flatten() for group in groups])
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            state[name], flat = flat[:size].view(*shape), flat[size:]  # what is left at the end fills up the last piece
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def read_history(path: str | Path) -> dict[str, Any]:
     """How a released network was trained, as far as its file tells; no weights are read.
 
@@ -131,7 +153,7 @@ def read_history(path: str | Path) -> dict[str, Any]:
     Raises:
         PerceptError: if the file is missing or damaged.
     """
-    content = _content(path)
+    content = read_content(path)
     content = content if isinstance(content, Mapping) else {}
     history: dict[str, Any] = {"epoch": content["epoch"] if isinstance(content.get("epoch"), int) else None}
     for name in CURVES:
@@ -141,8 +163,12 @@ def read_history(path: str | Path) -> dict[str, Any]:
     return history
 
 
-def _content(path: str | Path) -> Any:
-    """The whole of a file, its tensors mapped."""
+def read_content(path: str | Path) -> Any:
+    """The whole of a released file: its containers, numbers and tensors, these mapped and not yet read; whatever else it holds is inert.
+
+    Raises:
+        PerceptError: if the file is missing or damaged.
+    """
     if not Path(path).exists():
         raise PerceptError(f"There is no checkpoint at {path}: download it, or correct the name of the run.")
     try:
@@ -178,6 +204,8 @@ def _inferred(state: dict[str, Tensor], origin: str) -> dict[str, Any]:
         drop = 0.0 if "null_text_encodings" in net else 0.2  # of training, as released; weights do not tell
         kwargs = {"image_embed_dim": dim, "timesteps": len(state["noise_scheduler.betas"]), "cond_drop_prob": drop}
         return {"name": "BrainDiffusionPrior", "kwargs": kwargs, "net": _prior_network(net), "voxel2clip": _brain_network(voxel2clip, dim)}
+    if "backbone.backbone_linear.weight" in state:
+        return _mindeye2(state)
     if "upsampler.conv_in.weight" in state:
         return _low_level(state, origin)
     if "lin1.weight" in state:
@@ -191,9 +219,23 @@ def _inferred(state: dict[str, Tensor], origin: str) -> dict[str, Any]:
 def _on_meta(config: dict[str, Any]) -> nn.Module:
     """The network of a config, without memory for its weights."""
     with torch.device("meta"):
-        if config["name"] != "BrainDiffusionPrior":
-            return build(config)
-        return BrainDiffusionPrior(build(config["net"]), voxel2clip=build(config["voxel2clip"]), **config["kwargs"])
+        return build_decoder(config)
+
+
+def build_decoder(config: dict[str, Any]) -> nn.Module:
+    """Make an untrained decoder from the config that its checkpoint carries.
+
+    Args:
+        config: {"name", "kwargs"} of `src.models.MODELS`; {"name": "BrainDiffusionPrior", "kwargs", "net", "voxel2clip"}; or {"name": "MindEye2",
+            "kwargs" and "net" (of its prior, or None), "ridge", "backbone"}.
+    """
+    if config["name"] == "MindEye2":
+        prior = BrainDiffusionPrior(build(config["net"]), **config["kwargs"]) if config["net"] else None
+        return MindEye2(build(config["ridge"]), build(config["backbone"]), prior)
+    if config["name"] != "BrainDiffusionPrior":
+        return build(config)
+    net, voxel2clip = build(config["net"]), build(config["voxel2clip"])
+    return BrainDiffusionPrior(net, voxel2clip=voxel2clip, **config["kwargs"])
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -333,6 +375,10 @@ def _unlike(decoder: nn.Module, rebuilt: nn.Module) -> list[str]:
         parts = [(decoder.net, rebuilt.net), (decoder.voxel2clip, rebuilt.voxel2clip)]
         scale = [] if decoder.image_embed_scale == rebuilt.image_embed_scale else [f"image_embed_scale={decoder.image_embed_scale:g}"]
         return scale + [text for ours, theirs in parts for text in _unlike(ours, theirs)]
+    if isinstance(decoder, MindEye2) and isinstance(rebuilt, MindEye2):
+        prior = _unlike(decoder.diffusion_prior, rebuilt.diffusion_prior) if decoder.diffusion_prior is not None and rebuilt.diffusion_prior is not None else []
+        names = [type(network.backbone).__name__ for network in (decoder, rebuilt)]
+        return prior + ([f"a {names[0]}"] if names[0] != names[1] else [])
     ours, theirs = (getattr(network, "config", {}).get("kwargs", {}) for network in (decoder, rebuilt))
     return [f"{name}={ours[name]}" for name in _UNTOLD if name in ours and ours[name] != theirs.get(name)]
 
@@ -372,6 +418,30 @@ def _prior_network(state: dict[str, Tensor]) -> dict[str, Any]:
     tokens, query = len(state["null_image_embed"]), state.get("learned_query")
     mode = "none" if query is None else "pos_emb" if len(query) == tokens else "all_pos_emb"
     return {"name": "VersatileDiffusionPriorNetwork", "kwargs": kwargs | {"num_tokens": tokens, "learned_query_mode": mode}}
+
+
+def _mindeye2(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Of a MindEye2 checkpoint: ridge layers of as many subjects as it has, backbone with or without the blurry branch, prior or none."""
+    backbone, net = _part(state, "backbone."), _part(state, "diffusion_prior.net.")
+    subjects = _count(state, r"ridge\.linears\.(\d+)\.")
+    layers = [state[f"ridge.linears.{i}.weight"] for i in range(subjects)]
+    h, dim = layers[0].shape[0], len(backbone["clip_proj.0.weight"])
+    seq_len = len(backbone["mixer_blocks2.0.0.weight"])
+    kwargs = {
+        "h": h, "out_dim": len(backbone["backbone_linear.weight"]), "clip_size": dim, "seq_len": seq_len, "n_blocks": _count(backbone, r"mixer_blocks1\.(\d+)\."),
+        "blurry_recon": "blin1.weight" in backbone,
+    }  # fmt: skip
+    if kwargs["blurry_recon"]:
+        kwargs["latent_size"] = 4 * round((len(backbone["blin1.weight"]) / 64) ** 0.5)
+    prior = _prior_network(net) if net else None
+    if prior:
+        prior = {"name": "PriorNetwork", "kwargs": prior["kwargs"]}
+    steps = len(state["diffusion_prior.noise_scheduler.betas"]) if net else 100
+    return {
+        "name": "MindEye2", "kwargs": {"image_embed_dim": dim, "timesteps": steps, "cond_drop_prob": 0.2, "image_embed_scale": 1.0},
+        "ridge": {"name": "RidgeRegression", "kwargs": {"input_sizes": [layer.shape[1] for layer in layers], "out_features": h}},
+        "backbone": {"name": "MixerBrainNetwork", "kwargs": kwargs}, "net": prior,
+    }  # fmt: skip
 
 
 def _low_level(state: dict[str, Tensor], origin: str) -> dict[str, Any]:

@@ -24,22 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from src import models
-from src.pretrained import Clipper, Generator, ImageVariation, VersatileDiffusion, constant_condition
-from src.prior import BrainDiffusionPrior
-from src.published import published_config, read_published
+from src.pretrained import Clipper, Generator, ImageVariation, PatchClip, VersatileDiffusion, constant_condition
+from src.published import build_decoder, published_config, read_published
+from src.unclip import UnclipDecoder
 from src.utils import PerceptError, atomic, load_checkpoint, load_strictly
-
-
-def build_decoder(config: dict[str, Any]) -> nn.Module:
-    """Make an untrained decoder from the config that its checkpoint carries.
-
-    Args:
-        config: {"name", "kwargs"} of `src.models.MODELS`, or {"name": "BrainDiffusionPrior", "kwargs", "net", "voxel2clip"}.
-    """
-    if config["name"] != "BrainDiffusionPrior":
-        return models.build(config)
-    net, voxel2clip = models.build(config["net"]), models.build(config["voxel2clip"])
-    return BrainDiffusionPrior(net, voxel2clip=voxel2clip, **config["kwargs"])
 
 
 def high_level_config(parameters: Mapping[str, Any], in_dim: int, tokens: int, dim: int) -> dict[str, Any]:
@@ -101,6 +89,36 @@ def combined_config(parameters: Mapping[str, Any], in_dim: int, dim: int, volume
     }
 
 
+PATCHES = {"bigG": (256, 1664), "ViT-B/32": (49, 768)}  # (tokens, dim) that released MindEye2 networks predict
+BACKBONES = {"mixer": "MixerBrainNetwork", "residual": "ResidualBrainNetwork"}
+
+
+def mindeye2_config(parameters: Mapping[str, Any], voxels: Sequence[int], tokens: int, dim: int, latent: int) -> dict[str, Any]:
+    """The config of MindEye2 (notebook 01_train_mindeye2), from which `build_decoder` makes it.
+
+    Args:
+        parameters: of the notebook: hidden_dim, n_blocks, backbone, blurry_recon, clip_scale, seq_past, seq_future, prior, prior_depth,
+            prior_dim_head, timesteps, faithful.
+        voxels: of each subject.
+        tokens: tokens of an image.
+        dim: dim of a token.
+        latent: height and width of the blurry picture's latent.
+    """
+    p = parameters
+    backbone = {
+        "h": p["hidden_dim"], "out_dim": tokens * dim, "clip_size": dim, "seq_len": 1 + p["seq_past"] + p["seq_future"], "n_blocks": p["n_blocks"],
+        "blurry_recon": p["blurry_recon"], "clip_scale": p["clip_scale"], "latent_size": latent, "folded": "dead_mixer" not in p["faithful"],
+    }  # fmt: skip
+    net = {"dim": dim, "depth": p["prior_depth"], "dim_head": p["prior_dim_head"], "num_tokens": tokens}
+    return {
+        "name": "MindEye2",
+        "kwargs": {"image_embed_dim": dim, "timesteps": p["timesteps"], "cond_drop_prob": 0.2, "image_embed_scale": 1.0},  # tokens as they are, as published
+        "ridge": {"name": "RidgeRegression", "kwargs": {"input_sizes": [int(n) for n in voxels], "out_features": p["hidden_dim"]}},
+        "backbone": {"name": BACKBONES[p["backbone"]], "kwargs": backbone},
+        "net": {"name": "PriorNetwork", "kwargs": net} if p["prior"] else None,
+    }
+
+
 def _numbers(text: str, parameter: str) -> list[int]:
     """Whole numbers that a parameter gives separated by commas."""
     try:
@@ -136,7 +154,7 @@ def basic_config(parameters: Mapping[str, Any], in_dim: int, latent: tuple[int, 
 
 
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth).
+    """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth, or a folder that DeepSpeed wrote).
 
     Returns:
         The module in eval mode, and the config stored with it (of a released file: read from its weights).
@@ -146,10 +164,25 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     """
     if not Path(path).exists():
         raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
-    state, config = _published(path) if Path(path).suffix == ".pth" else load_checkpoint(path, device)
+    released = Path(path).suffix == ".pth" or Path(path).is_dir()
+    state, config = _published(path) if released else load_checkpoint(path, device)
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
     return decoder.to(device).eval().requires_grad_(False), config
+
+
+def decoder_config(path: str | Path) -> dict[str, Any]:
+    """The config that comes with a decoder's file, without its weights; as `load_decoder` gives it.
+
+    Raises:
+        PerceptError: if the file is missing.
+    """
+    if not Path(path).exists():
+        raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
+    if Path(path).suffix == ".pth" or Path(path).is_dir():
+        return _published(path)[1]
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("config", "{}"))
 
 
 def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Path:
@@ -162,6 +195,8 @@ def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Pa
     """
     ours, folder = Path(folder) / level / f"{checkpoint}.safetensors", Path(folder)
     released = folder / f"{checkpoint}.pth" if level == "high_level" else folder / "epoch120.pth"
+    if level == "high_level" and not released.exists() and (folder / checkpoint).is_dir():
+        released = folder / checkpoint  # of MindEye2 under DeepSpeed
     return released if released.exists() and not ours.exists() else ours
 
 
@@ -169,6 +204,11 @@ def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and config of a released file, the config as `fit` would have stored it."""
     state = read_published(path)
     model = published_config(state, str(path))
+    if model["name"] == "MindEye2":
+        kwargs = model["backbone"]["kwargs"]
+        variant = next((name for name, (_, dim) in PATCHES.items() if dim == kwargs["clip_size"]), "bigG")
+        config = {"model": model, "tokens": [kwargs["out_dim"] // kwargs["clip_size"], kwargs["clip_size"]]}
+        return state, config | {"clip": {"patch_tokens": True, "variant": variant, "squeezed": True}}
     if model["name"] != "BrainDiffusionPrior":
         return state, {"model": model}
     return state, {"model": model, "tokens": [model["net"]["kwargs"].get("num_tokens", 1), model["kwargs"]["image_embed_dim"]]}
@@ -192,8 +232,8 @@ def predict_tokens(
     """Predict CLIP tokens from voxels.
 
     Args:
-        decoder: a `BrainDiffusionPrior` with its voxel2clip, or a ridge baseline.
-        voxels: (images, voxels), normalised.
+        decoder: a `BrainDiffusionPrior` with its voxel2clip, a `MindEye2`, or a ridge baseline.
+        voxels: (images, voxels), normalised; (images, trials, voxels) for a MindEye2 that reads neighbouring trials.
         token_shape: (tokens, dim).
         n_samples: samples of the prior an image.
         use_prior: sample the prior; otherwise the backbone's own output, which then must have been trained to regress the tokens, and one sample.
@@ -207,27 +247,29 @@ def predict_tokens(
 
     Returns:
         Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images, tokens, dim). Where there are several tokens an image,
-        samples of the prior are divided by the norm of the CLS token, as published; one embedding alone, and regressions, are left as they are: a
-        mean is shorter than what it is the mean of.
+        samples of the prior are divided by the norm of the CLS token, as published; one embedding alone, regressions and MindEye2's tokens, which have
+        no CLS token, are left as they are: a mean is shorter than what it is the mean of.
     """
     found, projected = [], []
+    whole = isinstance(decoder, models.MindEye2)
+    prior: Any = decoder.diffusion_prior if isinstance(decoder, models.MindEye2) else decoder
+    network: Any = decoder if whole else getattr(decoder, "voxel2clip", None)
     ids = np.arange(len(voxels)) if image_ids is None else image_ids
     for start in range(0, len(voxels), batch_size):
         x = torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
-        if not isinstance(decoder, BrainDiffusionPrior):
+        if network is None:
             tokens = decoder(x).view(len(x), 1, *token_shape)
             projected.append(tokens[:, 0].cpu())
         else:
-            voxel2clip: Any = decoder.voxel2clip
-            backbone, projection = voxel2clip.tokens(x)
-            tokens = backbone[:, None] / decoder.image_embed_scale
-            if use_prior:
+            backbone, projection = network.tokens(x)
+            tokens = backbone[:, None] / (1.0 if prior is None else prior.image_embed_scale)
+            if use_prior and prior is not None:
                 mine = ids[start : start + batch_size]
                 generator = [torch.Generator(device).manual_seed(seed if same else _seed(seed, int(image))) for image in mine]
-                steps = timesteps or decoder.noise_scheduler.num_timesteps
+                steps = timesteps or prior.noise_scheduler.num_timesteps
                 repeated = backbone.repeat_interleave(n_samples, 0)  # (images * samples, tokens, dim)
-                tokens = decoder.sample(repeated, timesteps=steps, generator=generator, solver=solver).view(len(x), n_samples, *token_shape)
-                if token_shape[0] > 1:
+                tokens = prior.sample(repeated, timesteps=steps, generator=generator, solver=solver).view(len(x), n_samples, *token_shape)
+                if token_shape[0] > 1 and not whole:
                     tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
             projected.append(projection.view(len(x), *token_shape).cpu())
         found.append(tokens.cpu())
@@ -241,11 +283,12 @@ def _seed(seed: int, image: int) -> int:
 
 @torch.no_grad()
 def predict_latents(decoder: nn.Module, voxels: np.ndarray, shape: tuple[int, int, int], batch_size: int = 100, device: str = "cpu") -> Tensor:
-    """Predict scaled VAE latents (images, channels, h, w) from normalised voxels (images, voxels)."""
+    """Predict scaled VAE latents (images, channels, h, w) from normalised voxels (images, voxels); of a MindEye2 those of its blurry branch."""
     parts = []
     for start in range(0, len(voxels), batch_size):
         out = decoder(torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device))
-        out = out[0] if isinstance(out, tuple) else out  # the low-level network also returns its contrastive maps
+        out = out[2] if isinstance(decoder, models.MindEye2) else out
+        out = out[0] if isinstance(out, tuple) else out  # beside the latent stand the contrastive maps
         parts.append(out.view(len(out), *shape).cpu())
     return torch.cat(parts)
 
@@ -274,8 +317,20 @@ def sampled_by(diffusion: Generator, sampler: str) -> Generator:
     return diffusion
 
 
-def generator_for(tokens: int, weights: str, device: str = "cpu") -> VersatileDiffusion | ImageVariation:
-    """The generator that the published systems feed with so many tokens: one goes to image variations, all of them to Versatile Diffusion."""
+def encoder_for(config: Mapping[str, Any], weights: str, device: str = "cpu") -> Clipper | PatchClip:
+    """The CLIP whose tokens a checkpoint predicts, from the config that it carries."""
+    made_for = dict(config.get("clip", {}))
+    if made_for.pop("patch_tokens", False):
+        return PatchClip(weights, device=device, **made_for)
+    hidden = config["tokens"][0] > 1
+    return Clipper(weights, device=device, **({"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | made_for))
+
+
+def generator_for(tokens: int, weights: str, device: str = "cpu", clip: Clipper | PatchClip | None = None) -> Generator:
+    """The generator that the published systems feed with such tokens: one goes to image variations, all of them to Versatile Diffusion, and patch
+    tokens alone to MindEye2's unCLIP."""
+    if isinstance(clip, PatchClip):
+        return UnclipDecoder(weights, device=device, squeezed=clip.squeezed)
     return VersatileDiffusion(weights, device=device) if tokens > 1 else ImageVariation(weights, device=device)
 
 
@@ -353,7 +408,7 @@ def guided_images(
     return torch.cat(made)
 
 
-def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def pick_best(clipper: Clipper | PatchClip, projected: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Second-order selection: of each image's candidates, the one whose CLIP tokens are nearest to those the brain predicted.
 
     Args:
@@ -377,7 +432,7 @@ def pick_best(clipper: Clipper, projected: Tensor, candidates: Tensor) -> tuple[
 
 
 @torch.no_grad()
-def sample_spread(clipper: Clipper, candidates: Tensor) -> Tensor:
+def sample_spread(clipper: Clipper | PatchClip, candidates: Tensor) -> Tensor:
     """How far apart the samples of an image are, (images,): mean distance (1 - cosine) of the CLIP tokens of every two of them.
 
     Args:

@@ -38,9 +38,10 @@ FLOORS = {
     "untrained": "the same networks before any training: what their build and the generator give without learning",
     "class_mean": "the mean training image of the class that was decoded",
     "nearest_train": "the training image whose features are nearest to the prediction: what a lookup scores",
+    "common_caption": "the most common training caption for every test image: what one sentence scores that fits many",
 }
 CONTROLS = {"system": "the reconstructions themselves"} | FLOORS | {
-    "ceiling": "the generator fed with the true latents: the most this generator could score",
+    "ceiling": "the generator fed with the true latents: the most this generator could score (brain correlation: the seen images; captions: those of the seen images)",
 }  # fmt: skip
 COLUMNS = ["stage", "metric", "row", "image", "sample", "draw", "value"]  # of scores.parquet
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import itertools
+import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -25,13 +28,15 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 from scipy import stats
 
-from src.utils import PerceptError, read_json, read_recipe
+from src.utils import PerceptError, read_json, read_recipe, to_device
 
 KEYS = ("name", "recipe", "from", "fixed", "grid", "points", "report")  # of a grid file
 RESERVED = ("prepare", "figures", "parameters")  # folders of results/<sweep>/ that are no points
 SEEDS = ("seed", "bag_seeds")  # parameters that are the luck of a run
+OTHER_IMAGES = ("num_sessions", "split")  # parameters with which the validation images change, so that no level can be named the best by them
 CONFIDENCE = 0.95  # of intervals
 LABEL = 120  # characters of a point's folder; file systems allow 255 bytes
 
@@ -41,18 +46,20 @@ LABEL = 120  # characters of a point's folder; file systems allow 255 bytes
 class Point:
     """One setting of a sweep.
 
-    Attributes: label, its name in tables and the name of its folder; levels, the label of each varied parameter's value; overrides, its values by name.
+    Attributes: label, its name in tables and the name of its folder; levels, the label of each varied parameter's value; overrides, its values by name;
+    launch, how its trainings are started (as --launch of run.py), "" for in the notebook.
     """
 
     label: str
     levels: dict[str, str]
     overrides: dict[str, Any]
+    launch: str = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file. Attributes: name of the sweep; recipe; fixed overrides; factors, values by label of each varied parameter; points; report, parameters of 07_sweep;
-    first, the number of the stage that a point begins with, "" for the one after the preparation."""
+    """A grid file. Attributes: name of the sweep; recipe; fixed overrides; factors, values by label of each varied parameter (and of `launch`, where that is varied);
+    points; report, parameters of 07_sweep; first, the number of the stage that a point begins with, "" for the one after the preparation."""
 
     name: str
     recipe: str
@@ -94,11 +101,17 @@ def _explicit(entry: Any, path: Path) -> Point:
     """One entry of `points`."""
     if not isinstance(entry, dict) or not set(entry) - {"label"}:
         raise PerceptError(f"An entry of points in {path} is {entry!r}, but must be overrides `name: value`, with a label where you like.")
-    overrides = {str(k): v for k, v in entry.items() if k != "label"}
-    for name, value in overrides.items():
-        _check_plain(name, value, path)
-    levels = {name: str(value) for name, value in overrides.items()}
-    return Point(file_name(str(entry.get("label") or _joined(levels))), levels, overrides)
+    overrides = {str(k): v for k, v in entry.items() if k not in ("label", "launch")}
+    for name, value in entry.items():
+        _check_plain(str(name), value, path)
+    levels = {name: str(value) for name, value in overrides.items()} | ({"launch": str(entry["launch"])} if entry.get("launch") else {})
+    return Point(file_name(str(entry.get("label") or _joined(levels))), levels, overrides, str(entry.get("launch", "")))
+
+
+def _combined(choice: Mapping[str, tuple[str, Any]]) -> Point:
+    """One combination of `grid`, (label, value) by parameter."""
+    levels, values = ({name: pair[i] for name, pair in choice.items()} for i in (0, 1))
+    return Point(file_name(_joined(levels)), levels, {name: value for name, value in values.items() if name != "launch"}, str(values.get("launch", "")))
 
 
 def _joined(levels: Mapping[str, str]) -> str:
@@ -132,13 +145,12 @@ def read_grid(path: str | Path) -> Grid:
     fixed, explicit = _mapping(content, "fixed", path), content.get("points") or []
     factors = {parameter: _levels(parameter, values, path) for parameter, values in _mapping(content, "grid", path).items()}
     combinations = itertools.product(*(levels.items() for levels in factors.values())) if factors else ()
-    chosen = [dict(zip(factors, choice, strict=True)) for choice in combinations]
-    points = [Point(file_name(_joined(levels)), levels, {k: v for k, (_, v) in c.items()}) for c in chosen for levels in [{k: label for k, (label, _) in c.items()}]]
+    points = [_combined(dict(zip(factors, choice, strict=True))) for choice in combinations]
     if not isinstance(explicit, list):
         raise PerceptError(f"'points' in {path} must be a list of overrides, not {type(explicit).__name__}.")
     points += [_explicit(entry, path) for entry in explicit]
     _check_points(points, fixed, path)
-    factors |= {parameter: {} for point in points for parameter in point.overrides if parameter not in factors}
+    factors |= {name: {} for point in points for name in [*point.overrides, *(["launch"] if point.launch else [])] if name not in factors}
     first = content.get("from", "")
     return Grid(name, recipe, fixed, factors, points, _mapping(content, "report", path), f"{first:02d}" if isinstance(first, int) else str(first))
 
@@ -166,6 +178,20 @@ def with_levels(point: Point, factors: Mapping[str, Mapping[str, Any]], effectiv
     own = {name: next((label for label, value in levels.items() if str(value) == str(effective[name])), "") for name, levels in factors.items()}
     own = {name: level or str(point.overrides.get(name, effective[name])) for name, level in own.items()}
     return replace(point, levels={name: point.levels[name] if point.levels.get(name) in levels else own[name] for name, levels in factors.items()})
+
+
+def lacks(launch: str) -> str:
+    """Why this machine cannot start trainings so, "" where it can: a config of DeepSpeed needs that package, and a GPU.
+
+    Args:
+        launch: as `Point.launch`.
+    """
+    config = next(iter(shlex.split(launch)), "")
+    if not config.endswith((".yaml", ".yml")) or read_recipe(config).get("distributed_type") != "DEEPSPEED":
+        return ""
+    if importlib.util.find_spec("deepspeed") is None:
+        return 'deepspeed is not installed (uv pip install -e ".[scale]")'
+    return "" if to_device("auto").startswith("cuda") else "deepspeed needs a GPU, and there is none"
 
 
 # ------------------------------------------------------------------------------------------------ processes side by side
@@ -373,6 +399,44 @@ def read_scores(folder: Path, labels: Sequence[str], metrics: str = "") -> pd.Da
             told = {k: record.get(k) for k in ("value", "better", "n", "protocol", "test_set", "chance")}
             rows.append({"label": run.name, "metric": metric} | told | {k: v for k, v in beside.items() if k in columns})
     return pd.DataFrame(rows, columns=columns)
+
+
+def read_costs(results: Path, logs: Path, labels: Sequence[str]) -> pd.DataFrame:
+    """What each point took.
+
+    Args:
+        results: results/<sweep>/.
+        logs: train_logs/<sweep>/.
+        labels: of the points.
+
+    Returns: [label, weights, memory, gpu_memory, training, one column a stage, all stages]: numbers stored in the checkpoints of its networks (their
+        parameters and buffers); GB, the most that the process of a training had resident, and on the GPU; seconds, of all its trainings and of each stage,
+        as they ran last. Columns that no point has are absent; a point without a trained network has no weights, memory or training.
+    """
+    rows = []
+    for label in labels:
+        row: dict[str, Any] = {"label": label}
+        trained = read_histories(logs, [label])
+        if len(trained):
+            row["weights"] = sum(_weights(logs / label / model) for model in dict.fromkeys(trained["model"]))
+            row |= {name: trained[name].max() for name in ("memory", "gpu_memory") if name in trained}
+            row |= {"training": round(trained["seconds"].sum(), 1)} if "seconds" in trained else {}
+        stamps = sorted((results / label / ".stages").glob("*.json"))
+        seconds = {path.stem: read_json(path)["seconds"] for path in stamps if not path.stem.startswith("00")}  # the data are prepared once for all
+        rows.append(row | seconds | {"all stages": round(sum(seconds.values()), 1)})
+    table = pd.DataFrame(rows, columns=None if rows else ["label"])
+    first = [name for name in ("label", "weights", "memory", "gpu_memory", "training") if name in table]
+    stages = sorted(str(name) for name in table if name not in (*first, "all stages"))
+    return table[[*first, *stages, *(["all stages"] if rows else [])]]
+
+
+def _weights(folder: Path) -> int:
+    """Numbers in the last checkpoint of a training, 0 where none was kept."""
+    path = next((path for path in (folder / f"{name}.safetensors" for name in ("last", "best")) if path.exists()), None)
+    if path is None:
+        return 0
+    with safe_open(path, framework="np") as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
 
 
 # ------------------------------------------------------------------------------------------------ levels against seeds

@@ -40,7 +40,7 @@ from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, OneCycle
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from src.utils import PerceptError, Run, atomic, load_checkpoint, load_strictly, save_checkpoint, seed_everything, to_device
+from src.utils import PerceptError, Run, atomic, load_checkpoint, load_strictly, peak_memory, save_checkpoint, seed_everything, to_device
 
 log = logging.getLogger(__name__)
 PATIENCE, ROLLBACKS = 10, 3  # non-finite steps in a row before going back; times to go back to one state before giving up
@@ -824,7 +824,8 @@ class _Training:
             if self.saving.monitor not in row:
                 raise PerceptError(f"validate gives no '{self.saving.monitor}' to choose the best epoch by: it gives {', '.join(row)}.")
         self._tick()
-        return row | {"skipped": self.at.skipped, "seconds": round(self.at.seconds, 3)}
+        row |= {"skipped": self.at.skipped, "seconds": round(self.at.seconds, 3), "memory": round(peak_memory("cpu") / 1e9, 3)}
+        return row | ({"gpu_memory": round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)} if self.device.type == "cuda" else {})
 
     def _apart(self, look: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
         """Look at the model under a seed of its own: the same noise at each epoch, and none taken from training."""
@@ -956,7 +957,8 @@ def fit(
         draw_interval: by default `ckpt_interval`; 0: at the end alone.
 
     Returns:
-        The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped (non-finite steps), seconds.
+        The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped (non-finite steps), seconds, memory (GB, the most that
+            this process has had resident so far, with all that it holds beside the training) and, on a GPU, gpu_memory (GB, there).
 
     Raises:
         PerceptError: for settings that are impossible or that differ from the run on disk, or when training cannot be kept finite.

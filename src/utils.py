@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -69,6 +70,15 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def peak_memory(device: str = "auto") -> float:
+    """The most memory that this process has had so far, in bytes: on the GPU where there is one (device "auto"), else resident (or with "cpu")."""
+    if to_device(device).startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated())
+    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
+        return 1024.0 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -419,8 +429,18 @@ def _recipe_of(files: list[str]) -> str:
     return inside[-1] if inside else ""
 
 
+def _sessions_of(recipe: str) -> int:
+    """`num_sessions` as a recipe's own training has it, 0 where it says nothing."""
+    folders = [RECIPES / folder for folder in (Path(recipe).parent, recipe) if str(folder) not in (".", "")]
+    told = [read_recipe(file).get("num_sessions", 0) for folder in folders for file in sorted(folder.glob("01_*.yaml"))]
+    return int(next((number for number in reversed(told) if number), 0))
+
+
 def run_name(recipe: str, parameters: dict[str, Any]) -> str:
-    """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out and -pca30 where the training differs in these."""
+    """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out, -4sessions and -pca30 where the training differs in these.
+
+    Of the sessions, those that the recipe itself asks for are not named.
+    """
     if parameters.get("model_name"):
         return str(parameters["model_name"])
     name = recipe.strip("/").replace("/", "-") or "mindeye"
@@ -428,6 +448,8 @@ def run_name(recipe: str, parameters: dict[str, Any]) -> str:
         name += f"-subj{int(parameters['subj']):02d}"
     if parameters.get("split", "images") != "images":
         name += f"-{parameters['split']}"
+    if "num_sessions" in parameters and int(parameters["num_sessions"]) != _sessions_of(recipe):
+        name += f"-{int(parameters['num_sessions']) or 'all'}sessions"
     return f"{name}-pca{int(parameters['n_components'])}" if parameters.get("n_components") else name
 
 

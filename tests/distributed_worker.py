@@ -203,7 +203,7 @@ def train(folder, name, seed=0, do=None, **other):
         history = fit(model, step, Data(), validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())}, **options)
     finally:
         torch.optim.AdamW.step = before
-    return {"weights": model.state_dict(), "gradients": first, "history": history.drop(columns="seconds").to_dict("list")}
+    return {"weights": model.state_dict(), "gradients": first, "history": history.drop(columns=["seconds", "memory", "gpu_memory"], errors="ignore").to_dict("list")}
 
 
 def refusals(folder):

@@ -285,6 +285,13 @@ def test_a_level_has_the_voxels_that_its_decoder_was_trained_on(world, tmp_path)
     np.testing.assert_allclose(some.voxels, plain.voxels[:, some.columns], rtol=1e-5)
     regions = attribution.partition(world.subject.voxels, some.columns)
     assert set(regions) == {"V2", "FFA"} and world.subject.voxels["FFA"].to_numpy()[some.columns[regions["FFA"]]].all()
+    Normaliser.fit(world.subject, rois="V2,FFA", masked=True).save(tmp_path / "normaliser.safetensors")
+    masked = attribution.open_level(world.subject, "low_level", world.ridges["low_level"], tmp_path / "low_level" / "last.safetensors", plain.truth, 30)
+    np.testing.assert_allclose(masked.voxels[:, some.columns], some.voxels, rtol=1e-5)
+    left_out = np.setdiff1d(masked.columns, some.columns)
+    assert masked.columns.tolist() == plain.columns.tolist() and not masked.voxels[:, left_out].any() and not masked.baseline.any()
+    found = attribution.integrated_gradients(masked, steps=4).values
+    assert not found[:, left_out].any() and np.abs(found[:, some.columns]).max() > 0
     normaliser = Normaliser.fit(world.subject, n_components=7)
     normaliser.save(tmp_path / "normaliser.safetensors")
     few = attribution.open_level(world.subject, "low_level", world.ridges["low_level"], tmp_path / "low_level" / "last.safetensors", plain.truth, 30)

@@ -188,21 +188,21 @@ def test_page_escapes_names_and_shows_floors_beneath(tmp_path):
 
 def test_bottleneck_takes_the_decoder_of_a_run_of_both(tmp_path):
     add_run(tmp_path, "both", 0.8, trained={"decoder": "both"})
-    assert compare.bottleneck(compare.read_runs(tmp_path / "results"), ["pixcorr"]).empty
+    assert compare.curves(compare.read_runs(tmp_path / "results"), ["pixcorr"], "n_components").empty
     for k in (30, 3):
         add_run(tmp_path, f"ridge{k}", 0.5, trained={"decoder": "ridge", "n_components": k})
     add_run(tmp_path, "held", 0.5, trained={"decoder": "ridge", "n_components": 5, "split": "cluster-held-out"})
-    table = compare.bottleneck(compare.read_runs(tmp_path / "results"), ["pixcorr"])
+    table = compare.curves(compare.read_runs(tmp_path / "results"), ["pixcorr"], "n_components")
     system = table[table["row"] == "system"]
-    assert set(table["curve"]) == {"mindeye/mini, ridge"} and system["components"].tolist() == [3, 30, 0] and system["run"].tolist()[-1] == "both"
+    assert set(table["curve"]) == {"mindeye/mini, ridge"} and system["n_components"].tolist() == [3, 30, 0] and system["run"].tolist()[-1] == "both"
     assert system["value"].iloc[-1] == pytest.approx(scores(0.75, 20).mean())  # the row ridge of that run
     assert {"mean_image", "ceiling"} <= set(table["row"])
     add_run(tmp_path, "ridge100", 0.75, trained={"decoder": "ridge", "n_components": 100})
     runs = compare.read_runs(tmp_path / "results")
-    table = compare.bottleneck(runs, ["pixcorr"])
+    table = compare.curves(runs, ["pixcorr"], "n_components")
     assert compare.enough(table, runs).iloc[0].tolist() == ["mindeye/mini, ridge", "pixcorr", "100 components"]
-    assert compare.enough(table[~((table["components"] == 100) & (table["row"] == "system"))], runs).iloc[0, 2] == "more than 30"
-    assert compare.enough(table[table["components"] > 0], runs).empty
+    assert compare.enough(table[~((table["n_components"] == 100) & (table["row"] == "system"))], runs).iloc[0, 2] == "more than 30"
+    assert compare.enough(table[table["n_components"] > 0], runs).empty
 
 
 def test_held_out_effect_is_the_difference_of_changes_and_negative_for_a_loss():
@@ -236,3 +236,67 @@ def test_recipe_is_run_again_when_there_are_new_scores(home, monkeypatch):
     assert before == run.fingerprint("07_compare", values, "")
     add_run(home, "new", 0.9)
     assert before != run.fingerprint("07_compare", values, "")
+
+
+def grow(home, sessions=(1, 2, 5, 10, 0)):
+    """Runs of two systems over sessions: mindeye with its ridge, mindeye2_small with and without pretraining."""
+    for k in sessions:
+        level = 0.3 + 0.06 * (min(k, 12) or 12) ** 0.8
+        of = {"num_sessions": k}
+        add_run(home, f"mindeye{k}", level, trained=of | {"decoder": "both"})
+        small = of | {"recipe": "small/mini", "multisubject_ckpt": "", "model_name": f"small{k}"}
+        add_run(home, f"sweep/small{k}", level - 0.02, trained=small)
+        pretrained = small | {"recipe": "finetune/mini", "multisubject_ckpt": "others", "model_name": f"pretrained{k}"}
+        add_run(home, f"sweep/pretrained{k}", level + 0.05 / (k or 12), trained=pretrained)
+
+
+def test_curves_over_sessions_hold_systems_ridge_and_pretraining_apart(tmp_path):
+    grow(tmp_path)
+    add_run(tmp_path, "pca", 0.5, trained={"n_components": 3, "num_sessions": 4})
+    add_run(tmp_path, "others", 0.5, trained={"multi_subject": True, "num_sessions": 0, "recipe": "small/mini"})
+    runs = compare.read_runs(tmp_path / "results", "mindeye*, sweep/*,pca,others")
+    assert len(runs) == 17 and "sweep/small1" in {run.name for run in runs}
+    table = compare.curves(runs, ["pixcorr"], "num_sessions")
+    system = table[table["row"] == "system"]
+    expected = {f"mindeye/mini, {d}" for d in ("network", "ridge")} | {"small/mini, network", "finetune/mini, pretrained network"}
+    assert set(system["curve"]) == expected
+    for curve, part in system.groupby("curve"):
+        assert part["num_sessions"].tolist() == [1, 2, 5, 10, 0] and part["value"].is_monotonic_increasing, curve
+    at = system.set_index(["curve", "num_sessions"])["run"]
+    assert at["finetune/mini, pretrained network", 5] == "sweep/pretrained5" and at["mindeye/mini, ridge", 0] == "mindeye0"
+    floors = table[(table["row"] == "mean_image") & (table["curve"] == "mindeye/mini, network")]
+    assert floors["num_sessions"].tolist() == [1, 2, 5, 10, 0]
+    assert compare.curves(runs, ["pixcorr"], "n_components").empty  # that one has fewer sessions, too
+
+
+def test_pretraining_is_held_against_the_run_that_is_alike(tmp_path):
+    grow(tmp_path, (1, 2))
+    add_run(tmp_path, "wider", 0.9, trained={"multisubject_ckpt": "others", "hidden_dim": 9, "recipe": "small/mini", "num_sessions": 1})
+    runs = compare.read_runs(tmp_path / "results", "sweep/*,wider")
+    table = compare.pretraining(runs, ["pixcorr", "mini:EffNet-B1"])
+    assert table[["run", "plain", "num_sessions"]].drop_duplicates().values.tolist() == [[f"sweep/pretrained{k}", f"sweep/small{k}", k] for k in (1, 2)]
+    by_name = {run.name: run for run in runs}
+    first = table.iloc[0]
+    mine, other = (by_name[name].values("pixcorr").sort_index().to_numpy() for name in ("sweep/pretrained1", "sweep/small1"))
+    assert first[["value", "low", "high", "p"]].tolist() == pytest.approx(list(paired_bootstrap(mine, other))) and first["verdict"] == "better"
+    assert table.set_index("metric").loc["mini:EffNet-B1", "value"].lt(0).all() and set(table["verdict"]) <= {"better", "undecided"}
+    assert compare.pretraining(runs[:1], ["pixcorr"]).empty
+
+
+def test_notebook_shows_sessions_and_pretraining(tmp_path):
+    grow(tmp_path)
+    done = notebook(tmp_path, "--runs", "mindeye*,sweep/*")
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "results" / "compare"
+    assert (made / "figures" / "sessions.png").exists() and len(pd.read_csv(made / "sessions.csv").query("row == 'system'")) == 4 * 5 * 2
+    assert pd.read_csv(made / "pretraining.csv")["num_sessions"].tolist() == [1, 1, 2, 2, 5, 5, 10, 10, 0, 0]
+
+
+def test_runs_of_a_sweep_are_named_with_it(tmp_path):
+    grow(tmp_path, (1,))
+    found = compare.read_runs(tmp_path / "results", "sweep/small1, mindeye1,sweep/small1")
+    assert [run.name for run in found] == ["sweep/small1", "mindeye1"]
+    assert [run.name for run in compare.read_runs(tmp_path / "results")] == ["mindeye1"]
+    for name in ("sweep/none*", "/sweep/none"):
+        with pytest.raises(PerceptError, match="holds no scores"):
+            compare.read_runs(tmp_path / "results", name)

@@ -434,7 +434,7 @@ def test_normaliser_refusals(world):
     trials.loc[trials["split"] == "test", "session"] = 5
     write_subject(world.folder / "subj02", world.betas, trials, None, ATTRIBUTES)
     subject = open_subject(world.folder, 2)
-    with pytest.warns(UserWarning, match=r"Sessions \[5\].*those of all sessions"):
+    with pytest.warns(UserWarning, match=r"Sessions \[5\].*with all training trials"):
         by_session = Normaliser.fit(subject)
     together, rows = Normaliser.fit(subject, by_session=False), subject.rows_by_image("test")[0]
     np.testing.assert_array_equal(subject.read(rows, by_session), subject.read(rows, together))  # nothing of the test trials themselves
@@ -681,6 +681,81 @@ def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
         world.subject.limited(0)
 
 
+@pytest.fixture
+def longitudinal(tmp_path):
+    """40 images in three repeats over six sessions (3, 4 ... 8), of which the first has test trials alone; three test images, three of validation."""
+    trials = make_trials(n_images=40, sessions=6)
+    trials["session"] += 3
+    trials = trials[(trials["session"] > 3) | (trials["split"] == "test")].reset_index(drop=True)
+    trials["repeat"] = data.number_repeats(trials)
+    rng = np.random.default_rng(0)
+    write_images(tmp_path / "images.h5", rng.integers(0, 255, (40, 4, 4, 3), dtype=np.uint8), 100 + 3 * np.arange(40))
+    betas = rng.standard_normal((len(trials), V)) + 10 * trials["session"].to_numpy()[:, None]
+    write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
+    return open_subject(tmp_path, 1)
+
+
+def test_first_sessions_train_alone_and_the_test_set_stays(longitudinal):
+    subject = longitudinal.first_sessions(2)
+    before, after = longitudinal.trials, subject.trials
+    seen = after[after["split"].isin(["train", "val"])]
+    assert set(seen["session"]) == {4, 5} and len(seen) == (before["session"].isin([4, 5]) & before["split"].isin(["train", "val"])).sum()
+    pd.testing.assert_frame_equal(after[after["split"] == "test"], before[before["split"] == "test"])
+    assert (subject.test_set, subject.protocol) == (longitudinal.test_set, "toy") and (before["split"] != "exclude").all()
+    for split in ("train", "val"):
+        shown = before.loc[before["session"].isin([4, 5]) & (before["split"] == split), "image"].unique()
+        assert set(subject.image_ids(split)) == set(shown) and 0 < len(shown) <= len(longitudinal.image_ids(split))
+    assert len(subject.image_ids("train")) < len(longitudinal.image_ids("train"))  # some were first shown later
+    check_trials(subject.trials)
+    assert longitudinal.first_sessions(0) is longitudinal
+    pd.testing.assert_frame_equal(longitudinal.first_sessions(5).trials, before)  # all of them, which is the subject as it is
+    sizes = [len(longitudinal.first_sessions(n).trials_of("train")[0]) for n in range(1, 6)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_everything_reads_the_first_sessions(longitudinal):
+    subject = longitudinal.first_sessions(2)
+    betas, sessions = longitudinal.betas, longitudinal.trials["session"].to_numpy()
+    with pytest.warns(UserWarning, match=r"Sessions \[3, 7, 8\] have fewer than two .* with all training trials"):  # there is no test trial in 6
+        normaliser = Normaliser.fit(subject)
+    mine = (longitudinal.trials["split"] == "train").to_numpy() & np.isin(sessions, [4, 5])
+    np.testing.assert_allclose(normaliser.mean[[0, 3, 4]], np.tile(betas[mine].mean(0, dtype=np.float64), (3, 1)), rtol=1e-5)
+    np.testing.assert_allclose(normaliser.mean[1], betas[mine & (sessions == 4)].mean(0, dtype=np.float64), rtol=1e-5)
+    for split in ("train", "val"):
+        rows = subject.rows_by_image(split)
+        assert all(np.isin(sessions[r], [4, 5]).all() and len(r) for r in rows) and len(rows) == len(subject.image_ids(split))
+        voxels, ids = subject.averaged(split)
+        image = longitudinal.trials["image"].to_numpy()
+        np.testing.assert_allclose(voxels[0], betas[np.isin(sessions, [4, 5]) & (image == ids[0])].mean(0), rtol=1e-5)
+    assert subject.averaged("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(subject.noise_ceiling(normaliser=normaliser)).all(axis=None)
+    expected = longitudinal.images(subject.image_ids("train")).mean(0)
+    np.testing.assert_allclose(subject.mean_image("train"), expected)
+    assert np.abs(longitudinal.mean_image("train") - expected).max() > 1
+    epochs = BrainDataset(subject, "train", {}, normaliser, "all")
+    assert len(epochs) == len(subject.image_ids("train")) and epochs.__getitems__(range(len(epochs)))["voxels"].abs().max() < 10
+
+
+def test_sessions_that_cannot_be_chosen(longitudinal):
+    for n in (6, -1):
+        with pytest.raises(PerceptError, match=f"num_sessions is {n}, but Subject 1 of .* has 5 sessions with training trials"):
+            longitudinal.first_sessions(n)
+    late = (longitudinal.trials["split"] == "val") & (longitudinal.trials["session"] < 6)
+    longitudinal.trials = longitudinal.trials.assign(split=longitudinal.trials["split"].mask(late, "exclude"))
+    with pytest.raises(PerceptError, match="first 2 of the 5 sessions .* show no validation image"):
+        longitudinal.first_sessions(2)
+
+
+def test_a_run_remembers_its_sessions(longitudinal, tmp_path):
+    subject = select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=2)
+    pd.testing.assert_frame_equal(subject.trials, longitudinal.first_sessions(2).trials)
+    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)
+    with pytest.raises(PerceptError, match="num_sessions is 9"):
+        select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=9)
+    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)  # as it was
+    assert select_images(longitudinal, "images", tmp_path / "logs", Kinds) is longitudinal
+    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, longitudinal.trials)
+
+
 # -------------------------------------------------------------------------------- clusters of images
 class Kinds:
     """Frozen features of 120 images in 8 kinds, as a pretrained model gives them; counts the images it was asked for."""
@@ -764,6 +839,16 @@ def test_a_plain_training_forgets_the_clusters_of_an_earlier_one(kinds, tmp_path
     select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
     assert select_images(kinds, "images", tmp_path / "logs", Kinds) is kinds
     assert open_split(tmp_path, 1, tmp_path / "logs").clusters is None
+
+
+def test_clusters_do_not_depend_on_the_sessions(kinds, tmp_path):
+    whole = select_images(kinds, "cluster-held-out", tmp_path / "whole", Kinds, n_clusters=8)
+    both = select_images(kinds, "cluster-held-out", tmp_path / "both", Kinds, n_clusters=8, num_sessions=1)
+    pd.testing.assert_frame_equal(both.clusters, whole.clusters)
+    pd.testing.assert_frame_equal(both.trials, whole.first_sessions(1).trials)
+    opened = open_split(tmp_path, 1, tmp_path / "both")
+    pd.testing.assert_frame_equal(opened.trials, both.trials)
+    assert opened.protocol == "toy+cluster-held-out" and not opened.held_out(opened.image_ids("train")).any()
 
 
 def test_cluster_refusals(kinds, tmp_path):
@@ -1041,3 +1126,33 @@ def test_views_are_made_once_and_shown_in_turn(world):
     assert shown == {0, 1, 2}
     with pytest.raises(PerceptError, match="choose at least 1"):
         cached_views(world.folder, "colour", **options | {"views": 0})
+
+
+# ------------------------------------------------------------------------------------------------ neighbouring trials
+def test_neighbours_are_of_the_same_session_and_of_no_later_split(world):
+    normaliser = Normaliser.fit(world.subject)
+    together, alone = world.subject.with_neighbours(2, 1), world.subject
+    table, rank = alone.trials, {"train": 0, "val": 1, "test": 2}
+    rows = np.arange(len(table))
+    read, own = together.read(rows, normaliser), alone.read(rows, normaliser)
+    assert read.shape == (len(rows), 4, V)
+    seen = 0
+    for row in rows:
+        for position, step in enumerate((0, -1, -2, 1)):
+            other = row + step
+            there = 0 <= other < len(rows) and table["session"][other] == table["session"][row] and rank[table["split"][other]] <= rank[table["split"][row]]
+            np.testing.assert_array_equal(read[row, position], own[other] if there else np.zeros(V, np.float32))
+            seen += there and step != 0
+    assert 0 < seen < 3 * len(rows)
+
+
+def test_neighbours_are_averaged_over_repeats_like_the_trial_itself(world):
+    together = world.subject.with_neighbours(1, 0)
+    voxels, ids = together.averaged("test")
+    plain, same = world.subject.averaged("test")
+    assert voxels.shape == (len(ids), 2, V) and np.array_equal(ids, same)
+    np.testing.assert_allclose(voxels[:, 0], plain, rtol=1e-6)
+    assert BrainDataset(together, "train").__getitems__([0, 1])["voxels"].shape == (2, 2, V)
+    assert world.subject.with_neighbours(0, 0).read(np.arange(2)).shape == (2, V)
+    with pytest.raises(PerceptError, match="seq_past is -1"):
+        world.subject.with_neighbours(-1, 0)

@@ -63,7 +63,7 @@ def run_table():
 def bottleneck_table():
     table = run_table()
     table = table[table["run"].isin(RUNS[:3]) & (table["row"] != "ridge")]
-    table = table.assign(components=table["run"].map({RUNS[0]: 3, RUNS[1]: 30, RUNS[2]: 0}))
+    table = table.assign(n_components=table["run"].map({RUNS[0]: 3, RUNS[1]: 30, RUNS[2]: 0}))
     return pd.concat([table.assign(curve="mindeye/mini, network"), table[table["row"] == "system"].assign(curve="mindeye/mini, ridge")])
 
 
@@ -75,7 +75,7 @@ def effect_table():
 
 DRAWN = {
     "compare_dots": lambda: figures.compare_dots(run_table(), baseline="a_run"),
-    "bottleneck_curve": lambda: figures.bottleneck_curve(bottleneck_table()),
+    "curves_over": lambda: figures.curves_over(bottleneck_table(), "n_components", "components of the voxels"),
     "held_out_effect": lambda: figures.held_out_effect(effect_table(), "a run against another"),
     "contact_sheet": lambda: figures.contact_sheet(
         {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
@@ -172,7 +172,7 @@ def test_long_names_of_scores_stay_inside_the_figure():
 def test_comparison_names_every_run_and_points_right_when_it_is_better():
     fig = figures.compare_dots(run_table(), baseline="a_run")
     shown = texts(fig)
-    assert {*RUNS, "floors and ceiling", "mean image", "ceiling (true latents)", "interval of the baseline"} <= set(shown) and "ridge" not in shown
+    assert {*RUNS, "floors and ceiling", "mean image", "ceiling", "interval of the baseline"} <= set(shown) and "ridge" not in shown
     limits = {ax.get_title("left"): ax.get_xlim() for ax in fig.axes}
     assert limits["pixcorr"][0] < limits["pixcorr"][1] and limits["mse (lower is better)"][0] > limits["mse (lower is better)"][1]
     dots = [line.get_xdata()[0] for line in fig.axes[0].get_lines() if line.get_marker() == "o"]
@@ -182,9 +182,9 @@ def test_comparison_names_every_run_and_points_right_when_it_is_better():
 
 
 def test_bottleneck_curve_ends_with_all_voxels():
-    fig = figures.bottleneck_curve(bottleneck_table())
+    fig = figures.curves_over(bottleneck_table(), "n_components", "components of the voxels")
     assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["3", "30", "all"]
-    assert {"mindeye/mini, network, 95 % interval", "mindeye/mini, ridge, 95 % interval", "mean image", "ceiling (true latents)"} <= set(texts(fig))
+    assert {"mindeye/mini, network, 95 % interval", "mindeye/mini, ridge, 95 % interval", "mean image", "ceiling"} <= set(texts(fig))
     assert fig.axes[1].yaxis_inverted() and not fig.axes[0].yaxis_inverted()
 
 
@@ -224,7 +224,7 @@ def test_roi_figure_counts_voxels():
         (lambda: figures.training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
         (lambda: figures.score_dots([]), "no scores"),
         (lambda: figures.compare_dots(run_table(), row="typo"), "no scores of 'typo'"),
-        (lambda: figures.bottleneck_curve(bottleneck_table().query("row == 'typo'")), "no scores by number"),
+        (lambda: figures.curves_over(bottleneck_table().query("row == 'typo'"), "n_components", "components"), "no scores by number of components"),
         (lambda: figures.held_out_effect(effect_table()[:0]), "no changes"),
         (lambda: figures.umap_scatter(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
         (lambda: figures.roi_figure(pd.DataFrame({"V1": [True]})), "noise_ceiling"),

@@ -8,17 +8,20 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "networks", "retrieval", "figures", "miniworld", "download", "readers", "augment"}
-THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined", "voting", "attribution", "sweep"}
+THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined", "voting", "attribution", "sweep", "gnet", "unclip", "refine",
+         "captions", "tables", "mindeye2"}  # fmt: skip
 BESIDE = {
-    "reconstruct": {"published"}, "dryrun": {"reconstruct", "voting"}, "voting": {"reconstruct", "results"}, "combined": {"reconstruct"},
-    "report": {"results"}, "compare": {"results"}, "attribution": {"results"}, "sweep": {"compare"},
+    "reconstruct": {"published", "unclip"}, "dryrun": {"reconstruct", "voting"}, "voting": {"reconstruct", "results"}, "combined": {"reconstruct"},
+    "report": {"results"}, "captions": {"results"}, "compare": {"results"}, "attribution": {"results"}, "sweep": {"compare"},
+    "gnet": {"published"}, "mindeye2": {"published", "training"}, "unclip": {"published"}, "refine": {"reconstruct", "unclip"},
 }  # fmt: skip
 DOORS = {
-    "diffusers": {"pretrained", "models"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
+    "diffusers": {"pretrained", "models", "unclip", "refine"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
     "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data", "figures"},  # figures: the volume that a glass brain is drawn of
     "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"},
     "boto3": {"download"}, "botocore": {"download"}, "huggingface_hub": {"download", "pretrained", "dryrun"}, "torchvision.models": {"networks"},
-    "captum": {"attribution"}, "nilearn": {"figures"},
+    "captum": {"attribution"}, "nilearn": {"figures"}, "nltk": {"captions"}, "rouge_score": {"captions"}, "pycocoevalcap": {"captions"},
+    "sentence_transformers": {"captions"},
 }  # fmt: skip
 
 

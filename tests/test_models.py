@@ -38,6 +38,11 @@ TINY = {
     "DiffusionPriorNetwork": {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "num_timesteps": 10, "max_text_len": 4},
     "Voxel2StableDiffusionModel": {"in_dim": 11, "h": 12, "n_blocks": 2, "latent_size": 16, "block_out_channels": [32, 32, 64]},
     "VolumeEncoder": {"dims": [6, 5, 7], "out_dim": 8, "clip_size": 8, "channels": [4, 6], "strides": [1, 2], "attention_width": 4, "heads": 2},
+    "PriorNetwork": {"dim": 16, "depth": 2, "dim_head": 8, "num_tokens": 5},
+    "RidgeRegression": {"input_sizes": [11, 7], "out_features": 6},
+    "MixerBrainNetwork": {"h": 11, "out_dim": 24, "n_blocks": 2, "clip_size": 8, "latent_size": 8},
+    "ResidualBrainNetwork": {"h": 11, "out_dim": 24, "n_blocks": 2, "clip_size": 8, "blurry_recon": False},
+    "CaptionConverter": {"tokens_in": 5, "tokens_out": 7, "dim_in": 16, "dim_out": 6},
     "BasicEncoder": {"in_dim": 11, "size": "512", "latent_size": 8},
     "RidgeBaseline": {"in_dim": 11, "target_shape": [3, 4]},
     "TokenMap": {"shape_in": [5, 16], "shape_out": [10, 6]},
@@ -58,6 +63,9 @@ def _inputs(name):
     tokens, t = torch.randn(2, 5, 16), torch.tensor([1, 7])
     return {
         "VersatileDiffusionPriorNetwork": (tokens, t, torch.randn(2, 5, 16)),
+        "PriorNetwork": (tokens, t, torch.randn(2, 5, 16)),
+        "CaptionConverter": (tokens,),
+        **{name: (torch.randn(2, 1, 11),) for name in ("MixerBrainNetwork", "ResidualBrainNetwork")},
         "DiffusionPriorNetwork": (tokens[:, 0], t, tokens[:, 1]),
         "VolumeEncoder": (torch.randn(2, 6 * 5 * 7),),
         "TokenMap": (tokens,),

@@ -15,13 +15,14 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from scipy import stats
 from test_run import ROOT
 
 import run
 from src import figures, sweep, utils
-from src.utils import PerceptError
+from src.utils import PerceptError, save_checkpoint
 
 STUB = """from pathlib import Path
 import os, time
@@ -281,10 +282,35 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
     assert told.is_done(point)
 
 
+def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
+    config = tiny.parent / "offload.yaml"
+    config.write_text("distributed_type: DEEPSPEED\n")
+    write(tiny, grid={"rate": [1, 2], "launch": {"plain": "", "offload": f"{config} --num_processes 1"}}, points=[{"label": "third", "rate": 3}])
+    told = run.Sweep(tiny)
+    assert [p.label for p in told.grid.points] == [*(f"rate={r},launch={how}" for r in (1, 2) for how in ("plain", "offload")), "third"]
+    assert [p.levels["launch"] for p in told.grid.points] == ["plain", "offload"] * 2 + ["plain"] and told.grid.points[1].overrides == {"rate": 1}
+    commands = [told.job(point, False, "python").command for point in told.grid.points]
+    assert [command[command.index("--launch") + 1] for command in commands] == ["python", f"{config} --num_processes 1"] * 2 + ["python"]
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    assert told.state(told.grid.points[0]) == "missing" and told.state(told.grid.points[1]) == "skipped"
+    monkeypatch.setattr(run, "prepare_data", lambda told: None)
+    assert run.sweep([str(tiny), "--only", "1,3"]) == 0 and not notes(tiny)
+    said = capsys.readouterr().out
+    assert "Skipped, as deepspeed is not installed" in said and "): rate=1,launch=offload, rate=2,launch=offload" in said
+    assert "2 points, 0 finished before, 2 skipped" in said
+    assert run.sweep([str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
+    assert sweep.lacks(str(config)) == ("" if torch.cuda.is_available() else "deepspeed needs a GPU, and there is none") and sweep.lacks("python") == ""
+    write(tiny, grid={"launch": {"plain": "", "gone": "launch/none.yaml"}})
+    with pytest.raises(PerceptError, match="no file launch/none.yaml"):
+        run.Sweep(tiny)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_grids_can_be_run(path):
     told = run.Sweep(path)
-    assert len(told.grid.points) == {"roi_sets_mini": 36, "experiment1": 12, "rois_alone_mini": 19}[path.stem]
+    points = {"roi_sets_mini": 36, "experiment1": 12, "rois_alone_mini": 19, "low_compute_mini": 48, "low_compute": 72}
+    assert len(told.grid.points) == points.get(path.stem, 5)  # else a curve over sessions
 
 
 # ------------------------------------------------------------------------------------------------ levels against seeds
@@ -391,13 +417,18 @@ def made_up(home, levels, batches=(16, 32, 64), seeds=(0, 1, 2), test_set="t"):
         curve = loss + 0.3 * np.exp(-np.arange(12) / 2)
         logs = home / "train_logs" / "made" / label / "one" / "low_level"
         logs.mkdir(parents=True)
-        pd.DataFrame({"epoch": range(12), "train/loss": curve - 0.02 * np.arange(12), "val/loss": curve}).to_csv(logs / "history.csv", index=False)
+        history = pd.DataFrame({"epoch": range(12), "train/loss": curve - 0.02 * np.arange(12), "val/loss": curve, "seconds": 2.5, "memory": 1 + 0.1 * i})
+        history.to_csv(logs / "history.csv", index=False)
+        save_checkpoint(logs / "last.safetensors", {"w": torch.zeros(3, batch), "b": torch.zeros(3)}, {})
         folder, value = home / "results" / "made" / label, 0.9 - loss
         folder.mkdir(parents=True)
         floors = {"shuffled": {"value": 0.21, "low": 0.2, "high": 0.22}, "mean_image": {"value": 0.15, "low": 0.1, "high": 0.2}}
         record = {"value": value, "better": "higher", "n": 4, "protocol": "p", "test_set": test_set if i else "t", "floors": floors, "ceiling": {"value": 0.95}}
         scores = [{"metric": m, "row": "system", "image": k, "value": value, "stage": "06"} for m in ("pixcorr", "CLIP-cosine") for k in range(4)]
         pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
+        utils.write_json(folder / ".stages" / "00_prepare_data.json", {"seconds": 99.0})
+        for stage, seconds in (("02_train", 31.0), ("06_metrics", 4.0)):
+            utils.write_json(folder / ".stages" / f"{stage}.json", {"seconds": seconds + i})
         utils.write_json(folder / "metrics.json", {"metrics": [record | {"name": m} for m in ("pixcorr", "CLIP-cosine")], "provenance": {}})
     ledger = {"sweep": "made", "recipe": "tiny", "fixed": {}, "factors": ["rois", "batch", "seed"], "removed": [], "points": points}
     utils.write_json(home / "results" / "made" / "points.json", ledger)
@@ -425,6 +456,32 @@ def test_the_notebook_names_the_winner_on_validation_images(tmp_path):
     assert levels.loc[("val/loss", "early"), "value"] == pytest.approx(expected) and levels.loc[("pixcorr, test", "V1"), "shuffled"] == pytest.approx(0.21)
     assert {p.name for p in (tmp_path / "results/made/figures").iterdir()} == {"curves.png", "look.png"}
     assert len(points) == 36 and points["pixcorr"].isna().sum() == 1 and "pixcorr, ceiling" in points
+    costs = pd.read_csv(tmp_path / "results/made/costs.csv")
+    assert list(costs)[:7] == ["label", "rois", "batch", "seed", "val/loss", "pixcorr", "CLIP-cosine"] and len(costs) == 35
+    last = costs.iloc[-1]
+    assert last[["weights", "memory", "training", "02_train", "06_metrics", "all stages"]].tolist() == pytest.approx([3 * 64 + 3, 4.5, 30, 66, 39, 105])
+    assert "pixcorr: shuffled 0.210, mean image 0.150, ceiling 0.950" in done.stdout
+
+
+def test_other_sessions_have_other_validation_images_and_name_no_winner(tmp_path):
+    ledger = made_up(tmp_path, {"1": (0.7, ""), "5": (0.6, ""), "all": (0.5, "")}, batches=(16,), seeds=(0, 1))
+    for point in ledger["points"]:
+        epochs = {"1": "90", "5": "60", "all": "48"}[point["levels"]["rois"]]  # goes with the sessions, and pairs nothing
+        point["levels"] = {"num_sessions": point["levels"]["rois"], "num_epochs": epochs, "seed": point["levels"]["seed"]}
+        point["overrides"] = {"num_sessions": 0}
+    utils.write_json(tmp_path / "results" / "made" / "points.json", ledger | {"factors": ["num_sessions", "num_epochs", "seed"]})
+    done = notebook(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No level is named the best: with another num_sessions the validation images are others" in done.stdout and "is best in" not in done.stdout
+    assert "in pairs of equal seed" in done.stdout and (tmp_path / "results/made/figures/look.png").exists()
+    levels = pd.read_csv(tmp_path / "results/made/levels.csv").set_index(["score", "num_sessions"])
+    assert levels.loc[("pixcorr, test", "5"), ["value", "seeds"]].tolist() == pytest.approx([0.3, 2], abs=0.02)
+
+
+def test_costs_of_points_that_trained_nothing(tmp_path):
+    utils.write_json(tmp_path / "results" / "a" / ".stages" / "01_fit.json", {"seconds": 3.25})
+    table = sweep.read_costs(tmp_path / "results", tmp_path / "logs", ["a"])
+    assert table.to_dict("records") == [{"label": "a", "01_fit": 3.25, "all stages": 3.2}] and list(sweep.read_costs(tmp_path, tmp_path, [])) == ["label"]
 
 
 def test_the_notebook_draws_regions_and_refuses_what_does_not_belong_together(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from src import miniworld, networks, pretrained
+from src import miniworld, networks, pretrained, unclip
 from tools import train_mini_models as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,3 +140,36 @@ def test_folding_the_scale_gives_the_same_network():
     with torch.no_grad():
         scaled = unet(latents, 500, encoder_hidden_states=3 * condition).sample
         torch.testing.assert_close(tool.fold_scale(unet, 3.0)(latents, 500, encoder_hidden_states=condition).sample, scaled, rtol=1e-4, atol=1e-5)
+
+
+def test_the_unclip_stage_begins_as_the_image_flow(tmp_path, monkeypatch):
+    """On patch tokens it predicts about what the image flow predicts on its own; the vector says nothing yet."""
+    monkeypatch.setattr(tool, "WORK", tmp_path)
+    monkeypatch.setitem(tool.DRAWN, "check", [(tool.SEED, "val", 64)])
+    latents, tokens = tool.patch_tokens("check")
+    assert tokens.shape == (64, 16, tool.DIM) and 0.8 < latents.astype(np.float32).std() < 1.2
+    unet, donor, factor = tool.new_unclip().eval(), pretrained.VersatileDiffusion("mini").unet, 0.9
+    tool.begin_as_image_flow(unet, factor)
+    x, c = torch.from_numpy(latents[:16]).float(), factor * torch.from_numpy(tokens[:16]).float()
+    images = torch.from_numpy(np.ascontiguousarray(tool.images("check")[:16])).permute(0, 3, 1, 2).float() / 255
+    normed = pretrained.Clipper("mini").embed_image(images)[:, 1:]
+    with torch.no_grad():
+        made = unet(x, 600, encoder_hidden_states=c, class_labels=torch.randn(16, tool.UNCLIP_VECTOR)).sample
+        expected, wrong = (donor(x, 600, encoder_hidden_states=tokens).sample for tokens in (normed, normed.flip(0)))
+    assert float((made - expected).square().mean()) < 0.1 * float((wrong - expected).square().mean())
+
+
+def test_unclip_trains_and_is_exported_as_its_decoder_reads_it(tmp_path, monkeypatch):
+    row = launch(tmp_path, "unclip", 0.1, "--batch", "4")[-1]
+    assert row["step"] > 0 and {"held_out", "scene", "kind", "colour", "from_vague_tokens", "from_sampled_tokens"} <= set(row)
+    monkeypatch.setattr(tool, "WORK", tmp_path / "train_logs" / "mini_models")
+    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
+    tool.export_unclip()
+    decoder, trained = unclip.UnclipDecoder(str(tmp_path / "out")), tool.averaged("unclip", tool.new_unclip())
+    factor = tool.condition_scale(tool.patch_tokens("train")[1])
+    x, c, vector = torch.randn(2, 4, 16, 16), torch.randn(2, 16, tool.DIM), torch.randn(2, tool.UNCLIP_VECTOR)
+    with torch.no_grad():
+        expected = trained(x, 400, encoder_hidden_states=factor * c, class_labels=vector).sample
+        torch.testing.assert_close(decoder.unet(x, 400, encoder_hidden_states=c, class_labels=vector).sample, expected, rtol=0.02, atol=0.02)
+    assert decoder.fingerprint()["golden"] and decoder.scheduler.config.prediction_type == "v_prediction"
+    assert torch.equal(decoder.vector, tool.unclip_vector())

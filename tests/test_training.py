@@ -19,7 +19,7 @@ from torch import nn
 
 from src import training, utils
 from src.training import DECAYS, SCHEDULERS, batches, epoch_order, evaluate, fit, gather, load_best, parameter_groups
-from src.utils import PerceptError, load_checkpoint
+from src.utils import PerceptError, load_checkpoint, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, BATCH, EPOCHS = 26, 4, 3  # six steps an epoch, two samples left over
@@ -81,7 +81,7 @@ def same(a, b) -> bool:
 
 
 def without_time(history: pd.DataFrame) -> pd.DataFrame:
-    return history.drop(columns="seconds")
+    return history.drop(columns=["seconds", "memory"])
 
 
 def call_at(count: int, action, do=step):
@@ -101,6 +101,7 @@ def call_at(count: int, action, do=step):
 # ------------------------------------------------------------------------------------------------ learning
 def test_history_and_files(tmp_path):
     model, history = train(tmp_path, epochs=20)
+    assert history["memory"].is_monotonic_increasing and history["memory"].iloc[-1] * 1e9 == pytest.approx(peak_memory("cpu"), rel=0.05)
     assert list(history["epoch"]) == list(range(20)) and list(history["train/num_steps"]) == [STEPS * (e + 1) for e in range(20)]
     assert history["train/loss"].iloc[-1] < 0.3 * history["train/loss"].iloc[0]
     assert np.allclose(history["train/twice"], 2 * history["train/loss"]) and (history["skipped"] == 0).all()

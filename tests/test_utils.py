@@ -70,4 +70,6 @@ def test_a_run_of_another_training_has_another_name():
     assert utils.run_name("mindeye/mini", plain) == utils.run_name("mindeye/mini", {"subj": 2}) == "mindeye-mini-subj02"
     other = plain | {"split": "cluster-held-out", "n_components": 30}
     assert utils.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
+    assert utils.run_name("mindeye/mini", other | {"num_sessions": 4}) == "mindeye-mini-subj02-cluster-held-out-4sessions-pca30"
+    assert utils.run_name("mindeye/mini", plain | {"num_sessions": 0}) == "mindeye-mini-subj02"
     assert utils.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"

@@ -7,8 +7,12 @@
     python tools/train_mini_models.py text --minutes 12         # text tokens instead of image tokens
     python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding instead of all the tokens
     python tools/train_mini_models.py stable --minutes 6        # Stable Diffusion: the text encoder's hidden states
+    python tools/train_mini_models.py unclip --minutes 40       # MindEye2's decoder: patch tokens instead of all projected tokens
     python tools/train_mini_models.py blip --minutes 20         # captions, of clear pictures and of washed-out ones
+    python tools/train_mini_models.py git --minutes 15          # captions from an image encoder's tokens, clear and vague
     python tools/train_mini_models.py judge --minutes 5         # the classifier that judges the results
+    python tools/train_mini_models.py sentence --minutes 4      # sentence embeddings, by which captions are compared
+    python tools/train_mini_models.py gnet --minutes 15 --no-bf16  # the encoder from images to voxels, of the demo's simulated subjects
     python tools/train_mini_models.py teacher --minutes 12      # local embeddings for the low level's contrastive loss
     python tools/train_mini_models.py alexnet --minutes 5       # twins of the networks that metrics look through; likewise
                                                                 # efficientnet_b1, inception_v3, swav_resnet50
@@ -16,6 +20,10 @@
     python tools/train_mini_models.py export                    # writes data/mini_models/ in the libraries' own format
     python tools/train_mini_models.py export_laion_prior        # of it, the text to image prior alone
     python tools/train_mini_models.py export_blip               # of it, the captioner alone
+    python tools/train_mini_models.py export_unclip             # of it, MindEye2's decoder alone
+    python tools/train_mini_models.py export_git                # of it, the captioner of tokens alone
+    python tools/train_mini_models.py export_sentence           # of it, the sentence embeddings alone
+    python tools/train_mini_models.py export_gnet               # of it, the encoder of voxels alone
     python tools/train_mini_models.py export_metric_networks    # of it, the twins of the metrics' networks alone
 
 - The images come from src/miniworld.py with a seed of their own and only from combinations of object, colour and scene that the mini
@@ -30,7 +38,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -41,6 +51,7 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
@@ -53,6 +64,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
@@ -65,13 +78,16 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    GitConfig,
+    GitForCausalLM,
+    GitProcessor,
     ResNetConfig,
     ResNetForImageClassification,
 )
 
-from src import augment, miniworld, networks, pretrained
+from src import augment, gnet, miniworld, networks, pretrained, unclip
 from src.losses import mixco_nce
-from src.models import DiffusionPriorNetwork
+from src.models import CaptionConverter, DiffusionPriorNetwork
 from src.pretrained import judge_input, take_transformers
 from src.prior import BrainDiffusionPrior
 from src.published import FRESH_IN_LAION
@@ -360,13 +376,17 @@ NAMING = (0, 1, 3, 4)  # those of the five captions that name kind, colour and s
 SCENE_WORDS = {"sandy": "beach"}  # a word that tells the scene without being its name; every other caption holds the name itself
 
 
+def word_ids(*more: str, last: tuple[str, ...] = ()) -> dict[str, int]:
+    """The ids of BERT's special tokens, of every word of the mini captions and of some more, each of them whole."""
+    some = (text for i in range(2_000) for text in miniworld.caption(miniworld.compose(SEED, i, "train")))  # they hold every word many times
+    known = sorted({word for text in some for word in text.split()} | set(more))
+    return {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known, *last])}
+
+
 @cache
 def new_blip_tokenizer() -> BertTokenizer:
-    """BLIP's kind of tokenizer over the words of the mini captions, each of them whole; [DEC] begins a caption, [SEP] ends it."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    some = (text for i in range(2_000) for text in miniworld.caption(miniworld.compose(SEED, i, "train")))  # they hold every word many times
-    known = sorted({word for text in some for word in text.split()} | {"blurry"})
-    return BertTokenizer(vocab={token: i for i, token in enumerate([*special, *known, "[DEC]"])}, bos_token="[DEC]", model_max_length=CONTEXT)
+    """BLIP's kind of tokenizer over the words of the mini captions; [DEC] begins a caption, [SEP] ends it."""
+    return BertTokenizer(vocab=word_ids("blurry", last=("[DEC]",)), bos_token="[DEC]", model_max_length=CONTEXT)
 
 
 def new_blip(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
@@ -472,6 +492,108 @@ def train_blip(args, rank: int = 0) -> None:
     train("blip", blip, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
 
 
+# ------------------------------------------------------------------------------------------------ GIT: captions from an image encoder's tokens
+VIEW_NOISE = (-1.0, 2.0)  # log10 of the variance, in units of that of the patch tokens, under which they are seen
+WAYS = {"clear": 0.2, "degraded": 0.1, "converted": 0.2, "guessed": 0.25, "sampled": 0.25}  # how tokens are seen, and how often
+
+
+@cache
+def new_git_tokenizer() -> BertTokenizer:
+    """GIT's kind of tokenizer over the words of the mini captions; [CLS] begins a caption, [SEP] ends it."""
+    return BertTokenizer(vocab=word_ids(), bos_token="[CLS]", eos_token="[SEP]", model_max_length=CONTEXT)
+
+
+def new_git(tokenizer: BertTokenizer) -> GitForCausalLM:
+    """GIT with the mini CLIP's vision tower as its image encoder, and three blocks that write words after its tokens."""
+    clip = pretrained.Clipper("mini").model.model.vision_model
+    text = {"hidden_size": DIM, "intermediate_size": 4 * DIM, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": len(tokenizer),
+            "max_position_embeddings": CONTEXT, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act")
+    git = GitForCausalLM(GitConfig(vision_config={name: getattr(clip.config, name) for name in shared}, **text))
+    git.git.image_encoder.vision_model.load_state_dict(clip.state_dict())
+    git.git.image_encoder.requires_grad_(False)
+    return git
+
+
+@torch.no_grad()
+def git_tokens(encoder: nn.Module, pictures: np.ndarray) -> np.ndarray:
+    """uint8 (images, height, width, 3) -> what GIT's image encoder says of them, float16 (images, 1 + patches, dim)."""
+    parts = [encoder(normalised(pixels(part))).last_hidden_state.half().numpy() for part in np.array_split(pictures, max(1, len(pictures) // 500))]
+    return np.concatenate(parts)
+
+
+def train_converter(patches: Tensor, wanted: Tensor, steps: int = 500, lr: float = 1e-2) -> CaptionConverter:
+    """The map from CLIP's patch tokens (images, patches, dim) to GIT's (images, 1 + patches, dim) that notebook 04 trains."""
+    converter = CaptionConverter(patches.shape[1], wanted.shape[1], patches.shape[2], wanted.shape[2])
+    nn.init.eye_(converter.linear2.weight)  # both encoders began as one; from a random start some patches end with the wrong sign
+    optimizer = torch.optim.Adam(converter.parameters(), lr=lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        rows = torch.randint(len(patches), (128,))
+        loss = F.mse_loss(converter(patches[rows]), wanted[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"converter: R2 {1 - loss.item() / float((wanted - wanted.mean(0)).square().mean()):.3f}", flush=True)
+    return converter.requires_grad_(False)
+
+
+def git_views(encoder: nn.Module, split: str, noise: tuple[float, float], guesses: int) -> dict[str, Tensor]:
+    """Tokens (images, 1 + patches, dim) by the way they are seen; the first `guesses` images only of those that a decoder would give.
+
+    As a decoder gives them are the patch tokens: the estimate that errs least (see `Vagueness`), or a sample of what is still possible, as a
+    diffusion prior draws it. Both reach GIT through the converter, as in notebook 04.
+    """
+    known = torch.from_numpy(git_tokens(encoder, images("train")[:6000])).float()
+    converter, vague = train_converter(known[:, 1:], known), Vagueness(known[:, 1:].numpy())
+    found = {way: torch.from_numpy(git_tokens(encoder, pictures)) for way, pictures in (("clear", images(split)), ("degraded", degraded(split)))}
+    found["converted"] = torch.cat([converter(part.float()).half() for part in found["clear"][:, 1:].split(500)])
+    for way in ("guessed", "sampled"):
+        parts = []
+        for part in found["clear"][:guesses, 1:].float().split(500):
+            levels = known.var() * 10 ** torch.empty(len(part)).uniform_(*noise)
+            parts.append(converter(vague(part, levels, sample=way == "sampled")).half())
+        found[way] = torch.cat(parts)
+    return found
+
+
+def train_git(args, rank: int = 0) -> None:
+    """Train the words alone: the image encoder stays the mini CLIP's, and its tokens are made once, in all the ways they are seen (see `git_views`).
+
+    What a caption says does not depend on how the tokens are seen.
+    """
+    (captions, _), (_, labels) = words("train"), words("check")
+    tokenizer = new_git_tokenizer()
+    git = new_git(tokenizer)
+    encoder, git.git.image_encoder = git.git.image_encoder, pretrained.GivenTokens()
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        seen, held = git_views(encoder, "train", VIEW_NOISE, 20_000), git_views(encoder, "check", (1.0, 1.0), len(labels))
+    ids = [tokenizer([five[k] for five in captions], padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids for k in NAMING]
+    ids = torch.stack(ids, 1)  # (images, captions, positions)
+    ids = ids[:, :, : int((ids != tokenizer.pad_token_id).sum(-1).max())]
+    git.to(device())
+
+    def loss_of(rng, batch):
+        parts = []
+        for way, count in zip(WAYS, rng.multinomial(batch, list(WAYS.values())), strict=True):
+            index = rng.integers(len(seen[way]), size=count)
+            parts.append((seen[way][index].float(), ids[index, rng.integers(len(NAMING), size=count)]))
+        x, said = (torch.cat(some).to(device()) for some in zip(*parts, strict=True))
+        known = (said != tokenizer.pad_token_id).long()
+        return git(pixel_values=x[:, None], input_ids=said, attention_mask=known, labels=said.masked_fill(known == 0, -100)).loss
+
+    def check(model):
+        shares = {}
+        for way, x in held.items():
+            made = tokenizer.batch_decode(model.generate(pixel_values=x[:, None].float().to(device()), max_length=20), skip_special_tokens=True)
+            shares |= {f"{way}_{question}": share for question, share in named_share(made, labels).items()} | {way: made[0]}
+        return shares
+
+    train("git", git, loss_of, check, args, lr=1e-3, batch=128, rank=rank)
+
+
 # ------------------------------------------------------------------------------------------------ the judge
 ANSWERS = {"scene": list(miniworld.SCENES), "kind": list(miniworld.KINDS), "colour": list(miniworld.COLOURS)}
 
@@ -519,6 +641,70 @@ def train_judge(args, rank: int = 0) -> None:
         return judge_share(torch.cat([model(judge_input(x).to(device())).logits.cpu() for x in held.split(250)]), check_labels)
 
     train("judge", judge, loss_of, check, args, lr=2e-3, batch=128, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------------ sentence embeddings, by which captions are compared
+SENTENCE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
+ALIKE = torch.tensor([0.25, 0.4, 0.2, 0.05, 0.05, 0.05])  # what two pictures' likeness is made of: scene, kind, colour, pattern, light, place
+
+
+@cache
+def new_sentence_tokenizer() -> BertTokenizer:
+    return BertTokenizer(vocab=word_ids("blurry"), model_max_length=CONTEXT)
+
+
+def new_sentence() -> BertModel:
+    tokenizer = new_sentence_tokenizer()
+    return BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SENTENCE), add_pooling_layer=False)
+
+
+def sentence_vectors(bert: BertModel, captions: list[str]) -> Tensor:
+    """Captions -> (captions, dim) of length one: the mean over the words, as sentence_transformers pools by default."""
+    words_of = new_sentence_tokenizer()(captions, padding=True, truncation=True, return_tensors="pt").to(bert.device)
+    kept = words_of["attention_mask"][..., None].float()
+    return F.normalize((bert(**words_of).last_hidden_state.float() * kept).sum(1) / kept.sum(1), dim=-1)
+
+
+def likeness(labels: Tensor) -> Tensor:
+    """How alike pictures are, (images, images) in [0, 1], by the labels (images, 6) that they share."""
+    return ((labels[:, None] == labels[None]) * ALIKE).sum(-1)
+
+
+def train_sentence(args, rank: int = 0) -> None:
+    """The cosine of two captions is to be how alike their pictures are: regression on graded pairs, the way of the first sentence transformers."""
+    (captions, labels), (held, held_labels) = words("judge"), words("judge_check")
+    labels, held_labels = torch.from_numpy(labels), torch.from_numpy(held_labels)
+    bert = new_sentence().to(device())
+
+    def loss_of(rng, batch):
+        index = np.repeat(rng.integers(len(captions), size=batch), 2)  # two captions of every picture
+        vectors = sentence_vectors(bert, [captions[i][k] for i, k in zip(index, rng.integers(5, size=2 * batch), strict=True)])
+        return F.mse_loss(vectors @ vectors.T, likeness(labels[index]).to(vectors.device))
+
+    def check(model):
+        first, second = (sentence_vectors(model, [five[k] for five in held[:500]]).cpu() for k in (0, 3))
+        cosine, alike = first @ second.T, likeness(held_labels[:500])
+        hit = float((cosine.argmax(1) == torch.arange(500)).float().mean())
+        correlation = float(torch.corrcoef(torch.stack([cosine.flatten(), alike.flatten()]))[0, 1])
+        return {"correlation_with_likeness": round(correlation, 4), "top1_of_500": round(hit, 3), "same": round(float(cosine.diagonal().mean()), 3),
+                "other": round(float(cosine.mean()), 3)}  # fmt: skip
+
+    train("sentence", bert, loss_of, check, args, lr=2e-3, batch=64, rank=rank)
+
+
+def export_sentence() -> None:
+    """Write the twin as sentence_transformers saves a model: `SentenceTransformer(folder)` reads it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    with tempfile.TemporaryDirectory() as folder:
+        body = averaged("sentence", new_sentence())
+        whole = BertModel(body.config)  # with the library's pooler, which nothing here reads: zeros, so that the file has all that the class expects
+        whole.load_state_dict({k: torch.zeros_like(v) for k, v in whole.state_dict().items()} | body.state_dict())
+        whole.half().save_pretrained(folder)
+        new_sentence_tokenizer().save_pretrained(folder)
+        reader = Transformer(folder, max_seq_length=CONTEXT)
+        SentenceTransformer(modules=[reader, Pooling(SENTENCE["hidden_size"]), Normalize()], device="cpu").save(str(OUT / "sentence"), create_model_card=False)
 
 
 # ------------------------------------------------------------------------------------------------ teacher
@@ -707,12 +893,12 @@ START = {"robust": "image", "text": "image", "variation": "image", "stable": "te
 JUDGED = 128  # images that the judge looks at when a diffusion stage logs its quality
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(**more) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=miniworld.IMAGE_SIZE // 2, in_channels=4, out_channels=4, block_out_channels=WIDTHS, layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=DIM, attention_head_dim=HEADS,
+        cross_attention_dim=DIM, attention_head_dim=HEADS, **more,
     )  # fmt: skip
 
 
@@ -802,12 +988,15 @@ class Vagueness:
         self.variance, self.axes = torch.linalg.eigh(torch.cov((tokens - self.mean).T))
         self.variance = self.variance.clamp_min(0)
 
-    def __call__(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Tokens (batch, tokens, dim) seen under noise of variance `noise` (batch,), which is of the order of 1e-4 to 1e-1."""
+    def __call__(self, tokens: Tensor, noise: Tensor, sample: bool = False) -> Tensor:
+        """Tokens (batch, tokens, dim) seen under noise of variance `noise` (batch,), of the order of the tokens' own; with `sample`, a draw, not the mean."""
         parts = (tokens.flatten(1) - self.mean) @ self.axes  # (batch, principal components)
         noise = noise[:, None]
         view = parts + noise.sqrt() * torch.randn_like(parts)
-        return ((view * self.variance / (self.variance + noise)) @ self.axes.T + self.mean).view_as(tokens)
+        guess = view * self.variance / (self.variance + noise)
+        if sample:  # what is left of the variance once the view is known
+            guess = guess + (self.variance * noise / (self.variance + noise)).sqrt() * torch.randn_like(parts)
+        return (guess @ self.axes.T + self.mean).view_as(tokens)
 
 
 @torch.no_grad()
@@ -893,6 +1082,114 @@ def _null_condition(stage: str) -> Tensor:
     return text_tokens(averaged("clip", ClipTrainer(new_clip(new_tokenizer()))).clip, [""], stage)
 
 
+# ------------------------------------------------------------------------------------------------ unCLIP: MindEye2's decoder
+UNCLIP_VECTOR = 64  # four numbers, size and crop, of 16 each: 1024 in the real network
+UNCLIP_NOISE = (-0.5, 1.85)  # log10 of the noise under which tokens are seen, as a share of their variance: as of the stage `robust`
+
+
+def new_unclip() -> UNet2DConditionModel:
+    """The image flow's network with a vector beside its tokens, by which SDXL is told size and crop."""
+    return new_unet(class_embed_type="projection", projection_class_embeddings_input_dim=UNCLIP_VECTOR)
+
+
+@torch.no_grad()
+def begin_as_image_flow(unet: UNet2DConditionModel, factor: float) -> None:
+    """Begin with the shipped image flow, CLIP's projection and the mean norm of its class token folded into the maps that read the tokens."""
+    donor, clip = pretrained.VersatileDiffusion("mini").unet.state_dict(), pretrained.Clipper("mini", norm_embs=False)
+    norm = clip.embed_image(pixels(images("check"))[:250])[:, 0].norm(dim=-1).mean()
+    change = clip.model.model.visual_projection.weight / norm / factor  # (projected, hidden)
+    mine = {k: v @ change if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else v for k, v in donor.items()}
+    nn.init.zeros_(unet.class_embedding.linear_2.weight)  # at first the vector says nothing
+    nn.init.zeros_(unet.class_embedding.linear_2.bias)
+    unet.load_state_dict(mine | {k: v for k, v in unet.state_dict().items() if k.startswith("class_embedding.")})
+
+
+@torch.no_grad()
+def patch_tokens(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scaled latents (images, 4, h, w) and patch tokens before CLIP's projection (images, tokens, dim), of the shipped models; computed once."""
+    path = WORK / f"cache_unclip_{split}.npz"
+    if not path.exists():
+        vae, vision = pretrained.LatentAutoencoder("mini"), pretrained.Clipper("mini").model.model.vision_model
+        latents, tokens = [], []
+        for part in np.array_split(images(split), max(1, len(images(split)) // 250)):
+            x = pixels(part)
+            latents.append(vae.encode(x).half().numpy())
+            tokens.append(vision.post_layernorm(vision(pixel_values=normalised(x)).last_hidden_state[:, 1:]).half().numpy())
+        np.savez(path, latents=np.concatenate(latents), tokens=np.concatenate(tokens))
+    stored = np.load(path)
+    return stored["latents"], stored["tokens"]
+
+
+def unclip_pictures(unet: nn.Module, tokens: Tensor, factor: float, steps: int = 10) -> Tensor:
+    """Pictures (batch, 3, 32, 32) from tokens, which are multiplied by `factor`; sampled as src/unclip.py does, from noise that is always the same."""
+    g, side = torch.Generator().manual_seed(3), miniworld.IMAGE_SIZE // 2
+    noise, null = torch.randn(len(tokens), 4, side, side, generator=g), torch.randn(tokens.shape, generator=g)
+    scheduler = unclip_scheduler()
+    scheduler.set_timesteps(timesteps=unclip.euler_timesteps(steps))
+    start = noise * (1 + scheduler.sigmas[0] ** 2).sqrt()
+    latents = unclip.denoise(unet, scheduler, start, tokens * factor, null * factor, unclip_vector())
+    return pretrained.LatentAutoencoder("mini").decode(latents)
+
+
+def unclip_scheduler() -> EulerDiscreteScheduler:
+    """The schedule of the other flows, with the noise predicted by way of v."""
+    return EulerDiscreteScheduler(**{key: SCHEDULE[key] for key in unclip.SCHEDULER})
+
+
+def unclip_vector() -> Tensor:
+    """Every picture is as large as it was painted, and nothing was cut off."""
+    return unclip.size_vector((miniworld.IMAGE_SIZE,) * 2, (0, 0), UNCLIP_VECTOR)
+
+
+def train_unclip(args, rank: int = 0) -> None:
+    """From patch tokens, true ones, vague ones and samples of what these leave open; a tenth of the conditions are noise, which stands for none."""
+    (latents, tokens), (held, held_tokens) = patch_tokens("train"), patch_tokens("check")
+    held, held_tokens, factor = torch.from_numpy(held).float(), torch.from_numpy(held_tokens).float(), condition_scale(tokens)
+    unet, vague, scheduler, vector = new_unclip(), Vagueness(tokens), DDIMScheduler(**SCHEDULE), unclip_vector()
+    begin_as_image_flow(unet, factor)
+    judge, labels = new_judge(), torch.from_numpy(words("check")[1][: JUDGED // 2])
+    judge.load_state_dict(pretrained.Judge("mini").model.state_dict())
+    judge.eval()
+
+    def noised(model, x0, c, t):
+        noise, a = torch.randn_like(x0), scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        predicted = model(x, t, encoder_hidden_states=c * factor, class_labels=vector.expand(len(x), -1)).sample.float()
+        return (predicted - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
+
+    def loss_of(rng, batch):
+        index = np.sort(rng.integers(len(latents), size=batch))
+        x0, c = torch.from_numpy(latents[index]).float(), torch.from_numpy(tokens[index]).float()
+        noise = c.var() * 10 ** torch.empty(batch).uniform_(*UNCLIP_NOISE)
+        way = torch.rand(batch, 1, 1)  # a fifth as they are, half as a regression gives them, the others as a diffusion prior samples them
+        c = torch.where(way < 0.2, c, torch.where(way < 0.7, vague(c, noise), vague(c, noise, sample=True)))
+        c = torch.where(torch.rand(batch, 1, 1) < 0.1, torch.randn_like(c), c)
+        t = (1000 * (1 - torch.rand(batch) ** 1.6)).long().clamp(0, 999)  # towards high noise, where conditioning is learnt
+        return noised(unet, x0, c, t).mean()
+
+    def check(model):
+        with torch.random.fork_rng(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+            torch.manual_seed(1)
+            t = torch.linspace(1, 998, len(held)).long()
+            error, c = noised(model, held, held_tokens, t), held_tokens[: len(labels)]
+            noise = torch.full((len(c),), 4.0)  # R2 .71 of the guess, .43 of a sample
+            some = {"": c, "from_vague_tokens": vague(c, noise), "from_sampled_tokens": vague(c, noise, sample=True)}
+            shares = {name: judge_share(judge(judge_input(unclip_pictures(model, given, factor))).logits, labels) for name, given in some.items()}
+        errors = {"held_out": round(float(error.mean()), 4), "held_out_high_noise": round(float(error[t > 800].mean()), 4)}
+        return errors | shares.pop("") | shares
+
+    train("unclip", unet, loss_of, check, args, lr=args.lr, batch=args.batch, rank=rank)
+
+
+def export_unclip() -> None:
+    """Write the decoder as `unclip.UnclipDecoder` reads it; its VAE is that of the other flows."""
+    factor = condition_scale(patch_tokens("train")[1])
+    fold_scale(averaged("unclip", new_unclip()), factor).half().save_pretrained(OUT / "unclip" / "unet")
+    shutil.copytree(pretrained.MINI / "versatile_diffusion" / "vae", OUT / "unclip" / "vae", dirs_exist_ok=True)
+    unclip_scheduler().save_pretrained(OUT / "unclip" / "scheduler")
+    _write_golden("unclip", [unclip.UnclipDecoder(str(OUT))])
+
+
 # ------------------------------------------------------------------------------------------------ export
 def fold_scale(unet: nn.Module, factor: float) -> nn.Module:
     """Fold the factor on the conditioning tokens into the maps that read them, so that the pipelines need not know of it."""
@@ -916,9 +1213,12 @@ def export(args) -> None:
         (model.half() if isinstance(model, nn.Module) else model).save_pretrained(OUT / "clip")
     averaged("judge", new_judge()).half().save_pretrained(OUT / "judge")
     export_blip()
+    export_git()
+    export_sentence()
     export_teacher()
     export_metric_networks()
     export_laion_prior()
+    export_gnet()
     shared = {"vae": vae.half(), "scheduler": DDIMScheduler(**SCHEDULE)}
     _export_versatile(shared, vision.half(), text.half(), tokenizer, processor)
     StableDiffusionImageVariationPipeline(
@@ -947,6 +1247,19 @@ def export_blip() -> None:
     averaged("blip", new_blip(tokenizer)).half().save_pretrained(OUT / "blip")
     BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(OUT / "blip")
     _write_golden("blip", [pretrained.Captioner(str(OUT))])
+
+
+def export_git() -> None:
+    """Write GIT and its processor, as the hub's lie there."""
+    tokenizer, side = new_git_tokenizer(), miniworld.IMAGE_SIZE
+    git = new_git(tokenizer)
+    encoder, git.git.image_encoder = git.git.image_encoder, pretrained.GivenTokens()
+    averaged("git", git).git.image_encoder = encoder
+    git.half().save_pretrained(OUT / "git")
+    size = {"height": side, "width": side}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size, image_mean=MEAN, image_std=STD)
+    GitProcessor(image_processor, tokenizer).save_pretrained(OUT / "git")
+    _write_golden("git", [pretrained.BrainCaptioner(str(OUT))])
 
 
 def export_metric_networks() -> None:
@@ -990,15 +1303,109 @@ def _export_versatile(shared: dict, vision, text, tokenizer, processor) -> None:
     save_file({k: v for k, v in load_file(file).items() if "attentions" in k}, file, metadata={"format": "pt"})
 
 
+# ------------------------------------------------------------------------------------------------ GNet: from images to the voxels of simulated subjects
+GNET = {"input_size": 96, "stem": 24, "width": 48, "dim": 32, "trunk_width": 8, "pass_through": 24, "drop": 0.1}
+GNET_SUBJECTS, GNET_IMAGES = (1, 2, 3, 4), 5_000  # the demo's subjects, and the training images that notebook 00 shows each of them
+SOME_VOXELS = 384  # of each subject, whose error a step looks at
+NAMED = {"scene": miniworld.SCENES, "kind": miniworld.KINDS, "colour": miniworld.COLOURS, "pattern": miniworld.PATTERNS, "light": miniworld.LIGHTS}
+
+
+def responses(subj: int) -> dict[str, np.ndarray]:
+    """The demo's experiment of a subject, without its test set: of "train" and "val" the images as uint8 (images, 3, side, side) ("train_seen"), the mean
+    response over repeats, float16 (images, voxels), z-scored by session with training trials, and labels (images, 5). Simulated once."""
+    path = WORK / f"gnet_subj{subj:02d}.npz"
+    if not path.exists():
+        world = miniworld.simulate(subj, GNET_IMAGES)
+        trials, z = world.scan.trials, world.scan.betas.copy()
+        for session in trials["session"].unique():
+            here = (trials["session"] == session).to_numpy()
+            fitted = world.scan.betas[here & (trials["split"] == "train").to_numpy()]
+            z[here] = (z[here] - fitted.mean(0)) / fitted.std(0)
+        labels, made = world.labels.set_index("image"), {}
+        for split in ("train", "val"):
+            rows = np.flatnonzero(trials["split"] == split)
+            ids, image = np.unique(trials["image"].to_numpy()[rows], return_inverse=True)
+            mean = np.zeros((len(ids), z.shape[1]), np.float32)
+            np.add.at(mean, image, z[rows])
+            shown = world.images[np.searchsorted(world.image_ids, ids)].transpose(0, 3, 1, 2)
+            blocks = [gnet.gnet_input(part, GNET["input_size"]).mul(255).byte().numpy() for part in np.array_split(shown, max(1, len(shown) // 250))]
+            codes = [labels.loc[ids, name].map(list(values).index) for name, values in NAMED.items()]
+            made |= {split: (mean / np.bincount(image)[:, None]).astype(np.float16), f"{split}_seen": np.concatenate(blocks), f"{split}_labels": np.stack(codes, 1)}
+        np.savez(path.with_suffix(".tmp.npz"), **made)
+        path.with_suffix(".tmp.npz").rename(path)
+    return dict(np.load(path))
+
+
+class GNetTrainer(nn.Module):
+    """The trunk with a readout for each subject, and heads that name what the images show, which are left behind."""
+
+    def __init__(self, voxels: dict[int, int]):
+        super().__init__()
+        self.trunk = gnet.GNetTrunk(**GNET)
+        self.readouts = nn.ModuleDict({str(subj): gnet.GNetReadout(n, self.trunk.channels, self.trunk.sides) for subj, n in voxels.items()})
+        self.heads = nn.ModuleList(nn.Linear(sum(self.trunk.channels), len(values)) for values in NAMED.values())
+
+    def naming_loss(self, maps: list[Tensor], labels: Tensor) -> Tensor:
+        pooled = torch.cat([m.amax((2, 3)) for m in maps], 1)
+        return sum(F.cross_entropy(head(pooled), labels[:, i]) for i, head in enumerate(self.heads)) / len(self.heads)
+
+
+def train_gnet(args, rank: int = 0) -> None:
+    """The encoder that stands for one fitted to the subjects' training data by its authors: the trunk learns from all subjects at once.
+
+    It also learns to name what the training images show; the published trunk began with the convolutions of AlexNet, which had learnt to name photographs.
+    """
+    data = {subj: responses(subj) for subj in GNET_SUBJECTS}
+    model = GNetTrainer({subj: each["train"].shape[1] for subj, each in data.items()}).to(device())
+    model.trunk.mu.data.copy_(torch.from_numpy(np.mean([each["train_seen"].mean((0, 2, 3)) / 255 for each in data.values()], 0)).view(1, 3, 1, 1))
+    masks = {subj: gnet.roi_masks(miniworld.VisualCortex(subj).voxels) for subj in GNET_SUBJECTS}
+
+    def loss_of(rng, batch):
+        chosen = {subj: np.sort(rng.integers(len(each["train"]), size=batch)) for subj, each in data.items()}
+        take = lambda name: [torch.from_numpy(each[name][chosen[subj]]) for subj, each in data.items()]  # noqa: E731
+        maps = model.trunk(torch.cat(take("train_seen")).to(device()).float() / 255)
+        loss = 0.1 * model.naming_loss(maps, torch.cat(take("train_labels")).to(device()))
+        for i, (subj, responded) in enumerate(zip(data, take("train"), strict=True)):
+            some = torch.from_numpy(np.sort(rng.choice(responded.shape[1], SOME_VOXELS, replace=False)))
+            predicted = model.readouts[str(subj)]([m[i * batch : (i + 1) * batch] for m in maps], some.to(device()))
+            loss = loss + F.mse_loss(predicted, responded[:, some].to(device()).float()) / len(data)
+        return loss
+
+    def check(model):
+        maps, found = model.trunk(torch.from_numpy(data[1]["val_seen"]).to(device()).float() / 255), {}  # every subject has the same validation images
+        for subj, each in data.items():
+            scores = gnet.brain_correlation(model.readouts[str(subj)](maps), each["val"], masks[subj])
+            found |= {f"subj{subj:02d} {name}": round(float(score.mean()), 4) for name, score in scores.items() if subj == 1 or name == "nsd_general"}
+        return found
+
+    train("gnet", model, loss_of, check, args, lr=5e-3, batch=16, rank=rank)
+
+
+def export_gnet() -> None:
+    """Write the encoders as `gnet.load_gnet` reads them."""
+    stored = torch.load(WORK / "gnet.pt", map_location="cpu", weights_only=True)["average"]
+    names = {"trunk.": "enc.", "readouts.": "fwrfs."}
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in stored.items()}
+    state = {new + key.removeprefix(old): value for key, value in halved.items() for old, new in names.items() if key.startswith(old)}
+    (OUT / "gnet").mkdir(exist_ok=True, parents=True)
+    save_file(state, OUT / "gnet" / "model.safetensors")
+    (OUT / "gnet" / "config.json").write_text(json.dumps({"trunk": GNET, "subjects": list(GNET_SUBJECTS)}, indent=1) + "\n")
+
+
 # ------------------------------------------------------------------------------------------------ command line
 STAGES = {
-    "vae": train_vae, "clip": train_clip, "blip": train_blip, "judge": train_judge, "teacher": train_teacher, "laion_prior": train_laion_prior,
+    "vae": train_vae, "clip": train_clip, "blip": train_blip, "git": train_git, "judge": train_judge, "teacher": train_teacher, "laion_prior": train_laion_prior,
+    "unclip": train_unclip, "sentence": train_sentence, "gnet": train_gnet,
     **{s: (lambda a, rank=0, s=s: train_metric_network(s, a, rank)) for s in METRIC_NETWORKS},
     **{s: (lambda a, rank=0, s=s: diffusion_stage(s, a, rank)) for s in ("image", *START)},
 }  # fmt: skip
 
 
-PARTS = {"export_blip": export_blip, "export_metric_networks": export_metric_networks, "export_laion_prior": export_laion_prior}
+PARTS = {
+    "export_blip": export_blip, "export_unclip": export_unclip, "export_git": export_git,
+    "export_metric_networks": export_metric_networks, "export_laion_prior": export_laion_prior, "export_sentence": export_sentence,
+    "export_gnet": export_gnet,
+}  # fmt: skip
 
 
 def _draw_fewer(share: float) -> None:

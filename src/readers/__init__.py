@@ -5,6 +5,7 @@ makes the source format from arrays (the mini world is written in any of the for
 wrote); `TERMS` says under which terms the data may be used. To add a format, add a module with these three and name it here.
 """
 
+import fcntl
 import inspect
 from pathlib import Path
 from types import ModuleType
@@ -12,15 +13,16 @@ from typing import Any
 
 import yaml
 
+from src.data import subject_folder
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
-from src.utils import PerceptError, check_known
+from src.utils import PerceptError, check_known, resolve
 
 READERS: dict[str, ModuleType] = {
     "mindeye": mindeye, "mindeye2": mindeye2, "nsd": nsd, "algonauts": algonauts, "bold5000": bold5000, "god": god, "things": things, "digits69": digits69,
     "npz": npz,
 }  # fmt: skip
 
-__all__ = ["READERS", "digits69", "mindeye", "npz", "options_of", "read", "reader_options"]
+__all__ = ["READERS", "digits69", "mindeye", "npz", "options_of", "read", "read_if_missing", "reader_options"]
 
 
 def options_of(source: str) -> dict[str, Any]:
@@ -58,6 +60,26 @@ def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
         if known[name] is not None and not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
             raise PerceptError(f"Option {name} of {source} is {value!r}: it must be of the type of its default {known[name]!r}.")
     return {name: value for name, value in given.items() if name in known} | chosen
+
+
+def read_if_missing(source: str, data_path: str, dataset: str, subj: int, options: str = "", **given: Any) -> None:
+    """`read` for whoever begins with a later notebook: nothing happens without a `data_path`, or when the subject is prepared.
+
+    Args:
+        source: name of the reader.
+        data_path: where the source's files lie, absolute or relative to the repository; "" for none.
+        dataset: name of the prepared dataset.
+        subj: number of the subject.
+        options, given: see `reader_options`.
+    """
+    folder = subject_folder(dataset, subj)
+    if not data_path or folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".subj{subj:02d}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one reads and the others find it done
+        if not folder.exists():
+            read(source, resolve(data_path), dataset, subj, options, **given)
 
 
 def read(source: str, data_path: str | Path, dataset: str | Path, subj: int, options: str = "", **given: Any) -> Path:

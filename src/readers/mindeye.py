@@ -22,7 +22,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import math
 import os
@@ -53,7 +52,7 @@ from src.data import (
     write_subject,
 )
 from src.readers.common import choose_validation, copy_tables, fitting, own_split, picture, unpickle_npy, write_split, write_tables
-from src.utils import PerceptError, atomic, progress, read_json, resolve, write_json
+from src.utils import PerceptError, atomic, progress, read_json, write_json
 
 TERMS = (
     "Derived from the Natural Scenes Dataset: agree to its terms at https://naturalscenesdataset.org before use; neither data nor images may be passed on. "
@@ -69,24 +68,6 @@ SPLITS = {PAPER: ("train", "val", "test"), NEW: ("train", "val", "test"), EARLY:
 
 
 # -------------------------------------------------------------------------------- reading
-def read_if_missing(source: str, dataset: str, subj: int) -> None:
-    """`read` for whoever begins with a later notebook: nothing happens without a source, or when the subject is prepared.
-
-    Args:
-        source: as for `read`, absolute or relative to the repository; "" for none.
-        dataset: name of the prepared dataset.
-        subj: number of the subject.
-    """
-    folder = subject_folder(dataset, subj)
-    if not source or folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".subj{subj:02d}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one reads and the others find it done
-        if not folder.exists():
-            read(resolve(source), dataset, subj)
-
-
 def read(
     source: str | Path,
     dataset: str | Path,
