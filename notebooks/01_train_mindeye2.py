@@ -284,7 +284,7 @@ def looked_at(model, number):
     nce = soft_clip_loss(brain, image, 0.006) if clip_scale else brain.new_zeros(())
     loss = clip_scale * nce + prior * prior_scale * of_prior.mean() + mse_scale * direct + blurry_recon * blur_scale * blur.mean()
     return {
-        "loss": loss, "loss_clip": nce, "loss_prior": of_prior.mean(), "loss_blur": blur.mean(), "token_r2": 1 - direct / target.var(),
+        "loss": loss, "loss_clip": nce, "loss_prior": of_prior.mean(), "loss_blur": blur.mean(), **({"token_r2": 1 - direct / target.var()} if mse_scale else {}),
         "prior_r2": 1 - of_prior.mean() / target.var(), "image_from_brain": (similar.argmax(1) == right).float().mean(),
         "brain_from_image": (similar.argmax(0) == right).float().mean(),
     }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import dryrun
+from src import dryrun, utils
 from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def measured(step_in_backward: bool) -> dict:
     script = f"""
         import json, tempfile
         import torch
-        from src import dryrun
+        from src import dryrun, utils
         from src.models import BrainNetwork
         from src.training import fit
         torch.set_num_threads(1)
@@ -144,3 +144,17 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{936_582_144 + 56_055_184:,} parameters" in done.stdout and "02_train_autoencoder will train" in done.stdout
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("recipe", "parameters"), [("mindeye2_small", 119_953_240), ("mindeye2", 2_227_294_844), ("mindeye2_pretrain", 2_575_262_332)])
+def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
+    known = utils.read_parameters(utils.parameters_source(utils.NOTEBOOKS / "01_train_mindeye2.ipynb"), "01_train_mindeye2")
+    values = {name: p.default for name, p in known.items()}
+    for file in utils.recipe_files(recipe, "01_train_mindeye2"):
+        values |= utils.read_recipe(file)
+    made = dryrun.plan("01_train_mindeye2", values | {"dataset": "absent"})
+    assert sum(made.parameters.values()) == parameters
+    assert made.memory["weights"] == pytest.approx(4 * parameters, rel=1e-3)
+    if recipe == "mindeye2_small":
+        everything = dryrun.plan("01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0})
+        assert made.memory["ridge baseline, beyond that"] < everything.memory["ridge baseline, beyond that"]
