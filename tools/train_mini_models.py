@@ -539,6 +539,16 @@ def train_converter(patches: Tensor, wanted: Tensor, steps: int = 500, lr: float
     return converter.requires_grad_(False)
 
 
+def any_class_token(x: Tensor) -> Tensor:
+    """Tokens (batch, 1 + patches, dim), in half of them some mixture of the patches in the place of the class token.
+
+    Patches say nothing about the class token, so every converter puts something else there: captions have to be read from the patches.
+    """
+    weights = torch.randn(len(x), 1, x.shape[1] - 1) * torch.rand(len(x), 1, 1)
+    other = torch.cat([weights @ x[:, 1:], x[:, 1:]], 1)
+    return torch.where(torch.rand(len(x), 1, 1) < 0.5, other, x)
+
+
 def git_views(encoder: nn.Module, split: str, noise: tuple[float, float], guesses: int) -> dict[str, Tensor]:
     """Tokens (images, 1 + patches, dim) by the way they are seen; the first `guesses` images only of those that a decoder would give.
 
@@ -579,7 +589,10 @@ def train_git(args, rank: int = 0) -> None:
         parts = []
         for way, count in zip(WAYS, rng.multinomial(batch, list(WAYS.values())), strict=True):
             index = rng.integers(len(seen[way]), size=count)
-            parts.append((seen[way][index].float(), ids[index, rng.integers(len(NAMING), size=count)]))
+            x = seen[way][index].float()
+            if way in ("converted", "guessed", "sampled"):
+                x = any_class_token(x)
+            parts.append((x, ids[index, rng.integers(len(NAMING), size=count)]))
         x, said = (torch.cat(some).to(device()) for some in zip(*parts, strict=True))
         known = (said != tokenizer.pad_token_id).long()
         return git(pixel_values=x[:, None], input_ids=said, attention_mask=known, labels=said.masked_fill(known == 0, -100)).loss
