@@ -57,7 +57,7 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
 
 def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
     toy = {"mini_images": 150, "trials_per_session": 60, "num_epochs": 1, "prior_depth": 1, "subjects": "1,2", "also": "2", "ridge_folds": 2}
-    later = {"num_sessions": 2, "first_images": 16, "num_inference_steps": 2, "converter_epochs": 1, "refine_run": 2, "shuffles": 1, "untrained": False}
+    later = {"num_sessions": 2, "batch_size": 8, "first_images": 16, "num_inference_steps": 2, "converter_epochs": 1, "refine_run": 2, "shuffles": 1, "untrained": False}
     flags = [[text for name, value in some.items() for text in ("-p", name, str(value))] for some in (toy, later)]
     done = launch(tmp_path, "run.py", "mindeye2_small_pretrain", "--mini", *flags[0])
     assert done.returncode == 0, done.stdout + done.stderr
