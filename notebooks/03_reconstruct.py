@@ -58,7 +58,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cached_targets, open_split
+from src.data import Normaliser, cached_targets, open_split, open_subject
 from src.figures import contact_sheet, save
 from src.mindeye2 import fit_converter
 from src.models import MindEye2
@@ -160,9 +160,10 @@ low_decoder = LatentAutoencoder(weights, "image_variation", 0 if weights == "min
 read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
 converter = None
 if patches and read.target_shape != clipper.target_shape:
-    pairs = [cached_targets(dataset, "patch_tokens", c.fingerprint(), subject.all_images, c.encode_pixels, c.target_shape) for c in (clipper, read)]
+    pictured = open_subject(dataset, subj) if subject.clusters is None else subject  # however few sessions the brain has, pictures there are
+    pairs = [cached_targets(dataset, "patch_tokens", c.fingerprint(), pictured.all_images, c.encode_pixels, c.target_shape) for c in (clipper, read)]
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
-    splits = [subject.image_ids(split) for split in ("train", "val")]
+    splits = [pictured.image_ids(split) for split in ("train", "val")]
     converter, history = fit_converter(*pairs, *splits, run.logs / "decoder_converter", made_by, converter_epochs, seed=seed, device=run.device)
     print(f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on {len(splits[1])} validation images {history['val/r2'].max():.3f}")
 

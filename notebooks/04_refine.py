@@ -53,7 +53,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from src.data import cached_targets, open_split
+from src.data import cached_targets, open_split, open_subject
 from src.figures import contact_sheet, save, training_curves
 from src.metrics import resize
 from src.mindeye2 import fit_converter
@@ -89,9 +89,10 @@ print(f"(test images, tokens, dim) = {tuple(tokens.shape)} from {type(clip).__na
 if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
-    ours = cached_targets(dataset, kind, clip.fingerprint(), subject.all_images, clip.encode_pixels, clip.target_shape)
-    theirs = cached_targets(dataset, "git_tokens", encoder.fingerprint(), subject.all_images, encoder.encode_pixels, encoder.target_shape)
-    train_ids, val_ids = subject.image_ids("train"), subject.image_ids("val")
+    pictured = open_subject(dataset, subj) if subject.clusters is None else subject  # however few sessions the brain has, pictures there are
+    ours = cached_targets(dataset, kind, clip.fingerprint(), pictured.all_images, clip.encode_pixels, clip.target_shape)
+    theirs = cached_targets(dataset, "git_tokens", encoder.fingerprint(), pictured.all_images, encoder.encode_pixels, encoder.target_shape)
+    train_ids, val_ids = pictured.image_ids("train"), pictured.image_ids("val")
     print(f"{clip.target_shape} -> {encoder.target_shape}; {len(train_ids)} images to train on, {len(val_ids)} to validate")
 
 
