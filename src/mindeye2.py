@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from src.data import BrainDataset, Targets
 from src.models import CaptionConverter, MindEye2
-from src.published import read_published
+from src.published import read_weights
 from src.training import batches, fit, load_best
-from src.utils import PerceptError, load_checkpoint
+from src.utils import PerceptError
 
 FRESH = {"ours": ("ridge.",), "inherited_bias": ("ridge.linears.0.weight",)}  # what a new subject does not take over; the latter as published
 
@@ -83,7 +83,7 @@ def start_from(path: str | Path, model: MindEye2, fresh: str = "ours") -> list[s
     Raises:
         PerceptError: if the file is missing, or its other networks are not of the model's sizes; the first difference is named.
     """
-    state = load_checkpoint(path)[0] if Path(path).suffix == ".safetensors" else read_published(path)
+    state = read_weights(path)
     own = model.state_dict()
     kept = [key for key in own if key.startswith(FRESH[fresh])]
     taken = {key: value for key, value in state.items() if key in own and key not in kept}

@@ -786,8 +786,10 @@ class MixerBrainNetwork(Network):
 
     def dead_parameters(self) -> list[nn.Parameter]:
         """Weights that cannot reach the output and are only kept for the checkpoint: nothing to optimise."""
-        mixer = list(self.mixer_blocks1.parameters()) if self.folded and self.seq_len == 1 else []
-        return mixer + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+        return self._idle_mixer() + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+
+    def _idle_mixer(self) -> list[nn.Parameter]:
+        return list(self.mixer_blocks1.parameters()) if self.folded and self.seq_len == 1 else []
 
     def _blurry(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """In single precision, as half precision is known to blow up here."""
@@ -810,10 +812,8 @@ class ResidualBrainNetwork(MixerBrainNetwork):
                 x = x + along_time(x.transpose(1, 2)).transpose(1, 2)
         return x
 
-    def dead_parameters(self) -> list[nn.Parameter]:
-        """See `MixerBrainNetwork.dead_parameters`."""
-        mixer = list(self.mixer_blocks2.parameters()) if self.seq_len == 1 else []
-        return mixer + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+    def _idle_mixer(self) -> list[nn.Parameter]:
+        return list(self.mixer_blocks2.parameters()) if self.seq_len == 1 else []
 
 
 class MindEye2(nn.Module):

@@ -124,6 +124,11 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint of ours (.safetensors), or of a released one as `read_published` takes it."""
+    return load_checkpoint(path)[0] if Path(path).suffix == ".safetensors" else read_published(path)
+
+
 def _deepspeed(folder: Path) -> dict[str, Tensor]:
     """Weights of a folder of DeepSpeed's: those of the model as they were computed with, then in their place the optimizer's in single precision."""
     tag = folder / "latest"
@@ -320,7 +325,7 @@ def load_voxel2clip(path: str | Path, network: nn.Module) -> None:
     Raises:
         PerceptError: if the file cannot be read, or its keys and shapes are not those of the network; a few are named, and what to do.
     """
-    state = load_checkpoint(path)[0] if Path(path).suffix == ".safetensors" else read_published(path)
+    state = read_weights(path)
     state = _part(state, "voxel2clip.") or state
     _check_fits(state, network, str(path))
     network.load_state_dict(state)

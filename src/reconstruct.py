@@ -153,6 +153,13 @@ def basic_config(parameters: Mapping[str, Any], in_dim: int, latent: tuple[int, 
     return {"name": "BasicEncoder", "kwargs": {"in_dim": in_dim, "size": parameters["encoder"], "latent_size": latent[1], "latent_channels": latent[0], "factor": factor}}
 
 
+def _is_released(path: str | Path) -> bool:
+    """Whether a checkpoint is one that others released (.pth, or a folder that DeepSpeed wrote), and not of ours; refused where there is none."""
+    if not Path(path).exists():
+        raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
+    return Path(path).suffix == ".pth" or Path(path).is_dir()
+
+
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth, or a folder that DeepSpeed wrote).
 
@@ -162,10 +169,7 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     Raises:
         PerceptError: if the file is missing or does not fit the model that it names.
     """
-    if not Path(path).exists():
-        raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
-    released = Path(path).suffix == ".pth" or Path(path).is_dir()
-    state, config = _published(path) if released else load_checkpoint(path, device)
+    state, config = _published(path) if _is_released(path) else load_checkpoint(path, device)
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
     return decoder.to(device).eval().requires_grad_(False), config
@@ -177,9 +181,7 @@ def decoder_config(path: str | Path) -> dict[str, Any]:
     Raises:
         PerceptError: if the file is missing.
     """
-    if not Path(path).exists():
-        raise PerceptError(f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the run that has it.")
-    if Path(path).suffix == ".pth" or Path(path).is_dir():
+    if _is_released(path):
         return _published(path)[1]
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get("config", "{}"))

@@ -15,33 +15,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GitConfig, GitForCausalLM, GitProcessor
 
-from src import figures, miniworld, pretrained
+from src import figures, pretrained
 from src.data import _ids_file, cached_targets, open_subject, write_images
 from src.models import CaptionConverter, RidgeBaseline
 from src.pretrained import BrainCaptioner, PatchClip
 from src.published import load_published
 from src.utils import PerceptError, load_checkpoint, save_checkpoint
+from tests.test_captions import as_float, scenes
 from tools import train_mini_models as tool
 from tools.train_mini_models import named_share
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 31  # no training and no demo draws with it
 
 
 @pytest.fixture(scope="module")
 def captioner():
     return BrainCaptioner("mini")
-
-
-def scenes(count, split, seed=SEED):
-    """uint8 images (count, height, width, 3) and their labels (count, 3): scene, kind, colour."""
-    what = [miniworld.compose(seed, i, split) for i in range(count)]
-    drawn = np.stack([miniworld.render(each, seed) for each in what])
-    return drawn, np.array([[each.scene, each.things[-1].kind, each.things[-1].colour] for each in what])
-
-
-def as_float(images):
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="module")
