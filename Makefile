@@ -9,8 +9,8 @@ setup:
 demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world (nine to ten minutes on two cores)
 	@$(PYTHON) run.py mindeye --mini
 
-test: setup
-	@$(PYTHON) -m pytest
+test: setup  ## a file of tests at a time on each of up to four cores
+	@$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lab: setup  ## JupyterLab with the mini recipe selected
 	@PERCEPT_RECIPE=mindeye/mini .venv/bin/jupyter lab notebooks
