@@ -27,6 +27,7 @@ vd_cache_dir = ""  # where models from the hub are kept, by default the hub's ow
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
 autoencoder_name = ""  # run that holds the low-level network, by default this run
+start_run = ""  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
 img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself and needs no high level, at least 0, at most 1
 faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
 recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one, at least 1
@@ -66,7 +67,7 @@ from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import read_if_missing
 from src.reconstruct import (
     build_decoder, encoder_for, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
-    repeat_agreement, sample_spread,
+    load_row, repeat_agreement, sample_spread,
 )  # fmt: skip
 from src.retrieval import nearest
 from src.utils import HOME, PerceptError, atomic, seed_everything
@@ -91,6 +92,9 @@ most = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
 fewer = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
 if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
     raise PerceptError(f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1 to {most - 1}, or leave it empty.")
+starts = load_row(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
+if start_run and untrained:
+    raise PerceptError("The untrained floor knows nothing of the brain, and pictures retrieved by what it says would tell it: with start_run set untrained to False.")
 print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol {subject.protocol}, test set {subject.test_set}")
 
 # %%
@@ -124,7 +128,7 @@ high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
 for name, (network, _) in high.items():  # MindEye2's low level is a branch of the same network
     if isinstance(network, MindEye2) and network.backbone.blurry_recon:
         files[name] = (files[name][0], files[name][0])
-low = {name: loaded(files[name][1], img2img_strength < 1) for name in names}
+low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
 subject = subject.with_neighbours(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
 decoders = {name: with_voxels(name) for name in names}
 for k in map(int, fewer):
@@ -204,7 +208,8 @@ def reconstruct(name, rows):
         return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
     samples = max(recons_per_sample, keep_samples if name == main else 1)  # those beyond take no part in the choice; a floor is made as the system is
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
-    pictures = paint(tokens, image_ids[rows], latents, samples)
+    begun = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
+    pictures = paint(tokens, image_ids[rows], begun, samples)
     made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
@@ -278,7 +283,8 @@ if has_tokens:
 
 # %%
 shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
-about = {"main": main, "repeats": str(shown), "compared": compared, "protocol": subject.protocol}
+about = {"begun": f"at the pictures that {start_run} retrieved"} if start_run else {}
+about |= {"main": main, "repeats": str(shown), "compared": compared, "protocol": subject.protocol}
 about |= {"test_set": subject.test_set if len(seen) == len(subject.image_ids("test")) else f"{subject.test_set}-first{len(seen)}"}
 tensors = {"seen": seen.half(), **rows, **predicted, "image_ids": torch.from_numpy(image_ids.astype(np.int64)), "held_out": torch.from_numpy(subject.held_out(image_ids))}
 with atomic(run.results / "reconstructions.safetensors") as path:

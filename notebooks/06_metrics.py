@@ -330,8 +330,10 @@ for record in records:
         if row not in repeats:
             cells[row] = f"{entry['value']:.3f} ({gain[0]:+.3f} [{min(gain[1:]):+.3f}, {max(gain[1:]):+.3f}])"
     others += [{"metric": record["name"]} | cells] if cells else []
+pool = json.loads(of["retrieved"]) if "retrieved" in of else {}
 if others:
-    note = "In brackets what the system is better by, paired by image, with its 95 % interval."
+    note = f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. " if pool else ""
+    note += "In brackets what the system is better by, paired by image, with its 95 % interval."
     tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
 
 # %%

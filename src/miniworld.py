@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from src.utils import PerceptError, progress
 
 IMAGE_SIZE = 32  # pixels a side; a large object stays recognisable at this size and everything downstream is quick
+POOL_SEED = 11_000  # of images that nobody has seen
 SUPERSAMPLE = 4  # images are drawn this much larger and then averaged down
 
 COLOURS = {
@@ -460,6 +461,29 @@ def tables(seed: int, split: str, count: int) -> tuple[pd.DataFrame, pd.DataFram
     return labels, pd.DataFrame(captions, columns=["image", "caption"])
 
 
+def pool(count: int, n_test: int = 300, seed: int = 0) -> Iterator[tuple[np.ndarray, str, dict[str, str | int | float]]]:
+    """A pool to search in: (height, width, 3) uint8, a caption and the labels of one image after the other.
+
+    As a pool that holds COCO holds NSD's own stimuli, so this one begins with the test images that every subject of `simulate` is shown. All others
+    nobody has seen, three fifths of them of combinations of training, a fifth each of those of validation and test.
+
+    Args:
+        count: images, the test images among them.
+        n_test: test images.
+        seed: of `simulate`.
+    """
+    others = ("train", "train", "train", "val", "test")
+    for i in range(count):
+        number, index, split = (_shared(seed), i, "test") if i < n_test else (POOL_SEED + seed, i, others[i % len(others)])
+        what = compose(number, index, split)
+        yield render(what, number), caption(what)[0], label(what)
+
+
+def _shared(seed: int) -> int:
+    """Seed of the validation and test images, which are the same for every subject."""
+    return int(np.random.default_rng([seed, 0]).integers(2**31))
+
+
 # ------------------------------------------------------------------------------------------------ the simulated visual cortex
 # Fixed before any decoder was trained on it, and not tuned to a decoder's scores since.
 N_VOXELS = {1: 1572, 2: 1428, 3: 1523, 4: 1315, 5: 1304, 6: 1791, 7: 1268, 8: 1439}  # a tenth of NSD's nsdgeneral, subjects 1-8
@@ -670,8 +694,7 @@ def simulate(subject: int, n_train: int = 5000, n_val: int = 300, n_test: int = 
     """
     cortex, images, signals, parts, ids, split = VisualCortex(subject), [], [], [], [], []
     for name, count in (("train", n_train), ("val", n_val), ("test", n_test)):
-        own_seed = [seed, subject] if name == "train" else [seed, 0]
-        number = int(np.random.default_rng(own_seed).integers(2**31))
+        number = int(np.random.default_rng([seed, subject]).integers(2**31)) if name == "train" else _shared(seed)
         everything = [compose(number, i, name) for i in range(count)]
         block = np.concatenate(list(image_blocks(number, name, count, cortex.size)))
         images.append(block)

@@ -503,3 +503,26 @@ def load_reconstructions(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
         raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 (the file is no dict)
+
+
+def load_row(folder: str | Path, row: str, image_ids: np.ndarray) -> Tensor:
+    """One row of pictures of another run, of the same test images or of more.
+
+    Args:
+        folder: results/<run> of that run.
+        row: e.g. "retrieved".
+        image_ids: (images,) that are wanted.
+
+    Returns:
+        (images, 3, height, width) in [0, 1].
+
+    Raises:
+        PerceptError: the run has no reconstructions, no such row, or not all of these images.
+    """
+    made, _ = load_reconstructions(folder)
+    if row not in made:
+        raise PerceptError(f"{Path(folder).name} has no pictures '{row}': run notebook 05_search_index for it first.")
+    place = {image: i for i, image in enumerate(made["image_ids"].tolist())}
+    if missing := [image for image in image_ids.tolist() if image not in place]:
+        raise PerceptError(f"{Path(folder).name} has no test image {missing[0]}: reconstruct both runs with the same dataset, subj and first_images.")
+    return made[row][[place[image] for image in image_ids.tolist()]].float()

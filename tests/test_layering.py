@@ -7,9 +7,9 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
-SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "networks", "retrieval", "figures", "miniworld", "download", "readers", "augment"}
+SECOND = {"losses", "prior", "models", "pretrained", "data", "metrics", "networks", "retrieval", "figures", "miniworld", "download", "readers", "augment", "index"}
 THIRD = {"training", "published", "reconstruct", "results", "compare", "report", "dryrun", "combined", "voting", "attribution", "sweep", "gnet", "unclip", "refine",
-         "captions", "tables", "mindeye2"}  # fmt: skip
+         "captions", "tables", "mindeye2", "engines", "remote"}  # fmt: skip
 BESIDE = {
     "reconstruct": {"published", "unclip"}, "dryrun": {"reconstruct", "voting"}, "voting": {"reconstruct", "results"}, "combined": {"reconstruct"},
     "report": {"results"}, "captions": {"results"}, "compare": {"results"}, "attribution": {"results"}, "sweep": {"compare"},
@@ -18,10 +18,10 @@ BESIDE = {
 DOORS = {
     "diffusers": {"pretrained", "models", "unclip", "refine"}, "transformers": {"pretrained"}, "open_clip": {"pretrained"}, "clip": {"pretrained"},
     "webdataset": {"readers", "data"}, "h5py": {"readers", "data"}, "nibabel": {"readers", "data", "figures"},  # figures: the volume that a glass brain is drawn of
-    "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval"},
+    "accelerate": {"training"}, "wandb": {"training"}, "kornia": {"augment", "losses"}, "faiss": {"retrieval", "index"},
     "boto3": {"download"}, "botocore": {"download"}, "huggingface_hub": {"download", "pretrained", "dryrun"}, "torchvision.models": {"networks"},
     "captum": {"attribution"}, "nilearn": {"figures"}, "nltk": {"captions"}, "rouge_score": {"captions"}, "pycocoevalcap": {"captions"},
-    "sentence_transformers": {"captions"},
+    "sentence_transformers": {"captions"}, "qdrant_client": {"engines"}, "qdrant_edge": {"engines"}, "grpc": {"engines"},
 }  # fmt: skip
 
 

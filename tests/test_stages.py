@@ -131,7 +131,7 @@ def reconstruct_with_a_released_file(home: Path) -> None:
 
 def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
     """mindeye_retrieval on the same prepared data: the 1x768 model, image variations, and a table of scores."""
-    done = launch(home, "run.py", "mindeye_retrieval", "--mini", *flags)
+    done = launch(home, "run.py", "mindeye_retrieval", "--mini", *flags, "-p", "pool_images", "400")
     assert done.returncode == 0, done.stdout + done.stderr
     results = home / "results" / "mindeye_retrieval-mini-subj01"
     made = load_file(results / "reconstructions.safetensors")
@@ -143,7 +143,26 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
     found = json.loads((home / "results" / "mindeye-mini-subj01" / "metrics.json").read_text())
     record = {r["name"]: r for r in found["metrics"]}["second_order_image_from_brain_top1"]
     assert record["value"] <= record["ceiling"]["value"] and len({t["title"]: t["rows"] for t in found["tables"]}["Retrieval with two models"]) == 4
+    searched = json.loads((results / "metrics.json").read_text())
+    assert {"retrieved", "retrieved_ceiling"} <= set(pd.read_parquet(results / "scores.parquet")["row"]) and "pool_top1" in {r["name"] for r in searched["metrics"]}
+    others = {t["title"]: t for t in searched["tables"]}["Other decoders on the same images"]
+    assert "exact image in pool: no" in others["note"] and "retrieved" in others["rows"][0]
+    begin_at_retrieved_pictures(home, results.name)
     assert {"image_from_brain.png", "brain_from_image.png"} <= {p.name for p in (home / "results" / "mindeye-mini-subj01" / "figures").iterdir()}
+
+
+def begin_at_retrieved_pictures(home: Path, found_by: str) -> None:
+    """Notebook 03 begins where notebook 05_search_index ended: with half of the steps, what was retrieved shines through."""
+    flags = ("--model_name", "prior_released", "--decoder", "network", "--first_images", "6", "--num_inference_steps", "4", "--recons_per_sample", "1")
+    refused = launch(home, "notebooks/03_reconstruct.py", "-f", "recipes/mindeye/mini/03_reconstruct.yaml", *flags, "--start_run", found_by)
+    assert refused.returncode and "with start_run set untrained to False" in refused.stderr
+    flags += ("--no-untrained", "--fewer_repeats", "", "--img2img_strength", "0.25", "--start_run", found_by)
+    done = launch(home, "notebooks/03_reconstruct.py", "-f", "recipes/mindeye/mini/03_reconstruct.yaml", *flags)
+    assert done.returncode == 0, done.stderr
+    made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")["network"].float()
+    begun = load_file(home / "results" / found_by / "reconstructions.safetensors")["retrieved"][:6].float()
+    apart = (made[:, None] - begun[None]).square().mean((2, 3, 4))
+    assert (apart.argmin(1) == torch.arange(6)).all()
 
 
 def both_trainings_with_everything_on(home: Path) -> None:

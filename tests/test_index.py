@@ -1,0 +1,317 @@
+"""The local index: every type against numpy, sources of all kinds, resuming, and the layout that clip-retrieval reads."""
+
+import io
+import shutil
+
+import faiss
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from src import index as indexing
+from src import miniworld
+from src.index import KINDS, Embeddings, LocalIndex, build, choose, collect, embed, local_pictures, nearly_the_same, write_tars
+from src.utils import PerceptError, read_json
+
+DIM, SIZE = 32, 16
+CLUSTERED = 11_000  # rows, enough to learn a compressed index from
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def store(folder, rows, parts=3, metadata=True):
+    """Embeddings in clip-retrieval's layout."""
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    for i, part in enumerate(np.array_split(np.arange(len(rows)), parts)):
+        np.save(folder / "img_emb" / f"img_emb_{i}.npy", rows[part].astype(np.float16))
+        if metadata:
+            pd.DataFrame({"url": [f"https://x.org/{r}.jpg" for r in part]}).to_parquet(folder / "metadata" / f"metadata_{i}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """Rows around 500 centres, as embeddings of pictures lie, and queries beside some of them."""
+    rng = np.random.default_rng(0)
+    rows = unit(rng.standard_normal((500, DIM))[rng.integers(500, size=CLUSTERED)] + 0.5 * rng.standard_normal((CLUSTERED, DIM))).astype(np.float16)
+    return rows.astype(np.float32), unit(rows[:40].astype(np.float32) + 0.1 * rng.standard_normal((40, DIM)))
+
+
+def exact(rows, queries, k, barred=()):
+    scores = unit(queries) @ unit(rows).T
+    scores[:, list(barred)] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), order
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def built(request, clusters, tmp_path_factory):
+    folder = store(tmp_path_factory.mktemp(request.param), clusters[0])
+    plan, _ = choose(len(clusters[0]), DIM, kind=request.param)
+    return build(folder, plan, shard_rows=4000)
+
+
+def test_each_type_finds_what_numpy_finds(built, clusters):
+    rows, queries = clusters
+    found, (scores, order) = built.search(7 * queries, 10), exact(rows, queries, 10)
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.row, order, strict=True)])
+    assert hits > (0.8 if built.kind == "IVF-PQ" else 0.999)
+    same = found.row == order
+    np.testing.assert_allclose(found.similarity[same], scores[same], atol=1e-3)
+    assert (np.diff(found.similarity) <= 0).all() and len(built.shards) == 3 and len(built) == CLUSTERED
+
+
+def test_excluded_rows_are_never_found_and_others_take_their_place(built, clusters):
+    rows, queries = clusters
+    barred = np.unique(built.search(queries, 5).row)
+    found, (_, order) = built.search(queries, 5, barred), exact(rows, queries, 5, barred)
+    assert not np.isin(found.row, barred).any() and (found.row >= 0).all()
+    assert (found.row == order).mean() > (0.6 if built.kind == "IVF-PQ" else 0.99)
+
+
+def test_a_mapped_index_finds_the_same(built, clusters):
+    found = built.search(clusters[1], 5)
+    plan, _ = choose(CLUSTERED, DIM, kind=built.kind, mapped=True)
+    mapped = build(built.folder, plan, shard_rows=4000)  # nothing is made anew
+    np.testing.assert_array_equal(mapped.search(clusters[1], 5).row, found.row)
+    assert plan.mapped and read_json(built.folder / "index.json")["index"]["mapped"]
+
+
+def test_the_estimate_is_what_lies_on_disk(built):
+    plan, _ = choose(CLUSTERED, DIM, kind=built.kind)
+    files = [*built.folder.glob("image.index/0*.index"), *built.folder.glob("img_emb/*.npy")]
+    centres = 3 if built.kind == "IVF-PQ" else 1  # which every shard has once more
+    overhead = (centres - 1) * (plan.disk - CLUSTERED * (2 * DIM + 8 + 4))
+    assert sum(file.stat().st_size for file in files) == pytest.approx(plan.disk + overhead, rel=0.1)
+
+
+def test_joined_for_clip_retrieval(built, clusters):
+    """As its `clip back` opens an index: populated.index of a folder, rows in the order of the metadata's files."""
+    file = indexing.join(built.folder)
+    plain = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    assert plain.ntotal == CLUSTERED
+    told = pd.concat(pd.read_parquet(path) for path in sorted((built.folder / "metadata").glob("*.parquet")))
+    if built.kind == "IVF-PQ":
+        faiss.extract_index_ivf(plain).nprobe = built.probes
+    scores, rows = plain.search(clusters[1].astype(np.float32), 50)
+    best = built.search(clusters[1], 1).row[:, 0]
+    assert np.mean([b in found for b, found in zip(best, rows, strict=True)]) > 0.95
+    assert told.iloc[best[0]]["url"] == built.metadata(best)["url"].iloc[0]
+
+
+def test_shards_and_processes_change_nothing(built, clusters, tmp_path):
+    shutil.copytree(built.folder, tmp_path / "index")
+    plan, _ = choose(CLUSTERED, DIM, kind=built.kind)
+    for rows, jobs, shards in ((3000, 2 if built.kind == "SQ8" else 1, 4), (20_000, 1, 1)):
+        other = build(tmp_path / "index", plan, shard_rows=rows, jobs=jobs)
+        assert len(other.shards) == shards
+        np.testing.assert_array_equal(other.search(clusters[1], 8).row, built.search(clusters[1], 8).row)
+
+
+def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path):
+    rows, queries = clusters
+    folder = store(tmp_path / "index", rows[:5000], parts=2)
+    plan, _ = choose(5000, DIM, kind="SQ8")
+    build(folder, plan, shard_rows=2000)
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
+    np.save(folder / "img_emb" / "img_emb_2.npy", rows[5000:7000].astype(np.float16))
+    pd.DataFrame({"url": [""] * 2000}).to_parquet(folder / "metadata" / "metadata_2.parquet")
+    with pytest.raises(PerceptError, match="7,000 embeddings and an index of 5,000 rows: build the index again"):
+        LocalIndex(folder)
+    grown = build(folder, plan, shard_rows=2000)
+    after = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
+    assert len(grown) == 7000 and {name for name in after if after[name] != before.get(name)} == {"0002.index", "0003.index"}
+    np.testing.assert_array_equal(grown.search(queries, 1).row, exact(rows[:7000], queries, 1)[1])
+
+
+def test_a_build_that_was_interrupted_goes_on(clusters, tmp_path, monkeypatch):
+    folder, (plan, _) = store(tmp_path / "index", clusters[0]), choose(CLUSTERED, DIM, kind="Flat")
+    fill, made = indexing._build_shard, []
+
+    def broken(*arguments):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return fill(*arguments)
+
+    monkeypatch.setattr(indexing, "_build_shard", broken)
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, plan, shard_rows=4000)
+    made.append("go on")
+    assert len(build(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4  # the first shard was not made again
+
+
+def test_equal_rows_come_in_order_and_what_is_not_there_is_minus_one(tmp_path):
+    rows = np.zeros((6, 4))
+    rows[:, 0] = 1
+    rows[4:] = [0, 1, 0, 0]
+    found = build(store(tmp_path / "index", rows), choose(6, 4)[0]).search(np.array([1.0, 0, 0, 0]), 8, exclude=[1])
+    assert found.row.tolist() == [[0, 2, 3, 4, 5, -1, -1, -1]] and np.isneginf(found.similarity[0, 5:]).all()
+
+
+def test_wrong_queries_are_refused(built):
+    for queries, k, words in ((np.ones((2, 5)), 3, "Queries have 5 numbers and the index 32"), (np.full((1, DIM), np.nan), 3, "NaN"), (np.zeros((1, DIM)), 3, "zeros"),
+                              (np.ones((1, DIM)), 0, "at least one")):  # fmt: skip
+        for search in (built.search, built.embeddings.scan):
+            with pytest.raises(PerceptError, match=words):
+                search(queries, k)
+
+
+def test_the_scan_is_exact_and_tells_the_recall(built, clusters):
+    rows, queries = clusters
+    found = built.embeddings.scan(queries, 6, exclude=[0, 3])
+    np.testing.assert_array_equal(found.row, exact(rows, queries, 6, [0, 3])[1])
+    recall = built.recall(10, queries=50)
+    assert recall > (0.8 if built.kind == "IVF-PQ" else 0.999) and recall <= 1
+
+
+# ------------------------------------------------------------------------------------------------ which index
+def test_the_most_exact_index_that_fits_is_taken():
+    million = [choose(1_000_000, 768, gigabytes)[0].kind for gigabytes in (4, 2, 1, 0.2)]
+    assert million == ["Flat", "SQfp16", "SQ8", "IVF-PQ"]
+    plan, table = choose(1_000_000_000, 768, 4)
+    assert plan.kind == "IVF-PQ" and plan.mapped and plan.memory < 4e9 and table["chosen"].sum() == 1
+    with pytest.raises(PerceptError, match="need at least 3.1 GB as Flat, and 1 GB are given"):
+        choose(1_000_000, 768, 1, "Flat")
+    with pytest.raises(PerceptError, match="choose auto or one of Flat"):
+        choose(10, 4, kind="HNSW")
+
+
+# ------------------------------------------------------------------------------------------------ sources
+class Encoder:
+    """A fixed projection of the pixels, that counts what it is given."""
+
+    def __init__(self, fail_after=10**9):
+        self.given, self.fail_after = 0, fail_after
+        self.weights = np.random.default_rng(1).standard_normal((SIZE * SIZE * 3, DIM)).astype(np.float32)
+
+    def __call__(self, pixels):
+        assert pixels.dtype == np.uint8 and pixels.shape[1:] == (SIZE, SIZE, 3)
+        self.given += len(pixels)
+        if self.given > self.fail_after:
+            raise KeyboardInterrupt
+        return (pixels.reshape(len(pixels), -1) / 255 - 0.5) @ self.weights
+
+
+def draw(folder, names, seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / name)
+
+
+def deep_grey():
+    """A PNG of 16 bits a pixel."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((20, 20), 0x4080, np.uint16)).save(file, "png")
+    return file.getvalue()
+
+
+def test_a_folder_of_pictures_with_captions_and_a_broken_one(tmp_path):
+    draw(tmp_path / "pictures", ["a/1.png", "a/2.webp", "b/3.JPG", "b/4.png"])
+    Image.fromarray(np.full((25, 18), 77, np.uint8)).save(tmp_path / "pictures" / "grey.png")
+    assert (indexing.decode(deep_grey(), SIZE) == 0x40).all()
+    (tmp_path / "pictures" / "a" / "1.txt").write_text("one\n")
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    made = embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE, part_rows=2)
+    index = build(tmp_path / "index", choose(len(made), DIM)[0])
+    told = index.metadata(range(5))
+    assert [path.rsplit("/", 1)[1] for path in told["image_path"]] == ["1.png", "2.webp", "3.JPG", "4.png", "grey.png"] and told["caption"][0] == "one"
+    assert read_json(tmp_path / "index" / "index.json")["unread"] == 1 and index.encoder == {"model": "toy"}
+    pictures, ok = local_pictures(index.metadata([4, -1, 0]), SIZE)
+    assert ok.tolist() == [True, False, True] and (pictures[0] == 77).all() and (pictures[1] == 128).all()
+    again = unit(Encoder()(pictures[2:]))
+    np.testing.assert_allclose(again[0], index.embeddings.rows([0])[0], atol=2e-3)
+
+
+def test_only_what_is_new_is_embedded_and_another_encoder_is_refused(tmp_path):
+    draw(tmp_path / "pictures", [f"{i}.png" for i in range(5)])
+    embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
+    draw(tmp_path / "pictures", ["new/9.png", "0_first.png"], seed=1)
+    encoder = Encoder()
+    assert len(embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE)) == 7 and encoder.given == 2
+    with pytest.raises(PerceptError, match="another encoder, toy and not other"):
+        embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "other"}, SIZE)
+    with pytest.raises(PerceptError, match="holds no .tar files and no pictures"):
+        collect(tmp_path / "nothing")
+
+
+def test_embedding_that_was_interrupted_goes_on_with_the_part(tmp_path):
+    draw(tmp_path / "pictures", [f"{i}.png" for i in range(9)])
+    with pytest.raises(KeyboardInterrupt):
+        embed(tmp_path / "pictures", tmp_path / "index", Encoder(fail_after=6), {"model": "toy"}, SIZE, part_rows=3, batch_size=3)
+    encoder = Encoder()
+    made = embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE, part_rows=3, batch_size=3)
+    assert len(made) == 9 and encoder.given == 3 and len(made.parts) == 3
+
+
+def test_a_webdataset_of_the_mini_world(tmp_path):
+    tars = write_tars(miniworld.pool(30, n_test=4), tmp_path / "tars", 30, rows=12)
+    made = embed(tars, tmp_path / "index", lambda pixels: Encoder()(pixels[:, ::2, ::2]), {"model": "toy"}, 32)
+    index = build(tmp_path / "index", choose(len(made), DIM)[0])
+    samples = list(miniworld.pool(30, n_test=4))
+    told = index.metadata([29, 13, 0])
+    assert [samples[i][1] for i in (29, 13, 0)] == told["caption"].tolist() and told["kind"].tolist() == [samples[i][2]["kind"] for i in (29, 13, 0)]
+    pictures, ok = local_pictures(told, 32)
+    assert ok.all() and all((pictures[j] == samples[i][0]).all() for j, i in enumerate((29, 13, 0)))
+    write_tars(miniworld.pool(36, n_test=4), tars, 36, rows=12)  # the last of the tars is kept as it is, so that there is nothing new
+    assert len(embed(tars, tmp_path / "index", Encoder(), {"model": "toy"}, 32)) == 30
+
+
+def test_a_tar_that_is_no_tar_is_named(tmp_path):
+    (tmp_path / "00007.tar").write_bytes(b"half a download")
+    with pytest.raises(PerceptError, match="begins with 00007.tar cannot be read"):
+        embed(tmp_path, tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
+
+
+def test_the_pool_begins_with_the_test_images_and_repeats_none():
+    world = miniworld.simulate(1, n_train=20, n_val=4, n_test=6)
+    test = world.images[np.isin(world.image_ids, miniworld.FIRST_ID["test"] + np.arange(6))]
+    pictures = [pixels for pixels, _, _ in miniworld.pool(40, n_test=6)]
+    np.testing.assert_array_equal(np.stack(pictures[:6]), test)
+    others = {pixels.tobytes() for pixels in world.images}
+    assert not any(pixels.tobytes() in others for pixels in pictures[6:])
+
+
+def test_an_index_of_clip_retrieval_is_opened_as_it_is(clusters, tmp_path):
+    """image.index a file, metadata, no embeddings and nothing of ours."""
+    rows, queries = clusters
+    folder = store(tmp_path / "theirs", rows)
+    (folder / "img_emb").rename(tmp_path / "elsewhere")
+    plain = faiss.index_factory(DIM, "IVF64,Flat", faiss.METRIC_INNER_PRODUCT)
+    plain.train(rows)
+    plain.add(rows)
+    plain.nprobe = 64
+    faiss.write_index(plain, str(folder / "image.index"))
+    index = LocalIndex(folder)
+    np.testing.assert_array_equal(index.search(queries, 4, [1, 2]).row, exact(rows, queries, 4, [1, 2])[1])
+    assert index.metadata([17])["url"][0] == "https://x.org/17.jpg" and index.encoder == {} and index.embeddings is None
+    with pytest.raises(PerceptError, match="no embeddings"):
+        index.recall()
+    with pytest.raises(PerceptError, match="holds no image.index"):
+        LocalIndex(tmp_path / "elsewhere")
+
+
+def test_embeddings_and_metadata_that_do_not_belong_together(clusters, tmp_path):
+    folder = store(tmp_path / "index", clusters[0][:100])
+    with pytest.raises(PerceptError, match="100 images are too few"):
+        build(folder, choose(100, DIM, kind="IVF-PQ")[0])
+    pd.DataFrame({"url": ["x"]}).to_parquet(folder / "metadata" / "metadata_1.parquet")
+    with pytest.raises(PerceptError, match="differ in their rows from part 1 on"):
+        Embeddings(folder)
+
+
+# ------------------------------------------------------------------------------------------------ what must not be found
+def test_copies_of_the_test_images_are_found_however_many(clusters, tmp_path):
+    rng, rows = np.random.default_rng(3), clusters[0][:2000].copy()
+    images = unit(rng.standard_normal((3, DIM)))
+    rows[100:130], rows[500], rows[501] = images[0], images[1], unit(images[1] + 0.04 * rng.standard_normal(DIM))
+    index = build(store(tmp_path / "index", rows), choose(2000, DIM)[0])
+    twins = nearly_the_same(index, images, [7, 8, 9], near=0.94)
+    assert sorted(twins.loc[twins.image == 7, "row"]) == list(range(100, 130)) and set(twins.loc[twins.image == 8, "row"]) == {500, 501}
+    assert not (twins.image == 9).any() and twins.loc[twins.row == 500, "exact"].item() and not twins.loc[twins.row == 501, "exact"].item()
+    assert not np.isin(index.search(images, 40, twins["row"]).row, twins["row"]).any()
