@@ -322,6 +322,8 @@ if repeats:
         | {f"{of['repeats']} repeats": written(each["system", m.name])} for m in chosen
     ]  # fmt: skip
     tables.append({"title": "Fewer repeats of the test images", "note": "Published tables average three repeats; life offers one.", "rows": rows})
+
+# %%
 others = []
 for record in records:
     cells = {}

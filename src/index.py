@@ -467,10 +467,11 @@ def _train(embeddings: Embeddings, plan: Plan, seed: int) -> Any:
     """An empty index that knows its centres and codes, from a sample of the rows."""
     if plan.kind == "IVF-PQ" and len(embeddings) < LEAST:
         raise PerceptError(f"{len(embeddings):,} images are too few to learn {plan.factory} from, which takes {LEAST:,}: choose Flat.")
-    index = faiss.index_factory(embeddings.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(embeddings.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         if plan.kind == "IVF-PQ":
-            faiss.downcast_VectorTransform(index.chain.at(0)).niter = ROTATIONS
+            rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+            rotation.niter = ROTATIONS
         n = min(len(embeddings), 1_000_000, max(64 * plan.lists, 20_000))
         index.train(embeddings.rows(np.sort(np.random.default_rng(seed).choice(len(embeddings), n, replace=False))))
     return index
