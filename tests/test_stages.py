@@ -1,4 +1,4 @@
-"""The stages for real, at toy size: the whole mini recipe through run.py, and the cross-validation on digits."""
+"""The stages for real, at toy size: the whole mini recipe through run.py, and what follows from its run."""
 
 import json
 import os
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.readers import digits69
 from src.utils import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,33 +52,6 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     reconstruct_with_a_released_file(tmp_path)
     the_recipe_of_one_embedding(tmp_path, flags)
     both_trainings_with_everything_on(tmp_path)
-
-
-def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
-    toy = {"mini_images": 150, "trials_per_session": 60, "num_epochs": 1, "prior_depth": 1, "subjects": "1,2", "also": "2", "ridge_folds": 2}
-    later = {"num_sessions": 2, "batch_size": 8, "first_images": 16, "num_inference_steps": 2, "converter_epochs": 1, "refine_run": 2, "shuffles": 1, "untrained": False}
-    flags = [[text for name, value in some.items() for text in ("-p", name, str(value))] for some in (toy, later)]
-    done = launch(tmp_path, "run.py", "mindeye2_small_pretrain", "--mini", *flags[0])
-    assert done.returncode == 0, done.stdout + done.stderr
-    pretrained, told = load_checkpoint(tmp_path / "train_logs" / "mindeye2_small_pretrain-mini-subj01" / "high_level" / "last.safetensors")
-    assert told["training"]["subjects"] == [2] and told["training"]["num_sessions"] == 0
-    done = launch(tmp_path, "run.py", "mindeye2_small_finetune", "--mini", *flags[0], *flags[1])
-    assert done.returncode == 0, done.stdout + done.stderr
-    name = "mindeye2_small_finetune-mini-subj01-2sessions"
-    tuned, told = load_checkpoint(tmp_path / "train_logs" / name / "high_level" / "last.safetensors")
-    dead = [key for key in tuned if key.startswith("backbone.mixer_blocks1")]
-    assert dead and all(torch.equal(tuned[key], pretrained[key]) for key in dead)  # taken over, and nothing has touched them since
-    assert not torch.equal(tuned["backbone.backbone_linear.weight"], pretrained["backbone.backbone_linear.weight"])
-    results = tmp_path / "results" / name
-    made = load_file(results / "reconstructions.safetensors")
-    assert {"network", "ridge", "low_level_network", "low_level_ridge", "nearest_train", "ceiling", "refined", "tokens_network"} <= set(made)
-    captions = pd.read_parquet(results / "captions_brain.parquet")
-    assert len(captions) == len(made["seen"]) == 16 and (captions["brain"].str.len() > 0).all()
-    scores = {record["name"] for record in json.loads((results / "metrics.json").read_text())["metrics"]}
-    assert {"pixcorr", "ROUGE-L", "CIDEr", "brain_correlation V1", "image_from_brain_top1"} <= scores
-    recons = torch.load(results / f"{name}_all_recons.pt", weights_only=True)
-    assert recons.shape == (16, 3, 256, 256) and recons.dtype == torch.float32
-    assert "PixCorr" in (results / "tables" / f"{name}_all_recons.csv").read_text()
 
 
 def anyones_reconstructions(home: Path, results: Path) -> None:
@@ -183,35 +155,3 @@ def both_trainings_with_everything_on(home: Path) -> None:
     figures = {path.name for path in (home / "results" / "everything" / "figures").glob("*.png")}
     assert {"01_samples_epoch000.png", "01_samples_epoch001.png", "02_samples_epoch001.png", "01_training.png", "02_training.png"} <= figures
     assert not (home / "train_logs" / "everything" / "high_level" / "best.safetensors").exists()  # nothing to choose by when validation is trained on
-
-
-def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
-    prepared = launch(home, "notebooks/00_prepare_data.py", "-f", "recipes/digits69/00_prepare_data.yaml", "--data_path", str(source))
-    assert prepared.returncode == 0, prepared.stderr
-    toy = ("--folds", "2", "--inner_folds", "3", "--num_epochs", "1", *more)
-    done = launch(home, "notebooks/08_cross_validate.py", "-f", "recipes/digits69/08_cross_validate.yaml", *toy)
-    assert done.returncode == 0, done.stderr
-    return pd.read_csv(home / "results" / "digits69-subj01" / "cross_validation.csv")
-
-
-def test_cross_validation_puts_both_splits_decoders_and_floors_into_one_table(tmp_path):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (40, 28, 28), dtype=np.uint8)
-    labels = np.tile([1, 2], 20)
-    images[labels == 1, :14] //= 8  # two classes that differ
-    betas = images.reshape(40, -1)[:, :60] / 255 + rng.normal(0, 0.05, (40, 60))
-    digits69.write(tmp_path / "digits.mat", betas, images, labels, n_test=8)
-    table = cross_validate(tmp_path, tmp_path / "digits.mat", "--voxels_kept", "20,60")
-    assert set(table["split"]) == {"official", "2-fold"}
-    pcc = table[(table.metric == "pcc") & (table.split == "2-fold")].set_index("row")["value"]
-    assert {"ridge", "network", "class_mean", "mean_image", "shuffled"} <= set(pcc.index)
-    assert pcc["ridge"] > pcc["mean_image"] and pcc["ridge"] > pcc["shuffled"]
-    assert (table.low <= table.value).all() and (table.value <= table.high).all()
-    assert set(table[table.split == "2-fold"].n) == {40}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ridge_on_real_digits_beats_every_floor_on_the_official_split(tmp_path, digits69_path):
-    table = cross_validate(tmp_path, digits69_path)
-    pcc = table[(table.metric == "pcc") & (table.split == "official")].set_index("row")["value"]
-    assert pcc["ridge"] > 0.79 and pcc["mean_image"] == pytest.approx(0.655, abs=2e-3) and pcc["class_mean"] == pytest.approx(0.736, abs=5e-3)
