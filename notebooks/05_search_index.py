@@ -167,14 +167,16 @@ def reached(order, places):
 
 
 many = len(searched) - twins["row"].nunique() + 1 if not url else 0
+others = f"{many - 1:,}" if many else size  # without any test picture, whether or not they were searched above
+each = {places: reached(np.arange(len(brain)), places) for places in sorted({1, k})}
 records = [
     make_record(
-        f"pool_top{places}", reached(np.arange(len(brain)), places), floors={"shuffled": np.stack([reached(o, places) for o in derangements(len(brain), 3, seed)], 1)},
+        f"pool_top{places}", values, floors={"shuffled": np.stack([reached(o, places) for o in derangements(len(brain), 3, seed)], 1)},
         ceiling="the seen picture is put into the pool, so 1", better="higher", protocol=of["protocol"], test_set=of["test_set"],
-        chance=places / many if many else 0.0, description=f"the seen picture, put into a pool of {size} others, is among the {places} nearest to what the brain says",
+        chance=places / many if many else 0.0, description=f"the seen picture, put into a pool of {others} others, is among the {places} nearest to what the brain says",
         source="docs/large_index.md", exact_in_pool="yes",
     )
-    for places in sorted({1, k})
+    for places, values in each.items()
 ]  # fmt: skip
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_pool"]]
 
@@ -260,7 +262,7 @@ with atomic(run.results / "found.parquet") as path:
 pd.Series(about)
 
 # %%
-scores = [pd.DataFrame({"metric": r["name"], "row": "system", "image": image_ids, "value": reached(np.arange(len(brain)), int(r["name"][8:]))}) for r in records]
+scores = [pd.DataFrame({"metric": f"pool_top{places}", "row": "system", "image": image_ids, "value": values}) for places, values in each.items()]
 lines = [{"score": r["description"], "value": r["value"], "low": r["low"], "high": r["high"], "chance": r["chance"], "exact image in pool": "yes"} for r in records]
 note = f"{searched}. {exact.sum()} test pictures that were in the pool, and near copies ({twins['row'].nunique()} rows in all), took no part; the seen picture is put in."
 written = [{"title": "Search of a large index", "note": note, "rows": lines}, {"title": "Retrieved pictures", "note": "What is scored as retrieved.", "rows": [about]}]

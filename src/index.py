@@ -390,10 +390,13 @@ def local_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.nd
             return decode(file.read(), size)
 
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        pictures = list(pool.map(one, metadata.to_dict("records")))
-    ok = np.array([picture is not None for picture in pictures], bool)
+        return stacked(list(pool.map(one, metadata.to_dict("records"))), size)
+
+
+def stacked(pictures: Sequence[np.ndarray | None], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (size, size, 3) uint8 as one array, grey where there is none, and (pictures,) whether there is one."""
     grey = np.full((size, size, 3), 128, np.uint8)
-    return np.stack([grey if picture is None else picture for picture in pictures]), ok
+    return np.stack([grey if picture is None else picture for picture in pictures]), np.array([picture is not None for picture in pictures], bool)
 
 
 # ------------------------------------------------------------------------------------------------ which index
@@ -619,10 +622,7 @@ class LocalIndex:
         shards = sorted(place.glob("[0-9]*.index")) or ([place / "populated.index"] if place.is_dir() else [place])
         if not shards[0].exists():
             raise PerceptError(f"{self.folder} holds no image.index: build one with notebook 05_search_index, or give the folder of an index.")
-        if not about.get("mapped"):
-            flags = 0
-        else:
-            flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.get("mapped") else 0
         if shards[0].name == "populated.index":
             flags |= faiss.IO_FLAG_ONDISK_SAME_DIR
         self.shards = [faiss.read_index(str(shard), flags) for shard in shards]

@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.index import Found, best, check_queries, decode
+from src.index import Found, best, check_queries, decode, stacked
 from src.utils import PerceptError, atomic, progress
 
 AGENT = "Mozilla/5.0 (compatible; Percept)"  # some hosts refuse all that is not called a browser
@@ -527,9 +527,7 @@ def sent_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.nda
     Returns:
         (rows, size, size, 3) uint8, grey where there is none, and (rows,) whether there is one.
     """
-    made = [decode(base64.b64decode(text), size) if isinstance(text, str) else None for text in metadata["image"]]
-    grey = np.full((size, size, 3), 128, np.uint8)
-    return np.stack([grey if picture is None else picture for picture in made]), np.array([picture is not None for picture in made], bool)
+    return stacked([decode(base64.b64decode(text), size) if isinstance(text, str) else None for text in metadata["image"]], size)
 
 
 def first_found(

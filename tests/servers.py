@@ -140,19 +140,27 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_server(repos, **options):
-    """A running hub; its address is `.url`."""
-    hub = Hub(repos, **options)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+def serving(handler, **attributes):
+    """A running server; its handler class has the attributes."""
+    kind = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128, "daemon_threads": True, "block_on_close": False})
+    server = kind(("127.0.0.1", 0), type("Handler", (handler,), attributes))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield server
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_server(repos, **options):
+    """A running hub; its address is `.url`."""
+    hub = Hub(repos, **options)
+    with serving(_Handler, hub=hub) as server:
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield hub
 
 
 @contextmanager

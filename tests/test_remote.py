@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from servers import serving
 
 from src import remote
 from src.remote import PUBLISHED, PictureCache, RemoteIndex, fetch_images, first_found, is_public
@@ -29,21 +30,6 @@ DIM, ROWS = 8, 60
 def rows_of(seed=0):
     rows = np.random.default_rng(seed).normal(size=(ROWS, DIM)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@contextmanager
-def serving(handler, **attributes):
-    """A running server; its handler class has the attributes."""
-    kind = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128, "daemon_threads": True, "block_on_close": False})
-    server = kind(("127.0.0.1", 0), type("Handler", (handler,), attributes))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class Quiet(BaseHTTPRequestHandler):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_remote import Quiet, serving
+from servers import serving
+from test_remote import Quiet
 
 from src.data import open_subject, write_image_table, write_images, write_subject
 from src.index import LocalIndex, local_pictures
@@ -137,7 +138,6 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
         shown = found[found["chosen"] & (found["search"] == "retrieved")].set_index("image").loc[world.ids, "row"]
         pixels, _ = local_pictures(LocalIndex(world.home / "data/indices/small").metadata(shown), 32)
         torch.testing.assert_close(made["retrieved"].float(), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, atol=2e-3, rtol=0)
-
 
 
 def test_a_server_that_is_down_is_one_sentence(world):
