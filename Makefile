@@ -21,10 +21,10 @@ lint: setup
 notebooks: setup  ## remake the .py exports from the notebooks
 	@.venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all notebooks/*.ipynb
 
-gallery: demo  ## remake docs/gallery from the executed notebooks of five recipes, of their comparison and of a sweep
-	@for recipe in combined basic_ae roi_voting mindeye2_small; do $(PYTHON) run.py $$recipe --mini || exit 1; done
+gallery: demo  ## remake docs/gallery from the executed notebooks of six recipes, of their comparison and of a sweep
+	@for recipe in combined basic_ae roi_voting mindeye2_small mindeye_retrieval; do $(PYTHON) run.py $$recipe --mini || exit 1; done
 	@$(PYTHON) run.py compare && $(PYTHON) run.py sweep launch/sweeps/roi_sets_mini.yaml
-	@$(PYTHON) tools/make_gallery.py $(addprefix results/,mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 roi_voting-mini-subj01 mindeye2_small-mini-subj01 compare roi_sets_mini)
+	@$(PYTHON) tools/make_gallery.py $(addprefix results/,mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 roi_voting-mini-subj01 mindeye2_small-mini-subj01 mindeye_retrieval-mini-subj01 compare roi_sets_mini)
 
 build:
 	docker build -t $(IMAGE) .

@@ -7,6 +7,7 @@
     python run.py mindeye --mini -f my.yaml              # a file of overrides, laid over the recipe and under -p
     python run.py mindeye --mini --from 03 --force       # again from stage 03
     python run.py mindeye --mini --to 02                 # end with stage 02; the same without --to goes on from there
+    python run.py mindeye2_small --mini --without 04     # leave a stage out
     python run.py download mindeye -p subj 5 --dry-run   # list what the recipe needs from the hub; without --dry-run, fetch it
     python run.py mindeye --launch launch/eight_gpus.yaml  # stages that train do so in several processes (docs/launching.md)
     python run.py sweep launch/sweeps/roi_sets_mini.yaml # a recipe at every point of a grid, side by side (docs/sweeps.md)
@@ -251,17 +252,24 @@ def keep_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a step of the full-size model in 6 s instead of 11 (benchmarks/full_size_step.py)
 
 
-def asked(recipe: str, overrides: dict[str, Any], first: str, files: Sequence[str], last: str = "") -> tuple[list[str], dict[str, Any]]:
+def asked(
+    recipe: str, overrides: dict[str, Any], first: str, files: Sequence[str], last: str = "", without: Sequence[str] = ()
+) -> tuple[list[str], dict[str, Any]]:
     """The stages of a recipe, and the overrides of files and command line in one, with the run's name; refuses what no stage has."""
     stages = stages_of(recipe.split("/")[0])
     contents = [utils.read_recipe(file) for file in files]
     for content, origin in zip([*contents, overrides], [*files, "-p"], strict=True):
         check_overrides(stages, content, origin)
-    for flag, given in (("--from", first), ("--to", last)):
+    for flag, given in (("--from", first), ("--to", last), *(("--without", stage) for stage in without)):
         if given and not any(stage.startswith(given) for stage in stages):
             raise PerceptError(f"{flag} {given} names no stage of {recipe}: choose among {', '.join(stages)}.")
     merged = {name: value for content in [*contents, overrides] for name, value in content.items()}
-    return stages, merged | {"model_name": name_of(recipe, stages, merged)}
+    return left(stages, without), merged | {"model_name": name_of(recipe, stages, merged)}
+
+
+def left(stages: Sequence[str], without: Sequence[str]) -> list[str]:
+    """Stages less those whose names begin with one of some numbers or names."""
+    return [stage for stage in stages if not stage.startswith(tuple(without))]
 
 
 def chain(recipe: str, overrides: dict[str, Any], stages: Iterable[str], before: str = "") -> Iterator[tuple[str, dict[str, Any], Path, str]]:
@@ -274,11 +282,12 @@ def chain(recipe: str, overrides: dict[str, Any], stages: Iterable[str], before:
 
 
 def run_recipe(
-    recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = (), launch: str = "", last: str = ""
-) -> Path:
+    recipe: str, overrides: dict[str, Any], first: str = "", force: bool = False, files: Sequence[str] = (), launch: str = "", last: str = "",
+    without: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Run every stage of a recipe that is not finished, and return results/<run>/."""
     launcher = launcher_of(launch)
-    stages, overrides = asked(recipe, overrides, first, files, last)
+    stages, overrides = asked(recipe, overrides, first, files, last, without)
     results = utils.HOME / "results" / overrides["model_name"]
     reached, begun = not first, time.time()
     for number, (stage, values, stamp, mark) in enumerate(chain(recipe, overrides, stages), 1):
@@ -301,11 +310,11 @@ def run_recipe(
     return results
 
 
-def dry_run(recipe: str, overrides: dict[str, Any], first: str = "", files: Sequence[str] = (), last: str = "") -> None:
+def dry_run(recipe: str, overrides: dict[str, Any], first: str = "", files: Sequence[str] = (), last: str = "", without: Sequence[str] = ()) -> None:
     """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
     from src.dryrun import plan
 
-    stages, overrides = asked(recipe, overrides, first, files, last)
+    stages, overrides = asked(recipe, overrides, first, files, last, without)
     earlier: dict[str, Any] = {}  # what reconstructs is told by what was trained
     for stage in stages:
         known = utils.read_parameters(utils.parameters_source(notebook_of(stage)), stage)
@@ -365,8 +374,11 @@ class Sweep:
 
         self.path, self.grid = Path(path), read_grid(path)
         stages = stages_of(self.grid.recipe.split("/")[0])
-        self.preparing, self.stages = [s for s in stages if s.startswith("00")], [s for s in stages if not s.startswith("00")]
+        self.preparing, self.stages = [s for s in stages if s.startswith("00")], left(stages, ["00"])
         self._check_names(stages)
+        if unknown := [given for given in self.grid.without if not any(stage.startswith(given) for stage in self.stages)]:
+            raise PerceptError(f"without: {unknown[0]} in {path} names no stage that comes after the preparation: choose among {', '.join(self.stages)}.")
+        self.stages = left(self.stages, self.grid.without)
         self.begin = next((i for i, stage in enumerate(self.stages) if stage.startswith(self.grid.first)), -1)
         if self.begin < 0:
             raise PerceptError(f"from: {self.grid.first} in {path} names no stage that comes after the preparation: choose among {', '.join(self.stages)}.")
@@ -467,6 +479,7 @@ class Sweep:
             utils.write_json(results / ".stages" / stamp.name, utils.read_json(stamp))
         more = ["--from", self.stages[self.begin]] if self.preparing or self.begin else []
         how = point.launch or launch
+        more += ["--without", ",".join(self.grid.without)] if self.grid.without else []
         more += [*(["--force"] if force else []), *(["--launch", how] if how else [])]
         command = [sys.executable, "-u", str(utils.ROOT / "run.py"), self.grid.recipe, "-f", str(results / "overrides.yaml")]
         return Job(point.label, [*command, "-p", "model_name", self.grid.run_of(point), *more], results / "log.txt", results / ".lock")
@@ -583,7 +596,7 @@ def sweep(arguments: Sequence[str]) -> int:
         raise PerceptError(f"--only takes numbers of points, 0 to {len(points) - 1} and separated by commas (it was {args.only!r}), --jobs a number of at least 1.")
     launcher_of(args.launch)
     if args.list or args.dry_run:
-        show_points(told) if args.list else dry_run(told.grid.recipe, told.overrides_of(points[0]), told.stages[0])
+        show_points(told) if args.list else dry_run(told.grid.recipe, told.overrides_of(points[0]), told.stages[0], without=told.grid.without)
         return 0
     prepare_data(told)
     states = {point.label: told.state(point) for point in points}
@@ -612,6 +625,7 @@ def main() -> int:
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one parameter")
     parser.add_argument("--from", dest="first", default="", metavar="NN", help="begin at this stage, taking the earlier ones as they are")
     parser.add_argument("--to", dest="last", default="", metavar="NN", help="end with this stage")
+    parser.add_argument("--without", default="", metavar="NN,NN", help="leave out these stages")
     parser.add_argument("--force", action="store_true", help="run finished stages again (with --from: from there on)")
     parser.add_argument("--dry-run", action="store_true", help="only tell what the stages will need: parameters, memory, disk")
     parser.add_argument("--launch", default="", metavar="HOW", help="train in several processes: an accelerate config of launch/, or a command before the script")
@@ -620,11 +634,11 @@ def main() -> int:
         list_recipes()
         sys.stdout.flush()
         return 0
-    recipe = args.recipe + ("/mini" if args.mini else "")
+    recipe, without = args.recipe + ("/mini" if args.mini else ""), list(filter(None, args.without.split(",")))
     if args.dry_run:
-        dry_run(recipe, dict(args.pairs), args.first, args.files, args.last)
+        dry_run(recipe, dict(args.pairs), args.first, args.files, args.last, without)
         return 0
-    run_recipe(recipe, dict(args.pairs), args.first, args.force, args.files, args.launch, args.last)
+    run_recipe(recipe, dict(args.pairs), args.first, args.force, args.files, args.launch, args.last, without)
     return 0
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +54,34 @@ class Model:
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def make(folder: Path, rows: int) -> None:
-    """rows.npy (rows, DIM) float16, queries.npy (QUERIES, DIM) float32, true.npy (QUERIES, K): the truly nearest of what is in rows.npy."""
-    if (folder / "true.npy").exists():
-        return
+def drawn(folder: Path, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (BLOCK, DIM) float16) of all rows; behind the last, queries.npy (QUERIES, DIM) float32 and true.npy (QUERIES, K), the truly nearest, are written."""
     model = Model(rows)
     queries = model.draw(QUERIES, 1)
     np.save(folder / "queries.npy", queries)
-    out = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.float16, (rows, DIM))
     best, found = np.full((QUERIES, K), -np.inf, np.float32), np.zeros((QUERIES, K), np.int64)
     for start in range(0, rows, BLOCK):
         block = model.draw(min(BLOCK, rows - start), 2 + start // BLOCK).astype(np.float16)
-        out[start : start + len(block)] = block
+        yield start, block
         similarity = np.concatenate([best, queries @ block.astype(np.float32).T], 1)
         places = np.concatenate([found, np.tile(np.arange(start, start + len(block)), (QUERIES, 1))], 1)
         top = np.argpartition(-similarity, K, axis=1)[:, :K]
         best, found = np.take_along_axis(similarity, top, 1), np.take_along_axis(places, top, 1)
-    out.flush()
     np.save(folder / "true.npy", found)
+
+
+def make(folder: Path, rows: int) -> None:
+    """rows.npy (rows, DIM) float16, and what `drawn` leaves, of what is in rows.npy."""
+    if (folder / "true.npy").exists():
+        return
+    out = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.float16, (rows, DIM))
+    for start, block in drawn(folder, rows):
+        out[start : start + len(block)] = block
+    out.flush()
+    queries, true = np.load(folder / "queries.npy"), np.load(folder / "true.npy")
+    last = np.einsum("qd,qkd->qk", queries, out[true].astype(np.float32)).min(1)
     one, two = out[:200].astype(np.float32), out[-200:].astype(np.float32)
-    print(f"{rows:,} rows; cosine of two rows {float((one @ two.T).mean()):.2f}, of a query with its {K}th nearest {float(best.min(1).mean()):.2f}", flush=True)
+    print(f"{rows:,} rows; cosine of two rows {float((one @ two.T).mean()):.2f}, of a query with its {K}th nearest {float(last.mean()):.2f}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ one index
@@ -118,10 +126,14 @@ def qdrant(folder: Path, kind: str) -> Any:
     return QdrantIndex(folder, kind, kind.partition(" ")[2] or "none")
 
 
-def resident() -> tuple[int, int]:
-    """Bytes of this process in memory: its own, and pages of files that could be dropped."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(status["RssAnon"].split()[0]) * 1024, int(status["RssFile"].split()[0]) * 1024
+def resident(process: int | str = "self") -> tuple[int, int]:
+    """Bytes of a process in memory: its own, and pages of files that could be dropped; 0 where it has ended."""
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":" in line)
+    except OSError:
+        status = {}
+    own, files = (int(status.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return own, files
 
 
 def forget(folder: Path) -> None:

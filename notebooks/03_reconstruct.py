@@ -59,7 +59,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cached_targets, open_split, open_subject
+from src.data import Normaliser, cached_targets, open_pictures, open_split
 from src.figures import contact_sheet, save
 from src.mindeye2 import fit_converter
 from src.models import MindEye2
@@ -164,7 +164,7 @@ low_decoder = LatentAutoencoder(weights, "image_variation", 0 if weights == "min
 read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
 converter = None
 if patches and read.target_shape != clipper.target_shape:
-    pictured = open_subject(dataset, subj) if subject.clusters is None else subject  # however few sessions the brain has, pictures there are
+    pictured = open_pictures(dataset, subj, subject)
     pairs = [cached_targets(dataset, "patch_tokens", c.fingerprint(), pictured.all_images, c.encode_pixels, c.target_shape) for c in (clipper, read)]
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
     splits = [pictured.image_ids(split) for split in ("train", "val")]

@@ -53,7 +53,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from src.data import cached_targets, open_split, open_subject
+from src.data import cached_targets, open_pictures, open_split
 from src.figures import contact_sheet, save, training_curves
 from src.metrics import resize
 from src.mindeye2 import fit_converter
@@ -89,7 +89,7 @@ print(f"(test images, tokens, dim) = {tuple(tokens.shape)} from {type(clip).__na
 if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
-    pictured = open_subject(dataset, subj) if subject.clusters is None else subject  # however few sessions the brain has, pictures there are
+    pictured = open_pictures(dataset, subj, subject)
     ours = cached_targets(dataset, kind, clip.fingerprint(), pictured.all_images, clip.encode_pixels, clip.target_shape)
     theirs = cached_targets(dataset, "git_tokens", encoder.fingerprint(), pictured.all_images, encoder.encode_pixels, encoder.target_shape)
     train_ids, val_ids = pictured.image_ids("train"), pictured.image_ids("val")

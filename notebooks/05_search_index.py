@@ -100,7 +100,7 @@ print(f"(test images, dim) = {brain.shape} of {encoder.fingerprint()['model']}")
 made_by = {name: value for name, value in encoder.fingerprint().items() if name in ("model", "revision", "variant")}
 folder, source = resolve(index), resolve(pool)
 if pool == "mini":
-    source = indexing.write_tars(miniworld.pool(pool_images), HOME / "data" / "mini" / "pool", pool_images)
+    source = indexing.write_tars(miniworld.pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images)
 if pool:
     indexing.embed(source, folder, encoder.encode_pixels, made_by, encoder.size)
 embedded = (folder / "img_emb").is_dir() and not url
@@ -146,7 +146,10 @@ print(f"{len(barred)} are left out, {size} pictures are searched. Exact image in
 # By what the brain says, and by the true embedding of what was seen: the nearest picture that there is, which no brain can beat.
 
 # %%
-here = not url and indexing.local_pictures(searched.metadata(np.arange(min(8, len(searched)))), 8)[1].any()  # pictures on this machine, or urls
+first = pd.DataFrame() if url else searched.metadata(np.arange(min(8, len(searched))))
+if not url and not {"image_path", "url", "image"} & set(first):
+    raise PerceptError(f"{searched} says of no row where its picture is (image_path, url): put its metadata/ beside the index.")
+here = not url and indexing.local_pictures(first, 8)[1].any()  # pictures on this machine, or urls
 wide = k if here else max(k, candidates)
 found = {"retrieved": searched.search(brain, wide, barred), "retrieved_ceiling": searched.search(true, wide, barred)}
 pd.DataFrame({name: near.similarity[:, :k].mean(0) for name, near in found.items()}, index=[f"cosine of number {i + 1}" for i in range(k)]).T.round(3)
@@ -243,7 +246,8 @@ print(f"without a picture, and {'white' if server_failure == 'published' else 'g
 
 # %%
 about = {"pool": str(searched), "pictures": size, "exact image in pool": in_pool}
-about |= {"test pictures left out": int(exact.sum()) * (not keep_test_images), "near copies left out": len(barred), "without a picture": lost["retrieved"]}
+about |= {"test pictures left out": int(exact.sum()) * (not keep_test_images), "pictures left out, near copies included": len(barred)}
+about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in (made | rows).items()}, path, metadata=of | {"retrieved": json.dumps(about)})

@@ -482,7 +482,8 @@ if ours and subject.captions is not None:
     details["caption"] = subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna("").to_numpy()
 if speech:
     details["caption"] = [f"{a} | from the brain: {b} | of the image: {c}" for a, b, c in zip(details["caption"], captions["brain"], captions["git_image"], strict=True)]
-names = {f"low_level_{main}" if ours else "": "low level", "system": "reconstructed", "nearest_train": "nearest training image", "ceiling": "ceiling"}
+names = {f"low_level_{main}" if ours else "": "low level", "system": "reconstructed", "refined": "refined", "retrieved": "found in the pool"}
+names |= {"nearest_train": "nearest training image", "ceiling": "ceiling"}
 shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
 print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")
 

@@ -1287,6 +1287,16 @@ def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
     return subject.holding_out(clusters).first_sessions(num_sessions)
 
 
+def open_pictures(dataset: str | Path, subj: int, subject: Subject) -> Subject:
+    """The subject whose pictures teach what needs no brain: with those of all sessions, however few of them the decoder saw; clusters held out of training stay out.
+
+    Args:
+        dataset, subj: as for `open_subject`.
+        subject: of `open_split`.
+    """
+    return subject if subject.clusters is not None else open_subject(dataset, subj)
+
+
 # -------------------------------------------------------------------------------- torch dataset
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 -> well mixed uint64."""

@@ -614,7 +614,7 @@ def _controls_legend(fig: Figure, shown: Sequence[str], first: Sequence[Line2D],
     for name in [*CONTROL_MARKS, *sorted(set(shown) - set(CONTROL_MARKS))]:
         if name in shown:
             _, colour, label = _mark(name)
-            handles.append(Line2D([], [], color=colour, label=label, **{"ls": "none", **_shape(name), "ms": 9, **look}))
+            handles.append(Line2D([], [], label=label, **{"color": colour, "ls": "none", **_shape(name), "ms": 9, **look}))
     fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, y), ncols=ncols, fontsize=8, columnspacing=1.3, handletextpad=0.5)
 
 
@@ -703,12 +703,13 @@ def curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
     head = 0.12 + 0.2 * -(-(len(curves) + controls["row"].nunique()) // columns)  # of the legend
     tall = fig.get_figheight() + head
     fig.set_size_inches(width, tall)
+    grey: dict[str, Any] = {"color": "0.55"} if len(curves) > 1 else {}  # colours are for the curves
     for ax, metric in zip(axes, metrics, strict=True):
         for name, part in controls[controls["metric"] == metric].groupby("row", sort=False):
-            part = part.sort_values(by, key=lambda k: k.map(place))
-            ax.plot(part[by].map(place), part["value"], color=_mark(str(name))[1], lw=1, marker=_mark(str(name))[0], ms=4, alpha=0.85, zorder=2)
+            part, look = part.sort_values(by, key=lambda k: k.map(place)), {"color": _mark(str(name))[1]} | grey
+            ax.plot(part[by].map(place), part["value"], lw=1, marker=_mark(str(name))[0], ms=4, alpha=0.85, zorder=2, **look)
             if len(part) == 1:
-                ax.axhline(part["value"].iloc[0], color=_mark(str(name))[1], lw=1, zorder=1)
+                ax.axhline(part["value"].iloc[0], lw=1, zorder=1, **look)
         for i, curve in enumerate(curves):
             part = system[(system["metric"] == metric) & (system["curve"] == curve)].sort_values(by, key=lambda k: k.map(place))
             at = part[by].map(place)
@@ -730,7 +731,7 @@ def curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
         Line2D([], [], color=COLOURS[i], marker=MARKERS[i], ms=6, lw=2.2, ls=["-", "--", "-."][i % 3], label=f"{curve}, 95 % interval")
         for i, curve in enumerate(curves)
     ]
-    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall, columns, ls="-", ms=5, lw=1)
+    _controls_legend(fig, list(dict.fromkeys(controls["row"])), told, 1 - 0.03 / tall, columns, ls="-", ms=5, lw=1, **grey)
     return fig
 
 

@@ -85,6 +85,14 @@ def best(similarity: np.ndarray, row: np.ndarray, k: int) -> Found:
     return Found(found.similarity, np.where(np.isneginf(found.similarity), -1, found.row))
 
 
+def _whole(path: Path, remedy: str, read: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What `read` reads from a file, or a sentence where that is cut short or is something else."""
+    try:
+        return read(str(path), *arguments, **named)
+    except (RuntimeError, ValueError, EOFError) as error:  # of faiss, of numpy and pyarrow, of an empty file
+        raise PerceptError(f"{path} cannot be read, as it is cut short or of another kind: {remedy}.") from error
+
+
 # ------------------------------------------------------------------------------------------------ embeddings
 class Metadata:
     """What is known of each row: the files metadata/*.parquet of a folder, read where rows are asked for.
@@ -96,7 +104,7 @@ class Metadata:
 
     def __init__(self, folder: str | Path, parts: int | None = None):
         self.tables = sorted((Path(folder) / "metadata").glob("*.parquet"))[:parts]
-        self.lengths = [pq.read_metadata(table).num_rows for table in self.tables]
+        self.lengths = [_whole(table, "make that part again", pq.read_metadata).num_rows for table in self.tables]
         self.start = np.cumsum([0, *self.lengths])
 
     def __len__(self) -> int:
@@ -118,7 +126,7 @@ class Embeddings:
     Attributes: parts, the arrays (rows, dim) in the order of their names; start, first row of each, and behind the last.
 
     Raises:
-        PerceptError: there are none, they are not of one dim, or metadata has other rows.
+        PerceptError: there are none, a file is cut short, they are not of one dim, or metadata has other rows.
     """
 
     def __init__(self, folder: str | Path):
@@ -126,7 +134,7 @@ class Embeddings:
         files = sorted((self.folder / "img_emb").glob("*.npy"))
         if not files:
             raise PerceptError(f"{self.folder / 'img_emb'} holds no .npy files: give a folder that clip-retrieval, or notebook 05_search_index, wrote embeddings into.")
-        self.parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        self.parts = [_whole(file, "make that part again", np.load, mmap_mode="r", allow_pickle=False) for file in files]
         if {part.ndim for part in self.parts} != {2} or len(dims := {part.shape[-1] for part in self.parts}) != 1:
             raise PerceptError(f"The embeddings in {self.folder / 'img_emb'} are not all (rows, dim) with one dim: {sorted({part.shape for part in self.parts})[:3]}.")
         self.dim = dims.pop()
@@ -147,7 +155,8 @@ class Embeddings:
         for part in np.unique(which):
             at = which == part
             out[at] = self.parts[part][rows[at] - self.start[part]]
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        out /= np.maximum(np.einsum("ij,ij->i", out, out)[:, None] ** 0.5, 1e-12)  # without a copy: a sample to learn from may be gigabytes
+        return out
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, (rows, dim) float32 of length one) from one row to another, in pieces."""
@@ -330,8 +339,8 @@ def embed(
         before, now = _name(state["encoder"]), _name(encoder)
         raise PerceptError(f"{folder} holds embeddings of another encoder, {before} and not {now}: give another folder, or the weights that made it.")
     parts = collect(source, part_rows, [*state["done"], *_paths(folder, Path(source))])
-    (folder / "img_emb").mkdir(parents=True, exist_ok=True)
-    (folder / "metadata").mkdir(exist_ok=True)
+    _tidy(folder / "img_emb")
+    _tidy(folder / "metadata")
     with tqdm(desc="embedding", unit="image", mininterval=2, total=sum(len(part.files) for part in parts) or None) as bar:
         for part in parts:
             try:
@@ -475,7 +484,7 @@ def _train(embeddings: Embeddings, plan: Plan, seed: int) -> Any:
         if plan.kind == "IVF-PQ":
             rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
             rotation.niter = ROTATIONS
-        n = min(len(embeddings), 1_000_000, max(64 * plan.lists, 20_000))
+        n = min(len(embeddings), 1_000_000, max(48 * plan.lists, 20_000))
         index.train(embeddings.rows(np.sort(np.random.default_rng(seed).choice(len(embeddings), n, replace=False))))
     return index
 
@@ -515,7 +524,7 @@ def build(folder: str | Path, plan: Plan, shard_rows: int = 1_000_000, jobs: int
         state["index"]["shard_rows"], state["shards"] = shard_rows, []
         for shard in place.glob("[0-9]*.index"):
             shard.unlink()
-    place.mkdir(exist_ok=True)
+    _tidy(place)
     state["index"] |= {"mapped": plan.mapped}
     trained = place / "trained.index"
     if not trained.exists():
@@ -534,6 +543,13 @@ def build(folder: str | Path, plan: Plan, shard_rows: int = 1_000_000, jobs: int
 
         _run(missing, lambda i: (str(folder), str(trained), *ranges[i], str(place / f"{i:04d}.index"), threads), done, jobs)
     return LocalIndex(folder)
+
+
+def _tidy(place: Path) -> None:
+    """A folder that is there, without what a call that was killed left half-written in it."""
+    place.mkdir(parents=True, exist_ok=True)
+    for unfinished in place.glob(".*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _remove(place: Path) -> None:
@@ -612,7 +628,7 @@ class LocalIndex:
     Attributes: dim; kind, of faiss; encoder, what made the embeddings ({} where that is not recorded); embeddings (None where the folder has none).
 
     Raises:
-        PerceptError: there is no index in the folder, or its parts have other numbers of rows.
+        PerceptError: there is no index in the folder, a file is cut short, or its parts have other numbers of rows.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
@@ -625,7 +641,8 @@ class LocalIndex:
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.get("mapped") else 0
         if shards[0].name == "populated.index":
             flags |= faiss.IO_FLAG_ONDISK_SAME_DIR
-        self.shards = [faiss.read_index(str(shard), flags) for shard in shards]
+        self.shards = [_whole(shard, "delete it, and build the index again", faiss.read_index, flags) for shard in shards]
+        self._pool = ThreadPoolExecutor(min(len(shards), os.cpu_count() or 1))  # kept, as each new thread would make faiss begin new ones
         self.start = np.cumsum([0, *(shard.ntotal for shard in self.shards)])
         self.kind, self.dim = about.get("kind", type(self.shards[0]).__name__), self.shards[0].d
         self.candidates, self.probes = about.get("candidates", 4), about.get("probes", 0)
@@ -658,8 +675,8 @@ class LocalIndex:
         queries = check_queries(queries, self.dim, k)
         barred = np.unique(np.asarray([] if exclude is None else exclude, np.int64))
         more = k * (self.candidates if self.embeddings is not None else 1)
-        with ThreadPoolExecutor(len(self.shards)) as pool:
-            found = list(pool.map(lambda i: self._search_shard(i, queries, more, barred), range(len(self.shards))))
+        side_by_side = self._pool.map if len(queries) == 1 < len(self.shards) else map  # several queries are shared out over the cores by faiss itself
+        found = list(side_by_side(lambda i: self._search_shard(i, queries, more, barred), range(len(self.shards))))
         near = best(np.concatenate([part.similarity for part in found], 1), np.concatenate([part.row for part in found], 1), more)
         return near if self.embeddings is None else best(self._cosines(queries, near.row), near.row, k)
 

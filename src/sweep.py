@@ -33,7 +33,7 @@ from scipy import stats
 
 from src.utils import PerceptError, read_json, read_recipe, to_device
 
-KEYS = ("name", "recipe", "from", "fixed", "grid", "points", "report")  # of a grid file
+KEYS = ("name", "recipe", "from", "without", "fixed", "grid", "points", "report")  # of a grid file
 RESERVED = ("prepare", "figures", "parameters")  # folders of results/<sweep>/ that are no points
 SEEDS = ("seed", "bag_seeds")  # parameters that are the luck of a run
 OTHER_IMAGES = ("num_sessions", "split")  # parameters with which the validation images change, so that no level can be named the best by them
@@ -59,7 +59,8 @@ class Point:
 @dataclass(frozen=True)
 class Grid:
     """A grid file. Attributes: name of the sweep; recipe; fixed overrides; factors, values by label of each varied parameter (and of `launch`, where that is varied);
-    points; report, parameters of 07_sweep; first, the number of the stage that a point begins with, "" for the one after the preparation."""
+    points; report, parameters of 07_sweep; first, the number of the stage that a point begins with, "" for the one after the preparation; without, numbers of stages that
+    no point has."""
 
     name: str
     recipe: str
@@ -68,6 +69,7 @@ class Grid:
     points: list[Point]
     report: dict[str, Any] = field(default_factory=dict)
     first: str = ""
+    without: Sequence[str] = ()
 
     def run_of(self, point: Point) -> str:
         """Name of the point's run: <sweep>/<label>."""
@@ -151,8 +153,9 @@ def read_grid(path: str | Path) -> Grid:
     points += [_explicit(entry, path) for entry in explicit]
     _check_points(points, fixed, path)
     factors |= {name: {} for point in points for name in [*point.overrides, *(["launch"] if point.launch else [])] if name not in factors}
-    first = content.get("from", "")
-    return Grid(name, recipe, fixed, factors, points, _mapping(content, "report", path), f"{first:02d}" if isinstance(first, int) else str(first))
+    first, without = content.get("from", ""), content.get("without") or []
+    numbers = [f"{given:02d}" if isinstance(given, int) else str(given) for given in (first, *(without if isinstance(without, list) else [without]))]
+    return Grid(name, recipe, fixed, factors, points, _mapping(content, "report", path), numbers[0], numbers[1:])
 
 
 def _check_points(points: Sequence[Point], fixed: Mapping[str, Any], path: Path) -> None:

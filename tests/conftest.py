@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -14,6 +15,13 @@ def _reference(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"reference material is absent ({path.relative_to(SHARED.parent)}); it is not part of the repository")
     return path
+
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    """Close what a test drew: test_figures counts open figures, whichever file ran before it on the same worker."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")

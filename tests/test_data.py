@@ -23,6 +23,7 @@ from src.data import (
     check_trials,
     choose_repeats,
     image_clusters,
+    open_pictures,
     open_split,
     open_subject,
     select_images,
@@ -749,6 +750,8 @@ def test_a_run_remembers_its_sessions(longitudinal, tmp_path):
     subject = select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=2)
     pd.testing.assert_frame_equal(subject.trials, longitudinal.first_sessions(2).trials)
     pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)
+    pictured = open_pictures(tmp_path, 1, subject)  # a brain of two sessions, and the pictures of all
+    assert set(pictured.image_ids("train")) > set(subject.image_ids("train")) and set(pictured.image_ids("train")) == set(longitudinal.image_ids("train"))
     with pytest.raises(PerceptError, match="num_sessions is 9"):
         select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=9)
     pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)  # as it was
@@ -849,6 +852,8 @@ def test_clusters_do_not_depend_on_the_sessions(kinds, tmp_path):
     opened = open_split(tmp_path, 1, tmp_path / "both")
     pd.testing.assert_frame_equal(opened.trials, both.trials)
     assert opened.protocol == "toy+cluster-held-out" and not opened.held_out(opened.image_ids("train")).any()
+    pictured = open_pictures(tmp_path, 1, opened)
+    assert not pictured.held_out(pictured.image_ids("train")).any()
 
 
 def test_cluster_refusals(kinds, tmp_path):

@@ -2,6 +2,9 @@
 
 import io
 import shutil
+import signal
+import subprocess
+import sys
 
 import faiss
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 from src import index as indexing
 from src import miniworld
 from src.index import KINDS, Embeddings, LocalIndex, build, choose, collect, embed, local_pictures, nearly_the_same, write_tars
-from src.utils import PerceptError, read_json
+from src.utils import ROOT, PerceptError, read_json
 
 DIM, SIZE = 32, 16
 CLUSTERED = 11_000  # rows, enough to learn a compressed index from
@@ -143,6 +146,33 @@ def test_a_build_that_was_interrupted_goes_on(clusters, tmp_path, monkeypatch):
         build(folder, plan, shard_rows=4000)
     made.append("go on")
     assert len(build(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4  # the first shard was not made again
+
+
+KILLED = """
+import os, signal, sys
+import faiss
+from src import index
+write, written = faiss.write_index, []
+def last(made, path):
+    write(made, path)
+    written.append(path)
+    if len(written) == 3:  # what was learnt, a shard, and a second one that has not its name yet
+        os.kill(os.getpid(), signal.SIGKILL)
+faiss.write_index = last
+index.build(sys.argv[1], index.choose(2000, 32, kind="SQ8")[0], shard_rows=500)
+"""
+
+
+def test_a_build_that_was_killed_goes_on_to_the_same_index(clusters, tmp_path):
+    plan = choose(2000, DIM, kind="SQ8")[0]
+    whole, killed = store(tmp_path / "whole", clusters[0][:2000]), store(tmp_path / "killed", clusters[0][:2000])
+    build(whole, plan, shard_rows=500)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, capture_output=True, text=True)
+    left = sorted(path.name for path in (killed / "image.index").iterdir())
+    assert ended.returncode == -signal.SIGKILL and "0000.index" in left and "0001.index" not in left and any(name.endswith(".tmp") for name in left), ended.stderr
+    build(killed, plan, shard_rows=500)
+    files = [{path.name: path.read_bytes() for path in (folder / "image.index").iterdir()} for folder in (whole, killed)]
+    assert files[0] == files[1] and len(files[0]) == 5
 
 
 def test_equal_rows_come_in_order_and_what_is_not_there_is_minus_one(tmp_path):
@@ -302,6 +332,33 @@ def test_embeddings_and_metadata_that_do_not_belong_together(clusters, tmp_path)
         build(folder, choose(100, DIM, kind="IVF-PQ")[0])
     pd.DataFrame({"url": ["x"]}).to_parquet(folder / "metadata" / "metadata_1.parquet")
     with pytest.raises(PerceptError, match="differ in their rows from part 1 on"):
+        Embeddings(folder)
+
+
+@pytest.mark.parametrize("name", ["image.index/0001.index", "img_emb/img_emb_1.npy", "metadata/metadata_1.parquet"])
+@pytest.mark.parametrize("kept", [0.5, 0.0])
+def test_a_file_that_is_cut_short_is_named(clusters, tmp_path, name, kept):
+    folder = store(tmp_path / "index", clusters[0][:2000])
+    build(folder, choose(2000, DIM)[0], shard_rows=1000)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(PerceptError, match=f"{name} cannot be read, as it is cut short"):
+        LocalIndex(folder)
+    if name.startswith("image.index"):  # as the sentence says
+        (folder / name).unlink()
+        assert len(build(folder, choose(2000, DIM)[0], shard_rows=1000)) == 2000
+
+
+def test_embeddings_of_another_encoder_and_missing_metadata_are_named(clusters, tmp_path):
+    folder = store(tmp_path / "index", clusters[0][:90])
+    index = build(folder, choose(90, DIM)[0])
+    (folder / "metadata" / "metadata_2.parquet").unlink()
+    with pytest.raises(PerceptError, match="differ in their rows from part 2 on"):
+        LocalIndex(folder)
+    with pytest.raises(PerceptError, match=f"Queries have 16 numbers and the index {DIM}"):
+        index.search(np.ones((1, 16)), 1)
+    np.save(folder / "img_emb" / "img_emb_2.npy", np.ones((30, 16), np.float16))
+    with pytest.raises(PerceptError, match="with one dim"):
         Embeddings(folder)
 
 

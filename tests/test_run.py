@@ -140,6 +140,14 @@ def test_to_ends_with_a_stage_and_the_same_without_it_goes_on(project, capsys):
         run.run_recipe("sys", {}, last="07")
 
 
+def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
+    results = run.run_recipe("sys", {}, without=["01"])
+    assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
+    assert "[1/1] 00_first ..." in capsys.readouterr().out
+    with pytest.raises(PerceptError, match="--without 07 names no stage"):
+        run.run_recipe("sys", {}, without=["01", "07"])
+
+
 def test_a_right_kernel_is_not_registered_again():
     run.use_this_kernel()
     known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"

@@ -237,6 +237,7 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         ({"grids": {"rate": [2]}}, "the entry 'grids'"),
         ({"grid": {"rate": [2]}, "report": {"factr": "rate"}}, "no parameter 'factr'"),
         ({"grid": {"rate": [2]}, "from": "00"}, "from: 00 .* names no stage that comes after"),
+        ({"grid": {"rate": [2]}, "without": ["00"]}, "without: 00 .* names no stage that comes after"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, content, words):
@@ -264,17 +265,17 @@ def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
 
 
 def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
-    """A stage that is skipped is neither run nor asked for, and later fingerprints are those that the run itself takes."""
+    """A stage that is skipped or left out is neither run nor asked for, and later fingerprints are those that the run itself takes."""
     monkeypatch.setattr(utils, "HOME", tmp_path)
     path = tmp_path / "late.yaml"
-    path.write_text("recipe: roi_voting/mini\nfrom: 02\ngrid: {num_epochs: [1]}\n")
+    path.write_text("recipe: roi_voting/mini\nfrom: 02\nwithout: [06]\ngrid: {num_epochs: [1]}\n")
     told = run.Sweep(path)
-    assert told.stages[told.begin] == "02_train_roi_models" and told.stages[0].startswith("01")
+    assert told.stages[told.begin] == "02_train_roi_models" and told.stages[0].startswith("01") and "06_metrics" not in told.stages
     point = told.grid.points[0]
     command = told.job(point, False, "").command
-    assert command[command.index("--from") + 1] == "02_train_roi_models"
-    overrides = run.asked(told.grid.recipe, told.overrides_of(point), "02", ())[1]
-    for stage, _, stamp, mark in run.chain(told.grid.recipe, overrides, [*told.preparing, *told.stages]):  # as the point's run goes through them
+    assert command[command.index("--from") + 1] == "02_train_roi_models" and command[command.index("--without") + 1] == "06"
+    stages, overrides = run.asked(told.grid.recipe, told.overrides_of(point), "02", (), without=["06"])
+    for stage, _, stamp, mark in run.chain(told.grid.recipe, overrides, stages):  # as the point's run goes through them
         if stage >= "02":
             assert not told.is_done(point)
             (stamp.parents[1] / f"{stage}.ipynb").write_text("{}")
@@ -309,7 +310,7 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_grids_can_be_run(path):
     told = run.Sweep(path)
-    points = {"roi_sets_mini": 36, "experiment1": 12, "rois_alone_mini": 19, "low_compute_mini": 48, "low_compute": 72}
+    points = {"roi_sets_mini": 36, "experiment1": 12, "rois_alone_mini": 19, "low_compute_mini": 32, "low_compute": 72}
     assert len(told.grid.points) == points.get(path.stem, 5)  # else a curve over sessions
 
 
