@@ -84,8 +84,9 @@ def test_ancestral_sample_is_the_published_one(golden, arrays):
     torch.testing.assert_close(draws, arrays["sample_noise_draws"])
     generator.manual_seed(42)
     found = _golden_prior(golden).sample(arrays["text_embed"], generator=generator)
-    # Ten steps of this network, whose gains are random, blow one unit of rounding up to about 3e-4: only the same order of operations gives the same.
-    torch.testing.assert_close(found, arrays["sample_gen42"], rtol=0, atol=2e-5)
+    # Ten steps of this network, whose gains are random, blow rounding up: the published array is 3e-4 from the same sample in double precision, and one
+    # processor's matrix products as far from another's. A wrong step, or draws in another order, are off by the size of the tokens.
+    torch.testing.assert_close(found, arrays["sample_gen42"], rtol=0, atol=1e-3)
 
 
 def test_ddim_sample_is_the_published_one_with_and_without_a_generator(golden, arrays):

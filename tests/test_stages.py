@@ -79,10 +79,10 @@ def anyones_reconstructions(home: Path, results: Path) -> None:
 
 
 def memory_is_as_planned(notebook: Path) -> None:
-    """What an executed notebook printed at its beginning and at its end."""
+    """What an executed notebook printed at its beginning and at its end; of so little, most is libraries, which grow by .1 to .2 GB as they are first used."""
     text = "".join("".join(out.get("text", "")) for cell in json.loads(notebook.read_text())["cells"] for out in cell.get("outputs", []))
     planned, peak = (float(re.search(pattern, text)[1]) for pattern in (r"\n  memory ([\d.]+) GB", r"peak memory ([\d.]+) GB"))
-    assert planned == pytest.approx(peak, rel=0.15), text
+    assert planned == pytest.approx(peak, abs=0.3), text
 
 
 def reconstruct_with_a_released_file(home: Path) -> None:
