@@ -91,7 +91,7 @@ def tables_of(table, value):
 better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
 words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
-for kind, part in losses.groupby("kind", sort=False) if by in losses and factor not in sweep.OTHER_IMAGES else ():
+for kind, part in losses.dropna(subset=by).groupby("kind", sort=False) if by in losses and factor not in sweep.OTHER_IMAGES else ():
     found[kind] = tables_of(part, by)
     what = f"{words} of the {kind.replace('_', ' ')}" if losses["kind"].nunique() > 1 else words
     gaps[kind] = sweep.gaps_to_best(found[kind][0], factor, seed_name, better) if len(found[kind][0]) else []

@@ -245,8 +245,12 @@ def take(path: Path, wait: bool = False) -> TextIO | None:
 
 
 def places(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
-    """Environment of each of `jobs` processes that run side by side: a GPU each, in turn, and their share of the cores for OpenMP and BLAS."""
+    """Environment of each of `jobs` processes that run side by side: a GPU each, in turn, and their share of the cores for OpenMP and BLAS.
+
+    A smaller OMP_NUM_THREADS of the caller's holds for BLAS, too: torch takes MKL's number for all of its threads.
+    """
     share = max(1, cores // jobs)
+    share = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
     threads = {name: str(min(share, int(os.environ.get(name) or share))) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(jobs)]
 

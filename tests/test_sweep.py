@@ -166,10 +166,26 @@ def job(folder, name, script):
     return sweep.Job(name, ["sh", "-c", script], folder / name / "log.txt", folder / name / ".lock")
 
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, (4, 4, 4)), ({"OMP_NUM_THREADS": "1"}, (1, 1, 1)), ({"OMP_NUM_THREADS": "64"}, (4, 4, 4)), ({"MKL_NUM_THREADS": "2"}, (4, 2, 4))],
+)
+def test_cores_are_shared_out_and_fewer_threads_hold_for_every_library(monkeypatch, asked, expected):
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+    for name, number in asked.items():
+        monkeypatch.setenv(name, number)
+    where = sweep.places(2, ["4", "7"], 8)
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in where] == ["4", "7"]
+    assert all(tuple(int(p[name]) for name in THREADS) == expected for p in where)
+    assert "CUDA_VISIBLE_DEVICES" not in sweep.places(3, [], 2)[2] and sweep.places(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
+
+
 def test_jobs_share_places_and_failures_are_told(tmp_path):
     where = sweep.places(2, ["4", "7"], 8)
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in where] == ["4", "7"] and {p["OMP_NUM_THREADS"] for p in where} == {min("4", os.environ.get("OMP_NUM_THREADS", "4"))}
-    assert "CUDA_VISIBLE_DEVICES" not in sweep.places(3, [], 2)[2] and sweep.places(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
     script = f"date +%s.%N >> {tmp_path}/times; echo $CUDA_VISIBLE_DEVICES; sleep .3; date +%s.%N >> {tmp_path}/times"
     jobs = [*(job(tmp_path, str(i), script) for i in range(4)), job(tmp_path, "bad", "echo 'run.py: too bad'; exit 1"), job(tmp_path, "dead", "kill -9 $$")]
     ended = {one.name: one for one in sweep.work(jobs, where, lambda name: name == "3")}
