@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from src import utils
+from src.pipeline.fingerprints import fingerprint_code
 from src.utils import PerceptError
 
 REPORT = "07_sweep"  # the notebook that every sweep ends with
@@ -188,10 +189,9 @@ def identity(stamp: Path) -> str:
 
 
 def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
-    """Hash of everything that a stage's result depends on: notebook, code, parameters, and the stages before."""
+    """Hash of everything that a stage's result depends on: its code, parameters, and the stages before."""
     digest = hashlib.sha256(before.encode())
-    for path in [notebook_of(stage), *sorted((utils.ROOT / "src").rglob("*.py"))]:
-        digest.update(path.read_bytes())
+    digest.update(fingerprint_code(notebook_of(stage), utils.ROOT).encode())
     folders = ["*", *(name for part in values["runs"].split(",") if "/" in (name := part.strip(" /")))] if "runs" in values else []
     for path in sorted(path for name in folders for path in (utils.HOME / "results").glob(f"{name}/metrics.json")):  # of a comparison, the scores it reads
         digest.update(path.parent.name.encode() + path.read_bytes())

@@ -55,6 +55,8 @@ def test_layers(path):
         assert not used
     elif name == "readers":
         assert used <= {"utils", "data", "readers", "download"}
+    elif name == "pipeline":
+        assert used <= SECOND | THIRD | {"utils", "pipeline"}
     elif name in SECOND:
         assert used <= {"utils"}, f"{name} is of the second layer and may import utils only, not {used - {'utils'}}"
     elif name in THIRD:

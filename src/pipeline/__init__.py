@@ -1,0 +1,1 @@
+"""Running recipes: what a stage depends on, and what it needs."""
