@@ -16,7 +16,7 @@ lab: setup  ## JupyterLab with the mini recipe selected
 	@PERCEPT_RECIPE=mindeye/mini .venv/bin/jupyter lab notebooks
 
 lint: setup
-	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
 
 notebooks: setup  ## remake the .py exports from the notebooks
 	@.venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all notebooks/*.ipynb

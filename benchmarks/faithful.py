@@ -1,9 +1,11 @@
-"""What each published behaviour that we do not follow by default is worth: the high level of the mini recipe trained with and without it.
+"""What each published behaviour that we do not follow by default is worth: the high level of the
+mini recipe trained with and without it.
 
     python benchmarks/faithful.py [epochs] [seeds]        # about 45 seconds a row and seed on two cores with 12 epochs
 
-Scores are of the 300 validation images, repeats averaged: the share of the variance of CLIP's tokens that the backbone explains, and retrieval both
-ways. Every row has the paired differences to ours with 95 % bootstrap intervals over the images (seeds averaged first).
+Scores are of the 300 validation images, repeats averaged: the share of the variance of CLIP's
+tokens that the backbone explains, and retrieval both ways. Every row has the paired differences to
+ours with 95 % bootstrap intervals over the images (seeds averaged first).
 """
 
 from __future__ import annotations
@@ -31,10 +33,21 @@ ROWS: dict[str, dict[str, object]] = {
 
 
 def scores(run: str) -> dict[str, np.ndarray]:
-    """Of one trained run on the validation images: explained share of each image's tokens, and hits both ways, (images,) each."""
+    """Of one trained run on the validation images: explained share of each image's tokens, and hits
+    both ways, (images,) each.
+    """
     subject, clipper, logs = open_subject("mini", 1), Clipper("mini"), HOME / "train_logs" / run
-    voxels, ids = subject.averaged("val", normaliser=Normaliser.load(logs / "normaliser.safetensors"))
-    cached = cached_targets("mini", "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+    voxels, ids = subject.averaged(
+        "val", normaliser=Normaliser.load(logs / "normaliser.safetensors")
+    )
+    cached = cached_targets(
+        "mini",
+        "clip_tokens",
+        clipper.fingerprint(),
+        subject.all_images,
+        clipper.encode_pixels,
+        clipper.target_shape,
+    )
     truth = cached.rows(ids).astype(np.float32)
     decoder, config = load_decoder(logs / "high_level" / "last.safetensors")
     tokens, projected = predict_tokens(decoder, voxels, tuple(config["tokens"]), use_prior=False)
@@ -53,14 +66,22 @@ def main(epochs: int = 12, seeds: int = 2) -> None:
     for row, (name, settings) in enumerate(ROWS.items()):
         runs = [f"faithful-{row}-seed{seed}" for seed in range(seeds)]
         for seed, run in enumerate(runs):
-            stage("01_train_high_level", "mindeye", run, {"num_epochs": epochs, "seed": seed} | settings)
+            stage(
+                "01_train_high_level",
+                "mindeye",
+                run,
+                {"num_epochs": epochs, "seed": seed} | settings,
+            )
         every = [scores(run) for run in runs]
         found = {metric: np.mean([one[metric] for one in every], 0) for metric in every[0]}
         reference = reference or found
         cells = []
         for metric, values in found.items():
             change = paired_bootstrap(values, reference[metric])
-            cells.append(f"{bootstrap_mean(values).value:.3f}, {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
+            cells.append(
+                f"{bootstrap_mean(values).value:.3f}, {change.value:+.3f} [{change.low:+.3f},"
+                f" {change.high:+.3f}]"
+            )
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -1,10 +1,11 @@
-"""One training step of the full-size model (subject 1, 257x768, prior on): seconds and memory by phase.
+"""One training step of the full-size model (subject 1, 257x768, prior on): seconds and memory by
+phase.
 
     python benchmarks/full_size_step.py [steps] [batch]       # CPU, fp32, step_in_backward: needs 18 GB of free memory and a few minutes
     python benchmarks/full_size_step.py 30 32                 # on a GPU: bf16, steps a second, projected time of 240 epochs (not run by us)
 
-Random weights and random data of the published sizes, through the same `fit` and the same losses as notebook 01 (BiMixCo phase), targets from the cache. Nothing
-is written.
+Random weights and random data of the published sizes, through the same `fit` and the same losses as
+notebook 01 (BiMixCo phase), targets from the cache. Nothing is written.
 """
 
 from __future__ import annotations
@@ -28,13 +29,25 @@ from src.reconstruct import build_decoder, high_level_config
 from src.training import fit
 from src.utils import count_parameters, to_device
 
-PAPER = {"hidden": True, "h": 4096, "n_blocks": 4, "use_projector": True, "projector_dim": 2048, "prior_depth": 6, "prior_heads": 12, "prior_dim_head": 64,
-         "timesteps": 100, "max_text_len": 256}  # fmt: skip
+PAPER = {
+    "hidden": True,
+    "h": 4096,
+    "n_blocks": 4,
+    "use_projector": True,
+    "projector_dim": 2048,
+    "prior_depth": 6,
+    "prior_heads": 12,
+    "prior_dim_head": 64,
+    "timesteps": 100,
+    "max_text_len": 256,
+}
 VOXELS, TOKENS, DIM, IMAGES, NEEDED = 15724, 257, 768, 8859, 18e9
 
 
 def full_model() -> nn.Module:
-    """The published model with cheap random weights: the usual initialisation of a billion parameters takes minutes."""
+    """The published model with cheap random weights: the usual initialisation of a billion
+    parameters takes minutes.
+    """
     with torch.device("meta"):
         model = build_decoder(high_level_config(PAPER, VOXELS, TOKENS, DIM))
     model = model.to_empty(device="cpu")
@@ -43,7 +56,15 @@ def full_model() -> nn.Module:
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 gain = isinstance(module, (nn.LayerNorm, GainNorm)) and name in ("weight", "g")
-                p.fill_(1.0) if gain else p.copy_(Rotary(32).freqs) if isinstance(module, Rotary) else p.normal_(std=0.02)
+                (
+                    p.fill_(1.0)
+                    if gain
+                    else (
+                        p.copy_(Rotary(32).freqs)
+                        if isinstance(module, Rotary)
+                        else p.normal_(std=0.02)
+                    )
+                )
     return model
 
 
@@ -62,7 +83,10 @@ class Random:
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         n = len(indices)
         if n not in self.made:  # once: drawing 32 images takes as long as a GPU's step
-            self.made[n] = {"voxels": torch.randn(n, VOXELS), "tokens": torch.randn(n, TOKENS, DIM) / DIM**0.5}
+            self.made[n] = {
+                "voxels": torch.randn(n, VOXELS),
+                "tokens": torch.randn(n, TOKENS, DIM) / DIM**0.5,
+            }
         return self.made[n] | {"seed": torch.tensor(indices)}
 
 
@@ -116,14 +140,27 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             fit(
-                model, step, Random(steps * batch), folder=Path(folder), config={}, epochs=1, batch_size=batch, max_lr=3e-4, checkpoints=False,
-                save_every=1e9, scheduler="fixed", **options,
-            )  # fmt: skip
+                model,
+                step,
+                Random(steps * batch),
+                folder=Path(folder),
+                config={},
+                epochs=1,
+                batch_size=batch,
+                max_lr=3e-4,
+                checkpoints=False,
+                save_every=1e9,
+                scheduler="fixed",
+                **options,
+            )
     finally:
         torch.optim.AdamW.step = plain
     ends = [*starts[2::2], clock.now()]
     clock.seconds["update"] = updates
-    clock.seconds["backward"] = [end - forward - update for end, forward, update in zip(ends, starts[1::2], updates, strict=True)]
+    clock.seconds["backward"] = [
+        end - forward - update
+        for end, forward, update in zip(ends, starts[1::2], updates, strict=True)
+    ]
     return [end - begun for end, begun in zip(ends, starts[::2], strict=True)]
 
 
@@ -132,19 +169,34 @@ def main(steps: int = 4, batch: int = 4) -> None:
     cuda = to_device("auto").startswith("cuda")
     free = psutil.virtual_memory().available
     if not cuda and free < NEEDED:
-        sys.exit(f"This needs {NEEDED / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}: close what else is running.")
+        sys.exit(
+            f"This needs {NEEDED / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}: close"
+            " what else is running."
+        )
     clock = Clock(cuda)
     base = peak_memory()
     model = full_model()
-    print(f"{count_parameters(model):,} parameters, batch {batch}, {torch.get_num_threads()} threads; before the model {base / 1e9:.1f} GB")
+    print(
+        f"{count_parameters(model):,} parameters, batch {batch}, {torch.get_num_threads()} threads;"
+        f" before the model {base / 1e9:.1f} GB"
+    )
     each = run(model, steps, batch, clock)
-    print("seconds of each step, the first of which makes the optimizer's state: " + ", ".join(f"{s:.1f}" for s in each))
+    print(
+        "seconds of each step, the first of which makes the optimizer's state: "
+        + ", ".join(f"{s:.1f}" for s in each)
+    )
     for name, values in clock.seconds.items():
-        print(f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s" + (f", peak so far {clock.memory[name] / 1e9:.1f} GB" if name in clock.memory else ""))
+        print(
+            f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s"
+            + (f", peak so far {clock.memory[name] / 1e9:.1f} GB" if name in clock.memory else "")
+        )
     mean = sum(each[1:]) / len(each[1:])
     print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak_memory() / 1e9:.1f} GB")
     if cuda:
-        print(f"{1 / mean:.2f} steps a second; 240 epochs of {IMAGES} images: {240 * (IMAGES // batch) * mean / 3600:.1f} h")
+        print(
+            f"{1 / mean:.2f} steps a second; 240 epochs of {IMAGES} images:"
+            f" {240 * (IMAGES // batch) * mean / 3600:.1f} h"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Training batches a second at NSD's voxel count: the prepared, memory-mapped layout against the same trials streamed from tar shards with webdataset.
+"""Training batches a second at NSD's voxel count: the prepared, memory-mapped layout against the
+same trials streamed from tar shards with webdataset.
 
     python benchmarks/loading.py [images]        # 1500 images by default: 0.3 GB of betas and 0.6 GB of files under the system's temporary folder
 
-Shards are streamed as MindEye streamed them: shards in random order with replacement, a shuffle buffer of 500, pictures and arrays decoded, batches of 32. Both sides are
-measured with pictures and without, in one process each, files in the page cache, a few seconds a case; then the same with one worker process.
+Shards are streamed as MindEye streamed them: shards in random order with replacement, a shuffle
+buffer of 500, pictures and arrays decoded, batches of 32. Both sides are measured with pictures and
+without, in one process each, files in the page cache, a few seconds a case; then the same with one
+worker process.
 """
 
 from __future__ import annotations
@@ -32,18 +35,33 @@ BATCH, VOXELS, SIZE, SECONDS = 32, 15_724, 256, 8.0
 
 
 def make(folder: Path, images: int) -> None:
-    """Shards of random betas and of mini scenes enlarged to 256 pixels, and the prepared dataset read from them."""
+    """Shards of random betas and of mini scenes enlarged to 256 pixels, and the prepared dataset
+    read from them.
+    """
     rng = np.random.default_rng(0)
-    pictures = np.concatenate([np.stack([np.asarray(Image.fromarray(p).resize((SIZE, SIZE))) for p in block]) for block in miniworld.image_blocks(0, "train", images)])
-    trials = pd.DataFrame({"trial": np.arange(3 * images), "image": rng.permutation(np.repeat(np.arange(images), 3))})
-    trials["split"] = np.where(trials.image < images - 40, "train", np.where(trials.image < images - 20, "val", "test"))
+    pictures = np.concatenate(
+        [
+            np.stack([np.asarray(Image.fromarray(p).resize((SIZE, SIZE))) for p in block])
+            for block in miniworld.image_blocks(0, "train", images)
+        ]
+    )
+    trials = pd.DataFrame(
+        {"trial": np.arange(3 * images), "image": rng.permutation(np.repeat(np.arange(images), 3))}
+    )
+    trials["split"] = np.where(
+        trials.image < images - 40, "train", np.where(trials.image < images - 20, "val", "test")
+    )
     betas = rng.standard_normal((len(trials), VOXELS), dtype=np.float32)
-    mindeye.write(folder / "source", 1, betas, trials, pictures, np.arange(images), image_format="jpg")
+    mindeye.write(
+        folder / "source", 1, betas, trials, pictures, np.arange(images), image_format="jpg"
+    )
     mindeye.read(folder / "source", folder / "prepared", 1)
 
 
 def mapped(folder: Path, pictures: bool) -> Iterator[Any]:
-    """Random batches without end: one repeat an image, z-scored by session, with its picture or without."""
+    """Random batches without end: one repeat an image, z-scored by session, with its picture or
+    without.
+    """
     subject = open_subject(folder / "prepared", 1)
     data = BrainDataset(subject, "train", normaliser=Normaliser.fit(subject), pixels=pictures)
     for epoch in range(10**6):
@@ -64,7 +82,9 @@ def _decode(sample: dict[str, bytes], pictures: bool) -> tuple[Any, ...]:
 def streamed(folder: Path, pictures: bool) -> Iterable[Any]:
     """Batches from the shards without end: all three repeats, as stored."""
     urls = sorted(str(path) for path in (folder / "source" / mindeye.PAPER / "train").glob("*.tar"))
-    stream = wds.WebDataset(urls, resampled=True, empty_check=False).shuffle(500, initial=500, rng=random.Random(42))
+    stream = wds.WebDataset(urls, resampled=True, empty_check=False).shuffle(
+        500, initial=500, rng=random.Random(42)
+    )
     return stream.map(lambda sample: _decode(sample, pictures)).batched(BATCH, partial=False)
 
 
@@ -78,9 +98,13 @@ class Endless(torch.utils.data.IterableDataset):
         return iter(self.source(self.folder, self.pictures))
 
 
-def rate(source: Callable[[Path, bool], Iterable[Any]], folder: Path, pictures: bool, workers: int) -> float:
+def rate(
+    source: Callable[[Path, bool], Iterable[Any]], folder: Path, pictures: bool, workers: int
+) -> float:
     """Batches a second, from the second batch on."""
-    loader = iter(DataLoader(Endless(source, folder, pictures), batch_size=None, num_workers=workers))
+    loader = iter(
+        DataLoader(Endless(source, folder, pictures), batch_size=None, num_workers=workers)
+    )
     next(loader)
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < SECONDS:
@@ -96,6 +120,11 @@ if __name__ == "__main__":
         print(f"batches of {BATCH} a second, {VOXELS} voxels     prepared   webdataset   ratio")
         for workers in (0, 1):
             for pictures in (False, True):
-                ours, theirs = (rate(source, Path(folder), pictures, workers) for source in (mapped, streamed))
-                what = f"{'voxels and pictures' if pictures else 'voxels alone':20} {workers} worker{'s' * (workers != 1)}"
+                ours, theirs = (
+                    rate(source, Path(folder), pictures, workers) for source in (mapped, streamed)
+                )
+                what = (
+                    f"{'voxels and pictures' if pictures else 'voxels alone':20} {workers}"
+                    f" worker{'s' * (workers != 1)}"
+                )
                 print(f"{what:42} {ours:10.1f} {theirs:12.2f} {ours / theirs:7.1f}", flush=True)

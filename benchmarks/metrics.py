@@ -1,9 +1,11 @@
-"""PixCorr, SSIM and two-way identification of 982 random image pairs: the published way and ours, in one run.
+"""PixCorr, SSIM and two-way identification of 982 random image pairs: the published way and ours,
+in one run.
 
     python benchmarks/metrics.py [982]
 
-Pictures of 256 pixels are compared at 425; features are those of AlexNet's second convolution in size, 184,512 an image. Each way runs in a
-process of its own, so that the peak memory is its own, and both print the values, which have to agree.
+Pictures of 256 pixels are compared at 425; features are those of AlexNet's second convolution in
+size, 184,512 an image. Each way runs in a process of its own, so that the peak memory is its own,
+and both print the values, which have to agree.
 """
 
 import multiprocessing
@@ -38,7 +40,12 @@ def published(n):
     from torchvision.transforms import InterpolationMode, Resize
 
     enlarge = Resize(425, interpolation=InterpolationMode.BILINEAR, antialias=False)
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    options = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 1.0,
+    }
 
     def pixcorr(images, recons):
         x, y = enlarge(images).reshape(n, -1), enlarge(recons).reshape(n, -1)
@@ -66,9 +73,15 @@ def measure(way, n, queue):
     """Put (seconds by metric, values by metric, peak memory in GB) into the queue."""
     seconds, values, functions = {}, {}, {"published": published, "ours": ours}[way](n)
     both: tuple | None = pictures(n)
-    few = {"PixCorr": pictures(4), "SSIM": pictures(4), "two-way": tuple(x[:, :50] for x in features(4))}
+    few = {
+        "PixCorr": pictures(4),
+        "SSIM": pictures(4),
+        "two-way": tuple(x[:, :50] for x in features(4)),
+    }
     for name in functions if way == "ours" else ():
-        functions[name](*few[name])  # compiled at the first use after an installation, not every time
+        functions[name](
+            *few[name]
+        )  # compiled at the first use after an installation, not every time
     for name, function in functions.items():
         if name == "two-way":
             both = None  # one pair of sets at a time
@@ -90,10 +103,19 @@ def main():
         found[way] = queue.get()
         process.join()
     for name, seconds in found["published"][0].items():
-        mine, off = found["ours"][0][name], np.abs(found["published"][1][name] - found["ours"][1][name]).max()
-        print(f"{name:8} published {seconds:6.1f} s   ours {mine:5.1f} s   {seconds / mine:5.1f} times faster   largest difference {off:.1e}")
+        mine, off = (
+            found["ours"][0][name],
+            np.abs(found["published"][1][name] - found["ours"][1][name]).max(),
+        )
+        print(
+            f"{name:8} published {seconds:6.1f} s   ours {mine:5.1f} s   {seconds / mine:5.1f}"
+            f" times faster   largest difference {off:.1e}"
+        )
     total = {way: sum(found[way][0].values()) for way in found}
-    print(f"together published {total['published']:6.1f} s   ours {total['ours']:5.1f} s   {total['published'] / total['ours']:5.1f} times faster")
+    print(
+        f"together published {total['published']:6.1f} s   ours {total['ours']:5.1f} s  "
+        f" {total['published'] / total['ours']:5.1f} times faster"
+    )
     print("peak memory  " + "   ".join(f"{way} {found[way][2]:.1f} GB" for way in found))
 
 

@@ -1,9 +1,11 @@
-"""What the mini models can do: each generator from its true condition, judged by the independent classifier, and what it costs.
+"""What the mini models can do: each generator from its true condition, judged by the independent
+classifier, and what it costs.
 
     python benchmarks/mini_models.py [number of images]
 
-Images show combinations of kind, colour and scene of the test split, with a seed that no training and no demo uses. Every generator is
-run from noise alone and from a blurred version of the image (img2img); "shuffled" is the same pictures against other images' labels.
+Images show combinations of kind, colour and scene of the test split, with a seed that no training
+and no demo uses. Every generator is run from noise alone and from a blurred version of the image
+(img2img); "shuffled" is the same pictures against other images' labels.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ SEED = 11_000
 
 
 def seen(count: int) -> tuple[Tensor, dict[str, np.ndarray], list[str]]:
-    """Images (count, 3, 32, 32) in [0, 1], labels by question, and one caption an image that names the scene."""
+    """Images (count, 3, 32, 32) in [0, 1], labels by question, and one caption an image that names
+    the scene.
+    """
     drawn = [miniworld.compose(SEED, i, "test") for i in range(count)]
     images = np.stack([miniworld.render(what, SEED) for what in drawn])
     labels = [miniworld.label(what) for what in drawn]
@@ -33,11 +37,16 @@ def seen(count: int) -> tuple[Tensor, dict[str, np.ndarray], list[str]]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, by_question, captions
 
 
-def conditions(images: Tensor, captions: list[str]) -> dict[str, tuple[pretrained.Generator, Tensor]]:
+def conditions(
+    images: Tensor, captions: list[str]
+) -> dict[str, tuple[pretrained.Generator, Tensor]]:
     """Each generator with the true condition of every image, (images, tokens, dim)."""
     text, stable = pretrained.VersatileDiffusionText("mini"), pretrained.StableDiffusion("mini")
     return {
-        "Versatile Diffusion, image tokens": (pretrained.VersatileDiffusion("mini"), pretrained.Clipper("mini").embed_image(images)),
+        "Versatile Diffusion, image tokens": (
+            pretrained.VersatileDiffusion("mini"),
+            pretrained.Clipper("mini").embed_image(images),
+        ),
         "Versatile Diffusion, text": (text, text.embed_text(captions)),
         "image variation, one embedding": (
             pretrained.ImageVariation("mini"),
@@ -52,7 +61,9 @@ def row(name: str, judge: pretrained.Judge, images: Tensor, labels: dict[str, np
     cells, answers = [], judge.ask(images)
     for question, truth in labels.items():
         share = bootstrap_mean((answers[question] == truth).astype(float))
-        floor = np.mean([(answers[question][order] == truth).mean() for order in derangements(len(truth), 5)])
+        floor = np.mean(
+            [(answers[question][order] == truth).mean() for order in derangements(len(truth), 5)]
+        )
         cells.append(f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}], {floor:.2f}")
     return f"| {name} | " + " | ".join(cells) + " |"
 
@@ -60,7 +71,15 @@ def row(name: str, judge: pretrained.Judge, images: Tensor, labels: dict[str, np
 def main(count: int = 300) -> None:
     """Print the table of the model card."""
     started = time.time()
-    loaded = [cls("mini") for cls in (pretrained.VersatileDiffusion, pretrained.VersatileDiffusionText, pretrained.ImageVariation, pretrained.StableDiffusion)]
+    loaded = [
+        cls("mini")
+        for cls in (
+            pretrained.VersatileDiffusion,
+            pretrained.VersatileDiffusionText,
+            pretrained.ImageVariation,
+            pretrained.StableDiffusion,
+        )
+    ]
     loaded += [pretrained.Clipper("mini"), pretrained.Judge("mini")]
     print(f"all mini models loaded in {time.time() - started:.1f} s\n")
     images, labels, captions = seen(count)
@@ -68,7 +87,11 @@ def main(count: int = 300) -> None:
     latents = vae.encode(images)
     psnr = -10 * torch.log10(((vae.decode(latents) - images) ** 2).mean((1, 2, 3)))
     print(f"VAE round trip: PSNR {psnr.mean():.1f} dB over {count} images\n")
-    print(f"| n = {count}: share right [95 % interval], shuffled | " + " | ".join(labels) + " |\n|---|---|---|---|")
+    print(
+        f"| n = {count}: share right [95 % interval], shuffled | "
+        + " | ".join(labels)
+        + " |\n|---|---|---|---|"
+    )
     print(row("the images themselves", judge, images, labels))
     print(row("VAE round trip", judge, vae.decode(latents), labels))
     blurred = F.interpolate(F.avg_pool2d(images, 4), images.shape[-2:], mode="bilinear")
@@ -79,8 +102,19 @@ def main(count: int = 300) -> None:
         made = generator.generate(condition, noise)
         spent = time.time() - begun
         print(row(f"{name}, from noise", judge, made, labels))
-        print(row(f"{name}, img2img .75", judge, generator.generate(condition, noise, start, strength=0.75), labels))
-        print(f"{name}: {spent:.0f} s for {count} images, 20 steps with guidance, {torch.get_num_threads()} threads", file=sys.stderr)
+        print(
+            row(
+                f"{name}, img2img .75",
+                judge,
+                generator.generate(condition, noise, start, strength=0.75),
+                labels,
+            )
+        )
+        print(
+            f"{name}: {spent:.0f} s for {count} images, 20 steps with guidance,"
+            f" {torch.get_num_threads()} threads",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The reader of raw NSD on full-size synthetic sessions: speed and peak memory, of .nii.gz against zlib alone.
+"""The reader of raw NSD on full-size synthetic sessions: speed and peak memory, of .nii.gz against
+zlib alone.
 
     python benchmarks/nsd_reader.py [--folder /a/disk/with/6/GB] [--sessions 3]
 
-Three sessions (81 x 104 x 83 voxels, 750 trials) as HDF5 with one chunk a voxel, one as .nii.gz, 15,724 voxels in the ROI. Everything is deleted afterwards.
-Each reading is a process of its own, so that its peak memory is its own.
+Three sessions (81 x 104 x 83 voxels, 750 trials) as HDF5 with one chunk a voxel, one as .nii.gz,
+15,724 voxels in the ROI. Everything is deleted afterwards. Each reading is a process of its own, so
+that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ begun = time.time()
 nsd.read(sys.argv[1], sys.argv[1] + "/out-" + sys.argv[3], 1, protocol="synthetic", sessions=sys.argv[2], file_format=sys.argv[3], val_images=10)
 json.dump({"seconds": time.time() - begun, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}, sys.stdout)
 """
-IDLE = "import resource; from src.readers import nsd; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+IDLE = (
+    "import resource; from src.readers import nsd;"
+    " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+)
 
 
 def volumes() -> tuple[np.ndarray, np.ndarray]:
@@ -48,19 +53,36 @@ def make(root: Path, sessions: int) -> None:
     """The synthetic tree."""
     brain, roi = volumes()
     rng = np.random.default_rng(0)
-    subject, betas = root / "nsddata/ppdata/subj01", root / "nsddata_betas/ppdata/subj01/func1pt8mm" / VERSION
-    for folder in (subject / "func1pt8mm/roi", subject / "behav", betas, root / "nsddata_stimuli/stimuli/nsd"):
+    subject, betas = (
+        root / "nsddata/ppdata/subj01",
+        root / "nsddata_betas/ppdata/subj01/func1pt8mm" / VERSION,
+    )
+    for folder in (
+        subject / "func1pt8mm/roi",
+        subject / "behav",
+        betas,
+        root / "nsddata_stimuli/stimuli/nsd",
+    ):
         folder.mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(roi, np.eye(4)), subject / "func1pt8mm/roi/nsdgeneral.nii.gz")
     shown = rng.integers(1, 101, sessions * TRIALS)
-    table = {"SESSION": np.repeat(np.arange(sessions) + 1, TRIALS), "RUN": 1, "73KID": shown, "10KID": np.where(shown <= 10, shown, shown + 1000)}
+    table = {
+        "SESSION": np.repeat(np.arange(sessions) + 1, TRIALS),
+        "RUN": 1,
+        "73KID": shown,
+        "10KID": np.where(shown <= 10, shown, shown + 1000),
+    }
     pd.DataFrame(table).to_csv(subject / "behav/responses.tsv", sep="\t", index=False)
     with h5py.File(root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5", "w") as file:
         file["imgBrick"] = rng.integers(0, 256, (100, 64, 64, 3), dtype=np.uint8)
-    noise = (rng.standard_normal((TRIALS, *GRID[1::-1]), dtype=np.float32) * 400).astype("<i2")  # one plane's, shifted for the others
+    noise = (rng.standard_normal((TRIALS, *GRID[1::-1]), dtype=np.float32) * 400).astype(
+        "<i2"
+    )  # one plane's, shifted for the others
     for session in range(1, sessions + 1):
         with h5py.File(betas / f"betas_session{session:02d}.hdf5", "w") as file:
-            stored = file.create_dataset("betas", (TRIALS, *GRID[::-1]), "<i2", chunks=(TRIALS, 1, 1, 1))
+            stored = file.create_dataset(
+                "betas", (TRIALS, *GRID[::-1]), "<i2", chunks=(TRIALS, 1, 1, 1)
+            )
             for k in range(GRID[2]):
                 stored[:, k] = np.roll(noise, 7 * k + session, 0) * brain[:, :, k].T
     header = nibabel.Nifti1Image(np.broadcast_to(np.int16(0), (*GRID, TRIALS)), np.eye(4)).header
@@ -68,7 +90,11 @@ def make(root: Path, sessions: int) -> None:
     with gzip.open(betas / "betas_session01.nii.gz", "wb", compresslevel=1) as out:
         out.write(header.binaryblock + bytes(4))
         for trial in range(TRIALS):
-            out.write((np.roll(noise.ravel()[: brain.size], 997 * trial).reshape(GRID) * brain).tobytes(order="F"))
+            out.write(
+                (np.roll(noise.ravel()[: brain.size], 997 * trial).reshape(GRID) * brain).tobytes(
+                    order="F"
+                )
+            )
 
 
 def decoded(path: Path) -> float:
@@ -82,28 +108,47 @@ def decoded(path: Path) -> float:
 
 def run(root: Path, sessions: str, file_format: str) -> dict[str, float]:
     """Seconds and peak memory (bytes) of one reading."""
-    done = subprocess.run([sys.executable, "-c", CHILD, str(root), sessions, file_format], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(root), sessions, file_format],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     return json.loads(done.stdout)
 
 
 def main() -> None:
     """Make, measure, print, delete."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", default=None, help="where the synthetic files are made and deleted")
+    parser.add_argument(
+        "--folder", default=None, help="where the synthetic files are made and deleted"
+    )
     parser.add_argument("--sessions", type=int, default=3)
     arguments = parser.parse_args()
     whole, roi = 2 * int(np.prod(GRID)) * TRIALS / 1e6, 2 * VOXELS * TRIALS / 1e6
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         root, n = Path(folder), arguments.sessions
         make(root, n)
-        idle = int(subprocess.run([sys.executable, "-c", IDLE], check=True, stdout=subprocess.PIPE).stdout)
+        idle = int(
+            subprocess.run([sys.executable, "-c", IDLE], check=True, stdout=subprocess.PIPE).stdout
+        )
         print(f"memory of the imports alone {idle / 1e6:.0f} MB")
         for sessions, file_format in (("1", "hdf5"), (f"1-{n}", "hdf5"), ("1", "nii.gz")):
             found, count = run(root, sessions, file_format), 1 if sessions == "1" else n
-            speed = f"{count * roi / found['seconds']:6.0f} MB/s of ROI, {count * whole / found['seconds']:6.0f} MB/s of the whole"
-            print(f"{file_format:7} {count} sessions {found['seconds']:6.1f} s, {speed}, peak {found['peak'] / 1e6:.0f} MB")
-        bare = decoded(root / "nsddata_betas/ppdata/subj01/func1pt8mm" / VERSION / "betas_session01.nii.gz")
-        print(f"zlib alone {bare:.1f} s: the reader of .nii.gz runs at {bare / found['seconds']:.0%} of it")
+            speed = (
+                f"{count * roi / found['seconds']:6.0f} MB/s of ROI,"
+                f" {count * whole / found['seconds']:6.0f} MB/s of the whole"
+            )
+            print(
+                f"{file_format:7} {count} sessions {found['seconds']:6.1f} s, {speed}, peak"
+                f" {found['peak'] / 1e6:.0f} MB"
+            )
+        bare = decoded(
+            root / "nsddata_betas/ppdata/subj01/func1pt8mm" / VERSION / "betas_session01.nii.gz"
+        )
+        print(
+            f"zlib alone {bare:.1f} s: the reader of .nii.gz runs at {bare / found['seconds']:.0%}"
+            " of it"
+        )
 
 
 if __name__ == "__main__":

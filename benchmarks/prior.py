@@ -1,9 +1,11 @@
-"""Does the diffusion prior earn its place? Validation images reconstructed with and without it, judged by the independent classifier.
+"""Does the diffusion prior earn its place? Validation images reconstructed with and without it,
+judged by the independent classifier.
 
     python benchmarks/prior.py [run] [images]        # e.g. mindeye-mini-subj01 300
 
-Every row paints the same images from the same noise without a low-level image; only the tokens differ. The last column is the paired
-difference in the judged kind to the backbone's own tokens, with its 95 % bootstrap interval. Validation images: nothing is chosen on the test set.
+Every row paints the same images from the same noise without a low-level image; only the tokens
+differ. The last column is the paired difference in the judged kind to the backbone's own tokens,
+with its 95 % bootstrap interval. Validation images: nothing is chosen on the test set.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from src.utils import HOME
 SAMPLES = 8
 
 
-def candidates(decoder, voxels: np.ndarray, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
-    """Tokens (images, samples, tokens, dim) by what made them, and the projected tokens for choosing among samples."""
+def candidates(
+    decoder, voxels: np.ndarray, shape: tuple[int, int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Tokens (images, samples, tokens, dim) by what made them, and the projected tokens for
+    choosing among samples.
+    """
     backbone, projected = predict_tokens(decoder, voxels, shape, use_prior=False)
     samples = predict_tokens(decoder, voxels, shape, n_samples=SAMPLES, timesteps=20)[0]
     every = predict_tokens(decoder, voxels, shape)[0]
@@ -32,7 +38,10 @@ def candidates(decoder, voxels: np.ndarray, shape: tuple[int, int]) -> tuple[dic
     scaled = backbone[:, 0] * decoder.image_embed_scale
     noise = torch.randn(scaled.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        once = decoder.net(noise, torch.full((len(scaled),), last), scaled)[:, None] / decoder.image_embed_scale
+        once = (
+            decoder.net(noise, torch.full((len(scaled),), last), scaled)[:, None]
+            / decoder.image_embed_scale
+        )
     return {
         "backbone, no prior": backbone,
         "one step of the prior (its mean)": once,
@@ -45,26 +54,56 @@ def candidates(decoder, voxels: np.ndarray, shape: tuple[int, int]) -> tuple[dic
 
 def main(run: str = "mindeye-mini-subj01", count: int = 300) -> None:
     """Print the table for one trained run."""
-    subject, clipper, judge, diffusion = open_subject("mini", 1), Clipper("mini"), Judge("mini"), VersatileDiffusion("mini")
+    subject, clipper, judge, diffusion = (
+        open_subject("mini", 1),
+        Clipper("mini"),
+        Judge("mini"),
+        VersatileDiffusion("mini"),
+    )
     logs = HOME / "train_logs" / run
-    voxels, ids = subject.averaged("val", normaliser=Normaliser.load(logs / "normaliser.safetensors"))
+    voxels, ids = subject.averaged(
+        "val", normaliser=Normaliser.load(logs / "normaliser.safetensors")
+    )
     voxels, ids = voxels[:count], ids[:count]
-    cached = cached_targets("mini", "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+    cached = cached_targets(
+        "mini",
+        "clip_tokens",
+        clipper.fingerprint(),
+        subject.all_images,
+        clipper.encode_pixels,
+        clipper.target_shape,
+    )
     truth = torch.from_numpy(cached.rows(ids).astype(np.float32))
     labels = subject.labels.set_index("image").loc[ids]
     decoder, config = load_decoder(logs / "high_level" / "last.safetensors")
     rows, projected = candidates(decoder, voxels, tuple(config["tokens"]))
-    print(f"run {run}, {len(ids)} validation images\n\n| tokens | R2 | scene | kind | colour | kind, difference to the backbone |\n|---|---|---|---|---|---|")
+    print(
+        f"run {run}, {len(ids)} validation images\n\n| tokens | R2 | scene | kind | colour | kind,"
+        " difference to the backbone |\n|---|---|---|---|---|---|"
+    )
     reference = None
     for name, tokens in rows.items():
-        made, chosen = pick_best(clipper, projected, generate_images(diffusion, tokens, ids, num_inference_steps=10))
+        made, chosen = pick_best(
+            clipper, projected, generate_images(diffusion, tokens, ids, num_inference_steps=10)
+        )
         used = tokens[torch.arange(len(tokens)), chosen]
-        right = {q: (answers == labels[q].to_numpy()).astype(float) for q, answers in judge.ask(made).items()}
+        right = {
+            q: (answers == labels[q].to_numpy()).astype(float)
+            for q, answers in judge.ask(made).items()
+        }
         shares = [bootstrap_mean(r) for r in right.values()]
         reference = right["kind"] if reference is None else reference
         difference = paired_bootstrap(right["kind"], reference)
-        cells = [f"{1 - float(((used - truth) ** 2).mean() / truth.var()):.2f}", *(f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in shares)]
-        print(f"| {name} | " + " | ".join(cells) + f" | {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] |", flush=True)
+        cells = [
+            f"{1 - float(((used - truth) ** 2).mean() / truth.var()):.2f}",
+            *(f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in shares),
+        ]
+        print(
+            f"| {name} | "
+            + " | ".join(cells)
+            + f" | {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,37 @@
 # %% [markdown]
 # # 00 · Prepare data: any source into one layout
 #
-# **Question.** What was measured, on which images, how reliably, and which trials may be used for what?
+# **Question.** What was measured, on which images, how reliably, and which trials may be used for
+# what?
 #
-# **Reads** a source of data: MindEye's webdataset shards, MindEye2's shards, raw NSD, Algonauts 2023, BOLD5000, GOD, THINGS-fMRI, the digits69 file, plain
-# arrays (npz), or the embedded mini world, which is first written in one of these formats and then read like it. **Writes** `data/<dataset>/`: images,
-# betas, trials, voxels (see data/README.md). Formats, options and terms of use: docs/data.md.
+# **Reads** a source of data: MindEye's webdataset shards, MindEye2's shards, raw NSD, Algonauts
+# 2023, BOLD5000, GOD, THINGS-fMRI, the digits69 file, plain arrays (npz), or the embedded mini
+# world, which is first written in one of these formats and then read like it. **Writes**
+# `data/<dataset>/`: images, betas, trials, voxels (see data/README.md). Formats, options and terms
+# of use: docs/data.md.
 #
-# Cost: about the time of copying the files (NSD subject 1: 30 GB as shards, 42 GB of raw betas); mini about 30 seconds.
+# Cost: about the time of copying the files (NSD subject 1: 30 GB as shards, 42 GB of raw betas);
+# mini about 30 seconds.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # name of the prepared dataset, a folder under data/
-source = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
-source_format = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
+source = (  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
+    "mindeye"
+)
+source_format = (  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
+    "mindeye"
+)
 data_path = "data/nsd_source"  # where the source's files lie
 remote_data = False  # fetch what data_path lacks first, of mindeye, mindeye2 or nsd; docs/downloads.md has more ways
 subj = 1  # subject, at least 1
 also = ""  # further subjects that are prepared, separated by commas, e.g. 2,3,4 to pretrain on
-options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
+options = (  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
+    ""
+)
 folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
 trials_per_session = 750  # of the mini world, and needed to know the session of a trial in MindEye's shards, at least 1
 mini_images = 5000  # mini world only, training images of this subject, at least 1
@@ -45,24 +57,38 @@ from src.utils import resolve
 
 # %% [markdown]
 # ## The mini world plays COCO and the scanner
-# Only for `source = "mini"`: draw images, let a simulated visual cortex look at them, and write the result in the format of a real source,
-# so that the same reader reads both.
+# Only for `source = "mini"`: draw images, let a simulated visual cortex look at them, and write
+# the result in the format of a real source, so that the same reader reads both.
 
 # %%
-folder, everyone = resolve(data_path), sorted({subj, *(int(s) for s in also.split(",") if s.strip())})
+folder, everyone = (
+    resolve(data_path),
+    sorted({subj, *(int(s) for s in also.split(",") if s.strip())}),
+)
 missing = [s for s in everyone if overwrite or not subject_folder(dataset, s).exists()]
 played = source_format if source == "mini" else source
 for number in missing if source == "mini" else []:
     world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
     READERS[played].write(
-        folder, number, world.scan.betas, world.scan.trials, world.images, world.image_ids,
-        voxels=world.scan.voxels, captions=world.captions, labels=world.labels,
-    )  # fmt: skip
-    print(f"(trials, voxels) = {world.scan.betas.shape}   (images, height, width, channels) = {world.images.shape}")
+        folder,
+        number,
+        world.scan.betas,
+        world.scan.trials,
+        world.images,
+        world.image_ids,
+        voxels=world.scan.voxels,
+        captions=world.captions,
+        labels=world.labels,
+    )
+    print(
+        f"(trials, voxels) = {world.scan.betas.shape}   (images, height, width, channels) ="
+        f" {world.images.shape}"
+    )
 
 # %% [markdown]
 # ## Read
-# Whatever the source, this leaves the same files. An image is in one split only; this is checked, and refused otherwise.
+# Whatever the source, this leaves the same files. An image is in one split only; this is checked,
+# and refused otherwise.
 
 # %%
 if remote_data and missing:
@@ -70,13 +96,25 @@ if remote_data and missing:
 
     release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
     for number in missing:
-        fetch(release.get(reader_options(played, options).get("layout", ""), source), folder, subj=number)
+        fetch(
+            release.get(reader_options(played, options).get("layout", ""), source),
+            folder,
+            subj=number,
+        )
 
 # %%
-print(f"options of the reader '{played}' and their defaults: {options_of(played)}\n\nterms of use: {READERS[played].TERMS}")
+print(
+    f"options of the reader '{played}' and their defaults: {options_of(played)}\n\nterms of use:"
+    f" {READERS[played].TERMS}"
+)
 given = {"trials_per_session": trials_per_session, "seed": seed, "split": folds or "official"}
 if source == "mini":
-    given["attributes"] = {"source": "mini world (simulated)", "units": "percent signal change (simulated)", "normalisation": "none", "protocol": "mini-300"}
+    given["attributes"] = {
+        "source": "mini world (simulated)",
+        "units": "percent signal change (simulated)",
+        "normalisation": "none",
+        "protocol": "mini-300",
+    }
 for number in missing:
     read(played, folder, dataset, number, options, **given)
 subject = open_subject(dataset, subj)
@@ -87,10 +125,15 @@ subject
 
 # %%
 trials = subject.trials
-counts = trials.groupby("split").agg(trials=("trial", "size"), images=("image", "nunique"), sessions=("session", "nunique"))
+counts = trials.groupby("split").agg(
+    trials=("trial", "size"), images=("image", "nunique"), sessions=("session", "nunique")
+)
 repeats = trials.groupby(["split", "image"]).size().groupby("split")
 counts["repeats an image"] = repeats.agg(lambda n: f"{n.min()} to {n.max()}, mean {n.mean():.2f}")
-print(f"protocol {subject.protocol}, test set {subject.test_set}; (trials, voxels) = {subject.betas.shape}")
+print(
+    f"protocol {subject.protocol}, test set {subject.test_set}; (trials, voxels) ="
+    f" {subject.betas.shape}"
+)
 counts
 
 # %%
@@ -107,22 +150,41 @@ labels.head() if labels is not None else "this source has no labels"
 
 # %% [markdown]
 # ## How reliable is it?
-# The noise ceiling: the share of a voxel's variance that the image explains, of a single trial and of the mean of three, estimated from the repeats of training
-# images (Allen et al. 2022). It is estimated here, not taken from the source.
+# The noise ceiling: the share of a voxel's variance that the image explains, of a single trial and
+# of the mean of three, estimated from the repeats of training images (Allen et al. 2022). It is
+# estimated here, not taken from the source.
 
 # %%
 repeated = (trials[trials.split == "train"].groupby("image").size() > 1).any()
-voxels = subject.voxels.assign(noise_ceiling=subject.noise_ceiling().noise_ceiling.to_numpy() if repeated else np.nan)
-voxels["of three trials"] = subject.noise_ceiling(3).noise_ceiling.to_numpy() if repeated else np.nan
-regions = {"all voxels": np.ones(len(voxels), bool)} | {name: voxels[name].to_numpy() for name in voxels.select_dtypes("bool").columns}
-table = {name: {"voxels": mask.sum()} | voxels.loc[mask, ["noise_ceiling", "of three trials"]].median().round(3).to_dict() for name, mask in regions.items()}
+voxels = subject.voxels.assign(
+    noise_ceiling=subject.noise_ceiling().noise_ceiling.to_numpy() if repeated else np.nan
+)
+voxels["of three trials"] = (
+    subject.noise_ceiling(3).noise_ceiling.to_numpy() if repeated else np.nan
+)
+regions = {"all voxels": np.ones(len(voxels), bool)} | {
+    name: voxels[name].to_numpy() for name in voxels.select_dtypes("bool").columns
+}
+table = {
+    name: (
+        {"voxels": mask.sum()}
+        | voxels.loc[mask, ["noise_ceiling", "of three trials"]].median().round(3).to_dict()
+    )
+    for name, mask in regions.items()
+}
 if repeated and len(regions) > 1:
-    save(roi_figure(voxels, rois=sorted(regions, key=lambda name: -regions[name].sum())[1:21]), run.results / "figures" / "rois.png")
-pd.DataFrame(table).T.astype({"voxels": int}).rename(columns={"noise_ceiling": "median noise ceiling of a trial"})
+    save(
+        roi_figure(voxels, rois=sorted(regions, key=lambda name: -regions[name].sum())[1:21]),
+        run.results / "figures" / "rois.png",
+    )
+pd.DataFrame(table).T.astype({"voxels": int}).rename(
+    columns={"noise_ceiling": "median noise ceiling of a trial"}
+)
 
 # %% [markdown]
 # ## A few trials
-# The voxels that are most reliable in training, at each presentation of a few images: of the test set where it was shown repeatedly, else of training.
+# The voxels that are most reliable in training, at each presentation of a few images: of the test
+# set where it was shown repeatedly, else of training.
 
 # %%
 normaliser = Normaliser.fit(subject)
@@ -130,33 +192,61 @@ shown = "test" if (trials[trials.split == "test"].groupby("image").size() > 1).a
 some = [rows for rows in subject.rows_by_image(shown) if len(rows) > 1 or not repeated][:6]
 order = np.argsort(-voxels.noise_ceiling.fillna(0).to_numpy(), kind="stable")[:200]
 ids = [trials.image.iloc[rows[0]] for rows in some]
-figure = trials_figure(np.moveaxis(subject.images(ids), 3, 1) / 255, [subject.read(rows[:10], normaliser)[:, order] for rows in some])
+figure = trials_figure(
+    np.moveaxis(subject.images(ids), 3, 1) / 255,
+    [subject.read(rows[:10], normaliser)[:, order] for rows in some],
+)
 save(figure, run.results / "figures" / "00_trials.png")
 
 # %% [markdown]
 # ## A check of the design
-# Does every session hold training trials (the normaliser needs them)? Are repeats of an image spread over sessions, or do they share one and its drift? Does
-# the level of the signal drift?
+# Does every session hold training trials (the normaliser needs them)? Are repeats of an image
+# spread over sessions, or do they share one and its drift? Does the level of the signal drift?
 
 # %%
-design = trials.assign(train=trials.split == "train", test=trials.split == "test").groupby("session")
-design = design.agg(trials=("trial", "size"), runs=("run", "nunique"), images=("image", "nunique"), train=("train", "mean"), test=("test", "mean")).round(3)
+design = trials.assign(train=trials.split == "train", test=trials.split == "test").groupby(
+    "session"
+)
+design = design.agg(
+    trials=("trial", "size"),
+    runs=("run", "nunique"),
+    images=("image", "nunique"),
+    train=("train", "mean"),
+    test=("test", "mean"),
+).round(3)
 spread = trials.groupby("image").session.agg(["size", "nunique"])
 spread = spread[spread["size"] > 1]
 if len(spread):
-    print(f"{(spread['nunique'] > 1).mean():.0%} of the repeated images were shown in more than one session")
+    print(
+        f"{(spread['nunique'] > 1).mean():.0%} of the repeated images were shown in more than one"
+        " session"
+    )
 if (design.train == 0).any():
-    print(f"sessions without a training trial: {design.index[design.train == 0].tolist()}; their trials are z-scored with the training trials of all sessions")
+    print(
+        f"sessions without a training trial: {design.index[design.train == 0].tolist()}; their"
+        " trials are z-scored with the training trials of all sessions"
+    )
 design
 
 # %%
-drift = pd.DataFrame({s: subject.betas[np.flatnonzero(trials.session == s)].astype(np.float32).mean(0).ravel() for s in design.index}).T
+drift = pd.DataFrame(
+    {
+        s: subject.betas[np.flatnonzero(trials.session == s)].astype(np.float32).mean(0).ravel()
+        for s in design.index
+    }
+).T
 fig, ax = plt.subplots(figsize=(7, 2.5), layout="constrained")
-ax.plot(drift.index, drift.iloc[:, :: max(1, drift.shape[1] // 8)].to_numpy(), lw=1, marker="." if len(drift) < 3 else None)
+ax.plot(
+    drift.index,
+    drift.iloc[:, :: max(1, drift.shape[1] // 8)].to_numpy(),
+    lw=1,
+    marker="." if len(drift) < 3 else None,
+)
 ax.set(xlabel="session", ylabel="mean beta", title="Level of a few voxels over the sessions")
 save(fig, run.results / "figures" / "00_drift.png")
 
 # %% [markdown]
 # ## What to look at
-# Early areas should have higher noise ceilings than higher ones; a ceiling near zero everywhere means that betas and images do not belong together. Repeats of
-# an image should look alike in the trials figure. Next: notebook 01 trains the high level.
+# Early areas should have higher noise ceilings than higher ones; a ceiling near zero everywhere
+# means that betas and images do not belong together. Repeats of an image should look alike in the
+# trials figure. Next: notebook 01 trains the high level.

@@ -1,23 +1,33 @@
 # %% [markdown]
 # # 01 · Train the combined model: voxels and diffusion prior end to end
 #
-# **Question.** What does a prior that already knows how captions become images make of brain activity, when both are trained as one network?
+# **Question.** What does a prior that already knows how captions become images make of brain
+# activity, when both are trained as one network?
 #
-# **Reads** `data/<dataset>/` (notebook 00), or fetches the published shards (`remote_data`). **Writes** `train_logs/<run>/high_level/` (best and last
-# checkpoint, history), for the ridge baseline `train_logs/<run>/high_level_ridge.safetensors`, and samples to `results/<run>/figures/`.
+# **Reads** `data/<dataset>/` (notebook 00), or fetches the published shards (`remote_data`).
+# **Writes** `train_logs/<run>/high_level/` (best and last checkpoint, history), for the ridge
+# baseline `train_logs/<run>/high_level_ridge.safetensors`, and samples to
+# `results/<run>/figures/`.
 #
-# The early system: voxel2clip predicts CLIP's one final embedding, LAION's text to image prior takes it in place of a caption's, Stable Diffusion image
-# variations paint the result. Parameters have the published names; docs/combined.md says where ours differs from the published code and why.
+# The early system: voxel2clip predicts CLIP's one final embedding, LAION's text to image prior
+# takes it in place of a caption's, Stable Diffusion image variations paint the result. Parameters
+# have the published names; docs/combined.md says where ours differs from the published code and
+# why.
 #
-# Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU cores.
+# Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU
+# cores.
 #
 # Source: the combined model that preceded MindEye (arXiv 2305.18274); its code, February to May 2023.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. combined/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 remote_data = False  # fetch the published shards first, where the dataset has not been prepared
 data_commit = "9947586218b6b7c8cab804009ddca5045249a38d"  # their revision
 cache_dir = ""  # where they are kept, by default percept-shards in the system's temporary folder
@@ -32,9 +42,13 @@ voxel_dims = 1  # 1 for (trials, voxels), 3 for whole volumes, at least 1, at mo
 arch = "brainnet"  # voxel2clip, one of brainnet, 3dconv, 3dconv-simple; the last two read volumes
 h = 4096  # width of brainnet, at least 1
 n_blocks = 4  # its residual blocks, at least 0
-conv_channels = ""  # channels of the convolutions, by default the published ones, e.g. 64,128,256,64
+conv_channels = (  # channels of the convolutions, by default the published ones, e.g. 64,128,256,64
+    ""
+)
 conv_strides = ""  # their strides, by default 1,2,3,3
-combine_models = True  # train voxel2clip with the prior, otherwise it is frozen and read from voxel2clip_path
+combine_models = (
+    True  # train voxel2clip with the prior, otherwise it is frozen and read from voxel2clip_path
+)
 voxel2clip_path = ""  # weights of voxel2clip, a released .pth or a checkpoint of ours
 laion_prior = ""  # checkpoint of LAION's text to image prior, from which the prior starts
 prior_depth = 12  # layers of the prior's transformer, at least 1
@@ -42,18 +56,26 @@ prior_heads = 12  # its attention heads, at least 1
 prior_dim_head = 64  # width of a head, at least 1
 timesteps = 1000  # its noise levels, at least 2
 max_text_len = 256  # its slots for text encodings, at least 1
-prior_scale = 0.0  # factor on embeddings before noise is added, 0 for the published sqrt(dim), at least 0
+prior_scale = (
+    0.0  # factor on embeddings before noise is added, 0 for the published sqrt(dim), at least 0
+)
 combine_losses = True  # add the contrastive loss, otherwise the prior's squared error alone
-loss_form = "run"  # one of run, stated; alpha * mse + (1 - alpha) * nce as the published code ran, or alpha * mse + nce as it was described
+loss_form = (  # one of run, stated; alpha * mse + (1 - alpha) * nce as the published code ran, or alpha * mse + nce as it was described
+    "run"
+)
 alpha = 0.01  # weight of the squared error, at least 0, at most 1
 alpha_schedule = "constant"  # one of constant, linear
 alpha_end = 0.05  # what the linear schedule ends with, at least 0, at most 1
 use_mixco = False  # MixCo, then SoftCLIP, instead of InfoNCE
 mixup_pct = 0.5  # share of the epochs with MixCo, at most 1
 use_image_aug = False  # targets of augmented images, made at every step
-clip_aug_mode = "none"  # one of none, x, y; now and then an image variation in place of the condition (x) or of the target (y)
+clip_aug_mode = (  # one of none, x, y; now and then an image variation in place of the condition (x) or of the target (y)
+    "none"
+)
 clip_aug_prob = 0.03  # how often, a batch, at least 0, at most 1
-faithful = ""  # published behaviours instead of ours, any of mixed_targets, mixco_labels, norm_decay
+faithful = (  # published behaviours instead of ours, any of mixed_targets, mixco_labels, norm_decay
+    ""
+)
 batch_size = 64  # images a step over all processes, at least 1
 num_epochs = 60  # passes over the training images, at least 1
 lr_scheduler = "cycle"  # one of cycle, fixed
@@ -93,30 +115,56 @@ import torch
 import torch.nn.functional as F
 
 from src.augment import clip_augmentation
-from src.combined import caption_targets, check_choices, check_volumes, fid, sample_rows, variation_embeddings
+from src.combined import (
+    caption_targets,
+    check_choices,
+    check_volumes,
+    fid,
+    sample_rows,
+    variation_embeddings,
+)
 from src.data import BrainDataset, Normaliser, cached_targets, open_subject, subject_folder
 from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves
-from src.losses import alpha_at, combined_loss, cosine_anneal, info_nce, mixco, mixco_nce, similarity, soft_clip_loss, unit
+from src.losses import (
+    alpha_at,
+    combined_loss,
+    cosine_anneal,
+    info_nce,
+    mixco,
+    mixco_nce,
+    similarity,
+    soft_clip_loss,
+    unit,
+)
 from src.models import RidgeBaseline
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper
 from src.published import load_laion_prior, load_voxel2clip
 from src.readers import read_if_missing
-from src.reconstruct import build_decoder, combined_config, generator_for, predict_tokens, sampled_by
+from src.reconstruct import (
+    build_decoder,
+    combined_config,
+    generator_for,
+    predict_tokens,
+    sampled_by,
+)
 from src.training import FirstSamples, batches, check_precision, fit, gather, own_rows, tracker
 from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
 
 # %% [markdown]
 # ## Data
-# Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
-# the mean of its repeats.
+# Voxels are z-scored per session with the statistics of training trials. A training step sees one
+# random repeat of an image, validation the mean of its repeats.
 
 # %%
 published = named(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
 check_choices(run.parameters)
 if laion_prior and not resolve(laion_prior).is_file():
-    raise PerceptError(f"laion_prior is '{laion_prior}', where there is no file: fetch LAION's prior, or leave it empty to begin with a fresh one.")
+    raise PerceptError(
+        f"laion_prior is '{laion_prior}', where there is no file: fetch LAION's prior, or leave it"
+        " empty to begin with a fresh one."
+    )
 if decoder != "ridge":
     check_precision(run.device, precision)
 source = data_path
@@ -133,50 +181,110 @@ check_volumes(voxel_dims, subject.volume_shape)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
-print(f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.width})   volume {subject.volume_shape}")
+print(
+    f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.width})   volume"
+    f" {subject.volume_shape}"
+)
 
 # %% [markdown]
 # ## Targets
-# CLIP's final embedding, not normalised, of the image or of one of its captions: in training a random one, in validation the first.
+# CLIP's final embedding, not normalised, of the image or of one of its captions: in training a
+# random one, in validation the first.
 
 # %%
-clipper = Clipper(weights, hidden=False, norm_embs=False, device=run.device, variant=clip_variant, clamp_embs=clamp_embs)
-images = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+clipper = Clipper(
+    weights,
+    hidden=False,
+    norm_embs=False,
+    device=run.device,
+    variant=clip_variant,
+    clamp_embs=clamp_embs,
+)
+images = cached_targets(
+    dataset,
+    "clip_tokens",
+    clipper.fingerprint(),
+    subject.all_images,
+    clipper.encode_pixels,
+    clipper.target_shape,
+)
 augment = clip_augmentation(clipper.size)
 trained_on, validated_on = ({} if use_image_aug else {"embedding": images}), {"embedding": images}
 if modality == "text":
     captions = caption_targets(dataset, subject.captions, clipper)
-    trained_on, validated_on = {"embedding": captions}, {"embedding": captions.first(subject.image_ids("val"))}
+    trained_on, validated_on = (
+        {"embedding": captions},
+        {"embedding": captions.first(subject.image_ids("val"))},
+    )
 train = BrainDataset(subject, "train", trained_on, normaliser, "random", seed, pixels=use_image_aug)
 val = BrainDataset(subject, "val", validated_on, normaliser, "mean", seed)
-print(f"dim = {clipper.dim}   targets: {modality}{', augmented at every step' if use_image_aug else ''}")
+print(
+    f"dim = {clipper.dim}   targets:"
+    f" {modality}{', augmented at every step' if use_image_aug else ''}"
+)
 
 # %% [markdown]
 # ## Model
-# voxel2clip inside the prior: the prior's loss reaches the voxels. Frozen (`combine_models = False`), it is what it was, and the prior alone learns.
+# voxel2clip inside the prior: the prior's loss reaches the voxels. Frozen (`combine_models =
+# False`), it is what it was, and the prior alone learns.
 
 # %%
-told = ("combine_models", "combine_losses", "loss_form", "alpha", "alpha_schedule", "alpha_end", "use_mixco", "mixup_pct", "modality", "use_image_aug")
-told += ("clip_aug_mode", "clip_aug_prob", "faithful", "voxel2clip_path", "laion_prior", "batch_size", "num_epochs", "max_lr", "initial_lr", "first_batch", "seed")
+told = (
+    "combine_models",
+    "combine_losses",
+    "loss_form",
+    "alpha",
+    "alpha_schedule",
+    "alpha_end",
+    "use_mixco",
+    "mixup_pct",
+    "modality",
+    "use_image_aug",
+)
+told += (
+    "clip_aug_mode",
+    "clip_aug_prob",
+    "faithful",
+    "voxel2clip_path",
+    "laion_prior",
+    "batch_size",
+    "num_epochs",
+    "max_lr",
+    "initial_lr",
+    "first_batch",
+    "seed",
+)
 config = {
     "model": combined_config(run.parameters, normaliser.width, clipper.dim, subject.volume_shape),
     "training": {name: run.parameters[name] for name in told},
     "tokens": [1, clipper.dim],
-    "clip": {"variant": clip_variant, "hidden": False, "norm_embs": False, "clamp_embs": clamp_embs},
+    "clip": {
+        "variant": clip_variant,
+        "hidden": False,
+        "norm_embs": False,
+        "clamp_embs": clamp_embs,
+    },
 }
 model = build_decoder(config["model"])
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
-    print(f"the prior starts as LAION's; fresh are {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip")
+    print(
+        "the prior starts as LAION's; fresh are"
+        f" {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip"
+    )
 if voxel2clip_path:
     load_voxel2clip(resolve(voxel2clip_path), model.voxel2clip)
 model.voxel2clip.requires_grad_(combine_models)
-print(f"voxel2clip {count_parameters(model.voxel2clip):,} parameters, together with the prior {count_parameters(model):,}")
+print(
+    f"voxel2clip {count_parameters(model.voxel2clip):,} parameters, together with the prior"
+    f" {count_parameters(model):,}"
+)
 
 # %% [markdown]
 # ## The step
-# The contrastive loss makes the predicted embedding point to its image, the prior's squared error makes it a condition from which that
-# image's embedding can be denoised. `alpha` weighs the two; `gather` brings in the samples of other processes.
+# The contrastive loss makes the predicted embedding point to its image, the prior's squared error
+# makes it a condition from which that image's embedding can be denoised. `alpha` weighs the two;
+# `gather` brings in the samples of other processes.
 
 # %%
 mix_epochs = int(mixup_pct * num_epochs) if use_mixco else 0
@@ -188,36 +296,67 @@ def contrast(brain, image, epoch, mix):
     brain, image = gather(unit(brain)), gather(unit(image))
     if mix:
         return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
-    return soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs]) if use_mixco else info_nce(brain, image)
+    return (
+        soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
+        if use_mixco
+        else info_nce(brain, image)
+    )
 
 
 def target_of(batch):
     """Target embeddings (batch, 1, dim): from the cache, or of images that are augmented now."""
-    found = batch["embedding"] if "embedding" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
+    found = (
+        batch["embedding"]
+        if "embedding" in batch
+        else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
+    )
     return found[:, None]
 
 
 # %%
-diffusion = sampled_by(generator_for(1, weights, run.device), sd_scheduler) if n_samples_save or clip_aug_mode != "none" else None
+diffusion = (
+    sampled_by(generator_for(1, weights, run.device), sd_scheduler)
+    if n_samples_save or clip_aug_mode != "none"
+    else None
+)
 
 
 def varied(model, brain, target, batch):
-    """Condition and target (batch, 1, dim), for some batches with an image variation in the place of one of them; and whether it is one of these."""
+    """Condition and target (batch, 1, dim), for some batches with an image variation in the place
+    of one of them; and whether it is one of these.
+    """
     chance = np.random.default_rng([seed, int(gather(batch["seed"])[0])])
     if clip_aug_mode == "none" or chance.random() >= clip_aug_prob:
         return brain, target, False
     begun = int(chance.integers(2**31))
-    if clip_aug_mode == "x":  # what the image looks like to CLIP, in place of what the brain says of it
-        other = variation_embeddings(diffusion, clipper, target[:, 0], batch["image"], begun)[:, None]
-        return other / other.norm(dim=-1, keepdim=True) * brain.norm(dim=-1, keepdim=True), target, True
+    if (
+        clip_aug_mode == "x"
+    ):  # what the image looks like to CLIP, in place of what the brain says of it
+        other = variation_embeddings(diffusion, clipper, target[:, 0], batch["image"], begun)[
+            :, None
+        ]
+        return (
+            other / other.norm(dim=-1, keepdim=True) * brain.norm(dim=-1, keepdim=True),
+            target,
+            True,
+        )
     with torch.no_grad():  # what the prior predicts, painted, is to be predicted
-        guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1] / model.image_embed_scale
-    return brain, variation_embeddings(diffusion, clipper, guess[:, 0], batch["image"], begun)[:, None], True
+        guess = (
+            model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
+            / model.image_embed_scale
+        )
+    return (
+        brain,
+        variation_embeddings(diffusion, clipper, guess[:, 0], batch["image"], begun)[:, None],
+        True,
+    )
 
 
 # %%
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, voxels), embedding (batch, dim) or pixels, seed and image (batch,)."""
+    """Loss of one batch: voxels (batch, voxels), embedding (batch, dim) or pixels, seed and image
+    (batch,).
+    """
     voxels, target, mix = batch["voxels"], target_of(batch), ()
     if epoch < mix_epochs:
         with seeded(int(gather(batch["seed"])[0])):
@@ -225,22 +364,31 @@ def step(model, batch, epoch):
         voxels = own_rows(voxels)
         if "mixed_targets" in published:  # the labels of the contrastive loss mix, too
             perm, betas, _ = mix
-            target = own_rows(betas[:, None, None] * gather(target) + (1 - betas[:, None, None]) * gather(target)[perm])
+            target = own_rows(
+                betas[:, None, None] * gather(target)
+                + (1 - betas[:, None, None]) * gather(target)[perm]
+            )
     if not combine_models:
         model.voxel2clip.eval()  # frozen are its dropout and the statistics of its norms, too
     brain, _ = model.voxel2clip.tokens(voxels)  # (batch, 1, dim)
     condition, wanted, changed = varied(model, brain, target, batch)
     mse = model(text_embed=condition, image_embed=wanted, seeds=batch["seed"])[0]
-    logs = {"loss_mse": mse.detach()} | ({f"loss_{'on' if changed else 'off'}_aug": mse.detach()} if clip_aug_mode != "none" else {})
+    logs = {"loss_mse": mse.detach()} | (
+        {f"loss_{'on' if changed else 'off'}_aug": mse.detach()} if clip_aug_mode != "none" else {}
+    )
     if not combine_losses:
         return mse, logs
-    now, nce = alpha_at(epoch, num_epochs, alpha_schedule, alpha, alpha_end), contrast(brain, target, epoch, mix)
+    now, nce = (
+        alpha_at(epoch, num_epochs, alpha_schedule, alpha, alpha_end),
+        contrast(brain, target, epoch, mix),
+    )
     return combined_loss(mse, nce, now, loss_form), logs | {"loss_nce": nce.detach(), "alpha": now}
 
 
 # %% [markdown]
-# Validation looks at the validation split only, all of it at once, on averaged repeats: InfoNCE and the first `alpha` throughout, so that epochs can be
-# compared. `cosine_sim_base` is the similarity to the embedding of another image.
+# Validation looks at the validation split only, all of it at once, on averaged repeats: InfoNCE
+# and the first `alpha` throughout, so that epochs can be compared. `cosine_sim_base` is the
+# similarity to the embedding of another image.
 
 # %%
 @torch.no_grad()
@@ -250,22 +398,30 @@ def validate(model):
     for batch in batches(val, batch_size, next(model.parameters()).device):
         (brain, _), target = model.voxel2clip.tokens(batch["voxels"]), target_of(batch)
         guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
-        found.append((brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2))))
+        found.append(
+            (brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2)))
+        )
     brains, targets, errors = (torch.cat(parts).float() for parts in zip(*found, strict=True))
     brain, image = unit(brains), unit(targets)
     right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
     mse, nce = errors.mean(), info_nce(brain, image)
     loss = combined_loss(mse, nce, alpha, loss_form) if combine_losses else mse
     values = {
-        "loss": loss, "loss_mse": mse, "loss_nce": nce, "cosine_sim": similar.diagonal().mean(), "cosine_sim_base": similar.diagonal(1).mean(),
-        "image_from_brain": (similar.argmax(1) == right).float().mean(), "brain_from_image": (similar.argmax(0) == right).float().mean(),
-    }  # fmt: skip
+        "loss": loss,
+        "loss_mse": mse,
+        "loss_nce": nce,
+        "cosine_sim": similar.diagonal().mean(),
+        "cosine_sim_base": similar.diagonal(1).mean(),
+        "image_from_brain": (similar.argmax(1) == right).float().mean(),
+        "brain_from_image": (similar.argmax(0) == right).float().mean(),
+    }
     return {f"val/{name}": value.item() for name, value in values.items()}
 
 
 # %% [markdown]
-# Samples while training, of training and of validation images: what was seen, what the generator makes of its true embedding, and four samples from
-# the brain. FID between the samples and what was seen needs two images and says little of so few.
+# Samples while training, of training and of validation images: what was seen, what the generator
+# makes of its true embedding, and four samples from the brain. FID between the samples and what
+# was seen needs two images and says little of so few.
 
 # %%
 eye = FeatureNetwork("InceptionV3", weights, run.device) if n_samples_save >= 2 else None
@@ -284,27 +440,55 @@ def draw(model, epoch):
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
         rows = sample_rows(model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42)
         figures[f"{dataset_}/samples"] = image_grid({"seen": seen} | rows, n=len(ids))
-        save(figures[f"{dataset_}/samples"], run.results / "figures" / f"01_samples_{dataset_}_epoch{epoch:03d}.png")
+        save(
+            figures[f"{dataset_}/samples"],
+            run.results / "figures" / f"01_samples_{dataset_}_epoch{epoch:03d}.png",
+        )
         if len(ids) > 1:
-            figures[f"{dataset_}/FID"] = fid(eye, seen, torch.cat([made for name, made in rows.items() if name.startswith("brain")]))
+            figures[f"{dataset_}/FID"] = fid(
+                eye,
+                seen,
+                torch.cat([made for name, made in rows.items() if name.startswith("brain")]),
+            )
     numbers = {name: value for name, value in figures.items() if name.endswith("FID")}
     if numbers:
-        pd.DataFrame([{"epoch": epoch} | numbers]).to_csv(distances, mode="a", header=not distances.exists(), index=False)
+        pd.DataFrame([{"epoch": epoch} | numbers]).to_csv(
+            distances, mode="a", header=not distances.exists(), index=False
+        )
     return figures
 
 
 # %%
 if decoder != "ridge":
-    logger = tracker(run, wandb_log, wandb_project, name=wandb_run_name, notes=wandb_notes, host=wandb_host)
+    logger = tracker(
+        run, wandb_log, wandb_project, name=wandb_run_name, notes=wandb_notes, host=wandb_host
+    )
     if not resume_from_ckpt:
         distances.unlink(missing_ok=True)
     history = fit(
-        model, step, FirstSamples(train, batch_size) if first_batch else train, folder=run.logs / "high_level", config=config, epochs=num_epochs,
-        batch_size=batch_size, max_lr=max_lr if lr_scheduler == "cycle" else initial_lr, validate=validate, seed=seed, scheduler=lr_scheduler,
-        decay="published" if "norm_decay" in published else "no_norms", precision=precision, resume=resume_from_ckpt, checkpoints=ckpt_saving,
-        ckpt_interval=ckpt_interval, keep_epochs=True, save_at_end=save_at_end, device=run.device, logger=logger,
-        draw=draw if n_samples_save else None, draw_interval=sample_interval,
-    )  # fmt: skip
+        model,
+        step,
+        FirstSamples(train, batch_size) if first_batch else train,
+        folder=run.logs / "high_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=batch_size,
+        max_lr=max_lr if lr_scheduler == "cycle" else initial_lr,
+        validate=validate,
+        seed=seed,
+        scheduler=lr_scheduler,
+        decay="published" if "norm_decay" in published else "no_norms",
+        precision=precision,
+        resume=resume_from_ckpt,
+        checkpoints=ckpt_saving,
+        ckpt_interval=ckpt_interval,
+        keep_epochs=True,
+        save_at_end=save_at_end,
+        device=run.device,
+        logger=logger,
+        draw=draw if n_samples_save else None,
+        draw_interval=sample_interval,
+    )
     figure = training_curves(history)
     save(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
@@ -313,35 +497,60 @@ if decoder != "ridge":
 
 # %% [markdown]
 # ## Does the prior earn its place?
-# Validation images, repeats averaged: how near one sample of the prior comes to the true embedding, and how near the mean of eight, as the share of its
-# variance. Where the mean of what the brain leaves open has R2 = r, a faithful sample has 2r - 1 (docs/prior.md).
+# Validation images, repeats averaged: how near one sample of the prior comes to the true
+# embedding, and how near the mean of eight, as the share of its variance. Where the mean of what
+# the brain leaves open has R2 = r, a faithful sample has 2r - 1 (docs/prior.md).
 
 # %%
 if decoder != "ridge":
     x, ids = subject.averaged("val", normaliser=normaliser)
     truth = captions.first(ids) if modality == "text" else images.rows(ids)
     truth, steps = torch.from_numpy(truth[:100].astype(np.float32))[:, None], min(100, timesteps)
-    tokens, _ = predict_tokens(model, x[:100], (1, clipper.dim), 8, timesteps=steps, seed=seed, device=run.device, image_ids=ids[:100])
-    for name, made in (("one sample of the prior", tokens[:, 0]), ("mean of eight samples", tokens.mean(1))):
+    tokens, _ = predict_tokens(
+        model,
+        x[:100],
+        (1, clipper.dim),
+        8,
+        timesteps=steps,
+        seed=seed,
+        device=run.device,
+        image_ids=ids[:100],
+    )
+    for name, made in (
+        ("one sample of the prior", tokens[:, 0]),
+        ("mean of eight samples", tokens.mean(1)),
+    ):
         print(f"validation embedding R2, {name}: {1 - F.mse_loss(made, truth) / truth.var():.3f}")
 
 # %% [markdown]
 # ## The ridge baseline
-# One linear map from the averaged voxels to the image's embedding, its penalty chosen by cross-validation within the training images.
-# A network that is not better than this has learnt nothing that needs a network.
+# One linear map from the averaged voxels to the image's embedding, its penalty chosen by
+# cross-validation within the training images. A network that is not better than this has learnt
+# nothing that needs a network.
 
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, images.rows(ids).astype(np.float32)[:, None], cv=ridge_folds, seed=seed)
-    ridge_config = {"model": ridge.config, "training": config["training"], "tokens": config["tokens"], "clip": config["clip"]}
+    ridge = RidgeBaseline.fit(
+        x, images.rows(ids).astype(np.float32)[:, None], cv=ridge_folds, seed=seed
+    )
+    ridge_config = {
+        "model": ridge.config,
+        "training": config["training"],
+        "tokens": config["tokens"],
+        "clip": config["clip"],
+    }
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+    print(
+        f"ridge: {count_parameters(ridge):,} weights, median penalty"
+        f" {np.median(ridge.alphas.numpy()):.3g}"
+    )
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# In the grids, "true embedding" is the best that the generator can do; samples from the brain of training images may be better than those of validation
-# images, which is overfitting. Next: notebook 03 reconstructs the test images.
+# In the grids, "true embedding" is the best that the generator can do; samples from the brain of
+# training images may be better than those of validation images, which is overfitting. Next:
+# notebook 03 reconstructs the test images.

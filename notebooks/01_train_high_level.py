@@ -1,33 +1,45 @@
 # %% [markdown]
 # # 01 · Train the high level: voxels to CLIP tokens
 #
-# **Question.** Can brain activity be mapped into the space in which CLIP describes images, well enough to find the image that was
-# seen (contrastive loss) and to condition a diffusion model on it (diffusion prior)?
+# **Question.** Can brain activity be mapped into the space in which CLIP describes images, well
+# enough to find the image that was seen (contrastive loss) and to condition a diffusion model on
+# it (diffusion prior)?
 #
-# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/high_level/` (best and last checkpoint, history) and, for the ridge
-# baseline, `train_logs/<run>/high_level_ridge.safetensors`.
+# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/high_level/` (best and
+# last checkpoint, history) and, for the ridge baseline,
+# `train_logs/<run>/high_level_ridge.safetensors`.
 #
-# Two models: all 257 tokens of CLIP's last layer (`hidden`, for Versatile Diffusion), or its one final embedding (`--no-hidden --no-norm_embs`,
-# recipe `mindeye_retrieval`, for large indexes and Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where
-# a default differs and why.
+# Two models: all 257 tokens of CLIP's last layer (`hidden`, for Versatile Diffusion), or its one
+# final embedding (`--no-hidden --no-norm_embs`, recipe `mindeye_retrieval`, for large indexes and
+# Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where a
+# default differs and why.
 #
-# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run here); mini about four minutes on two CPU cores.
+# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run
+# here); mini about four minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, sections 2.1-2.3.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+split = (  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+    "images"
+)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
+rois = (  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
+    ""
+)
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
@@ -45,7 +57,9 @@ use_projector = True  # a separate head for the contrastive losses
 h = 4096  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 projector_dim = 2048  # width of the projector, at least 1
-prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
+prior_depth = (
+    0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
+)
 prior_heads = 12  # its attention heads, at least 1
 prior_dim_head = 64  # width of a head, at least 1
 timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000, at least 0
@@ -53,19 +67,25 @@ max_text_len = 256  # slots for text encodings of the 1x768 prior, at least 1
 laion_prior = ""  # checkpoint of LAION's text to image prior, from which the 1x768 prior starts
 prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03, at least 0
 mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short, at least 0; not in the paper
-faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
+faithful = (  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
+    ""
+)
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
 ckpt_interval = 5  # epochs between figures, at least 0
 save_at_end = False  # choose no best epoch, keep the last one only
-n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
+n_samples_save = (
+    0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
+)
 plot_umap = False  # a UMAP of validation images at every ckpt_interval
 umap_label = ""  # column of the image labels that colours the UMAP
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 precision = "no"  # one of no, bf16, fp16
-step_in_backward = False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
+step_in_backward = (
+    False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
+)
 seed = 42  # of everything random
 
 # %%
@@ -80,7 +100,14 @@ import torch
 import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, select_images
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cached_targets,
+    cached_views as make_views,
+    open_subject,
+    select_images,
+)
 from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves, umap_scatter
 from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
@@ -94,47 +121,84 @@ from src.utils import PerceptError, count_parameters, named, resolve, save_check
 
 # %% [markdown]
 # ## Data
-# Voxels are z-scored per session with the statistics of training trials. A training step sees one random repeat of an image, validation
-# the mean of its repeats.
+# Voxels are z-scored per session with the statistics of training trials. A training step sees one
+# random repeat of an image, validation the mean of its repeats.
 #
-# Three tests need a training of their own (docs/overlap.md). With `split = "cluster-held-out"` no training or validation image is like the test images of a
-# quarter of the clusters: is an image recognised, or a category that was trained? With `n_components` the networks see that many principal components of
-# the voxels in place of the voxels: how much of the brain do they need? With `num_sessions` they are trained on the first so many sessions alone, and tested on
-# the whole test set (docs/sweeps.md): how long has someone to lie in the scanner?
+# Three tests need a training of their own (docs/overlap.md). With `split = "cluster-held-out"` no
+# training or validation image is like the test images of a quarter of the clusters: is an image
+# recognised, or a category that was trained? With `n_components` the networks see that many
+# principal components of the voxels in place of the voxels: how much of the brain do they need?
+# With `num_sessions` they are trained on the first so many sessions alone, and tested on the whole
+# test set (docs/sweeps.md): how long has someone to lie in the scanner?
 
 # %%
-published = named(faithful, ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"), "faithful")
+published = named(
+    faithful,
+    ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"),
+    "faithful",
+)
 if not (prior or v2c):
     raise PerceptError("Neither prior nor v2c is trained: leave at least one of them on.")
 if laion_prior and (hidden or not resolve(laion_prior).is_file()):
-    raise PerceptError(f"laion_prior is '{laion_prior}': it must be a file, and begins the 1x768 model alone (hidden False, norm_embs False).")
+    raise PerceptError(
+        f"laion_prior is '{laion_prior}': it must be a file, and begins the 1x768 model alone"
+        " (hidden False, norm_embs False)."
+    )
 if timesteps == 1:
-    raise PerceptError("timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number.")
+    raise PerceptError(
+        "timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number."
+    )
 if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
 
 # %%
 read_if_missing("mindeye", data_path, dataset, subj)
 everything = open_subject(dataset, subj)
-subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters, num_sessions)
+subject = select_images(
+    everything,
+    split,
+    run.logs,
+    lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
+    n_clusters,
+    num_sessions,
+)
 if subject is not everything:
-    kept = {part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}" for part in ("train", "val")}
-    print(f"images kept: {kept}; test images in held-out clusters: {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}")
+    kept = {
+        part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}"
+        for part in ("train", "val")
+    }
+    print(
+        f"images kept: {kept}; test images in held-out clusters:"
+        f" {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
+    )
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
-print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(subject.image_ids(train_split))}, {normaliser.width})")
+print(
+    f"(train images, {'components' if n_components else 'voxels'}) ="
+    f" ({len(subject.image_ids(train_split))}, {normaliser.width})"
+)
 
 # %% [markdown]
 # ## Targets
-# CLIP's tokens, computed once and cached with a fingerprint of the model that made them. With augmentation the training targets are those of
-# augmented images: of a few cached versions, or made anew at every step. Validation images are never augmented.
+# CLIP's tokens, computed once and cached with a fingerprint of the model that made them. With
+# augmentation the training targets are those of augmented images: of a few cached versions, or
+# made anew at every step. Validation images are never augmented.
 
 # %%
-clipper = Clipper(weights, hidden=hidden, norm_embs=norm_embs, device=run.device, variant=clip_variant)
+clipper = Clipper(
+    weights, hidden=hidden, norm_embs=norm_embs, device=run.device, variant=clip_variant
+)
 n_tokens, dim = clipper.tokens, clipper.dim
-clip_tokens = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), subject.all_images, clipper.encode_pixels, clipper.target_shape)
+clip_tokens = cached_targets(
+    dataset,
+    "clip_tokens",
+    clipper.fingerprint(),
+    subject.all_images,
+    clipper.encode_pixels,
+    clipper.target_shape,
+)
 augment = clip_augmentation(clipper.size)
 
 
@@ -148,23 +212,48 @@ def encode_view(images, view_seed):
 targets = {"tokens": clip_tokens}
 if use_image_aug and cached_views:
     made_by = clipper.fingerprint() | {"augmentation": repr(augment)}
-    views = make_views(dataset, "clip_tokens", made_by, subject.image_ids(train_split), encode_view, clipper.target_shape, cached_views)
+    views = make_views(
+        dataset,
+        "clip_tokens",
+        made_by,
+        subject.image_ids(train_split),
+        encode_view,
+        clipper.target_shape,
+        cached_views,
+    )
     targets = {"tokens": views}
 elif use_image_aug:
     targets = {}
 repeats = "batch" if "batch_repeats" in published else "random"
 train = BrainDataset(subject, train_split, targets, normaliser, repeats, seed, pixels=not targets)
 val = BrainDataset(subject, "val", {"tokens": clip_tokens}, normaliser, "mean", seed)
-print(f"(tokens, dim) = ({n_tokens}, {dim})   targets: {'of augmented images, ' if use_image_aug else ''}{'cached' if targets else 'made at every step'}")
+print(
+    f"(tokens, dim) = ({n_tokens}, {dim})   targets:"
+    f" {'of augmented images, ' if use_image_aug else ''}{'cached' if targets else 'made at every step'}"
+)
 
 # %% [markdown]
 # ## Model
-# `voxel2clip`: a residual MLP from voxels to all tokens, with a projector on which the contrastive losses act, so that they and the
-# prior do not pull on the same vector. The diffusion prior turns the backbone's output into tokens as CLIP would give them.
+# `voxel2clip`: a residual MLP from voxels to all tokens, with a projector on which the contrastive
+# losses act, so that they and the prior do not pull on the same vector. The diffusion prior turns
+# the backbone's output into tokens as CLIP would give them.
 
 # %%
 prior_weight = prior_mult or (30.0 if hidden else 0.03)
-told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior", "v2c", "mse_mult", "use_image_aug", "cached_views", "faithful", "laion_prior", "seed")
+told = (
+    "batch_size",
+    "num_epochs",
+    "mixup_pct",
+    "max_lr",
+    "prior",
+    "v2c",
+    "mse_mult",
+    "use_image_aug",
+    "cached_views",
+    "faithful",
+    "laion_prior",
+    "seed",
+)
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
     "model": high_level_config(run.parameters, normaliser.width, n_tokens, dim),
@@ -175,13 +264,17 @@ config = {
 model = build_decoder(config["model"])
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
-    print(f"the prior starts as LAION's; fresh are {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip")
+    print(
+        "the prior starts as LAION's; fresh are"
+        f" {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip"
+    )
 
 # %% [markdown]
 # ## The step
-# BiMixCo for the first third of the epochs (voxels of two images are mixed and both are to be found), SoftCLIP afterwards (the
-# target is how similar the batch's images are to each other), and the prior's loss throughout. `gather` brings in the samples of the other
-# processes, so that one process and several train alike.
+# BiMixCo for the first third of the epochs (voxels of two images are mixed and both are to be
+# found), SoftCLIP afterwards (the target is how similar the batch's images are to each other), and
+# the prior's loss throughout. `gather` brings in the samples of the other processes, so that one
+# process and several train alike.
 
 # %%
 mix_epochs = int(mixup_pct * num_epochs)
@@ -198,13 +291,19 @@ def contrast(brain, image, epoch, mix):
 
 def target_of(batch):
     """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
-    found = batch["tokens"] if "tokens" in batch else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
+    found = (
+        batch["tokens"]
+        if "tokens" in batch
+        else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
+    )
     return found.view(len(found), n_tokens, dim)
 
 
 # %%
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, voxels), tokens (batch, tokens, dim) or pixels, seed (batch,)."""
+    """Loss of one batch: voxels (batch, voxels), tokens (batch, tokens, dim) or pixels, seed
+    (batch,).
+    """
     voxels, target, mix = batch["voxels"], target_of(batch), ()
     if v2c and epoch < mix_epochs:
         with seeded(int(gather(batch["seed"])[0])):
@@ -215,26 +314,47 @@ def step(model, batch, epoch):
     if v2c:
         losses["nce"] = (1.0, contrast(projected, target, epoch, mix))
     if prior:
-        losses["prior"] = (prior_weight, model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[0])
+        losses["prior"] = (
+            prior_weight,
+            model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[0],
+        )
     if mse_mult:
         losses["mse"] = (mse_mult, F.mse_loss(backbone, target * dim**0.5))  # in the prior's units
-    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
+    return sum(weight * loss for weight, loss in losses.values()), {
+        f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()
+    }
 
 
 # %% [markdown]
-# Validation looks at images of the validation split only, on averaged repeats: SoftCLIP at one temperature throughout, so that epochs can be compared, the prior's
-# loss, and how often the right one is the nearest.
+# Validation looks at images of the validation split only, on averaged repeats: SoftCLIP at one
+# temperature throughout, so that epochs can be compared, the prior's loss, and how often the right
+# one is the nearest.
 
 # %%
 def predicted(model):
-    """Of all validation images: projected and true tokens (images, tokens, dim), and the errors of the prior and of the backbone (images,)."""
+    """Of all validation images: projected and true tokens (images, tokens, dim), and the errors of
+    the prior and of the backbone (images,).
+    """
     found = []
-    for batch in batches(val, batch_size, next(model.parameters()).device):  # as large as in training, so that memory does not grow
+    for batch in batches(
+        val, batch_size, next(model.parameters()).device
+    ):  # as large as in training, so that memory does not grow
         target = target_of(batch)
         backbone, projected = model.voxel2clip.tokens(batch["voxels"])
         direct = (backbone - target * dim**0.5).square().mean((1, 2))
-        guess = model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1] if prior else 0 * target
-        found.append((projected, target, (guess - target * model.image_embed_scale).square().mean((1, 2)), direct))
+        guess = (
+            model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
+            if prior
+            else 0 * target
+        )
+        found.append(
+            (
+                projected,
+                target,
+                (guess - target * model.image_embed_scale).square().mean((1, 2)),
+                direct,
+            )
+        )
     return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
 
@@ -248,16 +368,21 @@ def validate(model):
     nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
     mse, direct = of_prior.mean() if prior else brain.new_zeros(()), of_backbone.mean()
     values = {
-        "loss": nce + prior_weight * mse + mse_mult * direct, "loss_nce": nce, "loss_prior": mse, "token_r2": 1 - direct / (target.var() * dim),
-        "cosine_sim": similar.diagonal().mean(), "image_from_brain": (similar.argmax(1) == right).float().mean(),
+        "loss": nce + prior_weight * mse + mse_mult * direct,
+        "loss_nce": nce,
+        "loss_prior": mse,
+        "token_r2": 1 - direct / (target.var() * dim),
+        "cosine_sim": similar.diagonal().mean(),
+        "image_from_brain": (similar.argmax(1) == right).float().mean(),
         "brain_from_image": (similar.argmax(0) == right).float().mean(),
-    }  # fmt: skip
+    }
     return {f"val/{name}": value.item() for name, value in values.items()}
 
 
 # %% [markdown]
-# Figures while training, every `ckpt_interval` epochs: a UMAP of what is predicted and what is to be predicted, and reconstructions of the first
-# validation images. Both cost time and are off by default.
+# Figures while training, every `ckpt_interval` epochs: a UMAP of what is predicted and what is to
+# be predicted, and reconstructions of the first validation images. Both cost time and are off by
+# default.
 
 # %%
 if n_samples_save:
@@ -271,14 +396,24 @@ def draw(model, epoch):
     figures = {}
     if plot_umap:
         projected, target, *_ = predicted(model)
-        labels = subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
+        labels = (
+            subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
+        )
         figures["umap"] = umap_scatter(projected, target, labels, seed=seed)
     if n_samples_save:
         x, ids = subject.averaged("val", normaliser=normaliser)
         x, ids = x[:n_samples_save], ids[:n_samples_save]
-        tokens, _ = predict_tokens(model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids)
+        tokens, _ = predict_tokens(
+            model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids
+        )
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        figures["samples"] = image_grid({"seen": seen, f"epoch {epoch}": generate_images(diffusion, tokens, ids, seed=seed)[:, 0]}, n=len(ids))
+        figures["samples"] = image_grid(
+            {
+                "seen": seen,
+                f"epoch {epoch}": generate_images(diffusion, tokens, ids, seed=seed)[:, 0],
+            },
+            n=len(ids),
+        )
     for name, figure in figures.items():
         save(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
     return figures
@@ -288,12 +423,29 @@ def draw(model, epoch):
 if decoder != "ridge":
     logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, train, folder=run.logs / "high_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
-        validate=validate, seed=seed, scheduler=lr_scheduler_type, precision=precision, resume=resume_from_ckpt,
-        decay="published" if "norm_decay" in published else "no_norms", order="resampled" if "resampled_epochs" in published else "shuffled",
-        checkpoints=ckpt_saving, ckpt_interval=ckpt_interval, save_at_end=save_at_end or "train_on_val" in published, device=run.device,
-        step_in_backward=step_in_backward, logger=logger, draw=draw if plot_umap or n_samples_save else None,
-    )  # fmt: skip
+        model,
+        step,
+        train,
+        folder=run.logs / "high_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=batch_size,
+        max_lr=max_lr,
+        validate=validate,
+        seed=seed,
+        scheduler=lr_scheduler_type,
+        precision=precision,
+        resume=resume_from_ckpt,
+        decay="published" if "norm_decay" in published else "no_norms",
+        order="resampled" if "resampled_epochs" in published else "shuffled",
+        checkpoints=ckpt_saving,
+        ckpt_interval=ckpt_interval,
+        save_at_end=save_at_end or "train_on_val" in published,
+        device=run.device,
+        step_in_backward=step_in_backward,
+        logger=logger,
+        draw=draw if plot_umap or n_samples_save else None,
+    )
     figure = training_curves(history)
     save(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
@@ -302,9 +454,11 @@ if decoder != "ridge":
 
 # %% [markdown]
 # ## Does the prior earn its place?
-# Tokens of validation images from the backbone itself and from one sample of the prior, as the share of the true tokens' variance. A faithful sample
-# cannot win here: where the mean has R2 = r, a draw from all that the brain leaves open has 2r - 1. What counts is what the generator makes of
-# either; on the mini world it makes more of the mean (docs/prior.md), and the mini recipe sets `prior: false` in notebook 03.
+# Tokens of validation images from the backbone itself and from one sample of the prior, as the
+# share of the true tokens' variance. A faithful sample cannot win here: where the mean has R2 = r,
+# a draw from all that the brain leaves open has 2r - 1. What counts is what the generator makes of
+# either; on the mini world it makes more of the mean (docs/prior.md), and the mini recipe sets
+# `prior: false` in notebook 03.
 
 # %%
 if decoder != "ridge" and prior:
@@ -312,26 +466,53 @@ if decoder != "ridge" and prior:
     truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32)).view(-1, n_tokens, dim)
     for name, use in (("backbone", False), ("one sample of the prior", True)):
         steps = min(20, model.noise_scheduler.num_timesteps)
-        tokens, _ = predict_tokens(model.eval(), x[:100], (n_tokens, dim), use_prior=use, timesteps=steps, seed=seed, device=run.device)
-        print(f"validation token R2, {name}: {1 - ((tokens[:, 0] - truth) ** 2).mean() / truth.var():.3f}")
+        tokens, _ = predict_tokens(
+            model.eval(),
+            x[:100],
+            (n_tokens, dim),
+            use_prior=use,
+            timesteps=steps,
+            seed=seed,
+            device=run.device,
+        )
+        print(
+            f"validation token R2, {name}:"
+            f" {1 - ((tokens[:, 0] - truth) ** 2).mean() / truth.var():.3f}"
+        )
 
 # %% [markdown]
 # ## The ridge baseline
-# One linear map from the averaged voxels to the same tokens, its penalty chosen by cross-validation within the training images.
-# A network that is not better than this has learnt nothing that needs a network.
+# One linear map from the averaged voxels to the same tokens, its penalty chosen by
+# cross-validation within the training images. A network that is not better than this has learnt
+# nothing that needs a network.
 
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim), cv=ridge_folds, seed=seed)
-    ridge_config = {"model": ridge.config, "training": config["training"], "tokens": [n_tokens, dim], "clip": config["clip"]}
+    ridge = RidgeBaseline.fit(
+        x,
+        clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim),
+        cv=ridge_folds,
+        seed=seed,
+    )
+    ridge_config = {
+        "model": ridge.config,
+        "training": config["training"],
+        "tokens": [n_tokens, dim],
+        "clip": config["clip"],
+    }
     save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+    print(
+        f"ridge: {count_parameters(ridge):,} weights, median penalty"
+        f" {np.median(ridge.alphas.numpy()):.3g}"
+    )
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# The training loss jumps where BiMixCo gives way to SoftCLIP (they are different losses); the validation loss, one measure throughout, should fall in
-# both phases. `image_from_brain` and `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low level.
+# The training loss jumps where BiMixCo gives way to SoftCLIP (they are different losses); the
+# validation loss, one measure throughout, should fall in both phases. `image_from_brain` and
+# `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low
+# level.

@@ -1,32 +1,42 @@
 # %% [markdown]
 # # 01 · Train MindEye2: several subjects, one space, little data
 #
-# **Question.** If others have already lain in the scanner for forty hours, is one hour enough for someone new?
+# **Question.** If others have already lain in the scanner for forty hours, is one hour enough for
+# someone new?
 #
-# **Reads** `data/<dataset>/` (notebook 00, or MindEye2's files at `data_path`). **Writes** `train_logs/<run>/high_level/` (best and last checkpoint, history)
-# and, for the ridge baseline, `high_level_ridge.safetensors` and `low_level_ridge.safetensors`.
+# **Reads** `data/<dataset>/` (notebook 00, or MindEye2's files at `data_path`). **Writes**
+# `train_logs/<run>/high_level/` (best and last checkpoint, history) and, for the ridge baseline,
+# `high_level_ridge.safetensors` and `low_level_ridge.safetensors`.
 #
-# Three uses: pretraining on all subjects but `subj` (`multi_subject`), fine-tuning on `subj` from there (`multisubject_ckpt` names that run), or training
-# on `subj` alone. `num_sessions` says how many hours of the new subject there are. Flags have the published names; docs/mindeye2.md says where a default
-# differs and why, and derives that the published mixer does nothing.
+# Three uses: pretraining on all subjects but `subj` (`multi_subject`), fine-tuning on `subj` from
+# there (`multisubject_ckpt` names that run), or training on `subj` alone. `num_sessions` says how
+# many hours of the new subject there are. Flags have the published names; docs/mindeye2.md says
+# where a default differs and why, and derives that the published mixer does nothing.
 #
-# Cost: full size about a day on one A100 for each of the two trainings, low compute 48 minutes on one L4 (published figures, not run here); mini one session
-# about a minute, pretraining about four, on two CPU cores.
+# Cost: full size about a day on one A100 for each of the two trainings, low compute 48 minutes on
+# one L4 (published figures, not run here); mini one session about a minute, pretraining about
+# four, on two CPU cores.
 #
 # Source: MindEye2, arXiv 2403.11207.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye2's files lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye2's files lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
 multi_subject = False  # train on all subjects of `subjects` but subj
 subjects = "1,2,3,4,5,6,7,8"  # who there is, separated by commas
-multisubject_ckpt = ""  # run (or checkpoint file) that was pretrained on other subjects, from which this one starts
+multisubject_ckpt = (  # run (or checkpoint file) that was pretrained on other subjects, from which this one starts
+    ""
+)
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
 new_test = True  # test trials of all sessions (nsd-1000), otherwise of all but the last three, where the data are read here
 rois = ""  # regions whose voxels are used, by default all prepared voxels
@@ -58,9 +68,13 @@ max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, 
 lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
 clip_grad = 1.0  # largest norm of the gradient, 0 for none, at least 0
 gradient_checkpointing = False  # compute the prior's activations again on the way back, less memory for a third more time
-step_in_backward = False  # update each parameter as its gradient arrives, without clipping, less memory
+step_in_backward = (
+    False  # update each parameter as its gradient arrives, without clipping, less memory
+)
 precision = "no"  # one of no, bf16, fp16
-faithful = ""  # published behaviours instead of ours, which docs/mindeye2.md lists, e.g. dead_mixer,norm_decay
+faithful = (  # published behaviours instead of ours, which docs/mindeye2.md lists, e.g. dead_mixer,norm_decay
+    ""
+)
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
 ckpt_interval = 5  # epochs between figures, at least 0
@@ -81,10 +95,26 @@ import torch
 import torch.nn.functional as F
 
 from src.augment import augmented, clip_augmentation, teacher_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, select_images
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cached_targets,
+    cached_views as make_views,
+    open_subject,
+    select_images,
+)
 from src.dryrun import peak_memory, plan
 from src.figures import save, training_curves
-from src.losses import cosine_anneal, mixco, mixco_nce, places, similarity, soft_clip_loss, soft_cont_loss, unit
+from src.losses import (
+    cosine_anneal,
+    mixco,
+    mixco_nce,
+    places,
+    similarity,
+    soft_clip_loss,
+    soft_cont_loss,
+    unit,
+)
 from src.mindeye2 import SeveralSubjects, check_gradients, start_from
 from src.models import RidgeBaseline
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
@@ -94,12 +124,24 @@ from src.training import batches, check_precision, fit, gather, own_rows, tracke
 from src.utils import HOME, PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
 
 # %%
-choices = ("mixco_labels", "mixing_offsets", "inherited_bias", "norm_decay", "dead_mixer", "squeezed_images", "resampled_epochs", "train_on_val")
+choices = (
+    "mixco_labels",
+    "mixing_offsets",
+    "inherited_bias",
+    "norm_decay",
+    "dead_mixer",
+    "squeezed_images",
+    "resampled_epochs",
+    "train_on_val",
+)
 published, prior = named(faithful, choices, "faithful"), prior and use_prior
 if not (prior or clip_scale or mse_scale):
     raise PerceptError("Nothing teaches the tokens: leave prior, clip_scale or mse_scale on.")
 if multi_subject and (multisubject_ckpt or num_sessions or decoder != "network"):
-    raise PerceptError("multi_subject pretrains on all sessions of the others: leave multisubject_ckpt and num_sessions empty, and decoder at network.")
+    raise PerceptError(
+        "multi_subject pretrains on all sessions of the others: leave multisubject_ckpt and"
+        " num_sessions empty, and decoder at network."
+    )
 if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
 listed = [int(s) for s in subjects.split(",")]
@@ -107,14 +149,17 @@ mine = [s for s in listed if s != subj] if multi_subject else [subj]
 
 # %% [markdown]
 # ## Data
-# Each subject has its own voxels and its own normaliser (z-scores per session with the statistics of its training trials). A step sees one random repeat
-# of an image, validation the mean of its repeats. Trials before and after may be read along (`seq_past`, `seq_future`); those of test images are not shown
-# in training.
+# Each subject has its own voxels and its own normaliser (z-scores per session with the statistics
+# of its training trials). A step sees one random repeat of an image, validation the mean of its
+# repeats. Trials before and after may be read along (`seq_past`, `seq_future`); those of test
+# images are not shown in training.
 
 # %%
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
-    read_if_missing("mindeye2", data_path, dataset, number, protocol="nsd-1000" if new_test else "nsd-982")
+    read_if_missing(
+        "mindeye2", data_path, dataset, number, protocol="nsd-1000" if new_test else "nsd-982"
+    )
     subject = open_subject(dataset, number)
     if not multi_subject:
         subject = select_images(subject, "images", run.logs, PatchClip, num_sessions=num_sessions)
@@ -126,65 +171,139 @@ people[0][1].save(run.logs / "normaliser.safetensors")
 images = np.unique(np.concatenate([subject.all_images for subject, _ in people]))
 train_split = "train+val" if "train_on_val" in published else "train"
 for number, (subject, normaliser) in zip(mine, people, strict=True):
-    print(f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))}, {normaliser.width})   sessions {num_sessions or 'all'}")
+    print(
+        f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
+        f" {normaliser.width})   sessions {num_sessions or 'all'}"
+    )
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 
 # %% [markdown]
 # ## Targets
-# CLIP's patch tokens, and of the blurry branch the latent of an autoencoder and the embeddings of a teacher, all computed once. Neither a picture nor a
-# frozen network is needed after that.
+# CLIP's patch tokens, and of the blurry branch the latent of an autoencoder and the embeddings of
+# a teacher, all computed once. Neither a picture nor a frozen network is needed after that.
 
 # %%
-clip = PatchClip(weights, clip_variant, run.device, squeezed="squeezed_images" in published, patches=clip_seq_dim)
+clip = PatchClip(
+    weights, clip_variant, run.device, squeezed="squeezed_images" in published, patches=clip_seq_dim
+)
 n_tokens, dim = clip.target_shape
 if clip_emb_dim not in (0, dim):
-    raise PerceptError(f"clip_emb_dim is {clip_emb_dim}, but the tokens of CLIP {clip_variant} have {dim} numbers: leave it at 0, or choose another clip_variant.")
-tokens = cached_targets(dataset, "patch_tokens", clip.fingerprint(), images, clip.encode_pixels, clip.target_shape)
-autoencoder = LatentAutoencoder(weights, "image_variation", 0 if weights == "mini" else 224, run.device)
-latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), images, autoencoder.encode_pixels, autoencoder.latent_shape)
+    raise PerceptError(
+        f"clip_emb_dim is {clip_emb_dim}, but the tokens of CLIP {clip_variant} have {dim} numbers:"
+        " leave it at 0, or choose another clip_variant."
+    )
+tokens = cached_targets(
+    dataset, "patch_tokens", clip.fingerprint(), images, clip.encode_pixels, clip.target_shape
+)
+autoencoder = LatentAutoencoder(
+    weights, "image_variation", 0 if weights == "mini" else 224, run.device
+)
+latents = cached_targets(
+    dataset,
+    "vae_latents",
+    autoencoder.fingerprint(),
+    images,
+    autoencoder.encode_pixels,
+    autoencoder.latent_shape,
+)
 targets, known = {"tokens": tokens}, {"tokens": tokens}
 if blurry_recon:
     targets, known = targets | {"latents": latents}, known | {"latents": latents}
 train_ids = np.unique(np.concatenate([subject.image_ids(train_split) for subject, _ in people]))
-print(f"(tokens, dim) = {clip.target_shape}   (channels, height, width) of a blurry latent = {autoencoder.latent_shape}")
+print(
+    f"(tokens, dim) = {clip.target_shape}   (channels, height, width) of a blurry latent ="
+    f" {autoencoder.latent_shape}"
+)
 
 # %%
 def views_of(name, network, augment, encode):
     """Targets of augmented training images, `cached_views` versions of each."""
+
     def encode_view(pixels, view_seed):
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
         return encode(augmented(augment, x, view_seed)).float().cpu().numpy()
 
     made_by = network.fingerprint() | {"augmentation": repr(augment)}
-    return make_views(dataset, name, made_by, train_ids, encode_view, network.target_shape, cached_views)
+    return make_views(
+        dataset, name, made_by, train_ids, encode_view, network.target_shape, cached_views
+    )
 
 
 if use_image_aug:
-    targets["tokens"] = views_of("patch_tokens", clip, clip_augmentation(clip.size), clip.embed_image)
+    targets["tokens"] = views_of(
+        "patch_tokens", clip, clip_augmentation(clip.size), clip.embed_image
+    )
 if blurry_recon and use_cont:
     teacher = Teacher(weights, device=run.device)
-    targets["maps"] = cached_targets(dataset, "teacher_maps", teacher.fingerprint(), train_ids, teacher.encode_pixels, teacher.target_shape)
-    targets["maps_aug"] = views_of("teacher_maps", teacher, teacher_augmentation(teacher.image_size), teacher.maps)
+    targets["maps"] = cached_targets(
+        dataset,
+        "teacher_maps",
+        teacher.fingerprint(),
+        train_ids,
+        teacher.encode_pixels,
+        teacher.target_shape,
+    )
+    targets["maps_aug"] = views_of(
+        "teacher_maps", teacher, teacher_augmentation(teacher.image_size), teacher.maps
+    )
 
 # %%
-train = SeveralSubjects([BrainDataset(subject, train_split, targets, normaliser, "random", seed) for subject, normaliser in people])
-val = SeveralSubjects([BrainDataset(subject, "val", known, normaliser, "mean", seed) for subject, normaliser in people])
-print(f"an epoch has {len(train)} samples in {len(train) // batch_size} steps; validation images: {len(val)}")
+train = SeveralSubjects(
+    [
+        BrainDataset(subject, train_split, targets, normaliser, "random", seed)
+        for subject, normaliser in people
+    ]
+)
+val = SeveralSubjects(
+    [
+        BrainDataset(subject, "val", known, normaliser, "mean", seed)
+        for subject, normaliser in people
+    ]
+)
+print(
+    f"an epoch has {len(train)} samples in {len(train) // batch_size} steps; validation images:"
+    f" {len(val)}"
+)
 
 # %% [markdown]
 # ## Model
-# A linear layer a subject into the shared space, a backbone from there to tokens, a prior that turns what the backbone says into tokens as CLIP would give
-# them. With one token the published mixer amounts to adding one number: it is computed as that, and its weights are neither trained nor used.
+# A linear layer a subject into the shared space, a backbone from there to tokens, a prior that
+# turns what the backbone says into tokens as CLIP would give them. With one token the published
+# mixer amounts to adding one number: it is computed as that, and its weights are neither trained
+# nor used.
 
 # %%
-told = ("batch_size", "num_epochs", "mixup_pct", "max_lr", "prior_scale", "clip_scale", "blur_scale", "mse_scale", "use_cont", "use_image_aug", "faithful")
+told = (
+    "batch_size",
+    "num_epochs",
+    "mixup_pct",
+    "max_lr",
+    "prior_scale",
+    "clip_scale",
+    "blur_scale",
+    "mse_scale",
+    "use_cont",
+    "use_image_aug",
+    "faithful",
+)
 told += ("multi_subject", "multisubject_ckpt", "num_sessions", "rois", "seed")
 parameters = run.parameters | {"prior": prior, "faithful": published}
 config = {
-    "model": mindeye2_config(parameters, [normaliser.width for _, normaliser in people], n_tokens, dim, autoencoder.latent_shape[1]),
+    "model": mindeye2_config(
+        parameters,
+        [normaliser.width for _, normaliser in people],
+        n_tokens,
+        dim,
+        autoencoder.latent_shape[1],
+    ),
     "training": {name: run.parameters[name] for name in told} | {"subjects": mine},
     "tokens": [n_tokens, dim],
-    "clip": {"patch_tokens": True, "variant": clip_variant, "squeezed": "squeezed_images" in published, "patches": clip_seq_dim},
+    "clip": {
+        "patch_tokens": True,
+        "variant": clip_variant,
+        "squeezed": "squeezed_images" in published,
+        "patches": clip_seq_dim,
+    },
     "latents": list(autoencoder.latent_shape),
     "neighbours": [seq_past, seq_future],
 }
@@ -195,8 +314,14 @@ if prior:
     model.diffusion_prior.net.causal_transformer.checkpointing = gradient_checkpointing
 if multisubject_ckpt:
     given = resolve(multisubject_ckpt)
-    pretrained = given if given.is_file() else find_decoder(HOME / "train_logs" / multisubject_ckpt, "high_level")
-    fresh = start_from(pretrained, model, "inherited_bias" if "inherited_bias" in published else "ours")
+    pretrained = (
+        given
+        if given.is_file()
+        else find_decoder(HOME / "train_logs" / multisubject_ckpt, "high_level")
+    )
+    fresh = start_from(
+        pretrained, model, "inherited_bias" if "inherited_bias" in published else "ours"
+    )
     print(f"starts from {multisubject_ckpt}; fresh are {', '.join(fresh)}")
 counts = {name: count_parameters(part) for name, part in model.named_children()}
 idle = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -204,8 +329,9 @@ print("   ".join(f"{name} {count:,}" for name, count in counts.items()), f"  not
 
 # %% [markdown]
 # ## The step
-# BiMixCo for the first third of the epochs, SoftCLIP afterwards; the prior's loss throughout; of the blurry branch the absolute error of the latent and a
-# contrastive loss, in single precision. Voxels are mixed within a subject, and the labels say with whom.
+# BiMixCo for the first third of the epochs, SoftCLIP afterwards; the prior's loss throughout; of
+# the blurry branch the absolute error of the latent and a contrastive loss, in single precision.
+# Voxels are mixed within a subject, and the labels say with whom.
 
 # %%
 mix_epochs = int(mixup_pct * num_epochs)
@@ -213,7 +339,9 @@ soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 
 def mixed(batch):
-    """Voxels (batch, [trials,] voxels) of two images of a subject mixed, and who was mixed with whom."""
+    """Voxels (batch, [trials,] voxels) of two images of a subject mixed, and who was mixed with
+    whom.
+    """
     voxels, subject = gather(batch["voxels"]), gather(batch["subject"])
     with seeded(int(gather(batch["seed"])[0])):
         voxels, perm, betas, select = mixco(voxels, groups=subject)
@@ -232,7 +360,9 @@ def contrast(brain, image, epoch, mix):
 
 # %%
 def blurry_losses(blurry, batch):
-    """Of the blurry branch: error of the latent (batch, 4, h, w), and contrastive loss of the maps (batch, locations, 512)."""
+    """Of the blurry branch: error of the latent (batch, 4, h, w), and contrastive loss of the maps
+    (batch, locations, 512).
+    """
     latent, maps = blurry
     losses = {"blur": (blur_scale, F.l1_loss(latent.float(), batch["latents"]))}
     if use_cont:
@@ -242,35 +372,63 @@ def blurry_losses(blurry, batch):
 
 
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, [trials,] voxels), subject, seed (batch,), tokens (batch, tokens, dim), latents, maps."""
+    """Loss of one batch: voxels (batch, [trials,] voxels), subject, seed (batch,), tokens (batch,
+    tokens, dim), latents, maps.
+    """
     voxels, mix = mixed(batch) if clip_scale and epoch < mix_epochs else (batch["voxels"], ())
     backbone, projected, blurry = model(voxels, batch["subject"])
     losses = {}
     if clip_scale:
         losses["clip"] = (clip_scale, contrast(projected, batch["tokens"], epoch, mix))
     if prior:
-        losses["prior"] = (prior_scale, model.diffusion_prior(text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"])[0])
+        losses["prior"] = (
+            prior_scale,
+            model.diffusion_prior(
+                text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"]
+            )[0],
+        )
     if mse_scale:
         losses["mse"] = (mse_scale, F.mse_loss(backbone, batch["tokens"]))
     if blurry_recon:
         losses |= blurry_losses(blurry, batch)
-    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
+    return sum(weight * loss for weight, loss in losses.values()), {
+        f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()
+    }
 
 
 # %% [markdown]
-# Validation looks at all validation images of each subject, repeats averaged: SoftCLIP at one temperature throughout, the prior's loss, the blurry latent's
-# error, and how often the right image is the nearest.
+# Validation looks at all validation images of each subject, repeats averaged: SoftCLIP at one
+# temperature throughout, the prior's loss, the blurry latent's error, and how often the right
+# image is the nearest.
 
 # %%
 def predicted(model, number):
-    """Of one subject's validation images: backbone's and projected tokens, targets, and the errors of the prior and of the blurry latent (images,)."""
+    """Of one subject's validation images: backbone's and projected tokens, targets, and the errors
+    of the prior and of the blurry latent (images,).
+    """
     found, device = [], next(model.parameters()).device
     for batch in batches(val.parts[number], batch_size, device):
         backbone, projected, blurry = model(batch["voxels"], number)
         target, nothing = batch["tokens"], backbone.new_zeros(len(backbone))
-        guess = model.diffusion_prior(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1] if prior else target
-        blur = (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3)) if blurry_recon else nothing
-        found.append((backbone, projected if clip_scale else backbone, target, (guess - target).square().mean((1, 2)), blur))
+        guess = (
+            model.diffusion_prior(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
+            if prior
+            else target
+        )
+        blur = (
+            (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3))
+            if blurry_recon
+            else nothing
+        )
+        found.append(
+            (
+                backbone,
+                projected if clip_scale else backbone,
+                target,
+                (guess - target).square().mean((1, 2)),
+                blur,
+            )
+        )
     return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
 
@@ -282,12 +440,22 @@ def looked_at(model, number):
     right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
     direct = F.mse_loss(backbone, target)
     nce = soft_clip_loss(brain, image, 0.006) if clip_scale else brain.new_zeros(())
-    loss = clip_scale * nce + prior * prior_scale * of_prior.mean() + mse_scale * direct + blurry_recon * blur_scale * blur.mean()
+    loss = (
+        clip_scale * nce
+        + prior * prior_scale * of_prior.mean()
+        + mse_scale * direct
+        + blurry_recon * blur_scale * blur.mean()
+    )
     return {
-        "loss": loss, "loss_clip": nce, "loss_prior": of_prior.mean(), "loss_blur": blur.mean(), **({"token_r2": 1 - direct / target.var()} if mse_scale else {}),
-        "prior_r2": 1 - of_prior.mean() / target.var(), "image_from_brain": (similar.argmax(1) == right).float().mean(),
+        "loss": loss,
+        "loss_clip": nce,
+        "loss_prior": of_prior.mean(),
+        "loss_blur": blur.mean(),
+        **({"token_r2": 1 - direct / target.var()} if mse_scale else {}),
+        "prior_r2": 1 - of_prior.mean() / target.var(),
+        "image_from_brain": (similar.argmax(1) == right).float().mean(),
         "brain_from_image": (similar.argmax(0) == right).float().mean(),
-    }  # fmt: skip
+    }
 
 
 # %%
@@ -295,28 +463,54 @@ def looked_at(model, number):
 def validate(model):
     """The same, averaged over subjects."""
     each = [looked_at(model, number) for number in range(len(people))]
-    return {f"val/{name}": float(np.mean([values[name].item() for values in each])) for name in each[0]}
+    return {
+        f"val/{name}": float(np.mean([values[name].item() for values in each])) for name in each[0]
+    }
 
 
 # %% [markdown]
-# Before anything long: does every weight that is to be trained get a finite gradient, on this device and in this precision?
+# Before anything long: does every weight that is to be trained get a finite gradient, on this
+# device and in this precision?
 
 # %%
 if decoder != "ridge":
     model.to(run.device)
-    with torch.autocast(torch.device(run.device).type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "no"):
-        reached = check_gradients(model, step, train.some(min(batch_size, 32)), sorted({0, num_epochs - 1}))
+    with torch.autocast(
+        torch.device(run.device).type,
+        torch.float16 if precision == "fp16" else torch.bfloat16,
+        enabled=precision != "no",
+    ):
+        reached = check_gradients(
+            model, step, train.some(min(batch_size, 32)), sorted({0, num_epochs - 1})
+        )
     print(f"device {run.device}: gradients reach {reached:,} parameters")
 
 # %%
 if decoder != "ridge":
     logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, train, folder=run.logs / "high_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
-        validate=validate, seed=seed, scheduler=lr_scheduler_type, decay="published" if "norm_decay" in published else "no_norms", precision=precision,
-        clip_grad=0 if step_in_backward else clip_grad, resume=resume_from_ckpt, checkpoints=ckpt_saving, ckpt_interval=ckpt_interval,
-        order="resampled" if "resampled_epochs" in published else "shuffled", step_in_backward=step_in_backward, device=run.device, logger=logger,
-    )  # fmt: skip
+        model,
+        step,
+        train,
+        folder=run.logs / "high_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=batch_size,
+        max_lr=max_lr,
+        validate=validate,
+        seed=seed,
+        scheduler=lr_scheduler_type,
+        decay="published" if "norm_decay" in published else "no_norms",
+        precision=precision,
+        clip_grad=0 if step_in_backward else clip_grad,
+        resume=resume_from_ckpt,
+        checkpoints=ckpt_saving,
+        ckpt_interval=ckpt_interval,
+        order="resampled" if "resampled_epochs" in published else "shuffled",
+        step_in_backward=step_in_backward,
+        device=run.device,
+        logger=logger,
+    )
     figure = training_curves(history)
     save(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
@@ -325,23 +519,32 @@ if decoder != "ridge":
 
 # %% [markdown]
 # ## The ridge baseline
-# One linear map from the averaged voxels to the tokens, and one to the blurry latent, their penalties chosen by cross-validation within the training images.
-# A network that is not better than this has learnt nothing that needs a network.
+# One linear map from the averaged voxels to the tokens, and one to the blurry latent, their
+# penalties chosen by cross-validation within the training images. A network that is not better
+# than this has learnt nothing that needs a network.
 
 # %%
 if decoder != "network":
     subject, normaliser = people[0]
     x, ids = subject.averaged("train", normaliser=normaliser)
     for level, target in (("high_level", tokens), ("low_level", latents)):
-        ridge = RidgeBaseline.fit(x.reshape(len(x), -1), target.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-        ridge_config = {name: config[name] for name in ("training", "tokens", "clip", "latents", "neighbours")} | {"model": ridge.config}
+        ridge = RidgeBaseline.fit(
+            x.reshape(len(x), -1), target.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed
+        )
+        ridge_config = {
+            name: config[name] for name in ("training", "tokens", "clip", "latents", "neighbours")
+        } | {"model": ridge.config}
         save_checkpoint(run.logs / f"{level}_ridge.safetensors", ridge.state_dict(), ridge_config)
-        print(f"ridge of the {level.replace('_', ' ')}: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+        print(
+            f"ridge of the {level.replace('_', ' ')}: {count_parameters(ridge):,} weights, median"
+            f" penalty {np.median(ridge.alphas.numpy()):.3g}"
+        )
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# `val/image_from_brain` should rise above chance within the first epochs, and jump where mixing stops. With one session the validation loss of the prior
-# turns early; compare with the same run from a pretrained start. Next: notebook 03 reconstructs the test images.
+# `val/image_from_brain` should rise above chance within the first epochs, and jump where mixing
+# stops. With one session the validation loss of the prior turns early; compare with the same run
+# from a pretrained start. Next: notebook 03 reconstructs the test images.

@@ -1,25 +1,34 @@
 # %% [markdown]
 # # 02 · Train the low level: voxels to the latents of an autoencoder
 #
-# **Question.** How much of an image's layout and colour can be read from the brain without knowing what the image shows?
+# **Question.** How much of an image's layout and colour can be read from the brain without knowing
+# what the image shows?
 #
-# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the baseline, `train_logs/<run>/low_level_ridge.safetensors`.
+# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the
+# baseline, `train_logs/<run>/low_level_ridge.safetensors`.
 #
-# Cost: full size about 10 h on one A100 (published figure, not run here); mini about two minutes on two CPU cores.
+# Cost: full size about 10 h on one A100 (published figure, not run here); mini about two minutes
+# on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.5.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+split = (  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+    "images"
+)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
+rois = (  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
+    ""
+)
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 batch_size = 8  # images a step over all processes, at least 1
 num_epochs = 120  # passes over the training images, at least 1
@@ -29,8 +38,12 @@ h = 4096  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 ups_mode = "4x"  # one of 4x, 8x, 16x
 latent_size = 64  # height and width of the latents, at least 1
-block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
-voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
+block_out_channels = (  # widths of the upsampler separated by commas, by default the published ones
+    ""
+)
+voxel_select = (
+    True  # train on random mixtures of an image's repeats, otherwise on one random repeat
+)
 use_cont = True  # contrastive loss against the local embeddings of a frozen teacher
 cont_model = "cnx"  # one of cnx; the teacher, VICRegL's ConvNeXt
 cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step, at least 0
@@ -39,7 +52,9 @@ use_blurred_training = False  # that picture's target is median-filtered
 use_sobel_loss = False  # loss on the edges of the decoded picture, needs use_reconst
 best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
+ckpt_interval = (
+    24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
+)
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
@@ -60,7 +75,14 @@ import torch.nn.functional as F
 from kornia.filters import median_blur
 
 from src.augment import augmented, teacher_augmentation
-from src.data import BrainDataset, Normaliser, cached_targets, cached_views as make_views, open_subject, select_images
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cached_targets,
+    cached_views as make_views,
+    open_subject,
+    select_images,
+)
 from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves
 from src.losses import mixco, sobel_loss, soft_cont_loss
@@ -73,52 +95,102 @@ from src.utils import PerceptError, count_parameters, mixed_precision, save_chec
 
 # %% [markdown]
 # ## Data
-# The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. It is computed once, as
-# are the teacher's embeddings of the image. `split`, `num_sessions` and `n_components` are those of notebook 01, and have to be the same.
+# The target of an image is the latent that the frozen autoencoder gives it, times the scaling
+# factor of its diffusion model. It is computed once, as are the teacher's embeddings of the image.
+# `split`, `num_sessions` and `n_components` are those of notebook 01, and have to be the same.
 
 # %%
 if use_sobel_loss and not use_reconst:
-    raise PerceptError("use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True, too.")
+    raise PerceptError(
+        "use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True,"
+        " too."
+    )
 everything = open_subject(dataset, subj)
-subject = select_images(everything, split, run.logs, lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device), n_clusters, num_sessions)
+subject = select_images(
+    everything,
+    split,
+    run.logs,
+    lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
+    n_clusters,
+    num_sessions,
+)
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
-latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
+latents = cached_targets(
+    dataset,
+    "vae_latents",
+    autoencoder.fingerprint(),
+    subject.all_images,
+    autoencoder.encode_pixels,
+    autoencoder.latent_shape,
+)
 print(f"(channels, height, width) of a latent = {autoencoder.latent_shape}")
 if decoder != "ridge" and latent_size != autoencoder.latent_shape[1]:
-    raise PerceptError(f"latent_size is {latent_size}, but this autoencoder's latents are {autoencoder.latent_shape[1]} high: set it to that.")
+    raise PerceptError(
+        f"latent_size is {latent_size}, but this autoencoder's latents are"
+        f" {autoencoder.latent_shape[1]} high: set it to that."
+    )
 
 # %%
 targets, train_ids = {"latents": latents}, subject.image_ids("train")
 if use_cont:
     teacher = Teacher(weights, device=run.device)
     augment, made_by = teacher_augmentation(teacher.image_size), teacher.fingerprint()
-    targets["maps"] = cached_targets(dataset, "teacher_maps", made_by, train_ids, teacher.encode_pixels, teacher.target_shape)
+    targets["maps"] = cached_targets(
+        dataset, "teacher_maps", made_by, train_ids, teacher.encode_pixels, teacher.target_shape
+    )
     print(f"(locations, dim) of the teacher = {teacher.target_shape}")
 
 
 def encode_view(images, view_seed):
-    """uint8 images (batch, height, width, 3), augmented -> the teacher's embeddings (batch, locations, dim)."""
+    """uint8 images (batch, height, width, 3), augmented -> the teacher's embeddings (batch,
+    locations, dim).
+    """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return teacher.maps(augmented(augment, x, view_seed)).float().cpu().numpy()
 
 
 if use_cont and cached_views:
     made_by = made_by | {"augmentation": repr(augment)}
-    targets["maps_aug"] = make_views(dataset, "teacher_maps", made_by, train_ids, encode_view, teacher.target_shape, cached_views)
+    targets["maps_aug"] = make_views(
+        dataset, "teacher_maps", made_by, train_ids, encode_view, teacher.target_shape, cached_views
+    )
 needs_pixels = use_reconst or (use_cont and not cached_views)
-train = BrainDataset(subject, "train", targets, normaliser, "all" if voxel_select else "random", seed, pixels=needs_pixels)
+train = BrainDataset(
+    subject,
+    "train",
+    targets,
+    normaliser,
+    "all" if voxel_select else "random",
+    seed,
+    pixels=needs_pixels,
+)
 val = BrainDataset(subject, "val", {"latents": latents}, normaliser, "mean", seed, pixels=True)
-print(f"(train images, {'components' if n_components else 'voxels'}) = ({len(train)}, {normaliser.width})   protocol {subject.protocol}")
+print(
+    f"(train images, {'components' if n_components else 'voxels'}) = ({len(train)},"
+    f" {normaliser.width})   protocol {subject.protocol}"
+)
 
 # %% [markdown]
 # ## Model
 # A residual MLP without biases, then the decoder half of an autoencoder as upsampler.
 
 # %%
-told = ("batch_size", "num_epochs", "max_lr", "mixup_pct", "voxel_select", "use_reconst", "use_blurred_training", "use_sobel_loss", "cached_views", "best_by", "seed")
+told = (
+    "batch_size",
+    "num_epochs",
+    "max_lr",
+    "mixup_pct",
+    "voxel_select",
+    "use_reconst",
+    "use_blurred_training",
+    "use_sobel_loss",
+    "cached_views",
+    "best_by",
+    "seed",
+)
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
     "model": low_level_config(run.parameters, normaliser.width),
@@ -130,11 +202,14 @@ model = build_decoder(config["model"])
 # %% [markdown]
 # ## The step
 # - **latents**: mean absolute error of the unscaled latents.
-# - **contrastive** (weight .1): at every place the network's embedding should be as similar to the teacher's embeddings of augmented images, over all
-#   places of the batch, as the teacher's embedding of the clean image is.
-# - **picture** (weight 2) and **edges** (16), optional: of the latents decoded at half size, in single precision, of a quarter of the batch.
+# - **contrastive** (weight .1): at every place the network's embedding should be as similar to the
+#   teacher's embeddings of augmented images, over all places of the batch, as the teacher's
+#   embedding of the clean image is.
+# - **picture** (weight 2) and **edges** (16), optional: of the latents decoded at half size, in
+#   single precision, of a quarter of the batch.
 #
-# Repeats are mixed as published: with probability .5 a random convex combination of an image's repeats, with .3 their mean, with .2 one of them.
+# Repeats are mixed as published: with probability .5 a random convex combination of an image's
+# repeats, with .3 their mean, with .2 one of them.
 
 # %%
 scale, mix_epochs = autoencoder.scale, int(mixup_pct * num_epochs)
@@ -150,7 +225,9 @@ def mix_repeats(voxels):
 
 
 def places(maps, like=None):
-    """Embeddings (batch, locations, dim) -> unit rows (batch * locations, dim), averaged over as many locations as `like` has."""
+    """Embeddings (batch, locations, dim) -> unit rows (batch * locations, dim), averaged over as
+    many locations as `like` has.
+    """
     if like is not None and like.shape[1] < maps.shape[1]:
         side, fewer = (int(m.shape[1] ** 0.5) for m in (maps, like))
         maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), fewer).flatten(2).mT
@@ -159,14 +236,20 @@ def places(maps, like=None):
 
 # %%
 def picture_losses(latent, pixels):
-    """Differences of the decoded picture and of its edges, for latents (batch, channels, h, w) and uint8 pixels (batch, 3, height, width)."""
+    """Differences of the decoded picture and of its edges, for latents (batch, channels, h, w) and
+    uint8 pixels (batch, 3, height, width).
+    """
     some = max(1, len(latent) // 4)
     with torch.autocast(latent.device.type, enabled=False):
         small = F.interpolate(latent[:some].float(), scale_factor=0.5, mode="bilinear")
         made = autoencoder.model.decode(small / scale).sample / 2 + 0.5
-        wanted = F.interpolate(pixels[:some].float() / 255, made.shape[-2:], mode="bilinear", antialias=True)
+        wanted = F.interpolate(
+            pixels[:some].float() / 255, made.shape[-2:], mode="bilinear", antialias=True
+        )
         seen = median_blur(wanted, (7, 7)) if use_blurred_training else wanted
-        losses = {"reconst": (2.0, 2 * F.l1_loss(made, seen).nan_to_num())}  # twice, as pictures from -1 to 1 are published
+        losses = {
+            "reconst": (2.0, 2 * F.l1_loss(made, seen).nan_to_num())
+        }  # twice, as pictures from -1 to 1 are published
         if use_sobel_loss:
             losses["sobel"] = (16.0, sobel_loss(made, wanted))
     return losses
@@ -174,7 +257,9 @@ def picture_losses(latent, pixels):
 
 # %%
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, [repeats,] voxels), latents (batch, channels, h, w), maps (batch, locations, dim), pixels."""
+    """Loss of one batch: voxels (batch, [repeats,] voxels), latents (batch, channels, h, w), maps
+    (batch, locations, dim), pixels.
+    """
     voxels = mix_repeats(batch["voxels"]) if voxel_select else batch["voxels"]
     target, mixing = batch["latents"], epoch < mix_epochs
     if mixing:
@@ -183,12 +268,18 @@ def step(model, batch, epoch):
     latent, maps = out if isinstance(out := model(voxels), tuple) else (out, None)
     losses = {"l1": (1 / scale, F.l1_loss(latent, target))}
     if use_cont and not mixing:  # of a mixture the teacher has seen no picture
-        again = batch["maps_aug"] if cached_views else teacher.maps(augment(batch["pixels"].float() / 255))
+        again = (
+            batch["maps_aug"]
+            if cached_views
+            else teacher.maps(augment(batch["pixels"].float() / 255))
+        )
         rows = [gather(places(m, maps)) for m in (maps, batch["maps"], again)]
         losses["cont"] = (0.1, soft_cont_loss(*rows, temp=0.075))
     if use_reconst and not mixing:
         losses |= picture_losses(latent, batch["pixels"])
-    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
+    return sum(weight * loss for weight, loss in losses.values()), {
+        f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()
+    }
 
 
 # %%
@@ -201,13 +292,21 @@ def decoded(model):
 
 @torch.no_grad()
 def validate(model):
-    """Mean squared error of the latents of the validation images, repeats averaged, and similarity of their pictures where that chooses."""
+    """Mean squared error of the latents of the validation images, repeats averaged, and similarity
+    of their pictures where that chooses.
+    """
     predicted, batch = decoded(model)
     target = batch["latents"].to(predicted.device)
     mse = F.mse_loss(predicted, target)
-    values = {"val/mse": mse.item(), "val/r2": 1 - (mse / target.var()).item(), "val/loss": mse.item()}
+    values = {
+        "val/mse": mse.item(),
+        "val/r2": 1 - (mse / target.var()).item(),
+        "val/loss": mse.item(),
+    }
     if best_by == "ssim":
-        alike = ssim(batch["pixels"].float() / 255, autoencoder.decode(predicted.float()).cpu()).mean()
+        alike = ssim(
+            batch["pixels"].float() / 255, autoencoder.decode(predicted.float()).cpu()
+        ).mean()
         values |= {"val/ssim": float(alike), "val/loss": 1 - float(alike)}
     return values
 
@@ -216,7 +315,10 @@ def validate(model):
 def draw(model, epoch):
     """The first validation images: seen, kept by the autoencoder, read from the brain."""
     predicted, batch = decoded(model)
-    pictures = {name: autoencoder.decode(x[:12].float()).cpu() for name, x in (("autoencoder", batch["latents"]), (f"epoch {epoch}", predicted))}
+    pictures = {
+        name: autoencoder.decode(x[:12].float()).cpu()
+        for name, x in (("autoencoder", batch["latents"]), (f"epoch {epoch}", predicted))
+    }
     figure = image_grid({"seen": batch["pixels"][:12].float() / 255} | pictures)
     save(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
     return {"samples": figure}
@@ -226,10 +328,24 @@ def draw(model, epoch):
 if decoder != "ridge":
     logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, train, folder=run.logs / "low_level", config=config, epochs=num_epochs, batch_size=batch_size, max_lr=max_lr,
-        validate=validate, seed=seed, precision=mixed_precision(use_mp, precision), resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval),
-        device=run.device, logger=logger, draw=draw if ckpt_interval else None,
-    )  # fmt: skip
+        model,
+        step,
+        train,
+        folder=run.logs / "low_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=batch_size,
+        max_lr=max_lr,
+        validate=validate,
+        seed=seed,
+        precision=mixed_precision(use_mp, precision),
+        resume=resume_from_ckpt,
+        ckpt_interval=ckpt_interval,
+        keep_epochs=bool(ckpt_interval),
+        device=run.device,
+        logger=logger,
+        draw=draw if ckpt_interval else None,
+    )
     save(training_curves(history), run.results / "figures" / "02_training.png")
     if logger is not None:
         logger.finish()
@@ -241,9 +357,16 @@ if decoder != "ridge":
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    ridge_config = {"model": ridge.config, "training": config["training"], "latents": list(autoencoder.latent_shape)}
+    ridge_config = {
+        "model": ridge.config,
+        "training": config["training"],
+        "latents": list(autoencoder.latent_shape),
+    }
     save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+    print(
+        f"ridge: {count_parameters(ridge):,} weights, median penalty"
+        f" {np.median(ridge.alphas.numpy()):.3g}"
+    )
 
 # %% [markdown]
 # ## A look at validation images
@@ -253,8 +376,14 @@ if decoder != "network":
 x, ids = subject.averaged("val", normaliser=normaliser)
 x, ids = x[:12], ids[:12]
 seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-rows = {"seen": seen, "autoencoder": autoencoder.decode(torch.from_numpy(latents.rows(ids).astype(np.float32))).cpu()}
-for name, trained in {"network": model if decoder != "ridge" else None, "ridge": ridge if decoder != "network" else None}.items():
+rows = {
+    "seen": seen,
+    "autoencoder": autoencoder.decode(torch.from_numpy(latents.rows(ids).astype(np.float32))).cpu(),
+}
+for name, trained in {
+    "network": model if decoder != "ridge" else None,
+    "ridge": ridge if decoder != "network" else None,
+}.items():
     if trained is not None:
         found = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
         rows[name] = autoencoder.decode(found).cpu()
@@ -265,5 +394,5 @@ print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# Colours and the horizon should be right, objects soft: a mean over everything that the voxels leave open is blurry by nature. Next: notebook 03
-# reconstructs images from both levels.
+# Colours and the horizon should be right, objects soft: a mean over everything that the voxels
+# leave open is blurry by nature. Next: notebook 03 reconstructs images from both levels.

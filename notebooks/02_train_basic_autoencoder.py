@@ -1,32 +1,46 @@
 # %% [markdown]
 # # 02 · Train the basic autoencoder: voxels to pictures through a frozen decoder
 #
-# **Question.** How far does the smallest thing that could work go: a few linear layers, and an error of pixels?
+# **Question.** How far does the smallest thing that could work go: a few linear layers, and an
+# error of pixels?
 #
-# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the baseline, `train_logs/<run>/low_level_ridge.safetensors`.
+# **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the
+# baseline, `train_logs/<run>/low_level_ridge.safetensors`.
 #
-# Cost: full size about a day on four A40 (published: 1.5 min an epoch, 1000 epochs; not run here); mini about one minute on two CPU cores.
+# Cost: full size about a day on four A40 (published: 1.5 min an epoch, 1000 epochs; not run here);
+# mini about one minute on two CPU cores.
 #
-# Source: FMRI2IMG (github.com/aaalgo/fmri2img). What is kept of it and what is not: docs/basic_ae.md.
+# Source: FMRI2IMG (github.com/aaalgo/fmri2img). What is kept of it and what is not:
+# docs/basic_ae.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. basic_ae/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-rois = ""  # regions whose voxels are used, separated by commas, e.g. V1v,V1d,hV4, by default all prepared voxels
+rois = (  # regions whose voxels are used, separated by commas, e.g. V1v,V1d,hV4, by default all prepared voxels
+    ""
+)
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 n_train = 9000  # training images, drawn by seed where there are more, 0 for all, at least 0
 encoder = "2048"  # one of 2048, 512; the published sizes
 image_size = 128  # side of the pictures, 0 for the autoencoder's own, at least 0
 scaled_latents = True  # the encoder gives latents times the scaling factor of the diffusion model, otherwise as the autoencoder has them, as published
-repeats = "each"  # one of each, random, mean; each shows every trial in an epoch, as published, random one trial an image
+repeats = (  # one of each, random, mean; each shows every trial in an epoch, as published, random one trial an image
+    "each"
+)
 use_image_aug = True  # blur and enlarge the target pictures at random, as published
-latent_mult = 0.0  # weight of the error of latents beside that of pixels, 0 as published, at least 0
+latent_mult = (
+    0.0  # weight of the error of latents beside that of pixels, 0 as published, at least 0
+)
 batch_size = 64  # samples a step over all processes, at least 1
-gradient_accumulation_steps = 1  # parts in which a batch is worked through to save memory, at least 1
+gradient_accumulation_steps = (
+    1  # parts in which a batch is worked through to save memory, at least 1
+)
 num_epochs = 1000  # passes over the training samples, at least 1
 learning_rate = 1.0e-3  # peak learning rate, never scaled by the number of processes, more than 0
 scale_lr = False  # multiply the learning rate by batch_size
@@ -38,9 +52,13 @@ adam_epsilon = 1.0e-8  # what it adds to their root, more than 0
 adam_weight_decay = 0.01  # its weight decay, at least 0
 precision = "no"  # one of no, bf16, fp16
 num_workers = 0  # processes that read batches, at least 0
-gallery_images = 128  # training images that are shown beside their predictions, never scored, at least 0
+gallery_images = (
+    128  # training images that are shown beside their predictions, never scored, at least 0
+)
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 0  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
+ckpt_interval = (
+    0  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
+)
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "fmri2image"  # its project
@@ -72,11 +90,15 @@ from src.utils import PerceptError, count_parameters, save_checkpoint
 
 # %% [markdown]
 # ## Data
-# Voxels are z-scored by session with the mean and spread of training trials alone, and those of `rois` taken. The targets are the pictures themselves.
+# Voxels are z-scored by session with the mean and spread of training trials alone, and those of
+# `rois` taken. The targets are the pictures themselves.
 
 # %%
 if warmup_steps and lr_scheduler != "constant_with_warmup":
-    raise PerceptError(f"lr_scheduler '{lr_scheduler}' has no warmup_steps to set: choose constant_with_warmup, or leave them at 0.")
+    raise PerceptError(
+        f"lr_scheduler '{lr_scheduler}' has no warmup_steps to set: choose constant_with_warmup, or"
+        " leave them at 0."
+    )
 subject = open_subject(dataset, subj)
 subject = subject.limited(n_train, seed) if n_train else subject
 print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
@@ -87,19 +109,46 @@ side, scale = autoencoder.image_size, autoencoder.scale
 targets = {}
 if latent_mult or decoder != "network":
     made_by = autoencoder.fingerprint()
-    targets["latents"] = cached_targets(dataset, "vae_latents", made_by, subject.all_images, autoencoder.encode_pixels, autoencoder.latent_shape)
+    targets["latents"] = cached_targets(
+        dataset,
+        "vae_latents",
+        made_by,
+        subject.all_images,
+        autoencoder.encode_pixels,
+        autoencoder.latent_shape,
+    )
 train = BrainDataset(subject, "train", targets, normaliser, repeats, seed, pixels=True)
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed, pixels=True)
-of = f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.width} {'components' if n_components else 'voxels'}"
-print(f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {of}   protocol {subject.protocol}")
-print(f"(channels, height, width) of a latent = {autoencoder.latent_shape}, of a picture = (3, {side}, {side})")
+of = (
+    f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.width}"
+    f" {'components' if n_components else 'voxels'}"
+)
+print(
+    f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {of}   protocol"
+    f" {subject.protocol}"
+)
+print(
+    f"(channels, height, width) of a latent = {autoencoder.latent_shape}, of a picture = (3,"
+    f" {side}, {side})"
+)
 
 # %% [markdown]
 # ## Model
 # Linear layers with GELU, then transposed convolutions up to the latent. No norm, no dropout.
 
 # %%
-told = ("rois", "n_components", "n_train", "scaled_latents", "repeats", "use_image_aug", "latent_mult", "batch_size", "num_epochs", "seed")
+told = (
+    "rois",
+    "n_components",
+    "n_train",
+    "scaled_latents",
+    "repeats",
+    "use_image_aug",
+    "latent_mult",
+    "batch_size",
+    "num_epochs",
+    "seed",
+)
 config = {
     "model": basic_config(run.parameters, normaliser.width, autoencoder.latent_shape, scale),
     "training": {k: run.parameters[k] for k in told},
@@ -111,15 +160,21 @@ print(f"{count_parameters(model):,} weights to train")
 
 # %% [markdown]
 # ## The step
-# The predicted latent goes through the frozen decoder, and the gradient back through it. The loss is the mean squared error of pixels in [-1, 1].
+# The predicted latent goes through the frozen decoder, and the gradient back through it. The loss
+# is the mean squared error of pixels in [-1, 1].
 #
-# In training the target is blurred (standard deviation 0 to 3 at a width of 425 pixels) and enlarged by up to 1.2 about its centre.
+# In training the target is blurred (standard deviation 0 to 3 at a width of 425 pixels) and
+# enlarged by up to 1.2 about its centre.
 
 # %%
 source = subject.images(subject.image_ids("val")[:1]).shape[2]  # width of the stored images
 widest = 3 * source / 425
 blur = K.RandomGaussianBlur((2 * math.ceil(3 * widest) + 1,) * 2, (0.01 * widest, widest), p=1.0)
-augment = nn.Sequential(blur, K.Resize((side, side), antialias=True), K.RandomAffine(0, scale=(1.0, 1.2), padding_mode="border", p=1.0))
+augment = nn.Sequential(
+    blur,
+    K.Resize((side, side), antialias=True),
+    K.RandomAffine(0, scale=(1.0, 1.2), padding_mode="border", p=1.0),
+)
 resize = K.Resize((side, side), antialias=True)
 
 
@@ -133,24 +188,36 @@ def wanted(pixels, changed=False):
 
 # %%
 def step(model, batch, epoch):
-    """Loss of one batch: voxels (batch, voxels), pixels (batch, 3, height, width), with latent_mult latents (batch, channels, h, w)."""
+    """Loss of one batch: voxels (batch, voxels), pixels (batch, 3, height, width), with latent_mult
+    latents (batch, channels, h, w).
+    """
     latent = model(batch["voxels"])
     picture = autoencoder.model.decode(latent / scale).sample
     losses = {"pixels": (1.0, F.mse_loss(picture.float(), wanted(batch["pixels"], use_image_aug)))}
     if latent_mult:
         losses["latents"] = (latent_mult, F.l1_loss(latent.float(), batch["latents"]))
-    return sum(weight * loss for weight, loss in losses.values()), {f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()}
+    return sum(weight * loss for weight, loss in losses.values()), {
+        f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()
+    }
 
 
 # %%
 @torch.no_grad()
 def validate(model):
-    """Mean squared error of the pixels of the validation images, repeats averaged, and its share of what the mean picture leaves."""
+    """Mean squared error of the pixels of the validation images, repeats averaged, and its share of
+    what the mean picture leaves.
+    """
     device = next(model.parameters()).device
-    pairs = [(autoencoder.model.decode(model(b["voxels"]) / scale).sample.float(), wanted(b["pixels"])) for b in batches(val, 50, device)]
+    pairs = [
+        (autoencoder.model.decode(model(b["voxels"]) / scale).sample.float(), wanted(b["pixels"]))
+        for b in batches(val, 50, device)
+    ]
     made, seen = (torch.cat(x) for x in zip(*pairs, strict=True))
     mse = F.mse_loss(made, seen)
-    return {"val/loss": mse.item(), "val/r2": 1 - (mse / (seen - seen.mean(0)).square().mean()).item()}
+    return {
+        "val/loss": mse.item(),
+        "val/r2": 1 - (mse / (seen - seen.mean(0)).square().mean()).item(),
+    }
 
 
 def pairs(model, split, n):
@@ -158,7 +225,9 @@ def pairs(model, split, n):
     ids = subject.image_ids(split)[:n]
     seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2)
     voxels = subject.mean_of(subject.rows_by_image(split)[:n], normaliser)
-    latents = predict_latents(model, voxels, autoencoder.latent_shape, device=next(model.parameters()).device)
+    latents = predict_latents(
+        model, voxels, autoencoder.latent_shape, device=next(model.parameters()).device
+    )
     return {"seen": wanted(seen) / 2 + 0.5, "predicted": autoencoder.decode(latents).cpu()}
 
 
@@ -173,14 +242,39 @@ def draw(model, epoch):
 if decoder != "ridge":
     logger = tracker(run, wandb_log, wandb_project)
     history = fit(
-        model, step, train, folder=run.logs / "low_level", config=config, epochs=num_epochs, batch_size=batch_size,
-        max_lr=learning_rate * (batch_size if scale_lr else 1), scheduler={"constant": "fixed", "constant_with_warmup": "warmup"}.get(lr_scheduler, lr_scheduler),
-        warmup_steps=warmup_steps, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay,
-        accumulate=gradient_accumulation_steps, validate=validate, seed=seed, precision=precision, resume=resume_from_ckpt, ckpt_interval=ckpt_interval,
-        keep_epochs=bool(ckpt_interval), num_workers=num_workers, device=run.device, logger=logger, draw=draw if ckpt_interval else None,
-    )  # fmt: skip
+        model,
+        step,
+        train,
+        folder=run.logs / "low_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=batch_size,
+        max_lr=learning_rate * (batch_size if scale_lr else 1),
+        scheduler={"constant": "fixed", "constant_with_warmup": "warmup"}.get(
+            lr_scheduler, lr_scheduler
+        ),
+        warmup_steps=warmup_steps,
+        betas=(adam_beta1, adam_beta2),
+        eps=adam_epsilon,
+        weight_decay=adam_weight_decay,
+        accumulate=gradient_accumulation_steps,
+        validate=validate,
+        seed=seed,
+        precision=precision,
+        resume=resume_from_ckpt,
+        ckpt_interval=ckpt_interval,
+        keep_epochs=bool(ckpt_interval),
+        num_workers=num_workers,
+        device=run.device,
+        logger=logger,
+        draw=draw if ckpt_interval else None,
+    )
     save(training_curves(history), run.results / "figures" / "02_training.png")
-    print(history.iloc[history["val/loss"].argmin()][["epoch", "val/loss", "val/r2"]].round(4).to_dict())
+    print(
+        history.iloc[history["val/loss"].argmin()][["epoch", "val/loss", "val/r2"]]
+        .round(4)
+        .to_dict()
+    )
     if logger is not None:
         logger.finish()
 
@@ -191,23 +285,50 @@ if decoder != "ridge":
 # %%
 if decoder != "network":
     x, ids = subject.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, targets["latents"].rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), config | {"model": ridge.config})
-    print(f"ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+    ridge = RidgeBaseline.fit(
+        x, targets["latents"].rows(ids).astype(np.float32), cv=ridge_folds, seed=seed
+    )
+    save_checkpoint(
+        run.logs / "low_level_ridge.safetensors",
+        ridge.state_dict(),
+        config | {"model": ridge.config},
+    )
+    print(
+        f"ridge: {count_parameters(ridge):,} weights, median penalty"
+        f" {np.median(ridge.alphas.numpy()):.3g}"
+    )
 
 # %% [markdown]
 # ## A look at validation images, and the gallery of training images
-# Training images are shown to be compared with the others: what is good there and bad here was learnt by heart. They are never scored.
+# Training images are shown to be compared with the others: what is good there and bad here was
+# learnt by heart. They are never scored.
 
 # %%
-trained = {name: m.eval() for name, m in {"network": decoder != "ridge" and model, "ridge": decoder != "network" and ridge.to(run.device)}.items() if m}
+trained = {
+    name: m.eval()
+    for name, m in {
+        "network": decoder != "ridge" and model,
+        "ridge": decoder != "network" and ridge.to(run.device),
+    }.items()
+    if m
+}
 rows = {name: pairs(m, "val", 12) for name, m in trained.items()}
-save(image_grid({"seen": next(iter(rows.values()))["seen"]} | {name: row["predicted"] for name, row in rows.items()}), run.results / "figures" / "02_validation.png")
+save(
+    image_grid(
+        {"seen": next(iter(rows.values()))["seen"]}
+        | {name: row["predicted"] for name, row in rows.items()}
+    ),
+    run.results / "figures" / "02_validation.png",
+)
 
 # %%
 if gallery_images:
     shown = pairs(next(iter(trained.values())), "train", gallery_images)
-    sheet = contact_sheet({"seen in training": shown["seen"], "predicted (not scored)": shown["predicted"]}, n=gallery_images, blocks=4)
+    sheet = contact_sheet(
+        {"seen in training": shown["seen"], "predicted (not scored)": shown["predicted"]},
+        n=gallery_images,
+        blocks=4,
+    )
     save(sheet, run.results / "figures" / "training_images_not_scored.png")
 
 # %%
@@ -215,5 +336,6 @@ print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# Blobs of the right colour in the right place are what an error of pixels leaves: their mean over everything that the voxels leave open. Where the ridge is as
-# good, depth adds nothing. Next: notebook 03 makes the gallery of test images, and needs no generator for it; 06 scores.
+# Blobs of the right colour in the right place are what an error of pixels leaves: their mean over
+# everything that the voxels leave open. Where the ridge is as good, depth adds nothing. Next:
+# notebook 03 makes the gallery of test images, and needs no generator for it; 06 scores.

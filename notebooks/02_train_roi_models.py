@@ -1,40 +1,62 @@
 # %% [markdown]
 # # 02 · Train low-level models of regions: a bag of voters
 #
-# **Question.** Which regions of the brain say how an image looks, and do models of different regions, trained on different images, see different things?
+# **Question.** Which regions of the brain say how an image looks, and do models of different
+# regions, trained on different images, see different things?
 #
-# **Reads** `data/<dataset>/` (notebook 00). **Writes** for each voter `train_logs/<run>/<voter>/`: `low_level/` (checkpoints, history), for the baseline
-# `low_level_ridge.safetensors`, `normaliser.safetensors` with the regions' voxels, `split.parquet` and `voter.json` (which images it saw, and by which seed).
+# **Reads** `data/<dataset>/` (notebook 00). **Writes** for each voter `train_logs/<run>/<voter>/`:
+# `low_level/` (checkpoints, history), for the baseline `low_level_ridge.safetensors`,
+# `normaliser.safetensors` with the regions' voxels, `split.parquet` and `voter.json` (which images
+# it saw, and by which seed).
 #
-# Cost: full size about 50 min a voter on a laptop's RTX 4060 (published: 15.3 s an epoch, 200 epochs; not run here); mini about
-# three minutes on two CPU cores, ridge baselines included.
+# Cost: full size about 50 min a voter on a laptop's RTX 4060 (published: 15.3 s an epoch, 200
+# epochs; not run here); mini about three minutes on two CPU cores, ridge baselines included.
 #
-# Source: the 2023 ROI project (github.com/Koios1143/Machine-Learning-Final). What is kept of it and what is not: docs/roi_voting.md.
+# Source: the 2023 ROI project (github.com/Koios1143/Machine-Learning-Final). What is kept of it
+# and what is not: docs/roi_voting.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 voters = "92,94,97,100"  # names of the models, separated by commas; each has a folder of its own
-rois = "set3;set1;set3;set3"  # set of regions of each voter, or one for all, separated by semicolons; set1 to set3, names, - for all, !V1 for all but V1
-bag_seeds = "3,2423,849,1921"  # of the draw of each voter's training images, separated by commas, by default counted up from seed
-train_share = 0.7  # share of the training images in a bag, 1 for all of them, more than 0, at most 1
+rois = (  # set of regions of each voter, or one for all, separated by semicolons; set1 to set3, names, - for all, !V1 for all but V1
+    "set3;set1;set3;set3"
+)
+bag_seeds = (  # of the draw of each voter's training images, separated by commas, by default counted up from seed
+    "3,2423,849,1921"
+)
+train_share = (
+    0.7  # share of the training images in a bag, 1 for all of them, more than 0, at most 1
+)
 batch_sizes = "16,16,32,4"  # samples a step of each voter, or one for all, separated by commas
-masked = False  # keep the voxels of other regions as zeros, as published, instead of leaving them out
-latents_file = ""  # latents that others computed, a row an image (fMRI_VAE.npy), by default made by our own autoencoder
+masked = (
+    False  # keep the voxels of other regions as zeros, as published, instead of leaving them out
+)
+latents_file = (  # latents that others computed, a row an image (fMRI_VAE.npy), by default made by our own autoencoder
+    ""
+)
 repeats = "random"  # one of random, mean, each; what an epoch shows of an image with several trials
 num_epochs = 200  # passes over the training images, at least 1
 max_lr = 5.0e-4  # peak learning rate, more than 0
-lr_scheduler = "cycle"  # one of cycle, published_cycle, fixed; the published cycle is counted in all images and ends where the training images do
+lr_scheduler = (  # one of cycle, published_cycle, fixed; the published cycle is counted in all images and ends where the training images do
+    "cycle"
+)
 h = 2048  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 dropout = 0.3  # of the residual blocks, at least 0, at most 1
 ups_mode = "4x"  # one of 4x, 8x, 16x
-block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
-checkpoint = "best"  # one of best, last; which epoch the tables below are of, best is chosen on the voter's own validation images
+block_out_channels = (  # widths of the upsampler separated by commas, by default the published ones
+    ""
+)
+checkpoint = (  # one of best, last; which epoch the tables below are of, best is chosen on the voter's own validation images
+    "best"
+)
 precision = "no"  # one of no, bf16, fp16
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_interval = 0  # epochs between kept checkpoints, 0 for none, at least 0
@@ -65,8 +87,9 @@ from src.voting import voters_of
 
 # %% [markdown]
 # ## Data
-# The target of an image is the latent that the frozen autoencoder gives it, times the scaling factor of its diffusion model. Each voter draws its own bag of
-# the training images; those that it does not draw validate it. The prepared validation and test images are in no bag.
+# The target of an image is the latent that the frozen autoencoder gives it, times the scaling
+# factor of its diffusion model. Each voter draws its own bag of the training images; those that it
+# does not draw validate it. The prepared validation and test images are in no bag.
 
 # %%
 subject = open_subject(dataset, subj)
@@ -77,37 +100,76 @@ shape, ids = autoencoder.latent_shape, subject.image_ids("train+val")
 if latents_file:
     latents = LatentFile(resolve(latents_file), shape)
 else:
-    latents = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, shape)
-print(f"(channels, height, width) of a latent = {shape}   {len(subject.image_ids('train'))} training images   protocol {subject.protocol}")
+    latents = cached_targets(
+        dataset,
+        "vae_latents",
+        autoencoder.fingerprint(),
+        subject.all_images,
+        autoencoder.encode_pixels,
+        shape,
+    )
+print(
+    f"(channels, height, width) of a latent = {shape}   {len(subject.image_ids('train'))} training"
+    f" images   protocol {subject.protocol}"
+)
 
 # %%
 def prepared(place, voter):
-    """What one voter is trained with: the subject as its bag splits it, the normaliser that holds its voxels; both are written down."""
+    """What one voter is trained with: the subject as its bag splits it, the normaliser that holds
+    its voxels; both are written down.
+    """
     folder = run.logs / voter.name
     folder.mkdir(exist_ok=True)
     mine = subject.bagged(train_share, voter.bag_seed)
     normaliser = Normaliser.fit(mine, rois=voter.rois, masked=masked)
     normaliser.save(folder / "normaliser.safetensors")
-    table = mine.trials[["image", "split"]].drop_duplicates().sort_values("image", ignore_index=True)
+    table = (
+        mine.trials[["image", "split"]].drop_duplicates().sort_values("image", ignore_index=True)
+    )
     with atomic(folder / "split.parquet") as path:
         table.to_parquet(path)
-    found = {"regions": list(normaliser.rois), "voxels": len(normaliser.mean[0]), "inputs": normaliser.width, "train_share": train_share, "test_set": subject.test_set}
-    write_json(folder / "voter.json", {"place": place} | vars(voter) | found | {"images": table["split"].value_counts().to_dict()})
+    found = {
+        "regions": list(normaliser.rois),
+        "voxels": len(normaliser.mean[0]),
+        "inputs": normaliser.width,
+        "train_share": train_share,
+        "test_set": subject.test_set,
+    }
+    write_json(
+        folder / "voter.json",
+        {"place": place}
+        | vars(voter)
+        | found
+        | {"images": table["split"].value_counts().to_dict()},
+    )
     return folder, mine, normaliser
 
 
 at = {voter.name: prepared(place, voter) for place, voter in enumerate(bag)}
-pd.DataFrame([
-    {"voter": v.name, "rois": v.rois, "voxels": len(n.mean[0]), "inputs": n.width, "bag seed": v.bag_seed, "batch": v.batch_size,
-     "training images": len(s.image_ids("train"))}
-    for v in bag for _, s, n in [at[v.name]]
-])  # fmt: skip
+pd.DataFrame(
+    [
+        {
+            "voter": v.name,
+            "rois": v.rois,
+            "voxels": len(n.mean[0]),
+            "inputs": n.width,
+            "bag seed": v.bag_seed,
+            "batch": v.batch_size,
+            "training images": len(s.image_ids("train")),
+        }
+        for v in bag
+        for _, s, n in [at[v.name]]
+    ]
+)
 
 # %% [markdown]
 # Which voxels each voter is given.
 
 # %%
-save(roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in bag}), run.results / "figures" / "02_regions.png")
+save(
+    roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in bag}),
+    run.results / "figures" / "02_regions.png",
+)
 
 # %% [markdown]
 # ## The step
@@ -121,9 +183,16 @@ def step(model, batch, epoch):
 
 def validation(val):
     """The same error over the validation images of one voter, repeats averaged."""
+
     @torch.no_grad()
     def validate(model):
-        sums = [(F.l1_loss(model(b["voxels"]), b["latents"], reduction="sum").item(), b["latents"].numel()) for b in batches(val, 100, next(model.parameters()).device)]
+        sums = [
+            (
+                F.l1_loss(model(b["voxels"]), b["latents"], reduction="sum").item(),
+                b["latents"].numel(),
+            )
+            for b in batches(val, 100, next(model.parameters()).device)
+        ]
         return {"val/loss": sum(total for total, _ in sums) / sum(n for _, n in sums)}
 
     return validate
@@ -136,25 +205,71 @@ def train(voter):
     data = BrainDataset(mine, "train", {"latents": latents}, normaliser, repeats, seed)
     own = BrainDataset(mine, "val", {"latents": latents}, normaliser, "mean", seed)
     config = {
-        "model": low_level_config(run.parameters | {"latent_size": shape[1], "use_cont": False}, normaliser.width), "latents": list(shape),
+        "model": low_level_config(
+            run.parameters | {"latent_size": shape[1], "use_cont": False}, normaliser.width
+        ),
+        "latents": list(shape),
         "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
-        "training": vars(voter) | {k: run.parameters[k] for k in ("train_share", "masked", "repeats", "num_epochs", "max_lr", "lr_scheduler", "latents_file", "seed")},
-    }  # fmt: skip
+        "training": (
+            vars(voter)
+            | {
+                k: run.parameters[k]
+                for k in (
+                    "train_share",
+                    "masked",
+                    "repeats",
+                    "num_epochs",
+                    "max_lr",
+                    "lr_scheduler",
+                    "latents_file",
+                    "seed",
+                )
+            }
+        ),
+    }
     torch.manual_seed(seed)  # every voter begins alike, whatever came before it
     model = build_decoder(config["model"])
-    print(f"{voter.name}: {count_parameters(model):,} weights to train on {', '.join(normaliser.rois) or 'all voxels'}")
-    whole = num_epochs * ((len(mine.image_ids("train+val"))) // voter.batch_size) if lr_scheduler == "published_cycle" else 0
+    print(
+        f"{voter.name}: {count_parameters(model):,} weights to train on"
+        f" {', '.join(normaliser.rois) or 'all voxels'}"
+    )
+    whole = (
+        num_epochs * ((len(mine.image_ids("train+val"))) // voter.batch_size)
+        if lr_scheduler == "published_cycle"
+        else 0
+    )
     return fit(
-        model, step, data, folder=folder / "low_level", config=config, epochs=num_epochs, batch_size=voter.batch_size, max_lr=max_lr,
-        scheduler=lr_scheduler.removeprefix("published_"), cycle_steps=whole, decay="published", validate=validation(own), seed=seed, precision=precision,
-        resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval), device=run.device,
-    )  # fmt: skip
+        model,
+        step,
+        data,
+        folder=folder / "low_level",
+        config=config,
+        epochs=num_epochs,
+        batch_size=voter.batch_size,
+        max_lr=max_lr,
+        scheduler=lr_scheduler.removeprefix("published_"),
+        cycle_steps=whole,
+        decay="published",
+        validate=validation(own),
+        seed=seed,
+        precision=precision,
+        resume=resume_from_ckpt,
+        ckpt_interval=ckpt_interval,
+        keep_epochs=bool(ckpt_interval),
+        device=run.device,
+    )
 
 
 # %%
 if decoder != "ridge":
     histories = {voter.name: train(voter) for voter in bag}
-    curves = pd.concat([h[["train/loss", "val/loss"]].rename(columns=lambda c, v=v: c.replace("loss", v)) for v, h in histories.items()], axis=1)
+    curves = pd.concat(
+        [
+            h[["train/loss", "val/loss"]].rename(columns=lambda c, v=v: c.replace("loss", v))
+            for v, h in histories.items()
+        ],
+        axis=1,
+    )
     save(training_curves(curves), run.results / "figures" / "02_training.png")
 
 # %% [markdown]
@@ -165,16 +280,27 @@ if decoder != "ridge":
 for voter in bag if decoder != "network" else []:
     folder, mine, normaliser = at[voter.name]
     x, train_ids = mine.averaged("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, latents.rows(train_ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    config = {"model": ridge.config, "latents": list(shape), "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size}}
+    ridge = RidgeBaseline.fit(
+        x, latents.rows(train_ids).astype(np.float32), cv=ridge_folds, seed=seed
+    )
+    config = {
+        "model": ridge.config,
+        "latents": list(shape),
+        "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
+    }
     config["training"] = vars(voter) | {"train_share": train_share, "masked": masked}
     save_checkpoint(folder / "low_level_ridge.safetensors", ridge.state_dict(), config)
-    print(f"{voter.name}, ridge: {count_parameters(ridge):,} weights, median penalty {np.median(ridge.alphas.numpy()):.3g}")
+    print(
+        f"{voter.name}, ridge: {count_parameters(ridge):,} weights, median penalty"
+        f" {np.median(ridge.alphas.numpy()):.3g}"
+    )
 
 # %% [markdown]
 # ## How well do they predict?
-# Mean absolute error of the latents, repeats averaged: on the images of the voter's own bag, on those of the training images that it did not draw, and on the
-# prepared validation images, which no voter saw. Beside it what it costs to know nothing: the mean latent of the bag, and the predictions of other images.
+# Mean absolute error of the latents, repeats averaged: on the images of the voter's own bag, on
+# those of the training images that it did not draw, and on the prepared validation images, which
+# no voter saw. Beside it what it costs to know nothing: the mean latent of the bag, and the
+# predictions of other images.
 
 # %%
 def errors(voter, file):
@@ -182,16 +308,26 @@ def errors(voter, file):
     folder, mine, normaliser = at[voter.name]
     model = load_decoder(folder / file, run.device)[0]
     found = {"voter": voter.name, "decoder": "ridge" if "ridge" in file else "network"}
-    for name, of, split in (("its own images", mine, "train"), ("not drawn", mine, "val"), ("seen by none", subject, "val")):
+    for name, of, split in (
+        ("its own images", mine, "train"),
+        ("not drawn", mine, "val"),
+        ("seen by none", subject, "val"),
+    ):
         x, some = of.averaged(split, normaliser=normaliser)
         true = torch.from_numpy(latents.rows(some).astype(np.float32))
         found[name] = F.l1_loss(predict_latents(model, x, shape, device=run.device), true).item()
     made = predict_latents(model, x, shape, device=run.device)
     mean = torch.from_numpy(latents.rows(mine.image_ids("train")[:2000]).astype(np.float32)).mean(0)
-    return found | {"mean latent": (mean - true).abs().mean().item(), "wrong image": F.l1_loss(made.roll(1, 0), true).item()}
+    return found | {
+        "mean latent": (mean - true).abs().mean().item(),
+        "wrong image": F.l1_loss(made.roll(1, 0), true).item(),
+    }
 
 
-files = {"network": [f"low_level/{checkpoint}.safetensors"], "ridge": ["low_level_ridge.safetensors"]}
+files = {
+    "network": [f"low_level/{checkpoint}.safetensors"],
+    "ridge": ["low_level_ridge.safetensors"],
+}
 wanted = files.get(decoder, files["network"] + files["ridge"])
 table = pd.DataFrame([errors(voter, file) for voter in bag for file in wanted])
 with atomic(run.results / "voters.csv") as path:
@@ -207,7 +343,9 @@ rows = {"seen": torch.from_numpy(subject.images(some)).permute(0, 3, 1, 2) / 255
 for voter in bag:
     folder, _, normaliser = at[voter.name]
     x = subject.mean_of(subject.rows_by_image("val")[:12], normaliser)
-    found = predict_latents(load_decoder(folder / wanted[0], run.device)[0], x, shape, device=run.device)
+    found = predict_latents(
+        load_decoder(folder / wanted[0], run.device)[0], x, shape, device=run.device
+    )
     rows[f"voter {voter.name}"] = autoencoder.decode(found).cpu()
 save(image_grid(rows), run.results / "figures" / "02_validation.png")
 
@@ -216,5 +354,7 @@ print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## What to look at
-# An error on its own images far below the others is what a voter has learnt by heart. Regions whose voter is near "mean latent" say nothing about how an image
-# looks. The published report gives errors of about .65 on images that were not drawn, without saying what the mean latent costs. Next: notebook 03_vote.
+# An error on its own images far below the others is what a voter has learnt by heart. Regions
+# whose voter is near "mean latent" say nothing about how an image looks. The published report
+# gives errors of about .65 on images that were not drawn, without saying what the mean latent
+# costs. Next: notebook 03_vote.

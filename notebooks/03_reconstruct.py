@@ -1,13 +1,17 @@
 # %% [markdown]
 # # 03 · Reconstruct: from voxels to images
 #
-# **Question.** What did the person see, as far as the brain activity, the decoder and the generator together can tell?
+# **Question.** What did the person see, as far as the brain activity, the decoder and the
+# generator together can tell?
 #
-# **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth` under `train_logs/<model_name>/` and `epoch120.pth` of its
-# autoencoder under `train_logs/<autoencoder_name>/`. A run without a high level (FMRI2IMG's basic autoencoder) is read with `img2img_strength` 0: its
-# low-level image is the reconstruction. **Writes** `results/<run>/`: `reconstructions.safetensors` (every row: the network's
-# and the ridge's reconstructions, the low level alone, the controls, and what notebook 06 needs beside them), and under the published names
-# `all_images.pt` and `<run>_recons_img2img<strength>_<samples>samples.pt`.
+# **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth`
+# under `train_logs/<model_name>/` and `epoch120.pth` of its autoencoder under
+# `train_logs/<autoencoder_name>/`. A run without a high level (FMRI2IMG's basic autoencoder) is
+# read with `img2img_strength` 0: its low-level image is the reconstruction. **Writes**
+# `results/<run>/`: `reconstructions.safetensors` (every row: the network's and the ridge's
+# reconstructions, the low level alone, the controls, and what notebook 06 needs beside them), and
+# under the published names `all_images.pt` and
+# `<run>_recons_img2img<strength>_<samples>samples.pt`.
 #
 # A run that is interrupted goes on with the images that are missing.
 #
@@ -18,22 +22,32 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
 autoencoder_name = ""  # run that holds the low-level network, by default this run
-start_run = ""  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
+start_run = (  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
+    ""
+)
 img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself and needs no high level, at least 0, at most 1
 faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
-recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one, at least 1
+recons_per_sample = (
+    16  # samples an image, of which the brain's own prediction chooses one, at least 1
+)
 prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
 timesteps = 0  # sampling steps of the prior, 0 for all of its schedule, at least 0
-prior_solver = "published"  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
+prior_solver = (  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
+    "published"
+)
 guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 (Versatile Diffusion) or 7.5 (image variations), at least 0
 num_inference_steps = 20  # steps of the image generator, at least 1
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
@@ -66,22 +80,38 @@ from src.models import MindEye2
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import read_if_missing
 from src.reconstruct import (
-    build_decoder, encoder_for, find_decoder, generate_images, generator_for, in_chunks, latent_noise, load_decoder, pick_best, predict_latents, predict_tokens,
-    load_row, repeat_agreement, sample_spread,
-)  # fmt: skip
+    build_decoder,
+    encoder_for,
+    find_decoder,
+    generate_images,
+    generator_for,
+    in_chunks,
+    latent_noise,
+    load_decoder,
+    pick_best,
+    predict_latents,
+    predict_tokens,
+    load_row,
+    repeat_agreement,
+    sample_spread,
+)
 from src.retrieval import nearest
 from src.utils import HOME, PerceptError, atomic, seed_everything
 
 # %% [markdown]
 # ## Data: the test images, their repeats averaged
-# The released networks were trained on the betas as the shards hold them, ours on z-scores: each is given what it was trained on.
+# The released networks were trained on the betas as the shards hold them, ours on z-scores: each
+# is given what it was trained on.
 
 # %%
 read_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 files = {
-    "network": (find_decoder(run.logs, "high_level", checkpoint), find_decoder(low_logs, "low_level", checkpoint)),
+    "network": (
+        find_decoder(run.logs, "high_level", checkpoint),
+        find_decoder(low_logs, "low_level", checkpoint),
+    ),
     "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
 }
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
@@ -91,26 +121,43 @@ seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() /
 most = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
 fewer = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
 if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
-    raise PerceptError(f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1 to {most - 1}, or leave it empty.")
+    raise PerceptError(
+        f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1"
+        f" to {most - 1}, or leave it empty."
+    )
 starts = load_row(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
 if start_run and untrained:
-    raise PerceptError("The untrained floor knows nothing of the brain, and pictures retrieved by what it says would tell it: with start_run set untrained to False.")
-print(f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol {subject.protocol}, test set {subject.test_set}")
+    raise PerceptError(
+        "The untrained floor knows nothing of the brain, and pictures retrieved by what it says"
+        " would tell it: with start_run set untrained to False."
+    )
+print(
+    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol"
+    f" {subject.protocol}, test set {subject.test_set}"
+)
 
 # %%
 def measured(path, repeats=0, one=None):
-    """Voxels (images, voxels) as the network in a file was trained on them: of some repeats averaged (0: all that are asked for), or of `one` alone."""
+    """Voxels (images, voxels) as the network in a file was trained on them: of some repeats
+    averaged (0: all that are asked for), or of `one` alone.
+    """
     scale = Normaliser.beside(path)
     if one is not None:
-        return subject.mean_of([rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale)
-    return subject.averaged("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][keep]
+        return subject.mean_of(
+            [rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale
+        )
+    return subject.averaged("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][
+        keep
+    ]
 
 
 # %% [markdown]
 # ## The models
-# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one embedding alone to Stable Diffusion image variations. Without
-# a high level there is no generator: the autoencoder's decoder makes the picture of the predicted latent.
-# With `untrained` the same networks are also used as they are before training, with `fewer_repeats` the first one is given fewer repeats.
+# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one
+# embedding alone to Stable Diffusion image variations. Without a high level there is no generator:
+# the autoencoder's decoder makes the picture of the predicted latent. With `untrained` the same
+# networks are also used as they are before training, with `fewer_repeats` the first one is given
+# fewer repeats.
 
 # %%
 def loaded(path, needed):
@@ -119,9 +166,17 @@ def loaded(path, needed):
 
 
 def with_voxels(name, repeats=0):
-    """High and low level of a decoder, and the voxels that each of them is given; nothing for a level that is not there."""
+    """High and low level of a decoder, and the voxels that each of them is given; nothing for a
+    level that is not there.
+    """
     levels = high[name][0], low[name][0]
-    return (*levels, *(level and measured(path, repeats) for level, path in zip(levels, files[name], strict=True)))
+    return (
+        *levels,
+        *(
+            level and measured(path, repeats)
+            for level, path in zip(levels, files[name], strict=True)
+        ),
+    )
 
 
 high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
@@ -136,86 +191,175 @@ for k in map(int, fewer):
 if untrained and "network" in names:
     seed_everything(seed)
     configs = [high["network"][1], low["network"][1]]
-    fresh = [build_decoder(config["model"]).to(run.device).eval().requires_grad_(False) if config else None for config in configs]
+    fresh = [
+        (
+            build_decoder(config["model"]).to(run.device).eval().requires_grad_(False)
+            if config
+            else None
+        )
+        for config in configs
+    ]
     decoders["untrained"] = (*fresh, *decoders["network"][2:])
 
 # %%
 config, has_tokens = high[main][1], high[main][0] is not None
 same = ("split", "n_clusters", "num_sessions", "n_components", "rois")
-told = {tuple(c["training"].get(k) or "" for k in same) for _, c in (*high.values(), *low.values()) if "training" in c}
+told = {
+    tuple(c["training"].get(k) or "" for k in same)
+    for _, c in (*high.values(), *low.values())
+    if "training" in c
+}
 if len(told) > 1:
-    raise PerceptError(f"The networks were trained on different images or components {sorted(told, key=str)}: train all of them with the same {', '.join(same)}.")
+    raise PerceptError(
+        f"The networks were trained on different images or components {sorted(told, key=str)}:"
+        f" train all of them with the same {', '.join(same)}."
+    )
 if has_tokens:
     shape = tuple(config["tokens"])  # (tokens, dim)
     clipper = encoder_for(config, weights, run.device)
     diffusion = generator_for(shape[0], weights, run.device, clipper)
-    print(f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}")
+    print(
+        f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance"
+        f" {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}"
+    )
 else:
     diffusion = LatentAutoencoder(weights, device=run.device, **low[main][1].get("autoencoder", {}))
-    print(f"(channels, height, width) of a latent = {diffusion.latent_shape}: no generator   decoders: {', '.join(decoders)}")
+    print(
+        f"(channels, height, width) of a latent = {diffusion.latent_shape}: no generator  "
+        f" decoders: {', '.join(decoders)}"
+    )
 
 # %% [markdown]
-# MindEye2 is different in two things. Its blurry latents are of another autoencoder than the generator's; and unCLIP reads all of bigG's patch tokens, so that a model
-# of smaller ones (ViT-B/32) needs a map from these to those, which is learnt here on training images, without a brain.
+# MindEye2 is different in two things. Its blurry latents are of another autoencoder than the
+# generator's; and unCLIP reads all of bigG's patch tokens, so that a model of smaller ones
+# (ViT-B/32) needs a map from these to those, which is learnt here on training images, without a
+# brain.
 
 # %%
 patches = has_tokens and isinstance(clipper, PatchClip)
-low_decoder = LatentAutoencoder(weights, "image_variation", 0 if weights == "mini" else 224, run.device) if patches else diffusion
+low_decoder = (
+    LatentAutoencoder(weights, "image_variation", 0 if weights == "mini" else 224, run.device)
+    if patches
+    else diffusion
+)
 read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
 converter = None
 if patches and read.target_shape != clipper.target_shape:
     pictured = open_pictures(dataset, subj, subject)
-    pairs = [cached_targets(dataset, "patch_tokens", c.fingerprint(), pictured.all_images, c.encode_pixels, c.target_shape) for c in (clipper, read)]
+    pairs = [
+        cached_targets(
+            dataset,
+            "patch_tokens",
+            c.fingerprint(),
+            pictured.all_images,
+            c.encode_pixels,
+            c.target_shape,
+        )
+        for c in (clipper, read)
+    ]
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
     splits = [pictured.image_ids(split) for split in ("train", "val")]
-    converter, history = fit_converter(*pairs, *splits, run.logs / "decoder_converter", made_by, converter_epochs, seed=seed, device=run.device)
-    print(f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on {len(splits[1])} validation images {history['val/r2'].max():.3f}")
+    converter, history = fit_converter(
+        *pairs,
+        *splits,
+        run.logs / "decoder_converter",
+        made_by,
+        converter_epochs,
+        seed=seed,
+        device=run.device,
+    )
+    print(
+        f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on"
+        f" {len(splits[1])} validation images {history['val/r2'].max():.3f}"
+    )
 
 # %% [markdown]
 # ## The step
-# Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where the generator begins, the tokens are
-# what it is told; of several samples the one nearest to the tokens that the projector predicts is kept.
+# Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where
+# the generator begins, the tokens are what it is told; of several samples the one nearest to the
+# tokens that the projector predicts is kept.
 
 # %%
-options = {"strength": img2img_strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed, "same": same_seed}
+options = {
+    "strength": img2img_strength,
+    "guidance_scale": guidance_scale,
+    "num_inference_steps": num_inference_steps,
+    "seed": seed,
+    "same": same_seed,
+}
 options["batch_size"] = generator_batch
 
 
 def paint(tokens, ids, latents, samples):
-    """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun at latents (images, channels, h, w)."""
+    """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun
+    at latents (images, channels, h, w).
+    """
     if patches:
         latents = diffusion.encode(low_decoder.decode(latents)) if img2img_strength < 1 else None
-        tokens = tokens if converter is None else converter(tokens.to(run.device).flatten(0, 1)).unflatten(0, tokens.shape[:2]).cpu()
+        tokens = (
+            tokens
+            if converter is None
+            else converter(tokens.to(run.device).flatten(0, 1)).unflatten(0, tokens.shape[:2]).cpu()
+        )
     if latents is not None and faithful_img2img:
-        latents = diffusion.published_start(latents, latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed))
+        latents = diffusion.published_start(
+            latents, latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed)
+        )
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
 
 
 def tokens_of(name, rows, voxels, samples, sampled):
-    """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one decoder."""
+    """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one
+    decoder.
+    """
     return predict_tokens(
-        decoders[name][0], voxels[rows], shape, samples, use_prior=sampled, timesteps=timesteps, seed=seed, device=run.device, image_ids=image_ids[rows],
-        same=same_seed, solver=prior_solver,
-    )  # fmt: skip
+        decoders[name][0],
+        voxels[rows],
+        shape,
+        samples,
+        use_prior=sampled,
+        timesteps=timesteps,
+        seed=seed,
+        device=run.device,
+        image_ids=image_ids[rows],
+        same=same_seed,
+        solver=prior_solver,
+    )
 
 
 # %%
 def reconstruct(name, rows):
-    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first sample and tokens for retrieval."""
+    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first
+    sample and tokens for retrieval.
+    """
     _, low_level, voxels, low_voxels = decoders[name]
-    latents = None if low_level is None else predict_latents(low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device)
+    latents = (
+        None
+        if low_level is None
+        else predict_latents(
+            low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device
+        )
+    )
     if not has_tokens:
         return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
-    samples = max(recons_per_sample, keep_samples if name == main else 1)  # those beyond take no part in the choice; a floor is made as the system is
+    samples = max(
+        recons_per_sample, keep_samples if name == main else 1
+    )  # those beyond take no part in the choice; a floor is made as the system is
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
     begun = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
     pictures = paint(tokens, image_ids[rows], begun, samples)
     made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
-        made |= {} if latents is None else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
+        made |= (
+            {}
+            if latents is None
+            else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
+        )
     if name == main and samples > 1:
-        made |= {"spread": sample_spread(clipper, pictures)} | ({"samples": pictures[:, :keep_samples].half()} if keep_samples else {})
+        made |= {"spread": sample_spread(clipper, pictures)} | (
+            {"samples": pictures[:, :keep_samples].half()} if keep_samples else {}
+        )
     return made
 
 
@@ -223,60 +367,117 @@ def reconstruct(name, rows):
 rows, unfinished = {}, run.results / ".reconstructing"
 unfinished.mkdir(exist_ok=True)
 for name in decoders:
-    mark = [name, run.parameters, [(str(path), path.stat().st_mtime_ns) for path in files.get(name, files[main]) if path.exists()], subject.test_set]
+    mark = [
+        name,
+        run.parameters,
+        [
+            (str(path), path.stat().st_mtime_ns)
+            for path in files.get(name, files[main])
+            if path.exists()
+        ],
+        subject.test_set,
+    ]
     part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
-    rows |= in_chunks(lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark)
-predicted = {key: rows.pop(key) for key in list(rows) if key.startswith(("tokens_", "projected_", "latents_", "spread", "samples"))}
+    rows |= in_chunks(
+        lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark
+    )
+predicted = {
+    key: rows.pop(key)
+    for key in list(rows)
+    if key.startswith(("tokens_", "projected_", "latents_", "spread", "samples"))
+}
 
 # %% [markdown]
 # ## How well could any decoder do?
-# Two repeats of an image differ by noise alone. How alike the predictions from single repeats are bounds how well their mean can correlate with the truth
-# (notebook 06 shows it as the noise ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at random, the projected
-# ones. Without tokens this is left out.
+# Two repeats of an image differ by noise alone. How alike the predictions from single repeats are
+# bounds how well their mean can correlate with the truth (notebook 06 shows it as the noise
+# ceiling). Compared are the tokens that the generator is given, or, where the prior draws these at
+# random, the projected ones. Without tokens this is left out.
 
 # %%
 level = ("projected" if prior and main == "network" else "tokens") if has_tokens else "latents"
 compared = f"{level}_{main}"
 which = 1 if level == "projected" else 0
 alone = range(most if has_tokens else 0)
-singles = [tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half() for k in alone]
+singles = [
+    tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half()
+    for k in alone
+]
 if len(singles) > 1:
     predicted["repeat_agreement"] = repeat_agreement(singles)
-    print(f"predictions from two single repeats correlate by {predicted['repeat_agreement'].mean():.3f}")
+    print(
+        "predictions from two single repeats correlate by"
+        f" {predicted['repeat_agreement'].mean():.3f}"
+    )
 del singles
 
 # %% [markdown]
 # ## Floors and ceiling
 # Each is scored in notebook 06 exactly as a reconstruction is.
 # - **mean image**: no brain data at all.
-# - **nearest training image**: the training image whose tokens (or latent) are nearest to those predicted: what a lookup would show.
-# - **ceiling**: the same generator, given the true tokens and the true latents; without one, what the autoencoder keeps of the image.
+# - **nearest training image**: the training image whose tokens (or latent) are nearest to those
+#   predicted: what a lookup would show.
+# - **ceiling**: the same generator, given the true tokens and the true latents; without one, what
+#   the autoencoder keeps of the image.
 
 # %%
 train_ids = subject.image_ids("train")
-kind, frozen = ("patch_tokens" if patches else "clip_tokens", clipper) if has_tokens else ("vae_latents", diffusion)
-known = cached_targets(dataset, kind, frozen.fingerprint(), subject.all_images, frozen.encode_pixels, frozen.target_shape).rows(train_ids)
+kind, frozen = (
+    ("patch_tokens" if patches else "clip_tokens", clipper)
+    if has_tokens
+    else ("vae_latents", diffusion)
+)
+known = cached_targets(
+    dataset,
+    kind,
+    frozen.fingerprint(),
+    subject.all_images,
+    frozen.encode_pixels,
+    frozen.target_shape,
+).rows(train_ids)
 found = nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
-rows["mean_image"] = (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
+rows["mean_image"] = (
+    (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255)
+    .half()
+    .expand(len(seen), -1, -1, -1)
+    .contiguous()
+)
 
 # %%
 def best_possible(part):
-    """What the generator makes of the true tokens and latents of some images, and what the autoencoder keeps of them."""
+    """What the generator makes of the true tokens and latents of some images, and what the
+    autoencoder keeps of them.
+    """
     latents = low_decoder.encode(seen[part]).cpu()
     if not has_tokens:
         return {"ceiling": diffusion.decode(latents).cpu().half()}
     tokens = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu()
-    pictures = paint(tokens, image_ids[part], latents, recons_per_sample)  # as many samples as the system has, the nearest to the true tokens chosen
-    made = {"ceiling": pick_best(clipper, tokens[:, 0], pictures)[0], "autoencoder": low_decoder.decode(latents).cpu()}
-    return {name: pictures.half() for name, pictures in made.items()} | {"true_tokens": tokens[:, 0]}
+    pictures = paint(
+        tokens, image_ids[part], latents, recons_per_sample
+    )  # as many samples as the system has, the nearest to the true tokens chosen
+    made = {
+        "ceiling": pick_best(clipper, tokens[:, 0], pictures)[0],
+        "autoencoder": low_decoder.decode(latents).cpu(),
+    }
+    return {name: pictures.half() for name, pictures in made.items()} | {
+        "true_tokens": tokens[:, 0]
+    }
 
 
-rows |= in_chunks(best_possible, len(seen), max(1, generator_batch // recons_per_sample), unfinished, ["ceiling", run.parameters, subject.test_set])
+rows |= in_chunks(
+    best_possible,
+    len(seen),
+    max(1, generator_batch // recons_per_sample),
+    unfinished,
+    ["ceiling", run.parameters, subject.test_set],
+)
 if has_tokens:
     predicted["true_tokens"] = rows.pop("true_tokens")
-    predicted["train_distance"] = 1 - nearest(predicted["true_tokens"], known, k=1)[0][:, 0]  # of each seen image to the training image most like it
+    predicted["train_distance"] = (
+        1 - nearest(predicted["true_tokens"], known, k=1)[0][:, 0]
+    )  # of each seen image to the training image most like it
 
 # %% [markdown]
 # Pictures are stored in half precision, which a screen's 256 steps do not show.
@@ -285,12 +486,29 @@ if has_tokens:
 shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
 about = {"begun": f"at the pictures that {start_run} retrieved"} if start_run else {}
 about |= {"main": main, "repeats": str(shown), "compared": compared, "protocol": subject.protocol}
-about |= {"test_set": subject.test_set if len(seen) == len(subject.image_ids("test")) else f"{subject.test_set}-first{len(seen)}"}
-tensors = {"seen": seen.half(), **rows, **predicted, "image_ids": torch.from_numpy(image_ids.astype(np.int64)), "held_out": torch.from_numpy(subject.held_out(image_ids))}
+about |= {
+    "test_set": (
+        subject.test_set
+        if len(seen) == len(subject.image_ids("test"))
+        else f"{subject.test_set}-first{len(seen)}"
+    )
+}
+tensors = {
+    "seen": seen.half(),
+    **rows,
+    **predicted,
+    "image_ids": torch.from_numpy(image_ids.astype(np.int64)),
+    "held_out": torch.from_numpy(subject.held_out(image_ids)),
+}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)
 shutil.rmtree(unfinished)
-published = {"all_images.pt": seen, f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": rows[main].float()}
+published = {
+    "all_images.pt": seen,
+    f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": (
+        rows[main].float()
+    ),
+}
 for name, tensor in published.items():
     with atomic(run.results / name) as path:
         torch.save(tensor, path)
@@ -302,11 +520,20 @@ print({name: tuple(row.shape) for name, row in rows.items()})
 
 # %%
 low_level = {"low level": rows[f"low_level_{main}"]} if f"low_level_{main}" in rows else {}
-columns = {"seen": seen} | low_level | {"reconstructed": rows[main], "nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}
+columns = (
+    {"seen": seen}
+    | low_level
+    | {
+        "reconstructed": rows[main],
+        "nearest training": rows["nearest_train"],
+        "ceiling": rows["ceiling"],
+    }
+)
 sheet = contact_sheet(columns, n=32)
 save(sheet, run.results / "contact_sheet.png")
 
 # %% [markdown]
 # ## What to look at
-# Compare "reconstructed" with "nearest training": a generator that shows no more than the nearest training image is a lookup. Compare it with the
-# "ceiling" to see what the generator itself cannot do. Next: notebook 05 asks how well the brain finds an image among others; 06 scores.
+# Compare "reconstructed" with "nearest training": a generator that shows no more than the nearest
+# training image is a lookup. Compare it with the "ceiling" to see what the generator itself cannot
+# do. Next: notebook 05 asks how well the brain finds an image among others; 06 scores.

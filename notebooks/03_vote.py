@@ -1,33 +1,55 @@
 # %% [markdown]
 # # 03 · Reconstruct with several voters: blurry picture, caption, repainted picture, vote
 #
-# **Question.** Several models of the brain each say what was seen. Can one choose among them without knowing the truth, and is choosing better than averaging?
+# **Question.** Several models of the brain each say what was seen. Can one choose among them
+# without knowing the truth, and is choosing better than averaging?
 #
-# **Reads** the voters of notebook 02_train_roi_models (or any runs with a low level, named in `voters`), and, where there is one, the high level of notebook 01.
-# **Writes** `results/<run>/`: `reconstructions.safetensors` (every row, for notebook 06), `captions.parquet`, and a sheet an image, `sheets/result_<i>.png`.
+# **Reads** the voters of notebook 02_train_roi_models (or any runs with a low level, named in
+# `voters`), and, where there is one, the high level of notebook 01. **Writes** `results/<run>/`:
+# `reconstructions.safetensors` (every row, for notebook 06), `captions.parquet`, and a sheet an
+# image, `sheets/result_<i>.png`.
 #
-# Cost: full size about 4 s an image and voter on an A100 (estimated, not run here); mini about four minutes on two CPU cores.
+# Cost: full size about 4 s an image and voter on an A100 (estimated, not run here); mini about
+# four minutes on two CPU cores.
 #
 # Source: the 2023 ROI project (github.com/Koios1143/Machine-Learning-Final): docs/roi_voting.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both; which models of the voters vote, with both the ridges' mean is shown beside
-checkpoint = "best"  # one of best, last; best is the epoch chosen on the voter's own validation images
-voters = ""  # runs that vote, names under train_logs/ separated by commas, by default those that notebook 02_train_roi_models left in this run
-vote = "published"  # one of published, medoid, agreement; the rule whose choice is the reconstruction, the others are scored beside
-tokens_from = ""  # run whose high level predicts CLIP tokens from the brain, by default this run, if it has one
+decoder = (  # one of network, ridge, both; which models of the voters vote, with both the ridges' mean is shown beside
+    "network"
+)
+checkpoint = (  # one of best, last; best is the epoch chosen on the voter's own validation images
+    "best"
+)
+voters = (  # runs that vote, names under train_logs/ separated by commas, by default those that notebook 02_train_roi_models left in this run
+    ""
+)
+vote = (  # one of published, medoid, agreement; the rule whose choice is the reconstruction, the others are scored beside
+    "published"
+)
+tokens_from = (  # run whose high level predicts CLIP tokens from the brain, by default this run, if it has one
+    ""
+)
 strength = 0.75  # of the repainting, 0 keeps the blurry pictures and needs neither captions nor generator, at least 0, at most 1
 guidance_scale = 6.0  # how much the caption counts in the repainting, at least 0
-num_inference_steps = 50  # steps of the whole schedule, of which the share `strength` is run, at least 1
+num_inference_steps = (
+    50  # steps of the whole schedule, of which the share `strength` is run, at least 1
+)
 published_pixels = False  # give the captioner pixels from 0 to 255 as they are, as published, instead of normalised ones
-without_word = "blurry "  # taken out of captions, as published; with nothing, captions stay as they are
-token_map_images = 2000  # training images on which CLIP's tokens are mapped to the captioner's, at least 10
+without_word = (  # taken out of captions, as published; with nothing, captions stay as they are
+    "blurry "
+)
+token_map_images = (
+    2000  # training images on which CLIP's tokens are mapped to the captioner's, at least 10
+)
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
 image_from = 0  # first test image, by its place, at least 0
 image_to = 0  # the test image before which it ends, 0 for all, at least 0
@@ -56,28 +78,45 @@ from src.data import Normaliser, cached_targets, open_subject
 from src.figures import contact_sheet, save, vote_sheet
 from src.models import TokenMap
 from src.pretrained import Captioner, Clipper, LatentAutoencoder, stable_diffusion_pipeline, without
-from src.reconstruct import build_decoder, find_decoder, guided_images, in_chunks, load_decoder, predict_latents, predict_tokens
+from src.reconstruct import (
+    build_decoder,
+    find_decoder,
+    guided_images,
+    in_chunks,
+    load_decoder,
+    predict_latents,
+    predict_tokens,
+)
 from src.retrieval import nearest
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
 from src.voting import VOTES, Ballot, find_voters, open_voter, oracle, vote as choose
 
 # %% [markdown]
 # ## Data: the test images, which no voter saw
-# Repeats are averaged. Which voxels a voter is given comes from its own folder, and is checked against the regions that its checkpoint names.
+# Repeats are averaged. Which voxels a voter is given comes from its own folder, and is checked
+# against the regions that its checkpoint names.
 
 # %%
 subject = open_subject(dataset, subj)
 folders, which = find_voters(run.logs, voters), slice(image_from, image_to or None)
 image_ids = subject.image_ids("test")[which]
 if not len(image_ids):
-    raise PerceptError(f"image_from {image_from} and image_to {image_to} leave none of the {len(subject.image_ids('test'))} test images: choose places among them.")
+    raise PerceptError(
+        f"image_from {image_from} and image_to {image_to} leave none of the"
+        f" {len(subject.image_ids('test'))} test images: choose places among them."
+    )
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 files = {"network": f"low_level/{checkpoint}.safetensors", "ridge": "low_level_ridge.safetensors"}
 main = "ridge" if decoder == "ridge" else "network"
-opened = {name: open_voter(folder, subject, files[main], run.device) for name, folder in folders.items()}
+opened = {
+    name: open_voter(folder, subject, files[main], run.device) for name, folder in folders.items()
+}
 made_by = {json.dumps(config.get("autoencoder", {})) for _, config, _ in opened.values()}
 if len(made_by) > 1:
-    raise PerceptError(f"The voters predict latents of different autoencoders {sorted(made_by)}: let those of one kind vote.")
+    raise PerceptError(
+        f"The voters predict latents of different autoencoders {sorted(made_by)}: let those of one"
+        " kind vote."
+    )
 autoencoder = LatentAutoencoder(weights, device=run.device, **json.loads(made_by.pop()))
 shape, names = autoencoder.latent_shape, list(folders)
 
@@ -92,49 +131,105 @@ def read(decoder_of, normaliser):
     return predict_latents(decoder_of, measured(normaliser), shape, device=run.device)
 
 
-latents = {f"voter_{name}": read(model, normaliser) for name, (model, _, normaliser) in opened.items()}
+latents = {
+    f"voter_{name}": read(model, normaliser) for name, (model, _, normaliser) in opened.items()
+}
 latents["latent_mean"] = torch.stack(list(latents.values())).mean(0)
 if decoder == "both":
-    ridges = [open_voter(folder, subject, files["ridge"], run.device) for folder in folders.values()]
-    latents["ridge"] = torch.stack([read(model, normaliser) for model, _, normaliser in ridges]).mean(0)
+    ridges = [
+        open_voter(folder, subject, files["ridge"], run.device) for folder in folders.values()
+    ]
+    latents["ridge"] = torch.stack(
+        [read(model, normaliser) for model, _, normaliser in ridges]
+    ).mean(0)
 if untrained:
     seed_everything(seed)
-    fresh = [build_decoder(config["model"]).to(run.device).eval() for _, config, _ in opened.values()]
-    latents["untrained"] = torch.stack([read(model, n) for model, (_, _, n) in zip(fresh, opened.values(), strict=True)]).mean(0)
+    fresh = [
+        build_decoder(config["model"]).to(run.device).eval() for _, config, _ in opened.values()
+    ]
+    latents["untrained"] = torch.stack(
+        [read(model, n) for model, (_, _, n) in zip(fresh, opened.values(), strict=True)]
+    ).mean(0)
 latents["ceiling"] = autoencoder.encode(seen).cpu()
-print(f"(test images, channels, height, width) = {tuple(latents['ceiling'].shape)}   voters {', '.join(names)}   rows {', '.join(latents)}")
+print(
+    f"(test images, channels, height, width) = {tuple(latents['ceiling'].shape)}   voters"
+    f" {', '.join(names)}   rows {', '.join(latents)}"
+)
 
 # %%
 # The prepared validation images, which no voter saw either, say which voter is the best one.
-known = cached_targets(dataset, "vae_latents", autoencoder.fingerprint(), subject.all_images, autoencoder.encode_pixels, shape)
+known = cached_targets(
+    dataset,
+    "vae_latents",
+    autoencoder.fingerprint(),
+    subject.all_images,
+    autoencoder.encode_pixels,
+    shape,
+)
 of_val = torch.from_numpy(known.rows(subject.image_ids("val")).astype(np.float32))
-off = {name: (predict_latents(m, subject.averaged("val", normaliser=n)[0], shape, device=run.device) - of_val).abs().mean().item() for name, (m, _, n) in opened.items()}
-pd.DataFrame([
-    {"voter": name, "rois": config["training"].get("rois", ""), "voxels": n.width, "bag seed": config["training"].get("bag_seed", ""),
-     "error of validation latents": off[name], "error of test latents": (latents[f"voter_{name}"] - latents["ceiling"]).abs().mean().item()}
-    for name, (_, config, n) in opened.items()
-]).round(4)  # fmt: skip
+off = {
+    name: (
+        (
+            predict_latents(m, subject.averaged("val", normaliser=n)[0], shape, device=run.device)
+            - of_val
+        )
+        .abs()
+        .mean()
+        .item()
+    )
+    for name, (m, _, n) in opened.items()
+}
+pd.DataFrame(
+    [
+        {
+            "voter": name,
+            "rois": config["training"].get("rois", ""),
+            "voxels": n.width,
+            "bag seed": config["training"].get("bag_seed", ""),
+            "error of validation latents": off[name],
+            "error of test latents": (
+                (latents[f"voter_{name}"] - latents["ceiling"]).abs().mean().item()
+            ),
+        }
+        for name, (_, config, n) in opened.items()
+    ]
+).round(4)
 
 # %%
-low_level = {name: torch.cat([autoencoder.decode(part).cpu() for part in x.split(64)]) for name, x in latents.items()}
+low_level = {
+    name: torch.cat([autoencoder.decode(part).cpu() for part in x.split(64)])
+    for name, x in latents.items()
+}
 
 # %% [markdown]
 # ## What the brain says in tokens
-# Where a high level was trained, it predicts CLIP tokens. They serve one rule of the vote, and, mapped to the tokens of the captioner, a caption that owes
-# nothing to a blurry picture.
+# Where a high level was trained, it predicts CLIP tokens. They serve one rule of the vote, and,
+# mapped to the tokens of the captioner, a caption that owes nothing to a blurry picture.
 
 # %%
 logs, config = (HOME / "train_logs" / tokens_from if tokens_from else run.logs), None
-path = next((p for p in (find_decoder(logs, "high_level", "last"), logs / "high_level_ridge.safetensors") if p.exists()), None)
+path = next(
+    (
+        p
+        for p in (find_decoder(logs, "high_level", "last"), logs / "high_level_ridge.safetensors")
+        if p.exists()
+    ),
+    None,
+)
 if path is None and (tokens_from or vote == "agreement"):
-    raise PerceptError(f"There is no high level in {logs}: run notebook 01 for it, name another run in tokens_from, or choose the vote published or medoid.")
+    raise PerceptError(
+        f"There is no high level in {logs}: run notebook 01 for it, name another run in"
+        " tokens_from, or choose the vote published or medoid."
+    )
 if path is not None:
     model, config = load_decoder(path, run.device)
     normaliser = Normaliser.beside(path)
     regress = {"token_shape": tuple(config["tokens"]), "use_prior": False, "device": run.device}
     tokens, projected = predict_tokens(model, measured(normaliser), **regress)
     hidden = regress["token_shape"][0] > 1
-    clip_config = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get("clip", {})
+    clip_config = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get(
+        "clip", {}
+    )
     print(f"(images, tokens, dim) = {tuple(projected.shape)} from {path.relative_to(HOME)}")
 
 # %% [markdown]
@@ -144,8 +239,19 @@ if path is not None:
 # %%
 rows, unfinished = {}, run.results / ".reconstructing"
 unfinished.mkdir(exist_ok=True)
-stamps = [(str(folder), [(folder / file).stat().st_mtime_ns for file in files.values() if (folder / file).exists()]) for folder in folders.values()]
-mark = [{k: v for k, v in run.parameters.items() if k not in ("vote", "sheets")}, stamps, subject.test_set, str(path and path.stat().st_mtime_ns)]
+stamps = [
+    (
+        str(folder),
+        [(folder / file).stat().st_mtime_ns for file in files.values() if (folder / file).exists()],
+    )
+    for folder in folders.values()
+]
+mark = [
+    {k: v for k, v in run.parameters.items() if k not in ("vote", "sheets")},
+    stamps,
+    subject.test_set,
+    str(path and path.stat().st_mtime_ns),
+]
 captioner = Captioner(weights, device=run.device) if strength > 0 else None
 
 
@@ -159,39 +265,83 @@ def kept(name, say):
 
 captions = {}
 if captioner:
-    captions = {name: kept(name, lambda x=x: captioner.caption(x, published_pixels=published_pixels)) for name, x in low_level.items()}
+    captions = {
+        name: kept(name, lambda x=x: captioner.caption(x, published_pixels=published_pixels))
+        for name, x in low_level.items()
+    }
 
 # %% [markdown]
-# Straight from the brain: one linear map a place takes CLIP's tokens to the captioner's, fitted on training images alone, without any brain.
+# Straight from the brain: one linear map a place takes CLIP's tokens to the captioner's, fitted on
+# training images alone, without any brain.
 
 # %%
 if captioner and path is not None and hidden:
-    clipper, train_ids = Clipper(weights, device=run.device, **clip_config), subject.image_ids("train")[:token_map_images]
-    ours = cached_targets(dataset, "clip_tokens", clipper.fingerprint(), train_ids, clipper.encode_pixels, clipper.target_shape)
-    theirs = cached_targets(dataset, "blip_tokens", captioner.fingerprint(), train_ids, captioner.encode_pixels, captioner.target_shape)
+    clipper, train_ids = (
+        Clipper(weights, device=run.device, **clip_config),
+        subject.image_ids("train")[:token_map_images],
+    )
+    ours = cached_targets(
+        dataset,
+        "clip_tokens",
+        clipper.fingerprint(),
+        train_ids,
+        clipper.encode_pixels,
+        clipper.target_shape,
+    )
+    theirs = cached_targets(
+        dataset,
+        "blip_tokens",
+        captioner.fingerprint(),
+        train_ids,
+        captioner.encode_pixels,
+        captioner.target_shape,
+    )
     token_map = TokenMap.fit(ours, theirs, train_ids)
-    captions["brain_caption"] = kept("brain_caption", lambda: captioner.caption_tokens(token_map(tokens[:, 0].float())))
-    latents["brain_caption"], low_level["brain_caption"] = latents["latent_mean"], low_level["latent_mean"]
+    captions["brain_caption"] = kept(
+        "brain_caption", lambda: captioner.caption_tokens(token_map(tokens[:, 0].float()))
+    )
+    latents["brain_caption"], low_level["brain_caption"] = (
+        latents["latent_mean"],
+        low_level["latent_mean"],
+    )
 
 # %%
 labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
-words = [column for column in ("kind", "colour", "scene") if labels is not None and column in labels]
+words = [
+    column for column in ("kind", "colour", "scene") if labels is not None and column in labels
+]
 said = pd.DataFrame(captions, index=image_ids)
 if words and len(said.columns):
-    right = {name: [np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)]) for q in words] for name, some in captions.items()}
+    right = {
+        name: [
+            np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)])
+            for q in words
+        ]
+        for name, some in captions.items()
+    }
     print("share of captions that name what is shown:")
     print(pd.DataFrame(right, index=words).T.round(3).to_string())
 if subject.captions is not None and len(said.columns):
-    said.insert(0, "a person", subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna(""))
+    said.insert(
+        0,
+        "a person",
+        subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna(""),
+    )
 said.head(12)
 
 # %% [markdown]
 # ## The step
-# Blurry picture and caption -> Stable Diffusion's image-to-image pipeline, its noise drawn for each image from (seed, image), so that all voters begin with
-# the same noise.
+# Blurry picture and caption -> Stable Diffusion's image-to-image pipeline, its noise drawn for
+# each image from (seed, image), so that all voters begin with the same noise.
 
 # %%
-pipeline = stable_diffusion_pipeline(weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32) if captioner else None
+pipeline = (
+    stable_diffusion_pipeline(
+        weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
+    )
+    if captioner
+    else None
+)
 if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")
@@ -201,64 +351,144 @@ def repaint(name, part):
     """What the generator makes of one row's blurry pictures of some images."""
     if not pipeline:
         return {name: low_level[name][part].half()}
-    options = {"strength": strength, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "seed": seed}
-    made = guided_images(pipeline, captions[name][part], low_level[name][part], image_ids[part], batch_size=generator_batch, **options)
+    options = {
+        "strength": strength,
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
+    made = guided_images(
+        pipeline,
+        captions[name][part],
+        low_level[name][part],
+        image_ids[part],
+        batch_size=generator_batch,
+        **options,
+    )
     return {name: made.half()}
 
 
 for name in latents:
-    rows |= in_chunks(lambda part, name=name: repaint(name, part), len(seen), generator_batch * 4, unfinished, [name, mark, captions.get(name)])
+    rows |= in_chunks(
+        lambda part, name=name: repaint(name, part),
+        len(seen),
+        generator_batch * 4,
+        unfinished,
+        [name, mark, captions.get(name)],
+    )
 
 # %% [markdown]
 # ## The vote
-# - **published**: the candidate most like its own blurry picture. It favours candidates that the generator has hardly changed.
+# - **published**: the candidate most like its own blurry picture. It favours candidates that the
+#   generator has hardly changed.
 # - **medoid**: the candidate most like the other candidates.
 # - **agreement**: the candidate nearest to the tokens that the brain predicts.
-# - **oracle**, no rule: the candidate most like the image that was shown. It bounds what choosing can give.
+# - **oracle**, no rule: the candidate most like the image that was shown. It bounds what choosing
+#   can give.
 
 # %%
 def embedded(clip, pictures):
-    """Pictures of each voter (voters, images, 3, height, width) -> embeddings (images, voters, features)."""
-    return torch.stack([torch.cat([clip.embed_image(part.float()).flatten(1).cpu() for part in x.split(64)]) for x in pictures], 1)
+    """Pictures of each voter (voters, images, 3, height, width) -> embeddings (images, voters,
+    features).
+    """
+    return torch.stack(
+        [
+            torch.cat([clip.embed_image(part.float()).flatten(1).cpu() for part in x.split(64)])
+            for x in pictures
+        ],
+        1,
+    )
 
 
-candidates = torch.stack([rows[f"voter_{name}"] for name in names], 1)  # (images, voters, 3, height, width)
+candidates = torch.stack(
+    [rows[f"voter_{name}"] for name in names], 1
+)  # (images, voters, 3, height, width)
 clip = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
-looks = {"candidates": embedded(clip, candidates.unbind(1)), "low_level": embedded(clip, [low_level[f"voter_{name}"] for name in names])}
+looks = {
+    "candidates": embedded(clip, candidates.unbind(1)),
+    "low_level": embedded(clip, [low_level[f"voter_{name}"] for name in names]),
+}
 if path is not None:
-    looks |= {"tokens": embedded(Clipper(weights, device=run.device, **clip_config), candidates.unbind(1)), "brain": projected.flatten(1).float()}
+    looks |= {
+        "tokens": embedded(
+            Clipper(weights, device=run.device, **clip_config), candidates.unbind(1)
+        ),
+        "brain": projected.flatten(1).float(),
+    }
 ballot = Ballot(**looks)
-choices = {f"vote_{rule}": choose(rule, ballot) for rule in VOTES if rule != "agreement" or path is not None}
+choices = {
+    f"vote_{rule}": choose(rule, ballot)
+    for rule in VOTES
+    if rule != "agreement" or path is not None
+}
 choices["oracle"] = oracle(ballot.candidates, embedded(clip, [seen])[:, 0])
 every = torch.arange(len(seen))
 rows |= {name: candidates[every, index].contiguous() for name, index in choices.items()}
 main_row, blurry = f"vote_{vote}", torch.stack([low_level[f"voter_{name}"] for name in names], 1)
 rows[f"low_level_{main_row}"] = blurry[every, choices[main_row]].half()
 rows["low_level_mean"] = low_level["latent_mean"].half()
-pd.DataFrame({name: [(index == k).float().mean().item() for k in range(len(names))] for name, index in choices.items()}, index=names).T.round(3)
+pd.DataFrame(
+    {
+        name: [(index == k).float().mean().item() for k in range(len(names))]
+        for name, index in choices.items()
+    },
+    index=names,
+).T.round(3)
 
 # %% [markdown]
-# Above: how often each rule chooses each voter. Floors: the mean image, and the training image whose latent is nearest to the mean of the predicted ones.
+# Above: how often each rule chooses each voter. Floors: the mean image, and the training image
+# whose latent is nearest to the mean of the predicted ones.
 
 # %%
 train_ids = subject.image_ids("train")
 of_train = known.rows(train_ids).reshape(len(train_ids), -1)
 found = nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
-rows["nearest_train"] = (torch.from_numpy(subject.images(train_ids[np.asarray(found)])).permute(0, 3, 1, 2).float() / 255).half()
-rows["mean_image"] = (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255).half().expand(len(seen), -1, -1, -1).contiguous()
+rows["nearest_train"] = (
+    torch.from_numpy(subject.images(train_ids[np.asarray(found)])).permute(0, 3, 1, 2).float() / 255
+).half()
+rows["mean_image"] = (
+    (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255)
+    .half()
+    .expand(len(seen), -1, -1, -1)
+    .contiguous()
+)
 
 # %%
-selection = [{"what": f"one of {len(names)} voters an image", "chosen": f"by the rule '{vote}'", "split": "none: no true image is used"}]
-epoch = "training images outside its bag" if checkpoint == "best" else "none: the last epoch is taken"
+selection = [
+    {
+        "what": f"one of {len(names)} voters an image",
+        "chosen": f"by the rule '{vote}'",
+        "split": "none: no true image is used",
+    }
+]
+epoch = (
+    "training images outside its bag" if checkpoint == "best" else "none: the last epoch is taken"
+)
 selection += [{"what": "epoch of each voter", "chosen": checkpoint, "split": epoch}]
 whole = len(seen) == len(subject.image_ids("test"))
-about = {"main": main_row, "repeats": str(test_repeats or max(len(t) for t in subject.rows_by_image("test"))), "protocol": subject.protocol}
-about |= {"test_set": subject.test_set if whole else f"{subject.test_set}-{image_from}to{image_from + len(seen)}", "choices": json.dumps(selection)}
-about |= {"voters": ",".join(f"voter_{name}" for name in names), "best_voter": f"voter_{min(off, key=off.get)}"}
+about = {
+    "main": main_row,
+    "repeats": str(test_repeats or max(len(t) for t in subject.rows_by_image("test"))),
+    "protocol": subject.protocol,
+}
+about |= {
+    "test_set": (
+        subject.test_set if whole else f"{subject.test_set}-{image_from}to{image_from + len(seen)}"
+    ),
+    "choices": json.dumps(selection),
+}
+about |= {
+    "voters": ",".join(f"voter_{name}" for name in names),
+    "best_voter": f"voter_{min(off, key=off.get)}",
+}
 tensors = {"seen": seen.half(), **rows, "image_ids": torch.from_numpy(image_ids.astype(np.int64))}
 with atomic(run.results / "reconstructions.safetensors") as file:
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata=about)
-told = [(image, name, sentence) for name, some in captions.items() for image, sentence in zip(image_ids, some, strict=True)]
+told = [
+    (image, name, sentence)
+    for name, some in captions.items()
+    for image, sentence in zip(image_ids, some, strict=True)
+]
 with atomic(run.results / "captions.parquet") as file:
     pd.DataFrame(told, columns=["image", "row", "caption"]).to_parquet(file)
 shutil.rmtree(unfinished)
@@ -278,11 +508,23 @@ for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
 sheet
 
 # %%
-columns = {"seen": seen, "latent mean": low_level["latent_mean"], "chosen": rows[main_row], "mean repainted": rows["latent_mean"]}
+columns = {
+    "seen": seen,
+    "latent mean": low_level["latent_mean"],
+    "chosen": rows[main_row],
+    "mean repainted": rows["latent_mean"],
+}
 columns |= {"caption from tokens": rows["brain_caption"]} if "brain_caption" in rows else {}
-save(contact_sheet(columns | {"nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}, n=24), run.results / "contact_sheet.png")
+save(
+    contact_sheet(
+        columns | {"nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}, n=24
+    ),
+    run.results / "contact_sheet.png",
+)
 
 # %% [markdown]
 # ## What to look at
-# A repainted picture is sharper than a blurry one, not truer: where the caption names the wrong object, the generator paints the wrong object well. Whether
-# choosing among voters is worth more than the average voter, or than averaging their latents, is told by notebook 06, which scores every row.
+# A repainted picture is sharper than a blurry one, not truer: where the caption names the wrong
+# object, the generator paints the wrong object well. Whether choosing among voters is worth more
+# than the average voter, or than averaging their latents, is told by notebook 06, which scores
+# every row.

@@ -1,21 +1,28 @@
 # %% [markdown]
 # # 04 · Refine and caption: what the brain says in words, and what the words add to the picture
 #
-# **Question.** Can a sentence be read from the brain's tokens without passing through a picture, and does a generator that is told this sentence make the
-# reconstruction truer, or only cleaner?
+# **Question.** Can a sentence be read from the brain's tokens without passing through a picture,
+# and does a generator that is told this sentence make the reconstruction truer, or only cleaner?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens and pictures) and the images of `data/<dataset>/`.
-# **Writes** `train_logs/<run>/caption_converter/`; into `results/<run>/`: `captions_brain.parquet`, the rows `refined` and `refined_ceiling` of
-# `reconstructions.safetensors`, a sheet of pictures with their captions, and the published files `<run>_all_recons.pt`, `_all_blurryrecons.pt`,
-# `_all_enhancedrecons.pt`, `_all_predcaptions.pt`, `_all_clipvoxels.pt`, `_all_backbones.pt` and `_all_prior_out.pt`, as far as the run has what they hold.
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens and pictures) and the
+# images of `data/<dataset>/`. **Writes** `train_logs/<run>/caption_converter/`; into
+# `results/<run>/`: `captions_brain.parquet`, the rows `refined` and `refined_ceiling` of
+# `reconstructions.safetensors`, a sheet of pictures with their captions, and the published files
+# `<run>_all_recons.pt`, `_all_blurryrecons.pt`, `_all_enhancedrecons.pt`, `_all_predcaptions.pt`,
+# `_all_clipvoxels.pt`, `_all_backbones.pt` and `_all_prior_out.pt`, as far as the run has what
+# they hold.
 #
-# Cost: full size about 2 s an image for captions on a CPU and 4 s for refining on an A100 (estimated, not run here); mini about three minutes on two CPU cores.
+# Cost: full size about 2 s an image for captions on a CPU and 4 s for refining on an A100
+# (estimated, not run here); mini about three minutes on two CPU cores.
 #
-# Source: MindEye2, arXiv 2403.11207, sections 2.4 and 2.5; Wang et al. 2022 (GIT), arXiv 2205.14100; Meng et al. 2022 (SDEdit), arXiv 2108.01073.
+# Source: MindEye2, arXiv 2403.11207, sections 2.4 and 2.5; Wang et al. 2022 (GIT), arXiv
+# 2205.14100; Meng et al. 2022 (SDEdit), arXiv 2108.01073.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
@@ -23,13 +30,19 @@ checkpoint = "last"  # one of last, best; the checkpoint of the high level that 
 caption = True  # write captions from the brain's tokens
 refine = True  # repaint the reconstructions after these captions
 refine_ceiling = True  # also caption and repaint what the generator makes of the true tokens, a ceiling at the same cost again
-text_model_device = "cpu"  # one of auto, cpu, cuda; where captions are written, so that the graphics memory is left to the generator
+text_model_device = (  # one of auto, cpu, cuda; where captions are written, so that the graphics memory is left to the generator
+    "cpu"
+)
 caption_batch_size = 4  # captions written at a time, at least 1
-caption_converter = ""  # a released converter of tokens, e.g. data/mindeye2_models/bigG_to_L_epoch8.pth, by default one is trained here on images alone
+caption_converter = (  # a released converter of tokens, e.g. data/mindeye2_models/bigG_to_L_epoch8.pth, by default one is trained here on images alone
+    ""
+)
 converter_epochs = 60  # passes over the training images, at least 1
 converter_batch_size = 128  # images a step, at least 1
 converter_max_lr = 3.0e-4  # peak learning rate of the one cycle, more than 0
-refiner_weights = ""  # the network that repaints, a file, folder or id of the hub, by default as weights says
+refiner_weights = (  # the network that repaints, a file, folder or id of the hub, by default as weights says
+    ""
+)
 refine_steps = 25  # steps of its whole schedule, at least 1
 refine_run = 12  # the last of them, which are run, so that what is coarse stays, at least 1
 guidance_scale = 5.0  # how much the caption counts in the repainting, at least 0
@@ -60,66 +73,129 @@ from src.mindeye2 import fit_converter
 from src.models import CaptionConverter
 from src.pretrained import BrainCaptioner, PatchClip
 from src.published import load_published
-from src.reconstruct import decoder_config, encoder_for, find_decoder, in_chunks, load_reconstructions
+from src.reconstruct import (
+    decoder_config,
+    encoder_for,
+    find_decoder,
+    in_chunks,
+    load_reconstructions,
+)
 from src.refine import refine_images, refiner
-from src.utils import PerceptError, atomic, count_parameters, read_json, resolve, to_device, write_json
+from src.utils import (
+    PerceptError,
+    atomic,
+    count_parameters,
+    read_json,
+    resolve,
+    to_device,
+    write_json,
+)
 
 # %% [markdown]
 # ## What notebook 03 left
-# The tokens are those of the first sample of the prior, the pictures what the generator made of them.
+# The tokens are those of the first sample of the prior, the pictures what the generator made of
+# them.
 
 # %%
 subject = open_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 main, image_ids = of["main"], made["image_ids"].numpy()
 if f"tokens_{main}" not in made:
-    raise PerceptError(f"The reconstructions of {run.name} come without tokens, from which captions are written: run notebooks 01 and 03 with a high level for it.")
+    raise PerceptError(
+        f"The reconstructions of {run.name} come without tokens, from which captions are written:"
+        " run notebooks 01 and 03 with a high level for it."
+    )
 seen, tokens = made["seen"].float(), made[f"tokens_{main}"].float()
-clip = encoder_for(decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device)
+clip = encoder_for(
+    decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
+)
 stored, now = made["true_tokens"][:4].float(), clip.embed_image(seen[:4]).cpu()
 if stored.shape != now.shape or (stored - now).abs().max() > 0.05 * now.abs().max():
-    raise PerceptError(f"The true tokens stored for {run.name} are not those that {type(clip).__name__} gives for the seen images: run notebook 03 again.")
-print(f"(test images, tokens, dim) = {tuple(tokens.shape)} from {type(clip).__name__}, (test images, channels, height, width) = {tuple(made[main].shape)}")
+    raise PerceptError(
+        f"The true tokens stored for {run.name} are not those that {type(clip).__name__} gives for"
+        " the seen images: run notebook 03 again."
+    )
+print(
+    f"(test images, tokens, dim) = {tuple(tokens.shape)} from {type(clip).__name__}, (test images,"
+    f" channels, height, width) = {tuple(made[main].shape)}"
+)
 
 # %% [markdown]
 # ## From CLIP's tokens to the captioner's
-# Both models have seen every image of the dataset once; what they said is kept. No brain is in this: training images teach the converter, validation images judge it.
+# Both models have seen every image of the dataset once; what they said is kept. No brain is in
+# this: training images teach the converter, validation images judge it.
 
 # %%
 if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
     pictured = open_pictures(dataset, subj, subject)
-    ours = cached_targets(dataset, kind, clip.fingerprint(), pictured.all_images, clip.encode_pixels, clip.target_shape)
-    theirs = cached_targets(dataset, "git_tokens", encoder.fingerprint(), pictured.all_images, encoder.encode_pixels, encoder.target_shape)
+    ours = cached_targets(
+        dataset,
+        kind,
+        clip.fingerprint(),
+        pictured.all_images,
+        clip.encode_pixels,
+        clip.target_shape,
+    )
+    theirs = cached_targets(
+        dataset,
+        "git_tokens",
+        encoder.fingerprint(),
+        pictured.all_images,
+        encoder.encode_pixels,
+        encoder.target_shape,
+    )
     train_ids, val_ids = pictured.image_ids("train"), pictured.image_ids("val")
-    print(f"{clip.target_shape} -> {encoder.target_shape}; {len(train_ids)} images to train on, {len(val_ids)} to validate")
+    print(
+        f"{clip.target_shape} -> {encoder.target_shape}; {len(train_ids)} images to train on,"
+        f" {len(val_ids)} to validate"
+    )
 
 
 # %%
 if caption and caption_converter:
-    converter = CaptionConverter(*(size for pair in zip(ours.shape, theirs.shape, strict=True) for size in pair))
+    converter = CaptionConverter(
+        *(size for pair in zip(ours.shape, theirs.shape, strict=True) for size in pair)
+    )
     load_published(resolve(caption_converter), converter)
     converter.to(run.device).eval().requires_grad_(False)
 elif caption:
     made_by = {"clip": clip.fingerprint()["model"], "captioner": encoder.fingerprint()["model"]}
     converter, history = fit_converter(
-        ours, theirs, train_ids, val_ids, run.logs / "caption_converter", made_by, converter_epochs, converter_batch_size, converter_max_lr, seed, run.device,
+        ours,
+        theirs,
+        train_ids,
+        val_ids,
+        run.logs / "caption_converter",
+        made_by,
+        converter_epochs,
+        converter_batch_size,
+        converter_max_lr,
+        seed,
+        run.device,
         resume_from_ckpt,
-    )  # fmt: skip
+    )
     save(training_curves(history), run.results / "figures" / "04_caption_converter.png")
-    print(f"{count_parameters(converter):,} weights, R2 of the captioner's tokens on {len(val_ids)} validation images: {history['val/r2'].max():.3f}")
+    print(
+        f"{count_parameters(converter):,} weights, R2 of the captioner's tokens on {len(val_ids)}"
+        f" validation images: {history['val/r2'].max():.3f}"
+    )
 
 # %% [markdown]
 # ## Captions
-# The same captioner writes three times: after the tokens that the brain predicts, after the true CLIP tokens (what the converter alone costs), and after its own
-# tokens of the image that was seen. The last is the usual reference of caption metrics, beside what people wrote.
+# The same captioner writes three times: after the tokens that the brain predicts, after the true
+# CLIP tokens (what the converter alone costs), and after its own tokens of the image that was
+# seen. The last is the usual reference of caption metrics, beside what people wrote.
 
 # %%
 unfinished = run.results / ".refining"
 unfinished.mkdir(exist_ok=True)
 stamp = [(run.results / "reconstructions.safetensors").stat().st_mtime_ns]
-mark = [stamp, {k: v for k, v in run.parameters.items() if k not in ("sheet_images", "caption", "refine")}]
+mark = [
+    stamp,
+    {k: v for k, v in run.parameters.items() if k not in ("sheet_images", "caption", "refine")},
+]
 
 
 def kept(name, write):
@@ -134,75 +210,130 @@ def kept(name, write):
 table, captions = run.results / "captions_brain.parquet", {}
 if caption:
     with torch.no_grad():
-        predicted, best = (torch.cat([converter(x.to(run.device)).cpu() for x in some.split(64)]) for some in (tokens, made["true_tokens"].float()))
+        predicted, best = (
+            torch.cat([converter(x.to(run.device)).cpu() for x in some.split(64)])
+            for some in (tokens, made["true_tokens"].float())
+        )
     own = torch.from_numpy(theirs.rows(image_ids)).float()
     writer = BrainCaptioner(weights, device=to_device(text_model_device))
     for name, x in {"brain": predicted, "ceiling": best, "git_image": own}.items():
-        captions[name] = kept(name, lambda x=x: writer.caption_tokens(x, batch_size=caption_batch_size))
+        captions[name] = kept(
+            name, lambda x=x: writer.caption_tokens(x, batch_size=caption_batch_size)
+        )
 elif refine:
     if not table.exists():
-        raise PerceptError(f"{table} is missing, and without captions nothing can be refined: set caption to True.")
+        raise PerceptError(
+            f"{table} is missing, and without captions nothing can be refined: set caption to True."
+        )
     earlier = pd.read_parquet(table).set_index("image").loc[image_ids]
     captions = {name: earlier[name].tolist() for name in ("brain", "ceiling", "git_image")}
 
 # %% [markdown]
-# Into the table that notebook 06 reads: a row an image, and with it what people wrote (`reference` their first sentence, `references` all of them).
+# Into the table that notebook 06 reads: a row an image, and with it what people wrote (`reference`
+# their first sentence, `references` all of them).
 
 # %%
-people = subject.captions.groupby("image")["caption"].agg(list) if subject.captions is not None else pd.Series(dtype=object)
+people = (
+    subject.captions.groupby("image")["caption"].agg(list)
+    if subject.captions is not None
+    else pd.Series(dtype=object)
+)
 written = [people.get(image, []) for image in image_ids]
-said = pd.DataFrame({"image": image_ids, **captions, "reference": [some[0] if some else "" for some in written], "references": [json.dumps(some) for some in written]})
+said = pd.DataFrame(
+    {
+        "image": image_ids,
+        **captions,
+        "reference": [some[0] if some else "" for some in written],
+        "references": [json.dumps(some) for some in written],
+    }
+)
 if caption:
     with atomic(table) as path:
         said.to_parquet(path, index=False)
 labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
-words = [column for column in ("scene", "kind", "colour") if labels is not None and column in labels]
+words = [
+    column for column in ("scene", "kind", "colour") if labels is not None and column in labels
+]
 if words and captions:
     heard = captions | {"brain, shuffled": list(np.roll(captions["brain"], 1))}
-    right = {name: [np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)]) for q in words] for name, some in heard.items()}
+    right = {
+        name: [
+            np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)])
+            for q in words
+        ]
+        for name, some in heard.items()
+    }
     print("share of captions that name what is shown:")
     print(pd.DataFrame(right, index=words).T.round(3).to_string())
 said.drop(columns="references").head(12)
 
 # %% [markdown]
 # ## Refining
-# The refiner begins at the reconstruction, as noisy as it is before the last `refine_run` steps, and is told the caption. Each picture's noise is drawn from
-# (seed, image).
+# The refiner begins at the reconstruction, as noisy as it is before the last `refine_run` steps,
+# and is told the caption. Each picture's noise is drawn from (seed, image).
 
 # %%
-rows, wanted = {}, {"refined": (main, "brain")} | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in made else {})
+rows, wanted = (
+    {},
+    {"refined": (main, "brain")}
+    | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in made else {}),
+)
 if refine:
     pipeline = refiner(refiner_weights or weights, run.device)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"steps": refine_steps, "run": refine_run, "guidance_scale": guidance_scale, "seed": seed}
+    options = {
+        "steps": refine_steps,
+        "run": refine_run,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
     print(f"{type(pipeline).__name__}: the last {refine_run} of {refine_steps} steps are run")
 
 
 def repainted(name, part):
     """What the refiner makes of one row's pictures of some images."""
     picture, told = wanted[name]
-    pictures = refine_images(pipeline, captions[told][part], made[picture][part].float(), image_ids[part], batch_size=generator_batch, **options)
+    pictures = refine_images(
+        pipeline,
+        captions[told][part],
+        made[picture][part].float(),
+        image_ids[part],
+        batch_size=generator_batch,
+        **options,
+    )
     return {name: pictures.half()}
 
 
 for name in wanted if refine else ():
-    rows |= in_chunks(lambda part, name=name: repainted(name, part), len(seen), generator_batch * 8, unfinished, [name, mark, captions[wanted[name][1]]])
+    rows |= in_chunks(
+        lambda part, name=name: repainted(name, part),
+        len(seen),
+        generator_batch * 8,
+        unfinished,
+        [name, mark, captions[wanted[name][1]]],
+    )
 
 # %% [markdown]
 # ## Into the run's reconstructions
-# What notebook 03 stored stays as it is; the refined rows join it, and notebook 06 scores them beside.
+# What notebook 03 stored stays as it is; the refined rows join it, and notebook 06 scores them
+# beside.
 
 # %%
 if rows:
-    about = of | {"refined": json.dumps({"of": main, "captions": "captions_brain.parquet", **options})}
+    about = of | {
+        "refined": json.dumps({"of": main, "captions": "captions_brain.parquet", **options})
+    }
     with atomic(run.results / "reconstructions.safetensors") as path:
-        save_file({key: value.contiguous() for key, value in (made | rows).items()}, path, metadata=about)
+        save_file(
+            {key: value.contiguous() for key, value in (made | rows).items()}, path, metadata=about
+        )
     made |= rows
 shutil.rmtree(unfinished)
 
 # %% [markdown]
 # ## The published files
-# Under the names and in the shapes that the field's evaluations read: pictures of 256 x 256 in [0, 1], tokens and captions in the order of the test images.
+# Under the names and in the shapes that the field's evaluations read: pictures of 256 x 256 in [0,
+# 1], tokens and captions in the order of the test images.
 
 # %%
 blurry = made.get(f"low_level_{main}")
@@ -221,7 +352,11 @@ for name, content in files.items():
 # The first test images in their own order; nothing is selected.
 
 # %%
-columns = {"seen": seen} | ({"blurry": blurry} if blurry is not None else {}) | {"reconstructed": made[main]}
+columns = (
+    {"seen": seen}
+    | ({"blurry": blurry} if blurry is not None else {})
+    | {"reconstructed": made[main]}
+)
 columns |= {"refined": made["refined"]} if "refined" in made else {}
 columns |= {"refined ceiling": made["refined_ceiling"]} if "refined_ceiling" in made else {}
 beneath = {"brain": captions["brain"], "of the image": captions["git_image"]} if captions else {}
@@ -229,6 +364,8 @@ save(contact_sheet(columns, n=sheet_images, sentences=beneath), run.results / "r
 
 # %% [markdown]
 # ## What to look at
-# A refined picture is cleaner than the reconstruction it began from. Where the caption names the wrong object the refiner paints that object well, so look
-# whether "refined" is also nearer to "seen"; notebook 06 scores both rows. Compare the captions from the brain with those of the image: the scene is often
-# right where the object is not. Next: notebook 06 scores pictures and captions.
+# A refined picture is cleaner than the reconstruction it began from. Where the caption names the
+# wrong object the refiner paints that object well, so look whether "refined" is also nearer to
+# "seen"; notebook 06 scores both rows. Compare the captions from the brain with those of the
+# image: the scene is often right where the object is not. Next: notebook 06 scores pictures and
+# captions.

@@ -1,35 +1,57 @@
 # %% [markdown]
 # # 05 · Attribution: which voxels drive a reconstruction?
 #
-# **Question.** Where in the voxels does a decoder find what it predicts: do early visual regions carry the low-level scores, and higher areas the
-# semantic ones? What is explained is the decoder. A region that it does not need may still know the same (docs/attribution.md).
+# **Question.** Where in the voxels does a decoder find what it predicts: do early visual regions
+# carry the low-level scores, and higher areas the semantic ones? What is explained is the decoder.
+# A region that it does not need may still know the same (docs/attribution.md).
 #
-# **Reads** a run of notebooks 01 and 02, or of one of them: its decoders, normaliser and split. **Writes** `results/<run>/`: `attribution.parquet` (one row
-# a voxel), `region_importance.csv` (one row a score, region and measure) and figures.
+# **Reads** a run of notebooks 01 and 02, or of one of them: its decoders, normaliser and split.
+# **Writes** `results/<run>/`: `attribution.parquet` (one row a voxel), `region_importance.csv`
+# (one row a score, region and measure) and figures.
 #
-# Cost: mini three and a half minutes of one CPU core's time, most of it decoding pictures; full size not run here: `steps`
-# passes forwards and back for each test image, and `picture_draws` times twice the number of regions decodings of all test images.
+# Cost: mini three and a half minutes of one CPU core's time, most of it decoding pictures; full
+# size not run here: `steps` passes forwards and back for each test image, and `picture_draws`
+# times twice the number of regions decodings of all test images.
 #
-# Source: integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365; permutation importance, Breiman 2001, Machine Learning 45.
+# Source: integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365; permutation importance,
+# Breiman 2001, Machine Learning 45.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge
 checkpoint = "last"  # one of last, best
-autoencoder_name = ""  # run that holds the low-level decoder (of several voters: run/voter), by default this run
-target = "seen"  # one of seen, predicted; seen explains the similarity to the true image, predicted that to the decoder's own prediction
-baseline = "zero"  # one of zero, train; zero is the mean of the z-scored training trials, train the mean training image
+autoencoder_name = (  # run that holds the low-level decoder (of several voters: run/voter), by default this run
+    ""
+)
+target = (  # one of seen, predicted; seen explains the similarity to the true image, predicted that to the decoder's own prediction
+    "seen"
+)
+baseline = (  # one of zero, train; zero is the mean of the z-scored training trials, train the mean training image
+    "zero"
+)
 steps = 32  # gradients an image, at least 2
-regions = ""  # regions separated by commas, by default all that the data name; a voxel of several belongs to the first
-early = "V1,V2,V3,V4,hV4,V1v,V1d,V2v,V2d,V3v,V3d,LHEarlyVis,RHEarlyVis,early"  # regions that count as early visual areas, the others as higher
-labels = "kind,scene"  # columns of the image labels that a probe names from predicted tokens, those that the data have
+regions = (  # regions separated by commas, by default all that the data name; a voxel of several belongs to the first
+    ""
+)
+early = (  # regions that count as early visual areas, the others as higher
+    "V1,V2,V3,V4,hV4,V1v,V1d,V2v,V2d,V3v,V3d,LHEarlyVis,RHEarlyVis,early"
+)
+labels = (  # columns of the image labels that a probe names from predicted tokens, those that the data have
+    "kind,scene"
+)
 draws = 10  # permutations of each region, at least 1
-picture_draws = 1  # permutations whose latents are also decoded to pictures, the slow part, at least 1
+picture_draws = (
+    1  # permutations whose latents are also decoded to pictures, the slow part, at least 1
+)
 first_images = 0  # only so many test images, 0 for all, at least 0
 seed = 42  # of the permutations and of the probes
 
@@ -59,19 +81,29 @@ from src.utils import HOME, PerceptError, atomic
 
 # %% [markdown]
 # ## The decoders, and what they should have said
-# A level that was not trained is left out. Voxels are z-scored by the decoder's own normaliser, and the repeats of a test image averaged.
+# A level that was not trained is left out. Voxels are z-scored by the decoder's own normaliser,
+# and the repeats of a test image averaged.
 
 # %%
 read_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 if decoder == "network":
-    files = {"low_level": find_decoder(low_logs, "low_level", checkpoint), "high_level": find_decoder(run.logs, "high_level", checkpoint)}
+    files = {
+        "low_level": find_decoder(low_logs, "low_level", checkpoint),
+        "high_level": find_decoder(run.logs, "high_level", checkpoint),
+    }
 else:
-    files = {"low_level": low_logs / "low_level_ridge.safetensors", "high_level": run.logs / "high_level_ridge.safetensors"}
+    files = {
+        "low_level": low_logs / "low_level_ridge.safetensors",
+        "high_level": run.logs / "high_level_ridge.safetensors",
+    }
 files = {kind: path for kind, path in files.items() if path.exists()}
 if not files:
-    raise PerceptError(f"{run.logs} has no {decoder} of either level: run notebook 01 or 02 first, or name another decoder or checkpoint.")
+    raise PerceptError(
+        f"{run.logs} has no {decoder} of either level: run notebook 01 or 02 first, or name another"
+        " decoder or checkpoint."
+    )
 image_ids = subject.image_ids("test")[: first_images or None]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 trained = {kind: load_decoder(path, run.device) for kind, path in files.items()}
@@ -79,91 +111,164 @@ trained = {kind: load_decoder(path, run.device) for kind, path in files.items()}
 # %%
 frozen, targets, levels = {}, {}, {}
 if "low_level" in trained:
-    frozen["low_level"] = LatentAutoencoder(weights, device=run.device, **trained["low_level"][1].get("autoencoder", {}))
+    frozen["low_level"] = LatentAutoencoder(
+        weights, device=run.device, **trained["low_level"][1].get("autoencoder", {})
+    )
 if "high_level" in trained:
     hidden = trained["high_level"][1]["tokens"][0] > 1
-    made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | trained["high_level"][1].get("clip", {})
+    made_for = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | trained[
+        "high_level"
+    ][1].get("clip", {})
     frozen["high_level"] = Clipper(weights, device=run.device, **made_for)
 for kind, model in frozen.items():
     name = {"low_level": "vae_latents", "high_level": "clip_tokens"}[kind]
-    targets[kind] = cached_targets(dataset, name, model.fingerprint(), subject.all_images, model.encode_pixels, model.target_shape)
+    targets[kind] = cached_targets(
+        dataset,
+        name,
+        model.fingerprint(),
+        subject.all_images,
+        model.encode_pixels,
+        model.target_shape,
+    )
     truth = targets[kind].rows(image_ids)
-    levels[kind] = attribution.open_level(subject, kind, trained[kind][0], files[kind], truth, first_images, baseline, run.device)
-    print(f"{kind}: (test images, voxels) = {levels[kind].voxels.shape} -> {tuple(truth.shape[1:])}; explained: the {attribution.SIMILARITIES[kind][0]}")
+    levels[kind] = attribution.open_level(
+        subject, kind, trained[kind][0], files[kind], truth, first_images, baseline, run.device
+    )
+    print(
+        f"{kind}: (test images, voxels) = {levels[kind].voxels.shape} -> {tuple(truth.shape[1:])};"
+        f" explained: the {attribution.SIMILARITIES[kind][0]}"
+    )
 
 # %% [markdown]
 # ## Integrated gradients
-# For each test image, what each voxel adds to the similarity of the prediction and the target, on the way from the baseline to what was measured. With
-# `target = "seen"` the true image's embedding is the direction that is explained, so the truth takes part; with "predicted" it is the decoder's own
-# prediction. The values of all voxels must add up to the change of the similarity (completeness): the error says how well they do.
+# For each test image, what each voxel adds to the similarity of the prediction and the target, on
+# the way from the baseline to what was measured. With `target = "seen"` the true image's embedding
+# is the direction that is explained, so the truth takes part; with "predicted" it is the decoder's
+# own prediction. The values of all voxels must add up to the change of the similarity
+# (completeness): the error says how well they do.
 
 # %%
-explained = {kind: attribution.integrated_gradients(level, target, steps) for kind, level in levels.items()}
+explained = {
+    kind: attribution.integrated_gradients(level, target, steps) for kind, level in levels.items()
+}
 for kind, found in explained.items():
     worst = np.abs(found.error).max()
-    print(f"{kind}: similarity changes by {found.change.mean():+.3f} on average; completeness error {found.relative_error:.2%} of that (largest {worst:.1e})")
-voxels = attribution.voxel_table(subject.voxels, {kind: (level.columns, explained[kind]) for kind, level in levels.items()})
+    print(
+        f"{kind}: similarity changes by {found.change.mean():+.3f} on average; completeness error"
+        f" {found.relative_error:.2%} of that (largest {worst:.1e})"
+    )
+voxels = attribution.voxel_table(
+    subject.voxels, {kind: (level.columns, explained[kind]) for kind, level in levels.items()}
+)
 with atomic(run.results / "attribution.parquet") as path:
     voxels.to_parquet(path, index=False)
 
 # %%
 titles = {"low_level": "low level", "high_level": "high level"}
 if {"x", "y", "z"} <= set(voxels):
-    named = [name for name in attribution.partition(subject.voxels, np.arange(len(voxels)), regions) if name != attribution.REST]
-    save(voxel_map(voxels, {titles[kind]: voxels[f"{kind}_mean"] for kind in levels}, named), run.results / "figures" / "05_voxels.png")
+    named = [
+        name
+        for name in attribution.partition(subject.voxels, np.arange(len(voxels)), regions)
+        if name != attribution.REST
+    ]
+    save(
+        voxel_map(voxels, {titles[kind]: voxels[f"{kind}_mean"] for kind in levels}, named),
+        run.results / "figures" / "05_voxels.png",
+    )
 if "affine" in subject.attributes:
     space = subject.attributes.get("space", "the subject's own space")
-    note = "" if "mni" in space.lower() else f" ({space}: not the template's space, its outline is for orientation only)"
+    note = (
+        ""
+        if "mni" in space.lower()
+        else f" ({space}: not the template's space, its outline is for orientation only)"
+    )
     for kind in levels:
-        figure = glass_brain(voxels, voxels[f"{kind}_mean"], json.loads(subject.attributes["affine"]), f"{titles[kind]}{note}")
+        figure = glass_brain(
+            voxels,
+            voxels[f"{kind}_mean"],
+            json.loads(subject.attributes["affine"]),
+            f"{titles[kind]}{note}",
+        )
         save(figure, run.results / "figures" / f"05_glass_brain_{kind}.png")
 
 # %% [markdown]
 # ## Scores
-# Low level: pixel correlation of the decoded picture, and correlation of the latent. High level: similarity, retrieval among the test images (image from
-# brain), and whether a linear probe names the labels from the predicted tokens. The probe is fitted on the true tokens of training images; its ceiling is
-# its accuracy on the true tokens of the test images.
+# Low level: pixel correlation of the decoded picture, and correlation of the latent. High level:
+# similarity, retrieval among the test images (image from brain), and whether a linear probe names
+# the labels from the predicted tokens. The probe is fitted on the true tokens of training images;
+# its ceiling is its accuracy on the true tokens of the test images.
 
 # %%
 scores = {kind: {} for kind in levels}
 if "low_level" in levels:
     true_latents, vae = levels["low_level"].truth.flatten(1), frozen["low_level"]
     scores["low_level"]["pixcorr"] = lambda found: pixcorr(seen, vae.decode(found).cpu())
-    scores["low_level"]["latent correlation"] = lambda found: attribution.SIMILARITIES["low_level"][1](found.flatten(1), true_latents).numpy()
+    scores["low_level"]["latent correlation"] = lambda found: attribution.SIMILARITIES["low_level"][
+        1
+    ](found.flatten(1), true_latents).numpy()
 if "high_level" in levels:
     true_tokens, train_ids = levels["high_level"].truth, subject.image_ids("train")
     scores["high_level"]["top-1"] = lambda found: top1_image_from_brain_each(found, true_tokens)
-    scores["high_level"]["similarity"] = lambda found: F.cosine_similarity(found.flatten(1), true_tokens.flatten(1)).numpy()
-    there = [] if subject.labels is None else [c.strip() for c in labels.split(",") if c.strip() in subject.labels]
-    of_test, of_train = ({c: subject.categories(ids, c) for c in there} for ids in (image_ids, train_ids))
-    probed = [c for c in there if set(of_test[c]) <= set(of_train[c])]  # a label that no training image has cannot be named
-    probes = attribution.fit_probes(targets["high_level"].rows(train_ids), {c: of_train[c] for c in probed}, seed=seed) if probed else {}
-    scores["high_level"] |= {c: attribution.naming(probe, of_test[c]) for c, probe in probes.items()}
+    scores["high_level"]["similarity"] = lambda found: F.cosine_similarity(
+        found.flatten(1), true_tokens.flatten(1)
+    ).numpy()
+    there = (
+        []
+        if subject.labels is None
+        else [c.strip() for c in labels.split(",") if c.strip() in subject.labels]
+    )
+    of_test, of_train = (
+        {c: subject.categories(ids, c) for c in there} for ids in (image_ids, train_ids)
+    )
+    probed = [
+        c for c in there if set(of_test[c]) <= set(of_train[c])
+    ]  # a label that no training image has cannot be named
+    probes = (
+        attribution.fit_probes(
+            targets["high_level"].rows(train_ids), {c: of_train[c] for c in probed}, seed=seed
+        )
+        if probed
+        else {}
+    )
+    scores["high_level"] |= {
+        c: attribution.naming(probe, of_test[c]) for c, probe in probes.items()
+    }
     ceilings = {c: f"{scores['high_level'][c](true_tokens).mean():.2f}" for c in probed}
     print(f"labels that a probe names, with its accuracy on true tokens: {ceilings or 'none'}")
 
 # %% [markdown]
 # ## Regions permuted
-# A region's voxels are given those of another test image, all of them those of the same one: the decoder sees as plausible a pattern as ever, of the wrong
-# image. What a score loses is owed to the region alone; what other regions know as well is not lost. Therefore all early and all higher
+# A region's voxels are given those of another test image, all of them those of the same one: the
+# decoder sees as plausible a pattern as ever, of the wrong image. What a score loses is owed to
+# the region alone; what other regions know as well is not lost. Therefore all early and all higher
 # areas are also permuted together, and each region is left as the only right one ("only").
 
 # %%
-parts = {kind: attribution.partition(subject.voxels, level.columns, regions) for kind, level in levels.items()}
+parts = {
+    kind: attribution.partition(subject.voxels, level.columns, regions)
+    for kind, level in levels.items()
+}
 groups = {kind: attribution.groups_of(part, early) for kind, part in parts.items()}
 importance = {
-    kind: attribution.permutation_importance(level, parts[kind], scores[kind], groups[kind], draws, seed, {"pixcorr": picture_draws})
+    kind: attribution.permutation_importance(
+        level, parts[kind], scores[kind], groups[kind], draws, seed, {"pixcorr": picture_draws}
+    )
     for kind, level in levels.items()
 }
 tables = [attribution.attribution_table(kind, explained[kind], parts[kind]) for kind in levels]
-table = pd.concat([*tables, *(attribution.importance_table(found) for found in importance.values())], ignore_index=True)
+table = pd.concat(
+    [*tables, *(attribution.importance_table(found) for found in importance.values())],
+    ignore_index=True,
+)
 shares = attribution.share_of_higher(list(importance.values()), groups)
 with atomic(run.results / "region_importance.csv") as path:
     pd.concat([table, shares], ignore_index=True).to_csv(path, index=False)
 save(region_bars(table), run.results / "figures" / "05_regions.png")
 
 # %%
-shown = table[table["measure"].isin(["intact", "drop"])].pivot_table(index=["measure", "region"], columns="score", values="value", sort=False)
+shown = table[table["measure"].isin(["intact", "drop"])].pivot_table(
+    index=["measure", "region"], columns="score", values="value", sort=False
+)
 print(shown.round(3).to_string())
 for sentence in attribution.in_words(table, shares):
     print(sentence)
@@ -171,6 +276,7 @@ shares.round(3)
 
 # %% [markdown]
 # ## What to look at
-# A region with a small drop may be redundant: compare the drops of single regions with those of the groups below the dotted line, and with "only". Larger
-# regions lose more: `per_100_voxels` in the table. Gradients of a decoder are not a map of where information is encoded: docs/attribution.md.
-# Next: notebook 06 scores the reconstructions.
+# A region with a small drop may be redundant: compare the drops of single regions with those of
+# the groups below the dotted line, and with "only". Larger regions lose more: `per_100_voxels` in
+# the table. Gradients of a decoder are not a map of where information is encoded:
+# docs/attribution.md. Next: notebook 06 scores the reconstructions.

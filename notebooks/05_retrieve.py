@@ -1,12 +1,14 @@
 # %% [markdown]
 # # 05 · Retrieve: which of these images was seen?
 #
-# **Question.** Given brain activity, is the image that was seen nearer than all the others, and given an image, is the right brain
-# activity nearest? Is it still so among images that resemble each other, and does a second model, which re-ranks what the first one found, help?
+# **Question.** Given brain activity, is the image that was seen nearer than all the others, and
+# given an image, is the right brain activity nearest? Is it still so among images that resemble
+# each other, and does a second model, which re-ranks what the first one found, help?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens predicted from the brain, true tokens). **Writes**
-# its part of `results/<run>/metrics.json` and `scores.parquet`, `retrieved.parquet` (which candidates came first) and figures. With `model_name2`,
-# it also reads that run's reconstructions.
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03: tokens predicted from the
+# brain, true tokens). **Writes** its part of `results/<run>/metrics.json` and `scores.parquet`,
+# `retrieved.parquet` (which candidates came first) and figures. With `model_name2`, it also reads
+# that run's reconstructions.
 #
 # Cost: seconds, and half a minute for the UMAP where it is asked for.
 #
@@ -14,15 +16,23 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+    ""
+)
 subj = 1  # subject, at least 1
 decoder = "network"  # one of network, ridge, both
 pool = 300  # candidates of the published protocol, at least 2
 draws = 30  # pools of the published protocol, at least 1
-pool_sampling = "random"  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
-model_name2 = ""  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
+pool_sampling = (  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
+    "random"
+)
+model_name2 = (  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
+    ""
+)
 rerank_k = 16  # candidates that are re-ranked, at least 1
 hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
@@ -53,7 +63,10 @@ subject = open_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 if model_name2 == run.name:
-    raise PerceptError(f"model_name2 is this very run, '{run.name}': name another run, whose single embedding finds the candidates.")
+    raise PerceptError(
+        f"model_name2 is this very run, '{run.name}': name another run, whose single embedding"
+        " finds the candidates."
+    )
 brain = {name: made[f"projected_{name}"] for name in names}
 clip, image_ids = made["true_tokens"], made["image_ids"].numpy()
 groups = subject.categories(image_ids, hard_negatives) if hard_negatives else None
@@ -62,40 +75,71 @@ print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
 
 # %% [markdown]
 # ## Top-1 both ways
-# *Image from brain*: the brain is the query, images are the candidates. *Brain from image*: the other way round. The published scripts
-# name them the other way round (see `src/retrieval.py`). The floor pairs brains with the wrong images.
+# *Image from brain*: the brain is the query, images are the candidates. *Brain from image*: the
+# other way round. The published scripts name them the other way round (see `src/retrieval.py`).
+# The floor pairs brains with the wrong images.
 
 # %%
-directions = {"image_from_brain": retrieval.top1_image_from_brain_each, "brain_from_image": retrieval.top1_brain_from_image_each}
+directions = {
+    "image_from_brain": retrieval.top1_image_from_brain_each,
+    "brain_from_image": retrieval.top1_brain_from_image_each,
+}
 shuffles = list(derangements(len(clip), 3, seed))
-each = {(name, d): top1(brain[name], clip).astype(float) for name in names for d, top1 in directions.items()}
-common = {"better": "higher", "protocol": of["protocol"], "test_set": of["test_set"], "ceiling": "the true image is among the candidates, so 1"}
+each = {
+    (name, d): top1(brain[name], clip).astype(float)
+    for name in names
+    for d, top1 in directions.items()
+}
+common = {
+    "better": "higher",
+    "protocol": of["protocol"],
+    "test_set": of["test_set"],
+    "ceiling": "the true image is among the candidates, so 1",
+}
 records = [
     make_record(
-        f"{d}_top1" + ("" if name == names[0] else f" ({name})"), each[name, d],
-        floors={"shuffled": np.stack([directions[d](brain[name], clip[order]) for order in shuffles], 1)},
-        chance=1 / len(clip), description=f"top-1 of {len(clip)} test images, {name}", source="MindEye, section 3.2", **common,
+        f"{d}_top1" + ("" if name == names[0] else f" ({name})"),
+        each[name, d],
+        floors={
+            "shuffled": np.stack([directions[d](brain[name], clip[order]) for order in shuffles], 1)
+        },
+        chance=1 / len(clip),
+        description=f"top-1 of {len(clip)} test images, {name}",
+        source="MindEye, section 3.2",
+        **common,
     )
     for name, d in each
-]  # fmt: skip
+]
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %% [markdown]
 # ## The published protocol
-# Pools, repeated; its interval speaks of the pools, not of the images. The curve has every image as a candidate at its right end.
+# Pools, repeated; its interval speaks of the pools, not of the images. The curve has every image
+# as a candidate at its right end.
 
 # %%
 size = min(pool, len(clip))
 if size < pool:
-    print(f"Pools of {size}, as there are no {pool} test images: every pool is the whole test set, and the intervals have no width.")
-pools = pd.concat([retrieval.published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(decoder=n) for n in names])
+    print(
+        f"Pools of {size}, as there are no {pool} test images: every pool is the whole test set,"
+        " and the intervals have no width."
+    )
+pools = pd.concat(
+    [
+        retrieval.published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(
+            decoder=n
+        )
+        for n in names
+    ]
+)
 curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
 save(retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
 # %% [markdown]
 # ## Hard negatives
-# Candidates are only images that share the given labels with the one that was seen, e.g. the same object in the same scene.
+# Candidates are only images that share the given labels with the one that was seen, e.g. the same
+# object in the same scene.
 
 # %%
 hard_of = {}  # which images have a hard negative
@@ -105,32 +149,59 @@ if hard_negatives:
             hard = retrieval.hard_negative_top1(brain[name], clip, groups, d)
             keep = hard_of[name] = np.isfinite(hard.each)
             each[name, f"hard_{d}"] = hard.each[keep]
-            records.append(make_record(
-                f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"), hard.each[keep], floors={"chance": hard.chance_each[keep]}, chance=hard.chance,
-                description=f"top-1 among test images with the same {hard_negatives}, {name}", source="hard negatives", **common,
-            ))  # fmt: skip
+            records.append(
+                make_record(
+                    f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"),
+                    hard.each[keep],
+                    floors={"chance": hard.chance_each[keep]},
+                    chance=hard.chance,
+                    description=f"top-1 among test images with the same {hard_negatives}, {name}",
+                    source="hard negatives",
+                    **common,
+                )
+            )
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %% [markdown]
 # ## Two models
-# The single embedding of the other run finds the nearest candidates; all the tokens of this run choose among them (as the paper does for images of LAION-5B).
-# It can find no more than the other run has among its `rerank_k` nearest: that share is the ceiling.
+# The single embedding of the other run finds the nearest candidates; all the tokens of this run
+# choose among them (as the paper does for images of LAION-5B). It can find no more than the other
+# run has among its `rerank_k` nearest: that share is the ceiling.
 
 # %%
 second = []
 if model_name2:
-    first, k = retrieval.load_embeddings(HOME / "results" / model_name2, image_ids), min(rerank_k, len(clip))
+    first, k = (
+        retrieval.load_embeddings(HOME / "results" / model_name2, image_ids),
+        min(rerank_k, len(clip)),
+    )
     for d in directions:
         two = retrieval.second_order(brain[names[0]], clip, *first, k=k, direction=d)
         reached = (two.first <= k).astype(float)
-        records.append(make_record(
-            f"second_order_{d}_top1", (two.reranked == 1).astype(float), floors={f"{model_name2} alone": (two.first == 1).astype(float)}, chance=1 / len(clip),
-            description=f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens", source="MindEye, appendix A.7",
-            **common | {"ceiling": reached},
-        ))  # fmt: skip
+        records.append(
+            make_record(
+                f"second_order_{d}_top1",
+                (two.reranked == 1).astype(float),
+                floors={f"{model_name2} alone": (two.first == 1).astype(float)},
+                chance=1 / len(clip),
+                description=(
+                    f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens"
+                ),
+                source="MindEye, appendix A.7",
+                **common | {"ceiling": reached},
+            )
+        )
         for name, other in ((f"{model_name2} alone", two.first), (f"{run.name} alone", two.alone)):
             change = paired_bootstrap(two.reranked == 1, other == 1)
-            second.append({"direction": d, "re-ranked against": name, "re-ranked": (two.reranked == 1).mean(), "alone": (other == 1).mean(), **change._asdict()})
+            second.append(
+                {
+                    "direction": d,
+                    "re-ranked against": name,
+                    "re-ranked": (two.reranked == 1).mean(),
+                    "alone": (other == 1).mean(),
+                    **change._asdict(),
+                }
+            )
 pd.DataFrame(second)
 
 # %% [markdown]
@@ -148,21 +219,44 @@ pd.DataFrame(differences)
 
 # %% [markdown]
 # ## Into the results of the run
-# A row an image in `scores.parquet`, a record a score in `metrics.json`, and which candidates came first in `retrieved.parquet`.
+# A row an image in `scores.parquet`, a record a score in `metrics.json`, and which candidates came
+# first in `retrieved.parquet`.
 
 # %%
-scores = pd.concat([
-    pd.DataFrame({"metric": f"{d}_top1", "row": "system" if n == names[0] else n, "image": image_ids[hard_of[n] if d.startswith("hard") else slice(None)], "value": v})
-    for (n, d), v in each.items()
-], ignore_index=True)  # fmt: skip
+scores = pd.concat(
+    [
+        pd.DataFrame(
+            {
+                "metric": f"{d}_top1",
+                "row": "system" if n == names[0] else n,
+                "image": image_ids[hard_of[n] if d.startswith("hard") else slice(None)],
+                "value": v,
+            }
+        )
+        for (n, d), v in each.items()
+    ],
+    ignore_index=True,
+)
 note = f"{draws} pools of {size} candidates, as in the papers; the interval speaks of the pools."
 tables = [{"title": "Retrieval in pools", "note": note, "rows": pools.to_dict("records")}]
-tables.append({"title": "Retrieval by number of candidates", "note": "Chance falls with the pool.", "rows": curve.to_dict("records")})
+tables.append(
+    {
+        "title": "Retrieval by number of candidates",
+        "note": "Chance falls with the pool.",
+        "rows": curve.to_dict("records"),
+    }
+)
 if differences:
     note = "Paired differences over the same images, positive where the network is better."
     tables.append({"title": "Retrieval: network against ridge", "note": note, "rows": differences})
 if second:
-    tables.append({"title": "Retrieval with two models", "note": f"{model_name2} finds, all tokens choose.", "rows": second})
+    tables.append(
+        {
+            "title": "Retrieval with two models",
+            "note": f"{model_name2} finds, all tokens choose.",
+            "rows": second,
+        }
+    )
 about = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
 add_results(run.results, run.stage, scores, records, about, tables)
 
@@ -171,27 +265,53 @@ turned = {"image_from_brain": (brain[names[0]], clip), "brain_from_image": (clip
 first = []
 for d, (queries, candidates) in turned.items():
     found = image_ids[retrieval.nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()]
-    first.append(pd.DataFrame({"direction": d, "image": image_ids, "rank": retrieval.rank_each(brain[names[0]], clip, d), "candidates": list(found)}))
+    first.append(
+        pd.DataFrame(
+            {
+                "direction": d,
+                "image": image_ids,
+                "rank": retrieval.rank_each(brain[names[0]], clip, d),
+                "candidates": list(found),
+            }
+        )
+    )
 with atomic(run.results / "retrieved.parquet") as path:
     pd.concat(first, ignore_index=True).to_parquet(path, index=False)
 
 # %% [markdown]
 # ## Hits and misses
-# The first ones in the order of the test set. Brain activity is shown as the image that it was recorded for.
+# The first ones in the order of the test set. Brain activity is shown as the image that it was
+# recorded for.
 
 # %%
 seen, main = made["seen"].float(), brain[names[0]]
-sides = {"image_from_brain": (main, clip, "Image from brain"), "brain_from_image": (clip, main, "Brain from image")}
+sides = {
+    "image_from_brain": (main, clip, "Image from brain"),
+    "brain_from_image": (clip, main, "Brain from image"),
+}
 for d, (queries, candidates, title) in sides.items():
     ranks = retrieval.rank_each(main, clip, d)
-    figure = hits_and_misses(seen, seen, retrieval.nearest(queries, candidates, k=8)[1], np.arange(len(seen)), ranks, n=5, k=8, title=title)
+    figure = hits_and_misses(
+        seen,
+        seen,
+        retrieval.nearest(queries, candidates, k=8)[1],
+        np.arange(len(seen)),
+        ranks,
+        n=5,
+        k=8,
+        title=title,
+    )
     save(figure, run.results / "figures" / f"{d}.png")
 
 # %%
 if plot_umap:
-    save(umap_scatter(brain[names[0]], clip, categories, seed=seed), run.results / "figures" / "umap.png")
+    save(
+        umap_scatter(brain[names[0]], clip, categories, seed=seed),
+        run.results / "figures" / "umap.png",
+    )
 
 # %% [markdown]
 # ## What to look at
-# Where the seen image is not first, do the first ones share its scene, colour or object? In the UMAP, brain and image embeddings of one
-# category should lie together; two separate clouds would mean that the two spaces have not been joined. Next: notebook 06 scores the reconstructions.
+# Where the seen image is not first, do the first ones share its scene, colour or object? In the
+# UMAP, brain and image embeddings of one category should lie together; two separate clouds would
+# mean that the two spaces have not been joined. Next: notebook 06 scores the reconstructions.

@@ -1,52 +1,77 @@
 # %% [markdown]
 # # 05 · Search a large index: what would the brain find among a million pictures?
 #
-# **Question.** Which pictures of a large pool are nearest to what the brain says, how much do they resemble the picture that was seen, and would the seen
-# picture itself be found among them?
+# **Question.** Which pictures of a large pool are nearest to what the brain says, how much do they
+# resemble the picture that was seen, and would the seen picture itself be found among them?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` of a run with one embedding an image (recipe `mindeye_retrieval`) and an index: a folder under
-# `data/indices/`, made here from a folder of pictures, a webdataset or stored embeddings, or a clip-retrieval server. **Writes** the index;
-# into `results/<run>/`: `found.parquet`, the rows `retrieved` and `retrieved_ceiling` of `reconstructions.safetensors`, its part of `metrics.json`, figures, and
-# the published `<run>_laion_retrievals_top16.pt` and `all_images.pt`.
+# **Reads** `results/<run>/reconstructions.safetensors` of a run with one embedding an image
+# (recipe `mindeye_retrieval`) and an index: a folder under `data/indices/`, made here from a
+# folder of pictures, a webdataset or stored embeddings, or a clip-retrieval server. **Writes** the
+# index; into `results/<run>/`: `found.parquet`, the rows `retrieved` and `retrieved_ceiling` of
+# `reconstructions.safetensors`, its part of `metrics.json`, figures, and the published
+# `<run>_laion_retrievals_top16.pt` and `all_images.pt`.
 #
-# Test pictures that the pool holds, and pictures nearly the same, are left out of every search unless `keep_test_images` is set.
+# Test pictures that the pool holds, and pictures nearly the same, are left out of every search
+# unless `keep_test_images` is set.
 #
-# Cost: embedding 1,500 pictures a second on a consumer GPU (clip-retrieval's figure, not run here); searching a million rows a few seconds for all
-# test images; mini about a minute on two CPU cores. Up to 5.5 billion pictures: docs/large_index.md.
+# Cost: embedding 1,500 pictures a second on a consumer GPU (clip-retrieval's figure, not run
+# here); searching a million rows a few seconds for all test images; mini about a minute on two CPU
+# cores. Up to 5.5 billion pictures: docs/large_index.md.
 #
-# Source: MindEye, arXiv 2305.18274, section 3.2 and appendix A.7, which searched LAION-5B while its public server was up.
+# Source: MindEye, arXiv 2305.18274, section 3.2 and appendix A.7, which searched LAION-5B while
+# its public server was up.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye_retrieval/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 checkpoint = "last"  # one of last, best; the checkpoint of the high level that notebook 03 used
-index = "data/indices/pool"  # folder of the index, which clip-retrieval may have made; what is missing of it is made here
-pool = ""  # what is new goes into the index: a folder of pictures or of tar files, or mini for a pool of the mini world
+index = (  # folder of the index, which clip-retrieval may have made; what is missing of it is made here
+    "data/indices/pool"
+)
+pool = (  # what is new goes into the index: a folder of pictures or of tar files, or mini for a pool of the mini world
+    ""
+)
 pool_images = 10000  # of the mini world's pool, at least 1
-url = ""  # a clip-retrieval server to ask in place of an index, e.g. http://localhost:1234/knn-service
-qdrant = ""  # address of a Qdrant server, or a folder of its engine, to search in place of an index; the index's embeddings are sent to it
+url = (  # a clip-retrieval server to ask in place of an index, e.g. http://localhost:1234/knn-service
+    ""
+)
+qdrant = (  # address of a Qdrant server, or a folder of its engine, to search in place of an index; the index's embeddings are sent to it
+    ""
+)
 indice_name = "laion5B-L-14"  # which of the server's indices, or of Qdrant's collections
 server_timeout = 5.0  # seconds that the server may take for an answer, more than 0
-server_failure = "stop"  # one of stop, published; published asks again for pretty pictures after two seconds, then goes without
+server_failure = (  # one of stop, published; published asks again for pretty pictures after two seconds, then goes without
+    "stop"
+)
 deduplicate = True  # the server leaves out pictures that it has twice
 use_safety_model = True  # the server leaves out what its safety model finds unsafe
 use_violence_detector = True  # the server leaves out what its detector finds violent
-index_kind = "auto"  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto takes the most exact one that fits into memory_gb
+index_kind = (  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto takes the most exact one that fits into memory_gb
+    "auto"
+)
 memory_gb = 4.0  # for the index, in GB, more than 0
 mapped = False  # leave the index on disk while searching
 shard_rows = 1000000  # rows a shard of the index, at least 1
 jobs = 1  # processes that build shards side by side, at least 1
 k = 16  # pictures found for each test image, at least 1
 candidates = 300  # results to go down until k pictures could be had, at least 1
-token_run = ""  # run that predicts all tokens, which choose among the k pictures, by default the nearest one is taken
+token_run = (  # run that predicts all tokens, which choose among the k pictures, by default the nearest one is taken
+    ""
+)
 keep_test_images = False  # search the test pictures of the pool, too
-near_duplicate = 0.94  # cosine from which a picture of the pool counts as nearly a test picture, at most 1
+near_duplicate = (
+    0.94  # cosine from which a picture of the pool counts as nearly a test picture, at most 1
+)
 picture_size = 512  # pixels a side of the pictures that are stored, at least 8
 picture_timeout = 5.0  # seconds that a picture may take to come, more than 0
-private_pictures = False  # also fetch pictures from addresses that are not public, e.g. a server of one's own
+private_pictures = (
+    False  # also fetch pictures from addresses that are not public, e.g. a server of one's own
+)
 seed = 42  # of everything random
 
 # %%
@@ -70,7 +95,14 @@ from src.engines import QdrantIndex, parts_of
 from src.figures import contact_sheet, save
 from src.metrics import resize
 from src.pretrained import Clipper
-from src.reconstruct import decoder_config, encoder_for, find_decoder, in_chunks, load_reconstructions, pick_best
+from src.reconstruct import (
+    decoder_config,
+    encoder_for,
+    find_decoder,
+    in_chunks,
+    load_reconstructions,
+    pick_best,
+)
 from src.remote import PictureCache, RemoteIndex, fetch_images, first_found, sent_pictures
 from src.results import add_results, derangements, make_record, provenance
 from src.retrieval import load_embeddings
@@ -78,41 +110,68 @@ from src.utils import HOME, PerceptError, atomic, resolve
 
 # %% [markdown]
 # ## What the brain says
-# One embedding an image, predicted by the 1 x 768 model: the very vector that CLIP gives a picture, so that pictures can be looked up by it.
+# One embedding an image, predicted by the 1 x 768 model: the very vector that CLIP gives a
+# picture, so that pictures can be looked up by it.
 
 # %%
 subject = open_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 main, image_ids, seen = of["main"], made["image_ids"].numpy(), made["seen"].float()
-encoder = encoder_for(decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device)
+encoder = encoder_for(
+    decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
+)
 brain = made[f"projected_{main}"].float()
 if not isinstance(encoder, Clipper) or encoder.hidden:
-    raise PerceptError(f"{run.name} predicts {tuple(brain.shape[1:])} tokens an image, and an index is searched by one embedding: train the recipe mindeye_retrieval.")
+    raise PerceptError(
+        f"{run.name} predicts {tuple(brain.shape[1:])} tokens an image, and an index is searched by"
+        " one embedding: train the recipe mindeye_retrieval."
+    )
 brain, true = brain.flatten(1).numpy(), made["true_tokens"].float().flatten(1).numpy()
 print(f"(test images, dim) = {brain.shape} of {encoder.fingerprint()['model']}")
 
 # %% [markdown]
 # ## The index
-# Exact as long as it fits into the memory given, compressed beyond; whatever it is, the pictures that it finds are ordered by their true cosine. Only what is
-# new in the pool is embedded, and only the shards that grew are made again.
+# Exact as long as it fits into the memory given, compressed beyond; whatever it is, the pictures
+# that it finds are ordered by their true cosine. Only what is new in the pool is embedded, and
+# only the shards that grew are made again.
 
 # %%
-made_by = {name: value for name, value in encoder.fingerprint().items() if name in ("model", "revision", "variant")}
+made_by = {
+    name: value
+    for name, value in encoder.fingerprint().items()
+    if name in ("model", "revision", "variant")
+}
 folder, source = resolve(index), resolve(pool)
 if pool == "mini":
-    source = indexing.write_tars(miniworld.pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images)
+    source = indexing.write_tars(
+        miniworld.pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images
+    )
 if pool:
     indexing.embed(source, folder, encoder.encode_pixels, made_by, encoder.size)
 embedded = (folder / "img_emb").is_dir() and not url
 if embedded:
     stored = indexing.Embeddings(folder)
     plan, table = indexing.choose(len(stored), stored.dim, memory_gb, index_kind, mapped)
-    print(f"{len(stored):,} embeddings of {stored.dim} numbers in {folder}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}")
+    print(
+        f"{len(stored):,} embeddings of {stored.dim} numbers in"
+        f" {folder}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}"
+    )
 
 # %%
 if url:
-    safety = {"deduplicate": deduplicate, "use_safety_model": use_safety_model, "use_violence_detector": use_violence_detector}
-    searched = RemoteIndex(url, indice_name, timeout=server_timeout, on_failure=server_failure, num_images=candidates, **safety)
+    safety = {
+        "deduplicate": deduplicate,
+        "use_safety_model": use_safety_model,
+        "use_violence_detector": use_violence_detector,
+    }
+    searched = RemoteIndex(
+        url,
+        indice_name,
+        timeout=server_timeout,
+        on_failure=server_failure,
+        num_images=candidates,
+        **safety,
+    )
 elif qdrant:
     searched = QdrantIndex(qdrant if "://" in qdrant else resolve(qdrant), indice_name)
     if embedded:
@@ -122,71 +181,123 @@ else:
         indexing.build(folder, plan, shard_rows, jobs, seed)
     searched = indexing.LocalIndex(folder, run.device)
     if searched.encoder and searched.encoder != made_by:
-        raise PerceptError(f"{folder} holds embeddings of {searched.encoder}, and the brain's are of {made_by}: search an index of the same encoder.")
+        raise PerceptError(
+            f"{folder} holds embeddings of {searched.encoder}, and the brain's are of {made_by}:"
+            " search an index of the same encoder."
+        )
 searched
 
 # %% [markdown]
 # ## Test pictures in the pool
-# A pool that holds COCO holds what NSD showed. Such pictures, and near copies of them, are found by their embeddings: of the whole test set, also where
-# only the first images of it were reconstructed.
+# A pool that holds COCO holds what NSD showed. Such pictures, and near copies of them, are found
+# by their embeddings: of the whole test set, also where only the first images of it were
+# reconstructed.
 
 # %%
 test_ids = subject.image_ids("test")
-known = cached_targets(dataset, "clip_tokens", encoder.fingerprint(), subject.all_images, encoder.encode_pixels, encoder.target_shape)
-twins = indexing.nearly_the_same(searched, known.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate)
+known = cached_targets(
+    dataset,
+    "clip_tokens",
+    encoder.fingerprint(),
+    subject.all_images,
+    encoder.encode_pixels,
+    encoder.target_shape,
+)
+twins = indexing.nearly_the_same(
+    searched, known.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate
+)
 barred = np.empty(0, int) if keep_test_images else twins["row"].unique()
 exact = np.isin(test_ids, twins.loc[twins["exact"], "image"])
-in_pool = "yes" if keep_test_images and exact.all() else f"of {exact.sum()} of {len(exact)}" if keep_test_images and exact.any() else "no"
+in_pool = (
+    "yes"
+    if keep_test_images and exact.all()
+    else f"of {exact.sum()} of {len(exact)}"
+    if keep_test_images and exact.any()
+    else "no"
+)
 size = f"{len(searched) - len(barred):,}" if not url else "an unknown number of"
-print(f"In the pool are {exact.sum()} of {len(exact)} test pictures; {twins['row'].nunique()} of its pictures have a cosine of {near_duplicate} or more with one.")
+print(
+    f"In the pool are {exact.sum()} of {len(exact)} test pictures; {twins['row'].nunique()} of its"
+    f" pictures have a cosine of {near_duplicate} or more with one."
+)
 print(f"{len(barred)} are left out, {size} pictures are searched. Exact image in pool: {in_pool}.")
 
 # %% [markdown]
 # ## The search
-# By what the brain says, and by the true embedding of what was seen: the nearest picture that there is, which no brain can beat.
+# By what the brain says, and by the true embedding of what was seen: the nearest picture that
+# there is, which no brain can beat.
 
 # %%
 first = pd.DataFrame() if url else searched.metadata(np.arange(min(8, len(searched))))
 if not url and not {"image_path", "url", "image"} & set(first):
-    raise PerceptError(f"{searched} says of no row where its picture is (image_path, url): put its metadata/ beside the index.")
+    raise PerceptError(
+        f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
+        " beside the index."
+    )
 here = not url and indexing.local_pictures(first, 8)[1].any()  # pictures on this machine, or urls
 wide = k if here else max(k, candidates)
-found = {"retrieved": searched.search(brain, wide, barred), "retrieved_ceiling": searched.search(true, wide, barred)}
-pd.DataFrame({name: near.similarity[:, :k].mean(0) for name, near in found.items()}, index=[f"cosine of number {i + 1}" for i in range(k)]).T.round(3)
+found = {
+    "retrieved": searched.search(brain, wide, barred),
+    "retrieved_ceiling": searched.search(true, wide, barred),
+}
+pd.DataFrame(
+    {name: near.similarity[:, :k].mean(0) for name, near in found.items()},
+    index=[f"cosine of number {i + 1}" for i in range(k)],
+).T.round(3)
 
 # %% [markdown]
 # ## Would the seen picture be found?
-# Were it in the pool, it would come after those that are more similar to what the brain says: top-1 and top-`k` among so many pictures. A tie is lost.
+# Were it in the pool, it would come after those that are more similar to what the brain says:
+# top-1 and top-`k` among so many pictures. A tie is lost.
 
 # %%
-clean = found["retrieved"] if not keep_test_images else searched.search(brain, k, twins["row"].unique())
+clean = (
+    found["retrieved"] if not keep_test_images else searched.search(brain, k, twins["row"].unique())
+)
 unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (brain, true)]
 
 
 def reached(order, places):
-    """Whether the seen picture would be among the first places, each brain being asked for the picture of `order`."""
+    """Whether the seen picture would be among the first places, each brain being asked for the
+    picture of `order`.
+    """
     own = (unit[0] * unit[1][order]).sum(1)
     return (clean.similarity[:, places - 1] < own).astype(float)
 
 
 many = len(searched) - twins["row"].nunique() + 1 if not url else 0
-others = f"{many - 1:,}" if many else size  # without any test picture, whether or not they were searched above
+others = (
+    f"{many - 1:,}" if many else size
+)  # without any test picture, whether or not they were searched above
 each = {places: reached(np.arange(len(brain)), places) for places in sorted({1, k})}
 records = [
     make_record(
-        f"pool_top{places}", values, floors={"shuffled": np.stack([reached(o, places) for o in derangements(len(brain), 3, seed)], 1)},
-        ceiling="the seen picture is put into the pool, so 1", better="higher", protocol=of["protocol"], test_set=of["test_set"],
-        chance=places / many if many else 0.0, description=f"the seen picture, put into a pool of {others} others, is among the {places} nearest to what the brain says",
-        source="docs/large_index.md", exact_in_pool="yes",
+        f"pool_top{places}",
+        values,
+        floors={
+            "shuffled": np.stack([reached(o, places) for o in derangements(len(brain), 3, seed)], 1)
+        },
+        ceiling="the seen picture is put into the pool, so 1",
+        better="higher",
+        protocol=of["protocol"],
+        test_set=of["test_set"],
+        chance=places / many if many else 0.0,
+        description=(
+            f"the seen picture, put into a pool of {others} others, is among the {places} nearest"
+            " to what the brain says"
+        ),
+        source="docs/large_index.md",
+        exact_in_pool="yes",
     )
     for places, values in each.items()
-]  # fmt: skip
+]
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_pool"]]
 
 # %% [markdown]
 # ## The pictures
-# Those that can be had, in the order of the search. With `token_run` all the tokens of another run choose one of the `k`, as the paper's second-order
-# selection does; otherwise the nearest one is taken. What was seen plays no part.
+# Those that can be had, in the order of the search. With `token_run` all the tokens of another run
+# choose one of the `k`, as the paper's second-order selection does; otherwise the nearest one is
+# taken. What was seen plays no part.
 
 # %%
 cache = PictureCache(HOME / "data" / "pictures")
@@ -194,24 +305,43 @@ usable = {}
 for name, near in found.items():
     rows = usable[name] = near.row[:, :k]
     if not here and "url" in (told := searched.metadata(near.row.ravel())) and "image" not in told:
-        at = first_found(told["url"].to_numpy().reshape(near.row.shape), k, cache, picture_size, picture_timeout, allow_private=private_pictures)
+        at = first_found(
+            told["url"].to_numpy().reshape(near.row.shape),
+            k,
+            cache,
+            picture_size,
+            picture_timeout,
+            allow_private=private_pictures,
+        )
         usable[name] = np.where(at < 0, -1, np.take_along_axis(near.row, at.clip(0), 1))
 tokens, chooser = None, None
 if token_run:
     tokens = load_embeddings(HOME / "results" / token_run, image_ids)[0].float()
-    chooser = encoder_for(decoder_config(find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)), weights, run.device)
+    chooser = encoder_for(
+        decoder_config(find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)),
+        weights,
+        run.device,
+    )
 
 
 # %%
 def pictures(rows):
-    """Pictures (images, k, 3, height, width) of rows (images, k), and whether there is one; where there is none another one of that image stands."""
+    """Pictures (images, k, 3, height, width) of rows (images, k), and whether there is one; where
+    there is none another one of that image stands.
+    """
     told = searched.metadata(rows.ravel())
     if here or "image" in told:
-        pixels, ok = indexing.local_pictures(told, picture_size) if here else sent_pictures(told, picture_size)
+        pixels, ok = (
+            indexing.local_pictures(told, picture_size)
+            if here
+            else sent_pictures(told, picture_size)
+        )
         shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     else:
         urls = told["url"].tolist() if "url" in told else [None] * len(told)
-        shown, ok, _ = fetch_images(urls, cache, picture_size, picture_timeout, allow_private=private_pictures)
+        shown, ok, _ = fetch_images(
+            urls, cache, picture_size, picture_timeout, allow_private=private_pictures
+        )
     shown, ok = shown.unflatten(0, rows.shape), ok.reshape(rows.shape)
     first = np.where(ok, np.arange(rows.shape[1]), ok.argmax(1)[:, None])
     return shown[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
@@ -224,7 +354,9 @@ def chosen(name, part):
     if chooser is not None and name == "retrieved":
         at = pick_best(chooser, tokens[part], shown)[1]
     picked = shown[torch.arange(len(shown)), at]
-    picked[~ok.any(1)] = 1.0 if server_failure == "published" else 0.5  # white, as published, or grey
+    picked[~ok.any(1)] = (
+        1.0 if server_failure == "published" else 0.5
+    )  # white, as published, or grey
     return {name: picked.half(), f"{name}_place": at, f"{name}_ok": torch.from_numpy(ok.any(1))}
 
 
@@ -235,41 +367,91 @@ rows = {}
 for name in found:
     mark = [name, run.parameters, usable[name].tolist()]
     rows |= in_chunks(lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark)
-places, had = {name: rows.pop(f"{name}_place").numpy() for name in found}, {name: rows.pop(f"{name}_ok").numpy() for name in found}
+places, had = (
+    {name: rows.pop(f"{name}_place").numpy() for name in found},
+    {name: rows.pop(f"{name}_ok").numpy() for name in found},
+)
 lost = {name: int((~ok).sum()) for name, ok in had.items()}
-print(f"without a picture, and {'white' if server_failure == 'published' else 'grey'} in what follows: {lost} of {len(brain)} test images")
+print(
+    f"without a picture, and {'white' if server_failure == 'published' else 'grey'} in what"
+    f" follows: {lost} of {len(brain)} test images"
+)
 
 # %% [markdown]
 # ## Into the run's reconstructions
-# What notebook 03 stored stays as it is; the retrieved pictures join it, and notebook 06 scores them as it scores any decoder. `retrieved_ceiling` is the
-# picture nearest to the true embedding.
+# What notebook 03 stored stays as it is; the retrieved pictures join it, and notebook 06 scores
+# them as it scores any decoder. `retrieved_ceiling` is the picture nearest to the true embedding.
 
 # %%
 about = {"pool": str(searched), "pictures": size, "exact image in pool": in_pool}
-about |= {"test pictures left out": int(exact.sum()) * (not keep_test_images), "pictures left out, near copies included": len(barred)}
+about |= {
+    "test pictures left out": int(exact.sum()) * (not keep_test_images),
+    "pictures left out, near copies included": len(barred),
+}
 about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
 with atomic(run.results / "reconstructions.safetensors") as path:
-    save_file({key: value.contiguous() for key, value in (made | rows).items()}, path, metadata=of | {"retrieved": json.dumps(about)})
+    save_file(
+        {key: value.contiguous() for key, value in (made | rows).items()},
+        path,
+        metadata=of | {"retrieved": json.dumps(about)},
+    )
 shutil.rmtree(unfinished)
 with atomic(run.results / f"{run.name}_laion_retrievals_top16.pt") as path:
     torch.save(rows["retrieved"].float(), path)
 tables = []
 for name, near in found.items():
-    order = [[list(near.row[q]).index(row) if row >= 0 else -1 for row in usable[name][q]] for q in range(len(brain))]
+    order = [
+        [list(near.row[q]).index(row) if row >= 0 else -1 for row in usable[name][q]]
+        for q in range(len(brain))
+    ]
     similarity = np.take_along_axis(near.similarity, np.array(order).clip(0), 1)
-    part = pd.DataFrame({"search": name, "image": np.repeat(image_ids, k), "place": np.tile(np.arange(k), len(brain)), "row": usable[name].ravel()})
-    part = part.assign(similarity=similarity.ravel(), chosen=part["place"] == np.repeat(places[name], k))
-    tables.append(pd.concat([part, searched.metadata(part["row"]).filter(["url", "image_path", "caption"])], axis=1))
+    part = pd.DataFrame(
+        {
+            "search": name,
+            "image": np.repeat(image_ids, k),
+            "place": np.tile(np.arange(k), len(brain)),
+            "row": usable[name].ravel(),
+        }
+    )
+    part = part.assign(
+        similarity=similarity.ravel(), chosen=part["place"] == np.repeat(places[name], k)
+    )
+    tables.append(
+        pd.concat(
+            [part, searched.metadata(part["row"]).filter(["url", "image_path", "caption"])], axis=1
+        )
+    )
 with atomic(run.results / "found.parquet") as path:
     pd.concat(tables, ignore_index=True).query("row >= 0").to_parquet(path, index=False)
 pd.Series(about)
 
 # %%
-scores = [pd.DataFrame({"metric": f"pool_top{places}", "row": "system", "image": image_ids, "value": values}) for places, values in each.items()]
-lines = [{"score": r["description"], "value": r["value"], "low": r["low"], "high": r["high"], "chance": r["chance"], "exact image in pool": "yes"} for r in records]
-note = f"{searched}. {exact.sum()} test pictures that were in the pool, and near copies ({twins['row'].nunique()} rows in all), took no part; the seen picture is put in."
-written = [{"title": "Search of a large index", "note": note, "rows": lines}, {"title": "Retrieved pictures", "note": "What is scored as retrieved.", "rows": [about]}]
+scores = [
+    pd.DataFrame(
+        {"metric": f"pool_top{places}", "row": "system", "image": image_ids, "value": values}
+    )
+    for places, values in each.items()
+]
+lines = [
+    {
+        "score": r["description"],
+        "value": r["value"],
+        "low": r["low"],
+        "high": r["high"],
+        "chance": r["chance"],
+        "exact image in pool": "yes",
+    }
+    for r in records
+]
+note = (
+    f"{searched}. {exact.sum()} test pictures that were in the pool, and near copies"
+    f" ({twins['row'].nunique()} rows in all), took no part; the seen picture is put in."
+)
+written = [
+    {"title": "Search of a large index", "note": note, "rows": lines},
+    {"title": "Retrieved pictures", "note": "What is scored as retrieved.", "rows": [about]},
+]
 what = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
 add_results(run.results, run.stage, pd.concat(scores, ignore_index=True), records, what, written)
 
@@ -280,13 +462,17 @@ add_results(run.results, run.stage, pd.concat(scores, ignore_index=True), record
 # %%
 shown = pictures(usable["retrieved"][:12, : min(4, k)])[0]
 side = max(seen.shape[-1], min(picture_size, 128))
-columns = {"seen": resize(seen[:12], side)} | {f"number {i + 1}": resize(shown[:, i], side) for i in range(shown.shape[1])}
+columns = {"seen": resize(seen[:12], side)} | {
+    f"number {i + 1}": resize(shown[:, i], side) for i in range(shown.shape[1])
+}
 columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)} if token_run else {}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}
 save(contact_sheet(columns, n=12), run.results / "figures" / "found.png")
 
 # %% [markdown]
 # ## What to look at
-# Does the nearest picture share the scene, or the object, of the seen one? Where "nearest there is" does not resemble it either, the pool is too small, and not
-# the brain at fault. A score of retrieved pictures says nothing without the pool it came from: more pictures are nearer, whatever the brain. Next: notebook
-# 06 scores the retrieved pictures; notebook 03 can begin its pictures at them (`start_run`).
+# Does the nearest picture share the scene, or the object, of the seen one? Where "nearest there
+# is" does not resemble it either, the pool is too small, and not the brain at fault. A score of
+# retrieved pictures says nothing without the pool it came from: more pictures are nearer, whatever
+# the brain. Next: notebook 06 scores the retrieved pictures; notebook 03 can begin its pictures at
+# them (`start_run`).

@@ -1,33 +1,53 @@
 # %% [markdown]
 # # 06 · Metrics: what is a reconstruction worth?
 #
-# **Question.** How alike are seen and reconstructed images, and how much of that would one get without the brain, without training, from a lookup, or
-# with a perfect decoder? And how near do captions from the brain come to what people wrote?
+# **Question.** How alike are seen and reconstructed images, and how much of that would one get
+# without the brain, without training, from a lookup, or with a perfect decoder? And how near do
+# captions from the brain come to what people wrote?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03, and the refined pictures of 04) and `captions_brain.parquet` (04) where there are any, or
-# anyone's reconstructions: `recon_path` and `all_images_path` (the published `.pt` tensors, `.npz` or `.npy`, or folders of PNG files). **Writes** its part of
-# `results/<run>/metrics.json` (a record a score) and `scores.parquet` (a row per image, metric and system), `report.html`, and under `tables/` the published
-# tables with the names of the metrics in them.
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03, and the refined pictures of 04)
+# and `captions_brain.parquet` (04) where there are any, or anyone's reconstructions:
+# `recon_path` and `all_images_path` (the published `.pt` tensors, `.npz` or `.npy`, or folders of
+# PNG files). **Writes** its part of `results/<run>/metrics.json` (a record a score) and
+# `scores.parquet` (a row per image, metric and system), `report.html`, and under `tables/` the
+# published tables with the names of the metrics in them.
 #
-# Cost: 1000 images about half an hour on a CPU, minutes on a GPU, and 0.5 GB of networks to download; mini about two minutes on two CPU cores.
+# Cost: 1000 images about half an hour on a CPU, minutes on a GPU, and 0.5 GB of networks to
+# download; mini about two minutes on two CPU cores.
 #
-# Source: MindEye, arXiv 2305.18274, Table 1; MindEye2, arXiv 2403.11207 (captions, brain correlation); what stands beside the scores: docs/metrics.md.
+# Source: MindEye, arXiv 2305.18274, Table 1; MindEye2, arXiv 2403.11207 (captions, brain
+# correlation); what stands beside the scores: docs/metrics.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-recon_path = ""  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
+recon_path = (  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
+    ""
+)
 all_images_path = ""  # with recon_path, the images that were seen, in the same order
-metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"  # separated by commas
-resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
-hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
+metrics = (  # separated by commas
+    "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"
+)
+resizing = (  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
+    "published"
+)
+hard_negatives = (  # columns of the image labels that hard distractors share, by default clusters of the seen images
+    ""
+)
 blend = 0.0  # share of the blurry picture blended into the reconstructions that are scored, published evaluates .25, at least 0, at most 1
 brain_corr = False  # also what of the measured responses GNet, an encoder of this subject, predicts from the reconstructions
-caption_metrics = "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"  # separated by commas
-references = "one"  # one of one, all; what people wrote of an image that its caption is held against (published is one)
+caption_metrics = (  # separated by commas
+    "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L"
+    " text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"
+)
+references = (  # one of one, all; what people wrote of an image that its caption is held against (published is one)
+    "one"
+)
 shuffles = 3  # random pairings of the shuffled floor, at least 1
 seed = 42  # of these pairings and of the clusters; the bootstrap always has the same
 
@@ -47,27 +67,59 @@ import pandas as pd
 import torch
 from sklearn.cluster import KMeans
 
-from src.captions import caption_lines, caption_rows, corpus_lines, most_common, read_captions, ready_metrics, scored_pairings
+from src.captions import (
+    caption_lines,
+    caption_rows,
+    corpus_lines,
+    most_common,
+    read_captions,
+    ready_metrics,
+    scored_pairings,
+)
 from src.data import Normaliser, open_split
 from src.figures import abstain_curve, save, score_by_distance, score_dots
 from src.gnet import brain_correlation, load_gnet, roi_masks
-from src.metrics import METRICS, Metric, answer_metrics, as_compared, pcc, reordered, resize, two_way_within
+from src.metrics import (
+    METRICS,
+    Metric,
+    answer_metrics,
+    as_compared,
+    pcc,
+    reordered,
+    resize,
+    two_way_within,
+)
 from src.networks import FeatureNetwork
 from src.pretrained import Clipper, Judge
 from src.reconstruct import load_reconstructions
 from src.report import gallery_widget, write_report
 from src.results import (
-    add_results, bootstrap_mean, check_alignment, check_leak, check_outputs, derangements, load_pictures, make_record, make_records,
-    mean_picture, most_alike, noise_ceiling, pixel_hash, provenance, score_table,
-)  # fmt: skip
+    add_results,
+    bootstrap_mean,
+    check_alignment,
+    check_leak,
+    check_outputs,
+    derangements,
+    load_pictures,
+    make_record,
+    make_records,
+    mean_picture,
+    most_alike,
+    noise_ceiling,
+    pixel_hash,
+    provenance,
+    score_table,
+)
 from src.tables import retrieval_rows, score_lines, write_lines
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 from src.voting import told as voting_table, verdict, worth
 
 # %% [markdown]
 # ## The pictures
-# "system" is what is scored. Its floors: the mean image, the networks before training, the nearest training image, and for each image the other reconstruction
-# that looks most like its own. The ceiling is the generator with the true latents. Other rows (ridge, the low level alone, fewer repeats) are scored beside.
+# "system" is what is scored. Its floors: the mean image, the networks before training, the nearest
+# training image, and for each image the other reconstruction that looks most like its own. The
+# ceiling is the generator with the true latents. Other rows (ridge, the low level alone, fewer
+# repeats) are scored beside.
 
 # %%
 ours = not recon_path
@@ -79,33 +131,58 @@ if ours:
     pictures = {"system": pictures.pop(main)} | pictures
 else:
     if not (all_images_path and model_name):
-        raise PerceptError("recon_path needs all_images_path (the images that were seen) and model_name (a name for the results).")
-    pictures = {"seen": load_pictures(resolve(all_images_path)), "system": load_pictures(resolve(recon_path))}
+        raise PerceptError(
+            "recon_path needs all_images_path (the images that were seen) and model_name (a name"
+            " for the results)."
+        )
+    pictures = {
+        "seen": load_pictures(resolve(all_images_path)),
+        "system": load_pictures(resolve(recon_path)),
+    }
     pictures["mean_seen"] = mean_picture(pictures["seen"])
-    image_ids, of, made, subject = np.arange(len(pictures["seen"])), {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])}, {}, None
+    image_ids, of, made, subject = (
+        np.arange(len(pictures["seen"])),
+        {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])},
+        {},
+        None,
+    )
 seen, recons = pictures.pop("seen"), pictures["system"]
 if not 2 <= len(seen) == len(recons):
-    raise PerceptError(f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of both, in the same order, and at least two.")
-print(f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)} reconstructed; other rows: {', '.join(list(pictures)[1:])}")
+    raise PerceptError(
+        f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of"
+        " both, in the same order, and at least two."
+    )
+print(
+    f"(test images, channels, height, width) = {tuple(seen.shape)} seen, {tuple(recons.shape)}"
+    f" reconstructed; other rows: {', '.join(list(pictures)[1:])}"
+)
 
 # %% [markdown]
 # ## With the blurry picture in it
-# The published evaluation of MindEye2 scores three parts of a reconstruction and one of the low level's blurry picture (`blend` .25), which is kinder to pixel
-# metrics than what the generator painted. Here nothing is blended in unless it is asked for, and then the names of the scores say so.
+# The published evaluation of MindEye2 scores three parts of a reconstruction and one of the low
+# level's blurry picture (`blend` .25), which is kinder to pixel metrics than what the generator
+# painted. Here nothing is blended in unless it is asked for, and then the names of the scores say
+# so.
 
 # %%
 mark = f", blend {blend:g}" if blend else ""
 if blend:
     blurry = pictures.get(f"low_level_{main}") if ours else None
     if blurry is None:
-        raise PerceptError("blend needs the blurry pictures of a low level, which these reconstructions come without: set it to 0.")
+        raise PerceptError(
+            "blend needs the blurry pictures of a low level, which these reconstructions come"
+            " without: set it to 0."
+        )
     for row in {"system", "refined"} & set(pictures):
-        pictures[row] = (1 - blend) * pictures[row].float() + blend * resize(blurry.float(), pictures[row].shape[-1])
+        pictures[row] = (1 - blend) * pictures[row].float() + blend * resize(
+            blurry.float(), pictures[row].shape[-1]
+        )
     recons = pictures["system"]
 
 # %% [markdown]
 # ## Alarms before scores
-# Black, flat or identical pictures, values that are no numbers, and test images that were trained on.
+# Black, flat or identical pictures, values that are no numbers, and test images that were trained
+# on.
 
 # %%
 alarms = check_outputs(recons)
@@ -113,17 +190,24 @@ if refused := [alarm for alarm in alarms if "NaN" in alarm or "leave the range" 
     raise PerceptError(f"These reconstructions cannot be scored: {refused[0]}")
 if ours:
     train_ids = subject.image_ids("train")
-    blocks = (block for ids in np.array_split(train_ids, max(1, len(train_ids) // 500)) for block in [subject.images(ids)])
+    blocks = (
+        block
+        for ids in np.array_split(train_ids, max(1, len(train_ids) // 500))
+        for block in [subject.images(ids)]
+    )
     alarms += check_leak(subject.images(image_ids), blocks)
 pictures["other_recon"] = reordered(recons, most_alike(recons))
 alarms
 
 # %% [markdown]
 # ## The metrics
-# Pixel metrics at 425 x 425, and how alike frozen networks find the pictures: two-way identification (AlexNet's second and fifth convolution, Inception,
-# CLIP; chance is .5) or correlation distance (EfficientNet, SwAV; lower is better). With the mini weights the networks are miniature twins, and are called so.
-# The mini CLIP made the targets too, so it flatters, and is near 1 long before a person recognises anything. Therefore the mini world has a judge
-# besides: a classifier that was trained on images of its own, that no decoder and no generator was ever trained towards.
+# Pixel metrics at 425 x 425, and how alike frozen networks find the pictures: two-way
+# identification (AlexNet's second and fifth convolution, Inception, CLIP; chance is .5) or
+# correlation distance (EfficientNet, SwAV; lower is better). With the mini weights the networks
+# are miniature twins, and are called so. The mini CLIP made the targets too, so it flatters, and
+# is near 1 long before a person recognises anything. Therefore the mini world has a judge besides:
+# a classifier that was trained on images of its own, that no decoder and no generator was ever
+# trained towards.
 
 # %%
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
@@ -133,28 +217,38 @@ if unknown := [name for name in wanted if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
 
 # %%
-
 at_one_size = partial(as_compared, resizing=resizing)
 looked_through = {"CLIP": clipper.fingerprint()}
 
 
 def clip_features(images):
-    """CLIP's final embedding (n, dim) of pictures (n, 3, height, width), resized bilinearly as the published evaluation does."""
+    """CLIP's final embedding (n, dim) of pictures (n, 3, height, width), resized bilinearly as the
+    published evaluation does.
+    """
     first = at_one_size(images)
-    parts = (resize(first[i : i + 64].float(), clipper.size, antialias=resizing == "antialias") for i in range(0, len(first), 64))
+    parts = (
+        resize(first[i : i + 64].float(), clipper.size, antialias=resizing == "antialias")
+        for i in range(0, len(first), 64)
+    )
     return torch.cat([clipper.embed_image(part).float().cpu() for part in parts])
 
 
 def looking(name):
-    """A metric with the network it looks through; features of the seen images are kept for other runs."""
+    """A metric with the network it looks through; features of the seen images are kept for other
+    runs.
+    """
     metric = METRICS[name]
     if not metric.network:
-        return metric if name in ("pcc", "mse") else metric.through(at_one_size)  # those two are of pictures at their own size
+        return (
+            metric if name in ("pcc", "mse") else metric.through(at_one_size)
+        )  # those two are of pictures at their own size
     if metric.network.startswith("CLIP"):
         return metric.through(clip_features, prefix, clip_seen)
     network = FeatureNetwork(name, weights, run.device, resizing)
     looked_through[name] = network.fingerprint()
-    return metric.through(network, prefix, network.features(seen, cache=HOME / "results" / ".features"))
+    return metric.through(
+        network, prefix, network.features(seen, cache=HOME / "results" / ".features")
+    )
 
 
 # %%
@@ -164,20 +258,31 @@ labels = subject.labels if ours else None
 judge = Judge(weights, run.device) if weights == "mini" and labels is not None else None
 if judge is not None and set(judge.answers) <= set(labels.columns):
     labels = labels.set_index("image").loc[image_ids]
-    chosen += answer_metrics("mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance)
+    chosen += answer_metrics(
+        "mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance
+    )
     said = judge.ask(seen)
-    print("the judge is right about the images that were shown:", {q: round(float((said[q] == labels[q]).mean()), 3) for q in said})
+    print(
+        "the judge is right about the images that were shown:",
+        {q: round(float((said[q] == labels[q]).mean()), 3) for q in said},
+    )
 chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 
 # %% [markdown]
 # ## Score, floors and ceiling
-# Every row is scored in the same way on the same images. "shuffled" pairs each reconstruction with wrong images.
+# Every row is scored in the same way on the same images. "shuffled" pairs each reconstruction with
+# wrong images.
 
 # %%
 table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
 reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
-records = make_records(table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=reason)
-each = {key: part["value"].to_numpy() for key, part in table[table["draw"] == 0].groupby(["row", "metric"], sort=False)}
+records = make_records(
+    table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=reason
+)
+each = {
+    key: part["value"].to_numpy()
+    for key, part in table[table["draw"] == 0].groupby(["row", "metric"], sort=False)
+}
 summary = table.groupby(["metric", "row"], sort=False)["value"].mean().unstack()
 summary.round(3)
 
@@ -188,17 +293,29 @@ summary.round(3)
 # %%
 two_way, pixels = f"{prefix}CLIP{mark}", f"pixcorr{mark}"
 if {two_way, pixels} <= set(summary.index):
-    alarms += check_alignment(each["system", two_way], each["system", pixels], summary.loc[pixels, "shuffled"], each.get(("ceiling", two_way)))
+    alarms += check_alignment(
+        each["system", two_way],
+        each["system", pixels],
+        summary.loc[pixels, "shuffled"],
+        each.get(("ceiling", two_way)),
+    )
 
 
 def beneath_floors(records):
     """A sentence for every score that is not better than one of its floors."""
     for record in records:
         sign = 1 if record["better"] == "higher" else -1
-        for floor in [name for name in ("shuffled", "mean_image", "mean_seen", "common_caption") if name in record["floors"]]:
+        for floor in [
+            name
+            for name in ("shuffled", "mean_image", "mean_seen", "common_caption")
+            if name in record["floors"]
+        ]:
             under = record["floors"][floor]["value"]
             if sign * (record["value"] - under) <= 0:
-                yield f"{record['name']} is {record['value']:.3f}, not better than its floor '{floor.replace('_', ' ')}' ({under:.3f})."
+                yield (
+                    f"{record['name']} is {record['value']:.3f}, not better than its floor"
+                    f" '{floor.replace('_', ' ')}' ({under:.3f})."
+                )
 
 
 alarms += beneath_floors(records)
@@ -206,89 +323,207 @@ alarms
 
 # %% [markdown]
 # ## Among images of the same kind
-# Two-way identification is easy when any other image may be the distractor. Here the distractors share labels or a cluster with the image that was seen.
+# Two-way identification is easy when any other image may be the distractor. Here the distractors
+# share labels or a cluster with the image that was seen.
 
 # %%
 if hard_negatives and ours:
-    groups, kind = subject.categories(image_ids, hard_negatives), hard_negatives.replace(",", " and ")
+    groups, kind = (
+        subject.categories(image_ids, hard_negatives),
+        hard_negatives.replace(",", " and "),
+    )
 else:
-    groups, kind = KMeans(max(2, len(seen) // 20), n_init=4, random_state=seed).fit_predict(clip_seen), "cluster"
+    groups, kind = (
+        KMeans(max(2, len(seen) // 20), n_init=4, random_state=seed).fit_predict(clip_seen),
+        "cluster",
+    )
 within = {}
-for row in [name for name in ("system", "mean_image", "mean_seen", "other_recon", "untrained", "nearest_train", "ceiling", "ridge") if name in pictures]:
+for row in [
+    name
+    for name in (
+        "system",
+        "mean_image",
+        "mean_seen",
+        "other_recon",
+        "untrained",
+        "nearest_train",
+        "ceiling",
+        "ridge",
+    )
+    if name in pictures
+]:
     within[row] = two_way_within(clip_seen, clip_features(pictures[row]), groups)
 kept = np.isfinite(within["system"])
 if kept.any():
     within = {row: values[kept] for row, values in within.items()}
-    floors = {row: values for row, values in within.items() if row not in ("system", "ceiling", "ridge")}
-    records.append(make_record(
-        f"{prefix}CLIP within {kind}{mark}", within["system"], floors=floors, ceiling=within.get("ceiling", reason), better="higher", protocol=of["protocol"],
-        test_set=of["test_set"], chance=0.5, description=f"two-way identification among test images of the same {kind}", source="hard distractors",
-    ))  # fmt: skip
-    parts = [pd.DataFrame({"metric": records[-1]["name"], "row": row, "image": image_ids[kept], "draw": 0, "value": v}) for row, v in within.items()]
+    floors = {
+        row: values for row, values in within.items() if row not in ("system", "ceiling", "ridge")
+    }
+    records.append(
+        make_record(
+            f"{prefix}CLIP within {kind}{mark}",
+            within["system"],
+            floors=floors,
+            ceiling=within.get("ceiling", reason),
+            better="higher",
+            protocol=of["protocol"],
+            test_set=of["test_set"],
+            chance=0.5,
+            description=f"two-way identification among test images of the same {kind}",
+            source="hard distractors",
+        )
+    )
+    parts = [
+        pd.DataFrame(
+            {
+                "metric": records[-1]["name"],
+                "row": row,
+                "image": image_ids[kept],
+                "draw": 0,
+                "value": v,
+            }
+        )
+        for row, v in within.items()
+    ]
     table = pd.concat([table, *parts], ignore_index=True)
 print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 
 # %% [markdown]
 # ## The noise ceiling
-# What the brain's predicted tokens correlate with the true ones, image by image after the mean over images is taken off, and the most that the mean of this
-# decoder's predictions from single repeats could correlate with anything, from how these agree with each other (Spearman-Brown).
+# What the brain's predicted tokens correlate with the true ones, image by image after the mean
+# over images is taken off, and the most that the mean of this decoder's predictions from single
+# repeats could correlate with anything, from how these agree with each other (Spearman-Brown).
 
 # %%
 if "repeat_agreement" in made:
-    true, said = (x.flatten(1) - x.flatten(1).mean(0) for x in (made["true_tokens"].float(), made[of["compared"]].float()))
+    true, said = (
+        x.flatten(1) - x.flatten(1).mean(0)
+        for x in (made["true_tokens"].float(), made[of["compared"]].float())
+    )
     own, noise = pcc(true, said), noise_ceiling(made["repeat_agreement"], int(of["repeats"]))
-    wrong = np.stack([pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1)
-    records.append(make_record(
-        "token_correlation", own, floors={"shuffled": wrong}, ceiling="the noise ceiling stands in its place", better="higher", protocol=of["protocol"],
-        test_set=of["test_set"], chance=0.0, description="correlation of predicted and true CLIP tokens, image by image", source="docs/metrics.md",
-        noise_ceiling=noise._asdict(), share_of_noise_ceiling=own.mean() / noise.value if noise.value > 0 else None,
-    ))  # fmt: skip
-    table = pd.concat([table, pd.DataFrame({"metric": "token_correlation", "row": "system", "image": image_ids, "draw": 0, "value": own})], ignore_index=True)
-    print(f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]")
+    wrong = np.stack(
+        [pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1
+    )
+    records.append(
+        make_record(
+            "token_correlation",
+            own,
+            floors={"shuffled": wrong},
+            ceiling="the noise ceiling stands in its place",
+            better="higher",
+            protocol=of["protocol"],
+            test_set=of["test_set"],
+            chance=0.0,
+            description="correlation of predicted and true CLIP tokens, image by image",
+            source="docs/metrics.md",
+            noise_ceiling=noise._asdict(),
+            share_of_noise_ceiling=own.mean() / noise.value if noise.value > 0 else None,
+        )
+    )
+    table = pd.concat(
+        [
+            table,
+            pd.DataFrame(
+                {
+                    "metric": "token_correlation",
+                    "row": "system",
+                    "image": image_ids,
+                    "draw": 0,
+                    "value": own,
+                }
+            ),
+        ],
+        ignore_index=True,
+    )
+    print(
+        f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling"
+        f" {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]"
+    )
 
 # %% [markdown]
 # ## Brain correlation
-# What would this subject's voxels have answered to the reconstruction? GNet, an encoder from images to voxels, says so, and is held against what was measured,
-# across the voxels of a region. The seen images themselves, through the encoder, are the ceiling; the generator's pictures of the true latents stand beside.
+# What would this subject's voxels have answered to the reconstruction? GNet, an encoder from
+# images to voxels, says so, and is held against what was measured, across the voxels of a region.
+# The seen images themselves, through the encoder, are the ceiling; the generator's pictures of the
+# true latents stand beside.
 
 # %%
 def in_region(name, mask):
-    """The brain correlation of one region as a metric: pictures are prepared by the encoder, the truth is what was measured."""
-    compare = lambda true, made, pairing=slice(None): brain_correlation(made, true[pairing], {name: mask})[name]  # noqa: E731
-    text = f"correlation across the voxels of {name} of what GNet says of the reconstruction and what was measured; ceiling: the seen images"
-    return Metric(f"brain_correlation {name}{mark}", compare, "higher", None, text, "MindEye2, arXiv 2403.11207, brain correlation", encoder.predict, measured)
+    """The brain correlation of one region as a metric: pictures are prepared by the encoder, the
+    truth is what was measured.
+    """
+    compare = lambda true, made, pairing=slice(None): brain_correlation(
+        made, true[pairing], {name: mask}
+    )[name]  # noqa: E731
+    text = (
+        f"correlation across the voxels of {name} of what GNet says of the reconstruction and what"
+        " was measured; ceiling: the seen images"
+    )
+    return Metric(
+        f"brain_correlation {name}{mark}",
+        compare,
+        "higher",
+        None,
+        text,
+        "MindEye2, arXiv 2403.11207, brain correlation",
+        encoder.predict,
+        measured,
+    )
 
 
 regional = []
 if brain_corr and subject is None:
-    raise PerceptError("brain_corr needs what was measured while the images were seen, which recon_path comes without: set it to False.")
+    raise PerceptError(
+        "brain_corr needs what was measured while the images were seen, which recon_path comes"
+        " without: set it to False."
+    )
 if brain_corr:
     encoder, masks = load_gnet(weights, subj, run.device), roi_masks(subject.voxels)
-    measured, order = subject.averaged("test", normaliser=Normaliser.fit(subject))  # (images, voxels), z-scored
+    measured, order = subject.averaged(
+        "test", normaliser=Normaliser.fit(subject)
+    )  # (images, voxels), z-scored
     measured = measured[[list(order).index(image) for image in image_ids]]
     regional = [in_region(name, mask) for name, mask in masks.items()]
-    rows = {name: pictures[name] for name in ("system", "refined", "mean_image", "other_recon", "untrained", "nearest_train") if name in pictures}
-    rows |= {"ceiling": seen} | ({"true_latents": pictures["ceiling"]} if "ceiling" in pictures else {})
+    rows = {
+        name: pictures[name]
+        for name in ("system", "refined", "mean_image", "other_recon", "untrained", "nearest_train")
+        if name in pictures
+    }
+    rows |= {"ceiling": seen} | (
+        {"true_latents": pictures["ceiling"]} if "ceiling" in pictures else {}
+    )
     answers = score_table(seen, rows, regional, draws=shuffles, seed=seed, image_ids=image_ids)
-    records += (answered := make_records(answers, regional, protocol=of["protocol"], test_set=of["test_set"]))
+    records += (
+        answered := make_records(
+            answers, regional, protocol=of["protocol"], test_set=of["test_set"]
+        )
+    )
     alarms += beneath_floors(answered)
     table = pd.concat([table, answers], ignore_index=True)
 pd.DataFrame(records).tail(len(regional))[["name", "value", "low", "high"]]
 
 # %% [markdown]
 # ## Captions
-# What notebook 04 read from the brain, against what people wrote of the image and against what the same captioner says of the image itself, as published. The
-# last, held against people, is the ceiling; "relative" is the share of it that captions from the brain reach. Floors: the same captions for wrong images, and
-# one sentence for all images, the most common one of training.
+# What notebook 04 read from the brain, against what people wrote of the image and against what the
+# same captioner says of the image itself, as published. The last, held against people, is the
+# ceiling; "relative" is the share of it that captions from the brain reach. Floors: the same
+# captions for wrong images, and one sentence for all images, the most common one of training.
 
 # %%
 file, captions, speech = run.results / "captions_brain.parquet", None, []
 if ours and file.exists() and subject.captions is not None and caption_metrics:
-    captions, trained = read_captions(file, image_ids, references), subject.captions["image"].isin(train_ids)
+    captions, trained = (
+        read_captions(file, image_ids, references),
+        subject.captions["image"].isin(train_ids),
+    )
     common = most_common(subject.captions["caption"][trained])
     speech, unsaid, networks = ready_metrics(caption_metrics, weights, run.device, clipper)
     looked_through |= networks
-    print(f"held against every image: '{common}'", *(f"{name} is left out. {why}" for name, why in unsaid.items()), sep="\n")
+    print(
+        f"held against every image: '{common}'",
+        *(f"{name} is left out. {why}" for name, why in unsaid.items()),
+        sep="\n",
+    )
 
 # %%
 spoken, spoken_records, said = {}, [], pd.DataFrame()
@@ -296,16 +531,42 @@ if speech:
     on = {"protocol": of["protocol"], "test_set": of["test_set"]}
     endings = {"brain_ref": "", "brain_img": " to image's caption"}
     for pairing, (wanted_captions, rows) in scored_pairings(captions, common).items():
-        spoken[pairing] = score_table(wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids)
-        called = [replace(m, name=m.name + endings[pairing], description=f"{m.description}; ceiling: the captioner looking at the image") for m in speech]
-        spoken_records += make_records(spoken[pairing].assign(metric=spoken[pairing]["metric"] + endings[pairing]), called, **on)
+        spoken[pairing] = score_table(
+            wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids
+        )
+        called = [
+            replace(
+                m,
+                name=m.name + endings[pairing],
+                description=f"{m.description}; ceiling: the captioner looking at the image",
+            )
+            for m in speech
+        ]
+        spoken_records += make_records(
+            spoken[pairing].assign(metric=spoken[pairing]["metric"] + endings[pairing]),
+            called,
+            **on,
+        )
     alarms += beneath_floors(spoken_records)
-    said = pd.concat([caption_lines(spoken), corpus_lines(captions, common, next(derangements(len(seen), 1, seed)))], ignore_index=True)
-said.pivot(index="metric", columns="pairing", values="value").reindex(said["metric"].unique()).round(3) if len(said) else "There are no captions."
+    said = pd.concat(
+        [
+            caption_lines(spoken),
+            corpus_lines(captions, common, next(derangements(len(seen), 1, seed))),
+        ],
+        ignore_index=True,
+    )
+(
+    said.pivot(index="metric", columns="pairing", values="value")
+    .reindex(said["metric"].unique())
+    .round(3)
+    if len(said)
+    else "There are no captions."
+)
 
 # %% [markdown]
 # ## Tables beside the scores
-# One, two and three repeats; every row with its paired difference to the system; images that are far from all training images; images in held-out clusters.
+# One, two and three repeats; every row with its paired difference to the system; images that are
+# far from all training images; images in held-out clusters.
 
 # %%
 def written(values):
@@ -318,23 +579,45 @@ repeats = sorted(row for row in pictures if row.startswith("repeats_"))
 tables = []
 if repeats:
     rows = [
-        {"metric": m.name} | {row.replace("repeats_", "") + (" repeat" if row == "repeats_1" else " repeats"): written(each[row, m.name]) for row in repeats}
-        | {f"{of['repeats']} repeats": written(each["system", m.name])} for m in chosen
-    ]  # fmt: skip
-    tables.append({"title": "Fewer repeats of the test images", "note": "Published tables average three repeats; life offers one.", "rows": rows})
+        {"metric": m.name}
+        | {
+            row.replace("repeats_", "")
+            + (" repeat" if row == "repeats_1" else " repeats"): written(each[row, m.name])
+            for row in repeats
+        }
+        | {f"{of['repeats']} repeats": written(each["system", m.name])}
+        for m in chosen
+    ]
+    tables.append(
+        {
+            "title": "Fewer repeats of the test images",
+            "note": "Published tables average three repeats; life offers one.",
+            "rows": rows,
+        }
+    )
 
 # %%
 others = []
 for record in records:
     cells = {}
     for row, entry in record.get("others", {}).items():
-        gain = [entry["difference"][k] if record["better"] == "higher" else -entry["difference"][k] for k in ("value", "low", "high")]
+        gain = [
+            entry["difference"][k] if record["better"] == "higher" else -entry["difference"][k]
+            for k in ("value", "low", "high")
+        ]
         if row not in repeats:
-            cells[row] = f"{entry['value']:.3f} ({gain[0]:+.3f} [{min(gain[1:]):+.3f}, {max(gain[1:]):+.3f}])"
+            cells[row] = (
+                f"{entry['value']:.3f} ({gain[0]:+.3f} [{min(gain[1:]):+.3f},"
+                f" {max(gain[1:]):+.3f}])"
+            )
     others += [{"metric": record["name"]} | cells] if cells else []
 pool = json.loads(of["retrieved"]) if "retrieved" in of else {}
 if others:
-    note = f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. " if pool else ""
+    note = (
+        f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. "
+        if pool
+        else ""
+    )
     note += "In brackets what the system is better by, paired by image, with its 95 % interval."
     tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
 
@@ -342,35 +625,74 @@ if others:
 if "train_distance" in made and len(seen) >= 5:
     fifths = np.array_split(np.argsort(made["train_distance"].numpy(), kind="stable"), 5)
     names = ("nearest fifth", "second", "third", "fourth", "farthest fifth")
-    rows = [{"metric": m.name} | {name: written(each["system", m.name][part]) for name, part in zip(names, fifths, strict=True)} for m in chosen]
-    tables.append({"title": "By distance to the nearest training image", "note": "In CLIP's tokens: is a score owed to look-alikes that were trained?", "rows": rows})
+    rows = [
+        {"metric": m.name}
+        | {
+            name: written(each["system", m.name][part])
+            for name, part in zip(names, fifths, strict=True)
+        }
+        for m in chosen
+    ]
+    tables.append(
+        {
+            "title": "By distance to the nearest training image",
+            "note": "In CLIP's tokens: is a score owed to look-alikes that were trained?",
+            "rows": rows,
+        }
+    )
 if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
     out = made["held_out"].numpy()
-    rows = [{"metric": m.name, "held-out clusters": written(each["system", m.name][out]), "kept clusters": written(each["system", m.name][~out])} for m in chosen]
-    note = f"No training image was like the {out.sum()} test images of the held-out clusters; notebook 07 compares with the plain run, pair by pair."
+    rows = [
+        {
+            "metric": m.name,
+            "held-out clusters": written(each["system", m.name][out]),
+            "kept clusters": written(each["system", m.name][~out]),
+        }
+        for m in chosen
+    ]
+    note = (
+        f"No training image was like the {out.sum()} test images of the held-out clusters; notebook"
+        " 07 compares with the plain run, pair by pair."
+    )
     tables.append({"title": "Held-out clusters", "note": note, "rows": rows})
 
 # %% [markdown]
-# Where several models voted (notebook 03_vote): the vote beside the single models, the mean of their latents, and the oracle, which takes the best voter of each
-# image by the very score of its line.
+# Where several models voted (notebook 03_vote): the vote beside the single models, the mean of
+# their latents, and the oracle, which takes the best voter of each image by the very score of its
+# line.
 
 # %%
 if "voters" in of:
-    several = worth(each, {m.name: m.better for m in chosen}, of["voters"].split(","), of["best_voter"], seed)
-    tables.append({"title": "What the vote is worth", "note": verdict(several), "rows": voting_table(several)})
+    several = worth(
+        each, {m.name: m.better for m in chosen}, of["voters"].split(","), of["best_voter"], seed
+    )
+    tables.append(
+        {"title": "What the vote is worth", "note": verdict(several), "rows": voting_table(several)}
+    )
     print(verdict(several))
 
 # %%
 if len(said):
-    which = {"one": "one sentence of a person an image, as published", "all": "all sentences that people wrote of an image"}[references]
-    note = " ".join([f"Held against {which}; relative is the third column over the second.", *(f"{name} is left out. {why}" for name, why in unsaid.items())])
+    which = {
+        "one": "one sentence of a person an image, as published",
+        "all": "all sentences that people wrote of an image",
+    }[references]
+    note = " ".join(
+        [
+            f"Held against {which}; relative is the third column over the second.",
+            *(f"{name} is left out. {why}" for name, why in unsaid.items()),
+        ]
+    )
     tables.append({"title": "Captions from the brain", "note": note, "rows": caption_rows(said)})
 
 
 # %%
 def lines_of(title):
     """The table of that title, or a sentence."""
-    return next((pd.DataFrame(t["rows"]).set_index("metric") for t in tables if t["title"] == title), "There is none for this run.")
+    return next(
+        (pd.DataFrame(t["rows"]).set_index("metric") for t in tables if t["title"] == title),
+        "There is none for this run.",
+    )
 
 
 lines_of("Fewer repeats of the test images")
@@ -387,22 +709,31 @@ lines_of("By distance to the nearest training image")
 # %%
 def drawn(wished):
     """Scores of the system that a figure shows: the first four there are."""
-    names = [prefix + name if METRICS[name].network else name for name in METRICS] + [m.name.removesuffix(mark) for m in chosen if "judge" in m.name]
+    names = [prefix + name if METRICS[name].network else name for name in METRICS] + [
+        m.name.removesuffix(mark) for m in chosen if "judge" in m.name
+    ]
     known = [name + mark for name in (*wished, *names) if ("system", name + mark) in each]
     return {name: each["system", name] for name in list(dict.fromkeys(known))[:4]}
 
 
 told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
 if "train_distance" in made and len(seen) >= 5:
-    save(score_by_distance(made["train_distance"], told), run.results / "figures" / "train_distance.png")
+    save(
+        score_by_distance(made["train_distance"], told),
+        run.results / "figures" / "train_distance.png",
+    )
 
 # %% [markdown]
 # ## Would it know when it does not know?
-# Samples of one image that differ much should be worse. The curve leaves out the images whose samples differ most; where it is flat, the spread says nothing.
+# Samples of one image that differ much should be worse. The curve leaves out the images whose
+# samples differ most; where it is flat, the spread says nothing.
 
 # %%
 if "spread" in made:
-    save(abstain_curve(made["spread"], told, {m.name: m.better for m in chosen}), run.results / "figures" / "abstain.png")
+    save(
+        abstain_curve(made["spread"], told, {m.name: m.better for m in chosen}),
+        run.results / "figures" / "abstain.png",
+    )
 
 # %% [markdown]
 # ## Into the results of the run
@@ -412,57 +743,118 @@ if "spread" in made:
 def choices():
     """The selection log: what was chosen, and on which data."""
     if not ours:
-        return [{"what": "everything", "chosen": "not known: the reconstructions were made elsewhere", "split": "unknown"}]
+        return [
+            {
+                "what": "everything",
+                "chosen": "not known: the reconstructions were made elsewhere",
+                "split": "unknown",
+            }
+        ]
     if "choices" in of:
         return json.loads(of["choices"])
-    told = {name: entry["value"] for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()}
-    epoch = {"what": "epoch", "chosen": told["checkpoint"], "split": "val" if told["checkpoint"] == "best" else "none: the last epoch is taken"}
+    told = {
+        name: entry["value"]
+        for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()
+    }
+    epoch = {
+        "what": "epoch",
+        "chosen": told["checkpoint"],
+        "split": "val" if told["checkpoint"] == "best" else "none: the last epoch is taken",
+    }
     samples = told["recons_per_sample"]
-    best = {"what": f"one of {samples} samples an image", "chosen": "nearest to the tokens predicted from the brain", "split": "none: no true image is used"}
-    ridge = {"what": "penalty of the ridge baseline", "chosen": "by target", "split": "cross-validation within train"}
+    best = {
+        "what": f"one of {samples} samples an image",
+        "chosen": "nearest to the tokens predicted from the brain",
+        "split": "none: no true image is used",
+    }
+    ridge = {
+        "what": "penalty of the ridge baseline",
+        "chosen": "by target",
+        "split": "cross-validation within train",
+    }
     network = [epoch, *([best] if samples > 1 else [])] if told["decoder"] != "ridge" else []
     return [*network, *([ridge] if told["decoder"] != "network" else [])]
 
 
 about = provenance(
-    run.recipe or run.name, {"all": seed}, choices(), subject=subj if ours else "unknown", dataset=dataset if ours else recon_path, alarms=alarms,
-    protocol=of["protocol"], test_set={"id": of["test_set"], "images": len(seen), "pixels": pixel_hash(seen)}, resizing=resizing,
-    parameters={key: str(value) for key, value in run.parameters.items()}, models=looked_through,
-)  # fmt: skip
+    run.recipe or run.name,
+    {"all": seed},
+    choices(),
+    subject=subj if ours else "unknown",
+    dataset=dataset if ours else recon_path,
+    alarms=alarms,
+    protocol=of["protocol"],
+    test_set={"id": of["test_set"], "images": len(seen), "pixels": pixel_hash(seen)},
+    resizing=resizing,
+    parameters={key: str(value) for key, value in run.parameters.items()},
+    models=looked_through,
+)
 add_results(run.results, run.stage, table, records, about, tables)
 save(score_dots(records), run.results / "figures" / "scores.png")
 if speech:
     endless = [t.assign(metric=t["metric"] + endings[pairing]) for pairing, t in spoken.items()]
-    add_results(run.results, "06_captions", pd.concat(endless, ignore_index=True), spoken_records, about | {"selection": []})
+    add_results(
+        run.results,
+        "06_captions",
+        pd.concat(endless, ignore_index=True),
+        spoken_records,
+        about | {"selection": []},
+    )
 
 # %% [markdown]
 # ## The published tables, with names
-# A line a metric, the published ones first and in their order, beside floors and ceiling. The refined pictures have their own, as the published evaluation has.
+# A line a metric, the published ones first and in their order, beside floors and ceiling. The
+# refined pictures have their own, as the published evaluation has.
 
 # %%
 def as_system(row, metrics, scored):
-    """Records of another row in the system's place, with its own shuffled pairing, and the floors that do not depend on it."""
-    own = score_table(seen, {"system": pictures[row]}, metrics, draws=shuffles, seed=seed, image_ids=image_ids)
+    """Records of another row in the system's place, with its own shuffled pairing, and the floors
+    that do not depend on it.
+    """
+    own = score_table(
+        seen, {"system": pictures[row]}, metrics, draws=shuffles, seed=seed, image_ids=image_ids
+    )
     floors = scored[scored["row"].isin(("mean_image", "untrained", "nearest_train"))]
     limit = "ceiling" if metrics is regional else f"{row}_ceiling"
     best = scored[scored["row"] == limit].assign(row="ceiling")
     none = "" if len(best) else "the same was not made of the true latents"
     both = pd.concat([own, floors, best], ignore_index=True)
-    return make_records(both[both["metric"].isin([m.name for m in metrics])], metrics, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=none)
+    return make_records(
+        both[both["metric"].isin([m.name for m in metrics])],
+        metrics,
+        protocol=of["protocol"],
+        test_set=of["test_set"],
+        no_ceiling=none,
+    )
 
 
-written_tables, retrieval = run.results / "tables", retrieval_rows(read_json(run.results / "metrics.json"))
+written_tables, retrieval = (
+    run.results / "tables",
+    retrieval_rows(read_json(run.results / "metrics.json")),
+)
 write_lines(written_tables / f"{run.name}_all_recons.csv", score_lines([*records, *retrieval]))
 if "refined" in pictures:
-    refined = as_system("refined", chosen, table) + (as_system("refined", regional, table) if regional else [])
-    write_lines(written_tables / f"{run.name}_all_enhancedrecons.csv", score_lines([*refined, *retrieval]))
+    refined = as_system("refined", chosen, table) + (
+        as_system("refined", regional, table) if regional else []
+    )
+    write_lines(
+        written_tables / f"{run.name}_all_enhancedrecons.csv", score_lines([*refined, *retrieval])
+    )
 if len(said):
-    named = said.assign(Metric=said["metric"] + " " + said["pairing"])[["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]]
-    write_lines(written_tables / f"{run.name}_caption_metrics.csv", named.rename(columns={"value": "Value"}))
+    named = said.assign(Metric=said["metric"] + " " + said["pairing"])[
+        ["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]
+    ]
+    write_lines(
+        written_tables / f"{run.name}_caption_metrics.csv", named.rename(columns={"value": "Value"})
+    )
 score_lines([*records, *retrieval])
 
 # %%
-published = {m.name: f"{summary.loc[m.name, 'system']:.6f}" for m in chosen if m.name.removeprefix(prefix).removesuffix(mark) in wanted}
+published = {
+    m.name: f"{summary.loc[m.name, 'system']:.6f}"
+    for m in chosen
+    if m.name.removeprefix(prefix).removesuffix(mark) in wanted
+}
 if not ours:
     with atomic(resolve(recon_path).with_suffix(".csv")) as path:
         pd.Series(published, name="Value").rename_axis("Metric").to_csv(path, sep="\t")
@@ -470,19 +862,38 @@ pd.Series(published)
 
 # %% [markdown]
 # ## The report and the gallery
-# One page that holds everything. Below, the same gallery in this notebook: sorted by any score, hits or misses of the retrieval.
+# One page that holds everything. Below, the same gallery in this notebook: sorted by any score,
+# hits or misses of the retrieval.
 
 # %%
 details = pd.DataFrame({m.name: each["system", m.name] for m in chosen}, index=image_ids)
 found = run.results / "retrieved.parquet"
 if ours and found.exists():
-    ranks = pd.read_parquet(found).query("direction == 'image_from_brain'").set_index("image")["rank"]
+    ranks = (
+        pd.read_parquet(found).query("direction == 'image_from_brain'").set_index("image")["rank"]
+    )
     details["hit"] = ranks.reindex(image_ids).to_numpy() == 1
 if ours and subject.captions is not None:
-    details["caption"] = subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna("").to_numpy()
+    details["caption"] = (
+        subject.captions.groupby("image")["caption"]
+        .first()
+        .reindex(image_ids)
+        .fillna("")
+        .to_numpy()
+    )
 if speech:
-    details["caption"] = [f"{a} | from the brain: {b} | of the image: {c}" for a, b, c in zip(details["caption"], captions["brain"], captions["git_image"], strict=True)]
-names = {f"low_level_{main}" if ours else "": "low level", "system": "reconstructed", "refined": "refined", "retrieved": "found in the pool"}
+    details["caption"] = [
+        f"{a} | from the brain: {b} | of the image: {c}"
+        for a, b, c in zip(
+            details["caption"], captions["brain"], captions["git_image"], strict=True
+        )
+    ]
+names = {
+    f"low_level_{main}" if ours else "": "low level",
+    "system": "reconstructed",
+    "refined": "refined",
+    "retrieved": "found in the pool",
+}
 names |= {"nearest_train": "nearest training image", "ceiling": "ceiling"}
 shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
 print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")
@@ -492,6 +903,7 @@ gallery_widget(shown, details, made.get("samples"))
 
 # %% [markdown]
 # ## What to look at
-# A score means something only between its floors and its ceiling. Where "nearest_train" is as good as the system, the generator adds nothing to a
-# lookup; where "other_recon" is, the sort of picture is right and the picture is not. Where ridge is as good as the network, depth adds nothing.
-# Next: notebook 07 compares runs.
+# A score means something only between its floors and its ceiling. Where "nearest_train" is as good
+# as the system, the generator adds nothing to a lookup; where "other_recon" is, the sort of
+# picture is right and the picture is not. Where ridge is as good as the network, depth adds
+# nothing. Next: notebook 07 compares runs.

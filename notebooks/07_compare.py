@@ -1,21 +1,26 @@
 # %% [markdown]
 # # 07 · Compare: which run is better, and by how much?
 #
-# **Question.** Scored on the same test images, how do runs differ, how sure is that, how much of the brain and how many sessions do they need, and how
-# much do they owe to pretraining on other subjects, and to categories that were trained?
+# **Question.** Scored on the same test images, how do runs differ, how sure is that, how much of
+# the brain and how many sessions do they need, and how much do they owe to pretraining on other
+# subjects, and to categories that were trained?
 #
-# **Reads** `results/*/metrics.json` and `scores.parquet` (notebooks 05 and 06), of all runs or of those in `runs`. **Writes** `results/compare/`:
-# `comparison.csv` (all scores, floors and ceilings), `comparison.tex` (a table for a paper), `differences.csv` (paired), `sessions.csv`,
+# **Reads** `results/*/metrics.json` and `scores.parquet` (notebooks 05 and 06), of all runs or of
+# those in `runs`. **Writes** `results/compare/`: `comparison.csv` (all scores, floors and
+# ceilings), `comparison.tex` (a table for a paper), `differences.csv` (paired), `sessions.csv`,
 # `pretraining.csv` and `held_out.csv` where there are such runs, and figures.
 #
 # Cost: seconds.
 #
-# Source: paired bootstrap over images (Efron & Tibshirani 1993); components and clusters: docs/overlap.md; sessions and pretraining: docs/sweeps.md.
+# Source: paired bootstrap over images (Efron & Tibshirani 1993); components and clusters:
+# docs/overlap.md; sessions and pretraining: docs/sweeps.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
 model_name = "compare"  # folder under results/ that the comparison is written to
-runs = ""  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
+runs = (  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
+    ""
+)
 test_set = ""  # id of the test set, by default that of most runs
 metrics = ""  # metrics to show, separated by commas, by default all that every run has
 row = "system"  # row of each run's scores that is compared, e.g. system or ridge
@@ -37,30 +42,43 @@ from src.utils import HOME, PerceptError, atomic
 
 # %% [markdown]
 # ## The runs
-# Runs that were scored on other test images cannot be compared: they are left out and named, or refused where `runs` asks for them.
+# Runs that were scored on other test images cannot be compared: they are left out and named, or
+# refused where `runs` asks for them.
 
 # %%
 found = compare.read_runs(HOME / "results", runs)
 missing = [one.name for one in found if row not in one.rows]
 if missing and (runs or len(missing) == len(found)):
-    raise PerceptError(f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs.")
-scored, alarms = compare.same_pictures([one for one in found if row in one.rows], test_set, refuse=bool(runs))
+    raise PerceptError(
+        f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs."
+    )
+scored, alarms = compare.same_pictures(
+    [one for one in found if row in one.rows], test_set, refuse=bool(runs)
+)
 alarms += compare.unlike(scored)
 held_against = baseline or scored[0].name
 shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
-print("\n".join([f"Left out, without scores of '{row}': {name}." for name in missing] + ([] if metrics else compare.lacking(scored, shown, row))))
-pd.DataFrame({
-    "run": [one.name for one in scored],
-    "protocol": [one.protocol for one in scored],
-    "decoder": [one.trained.get("decoder", "made elsewhere") for one in scored],
-    "components": [one.trained.get("n_components", "") or "all voxels" for one in scored],
-    "images": [len(one.values(shown[0], row)) for one in scored],
-})  # fmt: skip
+print(
+    "\n".join(
+        [f"Left out, without scores of '{row}': {name}." for name in missing]
+        + ([] if metrics else compare.lacking(scored, shown, row))
+    )
+)
+pd.DataFrame(
+    {
+        "run": [one.name for one in scored],
+        "protocol": [one.protocol for one in scored],
+        "decoder": [one.trained.get("decoder", "made elsewhere") for one in scored],
+        "components": [one.trained.get("n_components", "") or "all voxels" for one in scored],
+        "images": [len(one.values(shown[0], row)) for one in scored],
+    }
+)
 
 # %% [markdown]
 # ## The table
-# A score is never without its floors and its ceiling, which stand beneath. Indented: other decoders of the same run.
+# A score is never without its floors and its ceiling, which stand beneath. Indented: other
+# decoders of the same run.
 
 # %%
 tidy = compare.comparison(scored, shown)
@@ -72,12 +90,15 @@ with atomic(run.results / "comparison.tex") as path:
 table
 
 # %%
-figures.save(figures.compare_dots(tidy, row, held_against), run.results / "figures" / "comparison.png")
+figures.save(
+    figures.compare_dots(tidy, row, held_against), run.results / "figures" / "comparison.png"
+)
 
 # %% [markdown]
 # ## Paired differences
-# The intervals above overlap easily, since some images are hard for every run. The difference image by image takes that out. With 95 % intervals, one in
-# twenty differences excludes 0 by chance: count how many there are.
+# The intervals above overlap easily, since some images are hard for every run. The difference
+# image by image takes that out. With 95 % intervals, one in twenty differences excludes 0 by
+# chance: count how many there are.
 
 # %%
 gaps = compare.differences(scored, shown, held_against, row, seed)
@@ -85,76 +106,145 @@ with atomic(run.results / "differences.csv") as path:
     gaps.to_csv(path, index=False)
 if len(gaps):
     clear = (gaps["verdict"] != "undecided").sum()
-    print(f"{clear} of {len(gaps)} differences to {held_against} exclude 0; about {0.05 * len(gaps):.0f} would by chance.")
-    gaps["difference [95 %]"] = [f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in gaps[["value", "low", "high"]].to_numpy()]
-    gaps["difference [95 %]"] += gaps["verdict"].map({"better": " better", "worse": " worse", "undecided": ""})
+    print(
+        f"{clear} of {len(gaps)} differences to {held_against} exclude 0; about"
+        f" {0.05 * len(gaps):.0f} would by chance."
+    )
+    gaps["difference [95 %]"] = [
+        f"{v:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for v, low, high in gaps[["value", "low", "high"]].to_numpy()
+    ]
+    gaps["difference [95 %]"] += gaps["verdict"].map(
+        {"better": " better", "worse": " worse", "undecided": ""}
+    )
 else:
-    print("There is one run only: train another one to compare it with, e.g. `python run.py mindeye --mini -p decoder ridge -p model_name ridge`.")
-gaps.pivot(index="metric", columns="run", values="difference [95 %]").reindex(shown).dropna(how="all").fillna("–") if len(gaps) else None
+    print(
+        "There is one run only: train another one to compare it with, e.g. `python run.py mindeye"
+        " --mini -p decoder ridge -p model_name ridge`."
+    )
+(
+    gaps.pivot(index="metric", columns="run", values="difference [95 %]")
+    .reindex(shown)
+    .dropna(how="all")
+    .fillna("–")
+    if len(gaps)
+    else None
+)
 
 # %% [markdown]
 # ## How much of the brain?
-# Voxels are replaced by their first principal components. Where few of them do as well as all voxels, the rest of the brain is not what makes the picture.
+# Voxels are replaced by their first principal components. Where few of them do as well as all
+# voxels, the rest of the brain is not what makes the picture.
 
 # %%
 points = compare.curves(scored, shown, "n_components")
 if len(points):
-    figures.save(figures.curves_over(points, "n_components", "components of the voxels"), run.results / "figures" / "bottleneck.png")
+    figures.save(
+        figures.curves_over(points, "n_components", "components of the voxels"),
+        run.results / "figures" / "bottleneck.png",
+    )
 else:
-    print("No two runs of a recipe differ in their number of components; this makes one: `python run.py mindeye --mini -p n_components 30`")
+    print(
+        "No two runs of a recipe differ in their number of components; this makes one: `python"
+        " run.py mindeye --mini -p n_components 30`"
+    )
 
 # %%
 compare.enough(points, scored, seed) if len(points) else None
 
 # %% [markdown]
 # ## How many sessions?
-# Trained on the first so many sessions of a subject alone, each run is scored on the whole test set. Networks stand beside ridge, and beside a network that was
-# pretrained on other subjects where there is one. The floors move, too: with few sessions, the nearest training image is one of few. Intervals are over test
-# images; one training a point says nothing of the luck of its seed.
+# Trained on the first so many sessions of a subject alone, each run is scored on the whole test
+# set. Networks stand beside ridge, and beside a network that was pretrained on other subjects
+# where there is one. The floors move, too: with few sessions, the nearest training image is one of
+# few. Intervals are over test images; one training a point says nothing of the luck of its seed.
 
 # %%
 sessions = compare.curves(scored, shown, "num_sessions")
 if len(sessions):
     with atomic(run.results / "sessions.csv") as path:
         sessions.to_csv(path, index=False)
-    figures.save(figures.curves_over(sessions, "num_sessions", "training sessions"), run.results / "figures" / "sessions.png")
+    figures.save(
+        figures.curves_over(sessions, "num_sessions", "training sessions"),
+        run.results / "figures" / "sessions.png",
+    )
 else:
-    print("No two runs of a recipe differ in their number of training sessions; this makes one: `python run.py mindeye --mini -p num_sessions 1`")
+    print(
+        "No two runs of a recipe differ in their number of training sessions; this makes one:"
+        " `python run.py mindeye --mini -p num_sessions 1`"
+    )
 
 # %%
 def by_sessions(table):
-    """Scores as text, a line a metric and curve, floors and ceiling of the first curve beneath; a column a number of sessions."""
+    """Scores as text, a line a metric and curve, floors and ceiling of the first curve beneath; a
+    column a number of sessions.
+    """
     kept = table[(table["row"] == "system") | (table["curve"] == table["curve"].iloc[0])]
-    text = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in kept[["value", "low", "high"]].to_numpy()]
+    text = [
+        f"{v:.3f} [{low:.3f}, {high:.3f}]"
+        for v, low, high in kept[["value", "low", "high"]].to_numpy()
+    ]
     what = kept["curve"].where(kept["row"] == "system", kept["row"].map(compare.words))
-    wide = kept.assign(text=text, what=what).pivot(index=["metric", "what"], columns="num_sessions", values="text")
-    order = kept.assign(what=what)[["metric", "what"]].drop_duplicates().sort_values("metric", key=lambda m: m.map(shown.index), kind="stable")
-    return wide.reindex(index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(kept["num_sessions"]))).rename(columns={0: "all"}).fillna("–")
+    wide = kept.assign(text=text, what=what).pivot(
+        index=["metric", "what"], columns="num_sessions", values="text"
+    )
+    order = (
+        kept.assign(what=what)[["metric", "what"]]
+        .drop_duplicates()
+        .sort_values("metric", key=lambda m: m.map(shown.index), kind="stable")
+    )
+    return (
+        wide.reindex(
+            index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(kept["num_sessions"]))
+        )
+        .rename(columns={0: "all"})
+        .fillna("–")
+    )
 
 
-by_sessions(sessions.sort_values("num_sessions", key=lambda k: k.replace(0, 10**6))) if len(sessions) else None
+(
+    by_sessions(sessions.sort_values("num_sessions", key=lambda k: k.replace(0, 10**6)))
+    if len(sessions)
+    else None
+)
 
 # %% [markdown]
 # ## What does pretraining on other subjects add?
-# A run that started from weights of other subjects against the run that is alike in all but that, image by image. Positive is more, for distances worse.
+# A run that started from weights of other subjects against the run that is alike in all but that,
+# image by image. Positive is more, for distances worse.
 
 # %%
 added = compare.pretraining(scored, shown, seed)
 if len(added):
     with atomic(run.results / "pretraining.csv") as path:
         added.to_csv(path, index=False)
-    added["difference [95 %]"] = [f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in added[["value", "low", "high"]].to_numpy()]
-    added["difference [95 %]"] += added["verdict"].map({"better": " better", "worse": " worse", "undecided": ""})
+    added["difference [95 %]"] = [
+        f"{v:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for v, low, high in added[["value", "low", "high"]].to_numpy()
+    ]
+    added["difference [95 %]"] += added["verdict"].map(
+        {"better": " better", "worse": " worse", "undecided": ""}
+    )
 else:
-    print("No run that started from weights of other subjects (multisubject_ckpt) stands beside one that is alike in all but that (docs/mindeye2.md).")
+    print(
+        "No run that started from weights of other subjects (multisubject_ckpt) stands beside one"
+        " that is alike in all but that (docs/mindeye2.md)."
+    )
 names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype(str) + " sessions")
-names.pivot(index="metric", columns=["run", "num_sessions"], values="difference [95 %]").reindex(shown) if len(added) else None
+(
+    names.pivot(
+        index="metric", columns=["run", "num_sessions"], values="difference [95 %]"
+    ).reindex(shown)
+    if len(added)
+    else None
+)
 
 # %% [markdown]
 # ## Categories that were never trained
-# A training without a quarter of the clusters of images, against the plain one: the change on test images of these clusters, and on the others, which is the
-# control for having trained on fewer images. What the first loses beyond the second was owed to relatives among the training images. Negative is a loss, also
-# for distances.
+# A training without a quarter of the clusters of images, against the plain one: the change on test
+# images of these clusters, and on the others, which is the control for having trained on fewer
+# images. What the first loses beyond the second was owed to relatives among the training images.
+# Negative is a loss, also for distances.
 
 # %%
 effects = []
@@ -162,31 +252,56 @@ for without, its_row, plain, other_row in compare.held_out_pairs(scored):
     made = load_file(HOME / "results" / without.name / "reconstructions.safetensors")
     held_out = pd.Series(made["held_out"].numpy(), index=made["image_ids"].numpy())
     if held_out.all() or not held_out.any():
-        print(f"{without.name} was scored on too few images: all or none of them are in held-out clusters.")
+        print(
+            f"{without.name} was scored on too few images: all or none of them are in held-out"
+            " clusters."
+        )
         continue
     names = [name for name in shown if name in without.records and name in plain.records]
-    scores = [{name: one.values(name, which) for name in names} for one, which in ((without, its_row), (plain, other_row))]
+    scores = [
+        {name: one.values(name, which) for name in names}
+        for one, which in ((without, its_row), (plain, other_row))
+    ]
     better = {name: without.records[name]["better"] for name in names}
-    effects.append(compare.held_out_effect(*scores, held_out, better, seed=seed).assign(run=without.name, row=its_row, plain=plain.name))
+    effects.append(
+        compare.held_out_effect(*scores, held_out, better, seed=seed).assign(
+            run=without.name, row=its_row, plain=plain.name
+        )
+    )
     title = f"{without.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
-    figures.save(figures.held_out_effect(effects[-1], title), run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png")
+    figures.save(
+        figures.held_out_effect(effects[-1], title),
+        run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png",
+    )
 if effects:
     with atomic(run.results / "held_out.csv") as path:
         pd.concat(effects).to_csv(path, index=False)
 else:
-    print("There is no run without some clusters beside a plain one; this makes it: `python run.py mindeye --mini -p split cluster-held-out`")
+    print(
+        "There is no run without some clusters beside a plain one; this makes it: `python run.py"
+        " mindeye --mini -p split cluster-held-out`"
+    )
 
 # %%
 def told(part):
     """Changes as text, a line a metric."""
-    texts = part.assign(text=[f"{v:+.3f} [{low:+.3f}, {high:+.3f}]" for v, low, high in part[["value", "low", "high"]].to_numpy()])
-    return texts.pivot(index=["run", "row", "metric"], columns="images", values="text")[["held-out clusters", "kept clusters", "effect"]]
+    texts = part.assign(
+        text=[
+            f"{v:+.3f} [{low:+.3f}, {high:+.3f}]"
+            for v, low, high in part[["value", "low", "high"]].to_numpy()
+        ]
+    )
+    return texts.pivot(index=["run", "row", "metric"], columns="images", values="text")[
+        ["held-out clusters", "kept clusters", "effect"]
+    ]
 
 
 pd.concat([told(part) for part in effects]) if effects else None
 
 # %% [markdown]
 # ## What to look at
-# First whether a run is better than its floors at all, then the paired difference, then whether it is large beside the distance between floor and ceiling. A
-# run that was chosen because it came out best on these test images has been chosen on them: say so, or choose on validation images.
-# Where ridge is as good as a network, depth adds nothing; where a few components are as good as all voxels, neither does most of the brain.
+# First whether a run is better than its floors at all, then the paired difference, then whether it
+# is large beside the distance between floor and ceiling. A run that was chosen because it came out
+# best on these test images has been chosen on them: say so, or choose on validation images. Where
+# ridge is as good as a network, depth adds nothing; where a few components are as good as all
+# voxels, neither does most of the brain.

@@ -1,23 +1,34 @@
 # %% [markdown]
 # # 07 · Sweep: which setting wins, and is that more than luck of the seed?
 #
-# **Question.** Of the values that a parameter took, which is best, by how much, would another seed have said the same, and what did each cost?
+# **Question.** Of the values that a parameter took, which is best, by how much, would another seed
+# have said the same, and what did each cost?
 #
-# **Reads** `results/<sweep>/points.json` (`run.py sweep`), and of every point its histories and its scores on the test images. **Writes**
-# `results/<sweep>/sweep.csv` (a line a point), `levels.csv` (a line a level and score), `costs.csv` (a line a point: scores, memory, time) and figures.
+# **Reads** `results/<sweep>/points.json` (`run.py sweep`), and of every point its histories and
+# its scores on the test images. **Writes** `results/<sweep>/sweep.csv` (a line a point),
+# `levels.csv` (a line a level and score), `costs.csv` (a line a point: scores, memory, time) and
+# figures.
 #
 # Cost: seconds.
 #
-# Source: levels are held against each other within pairs, with Student's t over seeds; what is paired and why: docs/sweeps.md. Regions alone and left
-# out: docs/roi_voting.md.
+# Source: levels are held against each other within pairs, with Student's t over seeds; what is
+# paired and why: docs/sweeps.md. Regions alone and left out: docs/roi_voting.md.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
 model_name = ""  # name of the sweep, a folder under results/
-metrics = ""  # scores to show, separated by commas, by default all that every point has; the first two are drawn
-factor = ""  # varied parameter whose values are compared, by default the first of the grid that is no seed
-seed_name = ""  # varied parameter that is the luck of a run, by default seed or bag_seeds, whichever the grid varies
-by = "val/loss"  # column of the histories that the verdict is about; one that holds "loss" or "mse" is better where it is lower
+metrics = (  # scores to show, separated by commas, by default all that every point has; the first two are drawn
+    ""
+)
+factor = (  # varied parameter whose values are compared, by default the first of the grid that is no seed
+    ""
+)
+seed_name = (  # varied parameter that is the luck of a run, by default seed or bag_seeds, whichever the grid varies
+    ""
+)
+by = (  # column of the histories that the verdict is about; one that holds "loss" or "mse" is better where it is lower
+    "val/loss"
+)
 
 # %%
 from src.utils import configure
@@ -33,7 +44,8 @@ from src.utils import HOME, PerceptError, atomic
 
 # %% [markdown]
 # ## What is there
-# Points that failed or were not run are missing below, and so is, from every comparison, whatever would have been their pair.
+# Points that failed or were not run are missing below, and so is, from every comparison, whatever
+# would have been their pair.
 
 # %%
 ledger, points = sweep.read_points(run.results)
@@ -41,15 +53,31 @@ varied = ledger["factors"]
 seed_name = seed_name or next((name for name in sweep.SEEDS if name in varied), "")
 factor = factor or next((name for name in varied if name != seed_name), "")
 if unknown := [name for name in (factor, seed_name) if name and name not in varied]:
-    raise PerceptError(f"The sweep {run.name} does not vary '{unknown[0]}': choose among {', '.join(varied)}.")
+    raise PerceptError(
+        f"The sweep {run.name} does not vary '{unknown[0]}': choose among {', '.join(varied)}."
+    )
 if not factor:
-    raise PerceptError(f"The sweep {run.name} varies nothing but {seed_name}: name that as the factor, or vary another parameter.")
-others = [name for name in varied if name not in (factor, seed_name) and points.groupby(factor)[name].nunique().max() > 1]  # the rest goes with the factor
+    raise PerceptError(
+        f"The sweep {run.name} varies nothing but {seed_name}: name that as the factor, or vary"
+        " another parameter."
+    )
+others = [
+    name
+    for name in varied
+    if name not in (factor, seed_name) and points.groupby(factor)[name].nunique().max() > 1
+]  # the rest goes with the factor
 finished = points[points["state"] == "finished"]
 pairs = " and ".join([*others, *([seed_name] if seed_name else [])])
-print(f"{ledger['recipe']}: {len(finished)} of {len(points)} points are finished; {factor} is compared" + (f", in pairs of equal {pairs}" if pairs else ""))
+print(
+    f"{ledger['recipe']}: {len(finished)} of {len(points)} points are finished; {factor} is"
+    " compared" + (f", in pairs of equal {pairs}" if pairs else "")
+)
 if len(finished) < len(points):
-    print(points.loc[points["state"] != "finished", ["number", "label", "state"]].to_string(index=False))
+    print(
+        points.loc[points["state"] != "finished", ["number", "label", "state"]].to_string(
+            index=False
+        )
+    )
 points.groupby([factor, "state"], sort=False).size().unstack(fill_value=0)
 
 # %%
@@ -61,12 +89,19 @@ scores = settings.merge(sweep.read_scores(run.results, labels, metrics), on="lab
 shown = list(dict.fromkeys(scores["metric"]))
 if len(scores):
     first = scores.iloc[0]
-    print(f"protocol {first['protocol']}, test set {first['test_set']}, {scores['n'].max():.0f} images, which no model of a bag saw; scores: {', '.join(shown)}")
-print(f"{histories['model'].nunique()} models a point, in {', '.join(dict.fromkeys(histories['kind'])) or 'no training with a history'}")
+    print(
+        f"protocol {first['protocol']}, test set {first['test_set']}, {scores['n'].max():.0f}"
+        f" images, which no model of a bag saw; scores: {', '.join(shown)}"
+    )
+print(
+    f"{histories['model'].nunique()} models a point, in"
+    f" {', '.join(dict.fromkeys(histories['kind'])) or 'no training with a history'}"
+)
 
 # %% [markdown]
 # ## Losses
-# Each thin line is a run. Where validation turns up while training goes on down, the epoch is chosen there, and more epochs buy nothing.
+# Each thin line is a run. Where validation turns up while training goes on down, the epoch is
+# chosen there, and more epochs buy nothing.
 
 # %%
 if len(histories):
@@ -76,70 +111,156 @@ else:
 
 # %% [markdown]
 # ## Which level is best?
-# The verdict is on validation images, at the epoch that validation chose. The scores on test images stand beside it and choose nothing. A difference is taken
-# between runs that differ in nothing else, averaged over the other parameters, and its interval is over seeds: a hundred test images are not a hundred
-# trainings. "More than seed noise" needs the intervals to all other levels to exclude 0.
+# The verdict is on validation images, at the epoch that validation chose. The scores on test
+# images stand beside it and choose nothing. A difference is taken between runs that differ in
+# nothing else, averaged over the other parameters, and its interval is over seeds: a hundred test
+# images are not a hundred trainings. "More than seed noise" needs the intervals to all other
+# levels to exclude 0.
 
 # %%
 def tables_of(table, value):
-    """Runs that have a pair at every level, the table of levels, and the standard deviation over seeds."""
-    paired = sweep.complete(table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])])
+    """Runs that have a pair at every level, the table of levels, and the standard deviation over
+    seeds.
+    """
+    paired = sweep.complete(
+        table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])]
+    )
     paired = paired.assign(value=paired[value])
-    return paired, sweep.level_table(paired, factor, seed_name), sweep.seed_sd(paired, factor, seed_name)
+    return (
+        paired,
+        sweep.level_table(paired, factor, seed_name),
+        sweep.seed_sd(paired, factor, seed_name),
+    )
 
 
 better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
 words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
-for kind, part in losses.dropna(subset=by).groupby("kind", sort=False) if by in losses and factor not in sweep.OTHER_IMAGES else ():
+for kind, part in (
+    losses.dropna(subset=by).groupby("kind", sort=False)
+    if by in losses and factor not in sweep.OTHER_IMAGES
+    else ()
+):
     found[kind] = tables_of(part, by)
     what = f"{words} of the {kind.replace('_', ' ')}" if losses["kind"].nunique() > 1 else words
-    gaps[kind] = sweep.gaps_to_best(found[kind][0], factor, seed_name, better) if len(found[kind][0]) else []
-    verdicts[kind] = sweep.verdict(gaps[kind], found[kind][2], what, [*others, *([seed_name] if seed_name else [])])
+    gaps[kind] = (
+        sweep.gaps_to_best(found[kind][0], factor, seed_name, better) if len(found[kind][0]) else []
+    )
+    verdicts[kind] = sweep.verdict(
+        gaps[kind], found[kind][2], what, [*others, *([seed_name] if seed_name else [])]
+    )
     dropped = len(part) - len(found[kind][0])
-    print(verdicts[kind] + "." + (f" {dropped} runs without a pair at every level are left out." if dropped else ""))
+    print(
+        verdicts[kind]
+        + "."
+        + (f" {dropped} runs without a pair at every level are left out." if dropped else "")
+    )
 if not verdicts:
-    why = f"with another {factor} the validation images are others, too" if factor in sweep.OTHER_IMAGES else f"no training left the column {by}"
+    why = (
+        f"with another {factor} the validation images are others, too"
+        if factor in sweep.OTHER_IMAGES
+        else f"no training left the column {by}"
+    )
     print(f"No level is named the best: {why}, and nothing is chosen on test images.")
 
 # %%
 panels = [
-    {"name": words + (f" of the {kind.replace('_', ' ')}" if len(found) > 1 else ""), "better": better, "runs": runs, "levels": levels, "sd": sd}
-    for kind, (runs, levels, sd) in found.items() if len(runs)
-]  # fmt: skip
+    {
+        "name": words + (f" of the {kind.replace('_', ' ')}" if len(found) > 1 else ""),
+        "better": better,
+        "runs": runs,
+        "levels": levels,
+        "sd": sd,
+    }
+    for kind, (runs, levels, sd) in found.items()
+    if len(runs)
+]
 for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(panels))]:
     runs, levels, sd = tables_of(scores[scores["metric"] == metric], "value")
     floor, ceiling = (runs[name].astype(float).mean() for name in ("shuffled", "ceiling"))
     beside = {"floor": (floor, "shuffled pairing"), "ceiling": (ceiling, "ceiling (true latents)")}
-    panels += [{"name": f"{metric}, test images", "better": runs["better"].iloc[0], "runs": runs, "levels": levels, "sd": sd} | beside] if len(runs) else []
+    panels += (
+        [
+            {
+                "name": f"{metric}, test images",
+                "better": runs["better"].iloc[0],
+                "runs": runs,
+                "levels": levels,
+                "sd": sd,
+            }
+            | beside
+        ]
+        if len(runs)
+        else []
+    )
 decides = next(iter(gaps.values()), [])
 for panel in panels[len(found) :] if decides else ():
     rows = panel["levels"].set_index(factor)["value"]
-    told = [f"{words} {value:.3f}" for value, words in (panel["floor"], panel["ceiling"]) if pd.notna(value)]
-    print(f"{decides[0].best}: {panel['name']} {rows.get(decides[0].best, float('nan')):.3f} ({', '.join(told) or 'no floor known'})")
+    told = [
+        f"{words} {value:.3f}"
+        for value, words in (panel["floor"], panel["ceiling"])
+        if pd.notna(value)
+    ]
+    print(
+        f"{decides[0].best}: {panel['name']} {rows.get(decides[0].best, float('nan')):.3f}"
+        f" ({', '.join(told) or 'no floor known'})"
+    )
 title = "; ".join(verdicts.values()) or f"{factor}: no validation score to name a winner by"
 if panels:
-    figures.save(figures.sweep_look(panels, factor, others[0] if others else "", title, decides), run.results / "figures" / "look.png")
+    figures.save(
+        figures.sweep_look(panels, factor, others[0] if others else "", title, decides),
+        run.results / "figures" / "look.png",
+    )
 
 # %% [markdown]
 # ## The tables
-# A line a level: the mean over everything else, with its 95 % interval over seeds. Floors (chance, shuffled pairing, the mean image) and the ceiling stand beside.
+# A line a level: the mean over everything else, with its 95 % interval over seeds. Floors (chance,
+# shuffled pairing, the mean image) and the ceiling stand beside.
 
 # %%
-per_score = [(f"{name}, {kind}" if losses["kind"].nunique() > 1 else name, part, name) for name in ("train/loss", "val/loss", by) if name in losses
-             for kind, part in losses.groupby("kind", sort=False)]  # fmt: skip
+per_score = [
+    (f"{name}, {kind}" if losses["kind"].nunique() > 1 else name, part, name)
+    for name in ("train/loss", "val/loss", by)
+    if name in losses
+    for kind, part in losses.groupby("kind", sort=False)
+]
 per_score += [(f"{metric}, test", scores[scores["metric"] == metric], "value") for metric in shown]
 rows = []
 for name, part, value in per_score:
     runs, levels, sd = tables_of(part, value)
-    controls = {c: runs[c].astype(float).mean() for c in ("chance", "shuffled", "mean_image", "ceiling") if c in runs}
+    controls = {
+        c: runs[c].astype(float).mean()
+        for c in ("chance", "shuffled", "mean_image", "ceiling")
+        if c in runs
+    }
     rows += [{"score": name} | row | controls for row in levels.to_dict("records")]
-by_level = pd.DataFrame(rows).drop_duplicates(["score", factor]) if rows else pd.DataFrame(columns=["score", factor])
+by_level = (
+    pd.DataFrame(rows).drop_duplicates(["score", factor])
+    if rows
+    else pd.DataFrame(columns=["score", factor])
+)
 with atomic(run.results / "levels.csv") as path:
     by_level.to_csv(path, index=False)
-shown_as = by_level.assign(text=[f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" if r["seeds"] > 1 else f"{r['value']:.3f}" for _, r in by_level.iterrows()])
-wide = shown_as.pivot(index="score", columns=factor, values="text").reindex(index=list(dict.fromkeys(by_level["score"])), columns=list(dict.fromkeys(points[factor])))
-beside = by_level.groupby("score", sort=False)[[c for c in ("chance", "shuffled", "mean_image", "ceiling") if c in by_level]].first().round(3)
+shown_as = by_level.assign(
+    text=[
+        (
+            f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+            if r["seeds"] > 1
+            else f"{r['value']:.3f}"
+        )
+        for _, r in by_level.iterrows()
+    ]
+)
+wide = shown_as.pivot(index="score", columns=factor, values="text").reindex(
+    index=list(dict.fromkeys(by_level["score"])), columns=list(dict.fromkeys(points[factor]))
+)
+beside = (
+    by_level.groupby("score", sort=False)[
+        [c for c in ("chance", "shuffled", "mean_image", "ceiling") if c in by_level]
+    ]
+    .first()
+    .round(3)
+)
 wide.join(beside).astype(object).fillna("–").rename(columns=lambda name: name.replace("_", " "))
 
 # %% [markdown]
@@ -148,48 +269,77 @@ wide.join(beside).astype(object).fillna("–").rename(columns=lambda name: name.
 # %%
 sheet = points.set_index("label")
 for kind, part in losses.groupby("kind", sort=False):
-    numbers = part.set_index("label")[[c for c in ("epoch", "train/loss", "val/loss", by) if c in part]]
-    sheet = sheet.join(numbers.loc[:, ~numbers.columns.duplicated()].add_suffix(f", {kind}" if losses["kind"].nunique() > 1 else ""))
+    numbers = part.set_index("label")[
+        [c for c in ("epoch", "train/loss", "val/loss", by) if c in part]
+    ]
+    sheet = sheet.join(
+        numbers.loc[:, ~numbers.columns.duplicated()].add_suffix(
+            f", {kind}" if losses["kind"].nunique() > 1 else ""
+        )
+    )
 for metric in shown:
     part = scores[scores["metric"] == metric].set_index("label")
-    names = {"value": metric} | {c: f"{metric}, {c.replace('_', ' ')}" for c in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling") if part[c].notna().any()}
+    names = {"value": metric} | {
+        c: f"{metric}, {c.replace('_', ' ')}"
+        for c in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling")
+        if part[c].notna().any()
+    }
     sheet = sheet.join(part[list(names)].rename(columns=names))
 with atomic(run.results / "sweep.csv") as path:
     sheet.reset_index().set_index("number").to_csv(path)
-sheet[[c for c in sheet if "," not in c or c.split(", ")[-1] in set(losses["kind"])]].reset_index(drop=True).set_index("number").round(4)
+sheet[[c for c in sheet if "," not in c or c.split(", ")[-1] in set(losses["kind"])]].reset_index(
+    drop=True
+).set_index("number").round(4)
 
 # %% [markdown]
 # ## Scores, memory, time
-# What each point took, beside what it gave. `weights` counts the numbers in the checkpoints of its networks; `memory` and `gpu_memory` are the most, in GB, that
-# the process of a training held; times are in seconds, as the stages ran here last, side by side with other points where several ran at a time. Where a training
-# was launched by itself, its stage also counts the notebook that shows it.
+# What each point took, beside what it gave. `weights` counts the numbers in the checkpoints of its
+# networks; `memory` and `gpu_memory` are the most, in GB, that the process of a training held;
+# times are in seconds, as the stages ran here last, side by side with other points where several
+# ran at a time. Where a training was launched by itself, its stage also counts the notebook that
+# shows it.
 
 # %%
-costs = sheet.reset_index()[["label", *varied, *(name for name in (by, *shown) if name in sheet)]].merge(
-    sweep.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label"
-)
+costs = sheet.reset_index()[
+    ["label", *varied, *(name for name in (by, *shown) if name in sheet)]
+].merge(sweep.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label")
 with atomic(run.results / "costs.csv") as path:
     costs.to_csv(path, index=False)
 for metric, part in scores.groupby("metric", sort=False):
-    told = {name.replace("_", " "): part[name].astype(float).mean() for name in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling")}
-    print(f"{metric}: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items() if pd.notna(value)))
+    told = {
+        name.replace("_", " "): part[name].astype(float).mean()
+        for name in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling")
+    }
+    print(
+        f"{metric}: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in told.items() if pd.notna(value))
+    )
 costs.set_index("label").round(4)
 
 # %% [markdown]
 # ## Regions alone and left out
-# A region that does well alone carries much; one whose absence costs nothing carries little that others do not. The two need not agree.
+# A region that does well alone carries much; one whose absence costs nothing carries little that
+# others do not. The two need not agree.
 
 # %%
-values = {p["levels"][factor]: str(p["overrides"].get(factor, p["levels"][factor])) for p in ledger["points"]}
+values = {
+    p["levels"][factor]: str(p["overrides"].get(factor, p["levels"][factor]))
+    for p in ledger["points"]
+}
 drawn = scores[scores["metric"].isin(shown[:3])]
 regions = sweep.region_table(drawn, values, factor, seed_name)
 if len(regions):
     figures.save(figures.region_curves(regions), run.results / "figures" / "regions.png")
 else:
-    print('For this figure let `rois` be regions by themselves ("V1"), all but one ("!V1") and all ("-"), as in launch/sweeps/rois_alone_mini.yaml.')
+    print(
+        'For this figure let `rois` be regions by themselves ("V1"), all but one ("!V1") and all'
+        ' ("-"), as in launch/sweeps/rois_alone_mini.yaml.'
+    )
 
 # %% [markdown]
 # ## What to look at
-# First the bar of the seeds: a difference that is shorter is luck. Then whether the floor is far below: where it is not, nothing was read from the brain that
-# could differ. A level that won here won on validation images; its test score is an estimate for it, but the best of the test scores would not be. Last what a
-# level costs: a difference that is no more than luck need not be paid for.
+# First the bar of the seeds: a difference that is shorter is luck. Then whether the floor is far
+# below: where it is not, nothing was read from the brain that could differ. A level that won here
+# won on validation images; its test score is an estimate for it, but the best of the test scores
+# would not be. Last what a level costs: a difference that is no more than luck need not be paid
+# for.

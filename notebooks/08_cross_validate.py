@@ -1,19 +1,24 @@
 # %% [markdown]
 # # 08 · Cross-validate: small data, ridge and network side by side
 #
-# **Question.** With a hundred images there is no test set worth the name. What do ridge and network reach on the official split, **and** when every
-# image is once a test image, beside what needs little or no brain?
+# **Question.** With a hundred images there is no test set worth the name. What do ridge and
+# network reach on the official split, **and** when every image is once a test image, beside what
+# needs little or no brain?
 #
-# **Reads** `data/<dataset>/` (notebook 00). **Writes** `results/<run>/`: `cross_validation.csv` (the table), `scores.parquet`, `metrics.json` of the
-# cross-validation, and a sheet of reconstructions.
+# **Reads** `data/<dataset>/` (notebook 00). **Writes** `results/<run>/`: `cross_validation.csv`
+# (the table), `scores.parquet`, `metrics.json` of the cross-validation, and a sheet of
+# reconstructions.
 #
 # Cost: digits69 about 4 minutes on two CPU cores.
 #
-# Source: van Gerven, de Lange & Heskes 2010 for the data. The official split is an easy one; read the cross-validation first.
+# Source: van Gerven, de Lange & Heskes 2010 for the data. The official split is an easy one; read
+# the cross-validation first.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
+model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
+    ""
+)
 dataset = "digits69"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # where CLIP lies, hub or mini or a folder
@@ -55,7 +60,8 @@ from src.utils import progress
 
 # %% [markdown]
 # ## Data
-# Grey images as they are, and the CLIP embedding of each for the high level. The official split is the one that the file brings.
+# Grey images as they are, and the CLIP embedding of each for the high level. The official split is
+# the one that the file brings.
 
 # %%
 subject = open_subject(dataset, subj)
@@ -68,22 +74,30 @@ pixels = pictures[..., 0].reshape(len(ids), -1) / 255.0  # (images, pixels)
 clipper = Clipper(weights, hidden=False, norm_embs=False, device=run.device)
 embeds = clipper.encode_pixels(pictures).astype(np.float64)  # (images, dim)
 labels = subject.labels.set_index("image").loc[ids].iloc[:, 0].to_numpy()
-print(f"(images, voxels) = {x.shape}   (images, pixels) = {pixels.shape}   (images, dim) = {embeds.shape}   protocol {subject.protocol}")
+print(
+    f"(images, voxels) = {x.shape}   (images, pixels) = {pixels.shape}   (images, dim) ="
+    f" {embeds.shape}   protocol {subject.protocol}"
+)
 
 # %%
 official = rows.split.to_numpy() == "test"
 splits = {"official": [(np.flatnonzero(~official), np.flatnonzero(official))]}
-splits[f"{folds}-fold"] = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, labels))
+splits[f"{folds}-fold"] = list(
+    StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, labels)
+)
 
 
 # %% [markdown]
 # ## Ridge
-# Voxels are z-scored, those that covary most with the targets are kept, and a penalised linear map is fitted. How many voxels and how much penalty is
-# chosen by cross-validation **within the training images of each fold**; test images play no part.
+# Voxels are z-scored, those that covary most with the targets are kept, and a penalised linear map
+# is fitted. How many voxels and how much penalty is chosen by cross-validation **within the
+# training images of each fold**; test images play no part.
 
 # %%
 def relevance(voxels, targets):
-    """Summed squared covariance of each standardised voxel with all targets: (images, voxels), (images, targets) -> (voxels,)."""
+    """Summed squared covariance of each standardised voxel with all targets: (images, voxels),
+    (images, targets) -> (voxels,).
+    """
     centred = targets - targets.mean(0)
     return ((voxels.T @ centred / len(voxels)) ** 2).sum(1)
 
@@ -96,21 +110,28 @@ def mean_correlation(model, voxels, targets):
 def ridge(train_x, train_y):
     """The fitted pipeline, its settings chosen inside the training images."""
     pipeline = make_pipeline(StandardScaler(), SelectKBest(relevance), Ridge())
-    grid = {"selectkbest__k": [int(k) for k in voxels_kept.split(",")], "ridge__alpha": [float(a) for a in alphas.split(",")]}
+    grid = {
+        "selectkbest__k": [int(k) for k in voxels_kept.split(",")],
+        "ridge__alpha": [float(a) for a in alphas.split(",")],
+    }
     inner = KFold(inner_folds, shuffle=True, random_state=seed)
     return GridSearchCV(pipeline, grid, scoring=mean_correlation, cv=inner).fit(train_x, train_y)
 
 
 # %% [markdown]
 # ## Network
-# The residual MLP of MindEye at small size, on the voxels that ridge's selection kept, so that both see the same.
+# The residual MLP of MindEye at small size, on the voxels that ridge's selection kept, so that
+# both see the same.
 
 # %%
 class Rows(torch.utils.data.Dataset):
     """Training rows as `fit` asks for them."""
 
     def __init__(self, voxels, targets):
-        self.voxels, self.targets = torch.as_tensor(voxels, dtype=torch.float32), torch.as_tensor(targets, dtype=torch.float32)
+        self.voxels, self.targets = (
+            torch.as_tensor(voxels, dtype=torch.float32),
+            torch.as_tensor(targets, dtype=torch.float32),
+        )
 
     def __len__(self):
         return len(self.voxels)
@@ -129,42 +150,76 @@ def step(model, batch, epoch):
 
 # %%
 def network(train_x, train_y, folder):
-    """Train on standardised, selected voxels and standardised targets; returns a function from voxels to targets."""
+    """Train on standardised, selected voxels and standardised targets; returns a function from
+    voxels to targets.
+    """
     chosen = ridge(train_x, train_y).best_estimator_[:-1]
     mean, sd = train_y.mean(0), train_y.std() + 1e-9
     data = Rows(chosen.transform(train_x), (train_y - mean) / sd)
-    kwargs = {"in_dim": data.voxels.shape[1], "out_dim": train_y.shape[1], "h": h, "n_blocks": n_blocks, "use_projector": False}
+    kwargs = {
+        "in_dim": data.voxels.shape[1],
+        "out_dim": train_y.shape[1],
+        "h": h,
+        "n_blocks": n_blocks,
+        "use_projector": False,
+    }
     torch.manual_seed(seed)
     model = BrainNetwork(**kwargs)
     torch.nn.init.zeros_(model.lin1.weight)  # it begins as the mean
     config = {"model": {"name": "BrainNetwork", "kwargs": kwargs}, "epochs": num_epochs}
-    fit(model, step, data, folder=folder, config=config, epochs=num_epochs, batch_size=min(batch_size, len(data)), max_lr=max_lr, seed=seed, device="cpu")
+    fit(
+        model,
+        step,
+        data,
+        folder=folder,
+        config=config,
+        epochs=num_epochs,
+        batch_size=min(batch_size, len(data)),
+        max_lr=max_lr,
+        seed=seed,
+        device="cpu",
+    )
 
     def predict(voxels):
         with torch.no_grad():
-            return model.cpu()(torch.as_tensor(chosen.transform(voxels), dtype=torch.float32)).numpy() * sd + mean
+            return (
+                model.cpu()(torch.as_tensor(chosen.transform(voxels), dtype=torch.float32)).numpy()
+                * sd
+                + mean
+            )
 
     return predict
 
 
 # %% [markdown]
 # ## Every fold
-# For both targets and both decoders. Beside them: the mean training image, and the mean image of the class that a classifier decodes from the brain, which knows
-# which digit it was and nothing else.
+# For both targets and both decoders. Beside them: the mean training image, and the mean image of
+# the class that a classifier decodes from the brain, which knows which digit it was and nothing
+# else.
 
 # %%
 def decode(split, targets, name):
-    """Test predictions of every row, each image predicted once: {decoder: (test images, targets)}, and the test rows."""
+    """Test predictions of every row, each image predicted once: {decoder: (test images, targets)},
+    and the test rows.
+    """
     made = {key: [] for key in ("ridge", "network", "class_mean", "mean_image")}
     for number, (train, test) in enumerate(progress(splits[split], f"{name}, {split}")):
         made["ridge"].append(ridge(x[train], targets[train]).predict(x[test]))
-        made["network"].append(network(x[train], targets[train], run.logs / f"{name}_{split}_{number}")(x[test]))
+        made["network"].append(
+            network(x[train], targets[train], run.logs / f"{name}_{split}_{number}")(x[test])
+        )
         scaler = StandardScaler().fit(x[train])
-        classifier = LogisticRegression(C=1e-3, max_iter=500).fit(scaler.transform(x[train]), labels[train])
+        classifier = LogisticRegression(C=1e-3, max_iter=500).fit(
+            scaler.transform(x[train]), labels[train]
+        )
         decoded = classifier.predict(scaler.transform(x[test]))
-        made["class_mean"].append(np.stack([targets[train][labels[train] == label].mean(0) for label in decoded]))
+        made["class_mean"].append(
+            np.stack([targets[train][labels[train] == label].mean(0) for label in decoded])
+        )
         made["mean_image"].append(np.repeat(targets[train].mean(0)[None], len(test), 0))
-    return {key: np.concatenate(value) for key, value in made.items()}, np.concatenate([test for _, test in splits[split]])
+    return {key: np.concatenate(value) for key, value in made.items()}, np.concatenate(
+        [test for _, test in splits[split]]
+    )
 
 
 # %%
@@ -174,25 +229,41 @@ high = {split: decode(split, embeds, "clip") for split in splits}
 
 # %% [markdown]
 # ## Score
-# Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be. High level: two-way identification and top-1 in
-# CLIP's embedding, centred on the mean of all embeddings. "shuffled" scores ridge's reconstructions against other images.
+# Low level: correlation, SSIM and squared error of the pixels, clipped to what an image can be.
+# High level: two-way identification and top-1 in CLIP's embedding, centred on the mean of all
+# embeddings. "shuffled" scores ridge's reconstructions against other images.
 
 # %%
 def as_images(flat):
     """(images, pixels) -> (images, 3, height, width) in [0, 1]."""
-    return torch.as_tensor(np.clip(flat, 0, 1), dtype=torch.float32).view(-1, 1, side, side).expand(-1, 3, -1, -1).contiguous()
+    return (
+        torch.as_tensor(np.clip(flat, 0, 1), dtype=torch.float32)
+        .view(-1, 1, side, side)
+        .expand(-1, 3, -1, -1)
+        .contiguous()
+    )
 
 
 chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
 tables, records = [], []
 for split, (made, test) in low.items():
-    pictures = {"system": as_images(made["ridge"])} | {key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")}
-    table = results.score_table(as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test])
+    pictures = {"system": as_images(made["ridge"])} | {
+        key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")
+    }
+    table = results.score_table(
+        as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test]
+    )
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
     protocol = f"digits69-{split}"
-    found = results.make_records(floors, chosen, protocol=protocol, test_set=f"{len(test)} images, {split}", no_ceiling=reason)
+    found = results.make_records(
+        floors,
+        chosen,
+        protocol=protocol,
+        test_set=f"{len(test)} images, {split}",
+        no_ceiling=reason,
+    )
     records += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
 
 # %%
@@ -200,24 +271,48 @@ for split, (made, test) in high.items():
     for row, predicted in made.items():
         true = embeds[test] - embeds.mean(0)
         guess = predicted - embeds.mean(0)
-        scores = {"clip two-way": metrics.two_way_each(true, guess), "clip top-1": retrieval.top1_image_from_brain_each(guess, true).astype(float)}
-        tables += [pd.DataFrame({"metric": m, "row": row, "image": ids[test], "draw": 0, "value": v, "split": split}) for m, v in scores.items()]
+        scores = {
+            "clip two-way": metrics.two_way_each(true, guess),
+            "clip top-1": retrieval.top1_image_from_brain_each(guess, true).astype(float),
+        }
+        tables += [
+            pd.DataFrame(
+                {"metric": m, "row": row, "image": ids[test], "draw": 0, "value": v, "split": split}
+            )
+            for m, v in scores.items()
+        ]
 scores = pd.concat(tables, ignore_index=True)
 
 # %% [markdown]
 # ## The table
-# Mean and 95 % bootstrap interval over test images; both splits, every decoder and every floor in one place.
+# Mean and 95 % bootstrap interval over test images; both splits, every decoder and every floor in
+# one place.
 
 # %%
-per_image = scores.groupby(["split", "metric", "row", "image"], sort=False)["value"].mean().reset_index()
+per_image = (
+    scores.groupby(["split", "metric", "row", "image"], sort=False)["value"].mean().reset_index()
+)
 lines = [
-    {"split": s, "metric": m, "row": r, **results.bootstrap_mean(part.value.to_numpy())._asdict(), "n": len(part)}
+    {
+        "split": s,
+        "metric": m,
+        "row": r,
+        **results.bootstrap_mean(part.value.to_numpy())._asdict(),
+        "n": len(part),
+    }
     for (s, m, r), part in per_image.groupby(["split", "metric", "row"], sort=False)
 ]
 summary = pd.DataFrame(lines).round(4)
 summary.to_csv(run.results / "cross_validation.csv", index=False)
-text = summary.assign(score=[f"{v:.3f} [{lo:.3f}, {hi:.3f}]" for v, lo, hi in zip(summary.value, summary.low, summary.high, strict=True)])
-text.pivot_table(index=["split", "metric"], columns="row", values="score", aggfunc="first", sort=False)
+text = summary.assign(
+    score=[
+        f"{v:.3f} [{lo:.3f}, {hi:.3f}]"
+        for v, lo, hi in zip(summary.value, summary.low, summary.high, strict=True)
+    ]
+)
+text.pivot_table(
+    index=["split", "metric"], columns="row", values="score", aggfunc="first", sort=False
+)
 
 # %% [markdown]
 # ## Network against ridge
@@ -226,7 +321,9 @@ text.pivot_table(index=["split", "metric"], columns="row", values="score", aggfu
 # %%
 differences = []
 for (split, metric), part in per_image.groupby(["split", "metric"], sort=False):
-    value = {row: rows.sort_values("image")["value"].to_numpy() for row, rows in part.groupby("row")}
+    value = {
+        row: rows.sort_values("image")["value"].to_numpy() for row, rows in part.groupby("row")
+    }
     sign = -1 if metric == "mse" else 1
     result = results.paired_bootstrap(sign * value["network"], sign * value["ridge"])
     better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
@@ -234,21 +331,40 @@ for (split, metric), part in per_image.groupby(["split", "metric"], sort=False):
 pd.DataFrame(differences).round(4)
 
 # %%
-selection = [{"what": "voxels kept, ridge penalty", "chosen": "in each fold", "split": f"{inner_folds}-fold cross-validation within the fold's training images"}]
-about = results.provenance(run.recipe or run.name, {"all": seed}, selection, dataset=dataset, acknowledgement=subject.attributes.get("acknowledgement", ""))
+selection = [
+    {
+        "what": "voxels kept, ridge penalty",
+        "chosen": "in each fold",
+        "split": f"{inner_folds}-fold cross-validation within the fold's training images",
+    }
+]
+about = results.provenance(
+    run.recipe or run.name,
+    {"all": seed},
+    selection,
+    dataset=dataset,
+    acknowledgement=subject.attributes.get("acknowledgement", ""),
+)
 note = "Paired over the same images, positive where the network is better."
-more = [{"title": "Network against ridge", "note": note, "rows": differences}, {"title": "Every row of both splits", "note": "", "rows": lines}]
+more = [
+    {"title": "Network against ridge", "note": note, "rows": differences},
+    {"title": "Every row of both splits", "note": "", "rows": lines},
+]
 one_table = scores.assign(metric=scores["metric"] + " (" + scores["split"] + ")")
 results.add_results(run.results, run.stage, one_table, records, about, more)
 
 # %%
 made, test = low[f"{folds}-fold"]
-columns = {"seen": as_images(pixels[test])} | {key.replace("_", " "): as_images(made[key]) for key in ("ridge", "network", "class_mean", "mean_image")}
+columns = {"seen": as_images(pixels[test])} | {
+    key.replace("_", " "): as_images(made[key])
+    for key in ("ridge", "network", "class_mean", "mean_image")
+}
 save(contact_sheet(columns, n=16, enlarge="nearest"), run.results / "contact_sheet.png")
 print(write_report(run.results))
 
 # %% [markdown]
 # ## What to look at
-# On the official split the mean image alone already correlates .65 with the test digits: compare differences with the floors, not scores with zero. SSIM rewards
-# sharpness; the class mean, which only knows six from nine, is a hard floor for it. Data were provided (in part) by the Donders Institute for Brain, Cognition and
-# Behaviour, Radboud University Nijmegen.
+# On the official split the mean image alone already correlates .65 with the test digits: compare
+# differences with the floors, not scores with zero. SSIM rewards sharpness; the class mean, which
+# only knows six from nine, is a hard floor for it. Data were provided (in part) by the Donders
+# Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.

@@ -1,7 +1,9 @@
-"""Random changes of the images that targets are made of: for CLIP's targets (high level) and for the teacher's maps (low level).
+"""Random changes of the images that targets are made of: for CLIP's targets (high level) and for
+the teacher's maps (low level).
 
 - Images are (batch, 3, height, width) in [0, 1]; every sample is changed by itself, by kornia.
-- Randomness comes from torch's generator; `augmented` draws it from a seed instead, so that a stored view can be made again.
+- Randomness comes from torch's generator; `augmented` draws it from a seed instead, so that a
+  stored view can be made again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from src.utils import seeded
 
 
 class _Crop(nn.Module):
-    """A random crop, enlarged to the size of the image, of each sample with probability p (kornia decides once for a whole batch)."""
+    """A random crop, enlarged to the size of the image, of each sample with probability p (kornia
+    decides once for a whole batch).
+    """
 
     def __init__(self, size: int, scale: tuple[float, float], p: float):
         super().__init__()
@@ -27,10 +31,12 @@ class _Crop(nn.Module):
 
 
 def clip_augmentation(size: int) -> nn.Module:
-    """Augmentation of the images whose CLIP tokens are learnt: (batch, 3, height, width) -> (batch, 3, size, size).
+    """Augmentation of the images whose CLIP tokens are learnt: (batch, 3, height, width) -> (batch,
+    3, size, size).
 
-    Crop, flip, colour jitter and grey, with the published strengths and probabilities. Resized first, so that cropped and uncropped samples fit
-    into one batch; the published order is crop, then resize.
+    Crop, flip, colour jitter and grey, with the published strengths and probabilities. Resized
+    first, so that cropped and uncropped samples fit into one batch; the published order is crop,
+    then resize.
 
     Source: MindEye (arXiv 2305.18274), its training script.
     """
@@ -44,7 +50,8 @@ def clip_augmentation(size: int) -> nn.Module:
 
 
 def teacher_augmentation(size: int) -> nn.Module:
-    """Augmentation of the images that the low level's teacher sees a second time: (batch, 3, height, width) -> (batch, 3, size, size).
+    """Augmentation of the images that the low level's teacher sees a second time: (batch, 3,
+    height, width) -> (batch, 3, size, size).
 
     Source: MindEye (arXiv 2305.18274), its script for the autoencoder.
     """
@@ -59,7 +66,9 @@ def teacher_augmentation(size: int) -> nn.Module:
 
 
 def tinted(images: Tensor) -> Tensor:
-    """Images changed a little in light, sharpness and noise, every place of a picture staying where it was: (batch, 3, height, width) -> same shape."""
+    """Images changed a little in light, sharpness and noise, every place of a picture staying where
+    it was: (batch, 3, height, width) -> same shape.
+    """
     return _TINT(images)
 
 
@@ -71,6 +80,8 @@ _TINT = nn.Sequential(
 
 
 def augmented(augmentation: nn.Module, images: Tensor, seed: int) -> Tensor:
-    """Images changed with all random numbers drawn from `seed`: the same seed and images give the same result."""
+    """Images changed with all random numbers drawn from `seed`: the same seed and images give the
+    same result.
+    """
     with seeded(seed):
         return augmentation(images)

@@ -1,18 +1,18 @@
 """The prepared layout of brain data, and everything that reads it.
 
 - One layout for every source: `images.h5`, `captions.parquet` and `labels.parquet` for a dataset,
-  `betas.h5`, `trials.parquet` and `voxels.parquet` for each of its subjects. Readers (`src.readers`) write
-  it, everything else opens it with `open_subject`.
-- Large arrays are contiguous and uncompressed inside HDF5, so that they are memory-mapped at their offset:
-  no decoding, no copies, true shuffles.
-- A split is a property of an image. `check_trials` refuses an image on both sides, on writing and again on
-  opening.
-- Everything is written under a temporary name and renamed, so that a failure leaves earlier results as they
-  were.
-- Which repeat an image shows is a pure function of (seed, epoch, image): independent of batch size, workers
-  and resuming.
-- Statistics are accumulated in float64 over blocks of rows: 30,000 trials of 15,724 voxels never need to fit
-  in memory.
+  `betas.h5`, `trials.parquet` and `voxels.parquet` for each of its subjects. Readers
+  (`src.readers`) write it, everything else opens it with `open_subject`.
+- Large arrays are contiguous and uncompressed inside HDF5, so that they are memory-mapped at their
+  offset: no decoding, no copies, true shuffles.
+- A split is a property of an image. `check_trials` refuses an image on both sides, on writing and
+  again on opening.
+- Everything is written under a temporary name and renamed, so that a failure leaves earlier results
+  as they were.
+- Which repeat an image shows is a pure function of (seed, epoch, image): independent of batch size,
+  workers and resuming.
+- Statistics are accumulated in float64 over blocks of rows: 30,000 trials of 15,724 voxels never
+  need to fit in memory.
 """
 
 from __future__ import annotations
@@ -51,11 +51,29 @@ REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
 REPEATS = ("random", "batch", "mean", "all", "each")
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
-CLUSTERS, SESSIONS = "clusters.parquet", "sessions.json"  # what a training was given less than everything, in the folder of its run
-HELD_OUT = 0.25  # share of the clusters, and about that of the images, that a cluster-held-out training is not given
-ROI_SETS = {  # of the 2023 ROI project, by the names that its tables use (there 1, 2 and 3; "-" is no selection)
+CLUSTERS, SESSIONS = (
+    "clusters.parquet",
+    "sessions.json",
+)  # what a training was given less than everything, in the folder of its run
+# share of the clusters, and about that of the images, that a cluster-held-out training is not given
+HELD_OUT = 0.25
+# of the 2023 ROI project, by the names that its tables use (there 1, 2 and 3; "-" is no selection)
+ROI_SETS = {
     "set1": ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4", "FFA-1", "FFA-2", "PPA"),
-    "set2": ("EBA", "FBA-1", "FBA-2", "mTL-bodies", "OFA", "FFA-1", "FFA-2", "mTL-faces", "aTL-faces", "OPA", "PPA", "RSC"),
+    "set2": (
+        "EBA",
+        "FBA-1",
+        "FBA-2",
+        "mTL-bodies",
+        "OFA",
+        "FFA-1",
+        "FFA-2",
+        "mTL-faces",
+        "aTL-faces",
+        "OPA",
+        "PPA",
+        "RSC",
+    ),
     "set3": ("early", "midventral", "midlateral", "midparietal", "ventral", "lateral", "parietal"),
 }
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -84,16 +102,20 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise PerceptError(
-                f"The disk of {folder} filled up during the write: free some space and run this again "
-                "(earlier files are intact)."
+                f"The disk of {folder} filled up during the write: free some space and run this"
+                " again (earlier files are intact)."
             ) from error
         raise
 
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place on success and disappears on failure."""
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    """Yield a temporary folder beside `folder` that takes its place on success and disappears on
+    failure.
+    """
+    temporary, old = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old")
+    )
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -143,20 +165,20 @@ def _store_rows(
             target = file[name]
             if (block.shape[1:], block.dtype) != (target.shape[1:], target.dtype):
                 raise PerceptError(
-                    f"Row {written} of {name} is {block.dtype} {block.shape[1:]}, the rows before it are "
-                    f"{target.dtype} {target.shape[1:]}: all rows must be alike."
+                    f"Row {written} of {name} is {block.dtype} {block.shape[1:]}, the rows before"
+                    f" it are {target.dtype} {target.shape[1:]}: all rows must be alike."
                 )
             if written + len(block) > n_rows:
                 raise PerceptError(
-                    f"There are more than the {n_rows} rows of {name} that were announced: check the "
-                    "table against the array."
+                    f"There are more than the {n_rows} rows of {name} that were announced: check"
+                    " the table against the array."
                 )
             target[written : written + len(block)] = block
             written += len(block)
         if written != n_rows:
             raise PerceptError(
-                f"There are {written} rows of {name} where {n_rows} were announced: check the table "
-                "against the array."
+                f"There are {written} rows of {name} where {n_rows} were announced: check the table"
+                " against the array."
             )
         if name not in file:
             raise PerceptError(f"There is not one row of {name}: nothing to write.")
@@ -165,12 +187,13 @@ def _store_rows(
 
 # -------------------------------------------------------------------------------- tables
 def check_trials(trials: pd.DataFrame) -> None:
-    """Check the table of trials: columns trial, image, session, run, repeat (integers) and split (train,
-    val, test or exclude).
+    """Check the table of trials: columns trial, image, session, run, repeat (integers) and split
+    (train, val, test or exclude).
 
     Raises:
-        PerceptError: naming the missing column, the unknown split, the trial or repeat that occurs twice, or
-            the image that lies on both sides of a split. Trials of an image may be excluded one by one.
+        PerceptError: naming the missing column, the unknown split, the trial or repeat that occurs
+            twice, or the image that lies on both sides of a split. Trials of an image may be
+            excluded one by one.
     """
     missing = [c for c in TRIAL_COLUMNS if c not in trials.columns]
     if missing:
@@ -180,23 +203,26 @@ def check_trials(trials: pd.DataFrame) -> None:
     for column in TRIAL_COLUMNS[:-1]:
         if not pd.api.types.is_integer_dtype(trials[column]):
             raise PerceptError(
-                f"Column {column} of the table of trials is {trials[column].dtype}, it must hold whole "
-                "numbers without gaps."
+                f"Column {column} of the table of trials is {trials[column].dtype}, it must hold"
+                " whole numbers without gaps."
             )
     unknown = sorted(set(trials["split"].astype(str)) - set(SPLITS))
     if unknown:
-        raise PerceptError(f"The table of trials has the splits {unknown}: only {list(SPLITS)} are known.")
+        raise PerceptError(
+            f"The table of trials has the splits {unknown}: only {list(SPLITS)} are known."
+        )
     twice = trials["trial"][trials["trial"].duplicated()]
     if len(twice):
         raise PerceptError(
-            f"Trial {twice.iloc[0]} is twice in the table of trials: each row must be a trial of its own."
+            f"Trial {twice.iloc[0]} is twice in the table of trials: each row must be a trial of"
+            " its own."
         )
     again = trials[trials.duplicated(["image", "repeat"])]
     if len(again):
         row = again.iloc[0]
         raise PerceptError(
-            f"Image {row['image']} has its repeat {row['repeat']} twice (again in trial {row['trial']}): "
-            "number its repeats 0, 1, 2..."
+            f"Image {row['image']} has its repeat {row['repeat']} twice (again in trial"
+            f" {row['trial']}): number its repeats 0, 1, 2..."
         )
     _check_sides(trials[trials["split"] != "exclude"])
 
@@ -206,32 +232,41 @@ def _check_sides(trials: pd.DataFrame) -> None:
     both = sides[sides["image"].duplicated(keep=False)].sort_values(["image", "trial"])
     if len(both):
         image, rows = both["image"].iloc[0], both[both["image"] == both["image"].iloc[0]]
-        where = " and ".join(f"{s} (trial {t})" for s, t in zip(rows["split"], rows["trial"], strict=True))
+        where = " and ".join(
+            f"{s} (trial {t})" for s, t in zip(rows["split"], rows["trial"], strict=True)
+        )
         others = both["image"].nunique() - 1
         raise PerceptError(
             f"Image {image} is in {where}"
             + (f", and {others} more images are on two sides" if others else "")
-            + ": "
-            "split by image, never by trial, or mark its trials as exclude."
+            + ": split by image, never by trial, or mark its trials as exclude."
         )
 
 
 def number_repeats(trials: pd.DataFrame) -> pd.Series:
     """Repeat of each row, 0 for the first presentation of its image in the order of column `trial`."""
     order = trials["trial"].argsort(kind="stable").to_numpy()
-    return trials["image"].iloc[order].groupby(trials["image"].iloc[order]).cumcount().reindex(trials.index)
+    return (
+        trials["image"]
+        .iloc[order]
+        .groupby(trials["image"].iloc[order])
+        .cumcount()
+        .reindex(trials.index)
+    )
 
 
 def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
-    """Write a table about images (captions or labels, with a column `image`) as parquet; rows of other
-    images already there are kept.
+    """Write a table about images (captions or labels, with a column `image`) as parquet; rows of
+    other images already there are kept.
 
     Raises:
         PerceptError: if there is no column `image`, or the disk is full.
     """
     path = Path(path)
     if "image" not in table.columns:
-        raise PerceptError(f"The table for {path.name} has no column image (it has {list(table.columns)}).")
+        raise PerceptError(
+            f"The table for {path.name} has no column image (it has {list(table.columns)})."
+        )
     if path.exists():
         old = pd.read_parquet(path)
         table = pd.concat([old[~old["image"].isin(table["image"])], table], ignore_index=True)
@@ -248,15 +283,17 @@ def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
                 raise PerceptError(f"{path} has no dataset {name}: prepare the data again.")
             stored = file[name]
             shape, dtype, offset = stored.shape, stored.dtype, stored.id.get_offset()
-            attributes = {k: v.item() if isinstance(v, np.generic) else v for k, v in stored.attrs.items()}
+            attributes = {
+                k: v.item() if isinstance(v, np.generic) else v for k, v in stored.attrs.items()
+            }
     except (OSError, RuntimeError) as error:  # h5py raises either for a damaged file
         raise PerceptError(
             f"{path} cannot be read, it is damaged or incomplete ({error}): prepare the data again."
         ) from error
     if offset is None or offset + int(np.prod(shape)) * dtype.itemsize > path.stat().st_size:
         raise PerceptError(
-            f"Dataset {name} of {path} is compressed, chunked or cut off, so it cannot be memory-mapped: "
-            "prepare the data again."
+            f"Dataset {name} of {path} is compressed, chunked or cut off, so it cannot be"
+            " memory-mapped: prepare the data again."
         )
     return np.memmap(path, dtype, "r", offset, shape), attributes
 
@@ -275,7 +312,9 @@ class ImageStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.exists():
-            raise PerceptError(f"{self.path} is missing: prepare the data with notebook 00_prepare_data.")
+            raise PerceptError(
+                f"{self.path} is missing: prepare the data with notebook 00_prepare_data."
+            )
         self.shape = self.pixels.shape
         with h5py.File(self.path, "r") as file:
             self.image_ids, self.crc = file["image_id"][:], file["crc"][:]
@@ -306,8 +345,8 @@ def _positions(
     wrong = ids[stored[found] != ids]
     if len(wrong):
         raise PerceptError(
-            f"Image {wrong[0]} is not in {where} ({len(wrong)} of the {len(ids)} images asked for are "
-            "not): prepare the data again."
+            f"Image {wrong[0]} is not in {where} ({len(wrong)} of the {len(ids)} images asked for"
+            " are not): prepare the data again."
         )
     return found
 
@@ -327,9 +366,8 @@ def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
         )
     if size is not None and block.shape[1:3] != size:
         raise PerceptError(
-            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]} images "
-            "of this dataset: "
-            "resize them, or prepare them under another dataset name."
+            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]}"
+            " images of this dataset: resize them, or prepare them under another dataset name."
         )
 
 
@@ -344,7 +382,9 @@ def _new_images(
         part = slice(start, start + len(block))
         start += len(block)
         if start > len(ids):
-            raise PerceptError(f"There are more images than the {len(ids)} image ids given for them.")
+            raise PerceptError(
+                f"There are more images than the {len(ids)} image ids given for them."
+            )
         if old and known[part].any():
             stored, again = old.rows(ids[part][known[part]]), block[known[part]]
             difference = np.abs(stored.astype(np.int16) - again).mean(axis=(1, 2, 3))
@@ -352,8 +392,8 @@ def _new_images(
             if (difference > SAME_IMAGE).any():
                 image = ids[part][known[part]][difference.argmax()]
                 raise PerceptError(
-                    f"Image {image} is already in {old.path} and looks different there: use another "
-                    "dataset name, or delete that file."
+                    f"Image {image} is already in {old.path} and looks different there: use another"
+                    " dataset name, or delete that file."
                 )
         if not known[part].all():
             yield block[~known[part]]
@@ -361,16 +401,19 @@ def _new_images(
         raise PerceptError(f"There are {start} images for {len(ids)} image ids.")
     if recompressed:
         warnings.warn(
-            f"{recompressed} images were stored already with slightly different pixels; the stored ones "
-            "are kept.",
+            f"{recompressed} images were stored already with slightly different pixels; the stored"
+            " ones are kept.",
             stacklevel=4,
         )
 
 
 def write_images(
-    path: str | Path, images: np.ndarray | Iterable[np.ndarray], image_ids: Sequence[int] | np.ndarray
+    path: str | Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    image_ids: Sequence[int] | np.ndarray,
 ) -> None:
-    """Write the images of a dataset, or add to those already there (several subjects share one file).
+    """Write the images of a dataset, or add to those already there (several subjects share one
+    file).
 
     Args:
         path: the file, data/<dataset>/images.h5.
@@ -378,14 +421,15 @@ def write_images(
         image_ids: (n,) unique integers.
 
     Raises:
-        PerceptError: for another dtype or shape, ids that occur twice, an id that is stored with other
-            pixels, or a full disk. What was there stays.
+        PerceptError: for another dtype or shape, ids that occur twice, an id that is stored with
+            other pixels, or a full disk. What was there stays.
     """
     path, ids = Path(path), np.asarray(image_ids, dtype=np.int64)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         raise PerceptError(
-            f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be unique."
+            f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be"
+            " unique."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     old = ImageStore(path) if path.exists() else None
@@ -409,8 +453,12 @@ def write_images(
 
 
 # -------------------------------------------------------------------------------- writing a subject
-def _finite_block(trials: pd.DataFrame, n_voxels: int | None, digest: Any) -> Callable[[np.ndarray, int], np.ndarray]:
-    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype and adds it to a checksum."""
+def _finite_block(
+    trials: pd.DataFrame, n_voxels: int | None, digest: Any
+) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype
+    and adds it to a checksum.
+    """
     numbers = trials["trial"].to_numpy()
 
     def inspect(block: np.ndarray, row: int) -> np.ndarray:
@@ -423,9 +471,12 @@ def _finite_block(trials: pd.DataFrame, n_voxels: int | None, digest: Any) -> Ca
             )
         if n_voxels is not None and int(np.prod(block.shape[1:])) != n_voxels:
             raise PerceptError(
-                f"Betas have {int(np.prod(block.shape[1:]))} voxels, the table of voxels has {n_voxels} rows."
+                f"Betas have {int(np.prod(block.shape[1:]))} voxels, the table of voxels has"
+                f" {n_voxels} rows."
             )
-        block = np.ascontiguousarray(block if block.dtype == np.float16 else block.astype(np.float32, copy=False))
+        block = np.ascontiguousarray(
+            block if block.dtype == np.float16 else block.astype(np.float32, copy=False)
+        )
         flat = block.reshape(len(block), -1)
         finite = np.isfinite(flat)
         if not finite.all():
@@ -445,14 +496,18 @@ def _check_attributes(attributes: dict[str, Any]) -> None:
     missing = [k for k in REQUIRED_ATTRIBUTES if not attributes.get(k)]
     if missing:
         raise PerceptError(
-            f"Betas need the attributes {list(REQUIRED_ATTRIBUTES)}, of which {missing} are missing."
+            f"Betas need the attributes {list(REQUIRED_ATTRIBUTES)}, of which {missing} are"
+            " missing."
         )
     wrong = [
-        k for k, v in attributes.items() if not isinstance(v, str | int | float | np.integer | np.floating)
+        k
+        for k, v in attributes.items()
+        if not isinstance(v, str | int | float | np.integer | np.floating)
     ]
     if wrong:
         raise PerceptError(
-            f"Attributes are texts and numbers, {wrong[0]} is a {type(attributes[wrong[0]]).__name__}."
+            f"Attributes are texts and numbers, {wrong[0]} is a"
+            f" {type(attributes[wrong[0]]).__name__}."
         )
 
 
@@ -463,24 +518,25 @@ def write_subject(
     voxels: pd.DataFrame | None,
     attributes: dict[str, Any],
 ) -> Path:
-    """Write one subject: betas.h5, trials.parquet, voxels.parquet. The folder appears, or is replaced, only
-    when all of it is written.
+    """Write one subject: betas.h5, trials.parquet, voxels.parquet.
+
+    The folder appears, or is replaced, only when all of it is written.
 
     Args:
         folder: data/<dataset>/subjNN.
-        betas: (trials, voxels) or (trials, x, y, z), or an iterable of blocks of these rows; float16 is
-            kept, anything else becomes float32.
+        betas: (trials, voxels) or (trials, x, y, z), or an iterable of blocks of these rows;
+            float16 is kept, anything else becomes float32.
         trials: one row for each row of betas, see `check_trials`.
         voxels: one row a voxel (ROI flags, x y z, noise ceiling), or None where nothing is known.
-        attributes: texts and numbers; source, units, normalisation and protocol are required. checksum,
-            n_trials, n_voxels are added.
+        attributes: texts and numbers; source, units, normalisation and protocol are required.
+            checksum, n_trials, n_voxels are added.
 
     Returns:
         The folder.
 
     Raises:
-        PerceptError: for a bad table, a NaN or infinite beta (naming its trial and voxel), wrong shapes, or
-            a full disk.
+        PerceptError: for a bad table, a NaN or infinite beta (naming its trial and voxel), wrong
+            shapes, or a full disk.
     """
     folder = Path(folder)
     check_trials(trials)
@@ -488,11 +544,18 @@ def write_subject(
     digest = hashlib.blake2b(digest_size=16)
     inspect = _finite_block(trials, None if voxels is None else len(voxels), digest)
     with disk_errors(folder.parent), _replacing(folder) as temporary:
-        shape = _store_rows(temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect)
+        shape = _store_rows(
+            temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect
+        )
         n_voxels = int(np.prod(shape[1:]))
         with h5py.File(temporary / "betas.h5", "r+") as file:
             file["betas"].attrs.update(
-                {**attributes, "checksum": digest.hexdigest(), "n_trials": shape[0], "n_voxels": n_voxels}
+                {
+                    **attributes,
+                    "checksum": digest.hexdigest(),
+                    "n_trials": shape[0],
+                    "n_voxels": n_voxels,
+                }
             )
         table = (
             trials[list(TRIAL_COLUMNS)]
@@ -501,7 +564,9 @@ def write_subject(
         )
         table.to_parquet(temporary / "trials.parquet")
         voxels = (
-            pd.DataFrame({"voxel": np.arange(n_voxels)}) if voxels is None else voxels.reset_index(drop=True)
+            pd.DataFrame({"voxel": np.arange(n_voxels)})
+            if voxels is None
+            else voxels.reset_index(drop=True)
         )
         voxels.to_parquet(temporary / "voxels.parquet")
     return folder
@@ -509,8 +574,9 @@ def write_subject(
 
 # -------------------------------------------------------------------------------- reading a subject
 def dataset_folder(dataset: str | Path) -> Path:
-    """Folder of a prepared dataset: a bare name lies under HOME/data, any other relative path hangs on
-    HOME."""
+    """Folder of a prepared dataset: a bare name lies under HOME/data, any other relative path hangs
+    on HOME.
+    """
     path = Path(dataset).expanduser()
     if path.is_absolute():
         return path
@@ -536,14 +602,16 @@ def open_subject(dataset: str | Path, subj: int) -> Subject:
 
 
 class Subject:
-    """One subject's measurements and what was seen. Made by `open_subject`; can be pickled (memory maps are
-    opened again).
+    """One subject's measurements and what was seen.
+
+    Made by `open_subject`; can be pickled (memory maps are opened again).
 
     Attributes:
-        trials: one row for each row of `betas`: trial (global order), image, session, run, repeat, split.
+        trials: one row for each row of `betas`: trial (global order), image, session, run, repeat,
+            split.
         voxels: one row a voxel.
-        attributes: source, units, normalisation, protocol, checksum, n_trials, n_voxels and what the reader
-            added.
+        attributes: source, units, normalisation, protocol, checksum, n_trials, n_voxels and what
+            the reader added.
         protocol: name of the protocol, for every row of results.
         volume_shape: (x, y, z) where the betas are whole volumes, else None.
         clusters: what `image_clusters` gave, where clusters of images are held out, else None.
@@ -560,9 +628,9 @@ class Subject:
         ):
             if not file.exists():
                 raise PerceptError(
-                    f"Subject {subj} of dataset {self.folder.name} is not prepared, {file} is missing: "
-                    "run notebook 00_prepare_data "
-                    "(with the recipe mindeye/mini for the embedded mini world, which needs no data)."
+                    f"Subject {subj} of dataset {self.folder.name} is not prepared, {file} is"
+                    " missing: run notebook 00_prepare_data (with the recipe mindeye/mini for the"
+                    " embedded mini world, which needs no data)."
                 )
         stored, self.attributes = _map_h5(self.path / "betas.h5", "betas")
         self.volume_shape = stored.shape[1:] if stored.ndim == 4 else None
@@ -574,11 +642,13 @@ class Subject:
         tables = (len(self.trials), len(self.voxels))
         if tables != (len(stored), int(np.prod(stored.shape[1:]))):
             raise PerceptError(
-                f"{self.path}: betas are {stored.shape}, the tables have {tables} (trials, voxels): "
-                "prepare the data again."
+                f"{self.path}: betas are {stored.shape}, the tables have {tables} (trials, voxels):"
+                " prepare the data again."
             )
         self.protocol = str(self.attributes.get("protocol", ""))
-        self.neighbours: np.ndarray | None = None  # (trials, trials read together), rows of the betas, -1 for none
+        self.neighbours: np.ndarray | None = (
+            None  # (trials, trials read together), rows of the betas, -1 for none
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("betas", "_store")}
@@ -587,7 +657,8 @@ class Subject:
         counts = ", ".join(f"{len(self.image_ids(s))} {s}" for s in SPLITS[:3])
         size = f"(trials, voxels) = {self.betas.shape}"
         return (
-            f"Subject {self.subj} of {self.folder.name}: {size}, images: {counts}, protocol {self.protocol}"
+            f"Subject {self.subj} of {self.folder.name}: {size}, images: {counts}, protocol"
+            f" {self.protocol}"
         )
 
     @cached_property
@@ -611,7 +682,8 @@ class Subject:
         return self._table("labels.parquet")
 
     def categories(self, image_ids: Sequence[int] | np.ndarray, columns: str) -> np.ndarray:
-        """Labels (n,) of images, from one or several columns of `labels` (names separated by commas; their values are joined by a space).
+        """Labels (n,) of images, from one or several columns of `labels` (names separated by
+        commas; their values are joined by a space).
 
         Raises:
             PerceptError: there are no labels, or no such column.
@@ -620,9 +692,21 @@ class Subject:
         known = [] if table is None else [str(name) for name in table.columns if name != "image"]
         wanted = [name.strip() for name in columns.split(",")]
         if table is None or (unknown := sorted(set(wanted) - set(known))):
-            what = f"labels have no column {', '.join(unknown)}: choose among {', '.join(known)}" if known else "images have no labels: leave this empty"
-            raise PerceptError(f"'{columns}' cannot be looked up in {self.folder.name}, whose {what}.")
-        return table.set_index("image").loc[np.asarray(image_ids)][wanted].astype(str).agg(" ".join, axis=1).to_numpy()
+            what = (
+                f"labels have no column {', '.join(unknown)}: choose among {', '.join(known)}"
+                if known
+                else "images have no labels: leave this empty"
+            )
+            raise PerceptError(
+                f"'{columns}' cannot be looked up in {self.folder.name}, whose {what}."
+            )
+        return (
+            table.set_index("image")
+            .loc[np.asarray(image_ids)][wanted]
+            .astype(str)
+            .agg(" ".join, axis=1)
+            .to_numpy()
+        )
 
     def _table(self, name: str) -> pd.DataFrame | None:
         path = self.folder / name
@@ -640,17 +724,22 @@ class Subject:
 
     @property
     def test_set(self) -> str:
-        """Identity of the test set: number of images and a hash of their sorted ids, e.g. 300-1a2b3c4d."""
+        """Identity of the test set: number of images and a hash of their sorted ids, e.g.
+        300-1a2b3c4d.
+        """
         ids = self.image_ids("test")
         return f"{len(ids)}-{hashlib.sha256(','.join(map(str, ids)).encode()).hexdigest()[:8]}"
 
     def image_ids(self, split: str) -> np.ndarray:
-        """Unique ids of the images of a split, or of several joined by "+", ascending, int64 (images,)."""
+        """Unique ids of the images of a split, or of several joined by "+", ascending, int64
+        (images,).
+        """
         return np.unique(self.trials.loc[self._within(split), "image"].to_numpy())
 
     def holding_out(self, clusters: pd.DataFrame) -> Subject:
-        """This subject without the training and validation images of held-out clusters: their trials are excluded, the test set stays as it is,
-        and the protocol ends in "+cluster-held-out".
+        """This subject without the training and validation images of held-out clusters: their
+        trials are excluded, the test set stays as it is, and the protocol ends in
+        "+cluster-held-out".
 
         Args:
             clusters: from `image_clusters`: columns image, cluster, held_out.
@@ -664,11 +753,15 @@ class Subject:
         made.clusters, made.protocol = clusters, f"{self.protocol}+cluster-held-out"
         for split in ("train", "val"):
             if len(self.image_ids(split)) and not len(made.image_ids(split)):
-                raise PerceptError(f"Without the held-out clusters no {split} image is left: ask for more clusters (n_clusters).")
+                raise PerceptError(
+                    f"Without the held-out clusters no {split} image is left: ask for more clusters"
+                    " (n_clusters)."
+                )
         return made
 
     def held_out(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Which images are in held-out clusters, bool (n,); none of them where no clusters are held out.
+        """Which images are in held-out clusters, bool (n,); none of them where no clusters are held
+        out.
 
         Raises:
             PerceptError: for an image that is in no cluster.
@@ -677,45 +770,81 @@ class Subject:
         if self.clusters is None:
             return np.zeros(len(ids), bool)
         stored = self.clusters["image"].to_numpy()
-        return self.clusters["held_out"].to_numpy()[_positions(stored, np.argsort(stored), ids, "the table of clusters")]
+        return self.clusters["held_out"].to_numpy()[
+            _positions(stored, np.argsort(stored), ids, "the table of clusters")
+        ]
 
     def columns_of(self, rois: str) -> tuple[np.ndarray, tuple[str, ...]]:
         """Voxels of a set of regions, by the Boolean columns of `voxels`.
 
         Args:
-            rois: terms separated by commas, e.g. "V1v,V1d,hV4": a region; a published set of ROI_SETS ("set1"); "-" for all voxels; "!V1" for all
-                but these, or, beside other terms, for those without these. A voxel of several regions counts once.
+            rois: terms separated by commas, e.g. "V1v,V1d,hV4": a region; a published set of
+                ROI_SETS ("set1"); "-" for all voxels; "!V1" for all but these, or, beside other
+                terms, for those without these. A voxel of several regions counts once.
 
         Returns:
-            Columns of the betas, ascending, int64 (selected,), and the terms that were found, in their order, sets as their regions.
+            Columns of the betas, ascending, int64 (selected,), and the terms that were found, in
+            their order, sets as their regions.
 
         Raises:
-            PerceptError: if none of the regions is there, or none of those to leave out, or no voxel is left.
+            PerceptError: if none of the regions is there, or none of those to leave out, or no
+                voxel is left.
 
         Warns:
-            UserWarning: naming the regions that are not there, or have no voxel; the others are taken.
+            UserWarning: naming the regions that are not there, or have no voxel; the others are
+                taken.
         """
-        terms = dict.fromkeys(region for term in rois.split(",") if term.strip() for region in ROI_SETS.get(term.strip(), (term.strip(),)))
-        known = [str(name) for name in self.voxels.select_dtypes("bool").columns if self.voxels[name].any()]
-        found, missing = (tuple(term for term in terms if (term.removeprefix("!") in [*known, "-"]) is there) for there in (True, False))
+        terms = dict.fromkeys(
+            region
+            for term in rois.split(",")
+            if term.strip()
+            for region in ROI_SETS.get(term.strip(), (term.strip(),))
+        )
+        known = [
+            str(name)
+            for name in self.voxels.select_dtypes("bool").columns
+            if self.voxels[name].any()
+        ]
+        found, missing = (
+            tuple(term for term in terms if (term.removeprefix("!") in [*known, "-"]) is there)
+            for there in (True, False)
+        )
         where = f"Subject {self.subj} of {self.folder.name}"
         out = [term[1:] for term in found if term.startswith("!")]
         taken = [term for term in found if not term.startswith("!")]
-        asked = [any(term.startswith("!") is left_out for term in terms) for left_out in (False, True)]
+        asked = [
+            any(term.startswith("!") is left_out for term in terms) for left_out in (False, True)
+        ]
         if asked[0] > bool(taken) or asked[1] > bool(out) or not found:
-            raise PerceptError(f"{where} has none of the regions '{rois}': it has {', '.join(known) or 'no named region'}.")
+            raise PerceptError(
+                f"{where} has none of the regions '{rois}': it has"
+                f" {', '.join(known) or 'no named region'}."
+            )
         if missing:
-            warnings.warn(f"{where} has no region {', '.join(term.removeprefix('!') for term in missing)}: '{','.join(found)}' is what is taken.", stacklevel=2)
+            warnings.warn(
+                f"{where} has no region {', '.join(term.removeprefix('!') for term in missing)}:"
+                f" '{','.join(found)}' is what is taken.",
+                stacklevel=2,
+            )
         everything = not taken or "-" in taken
-        chosen = np.ones(len(self.voxels), bool) if everything else self.voxels[taken].any(axis=1).to_numpy()
-        columns = np.flatnonzero(chosen & ~self.voxels[out].any(axis=1).to_numpy() if out else chosen)
+        chosen = (
+            np.ones(len(self.voxels), bool)
+            if everything
+            else self.voxels[taken].any(axis=1).to_numpy()
+        )
+        columns = np.flatnonzero(
+            chosen & ~self.voxels[out].any(axis=1).to_numpy() if out else chosen
+        )
         if not len(columns):
-            raise PerceptError(f"{where} has no voxel in '{rois}': every one of them is left out again.")
+            raise PerceptError(
+                f"{where} has no voxel in '{rois}': every one of them is left out again."
+            )
         return columns.astype(np.int64), found
 
     def bagged(self, share: float, seed: int) -> Subject:
-        """This subject with a share of its training images, drawn by seed; the others of them become the validation images, and the prepared
-        validation images are excluded, so that models with different bags have these and the test images in common, which none of them saw.
+        """This subject with a share of its training images, drawn by seed; the others of them
+        become the validation images, and the prepared validation images are excluded, so that
+        models with different bags have these and the test images in common, which none of them saw.
 
         Args:
             share: of the training images that stay, between 0 and 1; 1 leaves the subject as it is.
@@ -731,15 +860,21 @@ class Subject:
             return made
         kept = round(share * len(ids))
         if not 0 < kept < len(ids):
-            raise PerceptError(f"A share of {share} of {len(ids)} training images leaves nothing to train on or nothing to validate on: choose one between 0 and 1.")
+            raise PerceptError(
+                f"A share of {share} of {len(ids)} training images leaves nothing to train on or"
+                " nothing to validate on: choose one between 0 and 1."
+            )
         drawn = np.random.default_rng(seed).permutation(ids)[:kept]
         ours, theirs = self._within("train"), self._within("val")
         out_of_bag = ours & ~self.trials["image"].isin(drawn)
-        made.trials = self.trials.assign(split=self.trials["split"].mask(theirs, "exclude").mask(out_of_bag, "val"))
+        made.trials = self.trials.assign(
+            split=self.trials["split"].mask(theirs, "exclude").mask(out_of_bag, "val")
+        )
         return made
 
     def limited(self, n_train: int, seed: int = 42) -> Subject:
-        """This subject with at most n_train training images, drawn by seed; the trials of the others are excluded.
+        """This subject with at most n_train training images, drawn by seed; the trials of the
+        others are excluded.
 
         Raises:
             PerceptError: for fewer than one image.
@@ -747,43 +882,63 @@ class Subject:
         ids, made = self.image_ids("train"), copy.copy(self)
         if n_train < 1:
             raise PerceptError(f"n_train is {n_train}: keep at least 1 training image.")
-        gone = self.trials["image"].isin(np.random.default_rng(seed).permutation(ids)[n_train:]) & self._within("train")
+        gone = self.trials["image"].isin(
+            np.random.default_rng(seed).permutation(ids)[n_train:]
+        ) & self._within("train")
         made.trials = self.trials.assign(split=self.trials["split"].mask(gone, "exclude"))
         return made
 
     def first_sessions(self, n: int) -> Subject:
-        """This subject as its first n sessions alone would have trained it: the training and validation trials of later sessions are excluded, and with
-        them images that were not shown before. The test set stays whole, with its protocol. A session counts if it has training trials.
+        """This subject as its first n sessions alone would have trained it: the training and
+        validation trials of later sessions are excluded, and with them images that were not shown
+        before.
+
+        The test set stays whole, with its protocol. A session counts if it has training trials.
 
         Args:
-            n: number of sessions, in ascending order; 0 for all of them, which is the subject as it is.
+            n: number of sessions, in ascending order; 0 for all of them, which is the subject as it
+                is.
 
         Raises:
-            PerceptError: for fewer sessions than 0 or more than there are, or if no validation image is left.
+            PerceptError: for fewer sessions than 0 or more than there are, or if no validation
+                image is left.
 
         Source: MindEye2, arXiv 2403.11207, section 3.
         """
         theirs = np.unique(self.trials.loc[self._within("train"), "session"].to_numpy())
         where = f"Subject {self.subj} of {self.folder.name}"
         if not 0 <= n <= len(theirs):
-            raise PerceptError(f"num_sessions is {n}, but {where} has {len(theirs)} sessions with training trials: choose at most that, or 0 for all.")
+            raise PerceptError(
+                f"num_sessions is {n}, but {where} has {len(theirs)} sessions with training trials:"
+                " choose at most that, or 0 for all."
+            )
         if n == 0:
             return self
-        made, later = copy.copy(self), self._within("train+val") & ~self.trials["session"].isin(theirs[:n])
+        made, later = (
+            copy.copy(self),
+            self._within("train+val") & ~self.trials["session"].isin(theirs[:n]),
+        )
         made.trials = self.trials.assign(split=self.trials["split"].mask(later, "exclude"))
         if len(self.image_ids("val")) and not len(made.image_ids("val")):
-            raise PerceptError(f"The first {n} of the {len(theirs)} sessions of {where} show no validation image: choose more (num_sessions).")
+            raise PerceptError(
+                f"The first {n} of the {len(theirs)} sessions of {where} show no validation image:"
+                " choose more (num_sessions)."
+            )
         return made
 
     def width(self, normaliser: Normaliser | None = None) -> int:
-        """Columns that `read` gives: voxels (those of a normaliser's regions, if it has some), or the components of a normaliser that has some."""
+        """Columns that `read` gives: voxels (those of a normaliser's regions, if it has some), or
+        the components of a normaliser that has some.
+        """
         return self.betas.shape[1] if normaliser is None else normaliser.width
 
     def _within(self, split: str) -> pd.Series:
         """Which trials (trials,) belong to a split, or to one of several joined by "+"."""
         parts = split.split("+")
         if unknown := set(parts) - set(SPLITS):
-            raise PerceptError(f"There is no split {sorted(unknown)[0]!r}: choose one of {list(SPLITS)}.")
+            raise PerceptError(
+                f"There is no split {sorted(unknown)[0]!r}: choose one of {list(SPLITS)}."
+            )
         return self.trials["split"].isin(parts)
 
     def images(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -791,20 +946,29 @@ class Subject:
         return self._store.rows(image_ids)
 
     def mean_image(self, split: str) -> np.ndarray:
-        """Mean picture of a split, float64 (height, width, 3) in 0 to 255, about 500 images in memory at a time."""
+        """Mean picture of a split, float64 (height, width, 3) in 0 to 255, about 500 images in
+        memory at a time.
+        """
         ids = self.image_ids(split)
-        return np.mean([self.images(part).mean(0) for part in np.array_split(ids, max(1, len(ids) // 500))], 0)
+        return np.mean(
+            [self.images(part).mean(0) for part in np.array_split(ids, max(1, len(ids) // 500))], 0
+        )
 
     def rows_by_image(self, split: str) -> list[np.ndarray]:
-        """For each image of `image_ids(split)`, the rows of its trials in the order of their repeats."""
+        """For each image of `image_ids(split)`, the rows of its trials in the order of their
+        repeats.
+        """
         ids = self.image_ids(split)
         table = self.trials[self._within(split)].sort_values(["image", "repeat"])
         if not len(table):
-            raise PerceptError(f"Subject {self.subj} of {self.folder.name} has no trials in split {split}.")
+            raise PerceptError(
+                f"Subject {self.subj} of {self.folder.name} has no trials in split {split}."
+            )
         return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
 
     def read(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
-        """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows, components) for a normaliser that has some.
+        """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows,
+        components) for a normaliser that has some.
 
         Of a subject `with_neighbours` (rows, trials, voxels), zeros where there is no such trial.
         """
@@ -817,13 +981,19 @@ class Subject:
 
     def _read(self, rows: np.ndarray, normaliser: Normaliser | None) -> np.ndarray:
         betas = _gather(self.betas, rows)
-        return betas.astype(np.float32) if normaliser is None else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
+        return (
+            betas.astype(np.float32)
+            if normaliser is None
+            else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
+        )
 
     def with_neighbours(self, past: int, future: int) -> Subject:
-        """This subject, each of whose trials is read together with those before and after it in its session (MindEye2's past and future tokens).
+        """This subject, each of whose trials is read together with those before and after it in its
+        session (MindEye2's past and future tokens).
 
-        Order: the trial itself, the `past` trials before it, the nearest first, then the `future` trials after it. A trial is shown none of a
-        later split (train, val, test), so that no brain data of a test image is seen in training; excluded trials are shown to none.
+        Order: the trial itself, the `past` trials before it, the nearest first, then the `future`
+        trials after it. A trial is shown none of a later split (train, val, test), so that no brain
+        data of a test image is seen in training; excluded trials are shown to none.
 
         Args:
             past: trials before it.
@@ -833,15 +1003,27 @@ class Subject:
             PerceptError: for negative numbers.
         """
         if past < 0 or future < 0:
-            raise PerceptError(f"seq_past is {past} and seq_future is {future}: give 0 or more trials.")
+            raise PerceptError(
+                f"seq_past is {past} and seq_future is {future}: give 0 or more trials."
+            )
         made, trials = copy.copy(self), self.trials
         made.neighbours = None
         if past or future:
-            row_of = {(s, t): row for row, (s, t) in enumerate(zip(trials["session"], trials["trial"], strict=True))}
+            row_of = {
+                (s, t): row
+                for row, (s, t) in enumerate(zip(trials["session"], trials["trial"], strict=True))
+            }
             steps = [0, *(-k for k in range(1, past + 1)), *range(1, future + 1)]
-            near = [[row_of.get((s, t + step), -1) for step in steps] for s, t in zip(trials["session"], trials["trial"], strict=True)]
+            near = [
+                [row_of.get((s, t + step), -1) for step in steps]
+                for s, t in zip(trials["session"], trials["trial"], strict=True)
+            ]
             made.neighbours = np.array(near)
-            rank = trials["split"].map({"train": 0, "val": 1, "test": 2, "exclude": 3}).to_numpy(np.int64)
+            rank = (
+                trials["split"]
+                .map({"train": 0, "val": 1, "test": 2, "exclude": 3})
+                .to_numpy(np.int64)
+            )
             unseen = (rank[made.neighbours] > rank[:, None]) | (rank[made.neighbours] == 3)
             unseen[:, 0] = False
             made.neighbours[unseen] = -1
@@ -850,8 +1032,8 @@ class Subject:
     def averaged(
         self, split: str, repeats: int | None = None, normaliser: Normaliser | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean over the first `repeats` repeats of each image (all when None); an image with fewer gives
-        those it has, with a warning.
+        """Mean over the first `repeats` repeats of each image (all when None); an image with fewer
+        gives those it has, with a warning.
 
         Returns:
             voxels float32 (images, voxels) and image_ids (images,).
@@ -862,53 +1044,71 @@ class Subject:
         fewer = sum(len(r) < (repeats or 1) for r in rows)
         if fewer:
             warnings.warn(
-                f"{fewer} of {len(ids)} {split} images have fewer than {repeats} repeats; the mean is "
-                "over those they have.",
+                f"{fewer} of {len(ids)} {split} images have fewer than {repeats} repeats; the mean"
+                " is over those they have.",
                 stacklevel=2,
             )
-        parts = [self.mean_of([r[:repeats] for r in rows[start : start + 128]], normaliser) for start in range(0, len(ids), 128)]
+        parts = [
+            self.mean_of([r[:repeats] for r in rows[start : start + 128]], normaliser)
+            for start in range(0, len(ids), 128)
+        ]
         return np.concatenate(parts), ids
 
     def mean_of(self, rows: list[np.ndarray], normaliser: Normaliser | None) -> np.ndarray:
         """Mean over each group of rows, float32 (groups, voxels)."""
         sizes = np.array([len(r) for r in rows])
-        sums = np.add.reduceat(self.read(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0)
+        sums = np.add.reduceat(
+            self.read(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0
+        )
         return sums / sizes.reshape(-1, *[1] * (sums.ndim - 1)).astype(np.float32)
 
-    def trials_of(self, split: str, normaliser: Normaliser | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """All single trials of a split in the order of the table: voxels float32 (trials, voxels), image_ids
-        (trials,)."""
+    def trials_of(
+        self, split: str, normaliser: Normaliser | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All single trials of a split in the order of the table: voxels float32 (trials, voxels),
+        image_ids (trials,).
+        """
         self.rows_by_image(split)  # refuses an empty split
         rows = np.flatnonzero((self.trials["split"] == split).to_numpy())
-        voxels = np.concatenate([self.read(rows[start : start + 512], normaliser) for start in range(0, len(rows), 512)])
+        voxels = np.concatenate(
+            [self.read(rows[start : start + 512], normaliser) for start in range(0, len(rows), 512)]
+        )
         return voxels, self.trials["image"].to_numpy()[rows]
 
     def noise_ceiling(self, repeats: int = 1, normaliser: Normaliser | None = None) -> pd.DataFrame:
-        """How much of each voxel's variance is due to the image, from the repeats of training images (Allen
-        et al. 2022, Nat. Neurosci.).
+        """How much of each voxel's variance is due to the image, from the repeats of training
+        images (Allen et al. 2022, Nat.
 
-        Betas are z-scored (per session by default). The noise variance is the variance over the repeats of
-        an image, pooled over images;
-        what remains of the total variance is signal: ncsnr = signal sd / noise sd, rectified at 0. For the
+        Neurosci.).
+
+        Betas are z-scored (per session by default). The noise variance is the variance over the
+        repeats of an image, pooled over images; what remains of the total variance is signal: ncsnr
+        = signal sd / noise sd, rectified at 0. For the
             mean of n repeats the ceiling is
         ncsnr^2 / (ncsnr^2 + 1 / n).
 
         Returns:
-            One row a voxel (of a normaliser's regions, if it has some): ncsnr, noise_ceiling (fraction of variance, for the mean of `repeats` repeats),
-            noise_ceiling_percent.
+            One row a voxel (of a normaliser's regions, if it has some): ncsnr, noise_ceiling
+            (fraction of variance, for the mean of `repeats` repeats), noise_ceiling_percent.
 
         Raises:
-            PerceptError: if no training image was shown twice, or the normaliser gives components in place of voxels.
+            PerceptError: if no training image was shown twice, or the normaliser gives components
+                in place of voxels.
         """
         if normaliser is not None and normaliser.components is not None:
-            raise PerceptError("A noise ceiling is of voxels, and this normaliser gives components: fit one with n_components=0.")
+            raise PerceptError(
+                "A noise ceiling is of voxels, and this normaliser gives components: fit one with"
+                " n_components=0."
+            )
         if repeats < 1:
-            raise PerceptError(f"repeats is {repeats}: a noise ceiling is for the mean of at least 1 repeat.")
+            raise PerceptError(
+                f"repeats is {repeats}: a noise ceiling is for the mean of at least 1 repeat."
+            )
         groups = [rows for rows in self.rows_by_image("train") if len(rows) > 1]
         if not groups:
             raise PerceptError(
-                f"No training image of subject {self.subj} was shown twice, so its noise ceiling cannot "
-                "be known."
+                f"No training image of subject {self.subj} was shown twice, so its noise ceiling"
+                " cannot be known."
             )
         signal, noise = self._variances(groups, normaliser or Normaliser.fit(self))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -918,7 +1118,9 @@ class Subject:
             {"ncsnr": ncsnr, "noise_ceiling": ceiling, "noise_ceiling_percent": 100 * ceiling}
         )
 
-    def _variances(self, groups: list[np.ndarray], normaliser: Normaliser) -> tuple[np.ndarray, np.ndarray]:
+    def _variances(
+        self, groups: list[np.ndarray], normaliser: Normaliser
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Variance of signal and of noise of each voxel, float64 (voxels,)."""
         total, square, within = np.zeros((3, self.width(normaliser)))
         for start in range(0, len(groups), 64):
@@ -934,35 +1136,40 @@ class Subject:
         return np.maximum(square / n - (total / n) ** 2 - noise, 0.0), noise
 
     def verify(self) -> None:
-        """Compare the betas with the checksum that was stored with them. Raises PerceptError if they
-        differ."""
+        """Compare the betas with the checksum that was stored with them.
+
+        Raises PerceptError if they differ.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for block in row_blocks(self.betas):
             digest.update(np.ascontiguousarray(block).data)
         if digest.hexdigest() != self.attributes["checksum"]:
             raise PerceptError(
-                f"{self.path / 'betas.h5'} is not what was written (its checksum differs): prepare the "
-                "data again."
+                f"{self.path / 'betas.h5'} is not what was written (its checksum differs): prepare"
+                " the data again."
             )
 
 
 # -------------------------------------------------------------------------------- normalisation
 class Normaliser:
-    """z-score of each voxel with the mean and standard deviation of training trials, for each session or for
-    all together; if asked, of the voxels of some regions alone, and followed by a projection on the first principal
-    components of the training trials.
+    """z-score of each voxel with the mean and standard deviation of training trials, for each
+    session or for all together; if asked, of the voxels of some regions alone, and followed by a
+    projection on the first principal components of the training trials.
 
-    It is given whole rows of betas whatever it selects, and stored with the model: each network finds its own voxels.
+    It is given whole rows of betas whatever it selects, and stored with the model: each network
+    finds its own voxels.
 
     Args:
         mean: float32 (sessions, selected), selected being all voxels unless `columns` says which.
         std: float32 (sessions, selected), 1 where a voxel is constant.
         sessions: int64 (sessions,), or None for one row that holds for every session.
-        components: float32 (selected, components), which z-scored voxels are multiplied with, or None.
+        components: float32 (selected, components), which z-scored voxels are multiplied with, or
+            None.
         columns: int64 (selected,), the voxels that are taken, or None for all.
         rois: names of the regions that these are of.
         n_voxels: voxels of the rows that `apply` is given; needed with `columns`.
-        masked: `apply` gives all voxels, those that are not taken as 0, instead of the selected ones.
+        masked: `apply` gives all voxels, those that are not taken as 0, instead of the selected
+            ones.
     """
 
     def __init__(
@@ -977,7 +1184,12 @@ class Normaliser:
         masked: bool = False,
     ):
         self.mean, self.std, self.sessions, self.components = mean, std, sessions, components
-        self.columns, self.rois, self.n_voxels, self.masked = columns, rois, n_voxels or mean.shape[1], masked
+        self.columns, self.rois, self.n_voxels, self.masked = (
+            columns,
+            rois,
+            n_voxels or mean.shape[1],
+            masked,
+        )
 
     @property
     def width(self) -> int:
@@ -988,29 +1200,42 @@ class Normaliser:
 
     @classmethod
     def fit(
-        cls, subject: Subject, by_session: bool = True, n_components: int = 0, seed: int = 42, rois: str = "", masked: bool = False
+        cls,
+        subject: Subject,
+        by_session: bool = True,
+        n_components: int = 0,
+        seed: int = 42,
+        rois: str = "",
+        masked: bool = False,
     ) -> Normaliser:
         """Fit on trials of split train only, in float64 (the components in float32).
 
         Args:
             subject: from `open_subject`.
             by_session: z-score each session by itself.
-            n_components: number of principal components (of the selected voxels), 0 for the voxels themselves.
+            n_components: number of principal components (of the selected voxels), 0 for the voxels
+                themselves.
             seed: of the randomised search for components.
-            rois: regions whose voxels are taken, as for `Subject.columns_of`, "" or "-" for all voxels.
-            masked: keep all voxels, those of no such region as 0 (the published form of the ROI project), instead of the selected ones alone.
+            rois: regions whose voxels are taken, as for `Subject.columns_of`, "" or "-" for all
+                voxels.
+            masked: keep all voxels, those of no such region as 0 (the published form of the ROI
+                project), instead of the selected ones alone.
 
         Raises:
-            PerceptError: for components of a masked selection, if there are fewer than two training trials, or fewer dimensions in them than components are asked
-                for, or none of the regions.
+            PerceptError: for components of a masked selection, if there are fewer than two training
+                trials, or fewer dimensions in them than components are asked for, or none of the
+                regions.
 
         Warns:
-            UserWarning: naming sessions with fewer than two training trials, which are z-scored with the training trials of all
-                sessions; with the number of voxels that are constant in some session, which become 0. Also as
-                `Subject.columns_of`.
+            UserWarning: naming sessions with fewer than two training trials, which are z-scored
+                with the training trials of all sessions; with the number of voxels that are
+                constant in some session, which become 0. Also as `Subject.columns_of`.
         """
         if masked and n_components:
-            raise PerceptError("Components are made of the selected voxels: leave masked at False, or n_components at 0.")
+            raise PerceptError(
+                "Components are made of the selected voxels: leave masked at False, or n_components"
+                " at 0."
+            )
         columns, found = subject.columns_of(rois) if rois.strip() not in ("", "-") else (None, ())
         trials = subject.trials
         train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
@@ -1021,12 +1246,23 @@ class Normaliser:
             )
         sessions = subject.sessions if by_session else None
         if train.sum() < 2:
-            raise PerceptError(f"Subject {subject.subj} of {subject.folder.name} has one training trial, too few for a z-score.")
-        groups = [np.flatnonzero(train)] if sessions is None else [np.flatnonzero(train & (session == s)) for s in sessions]
+            raise PerceptError(
+                f"Subject {subject.subj} of {subject.folder.name} has one training trial, too few"
+                " for a z-score."
+            )
+        groups = (
+            [np.flatnonzero(train)]
+            if sessions is None
+            else [np.flatnonzero(train & (session == s)) for s in sessions]
+        )
         few = [i for i, rows in enumerate(groups) if len(rows) < 2]
-        if few and sessions is not None:  # sessions of test trials alone, as in GOD: their own statistics would be the test set's
+        if (
+            few and sessions is not None
+        ):  # sessions of test trials alone, as in GOD: their own statistics would be the test set's
             warnings.warn(
-                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they are z-scored with all training trials.", stacklevel=2
+                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they"
+                " are z-scored with all training trials.",
+                stacklevel=2,
             )
             groups = [np.flatnonzero(train) if i in few else rows for i, rows in enumerate(groups)]
         moments = [_moments(subject.betas, rows, columns) for rows in groups]
@@ -1034,12 +1270,21 @@ class Normaliser:
         constant = std <= 1e-7 * np.abs(mean)
         if constant.any():
             warnings.warn(
-                f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the training "
-                "trials of some session; they become 0.",
+                f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the"
+                " training trials of some session; they become 0.",
                 stacklevel=2,
             )
         std[constant] = 1.0
-        made = cls(mean.astype(np.float32), std.astype(np.float32), sessions, None, columns, found, subject.betas.shape[1], masked and columns is not None)
+        made = cls(
+            mean.astype(np.float32),
+            std.astype(np.float32),
+            sessions,
+            None,
+            columns,
+            found,
+            subject.betas.shape[1],
+            masked and columns is not None,
+        )
         if n_components:
             made.components = _components(subject, made, n_components, seed)
         return made
@@ -1055,8 +1300,8 @@ class Normaliser:
             float32 (trials, selected), (trials, components), or (trials, voxels) if masked.
 
         Raises:
-            PerceptError: if the number of voxels is another one than that of the fit, or a session was not
-                there.
+            PerceptError: if the number of voxels is another one than that of the fit, or a session
+                was not there.
         """
         betas, sessions = np.asarray(betas), np.asarray(sessions)
         if betas.ndim != 2 or betas.shape[1] != self.n_voxels or sessions.shape != betas.shape[:1]:
@@ -1074,7 +1319,11 @@ class Normaliser:
                     f"The normaliser was fitted without session {unseen[0]}: fit it again with "
                     "by_session=False."
                 )
-        out = betas.astype(np.float32) if self.columns is None else betas[:, self.columns].astype(np.float32)
+        out = (
+            betas.astype(np.float32)
+            if self.columns is None
+            else betas[:, self.columns].astype(np.float32)
+        )
         for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
             mine = row == r
             out[mine] = (out[mine] - self.mean[r]) / self.std[r]
@@ -1094,13 +1343,20 @@ class Normaliser:
         if self.columns is not None:
             tensors["columns"] = np.asarray(self.columns, np.int64)
         with atomic(path) as temporary:
-            told = {"rois": ",".join(self.rois), "n_voxels": str(self.n_voxels), "masked": "yes" if self.masked else ""}
+            told = {
+                "rois": ",".join(self.rois),
+                "n_voxels": str(self.n_voxels),
+                "masked": "yes" if self.masked else "",
+            }
             save_file(tensors, temporary, metadata=told)
 
     @classmethod
     def beside(cls, path: str | Path) -> Normaliser | None:
-        """The normaliser that a decoder was trained with, from the folder of its file or the one above (train_logs/<run>/low_level/last.safetensors);
-        None for a released file (.pth), which is for betas as they are. Raises PerceptError as `load`.
+        """The normaliser that a decoder was trained with, from the folder of its file or the one
+        above (train_logs/<run>/low_level/last.safetensors); None for a released file (.pth), which
+        is for betas as they are.
+
+        Raises PerceptError as `load`.
         """
         if Path(path).suffix == ".pth":
             return None
@@ -1117,21 +1373,41 @@ class Normaliser:
         try:
             with safe_open(path, framework="np") as file:
                 # noqa: SIM118 (the file is no dict)
-                tensors, told = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+                tensors, told = (
+                    {key: file.get_tensor(key) for key in file.keys()},
+                    file.metadata() or {},
+                )
         except SafetensorError as error:
             raise PerceptError(
-                f"{path} is no safetensors file ({error}): run the training notebook of this run again."
+                f"{path} is no safetensors file ({error}): run the training notebook of this run"
+                " again."
             ) from error
         if not {"mean", "std"} <= set(tensors):
-            raise PerceptError(f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser.")
+            raise PerceptError(
+                f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser."
+            )
         rois = tuple(name for name in told.get("rois", "").split(",") if name)
-        sessions, components, columns = (tensors.get(name) for name in ("sessions", "components", "columns"))
-        return cls(tensors["mean"], tensors["std"], sessions, components, columns, rois, int(told.get("n_voxels", 0)), bool(told.get("masked")))
+        sessions, components, columns = (
+            tensors.get(name) for name in ("sessions", "components", "columns")
+        )
+        return cls(
+            tensors["mean"],
+            tensors["std"],
+            sessions,
+            components,
+            columns,
+            rois,
+            int(told.get("n_voxels", 0)),
+            bool(told.get("masked")),
+        )
 
 
-def _moments(betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and shifted by
-    the first row; of some columns where they are given."""
+def _moments(
+    betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and
+    shifted by the first row; of some columns where they are given.
+    """
     chosen = slice(None) if columns is None else columns
     shift = betas[rows[0]][chosen].astype(np.float64)
     total, square = np.zeros_like(shift), np.zeros_like(shift)
@@ -1144,63 +1420,116 @@ def _moments(betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = N
 
 
 def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: int) -> np.ndarray:
-    """First principal components of the z-scored training trials, each divided by its standard deviation over them, float32 (voxels, components).
+    """First principal components of the z-scored training trials, each divided by its standard
+    deviation over them, float32 (voxels, components).
 
-    All training trials are held once, in float32. Their mean is 0 already. The search is that of Halko, Martinsson & Tropp 2011, with so many
-    iterations that the variance kept is the most there is also where the spectrum falls slowly (tests/test_data.py).
+    All training trials are held once, in float32. Their mean is 0 already. The search is that of
+    Halko, Martinsson & Tropp 2011, with so many iterations that the variance kept is the most there
+    is also where the spectrum falls slowly (tests/test_data.py).
     """
     size = (int((subject.trials["split"] == "train").sum()), zscore.width)
     if not 1 <= n_components <= min(size):
-        raise PerceptError(f"n_components is {n_components}: choose 0 for all voxels, or at most {min(size)}, as there are {size} (training trials, voxels).")
+        raise PerceptError(
+            f"n_components is {n_components}: choose 0 for all voxels, or at most {min(size)}, as"
+            f" there are {size} (training trials, voxels)."
+        )
     z, _ = subject.trials_of("train", zscore)
-    _, _, axes = randomized_svd(z, n_components, n_oversamples=n_components + 10, n_iter=10, random_state=seed)  # axes (components, voxels)
+    _, _, axes = randomized_svd(
+        z, n_components, n_oversamples=n_components + 10, n_iter=10, random_state=seed
+    )  # axes (components, voxels)
     spread = (z @ axes.T).std(0, dtype=np.float64)
     if empty := int((spread <= 1e-4 * spread.max()).sum()):
-        raise PerceptError(f"n_components is {n_components}, but the training trials vary in {n_components - empty} dimensions only: choose at most that.")
+        raise PerceptError(
+            f"n_components is {n_components}, but the training trials vary in"
+            f" {n_components - empty} dimensions only: choose at most that."
+        )
     return np.ascontiguousarray((axes / spread[:, None]).T.astype(np.float32))
 
 
-# -------------------------------------------------------------------------------- clusters of images
-def image_clusters(subject: Subject, features: np.ndarray, made_by: dict[str, Any], n_clusters: int = 20, seed: int = 42) -> pd.DataFrame:
-    """Clusters of a subject's images, a quarter of which is held out; found once and stored as data/<dataset>/clusters-<hash>.parquet.
+# ------------------------------------------------------------------------------ clusters of images
+def image_clusters(
+    subject: Subject,
+    features: np.ndarray,
+    made_by: dict[str, Any],
+    n_clusters: int = 20,
+    seed: int = 42,
+) -> pd.DataFrame:
+    """Clusters of a subject's images, a quarter of which is held out; found once and stored as
+    data/<dataset>/clusters-<hash>.parquet.
 
-    k-means of the features divided by their length. Of 2000 random quarters of the clusters that one is held out which holds most nearly a
-    quarter of the test images and a quarter of the training images. Source: Shirakawa et al. 2024, arXiv 2405.10078.
+    k-means of the features divided by their length. Of 2000 random quarters of the clusters that
+    one is held out which holds most nearly a quarter of the test images and a quarter of the
+    training images. Source: Shirakawa et al. 2024, arXiv 2405.10078.
 
     Args:
         subject: with all its images.
         features: (images, dim), in the order of `subject.all_images`.
-        made_by: fingerprint of the model that made them. Other features, images or settings are another file.
+        made_by: fingerprint of the model that made them. Other features, images or settings are
+            another file.
         n_clusters: number of clusters, at least 4.
         seed: of k-means and of the choice.
 
     Returns:
-        One row an image, ascending: image, cluster (0 to n_clusters - 1), held_out (bool). Its `attrs` say how it was made.
+        One row an image, ascending: image, cluster (0 to n_clusters - 1), held_out (bool). Its
+            `attrs` say how it was made.
 
     Raises:
-        PerceptError: for features of another length, fewer images than clusters, or clusters of which no quarter holds test images and leaves some.
+        PerceptError: for features of another length, fewer images than clusters, or clusters of
+            which no quarter holds test images and leaves some.
     """
     ids, test = subject.all_images, subject.image_ids("test")
     if len(features) != len(ids) or not 4 <= n_clusters <= len(ids):
-        raise PerceptError(f"{len(features)} features of {len(ids)} images for {n_clusters} clusters: give one an image, and choose 4 clusters to one an image.")
+        raise PerceptError(
+            f"{len(features)} features of {len(ids)} images for {n_clusters} clusters: give one an"
+            " image, and choose 4 clusters to one an image."
+        )
     store = subject._store
-    shown = hashlib.sha256(np.stack([ids, store.crc[store.positions(ids)]]).tobytes()).hexdigest()[:16]
-    meta = json.loads(json.dumps({"fingerprint": made_by, "images": shown, "test_set": subject.test_set, "n_clusters": n_clusters, "seed": seed}, default=str))
+    shown = hashlib.sha256(np.stack([ids, store.crc[store.positions(ids)]]).tobytes()).hexdigest()[
+        :16
+    ]
+    meta = json.loads(
+        json.dumps(
+            {
+                "fingerprint": made_by,
+                "images": shown,
+                "test_set": subject.test_set,
+                "n_clusters": n_clusters,
+                "seed": seed,
+            },
+            default=str,
+        )
+    )
     path = subject.folder / f"clusters-{_key(meta)}.parquet"
     with open(subject.folder / ".clusters.lock", "w") as lock, disk_errors(subject.folder):
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes that ask at once take turns
         if not path.exists():
             unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-            cluster = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(unit.astype(np.float32))
-            held = _quarter(cluster, np.isin(ids, test), np.isin(ids, subject.image_ids("train")), n_clusters, seed)
-            table = pd.DataFrame({"image": ids, "cluster": cluster.astype(np.int64), "held_out": np.isin(cluster, held)})
+            cluster = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(
+                unit.astype(np.float32)
+            )
+            held = _quarter(
+                cluster,
+                np.isin(ids, test),
+                np.isin(ids, subject.image_ids("train")),
+                n_clusters,
+                seed,
+            )
+            table = pd.DataFrame(
+                {
+                    "image": ids,
+                    "cluster": cluster.astype(np.int64),
+                    "held_out": np.isin(cluster, held),
+                }
+            )
             table.attrs = meta
             with atomic(path) as temporary:
                 table.to_parquet(temporary)
     return pd.read_parquet(path)
 
 
-def _quarter(cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+def _quarter(
+    cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_clusters: int, seed: int
+) -> np.ndarray:
     """A quarter of the clusters with about a quarter of the images.
 
     Args:
@@ -1209,7 +1538,9 @@ def _quarter(cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_cluster
         n_clusters: number of clusters.
         seed: of the quarters that are tried.
     """
-    counts = np.stack([np.bincount(cluster[part], minlength=n_clusters) for part in (test, train)])  # (test and train, clusters)
+    counts = np.stack(
+        [np.bincount(cluster[part], minlength=n_clusters) for part in (test, train)]
+    )  # (test and train, clusters)
     rng, best = np.random.default_rng(seed), (np.inf, np.empty(0, np.int64))
     for _ in range(2000):
         chosen = np.sort(rng.permutation(n_clusters)[: round(HELD_OUT * n_clusters)])
@@ -1218,26 +1549,40 @@ def _quarter(cluster: np.ndarray, test: np.ndarray, train: np.ndarray, n_cluster
             miss = float(np.abs(inside / counts.sum(1) - HELD_OUT).sum())
             best = min(best, (miss, chosen), key=lambda each: each[0])
     if not len(best[1]):
-        raise PerceptError(f"No quarter of the {n_clusters} clusters holds test and training images and leaves some: ask for more clusters (n_clusters).")
+        raise PerceptError(
+            f"No quarter of the {n_clusters} clusters holds test and training images and leaves"
+            " some: ask for more clusters (n_clusters)."
+        )
     return best[1]
 
 
 def select_images(
-    subject: Subject, split: str, logs: str | Path, encoder: Callable[[], Any], n_clusters: int = 20, num_sessions: int = 0
+    subject: Subject,
+    split: str,
+    logs: str | Path,
+    encoder: Callable[[], Any],
+    n_clusters: int = 20,
+    num_sessions: int = 0,
 ) -> Subject:
-    """The subject with the images that a training may see, written down in the run's folder for `open_split`.
+    """The subject with the images that a training may see, written down in the run's folder for
+    `open_split`.
 
     Args:
         subject: from `open_subject`.
-        split: "images" (all of them), or "cluster-held-out" (no training or validation image of a quarter of the clusters).
-        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are held out, and loses it where they are not; sessions.json
-            likewise, where the first sessions alone are used.
-        encoder: gives the frozen model whose features are clustered, as `pretrained.Clipper`; not called for "images".
-        n_clusters: as for `image_clusters`. Clusters are of the images of all sessions, so that they are the same however many are used.
+        split: "images" (all of them), or "cluster-held-out" (no training or validation image of a
+            quarter of the clusters).
+        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are
+            held out, and loses it where they are not; sessions.json likewise, where the first
+            sessions alone are used.
+        encoder: gives the frozen model whose features are clustered, as `pretrained.Clipper`; not
+            called for "images".
+        n_clusters: as for `image_clusters`. Clusters are of the images of all sessions, so that
+            they are the same however many are used.
         num_sessions: the first so many sessions, as for `Subject.first_sessions`, 0 for all.
 
     Raises:
-        PerceptError: for an unknown split, and as `image_clusters`, `Subject.holding_out` and `Subject.first_sessions`.
+        PerceptError: for an unknown split, and as `image_clusters`, `Subject.holding_out` and
+            `Subject.first_sessions`.
     """
     if split not in ("images", "cluster-held-out"):
         raise PerceptError(f"split is {split!r}: choose one of images, cluster-held-out.")
@@ -1245,7 +1590,9 @@ def select_images(
     if split == "images":
         (Path(logs) / CLUSTERS).unlink(missing_ok=True)
     else:
-        limited = _without_clusters(subject, logs, encoder(), n_clusters).first_sessions(num_sessions)
+        limited = _without_clusters(subject, logs, encoder(), n_clusters).first_sessions(
+            num_sessions
+        )
     if num_sessions:
         write_json(Path(logs) / SESSIONS, {"num_sessions": num_sessions})
     else:
@@ -1256,8 +1603,12 @@ def select_images(
 def _without_clusters(subject: Subject, logs: str | Path, model: Any, n_clusters: int) -> Subject:
     """The subject without a quarter of its clusters, which are written down."""
     ids, made_by = subject.all_images, model.fingerprint()
-    targets = cached_targets(subject.folder, "clip_tokens", made_by, ids, model.encode_pixels, model.target_shape)
-    clusters = image_clusters(subject, targets.rows(ids).reshape(len(ids), -1).astype(np.float32), made_by, n_clusters)
+    targets = cached_targets(
+        subject.folder, "clip_tokens", made_by, ids, model.encode_pixels, model.target_shape
+    )
+    clusters = image_clusters(
+        subject, targets.rows(ids).reshape(len(ids), -1).astype(np.float32), made_by, n_clusters
+    )
     made = subject.holding_out(clusters)
     with atomic(Path(logs) / CLUSTERS) as temporary:
         clusters.to_parquet(temporary)
@@ -1265,30 +1616,41 @@ def _without_clusters(subject: Subject, logs: str | Path, model: Any, n_clusters
 
 
 def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
-    """Open a prepared subject as the training of a run saw it: `open_subject`, less what `select_images` has written down in `logs`.
+    """Open a prepared subject as the training of a run saw it: `open_subject`, less what
+    `select_images` has written down in `logs`.
 
     Args:
         dataset, subj: as for `open_subject`.
         logs: folder of the run, train_logs/<run>/.
 
     Raises:
-        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of other test images than the subject has, or it has
-            fewer sessions.
+        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of
+            other test images than the subject has, or it has fewer sessions.
     """
-    subject, record, told = open_subject(dataset, subj), Path(logs) / CLUSTERS, Path(logs) / SESSIONS
+    subject, record, told = (
+        open_subject(dataset, subj),
+        Path(logs) / CLUSTERS,
+        Path(logs) / SESSIONS,
+    )
     if not record.parent.is_dir():
-        raise PerceptError(f"There is no run at {record.parent}: give the folder of a run under train_logs/.")
+        raise PerceptError(
+            f"There is no run at {record.parent}: give the folder of a run under train_logs/."
+        )
     num_sessions = int(read_json(told)["num_sessions"]) if told.exists() else 0
     if not record.exists():
         return subject.first_sessions(num_sessions)
     clusters = pd.read_parquet(record)
     if clusters.attrs.get("test_set") != subject.test_set:
-        raise PerceptError(f"{record} is of other test images than {subject.folder.name} has now: run the training notebook of this run again.")
+        raise PerceptError(
+            f"{record} is of other test images than {subject.folder.name} has now: run the training"
+            " notebook of this run again."
+        )
     return subject.holding_out(clusters).first_sessions(num_sessions)
 
 
 def open_pictures(dataset: str | Path, subj: int, subject: Subject) -> Subject:
-    """The subject whose pictures teach what needs no brain: with those of all sessions, however few of them the decoder saw; clusters held out of training stay out.
+    """The subject whose pictures teach what needs no brain: with those of all sessions, however few
+    of them the decoder saw; clusters held out of training stay out.
 
     Args:
         dataset, subj: as for `open_subject`.
@@ -1310,7 +1672,9 @@ def _hashed(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for value in (seed, epoch):
         state = _mix(state + np.uint64(value % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    return _mix(_mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return _mix(
+        _mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    )
 
 
 def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -1330,21 +1694,23 @@ def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndar
 class BrainDataset(Dataset):
     """Map-style dataset over the images of a split.
 
-    Item i is image `image_ids[i]`, or with repeats="each" a trial of it. `__getitems__` reads a whole batch at once: {"voxels": float32 (batch,
-    voxels), or (batch, repeats, voxels) for repeats="all"; "image": int64 (batch,); "seed": int64 (batch,),
-    for whatever a step draws for a sample, a pure function of (seed, epoch, image); "pixels": uint8 (batch, 3,
-    height, width), with pixels=True; each target: float32 (batch, ...)}. In a DataLoader pass
-    `collate_fn=lambda batch: batch`.
+    Item i is image `image_ids[i]`, or with repeats="each" a trial of it. `__getitems__` reads a
+    whole batch at once: {"voxels": float32 (batch, voxels), or (batch, repeats, voxels) for
+    repeats="all"; "image": int64 (batch,); "seed": int64 (batch,), for whatever a step draws for a
+    sample, a pure function of (seed, epoch, image); "pixels": uint8 (batch, 3, height, width), with
+    pixels=True; each target: float32 (batch, ...)}. In a DataLoader pass `collate_fn=lambda batch:
+    batch`.
 
     Args:
         subject: from `open_subject`.
         split: train, val or test, or several joined by "+".
-        targets: for each name what `cached_targets` or `cached_views` gives, or an array whose rows are in
-            the order of the samples, `dataset.image_ids`.
+        targets: for each name what `cached_targets` or `cached_views` gives, or an array whose rows
+            are in the order of the samples, `dataset.image_ids`.
         normaliser: fitted on training trials, or None for the betas as they are.
-        repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one number of
-            repeat for all images of a batch), "mean", "all" (images with fewer than the most repeats
-            start over), or "each" (every trial is a sample by itself, with the image that it shows).
+        repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one
+            number of repeat for all images of a batch), "mean", "all" (images with fewer than the
+            most repeats start over), or "each" (every trial is a sample by itself, with the image
+            that it shows).
         seed: of everything random.
         pixels: also read the images themselves.
 
@@ -1364,7 +1730,12 @@ class BrainDataset(Dataset):
     ):
         if repeats not in REPEATS:
             raise PerceptError(f"repeats is {repeats!r}: choose one of {list(REPEATS)}.")
-        self.subject, self.split, self.normaliser, self.repeats = subject, split, normaliser, repeats
+        self.subject, self.split, self.normaliser, self.repeats = (
+            subject,
+            split,
+            normaliser,
+            repeats,
+        )
         self.pixels = pixels
         self.seed, self.epoch, self.targets = seed, 0, dict(targets or {})
         self._rows, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
@@ -1382,7 +1753,8 @@ class BrainDataset(Dataset):
                 target.check(self.image_ids)
             elif len(target) != len(self):
                 raise PerceptError(
-                    f"Target {name} has {len(target)} rows for the {len(self)} images of split {split}."
+                    f"Target {name} has {len(target)} rows for the {len(self)} images of split"
+                    f" {split}."
                 )
 
     def __len__(self) -> int:
@@ -1397,7 +1769,11 @@ class BrainDataset(Dataset):
         at = np.asarray(indices, dtype=np.int64)
         ids = self.image_ids[at]
         seeds = (_hashed(self.seed + 1, self.epoch, ids) >> np.uint64(1)).astype(np.int64)
-        batch = {"voxels": torch.from_numpy(self._voxels(at)), "image": torch.from_numpy(ids), "seed": torch.from_numpy(seeds)}
+        batch = {
+            "voxels": torch.from_numpy(self._voxels(at)),
+            "image": torch.from_numpy(ids),
+            "seed": torch.from_numpy(seeds),
+        }
         if self.pixels:
             batch["pixels"] = torch.from_numpy(self.subject.images(ids)).permute(0, 3, 1, 2)
         for name, target in self.targets.items():
@@ -1421,7 +1797,11 @@ class BrainDataset(Dataset):
             rows = self._table[at]  # (batch, repeats)
             read = self.subject.read(rows.ravel(), self.normaliser)
             return read.reshape(*rows.shape, *read.shape[1:])
-        ids = self.image_ids[at] if self.repeats == "random" else np.full(len(at), self.image_ids[at[0]])
+        ids = (
+            self.image_ids[at]
+            if self.repeats == "random"
+            else np.full(len(at), self.image_ids[at[0]])
+        )
         chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[at])
         return self.subject.read(self._table[at, chosen], self.normaliser)
 
@@ -1446,11 +1826,15 @@ class Targets:
         ] = {}  # image -> (part, row); a later part, made from newer pixels, wins
         crc = dict(zip(store.image_ids.tolist(), store.crc.tolist(), strict=True))
         for number, part in enumerate(self.parts):
-            for row, (image, pixels) in enumerate(np.load(_ids_file(part), allow_pickle=False).tolist()):
+            for row, (image, pixels) in enumerate(
+                np.load(_ids_file(part), allow_pickle=False).tolist()
+            ):
                 if crc.get(image) == pixels:
                     place[image] = (number, row)
         self.image_ids = np.array(sorted(place), dtype=np.int64)
-        self._place = np.array([place[i] for i in self.image_ids.tolist()], dtype=np.int64).reshape(-1, 2)
+        self._place = np.array([place[i] for i in self.image_ids.tolist()], dtype=np.int64).reshape(
+            -1, 2
+        )
         self._order = np.arange(len(self.image_ids))
 
     def __len__(self) -> int:
@@ -1468,13 +1852,15 @@ class Targets:
         missing = np.setdiff1d(image_ids, self.image_ids)
         if len(missing):
             raise PerceptError(
-                f"{self.folder} lacks the targets of {len(missing)} images, the first is {missing[0]}: "
-                "make them with cached_targets."
+                f"{self.folder} lacks the targets of {len(missing)} images, the first is"
+                f" {missing[0]}: make them with cached_targets."
             )
 
     def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Targets by image id, (n, *shape) in the stored dtype. Raises PerceptError for an image without
-        one."""
+        """Targets by image id, (n, *shape) in the stored dtype.
+
+        Raises PerceptError for an image without one.
+        """
         self.check(image_ids)
         place = self._place[_positions(self.image_ids, self._order, image_ids, str(self.folder))]
         out = np.empty((len(place), *self.shape), self.dtype)
@@ -1485,10 +1871,12 @@ class Targets:
 
 
 class LatentFile:
-    """Latents of images that somebody else computed, a row an image, memory-mapped: `fMRI_VAE.npy` of the course's NSD subset, for instance.
+    """Latents of images that somebody else computed, a row an image, memory-mapped: `fMRI_VAE.npy`
+    of the course's NSD subset, for instance.
 
     Args:
-        path: .npy of floats (images, channels, h, w) or (images, 1, channels, h, w), already scaled; row i is of the image with id i.
+        path: .npy of floats (images, channels, h, w) or (images, 1, channels, h, w), already
+            scaled; row i is of the image with id i.
         shape: (channels, h, w) that is expected.
 
     Raises:
@@ -1500,16 +1888,30 @@ class LatentFile:
         try:
             self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise PerceptError(f"{path} is no array of latents that can be read ({error}): give the .npy file, or leave latents_file empty.") from None
-        if self._array.dtype.kind != "f" or self._array.shape[1:] not in (self.shape, (1, *self.shape)):
+            raise PerceptError(
+                f"{path} is no array of latents that can be read ({error}): give the .npy file, or"
+                " leave latents_file empty."
+            ) from None
+        if self._array.dtype.kind != "f" or self._array.shape[1:] not in (
+            self.shape,
+            (1, *self.shape),
+        ):
             expected = f"floats (images, {', '.join(map(str, self.shape))})"
-            raise PerceptError(f"{path} holds {self._array.dtype} {self._array.shape}, not {expected}: it is of another autoencoder or of something else.")
+            raise PerceptError(
+                f"{path} holds {self._array.dtype} {self._array.shape}, not {expected}: it is of"
+                " another autoencoder or of something else."
+            )
 
     def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
         """Raise PerceptError if the latent of one of these images is missing."""
-        beyond = np.asarray(image_ids)[(np.asarray(image_ids) < 0) | (np.asarray(image_ids) >= len(self._array))]
+        beyond = np.asarray(image_ids)[
+            (np.asarray(image_ids) < 0) | (np.asarray(image_ids) >= len(self._array))
+        ]
         if len(beyond):
-            raise PerceptError(f"{self.path} has {len(self._array)} rows, none for image {beyond[0]}: its rows have to be the images 0, 1, 2 and so on.")
+            raise PerceptError(
+                f"{self.path} has {len(self._array)} rows, none for image {beyond[0]}: its rows"
+                " have to be the images 0, 1, 2 and so on."
+            )
 
     def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Latents by image id, (n, channels, h, w)."""
@@ -1518,7 +1920,9 @@ class LatentFile:
 
 
 class Views:
-    """Several versions of every image's target, of which an epoch shows one. Made by `cached_views`.
+    """Several versions of every image's target, of which an epoch shows one.
+
+    Made by `cached_views`.
 
     Attributes:
         versions: one `Targets` a version.
@@ -1533,8 +1937,12 @@ class Views:
             targets.check(image_ids)
 
     def rows(self, image_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Of each image the version that (seed, epoch, image) choose, (n, *shape) in the stored dtype."""
-        chosen = choose_repeats(seed + 2, epoch, image_ids, np.full(len(image_ids), len(self.versions)))
+        """Of each image the version that (seed, epoch, image) choose, (n, *shape) in the stored
+        dtype.
+        """
+        chosen = choose_repeats(
+            seed + 2, epoch, image_ids, np.full(len(image_ids), len(self.versions))
+        )
         first = self.versions[0]
         out = np.empty((len(image_ids), *first.shape), first.dtype)
         for number in np.unique(chosen):
@@ -1560,15 +1968,15 @@ def cached_targets(
     """Targets of a frozen model, computed once for each image and stored under
     data/<dataset>/targets/<name>-<hash>/.
 
-    An interrupted run goes on where it stopped; images asked for later, or whose pixels have changed since,
-    are added as a further part. Processes that ask at once take turns: the first computes, the others find
-    the result.
+    An interrupted run goes on where it stopped; images asked for later, or whose pixels have
+    changed since, are added as a further part. Processes that ask at once take turns: the first
+    computes, the others find the result.
 
     Args:
         dataset: as for `open_subject`.
         name: what the targets are, e.g. clip_tokens.
-        fingerprint: all that they depend on (model, revision, options, versions), as JSON values; another
-            fingerprint is another folder.
+        fingerprint: all that they depend on (model, revision, options, versions), as JSON values;
+            another fingerprint is another folder.
         image_ids: (n,) images whose targets are needed.
         encode: uint8 images (batch, height, width, 3) -> (batch, *shape).
         shape: shape of one target.
@@ -1576,13 +1984,14 @@ def cached_targets(
         batch_size: images given to `encode` at once.
 
     Raises:
-        PerceptError: for an unknown image, an `encode` that gives another shape or numbers that are not
-            finite in `dtype`, or a full disk.
+        PerceptError: for an unknown image, an `encode` that gives another shape or numbers that are
+            not finite in `dtype`, or a full disk.
     """
     store = ImageStore(dataset_folder(dataset) / "images.h5")
     meta = json.loads(
         json.dumps(
-            {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype}, default=str
+            {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype},
+            default=str,
         )
     )
     folder = dataset_folder(dataset) / "targets" / f"{name}-{_key(meta)}"
@@ -1595,7 +2004,9 @@ def cached_targets(
         targets = Targets(folder, store)
         missing = np.setdiff1d(image_ids, targets.image_ids)
         if len(missing):
-            _add_part(folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size)
+            _add_part(
+                folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size
+            )
             targets = Targets(folder, store)
     return targets
 
@@ -1603,15 +2014,24 @@ def cached_targets(
 def _key(meta: dict[str, Any]) -> str:
     """Name of a fingerprint without its golden features, whose last digits differ between devices."""
     fingerprint = {name: value for name, value in meta["fingerprint"].items() if name != "golden"}
-    return hashlib.sha256(json.dumps(meta | {"fingerprint": fingerprint}, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        json.dumps(meta | {"fingerprint": fingerprint}, sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 
 def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> None:
-    """Refuse targets of another fingerprint, or of a model that gave other features than it gives now."""
+    """Refuse targets of another fingerprint, or of a model that gave other features than it gives
+    now.
+    """
     if _key(stored) != _key(meta):
-        raise PerceptError(f"{folder} was made with another fingerprint than its name says: delete it.")
+        raise PerceptError(
+            f"{folder} was made with another fingerprint than its name says: delete it."
+        )
     if not same_features(*(each["fingerprint"].get("golden", []) for each in (stored, meta))):
-        raise PerceptError(f"{folder} was made by a model that no longer gives the same features: delete it, so that the targets are made again.")
+        raise PerceptError(
+            f"{folder} was made by a model that no longer gives the same features: delete it, so"
+            " that the targets are made again."
+        )
 
 
 def cached_views(
@@ -1627,10 +2047,10 @@ def cached_views(
     """Targets of augmented images: `views` versions of each, computed once.
 
     Args:
-        dataset, name, fingerprint, image_ids, shape, options: as for `cached_targets`; the fingerprint says
-            how images are augmented.
-        encode: (uint8 images (batch, height, width, 3), seed) -> (batch, *shape); the seed is that of the
-            version and of the pixels, so that a version is made again as it was.
+        dataset, name, fingerprint, image_ids, shape, options: as for `cached_targets`; the
+            fingerprint says how images are augmented.
+        encode: (uint8 images (batch, height, width, 3), seed) -> (batch, *shape); the seed is that
+            of the version and of the pixels, so that a version is made again as it was.
         views: number of versions.
     """
 
@@ -1638,10 +2058,14 @@ def cached_views(
         def one(images: np.ndarray) -> np.ndarray:
             return encode(images, zlib.crc32(images.tobytes(), number))
 
-        return cached_targets(dataset, name, fingerprint | {"version": number}, image_ids, one, shape, **options)
+        return cached_targets(
+            dataset, name, fingerprint | {"version": number}, image_ids, one, shape, **options
+        )
 
     if views < 1:
-        raise PerceptError(f"{views} views of the targets {name} were asked for: choose at least 1.")
+        raise PerceptError(
+            f"{views} views of the targets {name} were asked for: choose at least 1."
+        )
     return Views([version(number) for number in range(views)])
 
 
@@ -1655,7 +2079,9 @@ def _add_part(
     batch_size: int,
 ) -> None:
     """Compute and store the targets of `ids` as the next part, going on with an interrupted one."""
-    known = np.stack([ids, store.crc[store.positions(ids)]], axis=1)  # (images, 2): id and CRC of the pixels
+    known = np.stack(
+        [ids, store.crc[store.positions(ids)]], axis=1
+    )  # (images, 2): id and CRC of the pixels
     part = folder / f"part-{len(list(folder.glob('part-???.npy'))):03d}.npy"
     partial, state = part.with_suffix(".partial"), folder / "progress.json"
     key, done = hashlib.sha256(known.tobytes()).hexdigest(), 0
@@ -1669,7 +2095,9 @@ def _add_part(
     starts, saved = range(done, len(ids), batch_size), done
     for start in progress(starts, f"targets {folder.name}", len(starts)):
         batch = ids[start : start + batch_size]
-        array[start : start + len(batch)] = _encoded(encode, store.rows(batch), batch, shape[1:], dtype)
+        array[start : start + len(batch)] = _encoded(
+            encode, store.rows(batch), batch, shape[1:], dtype
+        )
         if start + len(batch) - saved >= 8 * batch_size:
             array.flush()
             saved = start + len(batch)
@@ -1688,14 +2116,15 @@ def _encoded(
     rows = np.asarray(encode(images))
     if rows.shape != (len(ids), *shape):
         raise PerceptError(
-            f"The targets of {len(ids)} images have shape {rows.shape}, {(len(ids), *shape)} was announced."
+            f"The targets of {len(ids)} images have shape {rows.shape}, {(len(ids), *shape)} was"
+            " announced."
         )
     with np.errstate(over="ignore"):
         rows = rows.astype(dtype)
     good = np.isfinite(rows.reshape(len(rows), -1)).all(1)
     if not good.all():
         raise PerceptError(
-            f"The target of image {ids[~good][0]} is not finite in {dtype}: encode in float32, or store "
-            "it with dtype='float32'."
+            f"The target of image {ids[~good][0]} is not finite in {dtype}: encode in float32, or"
+            " store it with dtype='float32'."
         )
     return rows

@@ -1,16 +1,24 @@
-"""GNet, an encoder from images to one subject's voxels, and the brain correlation that is measured through it.
+"""GNet, an encoder from images to one subject's voxels, and the brain correlation that is measured
+through it.
 
-- The network is the multi-subject GNet of the Natural Scenes Dataset (St-Yves, Allen, Wu, Kay & Naselaris 2023, Nature Communications; github.com/styvesg/nsd_gnet8x),
-  as MindEye2's authors released it (gnet_multisubject.pt; arXiv 2403.11207, Table 1 "Brain correlation"): one trunk that all subjects share, and for each
-  subject a readout, a receptive field for every voxel on two feature maps and then a linear model of the pooled features. State dicts have the released keys.
-- Brain correlation: a reconstruction goes through the encoder of the subject that saw the image, and the predicted voxels are correlated with the measured
-  ones, across the voxels of a region, image by image.
-- What it can say: whether a picture holds what this encoder knows a region to respond to. What it cannot: the encoder was fitted to the same subject's
-  measurements, and the decoder read the same voxels at test, so a decoder may please it with anything that its voxels say, noise included. It is no better than
-  the encoder, so the scores of the seen images themselves are the ceiling, and they are far from 1; a reconstruction may even pass them, which shows fit to
-  the encoder or to this trial's noise, not quality. What all images have in common counts as well: read every score beside that of a shuffled pairing and of the mean
-  image, and `brain_correlation_centred` beside the published one.
-- The mini world's GNet (`weights` "mini") is the same classes at a small size; its scores compare with no published number.
+- The network is the multi-subject GNet of the Natural Scenes Dataset (St-Yves, Allen, Wu, Kay &
+  Naselaris 2023, Nature Communications; github.com/styvesg/nsd_gnet8x), as MindEye2's authors
+  released it (gnet_multisubject.pt; arXiv 2403.11207, Table 1 "Brain correlation"): one trunk that
+  all subjects share, and for each subject a readout, a receptive field for every voxel on two
+  feature maps and then a linear model of the pooled features. State dicts have the released keys.
+- Brain correlation: a reconstruction goes through the encoder of the subject that saw the image,
+  and the predicted voxels are correlated with the measured ones, across the voxels of a region,
+  image by image.
+- What it can say: whether a picture holds what this encoder knows a region to respond to. What it
+  cannot: the encoder was fitted to the same subject's measurements, and the decoder read the same
+  voxels at test, so a decoder may please it with anything that its voxels say, noise included. It
+  is no better than the encoder, so the scores of the seen images themselves are the ceiling, and
+  they are far from 1; a reconstruction may even pass them, which shows fit to the encoder or to
+  this trial's noise, not quality. What all images have in common counts as well: read every score
+  beside that of a shuffled pairing and of the mean image, and `brain_correlation_centred` beside
+  the published one.
+- The mini world's GNet (`weights` "mini") is the same classes at a small size; its scores compare
+  with no published number.
 """
 
 from __future__ import annotations
@@ -32,7 +40,12 @@ from src.utils import HOME, ROOT, PerceptError, load_strictly, progress, read_js
 MINI = ROOT / "data" / "mini_models" / "gnet"
 RELEASED = "gnet_multisubject.pt"
 BATCH = 100  # images at once, as published
-BLOCK = 2**25  # numbers that a readout holds at once: at full size and a batch of 100 all voxels together would be 8e8, several times over
+BLOCK = (
+    2**25
+    # numbers that a readout holds at once: at full size and a batch of 100 all voxels together
+    # would be
+    # 8e8, several times over
+)
 EARLY = {  # the published regions, by the columns that readers give them
     "V1": ("V1", "V1v", "V1d"),
     "V2": ("V2", "V2v", "V2d"),
@@ -41,7 +54,7 @@ EARLY = {  # the published regions, by the columns that readers give them
 }
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------------- the network
 class _Block(nn.Module):
     """Batch norm, dropout of channels, 3 x 3 convolution, ReLU; the side of the map stays."""
 
@@ -69,7 +82,9 @@ class _PreFilter(nn.Module):
 
     def __init__(self, stem: int, width: int):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(3, stem, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2))
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(3, stem, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)
+        )
         self.conv2 = nn.Sequential(nn.Conv2d(stem, width, 5, padding=2), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +92,9 @@ class _PreFilter(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Convolutions 3, 4 on the first map and 5, 6 on the second; of each a part is passed on to the readouts."""
+    """Convolutions 3, 4 on the first map and 5, 6 on the second; of each a part is passed on to the
+    readouts.
+    """
 
     def __init__(self, width: int, dim: int, trunk_width: int, pass_through: int, drop: float):
         super().__init__()
@@ -100,11 +117,16 @@ class _Stage(nn.Module):
         c5b = self.conv5b(c5a)
         c6a = self.conv6a(c5b)
         c6b = self.conv6b(c6a)
-        return [torch.cat([c3, c4a[:, own], c4b[:, own]], 1), torch.cat([c5a[:, own], c5b[:, own], c6a[:, own], c6b], 1)]
+        return [
+            torch.cat([c3, c4a[:, own], c4b[:, own]], 1),
+            torch.cat([c5a[:, own], c5b[:, own], c6a[:, own], c6b], 1),
+        ]
 
 
 class GNetTrunk(nn.Module):
-    """What all subjects share: images -> two feature maps. Its state dict has the keys that the released file holds as best_params["enc"].
+    """What all subjects share: images -> two feature maps.
+
+    Its state dict has the keys that the released file holds as best_params["enc"].
 
     Args:
         input_size: pixels a side of the images.
@@ -120,22 +142,46 @@ class GNetTrunk(nn.Module):
         sides: their sides, published (25, 13).
     """
 
-    def __init__(self, input_size: int = 227, stem: int = 64, width: int = 192, dim: int = 128, trunk_width: int = 64, pass_through: int = 192, drop: float = 0.5):
+    def __init__(
+        self,
+        input_size: int = 227,
+        stem: int = 64,
+        width: int = 192,
+        dim: int = 128,
+        trunk_width: int = 64,
+        pass_through: int = 192,
+        drop: float = 0.5,
+    ):
         super().__init__()
         self.config: dict[str, Any] = {
-            "input_size": input_size, "stem": stem, "width": width, "dim": dim, "trunk_width": trunk_width, "pass_through": pass_through, "drop": drop,
-        }  # fmt: skip
-        filtered = ((input_size - 7) // 4 - 2) // 2 + 1  # after the convolution with a step of 4 and the pooling with a step of 2
+            "input_size": input_size,
+            "stem": stem,
+            "width": width,
+            "dim": dim,
+            "trunk_width": trunk_width,
+            "pass_through": pass_through,
+            "drop": drop,
+        }
+        filtered = (
+            (input_size - 7) // 4 - 2
+        ) // 2 + 1  # after the convolution with a step of 4 and the pooling with a step of 2
         self.sides = (filtered - 2, (filtered - 1) // 2)
         self.channels = (dim + 2 * trunk_width, 4 * trunk_width)
         if self.sides[0] < 1:
-            raise PerceptError(f"GNet's images are {input_size} pixels a side, of which its convolutions leave nothing: take at least 31, published are 227.")
-        self.mu = nn.Parameter(torch.zeros(1, 3, 1, 1), requires_grad=False)  # mean of the training images
+            raise PerceptError(
+                f"GNet's images are {input_size} pixels a side, of which its convolutions leave"
+                " nothing: take at least 31, published are 227."
+            )
+        self.mu = nn.Parameter(
+            torch.zeros(1, 3, 1, 1), requires_grad=False
+        )  # mean of the training images
         self.pre = _PreFilter(stem, width)
         self.enc = _Stage(width, dim, trunk_width, pass_through, drop)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (batch, 3, side, side) in [0, 1] -> feature maps [(batch, channels, side, side)], published (256, 25, 25) and (256, 13, 13)."""
+        """Images (batch, 3, side, side) in [0, 1] -> feature maps [(batch, channels, side, side)],
+        published (256, 25, 25) and (256, 13, 13).
+        """
         return self.enc(self.pre(images - self.mu))
 
 
@@ -145,17 +191,22 @@ def squash(x: Tensor) -> Tensor:
 
 
 class GNetReadout(nn.Module):
-    """One subject's voxels from the feature maps (a feature-weighted receptive field, St-Yves & Naselaris 2018). Its keys are those of best_params["fwrfs"][subject].
+    """One subject's voxels from the feature maps (a feature-weighted receptive field, St-Yves &
+    Naselaris 2018).
 
-    For voxel v and map k: g_k = softmax over places of rf_k[v]; pooled = squash(sum over places of g_k * squash(map_k)), (channels,);
-    response = w[v] . (pooled of all maps) + b[v].
+    Its keys are those of best_params["fwrfs"][subject].
+
+    For voxel v and map k: g_k = softmax over places of rf_k[v]; pooled = squash(sum over places of
+    g_k * squash(map_k)), (channels,); response = w[v] . (pooled of all maps) + b[v].
 
     Args:
         n_voxels: of the subject.
         channels, sides: of the feature maps (`GNetTrunk.channels`, `.sides`).
     """
 
-    def __init__(self, n_voxels: int, channels: Sequence[int] = (256, 256), sides: Sequence[int] = (25, 13)):
+    def __init__(
+        self, n_voxels: int, channels: Sequence[int] = (256, 256), sides: Sequence[int] = (25, 13)
+    ):
         super().__init__()
         self.n_maps = len(sides)
         for k, side in enumerate(sides):
@@ -168,21 +219,26 @@ class GNetReadout(nn.Module):
         return [getattr(self, f"rf{k}")[voxels].flatten(1).softmax(1) for k in range(self.n_maps)]
 
     def forward(self, maps: Sequence[Tensor], voxels: Tensor | None = None) -> Tensor:
-        """Feature maps [(batch, channels, side, side)] -> (batch, voxels), a block of voxels at a time; of `voxels` (indices) alone, where these are given."""
+        """Feature maps [(batch, channels, side, side)] -> (batch, voxels), a block of voxels at a
+        time; of `voxels` (indices) alone, where these are given.
+        """
         seen = [squash(m.flatten(2)) for m in maps]  # [(batch, channels, places)]
         chosen = torch.arange(len(self.b), device=self.b.device) if voxels is None else voxels
         parts = []
         for some in chosen.split(max(1, BLOCK // (len(maps[0]) * self.w.shape[1]))):
-            pooled = squash(torch.cat([s @ g.T for s, g in zip(seen, self.fields(some), strict=True)], 1))  # (batch, channels of all maps, voxels)
+            pooled = squash(
+                torch.cat([s @ g.T for s, g in zip(seen, self.fields(some), strict=True)], 1)
+            )  # (batch, channels of all maps, voxels)
             parts.append((pooled * self.w[some].T).sum(1) + self.b[some])
         return torch.cat(parts, 1)
 
 
 class GNetEncoder(nn.Module):
-    """The encoder of one subject: `trunk` and `readout`, whose state dicts have the published keys and shapes.
+    """The encoder of one subject: `trunk` and `readout`, whose state dicts have the published keys
+    and shapes.
 
-    At full size the trunk has 3.4 million numbers, and a readout n_voxels * (25 * 25 + 13 * 13 + 512 + 1), which are 82 MB for the 15,724 voxels of NSD's
-    subject 1.
+    At full size the trunk has 3.4 million numbers, and a readout n_voxels * (25 * 25 + 13 * 13 +
+    512 + 1), which are 82 MB for the 15,724 voxels of NSD's subject 1.
 
     Args:
         n_voxels: of the subject.
@@ -199,11 +255,17 @@ class GNetEncoder(nn.Module):
         return self.readout(self.trunk(images))
 
     @torch.inference_mode()
-    def predict(self, images: Tensor | np.ndarray, batch: int = BATCH, desc: str = "voxels from images (GNet)") -> np.ndarray:
+    def predict(
+        self,
+        images: Tensor | np.ndarray,
+        batch: int = BATCH,
+        desc: str = "voxels from images (GNet)",
+    ) -> np.ndarray:
         """The voxels that these images would have excited: z-scores, as in the encoder's training.
 
         Args:
-            images: (n, 3, height, width) in [0, 1], of any size, uint8 or float; they are brought to the network's size as published (`gnet_input`).
+            images: (n, 3, height, width) in [0, 1], of any size, uint8 or float; they are brought
+                to the network's size as published (`gnet_input`).
             batch: images at once.
             desc: beside the progress bar.
 
@@ -214,24 +276,36 @@ class GNetEncoder(nn.Module):
             PerceptError: for images of another shape or out of [0, 1].
         """
         _check_images(images)
-        device, side, training = self.trunk.mu.device, self.trunk.config["input_size"], self.training
+        device, side, training = (
+            self.trunk.mu.device,
+            self.trunk.config["input_size"],
+            self.training,
+        )
         self.eval()
         starts = range(0, len(images), batch)
-        made = [self(gnet_input(images[i : i + batch], side).to(device)).float().cpu().numpy() for i in progress(starts, desc)]
+        made = [
+            self(gnet_input(images[i : i + batch], side).to(device)).float().cpu().numpy()
+            for i in progress(starts, desc)
+        ]
         self.train(training)
         return np.concatenate(made)
 
 
 def _check_images(images: Any) -> None:
     if len(images.shape) != 4 or images.shape[1] != 3 or not len(images):
-        raise PerceptError(f"GNet's images have the shape {tuple(images.shape)}: give (n, 3, height, width) in [0, 1], n at least 1.")
+        raise PerceptError(
+            f"GNet's images have the shape {tuple(images.shape)}: give (n, 3, height, width) in [0,"
+            " 1], n at least 1."
+        )
 
 
 def gnet_input(images: Tensor | np.ndarray, side: int = 227) -> Tensor:
-    """Images as the encoder takes them: bytes, resized by Pillow with Lanczos' filter, divided by 255; the mean is taken off by the network itself.
+    """Images as the encoder takes them: bytes, resized by Pillow with Lanczos' filter, divided by
+    255; the mean is taken off by the network itself.
 
     Args:
-        images: (n, 3, height, width), uint8 or float in [0, 1], which is cut off (not rounded) to a byte, as the published evaluation does.
+        images: (n, 3, height, width), uint8 or float in [0, 1], which is cut off (not rounded) to a
+            byte, as the published evaluation does.
         side: pixels a side.
 
     Returns:
@@ -244,25 +318,42 @@ def gnet_input(images: Tensor | np.ndarray, side: int = 227) -> Tensor:
     if images.dtype != torch.uint8:
         images = images.float()
         if not bool(((images >= -1e-3) & (images <= 1 + 1e-3)).all()):
-            raise PerceptError("GNet was given pictures with values out of [0, 1] (or NaN): bring them to [0, 1] before they are encoded.")
+            raise PerceptError(
+                "GNet was given pictures with values out of [0, 1] (or NaN): bring them to [0, 1]"
+                " before they are encoded."
+            )
         images = images.clamp(0, 1).mul(255).byte()
     arrays = images.permute(0, 2, 3, 1).numpy()
-    resized = [np.asarray(Image.fromarray(a).resize((side, side), Image.Resampling.LANCZOS), np.float32) for a in arrays]
+    resized = [
+        np.asarray(Image.fromarray(a).resize((side, side), Image.Resampling.LANCZOS), np.float32)
+        for a in arrays
+    ]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ----------------------------------------------------------------------------------------- weights
 def gnet_file(weights: str | Path) -> Path:
-    """Where an encoder lies: "hub" is gnet_multisubject.pt as `run.py download` leaves it, "mini" the mini world's; else that file, or a folder that holds it.
+    """Where an encoder lies: "hub" is gnet_multisubject.pt as `run.py download` leaves it, "mini"
+    the mini world's; else that file, or a folder that holds it.
 
     Raises:
         PerceptError: where there is none.
     """
-    given = {"hub": HOME / "data" / "mindeye2_models", "mini": MINI}.get(str(weights), Path(weights))
-    found = [path for path in (given, given / RELEASED, given / "model.safetensors") if path.is_file()]
+    given = {"hub": HOME / "data" / "mindeye2_models", "mini": MINI}.get(
+        str(weights), Path(weights)
+    )
+    found = [
+        path for path in (given, given / RELEASED, given / "model.safetensors") if path.is_file()
+    ]
     if not found:
-        hint = {"hub": "fetch it (python run.py download gnet)", "mini": "restore data/mini_models from git"}
-        raise PerceptError(f"There is no GNet encoder at {given}: {hint.get(str(weights), f'give the path of {RELEASED} or of the folder that holds it')}.")
+        hint = {
+            "hub": "fetch it (python run.py download gnet)",
+            "mini": "restore data/mini_models from git",
+        }
+        raise PerceptError(
+            f"There is no GNet encoder at {given}:"
+            f" {hint.get(str(weights), f'give the path of {RELEASED} or of the folder that holds it')}."
+        )
     return found[0]
 
 
@@ -270,20 +361,30 @@ def load_gnet(weights: str | Path = "hub", subj: int = 1, device: str = "cpu") -
     """The encoder of a subject, ready for `predict`.
 
     Args:
-        weights: as for `gnet_file`. A released file runs no code: only tensors and numbers of it are rebuilt, and of them only the subject's are read.
+        weights: as for `gnet_file`. A released file runs no code: only tensors and numbers of it
+            are rebuilt, and of them only the subject's are read.
         subj: number of the subject.
         device: where the network goes.
 
     Raises:
-        PerceptError: for a file that is missing, damaged or of something else, and a subject that it does not have.
+        PerceptError: for a file that is missing, damaged or of something else, and a subject that
+            it does not have.
     """
     path = gnet_file(weights)
-    config, trunk, readouts = _from_mini(path, subj) if path.suffix == ".safetensors" else _from_released(path)
+    config, trunk, readouts = (
+        _from_mini(path, subj) if path.suffix == ".safetensors" else _from_released(path)
+    )
     if subj not in readouts:
-        raise PerceptError(f"{path} has no encoder of subject {subj}: it has subjects {', '.join(map(str, sorted(readouts)))}.")
+        raise PerceptError(
+            f"{path} has no encoder of subject {subj}: it has subjects"
+            f" {', '.join(map(str, sorted(readouts)))}."
+        )
     state = readouts[subj]
     if "w" not in state or not isinstance(state["w"], Tensor):
-        raise PerceptError(f"{path} holds a readout of subject {subj} without its weights w: take the file as it was released.")
+        raise PerceptError(
+            f"{path} holds a readout of subject {subj} without its weights w: take the file as it"
+            " was released."
+        )
     with torch.device("meta"):
         encoder = GNetEncoder(len(state["w"]), **config)
     encoder.to_empty(device=device)
@@ -293,17 +394,30 @@ def load_gnet(weights: str | Path = "hub", subj: int = 1, device: str = "cpu") -
 
 
 def _from_released(path: Path) -> tuple[dict[str, Any], Mapping, Mapping]:
-    """(config, trunk, readouts by subject) of a released file, whose tensors are mapped and not yet read."""
+    """(config, trunk, readouts by subject) of a released file, whose tensors are mapped and not yet
+    read.
+    """
     content = read_content(path)
     best = content.get("best_params") if isinstance(content, Mapping) else None
-    trunk, readouts = (best.get("enc"), best.get("fwrfs")) if isinstance(best, Mapping) else (None, None)
-    if not isinstance(trunk, Mapping) or not isinstance(readouts, Mapping) or not all(isinstance(state, Mapping) for state in readouts.values()):
-        raise PerceptError(f"{path} holds no GNet (best_params with enc and fwrfs): take {RELEASED} of the dataset pscotti/mindeyev2.")
+    trunk, readouts = (
+        (best.get("enc"), best.get("fwrfs")) if isinstance(best, Mapping) else (None, None)
+    )
+    if (
+        not isinstance(trunk, Mapping)
+        or not isinstance(readouts, Mapping)
+        or not all(isinstance(state, Mapping) for state in readouts.values())
+    ):
+        raise PerceptError(
+            f"{path} holds no GNet (best_params with enc and fwrfs): take {RELEASED} of the dataset"
+            " pscotti/mindeyev2."
+        )
     return {}, trunk, readouts
 
 
 def _from_mini(path: Path, subj: int) -> tuple[dict[str, Any], Mapping, Mapping]:
-    """The same of a folder of ours: config.json, and model.safetensors with enc.<key> and fwrfs.<subject>.<key>; of other subjects no tensor is read."""
+    """The same of a folder of ours: config.json, and model.safetensors with enc.<key> and
+    fwrfs.<subject>.<key>; of other subjects no tensor is read.
+    """
     with safe_open(path, framework="pt") as file:
         names = [name.split(".", 1) for name in file.keys()]  # noqa: SIM118
         trunk = {key: file.get_tensor(f"enc.{key}").float() for part, key in names if part == "enc"}
@@ -315,12 +429,13 @@ def _from_mini(path: Path, subj: int) -> tuple[dict[str, Any], Mapping, Mapping]
     return read_json(path.with_name("config.json"))["trunk"], trunk, readouts
 
 
-# ------------------------------------------------------------------------------------------------ brain correlation
+# ------------------------------------------------------------------------------- brain correlation
 def roi_masks(voxels: pd.DataFrame) -> dict[str, np.ndarray]:
     """The published regions of a subject, from the Boolean columns of its table of voxels.
 
-    nsd_general is every voxel; V1 to V4 are the columns of that name, or those of their parts (V1v, V1d, ..., hV4); higher_vis is what is in none of
-    these, as in the published masks. Regions without a voxel are left out, and where none of V1 to V4 is known, so is higher_vis.
+    nsd_general is every voxel; V1 to V4 are the columns of that name, or those of their parts (V1v,
+    V1d, ..., hV4); higher_vis is what is in none of these, as in the published masks. Regions
+    without a voxel are left out, and where none of V1 to V4 is known, so is higher_vis.
 
     Args:
         voxels: `Subject.voxels`, one row a voxel.
@@ -329,48 +444,76 @@ def roi_masks(voxels: pd.DataFrame) -> dict[str, np.ndarray]:
         {"nsd_general", "V1", "V2", "V3", "V4", "higher_vis": bool (voxels,)}, in this order.
     """
     known = set(map(str, voxels.select_dtypes("bool").columns))
-    masks = {name: voxels[[c for c in columns if c in known]].any(axis=1).to_numpy(bool) for name, columns in EARLY.items() if known & set(columns)}
+    masks = {
+        name: voxels[[c for c in columns if c in known]].any(axis=1).to_numpy(bool)
+        for name, columns in EARLY.items()
+        if known & set(columns)
+    }
     masks = {name: mask for name, mask in masks.items() if mask.any()}
     rest = ~np.any(list(masks.values()), axis=0) if masks else np.zeros(len(voxels), bool)
-    return {"nsd_general": np.ones(len(voxels), bool), **masks, **({"higher_vis": rest} if rest.any() else {})}
+    return {
+        "nsd_general": np.ones(len(voxels), bool),
+        **masks,
+        **({"higher_vis": rest} if rest.any() else {}),
+    }
 
 
-def brain_correlation(predicted: Any, measured: Any, masks: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Pearson's correlation of predicted and measured responses across the voxels of each region, for each image, as published (MindEye2, Table 1).
+def brain_correlation(
+    predicted: Any, measured: Any, masks: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Pearson's correlation of predicted and measured responses across the voxels of each region,
+    for each image, as published (MindEye2, Table 1).
 
     Use it as
 
-        encoder = load_gnet("mini", subj)
-        measured, image_ids = subject.averaged("test", normaliser=Normaliser.fit(subject))  # z-scores: mean over the repeats of each image
-        scores = brain_correlation(encoder.predict(reconstructions), measured, roi_masks(subject.voxels))  # region -> (images,)
+        encoder = load_gnet("mini", subj) measured, image_ids = subject.averaged("test",
+        normaliser=Normaliser.fit(subject))  # z-scores: mean over the repeats of each image scores
+        = brain_correlation(encoder.predict(reconstructions), measured, roi_masks(subject.voxels)) #
+        region -> (images,)
 
-    and show beside it the same for the seen images (ceiling), for `predicted` in another order (floor) and for the mean image.
+    and show beside it the same for the seen images (ceiling), for `predicted` in another order
+    (floor) and for the mean image.
 
     Args:
-        predicted: (n, voxels), what the encoder says of each reconstruction (`GNetEncoder.predict`).
-        measured: (n, voxels), what was measured while the subject saw the images, in the same order, the mean over repeats, z-scored.
+        predicted: (n, voxels), what the encoder says of each reconstruction
+            (`GNetEncoder.predict`).
+        measured: (n, voxels), what was measured while the subject saw the images, in the same
+            order, the mean over repeats, z-scored.
         masks: region -> bool (voxels,), e.g. of `roi_masks`.
 
     Returns:
         region -> float64 (n,); 0 where predicted or measured is the same in all of its voxels.
 
     Raises:
-        PerceptError: for shapes that do not fit each other, regions of fewer than two voxels, and values that are not finite.
+        PerceptError: for shapes that do not fit each other, regions of fewer than two voxels, and
+            values that are not finite.
     """
-    predicted, measured = (np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64) for v in (predicted, measured))
+    predicted, measured = (
+        np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64)
+        for v in (predicted, measured)
+    )
     _check_responses(predicted, measured, masks)
-    return {name: _pearson(predicted[:, mask], measured[:, mask]) for name, mask in ((n, np.asarray(m)) for n, m in masks.items())}
+    return {
+        name: _pearson(predicted[:, mask], measured[:, mask])
+        for name, mask in ((n, np.asarray(m)) for n, m in masks.items())
+    }
 
 
-def brain_correlation_centred(predicted: Any, measured: Any, masks: Mapping[str, Any], predicted_mean: Any, measured_mean: Any) -> dict[str, np.ndarray]:
-    """`brain_correlation` without what all images have in common: of either side, its mean over training images is taken off first.
+def brain_correlation_centred(
+    predicted: Any, measured: Any, masks: Mapping[str, Any], predicted_mean: Any, measured_mean: Any
+) -> dict[str, np.ndarray]:
+    """`brain_correlation` without what all images have in common: of either side, its mean over
+    training images is taken off first.
 
-    The published score is high for any image at all where both sides have a pattern in common (betas that are not z-scored, and an encoder of such). Responses that are
-    z-scored with training trials have none, and both scores agree (in the mini world to .001); this one is near 0 for a shuffled pairing.
+    The published score is high for any image at all where both sides have a pattern in common
+    (betas that are not z-scored, and an encoder of such). Responses that are z-scored with training
+    trials have none, and both scores agree (in the mini world to .001); this one is near 0 for a
+    shuffled pairing.
 
     Args:
         predicted, measured, masks: as for `brain_correlation`.
-        predicted_mean: (voxels,), mean of `GNetEncoder.predict` over training images (some hundreds will do).
+        predicted_mean: (voxels,), mean of `GNetEncoder.predict` over training images (some hundreds
+            will do).
         measured_mean: (voxels,), mean of the measured responses over training images.
 
     Returns:
@@ -380,10 +523,19 @@ def brain_correlation_centred(predicted: Any, measured: Any, masks: Mapping[str,
         PerceptError: as `brain_correlation`, and for a mean that is not (voxels,).
     """
     sides = []
-    for name, values, mean in (("predicted", predicted, predicted_mean), ("measured", measured, measured_mean)):
-        values, mean = (np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64) for v in (values, mean))
+    for name, values, mean in (
+        ("predicted", predicted, predicted_mean),
+        ("measured", measured, measured_mean),
+    ):
+        values, mean = (
+            np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64)
+            for v in (values, mean)
+        )
         if mean.shape != values.shape[1:]:
-            raise PerceptError(f"The mean of the {name} responses is {mean.shape} and they are {values.shape}: give its mean over training images, (voxels,).")
+            raise PerceptError(
+                f"The mean of the {name} responses is {mean.shape} and they are {values.shape}:"
+                " give its mean over training images, (voxels,)."
+            )
         sides.append(values - mean)
     return brain_correlation(sides[0], sides[1], masks)
 
@@ -391,15 +543,22 @@ def brain_correlation_centred(predicted: Any, measured: Any, masks: Mapping[str,
 def _check_responses(predicted: np.ndarray, measured: np.ndarray, masks: Mapping[str, Any]) -> None:
     if predicted.ndim != 2 or predicted.shape != measured.shape:
         raise PerceptError(
-            f"Predicted responses are {predicted.shape} and measured ones {measured.shape}, both must be the same (images, voxels): take the encoder of this very "
-            "subject, and all of its voxels in their order."
+            f"Predicted responses are {predicted.shape} and measured ones {measured.shape}, both"
+            " must be the same (images, voxels): take the encoder of this very subject, and all of"
+            " its voxels in their order."
         )
     if not (np.isfinite(predicted).all() and np.isfinite(measured).all()):
-        raise PerceptError("Predicted or measured responses hold NaN or infinite values: find out why before they are correlated.")
+        raise PerceptError(
+            "Predicted or measured responses hold NaN or infinite values: find out why before they"
+            " are correlated."
+        )
     for name, mask in masks.items():
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape != predicted.shape[1:] or mask.sum() < 2:
-            raise PerceptError(f"The mask of region '{name}' must be Boolean ({predicted.shape[1]},) with at least 2 voxels: it is {mask.dtype} {mask.shape}.")
+            raise PerceptError(
+                f"The mask of region '{name}' must be Boolean ({predicted.shape[1]},) with at least"
+                f" 2 voxels: it is {mask.dtype} {mask.shape}."
+            )
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:

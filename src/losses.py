@@ -1,10 +1,12 @@
-"""Losses of the high and the low level: MixCo, SoftCLIP and their relatives, as short pure functions.
+"""Losses of the high and the low level: MixCo, SoftCLIP and their relatives, as short pure
+functions.
 
-- Predictions and targets are (batch, dim), L2-normalised by the caller; what is random comes from torch's CPU generator, so that a seed
-  gives the published draws.
-- Where the published code has a defect, ours is the default and the faithful behaviour stands behind `faithful=True`.
-- Similarities are divided by temperatures of .004 and less, which half precision does not survive: under mixed precision they are computed in
-  single precision.
+- Predictions and targets are (batch, dim), L2-normalised by the caller; what is random comes from
+  torch's CPU generator, so that a seed gives the published draws.
+- Where the published code has a defect, ours is the default and the faithful behaviour stands
+  behind `faithful=True`.
+- Similarities are divided by temperatures of .004 and less, which half precision does not survive:
+  under mixed precision they are computed in single precision.
 """
 
 from __future__ import annotations
@@ -26,29 +28,37 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compute outside of mixed precision; half precision becomes single, double stays."""
 
     def given(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+        return (
+            x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+        )
 
     @wraps(function)
     def computed(*args: Any, **kwargs: Any) -> Tensor:
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.autocast(device, enabled=False):
-            return function(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+            return function(
+                *map(given, args), **{name: given(value) for name, value in kwargs.items()}
+            )
 
     return computed
 
 
-def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mixco(
+    voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mix the voxels of about half of a batch with those of other samples.
 
     Args:
         voxels: (batch, ...), left as it is.
         beta: both parameters of the Beta distribution that the weights are drawn from.
         s_thresh: share of the samples that are mixed.
-        groups: (batch,), e.g. subjects; where given, a sample is mixed with one of its own group. The partners are numbers of rows of the whole
-            batch: MindEye2 counts them within each subject and so points the labels of all but the first subject at wrong images.
+        groups: (batch,), e.g. subjects; where given, a sample is mixed with one of its own group.
+            The partners are numbers of rows of the whole batch: MindEye2 counts them within each
+            subject and so points the labels of all but the first subject at wrong images.
 
     Returns:
-        Mixed voxels (batch, ...), perm (batch,), betas (batch,) with 1 where nothing was mixed, and select (batch,) Boolean.
+        Mixed voxels (batch, ...), perm (batch,), betas (batch,) with 1 where nothing was mixed, and
+        select (batch,) Boolean.
 
     Source: MixCo (Kim et al. 2020, arXiv 2010.06300), as in MindEye, section 2.2.
     """
@@ -58,7 +68,9 @@ def mixco(voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5, groups: Ten
     select = (torch.rand(batch) <= s_thresh).to(voxels.device)
     perm = perm.to(voxels.device)
     weight = betas.view(-1, *[1] * (voxels.ndim - 1))  # (batch, 1, ...)
-    mixed = torch.where(select.view_as(weight), weight * voxels + (1 - weight) * voxels[perm], voxels)
+    mixed = torch.where(
+        select.view_as(weight), weight * voxels + (1 - weight) * voxels[perm], voxels
+    )
     return mixed, perm, torch.where(select, betas, torch.ones_like(betas)), select
 
 
@@ -72,7 +84,9 @@ def _within_groups(groups: Tensor) -> Tensor:
 
 
 def _mixed_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
-    """Target matrix (batch, batch): betas on the diagonal, the rest of each row at its partner's column."""
+    """Target matrix (batch, batch): betas on the diagonal, the rest of each row at its partner's
+    column.
+    """
     rows = torch.arange(len(perm), device=perm.device)
     labels = torch.diag(betas)
     if faithful:  # overwrites the diagonal where a sample is its own partner
@@ -92,7 +106,8 @@ def mixco_nce(
     bidirectional: bool = True,
     faithful: bool = False,
 ) -> Tensor:
-    """(Bi)MixCo: cross-entropy between similarities and mixed labels; without `perm`, plain (symmetric) InfoNCE.
+    """(Bi)MixCo: cross-entropy between similarities and mixed labels; without `perm`, plain
+    (symmetric) InfoNCE.
 
     Args:
         preds: predictions (batch, dim), L2-normalised.
@@ -102,7 +117,8 @@ def mixco_nce(
         betas: weights (batch,) from `mixco`.
         select: which samples were mixed (batch,); not needed, as betas are 1 elsewhere.
         bidirectional: average over rows and columns.
-        faithful: the published label matrix, in which a sample that is its own partner loses its own weight.
+        faithful: the published label matrix, in which a sample that is its own partner loses its
+            own weight.
 
     Returns:
         Scalar.
@@ -111,7 +127,9 @@ def mixco_nce(
         PerceptError: if only one of perm and betas is given.
     """
     if (perm is None) != (betas is None):
-        raise PerceptError("mixco_nce needs both perm and betas of mixco, or neither: pass the missing one.")
+        raise PerceptError(
+            "mixco_nce needs both perm and betas of mixco, or neither: pass the missing one."
+        )
     logits = preds @ targs.T / temp  # (batch, batch)
     if perm is None or betas is None:
         labels = torch.eye(len(preds), device=preds.device, dtype=logits.dtype)
@@ -124,42 +142,58 @@ def mixco_nce(
 
 
 def info_nce(preds: Tensor, targs: Tensor, temp: float = 0.1) -> Tensor:
-    """InfoNCE from brain to image alone: predictions (batch, dim) find their targets (batch, dim), both L2-normalised -> scalar.
+    """InfoNCE from brain to image alone: predictions (batch, dim) find their targets (batch, dim),
+    both L2-normalised -> scalar.
 
-    Source: van den Oord et al. 2018, arXiv 1807.03748; the early combined system took it in this direction.
+    Source: van den Oord et al. 2018, arXiv 1807.03748; the early combined system took it in this
+    direction.
     """
     return mixco_nce(preds, targs, temp, bidirectional=False)
 
 
-LOSS_FORMS: dict[str, Callable[[Any, Any, float], Any]] = {  # of the combined system: (mse, nce, alpha) -> loss
+LOSS_FORMS: dict[
+    str, Callable[[Any, Any, float], Any]
+] = {  # of the combined system: (mse, nce, alpha) -> loss
     "run": lambda mse, nce, alpha: alpha * mse + (1 - alpha) * nce,  # what its code ran
     "stated": lambda mse, nce, alpha: alpha * mse + nce,  # what its documentation said
 }
-ALPHA_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {  # (first, last, share of the epochs that is over) -> alpha
+ALPHA_SCHEDULES: dict[
+    str, Callable[[float, float, float], float]
+] = {  # (first, last, share of the epochs that is over) -> alpha
     "constant": lambda first, last, share: first,
     "linear": lambda first, last, share: first + (last - first) * share,
 }
 
 
 def combined_loss(mse: Tensor, nce: Tensor, alpha: float, form: str = "run") -> Tensor:
-    """The prior's squared error and the contrastive loss (scalars) as one; `form` is a key of LOSS_FORMS.
+    """The prior's squared error and the contrastive loss (scalars) as one; `form` is a key of
+    LOSS_FORMS.
 
     Raises:
         PerceptError: for an unknown form.
     """
     if form not in LOSS_FORMS:
-        raise PerceptError(f"There is no form '{form}' of the combined loss: choose one of {', '.join(LOSS_FORMS)}.")
+        raise PerceptError(
+            f"There is no form '{form}' of the combined loss: choose one of"
+            f" {', '.join(LOSS_FORMS)}."
+        )
     return LOSS_FORMS[form](mse, nce, alpha)
 
 
-def alpha_at(epoch: int, epochs: int, schedule: str = "constant", first: float = 0.01, last: float = 0.05) -> float:
-    """Weight of the squared error in an epoch (counted from 0) out of `epochs`; `schedule` is a key of ALPHA_SCHEDULES.
+def alpha_at(
+    epoch: int, epochs: int, schedule: str = "constant", first: float = 0.01, last: float = 0.05
+) -> float:
+    """Weight of the squared error in an epoch (counted from 0) out of `epochs`; `schedule` is a key
+    of ALPHA_SCHEDULES.
 
     Raises:
         PerceptError: for an unknown schedule.
     """
     if schedule not in ALPHA_SCHEDULES:
-        raise PerceptError(f"There is no schedule '{schedule}' of alpha: choose one of {', '.join(ALPHA_SCHEDULES)}.")
+        raise PerceptError(
+            f"There is no schedule '{schedule}' of alpha: choose one of"
+            f" {', '.join(ALPHA_SCHEDULES)}."
+        )
     return ALPHA_SCHEDULES[schedule](first, last, epoch / max(1, epochs - 1))
 
 
@@ -169,7 +203,8 @@ def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 @_exact
 def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
-    """SoftCLIP: similarities of predictions to targets (batch, dim) should be as those of the targets among themselves.
+    """SoftCLIP: similarities of predictions to targets (batch, dim) should be as those of the
+    targets among themselves.
 
     Source: MindEye, equation 3; after Gao et al. 2023.
     """
@@ -178,8 +213,11 @@ def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
 
 
 @_exact
-def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float = 0.125) -> Tensor:
-    """Soft contrastive loss of the low level: the student's similarities to augmented teacher features should be the teacher's.
+def soft_cont_loss(
+    student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float = 0.125
+) -> Tensor:
+    """Soft contrastive loss of the low level: the student's similarities to augmented teacher
+    features should be the teacher's.
 
     Args:
         student: (locations, dim), L2-normalised.
@@ -189,13 +227,17 @@ def soft_cont_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: 
 
     Source: MindEye, section 2.5.
     """
-    wanted, given = teacher @ teacher_aug.T / temp, student @ teacher_aug.T / temp  # (locations, locations)
+    wanted, given = (
+        teacher @ teacher_aug.T / temp,
+        student @ teacher_aug.T / temp,
+    )  # (locations, locations)
     return (_soft_cross_entropy(given, wanted) + _soft_cross_entropy(given.T, wanted.T)) / 2
 
 
 @_exact
 def sobel_loss(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean absolute difference of edges: those of `images` and those of median-filtered `targets`, both (batch, 3, height, width) in [0, 1].
+    """Mean absolute difference of edges: those of `images` and those of median-filtered `targets`,
+    both (batch, 3, height, width) in [0, 1].
 
     Source: MindEye (arXiv 2305.18274), its script for the autoencoder.
     """
@@ -203,10 +245,14 @@ def sobel_loss(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
-    """`steps` values from start to end along half a cosine (the temperatures of SoftCLIP over its epochs)."""
+    """`steps` values from start to end along half a cosine (the temperatures of SoftCLIP over its
+    epochs).
+    """
     if steps < 2:
         return [start] * steps
-    return [end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)]
+    return [
+        end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)
+    ]
 
 
 def places(maps: Tensor, like: Tensor | None = None) -> Tensor:
@@ -214,7 +260,8 @@ def places(maps: Tensor, like: Tensor | None = None) -> Tensor:
 
     Args:
         maps: (batch, locations, dim), the locations a square row by row.
-        like: other embeddings (batch, locations, dim); where they have fewer locations, `maps` are averaged over neighbours to as many.
+        like: other embeddings (batch, locations, dim); where they have fewer locations, `maps` are
+            averaged over neighbours to as many.
 
     Returns:
         (batch * locations, dim), in single precision.

@@ -1,7 +1,9 @@
-"""MindEye2's training: batches of several subjects, a start from what was trained on others, and maps between the tokens of two image encoders.
+"""MindEye2's training: batches of several subjects, a start from what was trained on others, and
+maps between the tokens of two image encoders.
 
-- A batch mixes subjects freely: each sample says whose it is, and its voxels are filled up to those of the largest brain, so that an epoch shows
-  every image of every subject once, whatever their numbers.
+- A batch mixes subjects freely: each sample says whose it is, and its voxels are filled up to those
+  of the largest brain, so that an epoch shows every image of every subject once, whatever their
+  numbers.
 - Source: MindEye2 (arXiv 2403.11207), sections 2.1 and 2.6.
 """
 
@@ -22,13 +24,17 @@ from src.published import read_weights
 from src.training import batches, fit, load_best
 from src.utils import PerceptError
 
-FRESH = {"ours": ("ridge.",), "inherited_bias": ("ridge.linears.0.weight",)}  # what a new subject does not take over; the latter as published
+FRESH = {
+    "ours": ("ridge.",),
+    "inherited_bias": ("ridge.linears.0.weight",),
+}  # what a new subject does not take over; the latter as published
 
 
 class SeveralSubjects:
     """The datasets of several subjects as one, for `fit` and `batches`.
 
-    A batch is that of `BrainDataset` with "subject" (batch,), the position in `parts`, and voxels (batch, [trials,] most voxels), zeros beyond a subject's own.
+    A batch is that of `BrainDataset` with "subject" (batch,), the position in `parts`, and voxels
+    (batch, [trials,] most voxels), zeros beyond a subject's own.
 
     Args:
         parts: one dataset a subject, with the same targets.
@@ -63,25 +69,37 @@ class SeveralSubjects:
         return {name: torch.cat([batch[name] for batch in found])[back] for name in found[0]}
 
     def some(self, count: int) -> dict[str, Tensor]:
-        """A batch of about `count` samples from all subjects alike, at least one of each: to look at before training."""
+        """A batch of about `count` samples from all subjects alike, at least one of each: to look
+        at before training.
+        """
         each = max(1, count // len(self.parts))
-        return self.__getitems__([int(start + i) for start, part in zip(self.starts, self.parts, strict=False) for i in range(min(each, len(part)))])
+        return self.__getitems__(
+            [
+                int(start + i)
+                for start, part in zip(self.starts, self.parts, strict=False)
+                for i in range(min(each, len(part)))
+            ]
+        )
 
 
 def start_from(path: str | Path, model: MindEye2, fresh: str = "ours") -> list[str]:
-    """Give a model for new subjects what was trained on others: everything but the ridge layers, which belong to brains.
+    """Give a model for new subjects what was trained on others: everything but the ridge layers,
+    which belong to brains.
 
     Args:
-        path: a checkpoint of ours (.safetensors), or a released one as `src.published.read_published` takes it.
+        path: a checkpoint of ours (.safetensors), or a released one as
+            `src.published.read_published` takes it.
         model: changed in place.
-        fresh: key of FRESH: "ours" leaves weights and biases of the ridge layers as they were initialised; "inherited_bias" is the published
-            defect, by which the new subject starts with the bias of another one.
+        fresh: key of FRESH: "ours" leaves weights and biases of the ridge layers as they were
+            initialised; "inherited_bias" is the published defect, by which the new subject starts
+            with the bias of another one.
 
     Returns:
         Names of the tensors that stayed as they were initialised.
 
     Raises:
-        PerceptError: if the file is missing, or its other networks are not of the model's sizes; the first difference is named.
+        PerceptError: if the file is missing, or its other networks are not of the model's sizes;
+            the first difference is named.
     """
     state = read_weights(path)
     own = model.state_dict()
@@ -90,15 +108,24 @@ def start_from(path: str | Path, model: MindEye2, fresh: str = "ours") -> list[s
     for key in own:
         if key not in kept and (key not in taken or taken[key].shape != own[key].shape):
             there = f"has it as {tuple(taken[key].shape)}" if key in taken else "does not have it"
-            raise PerceptError(f"{path} does not fit this model: {key} is {tuple(own[key].shape)} here, but the file {there}: pretrain with the same networks.")
+            raise PerceptError(
+                f"{path} does not fit this model: {key} is {tuple(own[key].shape)} here, but the"
+                f" file {there}: pretrain with the same networks."
+            )
     if beyond := [key for key in state if key not in own and not key.startswith("ridge.")]:
-        raise PerceptError(f"{path} does not fit this model, which has no {beyond[0]} ({len(beyond)} such tensors): pretrain with the same networks.")
+        raise PerceptError(
+            f"{path} does not fit this model, which has no {beyond[0]} ({len(beyond)} such"
+            " tensors): pretrain with the same networks."
+        )
     model.load_state_dict(taken | {key: own[key] for key in kept})
     return kept
 
 
-def check_gradients(model: nn.Module, step: Any, batch: dict[str, Tensor], epochs: Sequence[int] = (0,)) -> int:
-    """Whether a step teaches all that shall be trained, asked before long work: one backward pass, no update, nothing changed.
+def check_gradients(
+    model: nn.Module, step: Any, batch: dict[str, Tensor], epochs: Sequence[int] = (0,)
+) -> int:
+    """Whether a step teaches all that shall be trained, asked before long work: one backward pass,
+    no update, nothing changed.
 
     Args:
         model: on its device.
@@ -110,7 +137,8 @@ def check_gradients(model: nn.Module, step: Any, batch: dict[str, Tensor], epoch
         Number of parameters that a gradient reached.
 
     Raises:
-        PerceptError: naming the parameters that no gradient reaches, or whose gradient is not finite, or a loss that is not.
+        PerceptError: naming the parameters that no gradient reaches, or whose gradient is not
+            finite, or a loss that is not.
     """
     device, was_training = next(model.parameters()).device, model.training
     batch = {name: x.to(device) for name, x in batch.items()}
@@ -121,23 +149,33 @@ def check_gradients(model: nn.Module, step: Any, batch: dict[str, Tensor], epoch
     for epoch in epochs:
         loss, _ = step(model, batch, epoch)
         if not torch.isfinite(loss):
-            raise PerceptError(f"The loss of the first batch is {loss.item()} (epoch {epoch}): look for values that are not finite in voxels and targets.")
+            raise PerceptError(
+                f"The loss of the first batch is {loss.item()} (epoch {epoch}): look for values"
+                " that are not finite in voxels and targets."
+            )
         loss.backward()
         for name, p in wanted.items():
             if p.grad is not None and not torch.isfinite(p.grad).all():
-                raise PerceptError(f"The gradient of {name} is not finite in the first batch (epoch {epoch}): choose precision 'no', or lower the loss weights.")
+                raise PerceptError(
+                    f"The gradient of {name} is not finite in the first batch (epoch {epoch}):"
+                    " choose precision 'no', or lower the loss weights."
+                )
         reached |= {name for name, p in wanted.items() if p.grad is not None}
         model.zero_grad(set_to_none=True)
     torch.set_rng_state(before)
     model.train(was_training)
     if lost := [name for name in wanted if name not in reached]:
-        raise PerceptError(f"No gradient reaches {lost[0]} ({len(lost)} of {len(wanted)} tensors): these would never be trained; switch their part off.")
+        raise PerceptError(
+            f"No gradient reaches {lost[0]} ({len(lost)} of {len(wanted)} tensors): these would"
+            " never be trained; switch their part off."
+        )
     return sum(wanted[name].numel() for name in reached)
 
 
-# ------------------------------------------------------------------------------------------------ from one encoder's tokens to another's
+# ---------------------------------------------------------- from one encoder's tokens to another's
 class TokenPairs:
-    """Tokens of two image encoders for images, as `fit` takes them: {"given": (batch, tokens, dim), "wanted": (batch, tokens, dim)}.
+    """Tokens of two image encoders for images, as `fit` takes them: {"given": (batch, tokens, dim),
+    "wanted": (batch, tokens, dim)}.
 
     Args:
         source, target: what `cached_targets` gave.
@@ -156,7 +194,10 @@ class TokenPairs:
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch of pairs."""
         ids = self.image_ids[np.asarray(indices)]
-        return {"given": torch.from_numpy(self.source.rows(ids)).float(), "wanted": torch.from_numpy(self.target.rows(ids)).float()}
+        return {
+            "given": torch.from_numpy(self.source.rows(ids)).float(),
+            "wanted": torch.from_numpy(self.target.rows(ids)).float(),
+        }
 
 
 def fit_converter(
@@ -181,30 +222,52 @@ def fit_converter(
         train_ids: (images,) training images.
         val_ids: (images,) validation images, on which the best epoch is chosen.
         folder: for checkpoints, as `fit`.
-        made_by: whatever else it depends on, as JSON values, e.g. the fingerprints of both encoders.
+        made_by: whatever else it depends on, as JSON values, e.g. the fingerprints of both
+            encoders.
         epochs, batch_size, max_lr, seed, device, resume: as `fit`.
 
     Returns:
-        The converter of the best epoch, in eval mode, and its history with the column val/r2, the share of the variance over images that it explains.
+        The converter of the best epoch, in eval mode, and its history with the column val/r2, the
+        share of the variance over images that it explains.
 
     Source: MindEye2 (arXiv 2403.11207), appendix A.6.
     """
     converter = CaptionConverter(source.shape[0], target.shape[0], source.shape[1], target.shape[1])
     with torch.no_grad():
-        converter.linear1.weight.abs_()  # from random signs training can end with some tokens turned round
+        # from random signs training can end with some tokens turned round
+        converter.linear1.weight.abs_()
     val = TokenPairs(source, target, val_ids)
 
-    def step(model: nn.Module, batch: dict[str, Tensor], epoch: int) -> tuple[Tensor, dict[str, Any]]:
+    def step(
+        model: nn.Module, batch: dict[str, Tensor], epoch: int
+    ) -> tuple[Tensor, dict[str, Any]]:
         return (model(batch["given"]) - batch["wanted"]).square().mean(), {}
 
     def validate(model: nn.Module) -> dict[str, float]:
-        pairs = [(model(batch["given"]), batch["wanted"]) for batch in batches(val, 250, next(model.parameters()).device)]
+        pairs = [
+            (model(batch["given"]), batch["wanted"])
+            for batch in batches(val, 250, next(model.parameters()).device)
+        ]
         predicted, true = (torch.cat(x) for x in zip(*pairs, strict=True))
         mse = (predicted - true).square().mean()
-        return {"val/loss": mse.item(), "val/r2": 1 - (mse / (true - true.mean(0)).square().mean()).item()}
+        return {
+            "val/loss": mse.item(),
+            "val/r2": 1 - (mse / (true - true.mean(0)).square().mean()).item(),
+        }
 
     history = fit(
-        converter, step, TokenPairs(source, target, train_ids), folder=folder, config={"model": converter.config} | made_by, epochs=epochs,
-        batch_size=min(batch_size, len(train_ids)), max_lr=max_lr, validate=validate, seed=seed, resume=resume, device=device, ckpt_interval=0,
-    )  # fmt: skip
+        converter,
+        step,
+        TokenPairs(source, target, train_ids),
+        folder=folder,
+        config={"model": converter.config} | made_by,
+        epochs=epochs,
+        batch_size=min(batch_size, len(train_ids)),
+        max_lr=max_lr,
+        validate=validate,
+        seed=seed,
+        resume=resume,
+        device=device,
+        ckpt_interval=0,
+    )
     return load_best(converter, folder).requires_grad_(False), history  # type: ignore[return-value]

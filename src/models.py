@@ -1,11 +1,14 @@
 """Networks that train, under the names and state-dict keys of the published systems.
 
-- BrainNetwork (voxels -> CLIP tokens), the prior networks, MindEye2's networks for several subjects, the low-level networks (voxels ->
-  latents), the ridge baseline, and the maps from one frozen model's tokens to another's.
-- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint can rebuild its model. `published_state`
-  brings the keys of files that others released to those of today.
-- The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine logits, one relative position
-  bias for all layers, a null key), written anew; what does not change over the steps of sampling is kept.
+- BrainNetwork (voxels -> CLIP tokens), the prior networks, MindEye2's networks for several
+  subjects, the low-level networks (voxels -> latents), the ridge baseline, and the maps from one
+  frozen model's tokens to another's.
+- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so a checkpoint
+  can rebuild its model. `published_state` brings the keys of files that others released to those of
+  today.
+- The prior's transformer follows the semantics of dalle2-pytorch (multi-query attention with cosine
+  logits, one relative position bias for all layers, a null key), written anew; what does not change
+  over the steps of sampling is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from src.utils import PerceptError, progress
 
 
 class Network(nn.Module):
-    """A module that remembers how it was made: `config` = {"name": its class, "kwargs": all arguments, defaults included}."""
+    """A module that remembers how it was made: `config` = {"name": its class, "kwargs": all
+    arguments, defaults included}.
+    """
 
     config: dict[str, Any]
 
@@ -47,21 +52,28 @@ class Network(nn.Module):
 
 
 def _flat_voxels(x: Tensor, first: nn.Module) -> Tensor:
-    """Voxels (batch, ...) as (batch, voxels), refused when they are not as many as the layer `first` was made for."""
+    """Voxels (batch, ...) as (batch, voxels), refused when they are not as many as the layer
+    `first` was made for.
+    """
     x, expected = x.flatten(1), first.in_features
     if x.shape[1] != expected:
-        raise PerceptError(f"The network reads {expected} voxels but was given {x.shape[1]}: use the subject and the voxels that it was made for.")
+        raise PerceptError(
+            f"The network reads {expected} voxels but was given {x.shape[1]}: use the subject and"
+            " the voxels that it was made for."
+        )
     return x
 
 
-# ------------------------------------------------------------------------------------------------ voxels -> CLIP
+# ---------------------------------------------------------------------------------- voxels -> CLIP
 class Encoder(Network):
     """What the networks from voxels to CLIP share: `tokens`."""
 
     clip_size: int
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without a projector both are the same."""
+        """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without
+        a projector both are the same.
+        """
         out = self(x)
         backbone, projected = out if isinstance(out, tuple) else (out, out)
         return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
@@ -98,7 +110,9 @@ class BrainNetwork(Encoder):
     ):
         super().__init__()
         if norm_type not in NORMS:
-            raise PerceptError(f"norm_type '{norm_type}' is unknown: choose one of {', '.join(NORMS)}.")
+            raise PerceptError(
+                f"norm_type '{norm_type}' is unknown: choose one of {', '.join(NORMS)}."
+            )
         norm, activation = NORMS[norm_type]
 
         def block(width_in: int, dropout: float) -> nn.Sequential:
@@ -115,7 +129,8 @@ class BrainNetwork(Encoder):
         """Voxels (batch, voxels), or a volume (batch, X, Y, Z), to tokens.
 
         Returns:
-            backbone (batch, tokens * dim), and with a projector also its output (batch, tokens, dim).
+            backbone (batch, tokens * dim), and with a projector also its output (batch, tokens,
+            dim).
 
         Raises:
             PerceptError: if the number of voxels is not in_dim.
@@ -130,19 +145,31 @@ class BrainNetwork(Encoder):
         return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
 
 
-NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {"ln": (nn.LayerNorm, nn.GELU), "bn": (nn.BatchNorm1d, nn.ReLU)}
+NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {
+    "ln": (nn.LayerNorm, nn.GELU),
+    "bn": (nn.BatchNorm1d, nn.ReLU),
+}
 
 
 def _projector(dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width),
-        nn.LayerNorm(width), nn.GELU(), nn.Linear(width, dim),
-    )  # fmt: skip
+        nn.LayerNorm(dim),
+        nn.GELU(),
+        nn.Linear(dim, width),
+        nn.LayerNorm(width),
+        nn.GELU(),
+        nn.Linear(width, width),
+        nn.LayerNorm(width),
+        nn.GELU(),
+        nn.Linear(width, dim),
+    )
 
 
-# ------------------------------------------------------------------------------------------------ whole volumes -> CLIP
+# --------------------------------------------------------------------------- whole volumes -> CLIP
 class _Mixing(nn.Module):
-    """Every place of a feature map looks at all others: one residual self-attention over (batch, places, width)."""
+    """Every place of a feature map looks at all others: one residual self-attention over (batch,
+    places, width).
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -155,7 +182,8 @@ class _Mixing(nn.Module):
 
 
 class VolumeEncoder(Encoder):
-    """3-D convolutions from a whole volume to a CLIP embedding, with an attention over the places that are left (or none).
+    """3-D convolutions from a whole volume to a CLIP embedding, with an attention over the places
+    that are left (or none).
 
     Args:
         dims: (x, y, z) of the volume; NSD's func1pt8mm of subject 1 has (81, 104, 83).
@@ -168,12 +196,15 @@ class VolumeEncoder(Encoder):
         dilation: of the convolutions.
         attention_width: width of the attention's tokens, 0 for no attention.
         heads: of the attention.
-        average_output: average over the places before the last linear map, instead of one weight for each place.
+        average_output: average over the places before the last linear map, instead of one weight
+            for each place.
 
     Raises:
-        PerceptError: for channels and strides of different number, or a volume that is too small for them.
+        PerceptError: for channels and strides of different number, or a volume that is too small
+            for them.
 
-    The figures are those of the published configuration; what stands between them is ours, as nothing else of this network is documented.
+    The figures are those of the published configuration; what stands between them is ours, as
+    nothing else of this network is documented.
     """
 
     def __init__(
@@ -192,41 +223,72 @@ class VolumeEncoder(Encoder):
     ):
         super().__init__()
         if len(channels) != len(strides) or not len(channels):
-            raise PerceptError(f"A volume encoder needs one stride a convolution, but has channels {list(channels)} and strides {list(strides)}.")
+            raise PerceptError(
+                "A volume encoder needs one stride a convolution, but has channels"
+                f" {list(channels)} and strides {list(strides)}."
+            )
         places, layers = [int(side) for side in dims], []
         for before, width, stride in zip((1, *channels), channels, strides, strict=False):
-            layers += [nn.Conv3d(before, width, kernel, stride, padding, dilation), nn.BatchNorm3d(width), nn.ReLU(True)]
-            places = [(side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in places]
+            layers += [
+                nn.Conv3d(before, width, kernel, stride, padding, dilation),
+                nn.BatchNorm3d(width),
+                nn.ReLU(True),
+            ]
+            places = [
+                (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in places
+            ]
         if min(places) < 1:
-            raise PerceptError(f"A volume of {list(dims)} voxels is too small for {len(channels)} convolutions with strides {list(strides)}.")
+            raise PerceptError(
+                f"A volume of {list(dims)} voxels is too small for {len(channels)} convolutions"
+                f" with strides {list(strides)}."
+            )
         self.dims, self.clip_size, self.average_output = tuple(dims), clip_size, average_output
         self.convolutions = nn.Sequential(*layers)
         width = attention_width or channels[-1]
-        self.mixing = nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads)) if attention_width else nn.Identity()
+        self.mixing = (
+            nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads))
+            if attention_width
+            else nn.Identity()
+        )
         self.lin1 = nn.Linear(width if average_output else width * math.prod(places), out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z), to (batch, tokens * dim)."""
+        """Volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z), to
+        (batch, tokens * dim).
+        """
         if x[0].numel() != math.prod(self.dims):
-            raise PerceptError(f"The network reads volumes of {self.dims} voxels but was given {x[0].numel()} voxels: give it the volumes that it was made for.")
+            raise PerceptError(
+                f"The network reads volumes of {self.dims} voxels but was given {x[0].numel()}"
+                " voxels: give it the volumes that it was made for."
+            )
         x = self.convolutions(x.reshape(len(x), 1, *self.dims))  # (batch, channels, x, y, z)
         x = self.mixing(x.flatten(2).transpose(1, 2))  # (batch, places, width)
         return self.lin1(x.mean(1) if self.average_output else x.flatten(1))
 
 
-ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # voxel2clip of the combined system, by its parameter `arch`: network, what sets it apart
-    "brainnet": ("BrainNetwork", {"norm_type": "bn", "act_first": True, "use_projector": False}),
+ENCODERS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # voxel2clip of the combined system, by its parameter `arch`: network, what sets it apart
+    "brainnet": (
+        "BrainNetwork",
+        {"norm_type": "bn", "act_first": True, "use_projector": False},
+    ),
     "3dconv": ("VolumeEncoder", {"channels": [64, 128, 256, 64], "attention_width": 64}),
-    "3dconv-simple": ("VolumeEncoder", {"channels": [64, 128, 256, 128], "attention_width": 0, "average_output": True}),
+    "3dconv-simple": (
+        "VolumeEncoder",
+        {"channels": [64, 128, 256, 128], "attention_width": 0, "average_output": True},
+    ),
 }
 
 
-# ------------------------------------------------------------------------------------------------ the prior's transformer
+# ------------------------------------------------------------------------- the prior's transformer
 class GainNorm(nn.Module):
-    """LayerNorm with a gain and no bias; `stable` first divides by the signed maximum. eps is 1e-5 in single, 1e-3 in lower precision.
+    """LayerNorm with a gain and no bias; `stable` first divides by the signed maximum. eps is 1e-5
+    in single, 1e-3 in lower precision.
 
-    Training takes the fused kernel. Without gradient the operations stand in the published order: sampling repeats the network, each time on
-    what it gave before, and so blows one unit of rounding up to 3e-4; like this, samples are the published ones to the bit.
+    Training takes the fused kernel. Without gradient the operations stand in the published order:
+    sampling repeats the network, each time on what it gave before, and so blows one unit of
+    rounding up to 3e-4; like this, samples are the published ones to the bit.
     """
 
     def __init__(self, dim: int, stable: bool = False):
@@ -242,7 +304,11 @@ class GainNorm(nn.Module):
         x = x.to(self.g.dtype)
         if torch.is_grad_enabled():
             return F.layer_norm(x, self.g.shape, weight=self.g, eps=eps)
-        return (x - x.mean(-1, keepdim=True)) * (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt() * self.g
+        return (
+            (x - x.mean(-1, keepdim=True))
+            * (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
+            * self.g
+        )
 
 
 class Rotary(nn.Module):
@@ -250,11 +316,15 @@ class Rotary(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.freqs = nn.Parameter(1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim), requires_grad=False)
+        self.freqs = nn.Parameter(
+            1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim), requires_grad=False
+        )
 
     def table(self, n: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine (n, dim), each frequency twice."""
-        angle = (torch.arange(n, device=self.freqs.device, dtype=self.freqs.dtype)[:, None] * self.freqs).repeat_interleave(2, -1)
+        angle = (
+            torch.arange(n, device=self.freqs.device, dtype=self.freqs.dtype)[:, None] * self.freqs
+        ).repeat_interleave(2, -1)
         return angle.cos(), angle.sin()
 
     @staticmethod
@@ -263,13 +333,17 @@ class Rotary(nn.Module):
         cos, sin = table
         width = cos.shape[-1]
         turned, rest = x[..., :width], x[..., width:]
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)  # (a, b) -> (-b, a)
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(
+            -2
+        )  # (a, b) -> (-b, a)
         turned = turned * cos + partner * sin
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 class RelativePositionBias(nn.Module):
-    """One bias a head and distance bucket, shared by all the layers; column 0 is the null key, so real key m stands at column m + 1."""
+    """One bias a head and distance bucket, shared by all the layers; column 0 is the null key, so
+    real key m stands at column m + 1.
+    """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128):
         super().__init__()
@@ -277,21 +351,29 @@ class RelativePositionBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(buckets, heads)
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """Bucket of each distance: exact up to half the buckets, then logarithmic; the future is distance 0."""
+        """Bucket of each distance: exact up to half the buckets, then logarithmic; the future is
+        distance 0.
+        """
         distance, exact = distance.clamp(min=0), self.buckets // 2
-        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(
+            self.max_distance / exact
+        )
         large = (exact + (ratio * (self.buckets - exact)).long()).clamp(max=self.buckets - 1)
         return torch.where(distance < exact, distance, large)
 
     def forward(self, n: int) -> Tensor:
         """Bias (heads, n, n + 1)."""
         device = self.relative_attention_bias.weight.device
-        distance = torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)[None, :]
+        distance = (
+            torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)[None, :]
+        )
         return self.relative_attention_bias(self.bucket(distance)).permute(2, 0, 1)
 
 
 class Attention(nn.Module):
-    """Multi-query attention with L2-normalised queries and keys (logits 16 * cosine), a learned null key and value, and rotary positions."""
+    """Multi-query attention with L2-normalised queries and keys (logits 16 * cosine), a learned
+    null key and value, and rotary positions.
+    """
 
     def __init__(self, dim: int, dim_head: int, heads: int, rotary_emb: Rotary):
         super().__init__()
@@ -303,7 +385,9 @@ class Attention(nn.Module):
         self.rotary_emb = rotary_emb
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), GainNorm(dim))
 
-    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -318,30 +402,49 @@ class Attention(nn.Module):
         batch, n, _ = x.shape
         asked = last or n
         x = self.norm(x)
-        q = self.to_q(x[:, -asked:]).view(batch, asked, self.heads, -1).transpose(1, 2)  # (batch, heads, asked, dim_head)
-        k, v = self.to_kv(x).chunk(2, -1)  # (batch, n, dim_head) each: one head of keys and values for all queries
+        q = (
+            self.to_q(x[:, -asked:]).view(batch, asked, self.heads, -1).transpose(1, 2)
+        )  # (batch, heads, asked, dim_head)
+        k, v = self.to_kv(x).chunk(
+            2, -1
+        )  # (batch, n, dim_head) each: one head of keys and values for all queries
         q, k = Rotary.rotate(q, (table[0][-asked:], table[1][-asked:])), Rotary.rotate(k, table)
         null_k, null_v = (null.to(k.dtype).expand(batch, 1, -1) for null in self.null_kv)
         k, v = torch.cat((null_k, k), 1), torch.cat((null_v, v), 1)  # (batch, n + 1, dim_head)
         q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
         attend = _attend_fused if torch.is_grad_enabled() else _attend
-        return self.to_out(attend(q, k, v, bias[:, -asked:].to(v.dtype)).transpose(1, 2).reshape(batch, asked, -1))
+        return self.to_out(
+            attend(q, k, v, bias[:, -asked:].to(v.dtype)).transpose(1, 2).reshape(batch, asked, -1)
+        )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Multi-query attention in the published order of operations (see GainNorm).
 
-    q (batch, heads, rows, dim_head), k and v (batch, columns, dim_head), bias (heads, rows, columns) -> (batch, heads, rows, dim_head).
+    q (batch, heads, rows, dim_head), k and v (batch, columns, dim_head), bias (heads, rows,
+    columns) -> (batch, heads, rows, dim_head).
     """
     logits = torch.einsum("bhid,bjd->bhij", 4 * q, 4 * k) + bias
-    return torch.einsum("bhij,bjd->bhid", logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype), v)
+    return torch.einsum(
+        "bhij,bjd->bhid",
+        logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype),
+        v,
+    )
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The same in one kernel that keeps no logits; as there is one head of keys, the heads are laid along the query axis, without copies."""
+    """The same in one kernel that keeps no logits; as there is one head of keys, the heads are laid
+    along the query axis, without copies.
+    """
     batch, heads, asked, width = q.shape
     mask = bias.reshape(1, 1, heads * asked, -1)
-    out = F.scaled_dot_product_attention(q.reshape(batch, 1, heads * asked, width), k[:, None], v[:, None], attn_mask=mask, scale=16.0)
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, 1, heads * asked, width),
+        k[:, None],
+        v[:, None],
+        attn_mask=mask,
+        scale=16.0,
+    )
     return out.view(q.shape)
 
 
@@ -357,18 +460,29 @@ class SwiGLU(nn.Module):
 def _feed_forward(dim: int, mult: int = 4, normformer: bool = False) -> nn.Sequential:
     inner = mult * dim
     norm = GainNorm(inner) if normformer else nn.Identity()
-    return nn.Sequential(GainNorm(dim), nn.Linear(dim, 2 * inner, bias=False), SwiGLU(), norm, nn.Dropout(0.0), nn.Linear(inner, dim, bias=False))
+    return nn.Sequential(
+        GainNorm(dim),
+        nn.Linear(dim, 2 * inner, bias=False),
+        SwiGLU(),
+        norm,
+        nn.Dropout(0.0),
+        nn.Linear(inner, dim, bias=False),
+    )
 
 
 class _Layer(nn.ModuleList):
-    """Attention and feed-forward block, each with its residual; a list, as the published keys are layers.L.0 and layers.L.1."""
+    """Attention and feed-forward block, each with its residual; a list, as the published keys are
+    layers.L.0 and layers.L.1.
+    """
 
     @property
     def rotary(self) -> Rotary:
         """The rotary embedding, which all layers share."""
         return cast(Attention, self[0]).rotary_emb
 
-    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None
+    ) -> Tensor:
         """As `Attention.forward`."""
         attention, feed_forward = self
         x = attention(x, bias, table, last) + (x[:, -last:] if last else x)
@@ -376,23 +490,42 @@ class _Layer(nn.ModuleList):
 
 
 class CausalTransformer(nn.Module):
-    """The prior's transformer (causal or not): attention and SwiGLU blocks with residuals, a stable norm and a projection."""
+    """The prior's transformer (causal or not): attention and SwiGLU blocks with residuals, a stable
+    norm and a projection.
+    """
 
-    def __init__(self, dim: int, depth: int, dim_head: int = 64, heads: int = 8, causal: bool = True, normformer: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        causal: bool = True,
+        normformer: bool = False,
+    ):
         super().__init__()
         self.causal = causal
         self.rel_pos_bias = RelativePositionBias(heads)
         rotary = Rotary(min(32, dim_head))
-        self.layers = nn.ModuleList(_Layer([Attention(dim, dim_head, heads, rotary), _feed_forward(dim, normformer=normformer)]) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            _Layer(
+                [Attention(dim, dim_head, heads, rotary), _feed_forward(dim, normformer=normformer)]
+            )
+            for _ in range(depth)
+        )
         self.norm = GainNorm(dim, stable=True)
         self.project_out = nn.Linear(dim, dim, bias=False)
-        self.checkpointing = False  # compute activations again on the way back instead of keeping them: less memory, a third more time
+        # compute activations again on the way back instead of keeping them: less memory, a third
+        # more time
+        self.checkpointing = False
         self._keeping = False
         self._kept: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     @contextmanager
     def kept_positions(self) -> Iterator[None]:
-        """Within this context the weights stay as they are, so bias and rotary table are computed once (the steps of sampling)."""
+        """Within this context the weights stay as they are, so bias and rotary table are computed
+        once (the steps of sampling).
+        """
         self._keeping = True
         try:
             yield
@@ -412,7 +545,9 @@ class CausalTransformer(nn.Module):
         return bias, table
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """(batch, n, dim) -> (batch, n, dim), or only the `last` positions, whose neighbours the last layer then leaves out."""
+        """(batch, n, dim) -> (batch, n, dim), or only the `last` positions, whose neighbours the
+        last layer then leaves out.
+        """
         bias, table = self._positions(x.shape[1])
         for i, layer in enumerate(self.layers):
             asked = last if i == len(self.layers) - 1 else None
@@ -444,14 +579,18 @@ class _TimeMLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         layer = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.SiLU())  # noqa: E731
-        self.net = nn.Sequential(layer(dim, 2 * dim), layer(2 * dim, 2 * dim), nn.Linear(2 * dim, dim))
+        self.net = nn.Sequential(
+            layer(dim, 2 * dim), layer(2 * dim, 2 * dim), nn.Linear(2 * dim, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.to(next(self.parameters()).dtype))
 
 
 def _keep(batch: int, drop_prob: float | Tensor, device: torch.device) -> Tensor:
-    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1, as published, or where it is decided already."""
+    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1,
+    as published, or where it is decided already.
+    """
     if isinstance(drop_prob, Tensor):
         return ~drop_prob
     if drop_prob in (0.0, 1.0):
@@ -460,12 +599,16 @@ def _keep(batch: int, drop_prob: float | Tensor, device: torch.device) -> Tensor
 
 
 class Denoiser(Network):
-    """What the prior networks share, and `src.prior` relies on: guidance, and a context for the steps of sampling."""
+    """What the prior networks share, and `src.prior` relies on: guidance, and a context for the
+    steps of sampling.
+    """
 
     causal_transformer: CausalTransformer
 
     def forward_with_cond_scale(self, *args: Any, cond_scale: float = 1.0, **kwargs: Any) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022): unless the scale is 1, a second pass with both conditions dropped."""
+        """Classifier-free guidance (Ho & Salimans 2022): unless the scale is 1, a second pass with
+        both conditions dropped.
+        """
         given = self(*args, **kwargs)
         if cond_scale == 1.0:
             return given
@@ -478,7 +621,8 @@ class Denoiser(Network):
 
 
 class VersatileDiffusionPriorNetwork(Denoiser):
-    """Prior network for all CLIP tokens (257 x 768): [brain tokens, time, noisy image tokens] -> image tokens.
+    """Prior network for all CLIP tokens (257 x 768): [brain tokens, time, noisy image tokens] ->
+    image tokens.
 
     Args:
         dim: dim of a token.
@@ -487,7 +631,8 @@ class VersatileDiffusionPriorNetwork(Denoiser):
         heads: heads.
         num_tokens: tokens an image.
         causal: causal attention.
-        learned_query_mode: "none", "pos_emb" (added to the image tokens), "token" (appended) or "all_pos_emb" (added to all tokens).
+        learned_query_mode: "none", "pos_emb" (added to the image tokens), "token" (appended) or
+            "all_pos_emb" (added to all tokens).
 
     Source: MindEye, section 2.3 and appendix A.4.
     """
@@ -503,12 +648,22 @@ class VersatileDiffusionPriorNetwork(Denoiser):
         learned_query_mode: str = "pos_emb",
     ):
         super().__init__()
-        lengths = {"none": 0, "pos_emb": num_tokens, "token": num_tokens, "all_pos_emb": 2 * num_tokens + 1}
+        lengths = {
+            "none": 0,
+            "pos_emb": num_tokens,
+            "token": num_tokens,
+            "all_pos_emb": 2 * num_tokens + 1,
+        }
         if learned_query_mode not in lengths:
-            raise PerceptError(f"learned_query_mode '{learned_query_mode}' is unknown: choose one of {', '.join(lengths)}.")
+            raise PerceptError(
+                f"learned_query_mode '{learned_query_mode}' is unknown: choose one of"
+                f" {', '.join(lengths)}."
+            )
         self.num_tokens, self.mode = num_tokens, learned_query_mode
         if lengths[learned_query_mode]:
-            self.learned_query = nn.Parameter(torch.randn(lengths[learned_query_mode], dim) * dim**-0.5)
+            self.learned_query = nn.Parameter(
+                torch.randn(lengths[learned_query_mode], dim) * dim**-0.5
+            )
         self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
         self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
         self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), _TimeMLP(dim)))
@@ -530,23 +685,34 @@ class VersatileDiffusionPriorNetwork(Denoiser):
             timesteps: (batch,).
             brain_embed: condition (batch, tokens, dim); `text_embed` is another name for it.
             text_embed: see brain_embed.
-            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a sample; or where to do so, Boolean (batch,).
+            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a
+                sample; or where to do so, Boolean (batch,).
             image_cond_drop_prob: the same for the noisy tokens.
 
         Returns:
             (batch, tokens, dim).
 
         Raises:
-            PerceptError: if there is no condition, or the tokens are not as many as the network was made for.
+            PerceptError: if there is no condition, or the tokens are not as many as the network was
+                made for.
         """
         brain_embed = text_embed if brain_embed is None else brain_embed
         if brain_embed is None:
-            raise PerceptError("The prior network needs brain_embed (or text_embed): pass the tokens predicted from the brain.")
+            raise PerceptError(
+                "The prior network needs brain_embed (or text_embed): pass the tokens predicted"
+                " from the brain."
+            )
         batch, (tokens_each, dim) = len(image_embed), self.null_image_embed.shape
         for name, given in (("image_embed", image_embed), ("brain_embed", brain_embed)):
             if given.shape[0] != batch or given[0].numel() != tokens_each * dim:
-                raise PerceptError(f"The prior network needs {name} of shape ({batch}, {tokens_each}, {dim}), not {tuple(given.shape)}.")
-        image, brain = image_embed.reshape(batch, -1, dim), brain_embed.reshape(batch, -1, dim)  # (batch, tokens, dim)
+                raise PerceptError(
+                    f"The prior network needs {name} of shape ({batch}, {tokens_each}, {dim}), not"
+                    f" {tuple(given.shape)}."
+                )
+        image, brain = (
+            image_embed.reshape(batch, -1, dim),
+            brain_embed.reshape(batch, -1, dim),
+        )  # (batch, tokens, dim)
         keep_brain = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
         keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
         brain = torch.where(keep_brain, brain, self.null_brain_embeds.to(brain.dtype))
@@ -564,7 +730,8 @@ class VersatileDiffusionPriorNetwork(Denoiser):
 
 
 class PriorNetwork(VersatileDiffusionPriorNetwork):
-    """MindEye2's prior network: MindEye's at other sizes, [brain tokens, time, noisy image tokens] -> image tokens.
+    """MindEye2's prior network: MindEye's at other sizes, [brain tokens, time, noisy image tokens]
+    -> image tokens.
 
     Args:
         dim: dim of a token.
@@ -588,11 +755,14 @@ class PriorNetwork(VersatileDiffusionPriorNetwork):
         causal: bool = False,
         learned_query_mode: str = "pos_emb",
     ):
-        super().__init__(dim, depth, dim_head, heads or dim // dim_head, num_tokens, causal, learned_query_mode)
+        super().__init__(
+            dim, depth, dim_head, heads or dim // dim_head, num_tokens, causal, learned_query_mode
+        )
 
 
 class DiffusionPriorNetwork(Denoiser):
-    """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots, condition, time, image, query] -> image.
+    """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots,
+    condition, time, image, query] -> image.
 
     Args:
         dim: dim of the embedding.
@@ -622,7 +792,9 @@ class DiffusionPriorNetwork(Denoiser):
         self.null_text_embeds = nn.Parameter(torch.randn(1, 1, dim))
         self.null_image_embed = nn.Parameter(torch.randn(1, dim))
         self.to_time_embeds = nn.Sequential(nn.Embedding(num_timesteps, dim))
-        self.causal_transformer = CausalTransformer(dim, depth, dim_head, heads, causal=True, normformer=normformer)
+        self.causal_transformer = CausalTransformer(
+            dim, depth, dim_head, heads, causal=True, normformer=normformer
+        )
 
     def forward(
         self,
@@ -632,7 +804,9 @@ class DiffusionPriorNetwork(Denoiser):
         brain_cond_drop_prob: float | Tensor = 0.0,
         image_cond_drop_prob: float | Tensor = 0.0,
     ) -> Tensor:
-        """Denoise embeddings (batch, dim) or (batch, 1, dim) at timesteps (batch,), given text_embed of the same shape -> same shape."""
+        """Denoise embeddings (batch, dim) or (batch, 1, dim) at timesteps (batch,), given
+        text_embed of the same shape -> same shape.
+        """
         batch, dim, shape = len(image_embed), self.learned_query.shape[0], image_embed.shape
         image, text = image_embed.reshape(batch, 1, dim), text_embed.reshape(batch, 1, dim)
         keep_text = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
@@ -640,15 +814,20 @@ class DiffusionPriorNetwork(Denoiser):
         text = torch.where(keep_text, text, self.null_text_embeds)
         image = torch.where(keep_image, image, self.null_image_embed[None])
         time = self.to_time_embeds(timesteps)[:, None]  # (batch, 1, dim)
-        slots, query = self.null_text_encodings.expand(batch, -1, -1), self.learned_query.expand(batch, 1, -1)
+        slots, query = (
+            self.null_text_encodings.expand(batch, -1, -1),
+            self.learned_query.expand(batch, 1, -1),
+        )
         tokens = torch.cat((slots, text, time, image, query), 1)  # (batch, max_text_len + 4, dim)
         return self.causal_transformer(tokens, last=1).view(shape)
 
 
-# ------------------------------------------------------------------------------------------------ MindEye2: several subjects -> CLIP
+# -------------------------------------------------------------- MindEye2: several subjects -> CLIP
 class RidgeRegression(Network):
-    """One linear layer a subject, from its voxels into the space that all subjects share. The name is the published one: it is no ridge
-    solver, its penalty is the optimizer's weight decay.
+    """One linear layer a subject, from its voxels into the space that all subjects share.
+
+    The name is the published one: it is no ridge solver, its penalty is the optimizer's weight
+    decay.
 
     Args:
         input_sizes: voxels of each subject, in the order of the run's subjects.
@@ -665,8 +844,10 @@ class RidgeRegression(Network):
         """Voxels to the shared space.
 
         Args:
-            x: (batch, time, voxels), or (batch, voxels) for one trial; with several subjects in a batch, filled up to the most voxels.
-            subject_index: position of the subject in `input_sizes`, of the batch or of each sample (batch,).
+            x: (batch, time, voxels), or (batch, voxels) for one trial; with several subjects in a
+                batch, filled up to the most voxels.
+            subject_index: position of the subject in `input_sizes`, of the batch or of each sample
+                (batch,).
 
         Returns:
             (batch, time, h).
@@ -678,7 +859,10 @@ class RidgeRegression(Network):
         if not isinstance(subject_index, Tensor):
             layer = cast(nn.Linear, self.linears[subject_index])
             if x.shape[-1] != layer.in_features:
-                raise PerceptError(f"Subject {subject_index} of this network has {layer.in_features} voxels, not {x.shape[-1]}: use the subject that it was made for.")
+                raise PerceptError(
+                    f"Subject {subject_index} of this network has {layer.in_features} voxels, not"
+                    f" {x.shape[-1]}: use the subject that it was made for."
+                )
             return layer(x)
         out, rows = [], []
         for number in subject_index.unique().tolist():
@@ -689,16 +873,23 @@ class RidgeRegression(Network):
 
 
 def _mixer_block(width: int, drop: float) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(drop), nn.Linear(width, width)))
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Dropout(drop), nn.Linear(width, width)
+        ),
+    )
 
 
 class MixerBrainNetwork(Network):
-    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens, and beside it to a blurry picture.
+    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens, and beside it
+    to a blurry picture.
 
-    With one token (`seq_len` 1: every released configuration) the mixer adds one number to its input, whatever its widest matrices hold: the
-    second branch normalises an axis of length 1 and keeps a residual of its own, so `mixer_blocks1` never reaches the output (docs/mindeye2.md
-    derives it). `folded` computes that number and skips the rest; the weights stay in the state dict. Unlike the published code, no dropout
-    falls upon that number.
+    With one token (`seq_len` 1: every released configuration) the mixer adds one number to its
+    input, whatever its widest matrices hold: the second branch normalises an axis of length 1 and
+    keeps a residual of its own, so `mixer_blocks1` never reaches the output (docs/mindeye2.md
+    derives it). `folded` computes that number and skips the rest; the weights stay in the state
+    dict. Unlike the published code, no dropout falls upon that number.
 
     Args:
         h: width of the shared space.
@@ -708,12 +899,14 @@ class MixerBrainNetwork(Network):
         clip_size: dim of a token.
         blurry_recon: add the branch for the blurry picture.
         drop: dropout in the mixer blocks.
-        clip_scale: 0 leaves out the head of the contrastive loss (its weights are there all the same, as published).
+        clip_scale: 0 leaves out the head of the contrastive loss (its weights are there all the
+            same, as published).
         latent_size: height and width of the blurry picture's latent, a multiple of 4.
         folded: with one token, compute what the mixer amounts to instead of the mixer.
 
     Raises:
-        PerceptError: for tokens that do not fit out_dim, or a latent size that the upsampler cannot make.
+        PerceptError: for tokens that do not fit out_dim, or a latent size that the upsampler cannot
+            make.
 
     Source: MindEye2 (arXiv 2403.11207), sections 2.1 and 2.4.
     """
@@ -733,8 +926,17 @@ class MixerBrainNetwork(Network):
     ):
         super().__init__()
         if out_dim % clip_size or latent_size % 4:
-            raise PerceptError(f"A backbone needs an out_dim ({out_dim}) of whole tokens ({clip_size}) and a latent_size ({latent_size}) divisible by 4.")
-        self.seq_len, self.clip_size, self.blurry_recon, self.clip_scale, self.folded = seq_len, clip_size, blurry_recon, clip_scale, folded
+            raise PerceptError(
+                f"A backbone needs an out_dim ({out_dim}) of whole tokens ({clip_size}) and a"
+                f" latent_size ({latent_size}) divisible by 4."
+            )
+        self.seq_len, self.clip_size, self.blurry_recon, self.clip_scale, self.folded = (
+            seq_len,
+            clip_size,
+            blurry_recon,
+            clip_scale,
+            folded,
+        )
         self.mixer_blocks1 = nn.ModuleList(_mixer_block(h, drop) for _ in range(n_blocks))
         self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len, drop) for _ in range(n_blocks))
         self.backbone_linear = nn.Linear(h * seq_len, out_dim)
@@ -745,22 +947,32 @@ class MixerBrainNetwork(Network):
             self.bdropout = nn.Dropout(0.3)
             self.bnorm = nn.GroupNorm(1, 64)
             widths = (32, 64, 128)
-            self.bupsampler = Decoder(64, 4, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=widths, layers_per_block=1)
+            self.bupsampler = Decoder(
+                64,
+                4,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=widths,
+                layers_per_block=1,
+            )
             self.b_maps_projector = _maps_projector(64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Shared space (batch, seq_len, h) to tokens.
 
         Returns:
-            backbone (batch, tokens, dim), the prior's condition; clip (batch, tokens, dim), for the contrastive loss and retrieval (a single 0
-            where clip_scale is 0); blurry: scaled latent (batch, 4, h, w) and maps (batch, locations, 512) for its contrastive loss (two 0,
-            as published, without the branch).
+            backbone (batch, tokens, dim), the prior's condition; clip (batch, tokens, dim), for the
+            contrastive loss and retrieval (a single 0 where clip_scale is 0); blurry: scaled latent
+            (batch, 4, h, w) and maps (batch, locations, 512) for its contrastive loss (two 0, as
+            published, without the branch).
 
         Raises:
             PerceptError: if the trials are not `seq_len`.
         """
         if x.shape[1] != self.seq_len:
-            raise PerceptError(f"The backbone reads {self.seq_len} trials together but was given {x.shape[1]}: use as many past and future trials as in training.")
+            raise PerceptError(
+                f"The backbone reads {self.seq_len} trials together but was given {x.shape[1]}: use"
+                " as many past and future trials as in training."
+            )
         x = self._mixed(x).flatten(1)  # (batch, seq_len * h)
         backbone = self.backbone_linear(x).view(len(x), -1, self.clip_size)  # (batch, tokens, dim)
         clip = self.clip_proj(backbone) if self.clip_scale else x.new_zeros(1)
@@ -770,7 +982,10 @@ class MixerBrainNetwork(Network):
         """(batch, seq_len, h) -> the same shape."""
         if self.folded and self.seq_len == 1:
             return x + self._constant()
-        first, second = x, x.transpose(1, 2)  # each branch keeps a residual of its own: this is what is wrong with it
+        first, second = (
+            x,
+            x.transpose(1, 2),
+        )  # each branch keeps a residual of its own: this is what is wrong with it
         for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
             first = along_width(x) + first
             second = along_time(first.transpose(1, 2)) + second  # (batch, h, seq_len)
@@ -778,14 +993,18 @@ class MixerBrainNetwork(Network):
         return x
 
     def _constant(self) -> Tensor:
-        """What the mixer adds to one token: the second branch's answer to its norm's bias, which is all that a norm over one number lets pass."""
+        """What the mixer adds to one token: the second branch's answer to its norm's bias, which is
+        all that a norm over one number lets pass.
+        """
         total = self.backbone_linear.weight.new_zeros(1)
         for norm, (enter, gelu, _, leave) in cast(Any, self.mixer_blocks2):
             total = total + leave(gelu(enter(0 * norm.weight + norm.bias)))
         return total
 
     def dead_parameters(self) -> list[nn.Parameter]:
-        """Weights that cannot reach the output and are only kept for the checkpoint: nothing to optimise."""
+        """Weights that cannot reach the output and are only kept for the checkpoint: nothing to
+        optimise.
+        """
         return self._idle_mixer() + ([] if self.clip_scale else list(self.clip_proj.parameters()))
 
     def _idle_mixer(self) -> list[nn.Parameter]:
@@ -796,13 +1015,17 @@ class MixerBrainNetwork(Network):
         with torch.autocast(x.device.type, enabled=False):
             x = self.bdropout(self.blin1(x.to(self.blin1.weight.dtype)))
             x = self.bnorm(x.view(len(x), 64, self.side, self.side))
-            return self.bupsampler(x), self.b_maps_projector(x).flatten(2).transpose(1, 2)  # (batch, 4, h, w), (batch, locations, 512)
+            return self.bupsampler(x), self.b_maps_projector(x).flatten(2).transpose(
+                1, 2
+            )  # (batch, 4, h, w), (batch, locations, 512)
 
 
 class ResidualBrainNetwork(MixerBrainNetwork):
-    """The backbone with a mixer as it was probably meant, under the same keys: each block is added to what came before it.
+    """The backbone with a mixer as it was probably meant, under the same keys: each block is added
+    to what came before it.
 
-    With one token there is nothing to mix along time: what is left is a residual MLP of `mixer_blocks1`, and `mixer_blocks2` is idle.
+    With one token there is nothing to mix along time: what is left is a residual MLP of
+    `mixer_blocks1`, and `mixer_blocks2` is idle.
     """
 
     def _mixed(self, x: Tensor) -> Tensor:
@@ -821,18 +1044,29 @@ class MindEye2(nn.Module):
 
     Args:
         ridge: `RidgeRegression`, from each subject's voxels to the shared space.
-        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; those of its weights that cannot reach the output are not trained.
+        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; those of its
+            weights that cannot reach the output are not trained.
         diffusion_prior: `src.prior.BrainDiffusionPrior`, or None for a model without one.
     """
 
-    def __init__(self, ridge: nn.Module, backbone: nn.Module, diffusion_prior: nn.Module | None = None):
+    def __init__(
+        self, ridge: nn.Module, backbone: nn.Module, diffusion_prior: nn.Module | None = None
+    ):
         super().__init__()
-        self.ridge, self.backbone, self.diffusion_prior = ridge, cast(MixerBrainNetwork, backbone), diffusion_prior
+        self.ridge, self.backbone, self.diffusion_prior = (
+            ridge,
+            cast(MixerBrainNetwork, backbone),
+            diffusion_prior,
+        )
         for parameter in self.backbone.dead_parameters():
             parameter.requires_grad_(False)
 
-    def forward(self, voxels: Tensor, subject_index: int | Tensor = 0) -> tuple[Tensor, Tensor, Any]:
-        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry, as `MixerBrainNetwork` gives them."""
+    def forward(
+        self, voxels: Tensor, subject_index: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry, as `MixerBrainNetwork`
+        gives them.
+        """
         return self.backbone(self.ridge(voxels, subject_index))
 
     def tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
@@ -842,7 +1076,8 @@ class MindEye2(nn.Module):
 
 
 class CaptionConverter(Network):
-    """Tokens of one image encoder as those of another: one linear map along the tokens, then one along the features.
+    """Tokens of one image encoder as those of another: one linear map along the tokens, then one
+    along the features.
 
     Args:
         tokens_in: tokens that are given.
@@ -853,7 +1088,9 @@ class CaptionConverter(Network):
     Source: MindEye2 (arXiv 2403.11207), appendix A.6 (from CLIP bigG to the image tokens of GIT).
     """
 
-    def __init__(self, tokens_in: int = 256, tokens_out: int = 257, dim_in: int = 1664, dim_out: int = 1024):
+    def __init__(
+        self, tokens_in: int = 256, tokens_out: int = 257, dim_in: int = 1664, dim_out: int = 1024
+    ):
         super().__init__()
         self.linear1 = nn.Linear(tokens_in, tokens_out)
         self.linear2 = nn.Linear(dim_in, dim_out)
@@ -863,8 +1100,12 @@ class CaptionConverter(Network):
         return self.linear2(self.linear1(x.transpose(1, 2)).transpose(1, 2))
 
 
-# ------------------------------------------------------------------------------------------------ voxels -> latents
-UPS_MODES = {"4x": (64, 4, (64, 128, 256)), "8x": (256, 8, (64, 128, 256, 256)), "16x": (512, 16, (64, 128, 256, 256, 512))}
+# ------------------------------------------------------------------------------- voxels -> latents
+UPS_MODES = {
+    "4x": (64, 4, (64, 128, 256)),
+    "8x": (256, 8, (64, 128, 256, 256)),
+    "16x": (512, 16, (64, 128, 256, 256, 512)),
+}
 
 
 class Voxel2StableDiffusionModel(Network):
@@ -874,13 +1115,15 @@ class Voxel2StableDiffusionModel(Network):
         in_dim: number of voxels.
         h: width of the residual MLP.
         n_blocks: residual blocks.
-        use_cont: add the head whose maps the contrastive loss compares with a teacher's. The published head expects the 64 channels of "4x" and
-            fails in the other modes; ours takes the mode's channels.
+        use_cont: add the head whose maps the contrastive loss compares with a teacher's. The
+            published head expects the 64 channels of "4x" and fails in the other modes; ours takes
+            the mode's channels.
         ups_mode: how much of the latent's size the upsampler makes: "4x", "8x" or "16x".
         latent_size: height and width of the latent.
         block_out_channels: widths of the upsampler, by default the published ones of the mode.
         latent_channels: channels of the latent.
-        dropout: of the residual blocks; .25 in MindEye, .3 in the ROI project, which has the same network at h = 2048.
+        dropout: of the residual blocks; .25 in MindEye, .3 in the ROI project, which has the same
+            network at h = 2048.
 
     Raises:
         PerceptError: for an unknown mode, or widths or a latent size that do not fit it.
@@ -902,36 +1145,53 @@ class Voxel2StableDiffusionModel(Network):
     ):
         super().__init__()
         if ups_mode not in UPS_MODES:
-            raise PerceptError(f"ups_mode '{ups_mode}' is unknown: choose one of {', '.join(UPS_MODES)}.")
+            raise PerceptError(
+                f"ups_mode '{ups_mode}' is unknown: choose one of {', '.join(UPS_MODES)}."
+            )
         channels, factor, widths = UPS_MODES[ups_mode]
         widths = tuple(block_out_channels or widths)
         if 2 ** (len(widths) - 1) != factor or latent_size % factor:
-            raise PerceptError(f"ups_mode '{ups_mode}' needs {int(math.log2(factor)) + 1} block_out_channels and a latent_size divisible by {factor}.")
+            raise PerceptError(
+                f"ups_mode '{ups_mode}' needs {int(math.log2(factor)) + 1} block_out_channels and a"
+                f" latent_size divisible by {factor}."
+            )
         if any(width % 32 for width in widths):
-            raise PerceptError(f"block_out_channels {list(widths)} do not divide into 32 groups: use multiples of 32.")
+            raise PerceptError(
+                f"block_out_channels {list(widths)} do not divide into 32 groups: use multiples"
+                " of 32."
+            )
         self.channels, self.side = channels, latent_size // factor
 
         def block(width_in: int, dropout: float) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(width_in, h, bias=False), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout))
+            return nn.Sequential(
+                nn.Linear(width_in, h, bias=False), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout)
+            )
 
         self.lin0 = block(in_dim, 0.5)
         self.mlp = nn.ModuleList(block(h, dropout) for _ in range(n_blocks))
         self.lin1 = nn.Linear(h, channels * self.side**2, bias=False)
         self.norm = nn.GroupNorm(1, channels)
         self.upsampler = Decoder(
-            in_channels=channels, out_channels=latent_channels, up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths,
+            in_channels=channels,
+            out_channels=latent_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
             layers_per_block=1,
-        )  # fmt: skip
+        )
         self.maps_projector = _maps_projector(channels) if use_cont else nn.Identity()
         self.use_cont = use_cont
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Voxels (batch, voxels) -> latent (batch, channels, h, w), with use_cont also maps (batch, locations, 512)."""
+        """Voxels (batch, voxels) -> latent (batch, channels, h, w), with use_cont also maps (batch,
+        locations, 512).
+        """
         batch = len(x)
         x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
-        x = self.norm(self.lin1(x).view(batch, self.channels, self.side, self.side))  # (batch, channels, side, side)
+        x = self.norm(
+            self.lin1(x).view(batch, self.channels, self.side, self.side)
+        )  # (batch, channels, side, side)
         latent = self.upsampler(x)
         if not self.use_cont:
             return latent
@@ -940,28 +1200,40 @@ class Voxel2StableDiffusionModel(Network):
 
 def _maps_projector(channels: int, width: int = 512) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels, width, 1, bias=False), nn.GroupNorm(1, width), nn.ReLU(True), nn.Conv2d(width, width, 1, bias=False),
-        nn.GroupNorm(1, width), nn.ReLU(True), nn.Conv2d(width, width, 1),
-    )  # fmt: skip
+        nn.Conv2d(channels, width, 1, bias=False),
+        nn.GroupNorm(1, width),
+        nn.ReLU(True),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.GroupNorm(1, width),
+        nn.ReLU(True),
+        nn.Conv2d(width, width, 1),
+    )
 
 
-BASIC_SIZES = {"2048": ((2048, 2048), 1), "512": ((512,), 2)}  # by width: hidden layers, and transposed convolutions after the last linear one
+BASIC_SIZES = {
+    "2048": ((2048, 2048), 1),
+    "512": ((512,), 2),
+}  # by width: hidden layers, and transposed convolutions after the last linear one
 
 
 class BasicEncoder(Network):
     """Small encoder from voxels to the latent of a frozen autoencoder, without norms or dropout.
 
-    Linear layers, then transposed convolutions that each double height and width; GELU between all of them and none at the end.
+    Linear layers, then transposed convolutions that each double height and width; GELU between all
+    of them and none at the end.
 
     Args:
         in_dim: number of voxels.
-        size: "2048" (the published code as it is now) or "512" (an earlier one, whose pictures its authors show).
+        size: "2048" (the published code as it is now) or "512" (an earlier one, whose pictures its
+            authors show).
         latent_size: height and width of the latent.
         latent_channels: its channels.
-        factor: what the last layer's output is multiplied by. The published encoder gives latents as the autoencoder has them; with the
-            autoencoder's scaling factor here, `forward` gives scaled ones all the same.
+        factor: what the last layer's output is multiplied by. The published encoder gives latents
+            as the autoencoder has them; with the autoencoder's scaling factor here, `forward` gives
+            scaled ones all the same.
 
-    State dict: mlp.0, mlp.2 (and mlp.4 of "2048"), upsampler.0 (and upsampler.2 of "512"), each with weight and bias.
+    State dict: mlp.0, mlp.2 (and mlp.4 of "2048"), upsampler.0 (and upsampler.2 of "512"), each
+    with weight and bias.
 
     Raises:
         PerceptError: for an unknown size, or a latent size that it cannot make.
@@ -969,19 +1241,36 @@ class BasicEncoder(Network):
     Source: FMRI2IMG (github.com/aaalgo/fmri2img), its basic autoencoder.
     """
 
-    def __init__(self, in_dim: int = 4660, size: str = "2048", latent_size: int = 16, latent_channels: int = 4, factor: float = 1.0):
+    def __init__(
+        self,
+        in_dim: int = 4660,
+        size: str = "2048",
+        latent_size: int = 16,
+        latent_channels: int = 4,
+        factor: float = 1.0,
+    ):
         super().__init__()
         if size not in BASIC_SIZES:
-            raise PerceptError(f"The basic encoder has no size '{size}': choose one of {', '.join(BASIC_SIZES)}.")
+            raise PerceptError(
+                f"The basic encoder has no size '{size}': choose one of {', '.join(BASIC_SIZES)}."
+            )
         widths, doublings = BASIC_SIZES[size]
         if latent_size % 2**doublings or latent_size < 1:
-            raise PerceptError(f"A basic encoder of size '{size}' makes latents whose side is a multiple of {2**doublings}, not {latent_size}: choose the other size.")
+            raise PerceptError(
+                f"A basic encoder of size '{size}' makes latents whose side is a multiple of"
+                f" {2**doublings}, not {latent_size}: choose the other size."
+            )
         self.factor, self.side = factor, latent_size // 2**doublings
         channels = [16] * doublings + [latent_channels]
         linear = [nn.Linear(a, b) for a, b in pairwise([in_dim, *widths, 16 * self.side**2])]
         self.mlp = nn.Sequential(*(layer for each in linear for layer in (each, nn.GELU())))
-        doubling = [nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1) for a, b in pairwise(channels)]
-        self.upsampler = nn.Sequential(*(layer for each in doubling for layer in (each, nn.GELU())))[:-1]
+        doubling = [
+            nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1)
+            for a, b in pairwise(channels)
+        ]
+        self.upsampler = nn.Sequential(
+            *(layer for each in doubling for layer in (each, nn.GELU()))
+        )[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Voxels (batch, voxels) -> latent (batch, channels, h, w)."""
@@ -989,18 +1278,20 @@ class BasicEncoder(Network):
         return self.factor * self.upsampler(x.view(len(x), 16, self.side, self.side))
 
 
-# ------------------------------------------------------------------------------------------------ baseline
+# ---------------------------------------------------------------------------------------- baseline
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(1, 6, 11))
 
 
 class RidgeBaseline(Network):
-    """One linear map from voxels to targets of any shape, with a penalty a target chosen by cross-validation.
+    """One linear map from voxels to targets of any shape, with a penalty a target chosen by
+    cross-validation.
 
     Args:
         in_dim: number of voxels.
         target_shape: shape of the target of one image.
 
-    The state dict holds weight (voxels, targets), bias (targets,) and alphas (targets,), the penalties that were chosen.
+    The state dict holds weight (voxels, targets), bias (targets,) and alphas (targets,), the
+    penalties that were chosen.
     """
 
     alphas: Tensor
@@ -1017,7 +1308,10 @@ class RidgeBaseline(Network):
         """(batch, voxels), or (batch, trials, voxels), -> (batch, *target_shape)."""
         voxels = voxels.flatten(1)
         if voxels.shape[-1] != len(self.weight):
-            raise PerceptError(f"The ridge baseline reads {len(self.weight)} voxels but was given {voxels.shape[-1]}: use the subject that it was fitted on.")
+            raise PerceptError(
+                f"The ridge baseline reads {len(self.weight)} voxels but was given"
+                f" {voxels.shape[-1]}: use the subject that it was fitted on."
+            )
         return (voxels @ self.weight + self.bias).view(len(voxels), *self.target_shape)
 
     @classmethod
@@ -1039,41 +1333,76 @@ class RidgeBaseline(Network):
             targets: (images, ...).
             alphas: candidate penalties.
             cv: folds within these images.
-            groups: (images,) labels; rows of one group stay in one fold (image ids, when the rows are trials).
+            groups: (images,) labels; rows of one group stay in one fold (image ids, when the rows
+                are trials).
             seed: of the folds.
-            backend: himalaya's "numpy", "torch" or "torch_cuda"; "auto": torch, on a GPU where there is one.
+            backend: himalaya's "numpy", "torch" or "torch_cuda"; "auto": torch, on a GPU where
+                there is one.
             chunk: targets solved at a time, which bounds the memory.
 
         Returns:
             The fitted module, its `alphas` (targets,) being the chosen penalties.
 
         Raises:
-            PerceptError: if voxels and targets do not match, hold non-finite values, or are too few for the folds.
+            PerceptError: if voxels and targets do not match, hold non-finite values, or are too few
+                for the folds.
 
         Source: Hoerl & Kennard 1970; solved by himalaya (Dupré la Tour et al. 2022).
         """
-        x, y = np.asarray(voxels, np.float32), np.asarray(targets, np.float32).reshape(len(targets), -1)  # (images, voxels), (images, targets)
+        x, y = (
+            np.asarray(voxels, np.float32),
+            np.asarray(targets, np.float32).reshape(len(targets), -1),
+        )  # (images, voxels), (images, targets)
         splits = _folds(x, y, cv, groups, seed)
-        batches = {"n_targets_batch": chunk, "n_targets_batch_refit": chunk, "n_alphas_batch": 1, "warn": False}  # as quick, with half the memory
+        batches = {
+            "n_targets_batch": chunk,
+            "n_targets_batch_refit": chunk,
+            "n_alphas_batch": 1,
+            "warn": False,
+        }  # as quick, with half the memory
         with _himalaya_backend(backend):
-            solver = RidgeCV(alphas=np.asarray(alphas, np.float32), cv=splits, fit_intercept=True, solver_params=batches)
+            solver = RidgeCV(
+                alphas=np.asarray(alphas, np.float32),
+                cv=splits,
+                fit_intercept=True,
+                solver_params=batches,
+            )
             solver.fit(x, y)
-            weight, bias, best = (torch.as_tensor(value).float().cpu() for value in (solver.coef_, solver.intercept_, solver.best_alphas_))
+            weight, bias, best = (
+                torch.as_tensor(value).float().cpu()
+                for value in (solver.coef_, solver.intercept_, solver.best_alphas_)
+            )
         made = cls(x.shape[1], targets.shape[1:])
         made.load_state_dict({"weight": weight, "bias": bias, "alphas": best.expand(y.shape[1])})
         return made
 
 
-def _folds(x: np.ndarray, y: np.ndarray, cv: int, groups: np.ndarray | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Shuffled folds over rows, or over groups of rows; x (rows, voxels) and y (rows, targets) are checked on the way."""
+def _folds(
+    x: np.ndarray, y: np.ndarray, cv: int, groups: np.ndarray | None, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled folds over rows, or over groups of rows; x (rows, voxels) and y (rows, targets) are
+    checked on the way.
+    """
     if len(x) != len(y) or (groups is not None and len(groups) != len(x)):
-        raise PerceptError(f"A ridge needs one row of voxels a target, but there are {len(x)} and {len(y)} (groups too must match): pass matching rows.")
+        raise PerceptError(
+            f"A ridge needs one row of voxels a target, but there are {len(x)} and {len(y)} (groups"
+            " too must match): pass matching rows."
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise PerceptError("Voxels or targets for the ridge hold values that are not finite: clean or drop these rows first.")
+        raise PerceptError(
+            "Voxels or targets for the ridge hold values that are not finite: clean or drop these"
+            " rows first."
+        )
     independent = len(x) if groups is None else len(np.unique(groups))
     if independent < cv:
-        raise PerceptError(f"{independent} independent rows do not make {cv} folds: give more, or lower cv.")
-    splitter = KFold(cv, shuffle=True, random_state=seed) if groups is None else GroupKFold(cv, shuffle=True, random_state=seed)
+        raise PerceptError(
+            f"{independent} independent rows do not make {cv} folds: give more, or lower cv."
+        )
+    splitter = (
+        KFold(cv, shuffle=True, random_state=seed)
+        if groups is None
+        else GroupKFold(cv, shuffle=True, random_state=seed)
+    )
     return list(splitter.split(x, y, groups))
 
 
@@ -1090,22 +1419,24 @@ def _himalaya_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-# ------------------------------------------------------------------------------------------------ tokens of one frozen model -> another's
+# --------------------------------------------------------- tokens of one frozen model -> another's
 class TokenMap(Network):
-    """Image tokens of one frozen model as another model would give them: a linear map of the class token, and one that all patches share.
+    """Image tokens of one frozen model as another model would give them: a linear map of the class
+    token, and one that all patches share.
 
-    The grid of patches is resampled (bilinear) to that of the other model. Fitted on images alone: no brain data are needed to say with
-    BLIP what tokens of CLIP show, true or predicted ones.
+    The grid of patches is resampled (bilinear) to that of the other model. Fitted on images alone:
+    no brain data are needed to say with BLIP what tokens of CLIP show, true or predicted ones.
 
     Args:
-        shape_in: (tokens, dim) of the tokens that are given: the class token, then a square grid of patches row by row.
+        shape_in: (tokens, dim) of the tokens that are given: the class token, then a square grid of
+            patches row by row.
         shape_out: (tokens, dim) of those that are wanted.
 
     Raises:
         PerceptError: if the patches of either are no square.
 
-    The state dict holds the two maps, `alphas` (class token, patches), the penalties that were chosen, and `r2`, the explained share of the
-    variance on the images by which they were chosen.
+    The state dict holds the two maps, `alphas` (class token, patches), the penalties that were
+    chosen, and `r2`, the explained share of the variance on the images by which they were chosen.
     """
 
     alphas: Tensor
@@ -1117,7 +1448,10 @@ class TokenMap(Network):
         self.sides = tuple(math.isqrt(max(0, tokens - 1)) for tokens in (shape_in[0], shape_out[0]))
         for side, (tokens, _) in zip(self.sides, (self.shape_in, self.shape_out), strict=True):
             if side < 1 or side**2 + 1 != tokens:
-                raise PerceptError(f"{tokens} tokens are not a class token and a square grid of patches: give the tokens of a vision transformer.")
+                raise PerceptError(
+                    f"{tokens} tokens are not a class token and a square grid of patches: give the"
+                    " tokens of a vision transformer."
+                )
         self.token, self.patch = (nn.Linear(shape_in[1], shape_out[1]) for _ in range(2))
         self.register_buffer("alphas", torch.zeros(2))
         self.register_buffer("r2", torch.zeros(2))
@@ -1125,17 +1459,24 @@ class TokenMap(Network):
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, dim) of the one model -> (batch, tokens, dim) of the other."""
         if tokens.shape[1:] != self.shape_in:
-            raise PerceptError(f"The map reads tokens (batch, {', '.join(map(str, self.shape_in))}) but was given {tuple(tokens.shape)}: use those it was fitted on.")
+            raise PerceptError(
+                f"The map reads tokens (batch, {', '.join(map(str, self.shape_in))}) but was given"
+                f" {tuple(tokens.shape)}: use those it was fitted on."
+            )
         token, patches = self._parts(tokens)
         return torch.cat([self.token(token), self.patch(patches)], dim=1)
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens (batch, tokens, dim) the class token (batch, 1, dim), and the patches on the grid that is wanted (batch, patches, dim)."""
+        """Of tokens (batch, tokens, dim) the class token (batch, 1, dim), and the patches on the
+        grid that is wanted (batch, patches, dim).
+        """
         token, patches = tokens[:, :1], tokens[:, 1:]
         here, there = self.sides
         if here != there:
             grid = patches.transpose(1, 2).unflatten(2, (here, here))  # (batch, dim, h, w)
-            patches = F.interpolate(grid, (there, there), mode="bilinear").flatten(2).transpose(1, 2)
+            patches = (
+                F.interpolate(grid, (there, there), mode="bilinear").flatten(2).transpose(1, 2)
+            )
         return token, patches
 
     @classmethod
@@ -1151,14 +1492,18 @@ class TokenMap(Network):
         batch_size: int = 64,
         device: str = "cpu",
     ) -> TokenMap:
-        """Ridge regression in closed form, over all images and places; a block of images is in memory at a time.
+        """Ridge regression in closed form, over all images and places; a block of images is in
+        memory at a time.
 
         Args:
-            source: tokens to map from, (images, tokens, dim), or an object whose `rows(image_ids)` gives them (`data.Targets`).
+            source: tokens to map from, (images, tokens, dim), or an object whose `rows(image_ids)`
+                gives them (`data.Targets`).
             target: tokens to map to, likewise.
-            image_ids: (images,) training images, none of them twice; needed where `rows` gives the tokens.
+            image_ids: (images,) training images, none of them twice; needed where `rows` gives the
+                tokens.
             alphas: candidate penalties, in units of the mean variance of the tokens that are given.
-            held_out: share of these images on which the penalty is chosen; then it is fitted on all of them.
+            held_out: share of these images on which the penalty is chosen; then it is fitted on all
+                of them.
             seed: of that choice.
             batch_size: images in a block.
             device: torch device.
@@ -1167,14 +1512,18 @@ class TokenMap(Network):
             The fitted module.
 
         Raises:
-            PerceptError: if there are too few images, or their tokens are no class token and square grid, or not finite.
+            PerceptError: if there are too few images, or their tokens are no class token and square
+                grid, or not finite.
 
         Source: Hoerl & Kennard 1970.
         """
         ids = np.arange(len(source)) if image_ids is None else np.asarray(image_ids)
         count = round(held_out * len(ids))
         if len(ids) < 10 or not 0 < count < len(ids):
-            raise PerceptError(f"{len(ids)} images of which {count} are held out are too few to fit a map of tokens: give at least 10, and hold some of them out.")
+            raise PerceptError(
+                f"{len(ids)} images of which {count} are held out are too few to fit a map of"
+                " tokens: give at least 10, and hold some of them out."
+            )
         first, wanted = (_token_rows(tokens, ids[:1]) for tokens in (source, target))
         made = cls(first.shape[1:], wanted.shape[1:]).to(device)
         sums = [
@@ -1190,13 +1539,19 @@ class TokenMap(Network):
             made.alphas[i], made.r2[i] = alphas[best], scores[best]
         return made.cpu().eval()
 
-    def _moments(self, source: Any, target: Any, blocks: Sequence[np.ndarray]) -> tuple[_Moments, _Moments]:
+    def _moments(
+        self, source: Any, target: Any, blocks: Sequence[np.ndarray]
+    ) -> tuple[_Moments, _Moments]:
         """Sums over blocks of images: of their class tokens, and of their patches."""
         of_token, of_patches = _Moments(), _Moments()
         for block in progress(blocks, "fitting the map of tokens"):
-            x, y = (_token_rows(tokens, block).to(self.alphas.device) for tokens in (source, target))
+            x, y = (
+                _token_rows(tokens, block).to(self.alphas.device) for tokens in (source, target)
+            )
             if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-                raise PerceptError("The tokens to map from or to hold values that are not finite: make them again.")
+                raise PerceptError(
+                    "The tokens to map from or to hold values that are not finite: make them again."
+                )
             token, patches = self._parts(x)
             of_token.add(token.flatten(0, 1), y[:, :1].flatten(0, 1))
             of_patches.add(patches.flatten(0, 1), y[:, 1:].flatten(0, 1))
@@ -1205,28 +1560,43 @@ class TokenMap(Network):
 
 def _token_rows(tokens: Any, image_ids: np.ndarray) -> Tensor:
     """Tokens (images, tokens, dim) of some images, from an array or from what gives rows by image."""
-    return torch.as_tensor(np.asarray(tokens.rows(image_ids) if hasattr(tokens, "rows") else tokens[image_ids])).float()
+    return torch.as_tensor(
+        np.asarray(tokens.rows(image_ids) if hasattr(tokens, "rows") else tokens[image_ids])
+    ).float()
 
 
 class _Moments:
-    """Sums over rows from which a ridge regression is solved and scored: of 1, x, y, xx', xy' and y^2, in double precision."""
+    """Sums over rows from which a ridge regression is solved and scored: of 1, x, y, xx', xy' and
+    y^2, in double precision.
+    """
 
     def __init__(self, parts: Sequence[Any] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)):
         self.parts = list(parts)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (rows, dim_in) and y (rows, dim_out)."""
-        new = (len(x), x.double().sum(0), y.double().sum(0), (x.T @ x).double(), (x.T @ y).double(), y.double().square().sum())
+        new = (
+            len(x),
+            x.double().sum(0),
+            y.double().sum(0),
+            (x.T @ x).double(),
+            (x.T @ y).double(),
+            y.double().square().sum(),
+        )
         self.parts = [old + more for old, more in zip(self.parts, new, strict=True)]
 
     def __add__(self, other: _Moments) -> _Moments:
         return _Moments([a + b for a, b in zip(self.parts, other.parts, strict=True)])
 
     def ridge(self, alpha: float) -> tuple[Tensor, Tensor]:
-        """Weight (dim_in, dim_out) and bias (dim_out,), the penalty being in units of the mean variance of x."""
+        """Weight (dim_in, dim_out) and bias (dim_out,), the penalty being in units of the mean
+        variance of x.
+        """
         n, x, y, xx, xy, _ = self.parts
         centred = xx / n - torch.outer(x, x) / n**2
-        penalty = alpha * centred.diagonal().mean() * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        penalty = (
+            alpha * centred.diagonal().mean() * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        )
         weight = torch.linalg.solve(centred + penalty, xy / n - torch.outer(x, y) / n**2)
         return weight, (y - x @ weight) / n
 
@@ -1238,18 +1608,30 @@ class _Moments:
         return float(1 - (yy - 2 * cross + square) / (yy - y @ y / n))
 
 
-# ------------------------------------------------------------------------------------------------ registry
+# ---------------------------------------------------------------------------------------- registry
 MODELS: dict[str, type[Network]] = {
     cls.__name__: cls
     for cls in (
-        BrainNetwork, VolumeEncoder, VersatileDiffusionPriorNetwork, DiffusionPriorNetwork, PriorNetwork, RidgeRegression, MixerBrainNetwork,
-        ResidualBrainNetwork, CaptionConverter, Voxel2StableDiffusionModel, BasicEncoder, RidgeBaseline, TokenMap,
+        BrainNetwork,
+        VolumeEncoder,
+        VersatileDiffusionPriorNetwork,
+        DiffusionPriorNetwork,
+        PriorNetwork,
+        RidgeRegression,
+        MixerBrainNetwork,
+        ResidualBrainNetwork,
+        CaptionConverter,
+        Voxel2StableDiffusionModel,
+        BasicEncoder,
+        RidgeBaseline,
+        TokenMap,
     )
-}  # fmt: skip
+}
 
 
 def build(config: dict[str, Any]) -> Network:
-    """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that every network keeps.
+    """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that
+    every network keeps.
 
     Raises:
         PerceptError: for an unknown name or argument.
@@ -1260,7 +1642,9 @@ def build(config: dict[str, Any]) -> Network:
     try:
         inspect.signature(MODELS[name]).bind(**config.get("kwargs", {}))
     except TypeError as error:
-        raise PerceptError(f"{name} cannot be built from its config: {error}; correct the kwargs.") from error
+        raise PerceptError(
+            f"{name} cannot be built from its config: {error}; correct the kwargs."
+        ) from error
     return MODELS[name](**config.get("kwargs", {}))
 
 
@@ -1268,15 +1652,21 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released state dict under today's keys; the values are untouched, and nothing else is forgiven.
+    """A released state dict under today's keys; the values are untouched, and nothing else is
+    forgiven.
 
-    - the attention of an autoencoder's middle block was called query, key, value, proj_attn before diffusers 0.15;
+    - the attention of an autoencoder's middle block was called query, key, value, proj_attn before
+      diffusers 0.15;
     - weights saved under data parallelism carry the prefix "module.";
     - the scalar `temp` of early voxel2clip networks was never used, and is dropped.
     """
     renamed = {}
     for key, value in state.items():
-        key = re.sub(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", key.removeprefix("module."))
+        key = re.sub(
+            r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.",
+            key.removeprefix("module."),
+        )
         if key not in ("temp", "voxel2clip.temp"):
             renamed[key] = value
     return renamed

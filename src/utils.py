@@ -1,9 +1,13 @@
-"""Small helpers that everything else relies on: paths, errors, files, checkpoints, and the parameters of a stage.
+"""Small helpers that everything else relies on: paths, errors, files, checkpoints, and the
+parameters of a stage.
 
-- Every path hangs on ROOT (the repository) or HOME (where data/, train_logs/ and results/ lie: PERCEPT_HOME, by default ROOT).
-- Files are written under a temporary name and renamed. Bad input raises PerceptError with one sentence.
-- The parameters of a stage have one source, the notebook's cell tagged `parameters`, and one precedence everywhere: cell < recipe files in
-  order < single overrides (papermill, flags of the exported script, PERCEPT_ARGS).
+- Every path hangs on ROOT (the repository) or HOME (where data/, train_logs/ and results/ lie:
+  PERCEPT_HOME, by default ROOT).
+- Files are written under a temporary name and renamed. Bad input raises PerceptError with one
+  sentence.
+- The parameters of a stage have one source, the notebook's cell tagged `parameters`, and one
+  precedence everywhere: cell < recipe files in order < single overrides (papermill, flags of the
+  exported script, PERCEPT_ARGS).
 """
 
 from __future__ import annotations
@@ -46,7 +50,9 @@ class PerceptError(Exception):
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is renamed to `path` on success and removed on failure."""
+    """Yield a temporary path beside `path`; it is renamed to `path` on success and removed on
+    failure.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -66,19 +72,27 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within this context torch's CPU generator starts from `seed`; afterwards it is as it was before."""
+    """Within this context torch's CPU generator starts from `seed`; afterwards it is as it was
+    before.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def peak_memory(device: str = "auto") -> float:
-    """The most memory that this process has had so far, in bytes: on the GPU where there is one (device "auto"), else resident (or with "cpu")."""
+    """The most memory that this process has had so far, in bytes: on the GPU where there is one
+    (device "auto"), else resident (or with "cpu").
+    """
     if to_device(device).startswith("cuda"):
         return float(torch.cuda.max_memory_allocated())
-    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
+    if (
+        status := Path("/proc/self/status")
+    ).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
         return 1024.0 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1.0 if sys.platform == "darwin" else 1024.0
+    )
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -86,8 +100,12 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def save_checkpoint(path: str | Path, state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Write a state dict and its config into one safetensors file; of tensors, only those that share memory with others are copied."""
+def save_checkpoint(
+    path: str | Path, state_dict: dict[str, torch.Tensor], config: dict[str, Any]
+) -> None:
+    """Write a state dict and its config into one safetensors file; of tensors, only those that
+    share memory with others are copied.
+    """
     tensors: dict[str, torch.Tensor] = {}
     places: set[int] = set()
     for key, value in state_dict.items():
@@ -98,20 +116,31 @@ def save_checkpoint(path: str | Path, state_dict: dict[str, torch.Tensor], confi
         save_file(tensors, temporary, metadata={"config": json.dumps(config)})
 
 
-def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, device: str = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a file of `save_checkpoint`: state dict and config."""
     with safe_open(path, framework="pt", device=str(device)) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("config", "{}"))  # noqa: SIM118
+        return {k: file.get_tensor(k) for k in file.keys()}, json.loads(
+            (file.metadata() or {}).get("config", "{}")
+        )  # noqa: SIM118
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
     """Load a state dict that must fit exactly."""
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
     if missing or extra or wrong:
         differs = f"missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
-        raise PerceptError(f"{origin} does not fit {type(module).__name__}: {differs}; take the checkpoint of this very model.")
+        raise PerceptError(
+            f"{origin} does not fit {type(module).__name__}: {differs}; take the checkpoint of this"
+            " very model."
+        )
     module.load_state_dict(state)
 
 
@@ -132,7 +161,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def to_device(device: str = "auto") -> str:
-    """ "auto" -> "cuda" where there is one (of several processes, the GPU of this one, e.g. "cuda:1"), else "cpu"."""
+    """ "auto" -> "cuda" where there is one (of several processes, the GPU of this one, e.g.
+    "cuda:1"), else "cpu".
+    """
     if device != "auto":
         return device
     if not torch.cuda.is_available():
@@ -142,17 +173,25 @@ def to_device(device: str = "auto") -> str:
 
 
 def same_features(recorded: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether a frozen model still gives what it gave: no feature is off by more than 2 % of the largest (of 1, if that is more)."""
+    """Whether a frozen model still gives what it gave: no feature is off by more than 2 % of the
+    largest (of 1, if that is more).
+    """
     most = 0.02 * max(1.0, max(map(abs, recorded), default=0.0))
-    return len(recorded) == len(now) and all(abs(a - b) <= most for a, b in zip(recorded, now, strict=True))
+    return len(recorded) == len(now) and all(
+        abs(a - b) <= most for a, b in zip(recorded, now, strict=True)
+    )
 
 
 def mixed_precision(use_mp: bool, precision: str, device: str = "auto") -> str:
     """The precision that `use_mp` stands for where none is named: "fp16" on a GPU, "bf16" on a CPU."""
-    return ("fp16" if to_device(device).startswith("cuda") else "bf16") if use_mp and precision == "no" else precision
+    return (
+        ("fp16" if to_device(device).startswith("cuda") else "bf16")
+        if use_mp and precision == "no"
+        else precision
+    )
 
 
-# ------------------------------------------------------------------------------------------------ parameters
+# -------------------------------------------------------------------------------------- parameters
 NOTEBOOKS, RECIPES = ROOT / "notebooks", ROOT / "recipes"
 Literal = bool | int | float | str
 
@@ -172,15 +211,25 @@ class Parameter:
         return [choice.strip() for choice in found.group(1).split(",")] if found else []
 
     def refuses(self, value: float) -> str:
-        """What of "at least 1", "at most 1" or "more than 0" in the comment a number breaks; empty when nothing."""
-        limits = {"at least": lambda low: value >= low, "at most": lambda high: value <= high, "more than": lambda low: value > low}
+        """What of "at least 1", "at most 1" or "more than 0" in the comment a number breaks; empty
+        when nothing.
+        """
+        limits = {
+            "at least": lambda low: value >= low,
+            "at most": lambda high: value <= high,
+            "more than": lambda low: value > low,
+        }
         found = re.findall(r"\b(at least|at most|more than) (-?[\d.]*\d)", self.comment)
-        return " and ".join(f"{words} {limit}" for words, limit in found if not limits[words](float(limit)))
+        return " and ".join(
+            f"{words} {limit}" for words, limit in found if not limits[words](float(limit))
+        )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage knows of its run: names, folders (made when asked for), and the effective parameters with their origin."""
+    """What a stage knows of its run: names, folders (made when asked for), and the effective
+    parameters with their origin.
+    """
 
     name: str
     stage: str
@@ -209,12 +258,17 @@ class Run:
             for k, v in self.parameters.items()
             if self.origins[k] != "cell"
         )
-        head = f"<p>run <b>{escape(self.name)}</b>, stage {escape(self.stage)}, on {self.device}</p>"
+        head = (
+            f"<p>run <b>{escape(self.name)}</b>, stage {escape(self.stage)}, on {self.device}</p>"
+        )
         return head + f"<table><tr><th>parameter</th><th>value</th><th>from</th></tr>{rows}</table>"
 
     def __repr__(self) -> str:
         changed = {k: v for k, v in self.parameters.items() if self.origins[k] != "cell"}
-        return f"run {self.name}, stage {self.stage}, on {self.device}; not the notebook's defaults: {changed}"
+        return (
+            f"run {self.name}, stage {self.stage}, on {self.device}; not the notebook's defaults:"
+            f" {changed}"
+        )
 
 
 def _made(folder: Path) -> Path:
@@ -225,13 +279,23 @@ def _made(folder: Path) -> Path:
 def parameters_source(path: Path) -> str:
     """Source of the cell tagged `parameters` of a notebook (.ipynb) or of its .py export."""
     if path.suffix == ".ipynb":
-        cells = [c for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        cells = [
+            c
+            for c in json.loads(path.read_text())["cells"]
+            if "parameters" in c["metadata"].get("tags", [])
+        ]
         text = "".join(cells[0]["source"]) if cells else ""
     else:
-        found = re.search(r'^# %% tags=\["parameters"\]\n(.*?)(?=^# %%|\Z)', path.read_text(), re.MULTILINE | re.DOTALL)
+        found = re.search(
+            r'^# %% tags=\["parameters"\]\n(.*?)(?=^# %%|\Z)',
+            path.read_text(),
+            re.MULTILINE | re.DOTALL,
+        )
         text = found.group(1) if found else ""
     if not text.strip():
-        raise PerceptError(f"{path} has no cell tagged 'parameters': add the tag to the cell that holds them.")
+        raise PerceptError(
+            f"{path} has no cell tagged 'parameters': add the tag to the cell that holds them."
+        )
     return text
 
 
@@ -247,13 +311,22 @@ def read_parameters(source: str, where: str = "the parameters cell") -> dict[str
             continue
         try:
             (node,) = ast.parse(line).body
-            assert isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+            assert (
+                isinstance(node, ast.Assign)
+                and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)
+            )
             value = ast.literal_eval(node.value)
             assert isinstance(value, bool | int | float | str)
         except (SyntaxError, ValueError, AssertionError) as error:
-            raise PerceptError(f"Line {number} of {where} is not `name = number, text or True/False  # comment`: {line.strip()!r}.") from error
+            raise PerceptError(
+                f"Line {number} of {where} is not `name = number, text or True/False  # comment`:"
+                f" {line.strip()!r}."
+            ) from error
         end = node.end_col_offset or len(line)
-        found[node.targets[0].id] = Parameter(node.targets[0].id, value, line[end:].strip().lstrip("#").strip())
+        found[node.targets[0].id] = Parameter(
+            node.targets[0].id, value, line[end:].strip().lstrip("#").strip()
+        )
     return found
 
 
@@ -266,9 +339,21 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
     kind = type(parameter.default)
     made: Literal | None = None
     if kind is bool:
-        made = value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
+        made = (
+            value
+            if isinstance(value, bool)
+            else {"true": True, "false": False}.get(str(value).lower())
+        )
     elif kind is str:
-        made = value if isinstance(value, str) else str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        made = (
+            value
+            if isinstance(value, str)
+            else (
+                str(value)
+                if isinstance(value, int | float) and not isinstance(value, bool)
+                else None
+            )
+        )
     elif kind is int and re.fullmatch(r"[+-]?\d+", str(value)):
         made = int(value)  # not by way of float, which holds 53 bits only
     elif not isinstance(value, bool):
@@ -279,11 +364,19 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
             made = None
     if made is None:
         names = {bool: "True or False", str: "a text", int: "a whole number", float: "a number"}
-        raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {value!r}, but must be {names[kind]} like its default {parameter.default!r}.")
+        raise PerceptError(
+            f"Parameter '{parameter.name}' from {origin} is {value!r}, but must be {names[kind]}"
+            f" like its default {parameter.default!r}."
+        )
     if parameter.choices and str(made) not in parameter.choices:
-        raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {made!r}: choose one of {', '.join(parameter.choices)}.")
+        raise PerceptError(
+            f"Parameter '{parameter.name}' from {origin} is {made!r}: choose one of"
+            f" {', '.join(parameter.choices)}."
+        )
     if kind in (int, float) and (limit := parameter.refuses(made)):  # type: ignore[arg-type]
-        raise PerceptError(f"Parameter '{parameter.name}' from {origin} is {made!r}, but must be {limit}.")
+        raise PerceptError(
+            f"Parameter '{parameter.name}' from {origin} is {made!r}, but must be {limit}."
+        )
     return made
 
 
@@ -304,12 +397,15 @@ def named(text: str, known: Sequence[str], parameter: str) -> set[str]:
     """
     names = {part.strip() for part in text.split(",")} - {""}
     if unknown := sorted(names - set(known)):
-        raise PerceptError(f"{parameter} does not know '{unknown[0]}': choose among {', '.join(known)}.")
+        raise PerceptError(
+            f"{parameter} does not know '{unknown[0]}': choose among {', '.join(known)}."
+        )
     return names
 
 
 def recipe_files(recipe: str, stage: str) -> list[Path]:
-    """The files of a recipe for a stage, in order: "mindeye/mini" -> recipes/mindeye/<stage>.yaml, recipes/mindeye/mini/<stage>.yaml.
+    """The files of a recipe for a stage, in order: "mindeye/mini" -> recipes/mindeye/<stage>.yaml,
+    recipes/mindeye/mini/<stage>.yaml.
 
     Raises:
         PerceptError: for a recipe that does not exist.
@@ -332,38 +428,90 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         PerceptError: if the file is missing or is not a mapping.
     """
     if not Path(path).exists():
-        raise PerceptError(f"There is no recipe file {path}: give the path of a YAML file, e.g. recipes/mindeye/mini/01_train_high_level.yaml.")
+        raise PerceptError(
+            f"There is no recipe file {path}: give the path of a YAML file, e.g."
+            " recipes/mindeye/mini/01_train_high_level.yaml."
+        )
     try:
         values = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise PerceptError(f"The recipe file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise PerceptError(
+            f"The recipe file {path} is not valid YAML: {' '.join(str(error).split())}."
+        ) from error
     if values is not None and not isinstance(values, dict):
-        raise PerceptError(f"The recipe file {path} must hold lines `name: value`, not {type(values).__name__}.")
+        raise PerceptError(
+            f"The recipe file {path} must hold lines `name: value`, not {type(values).__name__}."
+        )
     return {str(k): v for k, v in (values or {}).items()}
 
 
 def flag_parser(known: dict[str, Parameter], stage: str) -> argparse.ArgumentParser:
-    """Command line of a stage: -f FILE (repeatable), -p NAME VALUE, and a flag a parameter with its type, default and comment."""
-    parser = argparse.ArgumentParser(prog=f"{stage}.py", allow_abbrev=False, description=f"Stage {stage}; see the notebook for what it does.")
-    parser.add_argument("-f", dest="_files", action="append", default=[], metavar="FILE", help="recipe file (YAML); later ones win")
-    parser.add_argument("-p", dest="_pairs", action="append", default=[], nargs=2, metavar=("NAME", "VALUE"), help="one parameter, as papermill has it")
+    """Command line of a stage: -f FILE (repeatable), -p NAME VALUE, and a flag a parameter with its
+    type, default and comment.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{stage}.py",
+        allow_abbrev=False,
+        description=f"Stage {stage}; see the notebook for what it does.",
+    )
+    parser.add_argument(
+        "-f",
+        dest="_files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="recipe file (YAML); later ones win",
+    )
+    parser.add_argument(
+        "-p",
+        dest="_pairs",
+        action="append",
+        default=[],
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        help="one parameter, as papermill has it",
+    )
     for p in known.values():
         text = f"{p.comment} (default: {p.default!r})".replace("%", "%%")
         if isinstance(p.default, bool):  # --x, --no-x, --x=True, --x False
-            parser.add_argument(f"--{p.name}", nargs="?", const=True, default=argparse.SUPPRESS, metavar="True|False", help=text)
-            parser.add_argument(f"--no-{p.name}", dest=p.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            parser.add_argument(
+                f"--{p.name}",
+                nargs="?",
+                const=True,
+                default=argparse.SUPPRESS,
+                metavar="True|False",
+                help=text,
+            )
+            parser.add_argument(
+                f"--no-{p.name}",
+                dest=p.name,
+                action="store_false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
         else:
-            parser.add_argument(f"--{p.name}", default=argparse.SUPPRESS, metavar=type(p.default).__name__, help=text)
+            parser.add_argument(
+                f"--{p.name}",
+                default=argparse.SUPPRESS,
+                metavar=type(p.default).__name__,
+                help=text,
+            )
     return parser
 
 
-def _from_flags(arguments: list[str], known: dict[str, Parameter], stage: str, origin: str) -> tuple[list[str], dict[str, Any]]:
+def _from_flags(
+    arguments: list[str], known: dict[str, Parameter], stage: str, origin: str
+) -> tuple[list[str], dict[str, Any]]:
     """Recipe files and single overrides in a list of flags."""
     parsed, rest = flag_parser(known, stage).parse_known_args(arguments)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
-        check_known([name.removeprefix("no-") if name.removeprefix("no-") in known else name], known, origin)
-        raise PerceptError(f"{origin} has {rest[0]!r}, which is not a flag with a value: write --name value.")
+        check_known(
+            [name.removeprefix("no-") if name.removeprefix("no-") in known else name], known, origin
+        )
+        raise PerceptError(
+            f"{origin} has {rest[0]!r}, which is not a flag with a value: write --name value."
+        )
     values = dict(vars(parsed))
     files, pairs = values.pop("_files"), dict(values.pop("_pairs"))
     check_known(pairs, known, f"-p of {origin}")
@@ -371,9 +519,19 @@ def _from_flags(arguments: list[str], known: dict[str, Parameter], stage: str, o
 
 
 def _injected(scope: dict[str, Any], known: dict[str, Parameter]) -> dict[str, Any]:
-    """Overrides that papermill has put into a cell of its own, which begins with "# Parameters", of the running kernel."""
+    """Overrides that papermill has put into a cell of its own, which begins with "# Parameters", of
+    the running kernel.
+    """
     cells = [c for c in scope.get("In", []) if isinstance(c, str) and c.startswith("# Parameters")]
-    names = [n.targets[0].id for n in ast.parse(cells[-1]).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)] if cells else []
+    names = (
+        [
+            n.targets[0].id
+            for n in ast.parse(cells[-1]).body
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+        ]
+        if cells
+        else []
+    )
     check_known(names, known, "papermill")
     return {name: scope[name] for name in names}
 
@@ -381,39 +539,63 @@ def _injected(scope: dict[str, Any], known: dict[str, Parameter]) -> dict[str, A
 def configure(scope: dict[str, Any], stage: str) -> Run:
     """Give a stage its effective parameters: cell < recipe files in order < single overrides.
 
-    Call it as `run = configure(globals(), "01_train_high_level")` in the cell after the parameters. Recipe files come from the parameter
-    `recipe` (or the environment variable PERCEPT_RECIPE, as `make lab` sets it) and from -f; overrides from papermill, from the flags of the script,
-    or from the environment variable PERCEPT_ARGS. The globals are updated in place.
+    Call it as `run = configure(globals(), "01_train_high_level")` in the cell after the parameters.
+    Recipe files come from the parameter `recipe` (or the environment variable PERCEPT_RECIPE, as
+    `make lab` sets it) and from -f; overrides from papermill, from the flags of the script, or from
+    the environment variable PERCEPT_ARGS. The globals are updated in place.
 
     Raises:
-        PerceptError: for unknown names, wrong types, missing recipes, or data that have not been prepared.
+        PerceptError: for unknown names, wrong types, missing recipes, or data that have not been
+            prepared.
     """
-    script = scope.get("__file__") if scope.get("__name__") == "__main__" and "In" not in scope else None
+    script = (
+        scope.get("__file__") if scope.get("__name__") == "__main__" and "In" not in scope else None
+    )
     if script:
         sys.excepthook = _say_plainly
-    known = read_parameters(parameters_source(Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"), stage)
+    known = read_parameters(
+        parameters_source(Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"), stage
+    )
     values: dict[str, Any] = {name: scope.get(name, p.default) for name, p in known.items()}
     origins = dict.fromkeys(known, "cell")
     overrides = _injected(scope, known)
-    arguments, origin = (sys.argv[1:], "the command line") if script else (shlex.split(os.environ.get("PERCEPT_ARGS", "")), "PERCEPT_ARGS")
+    arguments, origin = (
+        (sys.argv[1:], "the command line")
+        if script
+        else (shlex.split(os.environ.get("PERCEPT_ARGS", "")), "PERCEPT_ARGS")
+    )
     files, flags = _from_flags(arguments, known, stage, origin)
-    recipe = str(flags.get("recipe", overrides.get("recipe", values.get("recipe", "")))) or os.environ.get("PERCEPT_RECIPE", "")
+    recipe = str(
+        flags.get("recipe", overrides.get("recipe", values.get("recipe", "")))
+    ) or os.environ.get("PERCEPT_RECIPE", "")
     named = recipe_files(recipe, stage) if recipe else []
     for path in [*named, *(Path(f) if Path(f).exists() else ROOT / f for f in files)]:
         content = read_recipe(path)
         check_known(content, known, str(path))
         for name, value in content.items():
-            values[name], origins[name] = coerce(known[name], value, f"{path.name} of {path.parent.name}"), f"{path.parent.name}/{path.name}"
+            values[name], origins[name] = (
+                coerce(known[name], value, f"{path.name} of {path.parent.name}"),
+                f"{path.parent.name}/{path.name}",
+            )
     for name, value in {**overrides, **flags}.items():
-        restated = origins[name] != "cell" and coerce(known[name], value, origin) == values[name]  # run.py passes the recipe's values too
-        values[name], origins[name] = value, origins[name] if restated else origin if name in flags else "papermill"
+        restated = (
+            origins[name] != "cell" and coerce(known[name], value, origin) == values[name]
+        )  # run.py passes the recipe's values too
+        values[name], origins[name] = (
+            value,
+            origins[name] if restated else origin if name in flags else "papermill",
+        )
     values = {name: coerce(known[name], value, origins[name]) for name, value in values.items()}
     scope.update(values)
-    return _start(stage, values, origins, recipe or _recipe_of(files) or str(values.get("recipe", "")))
+    return _start(
+        stage, values, origins, recipe or _recipe_of(files) or str(values.get("recipe", ""))
+    )
 
 
 def _say_plainly(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What a script prints when it stops: our own errors are for the reader of the sentence, all others for a developer."""
+    """What a script prints when it stops: our own errors are for the reader of the sentence, all
+    others for a developer.
+    """
     if issubclass(kind, PerceptError):
         sys.stderr.write(f"error: {error}\n")
     elif issubclass(kind, KeyboardInterrupt):
@@ -423,7 +605,9 @@ def _say_plainly(kind: type[BaseException], error: BaseException, trace: Any) ->
 
 
 def _recipe_of(files: list[str]) -> str:
-    """The recipe that -f files belong to, e.g. "mindeye/mini" for recipes/mindeye/mini/01_train_high_level.yaml."""
+    """The recipe that -f files belong to, e.g. "mindeye/mini" for
+    recipes/mindeye/mini/01_train_high_level.yaml.
+    """
     folders = [Path(f).resolve().parent for f in files]
     inside = [str(f.relative_to(RECIPES)) for f in folders if f.is_relative_to(RECIPES)]
     return inside[-1] if inside else ""
@@ -431,13 +615,20 @@ def _recipe_of(files: list[str]) -> str:
 
 def _sessions_of(recipe: str) -> int:
     """`num_sessions` as a recipe's own training has it, 0 where it says nothing."""
-    folders = [RECIPES / folder for folder in (Path(recipe).parent, recipe) if str(folder) not in (".", "")]
-    told = [read_recipe(file).get("num_sessions", 0) for folder in folders for file in sorted(folder.glob("01_*.yaml"))]
+    folders = [
+        RECIPES / folder for folder in (Path(recipe).parent, recipe) if str(folder) not in (".", "")
+    ]
+    told = [
+        read_recipe(file).get("num_sessions", 0)
+        for folder in folders
+        for file in sorted(folder.glob("01_*.yaml"))
+    ]
     return int(next((number for number in reversed(told) if number), 0))
 
 
 def run_name(recipe: str, parameters: dict[str, Any]) -> str:
-    """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out, -4sessions and -pca30 where the training differs in these.
+    """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out, -4sessions and -pca30
+    where the training differs in these.
 
     Of the sessions, those that the recipe itself asks for are not named.
     """
@@ -450,7 +641,9 @@ def run_name(recipe: str, parameters: dict[str, Any]) -> str:
         name += f"-{parameters['split']}"
     if "num_sessions" in parameters and int(parameters["num_sessions"]) != _sessions_of(recipe):
         name += f"-{int(parameters['num_sessions']) or 'all'}sessions"
-    return f"{name}-pca{int(parameters['n_components'])}" if parameters.get("n_components") else name
+    return (
+        f"{name}-pca{int(parameters['n_components'])}" if parameters.get("n_components") else name
+    )
 
 
 def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: str) -> Run:
@@ -462,8 +655,9 @@ def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: 
         folder = HOME / "data" / values["dataset"] / f"subj{int(values['subj']):02d}"
         if not folder.is_dir():
             raise PerceptError(
-                f"There are no prepared data at {folder}: either prepare your own (notebook 00, data_path is where your copy of NSD lies), or set "
-                'recipe = "mindeye/mini" in the parameters cell for the embedded mini world and begin with notebook 00.'
+                f"There are no prepared data at {folder}: either prepare your own (notebook 00,"
+                ' data_path is where your copy of NSD lies), or set recipe = "mindeye/mini" in the'
+                " parameters cell for the embedded mini world and begin with notebook 00."
             )
     if "seed" in values:
         seed_everything(int(values["seed"]))
@@ -476,12 +670,17 @@ def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: 
 def _keep_hub_in(folder: Path) -> None:
     """Let the hub's client keep its files in `folder`; it reads that once, when it is imported."""
     if "huggingface_hub" in sys.modules and os.environ.get("HF_HUB_CACHE") != str(folder):
-        raise PerceptError(f"vd_cache_dir cannot become {folder} any more, as the hub's client is loaded: restart the kernel and run this cell first.")
+        raise PerceptError(
+            f"vd_cache_dir cannot become {folder} any more, as the hub's client is loaded: restart"
+            " the kernel and run this cell first."
+        )
     os.environ["HF_HUB_CACHE"] = str(folder)
 
 
 def resolve(path: str) -> Path:
-    """A path of a parameter: absolute as it is, else relative to HOME, else (if only there) to the repository."""
+    """A path of a parameter: absolute as it is, else relative to HOME, else (if only there) to the
+    repository.
+    """
     given = Path(path).expanduser()
     if given.is_absolute():
         return given

@@ -1,9 +1,11 @@
-"""Voters: low-level models of different regions and different images, and what may be made of several predictions for one image.
+"""Voters: low-level models of different regions and different images, and what may be made of
+several predictions for one image.
 
-- A voter is a folder train_logs/<run>/ with a low level, its normaliser, and voter.json, which tells its regions, its share of the images and the seed of
-  that draw. Which voxels it was trained on is read from there, never from a list in another order (`open_voter`).
-- A rule of VOTES chooses one candidate an image from what the brain alone has told. `oracle` is no rule: it looks at the image that was shown, and
-  bounds what any rule could choose.
+- A voter is a folder train_logs/<run>/ with a low level, its normaliser, and voter.json, which
+  tells its regions, its share of the images and the seed of that draw. Which voxels it was trained
+  on is read from there, never from a list in another order (`open_voter`).
+- A rule of VOTES chooses one candidate an image from what the brain alone has told. `oracle` is no
+  rule: it looks at the image that was shown, and bounds what any rule could choose.
 
 Source: the 2023 ROI project (docs/roi_voting.md).
 """
@@ -25,12 +27,13 @@ from src.results import bootstrap_mean, paired_bootstrap
 from src.utils import PerceptError, read_json
 
 
-# ------------------------------------------------------------------------------------------------ voters
+# ------------------------------------------------------------------------------------------ voters
 @dataclass(frozen=True)
 class Voter:
     """What one model of a bag is trained with.
 
-    Attributes: name, of its folder; rois, its set of regions (`Subject.columns_of`); bag_seed, of the draw of its training images; batch_size.
+    Attributes: name, of its folder; rois, its set of regions (`Subject.columns_of`); bag_seed, of
+    the draw of its training images; batch_size.
     """
 
     name: str
@@ -39,7 +42,9 @@ class Voter:
     batch_size: int
 
 
-def voters_of(names: str, rois: str, bag_seeds: str, batch_sizes: str, seed: int = 0) -> list[Voter]:
+def voters_of(
+    names: str, rois: str, bag_seeds: str, batch_sizes: str, seed: int = 0
+) -> list[Voter]:
     """The voters that a notebook's parameters describe.
 
     Args:
@@ -50,16 +55,27 @@ def voters_of(names: str, rois: str, bag_seeds: str, batch_sizes: str, seed: int
         seed: the first voter's bag seed where none are given.
 
     Raises:
-        PerceptError: if a name is no name of a folder or comes twice, or there are neither one nor as many of the others.
+        PerceptError: if a name is no name of a folder or comes twice, or there are neither one nor
+            as many of the others.
     """
     called = [name.strip() for name in names.split(",") if name.strip()]
-    if not called or len(set(called)) < len(called) or any(name in (".", "..") or "/" in name for name in called):
-        raise PerceptError(f"voters is '{names}': give names of folders, different ones, separated by commas, e.g. 92,94,97,100.")
+    if (
+        not called
+        or len(set(called)) < len(called)
+        or any(name in (".", "..") or "/" in name for name in called)
+    ):
+        raise PerceptError(
+            f"voters is '{names}': give names of folders, different ones, separated by commas, e.g."
+            " 92,94,97,100."
+        )
 
     def each(text: str, parameter: str, separator: str) -> list[str]:
         parts = [part.strip() for part in text.split(separator)]
         if len(parts) not in (1, len(called)):
-            raise PerceptError(f"{parameter} has {len(parts)} entries for {len(called)} voters: give one for all, or one each, separated by '{separator}'.")
+            raise PerceptError(
+                f"{parameter} has {len(parts)} entries for {len(called)} voters: give one for all,"
+                f" or one each, separated by '{separator}'."
+            )
         return parts * (len(called) // len(parts))
 
     def numbers(text: str, parameter: str) -> list[int]:
@@ -68,34 +84,60 @@ def voters_of(names: str, rois: str, bag_seeds: str, batch_sizes: str, seed: int
             raise PerceptError(f"{parameter} is '{text}': give whole numbers separated by commas.")
         return [int(part) for part in parts]
 
-    seeds = numbers(bag_seeds, "bag_seeds") if bag_seeds.strip() else [seed + k for k in range(len(called))]
-    return [Voter(*row) for row in zip(called, each(rois, "rois", ";"), seeds, numbers(batch_sizes, "batch_sizes"), strict=True)]
+    seeds = (
+        numbers(bag_seeds, "bag_seeds")
+        if bag_seeds.strip()
+        else [seed + k for k in range(len(called))]
+    )
+    return [
+        Voter(*row)
+        for row in zip(
+            called, each(rois, "rois", ";"), seeds, numbers(batch_sizes, "batch_sizes"), strict=True
+        )
+    ]
 
 
 def find_voters(logs: Path, voters: str = "") -> dict[str, Path]:
-    """Folders of the voters by name: of those in `logs` the folder's name, of others the run's, with dashes for slashes.
+    """Folders of the voters by name: of those in `logs` the folder's name, of others the run's,
+    with dashes for slashes.
 
     Args:
         logs: folder of the run that asks, train_logs/<run>/.
-        voters: names of folders in `logs`, or of runs under train_logs/, separated by commas, by default all that lie in `logs`.
+        voters: names of folders in `logs`, or of runs under train_logs/, separated by commas, by
+            default all that lie in `logs`.
 
     Raises:
         PerceptError: naming a folder that holds no low level, or if there is none at all.
     """
     home = next(folder for folder in (logs, *logs.parents) if folder.name == "train_logs")
-    own = sorted((path.parent for path in logs.glob("*/voter.json")), key=lambda folder: read_json(folder / "voter.json")["place"])
+    own = sorted(
+        (path.parent for path in logs.glob("*/voter.json")),
+        key=lambda folder: read_json(folder / "voter.json")["place"],
+    )
     named = [name.strip() for name in voters.split(",") if name.strip()]
-    found = {name.replace("/", "-"): logs / name if (logs / name).is_dir() else home / name for name in named} or {folder.name: folder for folder in own}
+    found = {
+        name.replace("/", "-"): logs / name if (logs / name).is_dir() else home / name
+        for name in named
+    } or {folder.name: folder for folder in own}
     if not found:
-        raise PerceptError(f"There are no voters under {logs}: run notebook 02_train_roi_models first, or name runs in `voters`.")
+        raise PerceptError(
+            f"There are no voters under {logs}: run notebook 02_train_roi_models first, or name"
+            " runs in `voters`."
+        )
     for folder in found.values():
         if not (folder / "normaliser.safetensors").exists():
-            raise PerceptError(f"The voter {folder} is not there or not trained (no normaliser.safetensors): train it first, or leave it out of `voters`.")
+            raise PerceptError(
+                f"The voter {folder} is not there or not trained (no normaliser.safetensors): train"
+                " it first, or leave it out of `voters`."
+            )
     return found
 
 
-def open_voter(folder: Path, subject: Subject, file: str, device: str = "cpu") -> tuple[nn.Module, dict[str, Any], Normaliser]:
-    """A voter's decoder, its config and its normaliser, after a check that all three are of the same voxels.
+def open_voter(
+    folder: Path, subject: Subject, file: str, device: str = "cpu"
+) -> tuple[nn.Module, dict[str, Any], Normaliser]:
+    """A voter's decoder, its config and its normaliser, after a check that all three are of the
+    same voxels.
 
     Args:
         folder: train_logs/<run>/.
@@ -104,22 +146,28 @@ def open_voter(folder: Path, subject: Subject, file: str, device: str = "cpu") -
         device: torch device.
 
     Raises:
-        PerceptError: if the regions that the checkpoint names are not the voxels that its normaliser selects in this subject.
+        PerceptError: if the regions that the checkpoint names are not the voxels that its
+            normaliser selects in this subject.
     """
     decoder, config = load_decoder(folder / file, device)
     normaliser = Normaliser.load(folder / "normaliser.safetensors")
     rois = str(config.get("training", {}).get("rois", ""))
-    columns = np.arange(subject.betas.shape[1]) if rois.strip() in ("", "-") else subject.columns_of(rois)[0]
+    columns = (
+        np.arange(subject.betas.shape[1])
+        if rois.strip() in ("", "-")
+        else subject.columns_of(rois)[0]
+    )
     selected = np.arange(normaliser.n_voxels) if normaliser.columns is None else normaliser.columns
     if not np.array_equal(columns, selected):
         raise PerceptError(
-            f"{folder / file} was trained on the regions '{rois}', which are other voxels of subject {subject.subj} of {subject.folder.name} than the "
-            f"{len(selected)} that its normaliser selects: train it again on this data set."
+            f"{folder / file} was trained on the regions '{rois}', which are other voxels of"
+            f" subject {subject.subj} of {subject.folder.name} than the {len(selected)} that its"
+            " normaliser selects: train it again on this data set."
         )
     return decoder, config, normaliser
 
 
-# ------------------------------------------------------------------------------------------------ rules
+# ------------------------------------------------------------------------------------------- rules
 @dataclass(frozen=True)
 class Ballot:
     """What a rule may look at: embeddings of pictures, and what the brain has told.
@@ -128,7 +176,8 @@ class Ballot:
         candidates: CLIP's final embedding of each voter's reconstruction (images, voters, dim).
         low_level: the same of each voter's low-level picture (images, voters, dim).
         tokens: the candidates' tokens in the space of `brain` (images, voters, features), or None.
-        brain: the tokens that the brain predicts (images, features), or None where no high level was trained.
+        brain: the tokens that the brain predicts (images, features), or None where no high level
+            was trained.
     """
 
     candidates: Tensor
@@ -145,7 +194,8 @@ def _alike(a: Tensor, b: Tensor) -> Tensor:
 def published(ballot: Ballot) -> Tensor:
     """The candidate most like its own low-level picture.
 
-    It needs no truth, but favours what stays near its blurry beginning: a candidate that the generator has hardly changed wins.
+    It needs no truth, but favours what stays near its blurry beginning: a candidate that the
+    generator has hardly changed wins.
     """
     return _alike(ballot.candidates, ballot.low_level)
 
@@ -159,13 +209,22 @@ def medoid(ballot: Ballot) -> Tensor:
 
 
 def agreement(ballot: Ballot) -> Tensor:
-    """The candidate whose tokens are nearest to those that the brain predicts, by a model that took no part in making the candidates."""
+    """The candidate whose tokens are nearest to those that the brain predicts, by a model that took
+    no part in making the candidates.
+    """
     if ballot.tokens is None or ballot.brain is None:
-        raise PerceptError("The rule 'agreement' needs tokens predicted from the brain: train a high level (notebook 01), or choose published or medoid.")
+        raise PerceptError(
+            "The rule 'agreement' needs tokens predicted from the brain: train a high level"
+            " (notebook 01), or choose published or medoid."
+        )
     return _alike(ballot.tokens, ballot.brain[:, None])
 
 
-VOTES: dict[str, Callable[[Ballot], Tensor]] = {"published": published, "medoid": medoid, "agreement": agreement}
+VOTES: dict[str, Callable[[Ballot], Tensor]] = {
+    "published": published,
+    "medoid": medoid,
+    "agreement": agreement,
+}
 
 
 def vote(rule: str, ballot: Ballot) -> Tensor:
@@ -180,7 +239,8 @@ def vote(rule: str, ballot: Ballot) -> Tensor:
 
 
 def oracle(candidates: Tensor, seen: Tensor) -> Tensor:
-    """The candidate most like the image that was shown, int64 (images,): the most that choosing could give, not a result.
+    """The candidate most like the image that was shown, int64 (images,): the most that choosing
+    could give, not a result.
 
     Args:
         candidates: CLIP's final embedding (images, voters, dim).
@@ -189,35 +249,54 @@ def oracle(candidates: Tensor, seen: Tensor) -> Tensor:
     return _alike(candidates, seen[:, None]).argmax(1)
 
 
-# ------------------------------------------------------------------------------------------------ what a vote is worth
-def worth(each: Mapping[tuple[str, str], np.ndarray], better: Mapping[str, str], voters: Sequence[str], best: str = "", seed: int = 0) -> list[dict[str, Any]]:
+# ---------------------------------------------------------------------------- what a vote is worth
+def worth(
+    each: Mapping[tuple[str, str], np.ndarray],
+    better: Mapping[str, str],
+    voters: Sequence[str],
+    best: str = "",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
     """What voting is worth in each metric, image by image.
 
     Args:
-        each: values (images,) by (row, metric); rows: "system" (the vote), the voters', and "latent_mean" where there is one.
+        each: values (images,) by (row, metric); rows: "system" (the vote), the voters', and
+            "latent_mean" where there is one.
         better: "higher" or "lower" by metric.
         voters: rows of the single models.
         best: of these, the one that was chosen on validation images.
         seed: of the bootstrap.
 
     Returns:
-        One row a metric: the vote, the mean single model, the voter chosen on validation images, the mean of the latents, and the oracle, which takes the
-        best voter of each image by this very metric; `gain` of the vote over the mean single model, `over_best`, and `mean_gain` of the latent mean over the
-        vote, each a paired difference (positive is better) with its interval; `share`, of the oracle's gain that the vote has.
+        One row a metric: the vote, the mean single model, the voter chosen on validation images,
+            the mean of the latents, and the oracle, which takes the
+        best voter of each image by this very metric; `gain` of the vote over the mean single model,
+        `over_best`, and `mean_gain` of the latent mean over the vote, each a paired difference
+        (positive is better) with its interval; `share`, of the oracle's gain that the vote has.
     """
     rows = []
     for metric, which in better.items():
         sign = 1 if which == "higher" else -1
         singles = np.stack([each[voter, metric] for voter in voters])  # (voters, images)
-        single, most, chosen = singles.mean(0), sign * (sign * singles).max(0), each["system", metric]
+        single, most, chosen = (
+            singles.mean(0),
+            sign * (sign * singles).max(0),
+            each["system", metric],
+        )
         values = {"vote": chosen, "single": single} | ({"best": each[best, metric]} if best else {})
-        values |= ({"latent_mean": each["latent_mean", metric]} if ("latent_mean", metric) in each else {}) | {"oracle": most}
-        row: dict[str, Any] = {"metric": metric} | {name: bootstrap_mean(v, seed=seed) for name, v in values.items()}
+        values |= (
+            {"latent_mean": each["latent_mean", metric]} if ("latent_mean", metric) in each else {}
+        ) | {"oracle": most}
+        row: dict[str, Any] = {"metric": metric} | {
+            name: bootstrap_mean(v, seed=seed) for name, v in values.items()
+        }
         row["gain"] = paired_bootstrap(sign * chosen, sign * single, seed=seed)
         if best:
             row["over_best"] = paired_bootstrap(sign * chosen, sign * each[best, metric], seed=seed)
         if "latent_mean" in values:
-            row["mean_gain"] = paired_bootstrap(sign * values["latent_mean"], sign * chosen, seed=seed)
+            row["mean_gain"] = paired_bootstrap(
+                sign * values["latent_mean"], sign * chosen, seed=seed
+            )
         possible = sign * (most.mean() - single.mean())
         row["share"] = row["gain"].value / possible if possible > 0 else None
         rows.append(row)
@@ -231,23 +310,55 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
         found = [row[key] for row in rows if key in row]
         return sum(d.low > 0 for d in found), sum(d.high < 0 for d in found), len(found)
 
-    against = {"gain": "its average voter", "over_best": "the voter that was chosen on validation images"}
+    against = {
+        "gain": "its average voter",
+        "over_best": "the voter that was chosen on validation images",
+    }
     counts = {what: count(key) for key, what in against.items()}
-    parts = [f"than {what} in {more} of {n} scores and worse in {less}" for what, (more, less, n) in counts.items() if n]
+    parts = [
+        f"than {what} in {more} of {n} scores and worse in {less}"
+        for what, (more, less, n) in counts.items()
+        if n
+    ]
     text = f"By 95 % intervals of paired differences, the vote is better {'; '.join(parts)}."
     if shares := [row["share"] for row in rows if row["share"] is not None]:
-        text += f" It has {np.median(shares):.0%} of what an oracle would gain (median over scores)."
+        text += (
+            f" It has {np.median(shares):.0%} of what an oracle would gain (median over scores)."
+        )
     more, less, n = count("mean_gain")
-    return text + (f" Averaging the latents before decoding is better than the vote in {more} of {n} scores and worse in {less}." if n else "")
+    return text + (
+        f" Averaging the latents before decoding is better than the vote in {more} of {n} scores"
+        f" and worse in {less}."
+        if n
+        else ""
+    )
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of `worth` as text, for a table."""
-    names = {"vote": "vote", "single": "mean single model", "best": "voter chosen on validation", "latent_mean": "latent mean", "oracle": "oracle (ceiling)"}
-    gains = {"gain": "vote - single", "over_best": "vote - chosen voter", "mean_gain": "latent mean - vote"}
+    names = {
+        "vote": "vote",
+        "single": "mean single model",
+        "best": "voter chosen on validation",
+        "latent_mean": "latent mean",
+        "oracle": "oracle (ceiling)",
+    }
+    gains = {
+        "gain": "vote - single",
+        "over_best": "vote - chosen voter",
+        "mean_gain": "latent mean - vote",
+    }
     found = []
     for row in rows:
-        cells = {label: f"{row[key].value:.3f} [{row[key].low:.3f}, {row[key].high:.3f}]" for key, label in names.items() if key in row}
-        cells |= {label: f"{row[key].value:+.3f} [{row[key].low:+.3f}, {row[key].high:+.3f}]" for key, label in gains.items() if key in row}
+        cells = {
+            label: f"{row[key].value:.3f} [{row[key].low:.3f}, {row[key].high:.3f}]"
+            for key, label in names.items()
+            if key in row
+        }
+        cells |= {
+            label: f"{row[key].value:+.3f} [{row[key].low:+.3f}, {row[key].high:+.3f}]"
+            for key, label in gains.items()
+            if key in row
+        }
         found.append({"metric": str(row["metric"])} | cells)
     return found

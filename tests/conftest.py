@@ -1,4 +1,6 @@
-"""Fixtures shared by the tests: where the reference material lies, and one thread for torch so that results do not depend on load."""
+"""Fixtures shared by the tests: where the reference material lies, and one thread for torch so that
+results do not depend on load.
+"""
 
 import os
 from pathlib import Path
@@ -13,13 +15,18 @@ SHARED = Path(os.environ.get("PERCEPT_SHARED", Path(__file__).resolve().parents[
 
 def _reference(path: Path) -> Path:
     if not path.exists():
-        pytest.skip(f"reference material is absent ({path.relative_to(SHARED.parent)}); it is not part of the repository")
+        pytest.skip(
+            f"reference material is absent ({path.relative_to(SHARED.parent)}); it is not part of"
+            " the repository"
+        )
     return path
 
 
 @pytest.fixture(autouse=True)
 def figures_closed():
-    """Close what a test drew: test_figures counts open figures, whichever file ran before it on the same worker."""
+    """Close what a test drew: test_figures counts open figures, whichever file ran before it on the
+    same worker.
+    """
     yield
     plt.close("all")
 

@@ -1,4 +1,6 @@
-"""What each process of tests/test_distributed.py does, under torchrun; it writes what it found into a folder."""
+"""What each process of tests/test_distributed.py does, under torchrun; it writes what it found into
+a folder.
+"""
 
 import json
 import os
@@ -24,7 +26,10 @@ SAMPLES, BATCH, EPOCHS, DIM = 21, 8, 2, 6
 class Data:
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
-        self.x, self.y = torch.randn(SAMPLES, 5, generator=generator), torch.randn(SAMPLES, DIM, generator=generator)
+        self.x, self.y = (
+            torch.randn(SAMPLES, 5, generator=generator),
+            torch.randn(SAMPLES, DIM, generator=generator),
+        )
 
     def __len__(self):
         return SAMPLES
@@ -69,7 +74,9 @@ def contrastive_step(model, batch, epoch):
     perm = torch.arange(len(brain)).flip(0)
     rows = gather(perm, rows=True)
     assert rows.sort().values.tolist() == list(range(BATCH)), rows
-    return contrastive(gather(brain), gather(batch["y"])) + 0.5 * local, {"rows": float(len(gather(brain)))}
+    return contrastive(gather(brain), gather(batch["y"])) + 0.5 * local, {
+        "rows": float(len(gather(brain)))
+    }
 
 
 def local_step(model, batch, epoch):
@@ -79,7 +86,9 @@ def local_step(model, batch, epoch):
 def noisy_step(model, batch, epoch):
     """Other noise in each process."""
     noise = torch.randn(batch["x"].shape)
-    return (model.backbone(batch["x"] + noise) - batch["y"]).square().mean(), {"noise": noise.mean()}
+    return (model.backbone(batch["x"] + noise) - batch["y"]).square().mean(), {
+        "noise": noise.mean()
+    }
 
 
 def nan_in_one_process(model, batch, epoch):
@@ -119,19 +128,39 @@ def often_bad(model, batch, epoch):
     return (loss * float("nan") if 3 <= model.calls < 3 + PATIENCE else loss), logs
 
 
-# ------------------------------------------------------------------------------------------------ MindEye's own step
+# ------------------------------------------------------------------------------ MindEye's own step
 VOXELS, TOKENS, WIDTH, MIND_BATCH, MIND_SAMPLES = 11, 3, 8, 8, 80  # 10 steps an epoch
 
 
 def notebook_step():
-    """`step` of notebook 01, as it stands there, in both its phases, with prior and direct regression."""
-    text = (Path(__file__).resolve().parents[1] / "notebooks" / "01_train_high_level.py").read_text()
+    """`step` of notebook 01, as it stands there, in both its phases, with prior and direct
+    regression.
+    """
+    text = (
+        Path(__file__).resolve().parents[1] / "notebooks" / "01_train_high_level.py"
+    ).read_text()
     cells = [cell for cell in text.split("# %%") if "def contrast(" in cell or "def step(" in cell]
     scope = {
-        "torch": torch, "F": F, "mixup_pct": 0.5, "num_epochs": EPOCHS, "published": set(), "v2c": True, "prior": True, "prior_weight": 30.0, "mse_mult": 1.0,
-        "n_tokens": TOKENS, "dim": WIDTH, "cosine_anneal": cosine_anneal, "mixco": mixco, "mixco_nce": mixco_nce, "soft_clip_loss": soft_clip_loss,
-        "unit": unit, "gather": gather, "own_rows": own_rows, "seeded": seeded,
-    }  # fmt: skip
+        "torch": torch,
+        "F": F,
+        "mixup_pct": 0.5,
+        "num_epochs": EPOCHS,
+        "published": set(),
+        "v2c": True,
+        "prior": True,
+        "prior_weight": 30.0,
+        "mse_mult": 1.0,
+        "n_tokens": TOKENS,
+        "dim": WIDTH,
+        "cosine_anneal": cosine_anneal,
+        "mixco": mixco,
+        "mixco_nce": mixco_nce,
+        "soft_clip_loss": soft_clip_loss,
+        "unit": unit,
+        "gather": gather,
+        "own_rows": own_rows,
+        "seeded": seeded,
+    }
     for cell in cells:
         exec(cell, scope)
     return scope["step"]
@@ -142,8 +171,12 @@ class MindData:
 
     def __init__(self, dtype):
         generator = torch.Generator().manual_seed(4)
-        self.voxels = torch.randn(MIND_SAMPLES, VOXELS, generator=generator, dtype=torch.float64).to(dtype)
-        self.tokens = torch.randn(MIND_SAMPLES, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        self.voxels = torch.randn(
+            MIND_SAMPLES, VOXELS, generator=generator, dtype=torch.float64
+        ).to(dtype)
+        self.tokens = torch.randn(
+            MIND_SAMPLES, TOKENS, WIDTH, generator=generator, dtype=torch.float64
+        ).to(dtype)
         self.epoch = 0
 
     def __len__(self):
@@ -153,13 +186,25 @@ class MindData:
         self.epoch = epoch
 
     def __getitems__(self, indices):
-        return {"voxels": self.voxels[indices], "tokens": self.tokens[indices], "seed": 1000 * self.epoch + torch.as_tensor(indices)}
+        return {
+            "voxels": self.voxels[indices],
+            "tokens": self.tokens[indices],
+            "seed": 1000 * self.epoch + torch.as_tensor(indices),
+        }
 
 
 def mind_eye(folder, dtype):
     """The loss of each of 20 steps in this process, and the weights at the end."""
     torch.manual_seed(0)
-    sizes = {"h": 16, "n_blocks": 1, "projector_dim": 16, "prior_depth": 2, "prior_heads": 2, "prior_dim_head": 8, "timesteps": 10}
+    sizes = {
+        "h": 16,
+        "n_blocks": 1,
+        "projector_dim": 16,
+        "prior_depth": 2,
+        "prior_heads": 2,
+        "prior_dim_head": 8,
+        "timesteps": 10,
+    }
     parameters = sizes | {"hidden": True, "use_projector": True, "max_text_len": 0}
     model = build_decoder(high_level_config(parameters, VOXELS, TOKENS, WIDTH))
     for module in model.modules():
@@ -173,14 +218,32 @@ def mind_eye(folder, dtype):
         return loss, logs
 
     fit(
-        model.to(dtype), step, MindData(dtype), folder=folder / f"mind_{dtype}".replace(".", "_"), config={}, epochs=EPOCHS, batch_size=MIND_BATCH,
-        max_lr=1e-3, device="cpu",
-    )  # fmt: skip
+        model.to(dtype),
+        step,
+        MindData(dtype),
+        folder=folder / f"mind_{dtype}".replace(".", "_"),
+        config={},
+        epochs=EPOCHS,
+        batch_size=MIND_BATCH,
+        max_lr=1e-3,
+        device="cpu",
+    )
     return {"losses": losses, "weights": model.state_dict()}
 
 
-PLAIN = {"mean": mean_step, "contrastive": contrastive_step, "local": local_step, "noisy": noisy_step, "inf": nan_in_one_process}
-STEPS = PLAIN | {"backbone": backbone_step, "early": early_step, "bad gradient": bad_gradient, "often bad": often_bad}
+PLAIN = {
+    "mean": mean_step,
+    "contrastive": contrastive_step,
+    "local": local_step,
+    "noisy": noisy_step,
+    "inf": nan_in_one_process,
+}
+STEPS = PLAIN | {
+    "backbone": backbone_step,
+    "early": early_step,
+    "bad gradient": bad_gradient,
+    "often bad": often_bad,
+}
 
 
 def train(folder, name, seed=0, do=None, **other):
@@ -194,23 +257,59 @@ def train(folder, name, seed=0, do=None, **other):
 
     def watch(self, *args, **kwargs):
         if not first:
-            first.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            first.update(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
         return before(self, *args, **kwargs)
 
     torch.optim.AdamW.step = watch
-    options = {"folder": folder / name, "config": {}, "epochs": EPOCHS, "batch_size": BATCH, "max_lr": 1e-2, "device": "cpu"} | other
+    options = {
+        "folder": folder / name,
+        "config": {},
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "max_lr": 1e-2,
+        "device": "cpu",
+    } | other
     try:
-        history = fit(model, step, Data(), validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())}, **options)
+        history = fit(
+            model,
+            step,
+            Data(),
+            validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())},
+            **options,
+        )
     finally:
         torch.optim.AdamW.step = before
-    return {"weights": model.state_dict(), "gradients": first, "history": history.drop(columns=["seconds", "memory", "gpu_memory"], errors="ignore").to_dict("list")}
+    return {
+        "weights": model.state_dict(),
+        "gradients": first,
+        "history": (
+            history.drop(columns=["seconds", "memory", "gpu_memory"], errors="ignore").to_dict(
+                "list"
+            )
+        ),
+    }
 
 
 def refusals(folder):
     found = {}
-    for name, model, batch in (("odd", Model(0), 7), ("norm", nn.Sequential(nn.Linear(5, DIM), nn.BatchNorm1d(DIM)), BATCH)):
+    for name, model, batch in (
+        ("odd", Model(0), 7),
+        ("norm", nn.Sequential(nn.Linear(5, DIM), nn.BatchNorm1d(DIM)), BATCH),
+    ):
         try:
-            fit(model, mean_step, Data(), folder=folder / name, config={}, epochs=1, batch_size=batch, max_lr=1e-2, device="cpu")
+            fit(
+                model,
+                mean_step,
+                Data(),
+                folder=folder / name,
+                config={},
+                epochs=1,
+                batch_size=batch,
+                max_lr=1e-2,
+                device="cpu",
+            )
         except PerceptError as error:
             found[name] = str(error)
     return found
@@ -233,11 +332,18 @@ def interrupted(folder):
     return -1
 
 
-# ------------------------------------------------------------------------------------------------ DeepSpeed
+# --------------------------------------------------------------------------------------- DeepSpeed
 CASES = {
-    "mean": {}, "early": {}, "contrastive": {}, "clip": {"name": "backbone", "clip_grad": 0.05}, "parts": {"name": "early", "accumulate": 2}, "inf": {},
-    "bad gradient": {}, "often bad": {"epochs": 12, "save_steps": 1}, "bf16": {"name": "backbone", "precision": "bf16"},
-}  # fmt: skip
+    "mean": {},
+    "early": {},
+    "contrastive": {},
+    "clip": {"name": "backbone", "clip_grad": 0.05},
+    "parts": {"name": "early", "accumulate": 2},
+    "inf": {},
+    "bad gradient": {},
+    "often bad": {"epochs": 12, "save_steps": 1},
+    "bf16": {"name": "backbone", "precision": "bf16"},
+}
 
 
 def with_zeros(step):
@@ -262,8 +368,13 @@ def zero_refusals(folder):
     """What does not go together with DeepSpeed."""
     found, config = {}, os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
     folder.mkdir()
-    (folder / "stage3.json").write_text(json.dumps(json.loads(Path(config).read_text()) | {"zero_optimization": {"stage": 3}}))
-    for name, path, other in (("step_in_backward", config, {"step_in_backward": True}), ("stage 3", str(folder / "stage3.json"), {})):
+    (folder / "stage3.json").write_text(
+        json.dumps(json.loads(Path(config).read_text()) | {"zero_optimization": {"stage": 3}})
+    )
+    for name, path, other in (
+        ("step_in_backward", config, {"step_in_backward": True}),
+        ("stage 3", str(folder / "stage3.json"), {}),
+    ):
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
         try:
             train(folder, "backbone", **other)
@@ -274,7 +385,10 @@ def zero_refusals(folder):
 
 
 def zero(folder):
-    found = cases(folder) | {"noisy": train(folder, "noisy"), "interrupted after": interrupted(folder)}
+    found = cases(folder) | {
+        "noisy": train(folder, "noisy"),
+        "interrupted after": interrupted(folder),
+    }
     if RANK == 0:
         shutil.copytree(folder / "interrupted", folder / "copy")
     found["resumed"] = train(folder / "interrupted", "noisy", seed=5)

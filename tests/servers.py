@@ -1,4 +1,6 @@
-"""Local servers for the tests of downloads: a hub that speaks what huggingface_hub asks for, with failures on demand, and S3 (moto's)."""
+"""Local servers for the tests of downloads: a hub that speaks what huggingface_hub asks for, with
+failures on demand, and S3 (moto's).
+"""
 
 import hashlib
 import json
@@ -16,10 +18,12 @@ LFS_FROM = 1000  # bytes: larger files are kept apart from git, as the hub does
 
 
 class Hub:
-    """Repositories by (kind, id), each {path: bytes}; what is asked is logged, and what goes wrong is set by the test.
+    """Repositories by (kind, id), each {path: bytes}; what is asked is logged, and what goes wrong
+    is set by the test.
 
-    `cut`: bytes after which the connection breaks, one number a request, by path. `wrong`: paths whose content is another of the same length.
-    `refused`: (status, X-Error-Code) by repository id. `gone`: paths that the listing has and the download has not.
+    `cut`: bytes after which the connection breaks, one number a request, by path. `wrong`: paths
+    whose content is another of the same length. `refused`: (status, X-Error-Code) by repository id.
+    `gone`: paths that the listing has and the download has not.
     """
 
     def __init__(self, repos, page=1000):
@@ -33,7 +37,11 @@ class Hub:
 
     def asked(self, path):
         """Range headers of the requests for a file's content, in order; "" for none."""
-        return [header for method, where, header, _ in self.log if method == "GET" and where.startswith("/cdn/") and where.endswith(path)]
+        return [
+            header
+            for method, where, header, _ in self.log
+            if method == "GET" and where.startswith("/cdn/") and where.endswith(path)
+        ]
 
 
 def git_sum(content):
@@ -55,7 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, status, body=b"", **headers):
         self.send_response(status)
-        if "Content-Length" not in (headers := {k.replace("_", "-"): v for k, v in headers.items()}):
+        if "Content-Length" not in (
+            headers := {k.replace("_", "-"): v for k, v in headers.items()}
+        ):
             headers["Content-Length"] = str(len(body))
         for name, value in headers.items():
             self.send_header(name, value)
@@ -66,11 +76,26 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self):
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
-        self.hub.log.append((self.command, path, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
-        if found := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)/(revision|tree)/([^/]+)(?:/(.*))?", path):
+        self.hub.log.append(
+            (
+                self.command,
+                path,
+                self.headers.get("Range", ""),
+                self.headers.get("Authorization", ""),
+            )
+        )
+        if found := re.fullmatch(
+            r"/api/(model|dataset)s/([^/]+/[^/]+)/(revision|tree)/([^/]+)(?:/(.*))?", path
+        ):
             kind, repo, what, revision, folder = found.groups()
         elif found := re.fullmatch(r"/(cdn/)?(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
-            kind, repo, what, revision, folder = "dataset" if found[2] else "model", found[3], "cdn" if found[1] else "file", found[4], found[5]
+            kind, repo, what, revision, folder = (
+                "dataset" if found[2] else "model",
+                found[3],
+                "cdn" if found[1] else "file",
+                found[4],
+                found[5],
+            )
         else:
             return self.send(404)
         if repo in self.hub.refused or (kind, repo) not in self.hub.repos:
@@ -81,7 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(404, X_Error_Code="RevisionNotFound")
         files = self.hub.repos[kind, repo]
         if what == "revision":
-            return self.send_json({"id": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": []})
+            return self.send_json(
+                {
+                    "id": repo,
+                    "sha": commit,
+                    "private": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                    "siblings": [],
+                }
+            )
         if what == "tree":
             return self.tree(files, folder or "", query)
         if folder not in files or folder in self.hub.gone:
@@ -93,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, files, folder, query):
         prefix = f"{folder}/" if folder else ""
-        inside = {path: content for path, content in sorted(files.items()) if path.startswith(prefix)}
+        inside = {
+            path: content for path, content in sorted(files.items()) if path.startswith(prefix)
+        }
         if not inside:
             return self.send(404, X_Error_Code="EntryNotFound")
         deep = query.get("recursive", ["false"])[0].lower() == "true"
@@ -101,17 +138,35 @@ class _Handler(BaseHTTPRequestHandler):
         for path, content in inside.items():
             below = path.removeprefix(prefix)
             if "/" in below and not deep:
-                entry = {"type": "directory", "oid": "0" * 40, "path": prefix + below.split("/")[0], "size": 0}
+                entry = {
+                    "type": "directory",
+                    "oid": "0" * 40,
+                    "path": prefix + below.split("/")[0],
+                    "size": 0,
+                }
             else:
-                entry = {"type": "file", "oid": git_sum(content), "path": path, "size": len(content)}
+                entry = {
+                    "type": "file",
+                    "oid": git_sum(content),
+                    "path": path,
+                    "size": len(content),
+                }
                 if len(content) >= LFS_FROM:
-                    entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                    entry["lfs"] = {
+                        "oid": hashlib.sha256(content).hexdigest(),
+                        "size": len(content),
+                        "pointerSize": 134,
+                    }
             if entry not in entries:
                 entries.append(entry)
         start = int(query.get("cursor", ["0"])[0])
         more = start + self.hub.page < len(entries)
         query_now = f"recursive={deep}&expand=False&cursor={start + self.hub.page}"
-        link = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?{query_now}>; rel="next"'} if more else {}
+        link = (
+            {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?{query_now}>; rel="next"'}
+            if more
+            else {}
+        )
         return self.send_json(entries[start : start + self.hub.page], **link)
 
     def content(self, content, path, commit, what):
@@ -121,11 +176,19 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "file" and self.command == "HEAD" and not large:
             return self.send(200, Content_Length=str(len(content)), **about)
         if what == "file":  # the content lies on another server
-            return self.send(302, Location=f"/cdn{urlsplit(self.path).path}", X_Linked_Size=str(len(content)), X_Linked_ETag=tag, **about)
+            return self.send(
+                302,
+                Location=f"/cdn{urlsplit(self.path).path}",
+                X_Linked_Size=str(len(content)),
+                X_Linked_ETag=tag,
+                **about,
+            )
         if path in self.hub.wrong:
             content = bytes(255 - byte for byte in content)
         start, total, status = 0, len(content), 200
-        if self.hub.ranges and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+        if self.hub.ranges and (
+            asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        ):
             start, status = int(asked[1]), 206
             if start >= total:
                 return self.send(416, Content_Range=f"bytes */{total}")
@@ -142,9 +205,15 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(handler, **attributes):
     """A running server; its handler class has the attributes."""
-    kind = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128, "daemon_threads": True, "block_on_close": False})
+    kind = type(
+        "Server",
+        (ThreadingHTTPServer,),
+        {"request_queue_size": 128, "daemon_threads": True, "block_on_close": False},
+    )
     server = kind(("127.0.0.1", 0), type("Handler", (handler,), attributes))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield server
@@ -165,23 +234,43 @@ def hub_server(repos, **options):
 
 @contextmanager
 def s3_server(bucket, objects, in_parts=()):
-    """A running S3 server with one public bucket {key: bytes}; keys of `in_parts` are uploaded in two parts. Yields its address."""
+    """A running S3 server with one public bucket {key: bytes}; keys of `in_parts` are uploaded in
+    two parts.
+
+    Yields its address.
+    """
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
-    client = boto3.client("s3", region_name="us-east-2", endpoint_url=url, aws_access_key_id="owner", aws_secret_access_key="of the bucket")
-    client.create_bucket(Bucket=bucket, ACL="public-read", CreateBucketConfiguration={"LocationConstraint": "us-east-2"})
+    client = boto3.client(
+        "s3",
+        region_name="us-east-2",
+        endpoint_url=url,
+        aws_access_key_id="owner",
+        aws_secret_access_key="of the bucket",
+    )
+    client.create_bucket(
+        Bucket=bucket,
+        ACL="public-read",
+        CreateBucketConfiguration={"LocationConstraint": "us-east-2"},
+    )
     for key, content in objects.items():
         if key not in in_parts:
             client.put_object(Bucket=bucket, Key=key, Body=content, ACL="public-read")
             continue
-        upload = client.create_multipart_upload(Bucket=bucket, Key=key, ACL="public-read")["UploadId"]
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key, ACL="public-read")[
+            "UploadId"
+        ]
         half, done = 5 * 2**20, []  # the least that S3 takes for a part
         for number, block in enumerate((content[:half], content[half:]), 1):
-            tag = client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=block)["ETag"]
+            tag = client.upload_part(
+                Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=block
+            )["ETag"]
             done.append({"ETag": tag, "PartNumber": number})
-        client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": done})
+        client.complete_multipart_upload(
+            Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": done}
+        )
     try:
         yield url
     finally:

@@ -22,7 +22,12 @@ def images():
 
 def test_size_and_range(augmentation, images):
     out = augmented(augmentation, images, 0)
-    assert out.shape == (300, 3, 48, 48) and out.min() >= 0 and out.max() <= 1 + 1e-5 and out.dtype == torch.float32
+    assert (
+        out.shape == (300, 3, 48, 48)
+        and out.min() >= 0
+        and out.max() <= 1 + 1e-5
+        and out.dtype == torch.float32
+    )
 
 
 def test_the_same_seed_gives_the_same_views_and_leaves_the_generator_alone(augmentation, images):
@@ -31,7 +36,9 @@ def test_the_same_seed_gives_the_same_views_and_leaves_the_generator_alone(augme
     after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), after)
-    assert torch.equal(first, augmented(augmentation, images[:8], 1)) and not torch.equal(first, augmented(augmentation, images[:8], 2))
+    assert torch.equal(first, augmented(augmentation, images[:8], 1)) and not torch.equal(
+        first, augmented(augmentation, images[:8], 2)
+    )
 
 
 def test_samples_differ_from_each_other(augmentation, images):
@@ -40,7 +47,9 @@ def test_samples_differ_from_each_other(augmentation, images):
 
 
 def test_shares_of_grey_and_flipped_images_are_the_published_ones():
-    """Grey with probability .3, mirrored with .5, changed in neither crop nor colour with .7 * .7 * .7."""
+    """Grey with probability .3, mirrored with .5, changed in neither crop nor colour with .7 * .7 *
+    .7.
+    """
     image = fixed_image(48)
     out = augmented(clip_augmentation(48), image.repeat(2000, 1, 1, 1), 0)
     grey = (out.amax(1) - out.amin(1)).amax((1, 2)) < 1e-4

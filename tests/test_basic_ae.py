@@ -1,4 +1,6 @@
-"""The basic autoencoder (FMRI2IMG): its encoder, its schedule of training, and its notebooks from voxels to a scored page at toy size."""
+"""The basic autoencoder (FMRI2IMG): its encoder, its schedule of training, and its notebooks from
+voxels to a scored page at toy size.
+"""
 
 import copy
 import json
@@ -23,12 +25,17 @@ from src.utils import NOTEBOOKS, PerceptError, count_parameters, parameters_sour
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ------------------------------------------------------------------------------------------------ the encoder
+# ------------------------------------------------------------------------------------- the encoder
 @pytest.mark.parametrize(("size", "weights"), [("2048", 15_841_284), ("512", 2_522_900)])
 def test_encoders_have_the_published_numbers_of_weights(size, weights):
     with torch.device("meta"):
         encoder = BasicEncoder(4660, size)
-        assert count_parameters(encoder) == weights and encoder(torch.zeros(3, 4660)).shape == (3, 4, 16, 16)
+        assert count_parameters(encoder) == weights and encoder(torch.zeros(3, 4660)).shape == (
+            3,
+            4,
+            16,
+            16,
+        )
 
 
 def test_the_encoder_is_linear_layers_with_gelu_and_transposed_convolutions():
@@ -36,12 +43,20 @@ def test_the_encoder_is_linear_layers_with_gelu_and_transposed_convolutions():
         encoder = BasicEncoder(11, size, latent_size=8, factor=0.5)
         w, x = encoder.state_dict(), torch.randn(2, 11)
         y = x
-        for key in [k.removesuffix(".weight") for k in w if k.startswith("mlp") and k.endswith("weight")]:
+        for key in [
+            k.removesuffix(".weight") for k in w if k.startswith("mlp") and k.endswith("weight")
+        ]:
             y = nn.functional.gelu(y @ w[f"{key}.weight"].T + w[f"{key}.bias"])
         y = y.view(2, 16, 8 // 2 ** BASIC_SIZES[size][1], -1)
-        ups = [k.removesuffix(".weight") for k in w if k.startswith("upsampler") and k.endswith("weight")]
+        ups = [
+            k.removesuffix(".weight")
+            for k in w
+            if k.startswith("upsampler") and k.endswith("weight")
+        ]
         for key in ups:
-            y = nn.functional.conv_transpose2d(y, w[f"{key}.weight"], w[f"{key}.bias"], stride=2, padding=1)
+            y = nn.functional.conv_transpose2d(
+                y, w[f"{key}.weight"], w[f"{key}.bias"], stride=2, padding=1
+            )
             y = y if key == ups[-1] else nn.functional.gelu(y)
         torch.testing.assert_close(encoder(x), 0.5 * y)
 
@@ -56,14 +71,17 @@ def test_what_the_encoder_refuses():
 
 
 def test_unscaled_latents_are_scaled_by_the_encoder_itself():
-    scaled, published = (basic_config({"encoder": "512", "scaled_latents": x}, 10, (4, 16, 16), 0.25) for x in (True, False))
+    scaled, published = (
+        basic_config({"encoder": "512", "scaled_latents": x}, 10, (4, 16, 16), 0.25)
+        for x in (True, False)
+    )
     first, second = build_decoder(scaled), build_decoder(published)
     second.load_state_dict(first.state_dict())
     x = torch.randn(2, 10)
     torch.testing.assert_close(second(x), 0.25 * first(x))
 
 
-# ------------------------------------------------------------------------------------------------ what fit learnt for it
+# -------------------------------------------------------------------------- what fit learnt for it
 class Pairs:
     """Voxels and targets of a linear world."""
 
@@ -94,7 +112,13 @@ def linear():
 
 def trained(model, folder, **options):
     model = copy.deepcopy(model)
-    options = {"epochs": 3, "batch_size": 8, "max_lr": 1e-2, "scheduler": "fixed", "device": "cpu"} | options
+    options = {
+        "epochs": 3,
+        "batch_size": 8,
+        "max_lr": 1e-2,
+        "scheduler": "fixed",
+        "device": "cpu",
+    } | options
     history = fit(model, square, Pairs(), folder=folder, config={}, **options)
     return model, history
 
@@ -106,7 +130,9 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(linear, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert told["train/rows"].iloc[0] == 8 and also["train/rows"].iloc[0] == 2  # four parts of two
     np.testing.assert_allclose(told["train/loss"], also["train/loss"], rtol=1e-5)
-    with pytest.raises(PerceptError, match="batch_size of 8 cannot be worked through in 3 equal parts"):
+    with pytest.raises(
+        PerceptError, match="batch_size of 8 cannot be worked through in 3 equal parts"
+    ):
         trained(linear, tmp_path / "three", accumulate=3)
     with pytest.raises(PerceptError, match="step_in_backward does not go together with accumulate"):
         trained(linear, tmp_path / "both", accumulate=2, step_in_backward=True)
@@ -123,8 +149,24 @@ def test_betas_and_eps_reach_the_optimizer(linear, tmp_path):
         square(reference, data.__getitems__(range(8)), 0)[0].backward()
         optimizer.step()
     model = copy.deepcopy(linear)
-    given = {"betas": (0.5, 0.7), "eps": 0.1, "weight_decay": 0.3, "scheduler": "fixed", "device": "cpu"}
-    fit(model, square, data, folder=tmp_path, config={}, epochs=4, batch_size=8, max_lr=1e-2, **given)
+    given = {
+        "betas": (0.5, 0.7),
+        "eps": 0.1,
+        "weight_decay": 0.3,
+        "scheduler": "fixed",
+        "device": "cpu",
+    }
+    fit(
+        model,
+        square,
+        data,
+        folder=tmp_path,
+        config={},
+        epochs=4,
+        batch_size=8,
+        max_lr=1e-2,
+        **given,
+    )
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -141,7 +183,9 @@ def test_warm_up_rises_to_the_peak_and_stays(linear, tmp_path):
     with pytest.raises(PerceptError, match="'fixed' has no warmup_steps"):
         trained(linear, tmp_path, warmup_steps=3)
     _, history = trained(linear, tmp_path / "warm", scheduler="warmup", warmup_steps=5)
-    assert history["train/lr"].tolist() == pytest.approx([1e-2 / 2, 1e-2, 1e-2])  # of the last of three steps an epoch
+    assert history["train/lr"].tolist() == pytest.approx(
+        [1e-2 / 2, 1e-2, 1e-2]
+    )  # of the last of three steps an epoch
 
 
 def test_runs_of_before_these_settings_can_be_resumed(linear, tmp_path):
@@ -152,55 +196,135 @@ def test_runs_of_before_these_settings_can_be_resumed(linear, tmp_path):
         trained(linear, tmp_path, eps=0.5)
 
 
-# ------------------------------------------------------------------------------------------------ its parameters
+# ---------------------------------------------------------------------------------- its parameters
 def test_every_published_parameter_has_a_named_counterpart():
     page = (ROOT / "docs" / "basic_ae.md").read_text()
     names = (
-        "N_TRAIN SUBJECT ANAT_SPACE FUNC_SPACE VISUAL_ROI_INPUT NSD_ROOT BATCH_SIZE DATALOADER_NUM_WORKERS GRADIENT_ACCUMULATION_STEPS ADAM_BETA1 ADAM_BETA2 "
-        "ADAM_EPSILON ADAM_WEIGHT_DECAY LR_SCHEDULER WARMUP_STEPS SCALE_LR REPORT_TO MIXED_PRECISION VISUAL_DIM DIM SIGMA_THRESHOLD EDGE_THRESHOLD "
-        "TRAIN_TIMESTEPS ENCODE_DIM VISUAL_ROI_PATH"
+        "N_TRAIN SUBJECT ANAT_SPACE FUNC_SPACE VISUAL_ROI_INPUT NSD_ROOT BATCH_SIZE"
+        " DATALOADER_NUM_WORKERS GRADIENT_ACCUMULATION_STEPS ADAM_BETA1 ADAM_BETA2 ADAM_EPSILON"
+        " ADAM_WEIGHT_DECAY LR_SCHEDULER WARMUP_STEPS SCALE_LR REPORT_TO MIXED_PRECISION VISUAL_DIM"
+        " DIM SIGMA_THRESHOLD EDGE_THRESHOLD TRAIN_TIMESTEPS ENCODE_DIM VISUAL_ROI_PATH"
     )
-    rows = {name: line for line in page.splitlines() if line.startswith("| `") for name in line.split("|")[1].replace("`", "").replace(",", " ").split()}
+    rows = {
+        name: line
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in line.split("|")[1].replace("`", "").replace(",", " ").split()
+    }
     assert not set(names.split()) - set(rows)
-    known = {name for stage in ("00_prepare_data", "02_train_basic_autoencoder") for name in read_parameters(parameters_source(NOTEBOOKS / f"{stage}.ipynb"), stage)}
-    ours = {word for name in names.split() for word in rows[name].split("|")[2].replace("`", " ").replace(",", " ").split() if "_" in word and word.islower()}
-    assert {"n_train", "batch_size", "warmup_steps", "scale_lr", "adam_epsilon"} <= ours and not ours - known
+    known = {
+        name
+        for stage in ("00_prepare_data", "02_train_basic_autoencoder")
+        for name in read_parameters(parameters_source(NOTEBOOKS / f"{stage}.ipynb"), stage)
+    }
+    ours = {
+        word
+        for name in names.split()
+        for word in rows[name].split("|")[2].replace("`", " ").replace(",", " ").split()
+        if "_" in word and word.islower()
+    }
+    assert {
+        "n_train",
+        "batch_size",
+        "warmup_steps",
+        "scale_lr",
+        "adam_epsilon",
+    } <= ours and not ours - known
 
 
-# ------------------------------------------------------------------------------------------------ from nothing to a scored page
+# ------------------------------------------------------------------- from nothing to a scored page
 def launch(home: Path, *command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {
+        "PERCEPT_HOME": str(home),
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "2",
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
 
 
 def test_the_mini_recipe_and_a_users_own_file(tmp_path):
     mine = tmp_path / "my.yaml"
-    mine.write_text("num_epochs: 2\nmini_images: 300\nfirst_images: 30\nshuffles: 1\nn_train: 200\nrois: V1,hV4\ngallery_images: 8\nlatent_mult: 0.1\n")
-    done = launch(tmp_path, "run.py", "basic_ae", "--mini", "-f", str(mine), "-p", "encoder", "512", "-p", "scaled_latents", "False")
+    mine.write_text(
+        "num_epochs: 2\nmini_images: 300\nfirst_images: 30\nshuffles: 1\nn_train: 200\nrois:"
+        " V1,hV4\ngallery_images: 8\nlatent_mult: 0.1\n"
+    )
+    done = launch(
+        tmp_path,
+        "run.py",
+        "basic_ae",
+        "--mini",
+        "-f",
+        str(mine),
+        "-p",
+        "encoder",
+        "512",
+        "-p",
+        "scaled_latents",
+        "False",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     logs, results = (tmp_path / kind / "basic_ae-mini-subj01" for kind in ("train_logs", "results"))
     encoder, config = load_decoder(logs / "low_level" / "best.safetensors")
-    normaliser, subject = Normaliser.load(logs / "normaliser.safetensors"), open_subject(tmp_path / "data" / "mini", 1)
+    normaliser, subject = (
+        Normaliser.load(logs / "normaliser.safetensors"),
+        open_subject(tmp_path / "data" / "mini", 1),
+    )
     columns = np.flatnonzero(subject.voxels["V1"] | subject.voxels["hV4"])
     assert normaliser.rois == ("V1", "hV4") and normaliser.columns.tolist() == columns.tolist()
-    assert config["model"]["kwargs"]["in_dim"] == len(columns) and config["model"]["kwargs"]["size"] == "512" and config["training"]["n_train"] == 200
-    assert config["model"]["kwargs"]["factor"] == pytest.approx(0.4117, abs=1e-3)  # unscaled latents, as published
+    assert (
+        config["model"]["kwargs"]["in_dim"] == len(columns)
+        and config["model"]["kwargs"]["size"] == "512"
+        and config["training"]["n_train"] == 200
+    )
+    assert config["model"]["kwargs"]["factor"] == pytest.approx(
+        0.4117, abs=1e-3
+    )  # unscaled latents, as published
     made = load_file(results / "reconstructions.safetensors")
-    assert {"network", "ridge", "untrained", "repeats_1", "repeats_2", "mean_image", "nearest_train", "ceiling", "seen", "latents_network"} <= set(made)
-    assert not {name for name in made if name.startswith(("tokens", "projected", "true", "samples", "spread"))} and made["network"].shape == (30, 3, 32, 32)
+    assert {
+        "network",
+        "ridge",
+        "untrained",
+        "repeats_1",
+        "repeats_2",
+        "mean_image",
+        "nearest_train",
+        "ceiling",
+        "seen",
+        "latents_network",
+    } <= set(made)
+    assert not {
+        name
+        for name in made
+        if name.startswith(("tokens", "projected", "true", "samples", "spread"))
+    } and made["network"].shape == (30, 3, 32, 32)
     voxels, _ = subject.averaged("test", normaliser=normaliser)
     with torch.no_grad():
         latents = encoder(torch.from_numpy(voxels[:30])).flatten(1)
     torch.testing.assert_close(made["latents_network"], latents, atol=1e-4, rtol=1e-3)
     written = json.loads((results / "metrics.json").read_text())
     for record in written["metrics"]:
-        assert {"mean_image", "nearest_train", "untrained"} <= set(record["floors"]) and np.isfinite(record["ceiling"]["value"])
+        assert {"mean_image", "nearest_train", "untrained"} <= set(
+            record["floors"]
+        ) and np.isfinite(record["ceiling"]["value"])
     scores = pd.read_parquet(results / "scores.parquet")
-    ceiling, system = (scores[(scores.metric == "pixcorr") & (scores.row == row)].value.mean() for row in ("ceiling", "system"))
+    ceiling, system = (
+        scores[(scores.metric == "pixcorr") & (scores.row == row)].value.mean()
+        for row in ("ceiling", "system")
+    )
     assert ceiling > 0.95 > system
-    assert (results / "figures" / "training_images_not_scored.png").exists() and (results / "contact_sheet.png").exists() and (results / "report.html").exists()
+    assert (
+        (results / "figures" / "training_images_not_scored.png").exists()
+        and (results / "contact_sheet.png").exists()
+        and (results / "report.html").exists()
+    )
     assert "raining images not scored" in (results / "report.html").read_text()
     history = pd.read_csv(logs / "low_level" / "history.csv")
-    assert {"train/loss_pixels", "train/loss_latents", "val/r2"} <= set(history) and np.isfinite(history["val/loss"]).all()
+    assert {"train/loss_pixels", "train/loss_latents", "val/r2"} <= set(history) and np.isfinite(
+        history["val/loss"]
+    ).all()
     compared = launch(tmp_path, "notebooks/07_compare.py")
-    assert compared.returncode == 0 and (tmp_path / "results" / "compare" / "comparison.csv").exists(), compared.stderr
+    assert (
+        compared.returncode == 0 and (tmp_path / "results" / "compare" / "comparison.csv").exists()
+    ), compared.stderr

@@ -11,9 +11,15 @@ import torch
 from src import report, results
 from src.utils import read_json, write_json
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'percept[dev]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium to test the report in it")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install 'percept[dev]'"
+)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser: install chromium to test the report in it"
+)
 N, SAMPLES = 60, 4
 ROWS = ("seen", "low level", "reconstructed", "nearest training image", "ceiling")
 HOSTILE = "</script><img src=x onerror=console.error(1)>"
@@ -22,7 +28,10 @@ HOSTILE = "</script><img src=x onerror=console.error(1)>"
 @pytest.fixture(scope="module")
 def details():
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"pixcorr": rng.normal(size=N).round(2), "mse": rng.random(N), HOSTILE: rng.random(N)}, index=950000 + np.arange(N))
+    table = pd.DataFrame(
+        {"pixcorr": rng.normal(size=N).round(2), "mse": rng.random(N), HOSTILE: rng.random(N)},
+        index=950000 + np.arange(N),
+    )
     table.iloc[7, 0] = np.nan
     table["hit"], table["caption"] = rng.random(N) > 0.4, [f"a red ball, {i}" for i in range(N)]
     return table
@@ -30,23 +39,62 @@ def details():
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory, details):
-    """A report with gallery, samples, two stages, further tables, retrieved images and hostile names."""
+    """A report with gallery, samples, two stages, further tables, retrieved images and hostile
+    names.
+    """
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(1)
-    common = {"protocol": "mini", "test_set": "60-ab", "description": "a description of some length that has to wrap on a phone", "source": "a paper"}
+    common = {
+        "protocol": "mini",
+        "test_set": "60-ab",
+        "description": "a description of some length that has to wrap on a phone",
+        "source": "a paper",
+    }
     records = []
-    for name, better, stage in (("pixcorr", "higher", "06_metrics"), ("mse", "lower", "06_metrics"), ("image_from_brain_top1", "higher", "05_retrieve")):
+    for name, better, stage in (
+        ("pixcorr", "higher", "06_metrics"),
+        ("mse", "lower", "06_metrics"),
+        ("image_from_brain_top1", "higher", "05_retrieve"),
+    ):
         values, step = rng.random(N), 0.3 if better == "lower" else -0.3
-        floors = {"shuffled": rng.random((N, 3)), "mean_image": values + step, "a_run_with_quite_a_long_name-mini-subj01 alone": values + step / 2}
-        records.append(results.make_record(name, values, floors=floors, ceiling=values - step, better=better, stage=stage, chance=0.4, **common))
-    origin = results.provenance("mindeye/mini", {"all": 1}, [{"what": HOSTILE, "split": "val"}], alarms=["an alarm"], parameters={f"p{i}": "x" * 60 for i in range(9)})
+        floors = {
+            "shuffled": rng.random((N, 3)),
+            "mean_image": values + step,
+            "a_run_with_quite_a_long_name-mini-subj01 alone": values + step / 2,
+        }
+        records.append(
+            results.make_record(
+                name,
+                values,
+                floors=floors,
+                ceiling=values - step,
+                better=better,
+                stage=stage,
+                chance=0.4,
+                **common,
+            )
+        )
+    origin = results.provenance(
+        "mindeye/mini",
+        {"all": 1},
+        [{"what": HOSTILE, "split": "val"}],
+        alarms=["an alarm"],
+        parameters={f"p{i}": "x" * 60 for i in range(9)},
+    )
     results.write_metrics(folder / "metrics.json", records, origin)
     content = read_json(folder / "metrics.json")
-    content["tables"] = [{"title": "Wide", "note": "a note", "rows": [{f"column_{i}": 1 / 3 for i in range(14)}]}]
+    content["tables"] = [
+        {"title": "Wide", "note": "a note", "rows": [{f"column_{i}": 1 / 3 for i in range(14)}]}
+    ]
     write_json(folder / "metrics.json", content)
     ids = details.index
     found = [
-        {"direction": direction, "image": ids[i], "rank": 1 if details["hit"].iloc[i] else 2, "candidates": list(np.roll(ids, -i)[:8])}
+        {
+            "direction": direction,
+            "image": ids[i],
+            "rank": 1 if details["hit"].iloc[i] else 2,
+            "candidates": list(np.roll(ids, -i)[:8]),
+        }
         for direction in report.DIRECTIONS
         for i in range(N)
     ]
@@ -59,13 +107,18 @@ def page_file(tmp_path_factory, details):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has no sandbox
+        options = (
+            ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        )  # root has no sandbox
         running = driver.chromium.launch(executable_path=CHROMIUM, args=options)
         yield running
         running.close()
 
 
-@pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def page(request, browser, page_file):
     """The opened page; in the end nothing may have been complained about or fetched."""
     width, scheme = request.param
@@ -74,7 +127,10 @@ def page(request, browser, page_file):
     opened.set_default_timeout(10_000)
     opened.on("console", lambda message: trouble.append(message.text))
     opened.on("pageerror", lambda error: trouble.append(str(error)))
-    opened.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else trouble.append(sent.url))
+    opened.on(
+        "request",
+        lambda sent: None if sent.url.startswith(("file:", "data:")) else trouble.append(sent.url),
+    )
     opened.goto(page_file.as_uri())
     yield opened
     context.close()
@@ -86,7 +142,9 @@ def order(page) -> list[int]:
     places: list[int] = []
     on = page.locator(".pager [data-step='1']").first
     while True:
-        places += page.eval_on_selector_all(".card", "cards => cards.map(card => Number(card.dataset.place))")
+        places += page.eval_on_selector_all(
+            ".card", "cards => cards.map(card => Number(card.dataset.place))"
+        )
         if on.get_attribute("aria-disabled") == "true":
             return places
         on.click()
@@ -107,7 +165,11 @@ def test_everything_is_seen(page):
       return [...document.images].filter(image => !image.naturalWidth || !image.alt).length; }"""
     assert page.evaluate(undecoded) == 0 and page.locator(".card img").count() == 24 * len(ROWS)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.locator("svg.chart").count() == 3 and page.locator(".found").count() == 20 and page.locator(".plate").count() == 1
+    assert (
+        page.locator("svg.chart").count() == 3
+        and page.locator(".found").count() == 20
+        and page.locator(".plate").count() == 1
+    )
     for details in page.locator("details").all():
         details.evaluate("element => { element.open = true }")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -122,8 +184,15 @@ def test_text_has_contrast(page):
         return .2126 * part(0) + .7152 * part(1) + .0722 * part(2); };
       const ratio = (a, b) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
       return Math.min(...names.map(([ink, paper]) => ratio(light(ink), light(paper)))); }"""
-    pairs = [[ink, paper] for ink in ("--ink", "--soft", "--accent", "--warn") for paper in ("--paper", "--tint")]
-    assert page.evaluate(contrast, [*pairs, ["--on-accent", "--accent"], ["--ink", "--warn-tint"]]) >= 4.5
+    pairs = [
+        [ink, paper]
+        for ink in ("--ink", "--soft", "--accent", "--warn")
+        for paper in ("--paper", "--tint")
+    ]
+    assert (
+        page.evaluate(contrast, [*pairs, ["--on-accent", "--accent"], ["--ink", "--warn-tint"]])
+        >= 4.5
+    )
 
 
 @pytest.mark.parametrize("name", ["pixcorr", "mse", HOSTILE], ids=["pixcorr", "mse", "hostile"])
@@ -140,7 +209,11 @@ def test_sorting_orders_the_cards(page, details, name):
 
 def test_filter_shows_exactly_the_hits_or_misses(page, details):
     hit = details["hit"].to_numpy()
-    for label, wanted in (("Hits", np.flatnonzero(hit)), ("Misses", np.flatnonzero(~hit)), ("All", np.arange(N))):
+    for label, wanted in (
+        ("Hits", np.flatnonzero(hit)),
+        ("Misses", np.flatnonzero(~hit)),
+        ("All", np.arange(N)),
+    ):
         page.locator("fieldset label", has_text=label).click()
         assert order(page) == wanted.tolist()
     page.select_option("#size", "96")
@@ -152,16 +225,30 @@ def test_keyboard_alone(page, details):
         page.keyboard.press("Tab")
         if focused(page, "id") == "sort":
             break
-    assert focused(page, "id") == "sort" and page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert (
+        focused(page, "id") == "sort"
+        and page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    )
     page.keyboard.press("ArrowDown")  # the first score
-    best = details["pixcorr"].reset_index(drop=True).sort_values(ascending=False, kind="stable").index.tolist()
+    best = (
+        details["pixcorr"]
+        .reset_index(drop=True)
+        .sort_values(ascending=False, kind="stable")
+        .index.tolist()
+    )
     while "card" not in focused(page, "className"):
         page.keyboard.press("Tab")
     assert focused(page, "dataset.place") == str(best[0])
     page.keyboard.press("Enter")
     dialog = page.locator("dialog")
-    assert dialog.is_visible() and f"Test image {best[0] + 1}, id {950000 + best[0]}" in page.locator("#large-title").inner_text()
-    assert page.locator("dialog .samples img").count() == SAMPLES and page.locator("dialog .large img").count() == len(ROWS)
+    assert (
+        dialog.is_visible()
+        and f"Test image {best[0] + 1}, id {950000 + best[0]}"
+        in page.locator("#large-title").inner_text()
+    )
+    assert page.locator("dialog .samples img").count() == SAMPLES and page.locator(
+        "dialog .large img"
+    ).count() == len(ROWS)
     assert page.locator("dialog .caption").inner_text() == f"a red ball, {best[0]}"
     assert f"{details['mse'].iloc[best[0]]:.3f}" in page.locator("dialog .values").inner_text()
     page.keyboard.press("ArrowLeft")  # there is none before the first
@@ -181,7 +268,10 @@ def test_without_scripts_the_first_images_are_there(browser, page_file):
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()
     opened.goto(page_file.as_uri())
-    assert opened.locator("#gallery noscript img").count() == report.FALLBACK * len(ROWS) and not opened.locator(".controls").is_visible()
+    assert (
+        opened.locator("#gallery noscript img").count() == report.FALLBACK * len(ROWS)
+        and not opened.locator(".controls").is_visible()
+    )
     context.close()
 
 
@@ -189,6 +279,10 @@ def test_print_has_no_controls(browser, page_file):
     opened = browser.new_page(color_scheme="dark")
     opened.goto(page_file.as_uri())
     opened.emulate_media(media="print")
-    assert not opened.locator(".controls").is_visible() and opened.locator(".card").first.is_visible()
-    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        not opened.locator(".controls").is_visible() and opened.locator(".card").first.is_visible()
+    )
+    assert (
+        opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    )
     opened.close()

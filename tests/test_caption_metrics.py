@@ -1,4 +1,6 @@
-"""Caption metrics: the libraries' numbers against the formulas of the papers, what identical and shuffled captions score, the mini twin, and the tables."""
+"""Caption metrics: the libraries' numbers against the formulas of the papers, what identical and
+shuffled captions score, the mini twin, and the tables.
+"""
 
 import json
 import math
@@ -11,15 +13,33 @@ import torch
 
 from src import captions, miniworld, tables
 from src.captions import CAPTION_METRICS, SentenceEncoder, by_text, ready_metrics
-from src.results import add_results, derangements, make_record, make_records, provenance, score_table
+from src.results import (
+    add_results,
+    derangements,
+    make_record,
+    make_records,
+    provenance,
+    score_table,
+)
 from src.utils import PerceptError, read_json
 
 SEED = 41  # no training and no demo draws with it
-BY_WORDS = [name for name, metric in CAPTION_METRICS.items() if not metric.network and name != "METEOR"]
-needs_wordnet = pytest.mark.skipif(captions.wordnet_folder() is None, reason="WordNet is not installed (apt-get install wordnet-base)")
+BY_WORDS = [
+    name for name, metric in CAPTION_METRICS.items() if not metric.network and name != "METEOR"
+]
+needs_wordnet = pytest.mark.skipif(
+    captions.wordnet_folder() is None,
+    reason="WordNet is not installed (apt-get install wordnet-base)",
+)
 PAIRS = [
-    ("a red ball in a forest at night", ["a red ball in the forest", "there is a small red ball on the grass of a forest"]),
-    ("the cat sat on the mat the cat sat", ["on the mat sat the cat", "a cat is sitting on its mat"]),
+    (
+        "a red ball in a forest at night",
+        ["a red ball in the forest", "there is a small red ball on the grass of a forest"],
+    ),
+    (
+        "the cat sat on the mat the cat sat",
+        ["on the mat sat the cat", "a cat is sitting on its mat"],
+    ),
     ("two dogs run", ["three dogs are running along the beach", "two dogs run and play"]),
     ("a city scene with a blue car", ["a blue car", "blue car parked in the city"]),
 ]
@@ -43,12 +63,14 @@ def grams(text, n):
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-# ------------------------------------------------------------------------------------------------ the papers' formulas
+# ---------------------------------------------------------------------------- the papers' formulas
 def subsequence(a, b):
     longest = np.zeros((len(a) + 1, len(b) + 1), int)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
-            longest[i + 1, j + 1] = longest[i, j] + 1 if x == y else max(longest[i, j + 1], longest[i + 1, j])
+            longest[i + 1, j + 1] = (
+                longest[i, j] + 1 if x == y else max(longest[i, j + 1], longest[i + 1, j])
+            )
     return longest[-1, -1]
 
 
@@ -58,17 +80,28 @@ def f1(shared, said, wanted):
 
 @pytest.mark.parametrize(("name", "n"), [("ROUGE-1", 1), ("ROUGE-2", 2)])
 def test_rouge_is_the_f1_of_shared_words(name, n):
-    expected = [max(f1((grams(s, n) & grams(w, n)).total(), grams(s, n).total(), grams(w, n).total()) for w in wanted) for s, wanted in PAIRS]
+    expected = [
+        max(
+            f1((grams(s, n) & grams(w, n)).total(), grams(s, n).total(), grams(w, n).total())
+            for w in wanted
+        )
+        for s, wanted in PAIRS
+    ]
     np.testing.assert_allclose(CAPTION_METRICS[name].each(WANTED, SAID), expected, atol=1e-12)
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
-    expected = [max(f1(subsequence(s.split(), w.split()), len(s.split()), len(w.split())) for w in wanted) for s, wanted in PAIRS]
+    expected = [
+        max(f1(subsequence(s.split(), w.split()), len(s.split()), len(w.split())) for w in wanted)
+        for s, wanted in PAIRS
+    ]
     np.testing.assert_allclose(CAPTION_METRICS["ROUGE-L"].each(WANTED, SAID), expected, atol=1e-12)
 
 
 def bleu(pairs, n, smoothed):
-    """BLEU over some (caption, references): product of clipped precisions, each of the same weight, times the brevity penalty."""
+    """BLEU over some (caption, references): product of clipped precisions, each of the same weight,
+    times the brevity penalty.
+    """
     shared, made = np.zeros(n), np.zeros(n)
     length = wanted_length = 0
     for said, wanted in pairs:
@@ -85,45 +118,78 @@ def bleu(pairs, n, smoothed):
         shared[1:], made[1:] = shared[1:] + 1, np.maximum(made[1:], 1) + 1
     if not shared.all():
         return 0.0
-    return float(min(1.0, math.exp(1 - wanted_length / length)) * np.exp(np.log(shared / made).mean()))
+    return float(
+        min(1.0, math.exp(1 - wanted_length / length)) * np.exp(np.log(shared / made).mean())
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_bleu_is_papinenis_with_one_added_from_pairs_on(n):
-    np.testing.assert_allclose(CAPTION_METRICS[f"BLEU-{n}"].each(WANTED, SAID), [bleu([pair], n, True) for pair in PAIRS], atol=1e-12)
-    assert captions.corpus_bleu(WANTED, SAID)[f"BLEU-{n}"] == pytest.approx(bleu(PAIRS, n, False), abs=1e-8)
+    np.testing.assert_allclose(
+        CAPTION_METRICS[f"BLEU-{n}"].each(WANTED, SAID),
+        [bleu([pair], n, True) for pair in PAIRS],
+        atol=1e-12,
+    )
+    assert captions.corpus_bleu(WANTED, SAID)[f"BLEU-{n}"] == pytest.approx(
+        bleu(PAIRS, n, False), abs=1e-8
+    )
 
 
 def test_corpus_bleu_is_that_of_another_library(written):
     from nltk.translate.bleu_score import corpus_bleu
 
-    wanted, said = [[five[0], five[4]] for five in written], [five[3] for five in written]  # of more than four words all, on which the libraries agree
+    wanted, said = (
+        [[five[0], five[4]] for five in written],
+        [five[3] for five in written],
+    )  # of more than four words all, on which the libraries agree
     for n, ours in enumerate(captions.corpus_bleu(wanted, said).values(), 1):
-        assert ours == pytest.approx(corpus_bleu([[w.split() for w in some] for some in wanted], [s.split() for s in said], (1 / n,) * n), rel=1e-6)
+        assert ours == pytest.approx(
+            corpus_bleu(
+                [[w.split() for w in some] for some in wanted],
+                [s.split() for s in said],
+                (1 / n,) * n,
+            ),
+            rel=1e-6,
+        )
 
 
 def cider_d(wanted, said):
-    """CIDEr-D by the formulas of Vedantam et al. 2015: clipped cosine of tf-idf vectors, a Gaussian of the difference in length, mean over 1 to 4 words, times 10."""
+    """CIDEr-D by the formulas of Vedantam et al. 2015: clipped cosine of tf-idf vectors, a Gaussian
+    of the difference in length, mean over 1 to 4 words, times 10.
+    """
     scores = np.zeros((len(said), 4))
     for n in range(1, 5):
-        known = Counter(gram for some in wanted for gram in set().union(*(grams(w, n) for w in some)))
-        weigh = lambda text: {g: c * (math.log(len(said)) - math.log(max(1, known[g]))) for g, c in grams(text, n).items()}  # noqa: B023, E731
+        known = Counter(
+            gram for some in wanted for gram in set().union(*(grams(w, n) for w in some))
+        )
+        weigh = lambda text: {
+            g: c * (math.log(len(said)) - math.log(max(1, known[g])))
+            for g, c in grams(text, n).items()
+        }  # noqa: B023, E731
         norm = lambda v: math.sqrt(sum(x * x for x in v.values()))  # noqa: E731
         for i, (text, some) in enumerate(zip(said, wanted, strict=True)):
             mine = weigh(text)
             for w in some:
                 theirs = weigh(w)
-                product = sum(min(x, theirs.get(g, 0.0)) * theirs.get(g, 0.0) for g, x in mine.items())
+                product = sum(
+                    min(x, theirs.get(g, 0.0)) * theirs.get(g, 0.0) for g, x in mine.items()
+                )
                 apart = len(text.split()) - len(w.split())
                 if norm(mine) and norm(theirs):
-                    scores[i, n - 1] += math.exp(-(apart**2) / 72) * product / norm(mine) / norm(theirs) / len(some)
+                    scores[i, n - 1] += (
+                        math.exp(-(apart**2) / 72) * product / norm(mine) / norm(theirs) / len(some)
+                    )
     return 10 * scores.mean(1)
 
 
 def test_cider_is_the_papers_cider_d(written):
     wanted, said = [five[:3] for five in written[:40]], [five[4] for five in written[1:41]]
-    np.testing.assert_allclose(CAPTION_METRICS["CIDEr"].each(wanted, said), cider_d(wanted, said), atol=1e-9)
-    np.testing.assert_allclose(CAPTION_METRICS["CIDEr"].each(WANTED, SAID), cider_d(WANTED, SAID), atol=1e-9)
+    np.testing.assert_allclose(
+        CAPTION_METRICS["CIDEr"].each(wanted, said), cider_d(wanted, said), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        CAPTION_METRICS["CIDEr"].each(WANTED, SAID), cider_d(WANTED, SAID), atol=1e-9
+    )
     with pytest.raises(PerceptError, match="at least two images"):
         CAPTION_METRICS["CIDEr"].each(WANTED[:1], SAID[:1])
 
@@ -131,20 +197,40 @@ def test_cider_is_the_papers_cider_d(written):
 @needs_wordnet
 @pytest.mark.parametrize(
     ("said", "wanted", "shared", "chunks"),
-    [("a red ball lies here", "a red ball", 3, 1), ("the mat under a cat", "a cat under the mat", 5, 3), ("balls in trees", "ball in tree", 3, 1),
-     ("an auto at night", "a car at night", 3, 1), ("one two", "three four", 0, 0)],
-)  # fmt: skip
+    [
+        ("a red ball lies here", "a red ball", 3, 1),
+        ("the mat under a cat", "a cat under the mat", 5, 3),
+        ("balls in trees", "ball in tree", 3, 1),
+        ("an auto at night", "a car at night", 3, 1),
+        ("one two", "three four", 0, 0),
+    ],
+)
 def test_meteor_is_banerjees_and_lavies(said, wanted, shared, chunks):
-    """Words in common (also by stem: balls and ball; and by synonym: auto and car), recall nine times as heavy, and a penalty for words in pieces."""
+    """Words in common (also by stem: balls and ball; and by synonym: auto and car), recall nine
+    times as heavy, and a penalty for words in pieces.
+    """
     precision, recall = shared / len(said.split()), shared / len(wanted.split())
-    expected = 10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 * (chunks / shared) ** 3) if shared else 0.0
+    expected = (
+        10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 * (chunks / shared) ** 3)
+        if shared
+        else 0.0
+    )
     assert CAPTION_METRICS["METEOR"].each([wanted], [said])[0] == pytest.approx(expected)
 
 
 @needs_wordnet
 def test_meteor_takes_the_reference_that_fits_best(written):
-    one = np.stack([CAPTION_METRICS["METEOR"].each([five[k] for five in written], [five[3] for five in written]) for k in (0, 2)])
-    both = CAPTION_METRICS["METEOR"].each([[five[0], five[2]] for five in written], [five[3] for five in written])
+    one = np.stack(
+        [
+            CAPTION_METRICS["METEOR"].each(
+                [five[k] for five in written], [five[3] for five in written]
+            )
+            for k in (0, 2)
+        ]
+    )
+    both = CAPTION_METRICS["METEOR"].each(
+        [[five[0], five[2]] for five in written], [five[3] for five in written]
+    )
     np.testing.assert_allclose(both, one.max(0))
 
 
@@ -154,7 +240,11 @@ def test_wordnet_is_found_where_it_is_said_to_be(monkeypatch, tmp_path):
     (tmp_path / "elsewhere").symlink_to(found)
     monkeypatch.setenv("PERCEPT_WORDNET", str(tmp_path / "elsewhere"))
     assert captions.wordnet_folder() == tmp_path / "elsewhere"
-    names = {lemma.name() for synset in captions.find_wordnet().synsets("car") for lemma in synset.lemmas()}
+    names = {
+        lemma.name()
+        for synset in captions.find_wordnet().synsets("car")
+        for lemma in synset.lemmas()
+    }
     assert {"auto", "automobile"} <= names
 
 
@@ -165,7 +255,9 @@ def test_without_wordnet_meteor_is_left_out_and_nothing_takes_its_place(monkeypa
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(captions, "WORDNET", tmp_path / "nowhere")
     made, missing, _ = ready_metrics("METEOR,ROUGE-1", "mini")
-    assert [m.name for m in made] == ["ROUGE-1"] and "apt-get install wordnet-base" in missing["METEOR"]
+    assert [m.name for m in made] == ["ROUGE-1"] and "apt-get install wordnet-base" in missing[
+        "METEOR"
+    ]
     with pytest.raises(PerceptError, match="METEOR needs WordNet"):
         CAPTION_METRICS["METEOR"].each(WANTED, SAID)
     monkeypatch.setenv("PERCEPT_WORDNET", str(tmp_path))
@@ -174,15 +266,38 @@ def test_without_wordnet_meteor_is_left_out_and_nothing_takes_its_place(monkeypa
 
 
 def test_words():
-    assert captions.sentence_words("A man's dog. It barks, twice!") == ["A", "man", "'s", "dog", ".", "It", "barks", ",", "twice", "!"]
-    assert captions.spoken_words("A man's dog. It barks, twice!") == ["a", "man", "'s", "dog", "it", "barks", "twice"]
+    assert captions.sentence_words("A man's dog. It barks, twice!") == [
+        "A",
+        "man",
+        "'s",
+        "dog",
+        ".",
+        "It",
+        "barks",
+        ",",
+        "twice",
+        "!",
+    ]
+    assert captions.spoken_words("A man's dog. It barks, twice!") == [
+        "a",
+        "man",
+        "'s",
+        "dog",
+        "it",
+        "barks",
+        "twice",
+    ]
     assert captions.spoken_words("") == []
 
 
-# ------------------------------------------------------------------------------------------------ what all of them do
+# ----------------------------------------------------------------------------- what all of them do
 def test_every_metric_is_there(ready):
-    expected = {*BY_WORDS, "mini:Sentence", "mini:CLIP-L text"} | ({"METEOR"} if captions.wordnet_folder() else set())
-    assert {m.name for m in ready} == expected and all(m.better == "higher" and m.description and m.source for m in ready)
+    expected = {*BY_WORDS, "mini:Sentence", "mini:CLIP-L text"} | (
+        {"METEOR"} if captions.wordnet_folder() else set()
+    )
+    assert {m.name for m in ready} == expected and all(
+        m.better == "higher" and m.description and m.source for m in ready
+    )
 
 
 def test_identical_captions_score_the_most_and_shuffled_ones_less(ready, written):
@@ -191,11 +306,19 @@ def test_identical_captions_score_the_most_and_shuffled_ones_less(ready, written
     for metric in ready:
         own, same = metric.each(wanted, said), metric.each(wanted, wanted)
         shuffled = metric.compare(metric.prepare(wanted), metric.prepare(said), pairing=order)
-        np.testing.assert_allclose(shuffled, metric.each([wanted[i] for i in order], said), atol=1e-6)
+        np.testing.assert_allclose(
+            shuffled, metric.each([wanted[i] for i in order], said), atol=1e-6
+        )
         most = 10.0 if metric.name == "CIDEr" else 1.0
-        np.testing.assert_allclose(same, most, atol=0.01 if metric.name == "METEOR" else 1e-6)  # METEOR's penalty for one piece is small, not 0
-        assert own.shape == (len(said),) and shuffled.mean() < 0.75 * own.mean() < own.mean() < most, metric.name
-        assert metric.each(wanted, [""] * len(said)).mean() < shuffled.mean() + 0.1, metric.name  # an empty caption is no error, and worth nothing
+        np.testing.assert_allclose(
+            same, most, atol=0.01 if metric.name == "METEOR" else 1e-6
+        )  # METEOR's penalty for one piece is small, not 0
+        assert (
+            own.shape == (len(said),) and shuffled.mean() < 0.75 * own.mean() < own.mean() < most
+        ), metric.name
+        assert metric.each(wanted, [""] * len(said)).mean() < shuffled.mean() + 0.1, (
+            metric.name
+        )  # an empty caption is no error, and worth nothing
 
 
 def test_several_references_are_at_least_as_kind_as_one(ready, written):
@@ -203,15 +326,24 @@ def test_several_references_are_at_least_as_kind_as_one(ready, written):
     for metric in ready:
         one = metric.each([five[0] for five in written], said)
         several = metric.each([[five[0], five[1]] for five in written], said)
-        assert (several >= one - 1e-6).all() or metric.name.startswith(("BLEU", "CIDEr")), metric.name
+        assert (several >= one - 1e-6).all() or metric.name.startswith(("BLEU", "CIDEr")), (
+            metric.name
+        )
         assert several.mean() > one.mean(), metric.name
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTION_METRICS if not CAPTION_METRICS[name].network and name != "METEOR"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in CAPTION_METRICS if not CAPTION_METRICS[name].network and name != "METEOR"],
+)
 def test_what_does_not_pair_up_is_refused(name):
     metric = CAPTION_METRICS[name]
     bare = [[], *WANTED[1:]]
-    for wanted, said, words in ((WANTED[:3], SAID, "4 captions were given for 3"), (bare, SAID, "captions of image 0"), (WANTED, WANTED, "2 captions to be scored")):
+    for wanted, said, words in (
+        (WANTED[:3], SAID, "4 captions were given for 3"),
+        (bare, SAID, "captions of image 0"),
+        (WANTED, WANTED, "2 captions to be scored"),
+    ):
         with pytest.raises(PerceptError, match=words):
             metric.each(wanted, said)
     with pytest.raises(PerceptError, match="pairing of 2"):
@@ -237,39 +369,68 @@ def test_cosines_take_the_nearest_reference_and_look_at_each_sentence_once():
 
     metric = CAPTION_METRICS["Sentence"].through(by_text(embed), "mini:")
     half = math.sqrt(0.5)
-    np.testing.assert_allclose(metric.each([["a", "b"], "b", "a"], ["c", "a", "a"]), [half, 0, 1], atol=1e-12)
-    assert metric.name == "mini:Sentence" and sorted(asked) == ["a", "a", "b", "c"]  # once among the references, once among the captions
+    np.testing.assert_allclose(
+        metric.each([["a", "b"], "b", "a"], ["c", "a", "a"]), [half, 0, 1], atol=1e-12
+    )
+    assert metric.name == "mini:Sentence" and sorted(asked) == [
+        "a",
+        "a",
+        "b",
+        "c",
+    ]  # once among the references, once among the captions
 
 
-# ------------------------------------------------------------------------------------------------ the twin
+# ---------------------------------------------------------------------------------------- the twin
 def test_the_twin_is_read_by_the_library_and_tells_contents_apart(written):
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceEncoder("mini")
-    theirs = SentenceTransformer(encoder.place, local_files_only=True, model_kwargs={"dtype": torch.float32}).encode(SAID, show_progress_bar=False)
+    theirs = SentenceTransformer(
+        encoder.place, local_files_only=True, model_kwargs={"dtype": torch.float32}
+    ).encode(SAID, show_progress_bar=False)
     np.testing.assert_allclose(encoder.embed(SAID), theirs, atol=1e-6)
-    assert encoder.fingerprint()["model"] == "mini:sentence" and encoder.fingerprint() == SentenceEncoder("mini").fingerprint()
+    assert (
+        encoder.fingerprint()["model"] == "mini:sentence"
+        and encoder.fingerprint() == SentenceEncoder("mini").fingerprint()
+    )
     metric = CAPTION_METRICS["Sentence"].through(by_text(encoder.embed))
-    said = ["there is a red ball in the middle of the picture in a forest", "a blue ball in a forest", "a blue car in the city"]
+    said = [
+        "there is a red ball in the middle of the picture in a forest",
+        "a blue ball in a forest",
+        "a blue car in the city",
+    ]
     near, far, farther = metric.each(["a red ball in a forest"] * 3, said)
     assert near > 0.9 > far > farther + 0.2
     what = [miniworld.compose(SEED, i, "test") for i in range(len(written))]
     labels = np.array([[w.scene, w.things[-1].kind, w.things[-1].colour] for w in what])
-    first, second = (np.stack([row[0] for row in by_text(encoder.embed)([five[k] for five in written])]) for k in (0, 4))
+    first, second = (
+        np.stack([row[0] for row in by_text(encoder.embed)([five[k] for five in written])])
+        for k in (0, 4)
+    )
     cosine, shared = first @ second.T, (labels[:, None] == labels).sum(-1)
     assert np.corrcoef(cosine.ravel(), shared.ravel())[0, 1] > 0.85
     by_shared = [cosine[shared == k].mean() for k in range(4)]
     assert by_shared == sorted(by_shared) and by_shared[3] > 0.9, by_shared
 
 
-# ------------------------------------------------------------------------------------------------ a run's captions
+# -------------------------------------------------------------------------------- a run's captions
 @pytest.fixture
 def stored(tmp_path, written):
-    """captions_brain.parquet as notebook 04 writes it: from the brain half of the captions are those of the next image."""
+    """captions_brain.parquet as notebook 04 writes it: from the brain half of the captions are
+    those of the next image.
+    """
     n = len(written)
     brain = [written[i if i % 2 else (i + 1) % n][4] for i in range(n)]
-    table = pd.DataFrame({"image": 100 + np.arange(n), "brain": brain, "ceiling": [five[2] for five in written], "git_image": [five[1] for five in written],
-                          "reference": [five[0] for five in written], "references": [json.dumps(five) for five in written]})  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "image": 100 + np.arange(n),
+            "brain": brain,
+            "ceiling": [five[2] for five in written],
+            "git_image": [five[1] for five in written],
+            "reference": [five[0] for five in written],
+            "references": [json.dumps(five) for five in written],
+        }
+    )
     table.sample(frac=1, random_state=0).to_parquet(tmp_path / "captions_brain.parquet")
     return tmp_path / "captions_brain.parquet"
 
@@ -291,52 +452,145 @@ def test_captions_are_read_in_the_order_of_the_test_images(stored, written):
 
 
 def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, written, tmp_path):
-    ids, metrics = 100 + np.arange(len(written)), [CAPTION_METRICS[name] for name in ("ROUGE-L", "CIDEr")]
+    ids, metrics = (
+        100 + np.arange(len(written)),
+        [CAPTION_METRICS[name] for name in ("ROUGE-L", "CIDEr")],
+    )
     table = captions.read_captions(stored, ids)
     common = captions.most_common(["b", "a ball", "a ball", "b", "c"])
     assert common == "a ball"
     pairings = captions.scored_pairings(table, common)
-    scored = {name: score_table(wanted, rows, metrics, draws=2, image_ids=ids) for name, (wanted, rows) in pairings.items()}
+    scored = {
+        name: score_table(wanted, rows, metrics, draws=2, image_ids=ids)
+        for name, (wanted, rows) in pairings.items()
+    }
     records = make_records(scored["brain_ref"], metrics, protocol="mini", test_set="x")
-    add_results(tmp_path / "run", "06_captions", scored["brain_ref"], records, provenance("mini", {}, []))
-    read = {record["name"]: record for record in read_json(tmp_path / "run" / "metrics.json")["metrics"]}
-    assert set(read["CIDEr"]["floors"]) == {"shuffled", "common_caption"} and set(read["CIDEr"]["others"]) == {"true_tokens"}
+    add_results(
+        tmp_path / "run", "06_captions", scored["brain_ref"], records, provenance("mini", {}, [])
+    )
+    read = {
+        record["name"]: record for record in read_json(tmp_path / "run" / "metrics.json")["metrics"]
+    }
+    assert set(read["CIDEr"]["floors"]) == {"shuffled", "common_caption"} and set(
+        read["CIDEr"]["others"]
+    ) == {"true_tokens"}
     lines = captions.caption_lines(scored).set_index(["metric", "pairing"])
-    rouge = {pairing: lines.loc["ROUGE-L", pairing] for pairing in ("img_ref", "brain_ref", "brain_img", "relative")}
+    rouge = {
+        pairing: lines.loc["ROUGE-L", pairing]
+        for pairing in ("img_ref", "brain_ref", "brain_img", "relative")
+    }
     each = CAPTION_METRICS["ROUGE-L"].each
-    assert rouge["img_ref"]["value"] == pytest.approx(each(table["reference"], table["git_image"]).mean()) == pytest.approx(read["ROUGE-L"]["ceiling"]["value"])
-    assert rouge["brain_ref"]["value"] == pytest.approx(each(table["reference"], table["brain"]).mean()) == pytest.approx(read["ROUGE-L"]["value"])
-    assert rouge["brain_img"]["value"] == pytest.approx(each(table["git_image"], table["brain"]).mean())
-    assert rouge["relative"]["value"] == pytest.approx(rouge["brain_img"]["value"] / rouge["img_ref"]["value"])
+    assert (
+        rouge["img_ref"]["value"]
+        == pytest.approx(each(table["reference"], table["git_image"]).mean())
+        == pytest.approx(read["ROUGE-L"]["ceiling"]["value"])
+    )
+    assert (
+        rouge["brain_ref"]["value"]
+        == pytest.approx(each(table["reference"], table["brain"]).mean())
+        == pytest.approx(read["ROUGE-L"]["value"])
+    )
+    assert rouge["brain_img"]["value"] == pytest.approx(
+        each(table["git_image"], table["brain"]).mean()
+    )
+    assert rouge["relative"]["value"] == pytest.approx(
+        rouge["brain_img"]["value"] / rouge["img_ref"]["value"]
+    )
     assert rouge["relative"]["low"] < rouge["relative"]["value"] < rouge["relative"]["high"]
     assert rouge["brain_ref"]["shuffled"] < rouge["brain_ref"]["value"] < rouge["img_ref"]["value"]
     corpus = captions.corpus_lines(table, common, next(derangements(len(ids), 1, 0)))
     shown = captions.caption_rows(pd.concat([lines.reset_index(), corpus], ignore_index=True))
-    assert [row["metric"] for row in shown] == ["ROUGE-L", "CIDEr", *(f"corpus BLEU-{n}" for n in range(1, 5))]
-    assert shown[0]["relative"].startswith(f"{rouge['relative']['value']:.3f} [") and all("relative" not in row for row in shown[2:])
+    assert [row["metric"] for row in shown] == [
+        "ROUGE-L",
+        "CIDEr",
+        *(f"corpus BLEU-{n}" for n in range(1, 5)),
+    ]
+    assert shown[0]["relative"].startswith(f"{rouge['relative']['value']:.3f} [") and all(
+        "relative" not in row for row in shown[2:]
+    )
     with pytest.raises(PerceptError, match="score 0"):
         captions.relative(np.ones(4), np.zeros(4))
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------ tables
 def test_tables_hold_the_published_metrics_first_under_their_names(tmp_path):
     def record(name, floors, ceiling):
-        return make_record(name, np.linspace(0, 1, 9), floors=floors, ceiling=ceiling, better="higher", protocol="p", test_set="t")
+        return make_record(
+            name,
+            np.linspace(0, 1, 9),
+            floors=floors,
+            ceiling=ceiling,
+            better="higher",
+            protocol="p",
+            test_set="t",
+        )
 
-    names = ["mini:judge:kind", "brain_correlation V1", "mini:SwAV", "ssim", "CLIP within scene", "mini:EffNet-B1", "brain_correlation nsd_general", "pixcorr"]
-    records = [record(name, {"shuffled": np.zeros(9)}, np.ones(9) if name == "ssim" else "none is known") for name in names]
-    pools = [{"direction": d, "decoder": m, "value": v, "low": v, "high": v, "pool": 300, "draws": 30, "chance": 1 / 300}
-             for m in ("network", "ridge") for d, v in (("image_from_brain", 0.7), ("brain_from_image", 0.8))]  # fmt: skip
+    names = [
+        "mini:judge:kind",
+        "brain_correlation V1",
+        "mini:SwAV",
+        "ssim",
+        "CLIP within scene",
+        "mini:EffNet-B1",
+        "brain_correlation nsd_general",
+        "pixcorr",
+    ]
+    records = [
+        record(name, {"shuffled": np.zeros(9)}, np.ones(9) if name == "ssim" else "none is known")
+        for name in names
+    ]
+    pools = [
+        {
+            "direction": d,
+            "decoder": m,
+            "value": v,
+            "low": v,
+            "high": v,
+            "pool": 300,
+            "draws": 30,
+            "chance": 1 / 300,
+        }
+        for m in ("network", "ridge")
+        for d, v in (("image_from_brain", 0.7), ("brain_from_image", 0.8))
+    ]
     found = tables.retrieval_rows({"tables": [{"title": "Retrieval in pools", "rows": pools}]})
-    path = tables.write_lines(tmp_path / "tables" / "run_all_recons.csv", tables.score_lines([*records, *found]))
+    path = tables.write_lines(
+        tmp_path / "tables" / "run_all_recons.csv", tables.score_lines([*records, *found])
+    )
     read = pd.read_csv(path, sep="\t")
     assert read["Metric"].tolist() == [
-        "PixCorr", "SSIM", "mini:EffNet-B", "mini:SwAV", "FwdRetrieval", "BwdRetrieval", "BrainCorr nsd_general", "BrainCorr V1", "mini:judge:kind",
+        "PixCorr",
+        "SSIM",
+        "mini:EffNet-B",
+        "mini:SwAV",
+        "FwdRetrieval",
+        "BwdRetrieval",
+        "BrainCorr nsd_general",
+        "BrainCorr V1",
+        "mini:judge:kind",
         "CLIP within scene",
-    ]  # fmt: skip
-    assert list(read.columns) == ["Metric", "Value", "low", "high", "n", "shuffled", "chance", "ceiling"]
+    ]
+    assert list(read.columns) == [
+        "Metric",
+        "Value",
+        "low",
+        "high",
+        "n",
+        "shuffled",
+        "chance",
+        "ceiling",
+    ]
     by = read.set_index("Metric")
-    assert by.loc["SSIM", "ceiling"] == 1 and np.isnan(by.loc["PixCorr", "ceiling"]) and by.loc["PixCorr", "n"] == 9
-    assert by.loc["FwdRetrieval", "Value"] == 0.8 and by.loc["BwdRetrieval", "Value"] == 0.7, "the published names are the other way round"
-    assert tables.published_name("mini:CLIP, blend 0.25") == (5, "mini:CLIP, blend 0.25") and tables.published_name("pixcorr, blend 0.25")[1] == "PixCorr, blend 0.25"
+    assert (
+        by.loc["SSIM", "ceiling"] == 1
+        and np.isnan(by.loc["PixCorr", "ceiling"])
+        and by.loc["PixCorr", "n"] == 9
+    )
+    assert by.loc["FwdRetrieval", "Value"] == 0.8 and by.loc["BwdRetrieval", "Value"] == 0.7, (
+        "the published names are the other way round"
+    )
+    assert (
+        tables.published_name("mini:CLIP, blend 0.25") == (5, "mini:CLIP, blend 0.25")
+        and tables.published_name("pixcorr, blend 0.25")[1] == "PixCorr, blend 0.25"
+    )
     assert tables.retrieval_rows({"tables": []}) == []

@@ -1,4 +1,6 @@
-"""Captions: BLIP's miniature through the libraries' own classes, its pixels, its words, and tokens of CLIP mapped to its own."""
+"""Captions: BLIP's miniature through the libraries' own classes, its pixels, its words, and tokens
+of CLIP mapped to its own.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def scenes(count, split, seed=SEED):
     """uint8 images (count, height, width, 3) and their labels (count, 3): scene, kind, colour."""
     what = [miniworld.compose(seed, i, split) for i in range(count)]
     drawn = np.stack([miniworld.render(each, seed) for each in what])
-    return drawn, np.array([[each.scene, each.things[-1].kind, each.things[-1].colour] for each in what])
+    return drawn, np.array(
+        [[each.scene, each.things[-1].kind, each.things[-1].colour] for each in what]
+    )
 
 
 def as_float(images):
@@ -39,91 +43,140 @@ def shown():
     return scenes(64, "test")
 
 
-# ------------------------------------------------------------------------------------------------ the same as the library
+# ------------------------------------------------------------------------- the same as the library
 def test_captions_are_those_of_the_librarys_own_generate(captioner, shown):
     model = BlipForConditionalGeneration.from_pretrained(pretrained.MINI / "blip").float().eval()
     processor = BlipProcessor.from_pretrained(pretrained.MINI / "blip")
     inputs = processor(images=list(shown[0]), return_tensors="pt")
-    theirs = processor.batch_decode(model.generate(**inputs, max_length=pretrained.MAX_LENGTH), skip_special_tokens=True)
+    theirs = processor.batch_decode(
+        model.generate(**inputs, max_length=pretrained.MAX_LENGTH), skip_special_tokens=True
+    )
     images = as_float(shown[0])
     assert captioner.caption(images) == theirs
     assert captioner.caption_tokens(captioner.embed_image(images), batch_size=10) == theirs
     assert captioner.embed_image(images).shape == (64, *captioner.target_shape) == (64, 17, 128)
-    beams = processor.batch_decode(model.generate(**inputs, max_length=8, num_beams=3), skip_special_tokens=True)
+    beams = processor.batch_decode(
+        model.generate(**inputs, max_length=8, num_beams=3), skip_special_tokens=True
+    )
     assert captioner.caption(images, max_length=8, num_beams=3) == beams != theirs
 
 
 @pytest.mark.parametrize("side", [32, 20, 75])
 def test_pixels_are_those_of_the_librarys_processor(captioner, side):
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    theirs = BlipProcessor.from_pretrained(pretrained.MINI / "blip")(images=[image], return_tensors="pt")["pixel_values"]
+    theirs = BlipProcessor.from_pretrained(pretrained.MINI / "blip")(
+        images=[image], return_tensors="pt"
+    )["pixel_values"]
     ours = captioner.preprocess(as_float(image[None]))
     assert ours.shape == theirs.shape == (1, 3, 32, 32)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if side == 32 else 0.023)  # theirs is rounded to whole values, twice
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=1e-5 if side == 32 else 0.023
+    )  # theirs is rounded to whole values, twice
 
 
 def test_the_published_pixels_are_not_normalised(captioner, shown):
     images = as_float(shown[0])
-    assert torch.equal(captioner.preprocess(images, published_pixels=True), torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float())
+    assert torch.equal(
+        captioner.preprocess(images, published_pixels=True),
+        torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
+    )
     model = BlipForConditionalGeneration.from_pretrained(pretrained.MINI / "blip").float().eval()
-    ids = model.generate(pixel_values=torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(), max_length=pretrained.MAX_LENGTH)
+    ids = model.generate(
+        pixel_values=torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
+        max_length=pretrained.MAX_LENGTH,
+    )
     theirs = captioner.processor.batch_decode(ids, skip_special_tokens=True)
     published = captioner.caption(images, published_pixels=True)
     assert published == theirs
-    right, wrong = (named_share(captions, shown[1]) for captions in (captioner.caption(images), published))
+    right, wrong = (
+        named_share(captions, shown[1]) for captions in (captioner.caption(images), published)
+    )
     assert right["kind"] - wrong["kind"] > 0.3, "the defect costs much"
 
 
-# ------------------------------------------------------------------------------------------------ what they say
+# ----------------------------------------------------------------------------------- what they say
 def test_captions_name_what_is_shown(captioner, shown):
     share = named_share(captioner.caption(as_float(shown[0])), shown[1])
-    assert share["scene"] > 0.9 and share["kind"] > 0.75 and share["colour"] > 0.85, share  # chance .125, .05, .125
-    assert named_share(captioner.caption(as_float(shown[0])), np.roll(shown[1], 1, axis=0))["kind"] < 0.3, "of the next picture they say little"
+    assert share["scene"] > 0.9 and share["kind"] > 0.75 and share["colour"] > 0.85, (
+        share
+    )  # chance .125, .05, .125
+    assert (
+        named_share(captioner.caption(as_float(shown[0])), np.roll(shown[1], 1, axis=0))["kind"]
+        < 0.3
+    ), "of the next picture they say little"
 
 
 def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, shown):
-    blurred = F.interpolate(F.interpolate(as_float(shown[0]), (8, 8), mode="bilinear", antialias=True), (32, 32), mode="bicubic").clamp(0, 1)
+    blurred = F.interpolate(
+        F.interpolate(as_float(shown[0]), (8, 8), mode="bilinear", antialias=True),
+        (32, 32),
+        mode="bicubic",
+    ).clamp(0, 1)
     captions = captioner.caption(blurred)
     assert np.mean(["blurry" in caption for caption in captions]) > 0.9
     assert np.mean(["blurry" in caption for caption in captioner.caption(as_float(shown[0]))]) < 0.1
     assert named_share(captions, shown[1])["scene"] > 0.8
     cleaned = without(captions)
-    assert not any("blurry" in caption for caption in cleaned) and named_share(cleaned, shown[1]) == named_share(captions, shown[1])
+    assert not any("blurry" in caption for caption in cleaned) and named_share(
+        cleaned, shown[1]
+    ) == named_share(captions, shown[1])
 
 
 def test_only_the_named_words_are_left_out():
-    assert without(["there is a blurry picture of a blurry cat", "a red ball"]) == ["there is a picture of a cat", "a red ball"]
+    assert without(["there is a blurry picture of a blurry cat", "a red ball"]) == [
+        "there is a picture of a cat",
+        "a red ball",
+    ]
     assert without(["a blurry"]) == ["a blurry"]  # the published substring ends with a space
-    assert without(["a blurry photo"], "photo") == ["a blurry "] and without([]) == [] and without(["a ball"], "") == ["a ball"]
+    assert (
+        without(["a blurry photo"], "photo") == ["a blurry "]
+        and without([]) == []
+        and without(["a ball"], "") == ["a ball"]
+    )
 
 
-# ------------------------------------------------------------------------------------------------ as a frozen model
+# ------------------------------------------------------------------------------- as a frozen model
 def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
     from src.data import write_images
 
     write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
-    targets = cached_targets(tmp_path, "blip_tokens", captioner.fingerprint(), np.arange(6), captioner.encode_pixels, captioner.target_shape)
+    targets = cached_targets(
+        tmp_path,
+        "blip_tokens",
+        captioner.fingerprint(),
+        np.arange(6),
+        captioner.encode_pixels,
+        captioner.target_shape,
+    )
     rows = torch.from_numpy(targets.rows([4, 1]).astype(np.float32))
-    torch.testing.assert_close(rows, captioner.embed_image(as_float(shown[0][[4, 1]])), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        rows, captioner.embed_image(as_float(shown[0][[4, 1]])), rtol=2e-3, atol=2e-3
+    )
     assert len(ImageStore(tmp_path / "images.h5").image_ids) == 6
     assert captioner.caption_tokens(rows) == captioner.caption(as_float(shown[0][[4, 1]]))
 
 
 def test_the_recorded_features_are_checked(captioner, tmp_path):
     print_of = captioner.fingerprint()
-    assert print_of["model"] == "mini:blip" and json.loads((pretrained.MINI / "blip" / "golden_features.json").read_text())
+    assert print_of["model"] == "mini:blip" and json.loads(
+        (pretrained.MINI / "blip" / "golden_features.json").read_text()
+    )
     assert print_of == Captioner("mini").fingerprint()
 
 
 def test_half_precision_writes_nearly_the_same(captioner, shown):
     half = Captioner("mini", dtype=torch.bfloat16)
     assert half.embed_image(as_float(shown[0][:2])).dtype == torch.bfloat16
-    same = np.array(half.caption(as_float(shown[0]))) == np.array(captioner.caption(as_float(shown[0])))
+    same = np.array(half.caption(as_float(shown[0]))) == np.array(
+        captioner.caption(as_float(shown[0]))
+    )
     assert same.mean() > 0.7
 
 
 def test_tokens_of_another_shape_are_refused(captioner):
-    with pytest.raises(PerceptError, match=r"writes from tokens \(images, 17, 128\), not \(2, 17, 64\)"):
+    with pytest.raises(
+        PerceptError, match=r"writes from tokens \(images, 17, 128\), not \(2, 17, 64\)"
+    ):
         captioner.caption_tokens(torch.zeros(2, 17, 64))
     with pytest.raises(PerceptError, match="'blip' is not at"):
         Captioner("nowhere")
@@ -131,7 +184,14 @@ def test_tokens_of_another_shape_are_refused(captioner):
 
 def test_the_size_of_the_hubs_network():
     """What the library's classes hold by its own settings of BLIP large: 577 tokens of 1024."""
-    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 384, "patch_size": 16}
+    vision = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": 384,
+        "patch_size": 16,
+    }
     with torch.device("meta"):
         model = BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config={}))
     made = Captioner.__new__(Captioner)
@@ -139,7 +199,7 @@ def test_the_size_of_the_hubs_network():
     assert made.target_shape == (577, 1024)
 
 
-# ------------------------------------------------------------------------------------------------ from CLIP's tokens
+# ------------------------------------------------------------------------------ from CLIP's tokens
 @pytest.fixture(scope="module")
 def tokens(captioner):
     """Tokens of CLIP and of BLIP for training images, in the order of their ids."""
@@ -157,4 +217,7 @@ def test_captions_through_clips_tokens_name_what_is_shown(captioner, tokens, sho
     shuffled = TokenMap.fit(tokens[0], np.roll(tokens[1], 1, axis=0))
     with torch.no_grad():
         wrong = shuffled(pretrained.Clipper("mini").embed_image(as_float(shown[0])))
-    assert named_share(captioner.caption_tokens(wrong), shown[1])["kind"] < 0.2 and (shuffled.r2 < 0.3).all()
+    assert (
+        named_share(captioner.caption_tokens(wrong), shown[1])["kind"] < 0.2
+        and (shuffled.r2 < 0.3).all()
+    )

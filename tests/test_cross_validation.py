@@ -1,4 +1,6 @@
-"""The cross-validation of notebook 08 for real: on digits that are drawn here, and on the real ones where they lie."""
+"""The cross-validation of notebook 08 for real: on digits that are drawn here, and on the real ones
+where they lie.
+"""
 
 from pathlib import Path
 
@@ -11,10 +13,23 @@ from src.readers import digits69
 
 
 def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
-    prepared = launch(home, "notebooks/00_prepare_data.py", "-f", "recipes/digits69/00_prepare_data.yaml", "--data_path", str(source))
+    prepared = launch(
+        home,
+        "notebooks/00_prepare_data.py",
+        "-f",
+        "recipes/digits69/00_prepare_data.yaml",
+        "--data_path",
+        str(source),
+    )
     assert prepared.returncode == 0, prepared.stderr
     toy = ("--folds", "2", "--inner_folds", "3", "--num_epochs", "1", *more)
-    done = launch(home, "notebooks/08_cross_validate.py", "-f", "recipes/digits69/08_cross_validate.yaml", *toy)
+    done = launch(
+        home,
+        "notebooks/08_cross_validate.py",
+        "-f",
+        "recipes/digits69/08_cross_validate.yaml",
+        *toy,
+    )
     assert done.returncode == 0, done.stderr
     return pd.read_csv(home / "results" / "digits69-subj01" / "cross_validation.csv")
 
@@ -39,4 +54,8 @@ def test_cross_validation_puts_both_splits_decoders_and_floors_into_one_table(tm
 def test_ridge_on_real_digits_beats_every_floor_on_the_official_split(tmp_path, digits69_path):
     table = cross_validate(tmp_path, digits69_path)
     pcc = table[(table.metric == "pcc") & (table.split == "official")].set_index("row")["value"]
-    assert pcc["ridge"] > 0.79 and pcc["mean_image"] == pytest.approx(0.655, abs=2e-3) and pcc["class_mean"] == pytest.approx(0.736, abs=5e-3)
+    assert (
+        pcc["ridge"] > 0.79
+        and pcc["mean_image"] == pytest.approx(0.655, abs=2e-3)
+        and pcc["class_mean"] == pytest.approx(0.736, abs=5e-3)
+    )

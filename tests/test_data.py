@@ -1,4 +1,6 @@
-"""src.data: the prepared layout, its checks, normalisation, batches and cached targets, on a handful of synthetic trials."""
+"""src.data: the prepared layout, its checks, normalisation, batches and cached targets, on a
+handful of synthetic trials.
+"""
 
 import errno
 import pickle
@@ -38,7 +40,9 @@ V = 7
 
 
 def make_trials(n_images=12, repeats=3, sessions=2, seed=0):
-    """Every image `repeats` times in random order; ids 100, 103, 106...; the last three images test, the three before val."""
+    """Every image `repeats` times in random order; ids 100, 103, 106...; the last three images
+    test, the three before val.
+    """
     rng = np.random.default_rng(seed)
     image = 100 + 3 * rng.permutation(np.repeat(np.arange(n_images), repeats))
     trials = pd.DataFrame({"trial": np.arange(len(image)), "image": image})
@@ -55,9 +59,9 @@ def make_trials(n_images=12, repeats=3, sessions=2, seed=0):
 def prepare(folder, dtype=np.float32, subj=1, **options):
     trials = make_trials(**options)
     rng = np.random.default_rng(1)
-    betas = (rng.standard_normal((len(trials), V)) * 3 + 5 * trials["session"].to_numpy()[:, None]).astype(
-        dtype
-    )
+    betas = (
+        rng.standard_normal((len(trials), V)) * 3 + 5 * trials["session"].to_numpy()[:, None]
+    ).astype(dtype)
     ids = np.unique(trials["image"])
     images = rng.integers(0, 256, (len(ids), 4, 6, 3), dtype=np.uint8)
     if not (folder / "images.h5").exists():
@@ -82,10 +86,14 @@ def test_what_is_written_is_read(tmp_path, dtype):
     assert isinstance(subject.betas, np.memmap) and not subject.betas.flags.writeable
     assert subject.betas.dtype == (np.float16 if dtype == np.float16 else np.float32)
     np.testing.assert_array_equal(subject.betas, betas.astype(subject.betas.dtype))
-    pd.testing.assert_frame_equal(subject.trials, trials[list(data.TRIAL_COLUMNS)], check_dtype=False)
+    pd.testing.assert_frame_equal(
+        subject.trials, trials[list(data.TRIAL_COLUMNS)], check_dtype=False
+    )
     order = np.array([5, 0, 3, 3])
     np.testing.assert_array_equal(subject.images(ids[order]), images[order])
-    assert subject.attributes.items() >= {**ATTRIBUTES, "n_trials": len(betas), "n_voxels": V}.items()
+    assert (
+        subject.attributes.items() >= {**ATTRIBUTES, "n_trials": len(betas), "n_voxels": V}.items()
+    )
     assert subject.protocol == "toy" and subject.captions is None and subject.labels is None
     assert len(subject.voxels) == V and subject.sessions.tolist() == [0, 1]
     subject.verify()
@@ -96,7 +104,9 @@ def test_betas_are_contiguous_and_uncompressed(world):
         stored = file["betas"]
         assert stored.chunks is None and stored.compression is None
         offset = stored.id.get_offset()
-    raw = np.fromfile(world.folder / "subj01" / "betas.h5", np.float32, world.betas.size, offset=offset)
+    raw = np.fromfile(
+        world.folder / "subj01" / "betas.h5", np.float32, world.betas.size, offset=offset
+    )
     np.testing.assert_array_equal(raw.reshape(world.betas.shape), world.betas)
 
 
@@ -111,7 +121,9 @@ def test_blocks_are_the_same_as_one_array(world):
 def test_volumes_are_kept_and_seen_flat(tmp_path):
     trials = make_trials()
     volumes = np.random.default_rng(0).standard_normal((len(trials), 2, 3, 4)).astype(np.float32)
-    write_images(tmp_path / "images.h5", np.zeros((12, 2, 2, 3), np.uint8), np.unique(trials["image"]))
+    write_images(
+        tmp_path / "images.h5", np.zeros((12, 2, 2, 3), np.uint8), np.unique(trials["image"])
+    )
     write_subject(tmp_path / "subj01", volumes, trials, None, ATTRIBUTES)
     subject = open_subject(tmp_path, 1)
     assert subject.volume_shape == (2, 3, 4)
@@ -128,7 +140,11 @@ def test_subject_can_be_pickled_without_its_betas(world):
 def test_dataset_names_hang_on_home(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "HOME", tmp_path)
     prepare(tmp_path / "data" / "toy")
-    assert open_subject("toy", 1).folder == tmp_path / "data" / "toy" == open_subject("data/toy", 1).folder
+    assert (
+        open_subject("toy", 1).folder
+        == tmp_path / "data" / "toy"
+        == open_subject("data/toy", 1).folder
+    )
     assert open_subject(tmp_path / "data" / "toy", 1).subj == 1
 
 
@@ -188,7 +204,12 @@ def test_first_bad_beta_is_named(world, value):
     ],
 )
 def test_what_does_not_fit_is_refused(world, change, message):
-    call = {"betas": world.betas, "trials": world.trials, "voxels": None, "attributes": ATTRIBUTES} | change
+    call = {
+        "betas": world.betas,
+        "trials": world.trials,
+        "voxels": None,
+        "attributes": ATTRIBUTES,
+    } | change
     with pytest.raises(PerceptError, match=message):
         write_subject(world.folder / "subj01", **call)
     world.subject.verify()
@@ -293,9 +314,12 @@ def test_bad_images(tmp_path, images, ids, message):
 
 def test_tables_about_images_are_merged(tmp_path):
     write_image_table(
-        tmp_path / "captions.parquet", pd.DataFrame({"image": [4, 4, 1], "caption": ["a", "b", "c"]})
+        tmp_path / "captions.parquet",
+        pd.DataFrame({"image": [4, 4, 1], "caption": ["a", "b", "c"]}),
     )
-    write_image_table(tmp_path / "captions.parquet", pd.DataFrame({"image": [1, 2], "caption": ["d", "e"]}))
+    write_image_table(
+        tmp_path / "captions.parquet", pd.DataFrame({"image": [1, 2], "caption": ["d", "e"]})
+    )
     table = pd.read_parquet(tmp_path / "captions.parquet")
     assert list(zip(table["image"], table["caption"], strict=True)) == [
         (1, "d"),
@@ -307,7 +331,7 @@ def test_tables_about_images_are_merged(tmp_path):
         write_image_table(tmp_path / "captions.parquet", pd.DataFrame({"caption": ["a"]}))
 
 
-# -------------------------------------------------------------------------------- what a subject gives
+# ---------------------------------------------------------------------------- what a subject gives
 def test_image_ids_and_test_set(world):
     subject = world.subject
     assert subject.image_ids("test").tolist() == [127, 130, 133]
@@ -352,21 +376,27 @@ def test_noise_ceiling_recovers_what_was_simulated(tmp_path):
     signal = rng.standard_normal((600, 5))[image] * np.sqrt(signal_share)
     betas = 4 * (signal + rng.standard_normal((len(trials), 5)) * np.sqrt(1 - signal_share)) + 10
     betas = np.concatenate([betas, np.full((len(betas), 1), 2.0)], 1)  # and a constant voxel
-    write_images(tmp_path / "images.h5", np.zeros((600, 1, 1, 3), np.uint8), np.unique(trials["image"]))
+    write_images(
+        tmp_path / "images.h5", np.zeros((600, 1, 1, 3), np.uint8), np.unique(trials["image"])
+    )
     write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
     subject = open_subject(tmp_path, 1)
     with pytest.warns(UserWarning, match="1 of 6 voxels"):
         one, three = subject.noise_ceiling(), subject.noise_ceiling(repeats=3)
     np.testing.assert_allclose(one["noise_ceiling"][:5], signal_share, atol=0.06)
     ncsnr = one["ncsnr"].to_numpy()
-    np.testing.assert_allclose(three["noise_ceiling_percent"], 100 * ncsnr**2 / (ncsnr**2 + 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(
+        three["noise_ceiling_percent"], 100 * ncsnr**2 / (ncsnr**2 + 1 / 3), rtol=1e-6
+    )
     assert one.iloc[5].tolist() == [0, 0, 0]
     with pytest.raises(PerceptError, match="at least 1"):
         subject.noise_ceiling(0)
 
 
 def test_noise_ceiling_by_the_published_recipe(world):
-    """With three repeats of every training image: noise variance = mean over images of the variance over repeats (ddof 1)."""
+    """With three repeats of every training image: noise variance = mean over images of the variance
+    over repeats (ddof 1).
+    """
     x, ids = world.subject.trials_of("train", Normaliser.fit(world.subject))
     noise = np.mean([x[ids == i].var(0, ddof=1) for i in np.unique(ids)], axis=0)
     ncsnr = np.sqrt(np.maximum(1 - noise, 0)) / np.sqrt(noise)
@@ -384,7 +414,10 @@ def test_noise_ceiling_needs_repeats(tmp_path):
 def test_normaliser_against_numpy_on_training_trials_only(world, by_session):
     normaliser = Normaliser.fit(world.subject, by_session)
     out = normaliser.apply(world.betas, world.trials["session"])
-    train, session = (world.trials["split"] == "train").to_numpy(), world.trials["session"].to_numpy()
+    train, session = (
+        (world.trials["split"] == "train").to_numpy(),
+        world.trials["session"].to_numpy(),
+    )
     for s in (0, 1):
         mine = train & (session == s) if by_session else train
         x = world.betas[mine].astype(np.float64)
@@ -438,8 +471,12 @@ def test_normaliser_refusals(world):
     with pytest.warns(UserWarning, match=r"Sessions \[5\].*with all training trials"):
         by_session = Normaliser.fit(subject)
     together, rows = Normaliser.fit(subject, by_session=False), subject.rows_by_image("test")[0]
-    np.testing.assert_array_equal(subject.read(rows, by_session), subject.read(rows, together))  # nothing of the test trials themselves
-    write_subject(world.folder / "subj02", world.betas, trials.assign(split="test"), None, ATTRIBUTES)
+    np.testing.assert_array_equal(
+        subject.read(rows, by_session), subject.read(rows, together)
+    )  # nothing of the test trials themselves
+    write_subject(
+        world.folder / "subj02", world.betas, trials.assign(split="test"), None, ATTRIBUTES
+    )
     with pytest.raises(PerceptError, match="no training trials"):
         Normaliser.fit(open_subject(world.folder, 2))
 
@@ -459,32 +496,50 @@ def test_constant_voxels_are_counted_and_become_zero(world):
         Normaliser.fit(world.subject)
 
 
-# -------------------------------------------------------------------------------- principal components
+# ---------------------------------------------------------------------------- principal components
 def pictured(world, betas, trials=None):
     """Those betas as subject 2 of the same images, and a normaliser of three components."""
-    write_subject(world.folder / "subj02", betas, world.trials if trials is None else trials, None, ATTRIBUTES)
+    write_subject(
+        world.folder / "subj02", betas, world.trials if trials is None else trials, None, ATTRIBUTES
+    )
     subject = open_subject(world.folder, 2)
     return subject, Normaliser.fit(subject, n_components=3)
 
 
 @pytest.mark.parametrize("by_session", [True, False])
 def test_components_are_those_of_an_svd_of_the_z_scored_training_trials(world, by_session):
-    plain, normaliser = Normaliser.fit(world.subject, by_session), Normaliser.fit(world.subject, by_session, n_components=3)
+    plain, normaliser = (
+        Normaliser.fit(world.subject, by_session),
+        Normaliser.fit(world.subject, by_session, n_components=3),
+    )
     z, _ = world.subject.trials_of("train", plain)
     left, _, _ = np.linalg.svd(z.astype(np.float64), full_matrices=False)
     scores, ids = world.subject.trials_of("train", normaliser)
-    assert scores.shape == (len(z), 3) and scores.dtype == np.float32 and normaliser.width == world.subject.width(normaliser) == 3
+    assert (
+        scores.shape == (len(z), 3)
+        and scores.dtype == np.float32
+        and normaliser.width == world.subject.width(normaliser) == 3
+    )
     for k in range(3):
-        expected = left[:, k] * np.sqrt(len(z)) * np.sign(left[:, k] @ scores[:, k])  # of unit variance
+        expected = (
+            left[:, k] * np.sqrt(len(z)) * np.sign(left[:, k] @ scores[:, k])
+        )  # of unit variance
         np.testing.assert_allclose(scores[:, k], expected, atol=2e-4)
     np.testing.assert_allclose(scores.std(0), 1, rtol=1e-5)
-    assert plain.width == world.subject.width() == V and Normaliser.fit(world.subject).components is None
+    assert (
+        plain.width == world.subject.width() == V
+        and Normaliser.fit(world.subject).components is None
+    )
 
 
 def test_components_keep_nearly_the_most_variance_where_the_spectrum_is_flat(tmp_path):
     rng, trials = np.random.default_rng(5), make_trials(n_images=200)
-    betas = (rng.standard_normal((600, 30)) * np.arange(60, 30, -1) / 60) @ rng.standard_normal((30, 400)) + 3 * rng.standard_normal((600, 400))
-    write_images(tmp_path / "images.h5", np.zeros((200, 1, 1, 3), np.uint8), np.unique(trials["image"]))
+    betas = (rng.standard_normal((600, 30)) * np.arange(60, 30, -1) / 60) @ rng.standard_normal(
+        (30, 400)
+    ) + 3 * rng.standard_normal((600, 400))
+    write_images(
+        tmp_path / "images.h5", np.zeros((200, 1, 1, 3), np.uint8), np.unique(trials["image"])
+    )
     write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
     subject = open_subject(tmp_path, 1)
     z, _ = subject.trials_of("train", Normaliser.fit(subject))
@@ -507,7 +562,12 @@ def test_averaging_and_projecting_commute(world):
     assert found.shape == (3, 3)
     np.testing.assert_allclose(found, plain @ normaliser.components, atol=1e-5)
     for repeats, shape in (("mean", (2, 3)), ("random", (2, 3)), ("all", (2, 3, 3))):
-        assert BrainDataset(subject, "train", {}, normaliser, repeats).__getitems__([0, 1])["voxels"].shape == shape
+        assert (
+            BrainDataset(subject, "train", {}, normaliser, repeats)
+            .__getitems__([0, 1])["voxels"]
+            .shape
+            == shape
+        )
 
 
 def test_components_are_saved_with_the_normaliser(world, tmp_path):
@@ -515,17 +575,24 @@ def test_components_are_saved_with_the_normaliser(world, tmp_path):
     normaliser.save(tmp_path / "n.safetensors")
     loaded = Normaliser.load(tmp_path / "n.safetensors")
     assert loaded.width == 3
-    np.testing.assert_array_equal(subject.averaged("test", normaliser=loaded)[0], subject.averaged("test", normaliser=normaliser)[0])
+    np.testing.assert_array_equal(
+        subject.averaged("test", normaliser=loaded)[0],
+        subject.averaged("test", normaliser=normaliser)[0],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*do not vary")
 def test_components_refusals(world):
     for k in (V + 1, -1):
-        with pytest.raises(PerceptError, match=f"n_components is {k}: choose 0 for all voxels, or at most 7"):
+        with pytest.raises(
+            PerceptError, match=f"n_components is {k}: choose 0 for all voxels, or at most 7"
+        ):
             Normaliser.fit(world.subject, n_components=k)
     betas = world.betas.copy()
     betas[:, 2:] = betas[:, :1]
-    with pytest.raises(PerceptError, match="n_components is 3, but the training trials vary in 2 dimensions only"):
+    with pytest.raises(
+        PerceptError, match="n_components is 3, but the training trials vary in 2 dimensions only"
+    ):
         pictured(world, betas)
     with pytest.raises(PerceptError, match="vary in 0 dimensions"):
         pictured(world, np.zeros_like(betas))
@@ -540,26 +607,41 @@ FLAGS = {"V1": [0, 2], "V2": [2, 5], "FFA": [6], "PPA": []}
 @pytest.fixture
 def regions(world):
     """Subject 2: the same betas with regions, two of which share a voxel and one of which has none."""
-    table = pd.DataFrame({name: np.isin(np.arange(V), columns) for name, columns in FLAGS.items()} | {"x": np.arange(V)})
+    table = pd.DataFrame(
+        {name: np.isin(np.arange(V), columns) for name, columns in FLAGS.items()}
+        | {"x": np.arange(V)}
+    )
     write_subject(world.folder / "subj02", world.betas, world.trials, table, ATTRIBUTES)
     return open_subject(world.folder, 2)
 
 
-@pytest.mark.parametrize(("rois", "columns"), [("V1", [0, 2]), ("V2, V1", [0, 2, 5]), ("FFA,V1,V1", [0, 2, 6])])
+@pytest.mark.parametrize(
+    ("rois", "columns"), [("V1", [0, 2]), ("V2, V1", [0, 2, 5]), ("FFA,V1,V1", [0, 2, 6])]
+)
 def test_regions_select_their_own_voxels_and_no_others(world, regions, tmp_path, rois, columns):
     everything, chosen = Normaliser.fit(world.subject), Normaliser.fit(regions, rois=rois)
     chosen.save(tmp_path / "n.safetensors")
     loaded = Normaliser.load(tmp_path / "n.safetensors")
     sessions = world.trials["session"].to_numpy()
     for normaliser in (chosen, loaded):
-        np.testing.assert_array_equal(normaliser.apply(world.betas, sessions), everything.apply(world.betas, sessions)[:, columns])
-        assert normaliser.columns.tolist() == columns and normaliser.width == regions.width(normaliser) == len(columns)
+        np.testing.assert_array_equal(
+            normaliser.apply(world.betas, sessions),
+            everything.apply(world.betas, sessions)[:, columns],
+        )
+        assert normaliser.columns.tolist() == columns and normaliser.width == regions.width(
+            normaliser
+        ) == len(columns)
     assert loaded.rois == tuple(dict.fromkeys(name.strip() for name in rois.split(",")))
     np.testing.assert_array_equal(
-        regions.averaged("test", normaliser=loaded)[0], world.subject.averaged("test", normaliser=everything)[0][:, columns]
+        regions.averaged("test", normaliser=loaded)[0],
+        world.subject.averaged("test", normaliser=everything)[0][:, columns],
     )
-    assert BrainDataset(regions, "train", {}, loaded, "all").__getitems__([1, 0])["voxels"].shape == (2, 3, len(columns))
-    with pytest.raises(PerceptError, match=r"\(trials, 7\) voxels"):  # whole rows, not the selected voxels
+    assert BrainDataset(regions, "train", {}, loaded, "all").__getitems__([1, 0])[
+        "voxels"
+    ].shape == (2, 3, len(columns))
+    with pytest.raises(
+        PerceptError, match=r"\(trials, 7\) voxels"
+    ):  # whole rows, not the selected voxels
         loaded.apply(world.betas[:, columns], sessions)
     ceiling = world.subject.noise_ceiling().iloc[columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(regions.noise_ceiling(normaliser=loaded), ceiling)
@@ -569,12 +651,15 @@ def test_components_are_of_the_regions_alone(world, regions, tmp_path):
     normaliser = Normaliser.fit(regions, rois="V1,V2", n_components=2)
     assert normaliser.components.shape == (3, 2) and normaliser.width == 2
     z = Normaliser.fit(regions, rois="V1,V2").apply(world.betas, world.trials["session"])
-    np.testing.assert_allclose(normaliser.apply(world.betas, world.trials["session"]), z @ normaliser.components, atol=1e-6)
+    np.testing.assert_allclose(
+        normaliser.apply(world.betas, world.trials["session"]), z @ normaliser.components, atol=1e-6
+    )
     with pytest.raises(PerceptError, match="at most 3"):
         Normaliser.fit(regions, rois="V1,V2", n_components=4)
     normaliser.save(tmp_path / "n.safetensors")
     np.testing.assert_array_equal(
-        regions.averaged("test", normaliser=Normaliser.load(tmp_path / "n.safetensors"))[0], regions.averaged("test", normaliser=normaliser)[0]
+        regions.averaged("test", normaliser=Normaliser.load(tmp_path / "n.safetensors"))[0],
+        regions.averaged("test", normaliser=normaliser)[0],
     )
 
 
@@ -590,9 +675,14 @@ def test_regions_that_are_missing_are_named(world, regions):
 @pytest.mark.parametrize(
     ("rois", "columns"),
     [
-        ("-", range(V)), ("!V1", [1, 3, 4, 5, 6]), ("!V1,!FFA", [1, 3, 4, 5]), ("V1,V2,!V2", [0]), ("-,!V2", [0, 1, 3, 4, 6]), ("early", [0, 2, 5]),
+        ("-", range(V)),
+        ("!V1", [1, 3, 4, 5, 6]),
+        ("!V1,!FFA", [1, 3, 4, 5]),
+        ("V1,V2,!V2", [0]),
+        ("-,!V2", [0, 1, 3, 4, 6]),
+        ("early", [0, 2, 5]),
         ("early,FFA", [0, 2, 5, 6]),
-    ],  # fmt: skip
+    ],
 )
 def test_sets_of_regions(world, regions, monkeypatch, rois, columns):
     monkeypatch.setitem(data.ROI_SETS, "early", ("V1", "V2"))
@@ -600,18 +690,26 @@ def test_sets_of_regions(world, regions, monkeypatch, rois, columns):
     assert found.tolist() == list(columns) and "early" not in names
     normaliser = Normaliser.fit(regions, rois=rois)
     assert normaliser.width == len(columns)
-    assert normaliser.columns is None if rois == "-" else normaliser.columns.tolist() == list(columns)
+    assert (
+        normaliser.columns is None if rois == "-" else normaliser.columns.tolist() == list(columns)
+    )
 
 
 def test_published_sets_are_those_of_the_report():
-    assert {name: len(regions) for name, regions in data.ROI_SETS.items()} == {"set1": 10, "set2": 12, "set3": 7}
+    assert {name: len(regions) for name, regions in data.ROI_SETS.items()} == {
+        "set1": 10,
+        "set2": 12,
+        "set3": 7,
+    }
     assert not set(data.ROI_SETS["set3"]) & set(data.ROI_SETS["set1"] + data.ROI_SETS["set2"])
     assert set(data.ROI_SETS["set1"]) & set(data.ROI_SETS["set2"]) == {"FFA-1", "FFA-2", "PPA"}
 
 
 def test_sets_of_regions_that_cannot_be_taken(world, regions):
     with pytest.raises(PerceptError, match="none of the regions '!V9'"):
-        regions.columns_of("!V9")  # all voxels would be another selection than the one that was asked for
+        regions.columns_of(
+            "!V9"
+        )  # all voxels would be another selection than the one that was asked for
     with pytest.raises(PerceptError, match="none of the regions 'V9,!V1'"):
         regions.columns_of("V9,!V1")
     with pytest.raises(PerceptError, match="no voxel in 'V1,!V1'"):
@@ -623,7 +721,10 @@ def test_sets_of_regions_that_cannot_be_taken(world, regions):
 
 
 def test_masked_regions_keep_their_places(world, regions, tmp_path):
-    masked, chosen = Normaliser.fit(regions, rois="V1,V2", masked=True), Normaliser.fit(regions, rois="V1,V2")
+    masked, chosen = (
+        Normaliser.fit(regions, rois="V1,V2", masked=True),
+        Normaliser.fit(regions, rois="V1,V2"),
+    )
     masked.save(tmp_path / "n.safetensors")
     sessions = world.trials["session"].to_numpy()
     for normaliser in (masked, Normaliser.load(tmp_path / "n.safetensors")):
@@ -641,11 +742,18 @@ def test_a_bag_is_a_seeded_share_of_the_training_images(world):
     bag = world.subject.bagged(0.7, seed=3)
     assert len(bag.image_ids("train")) == round(0.7 * len(ids))
     np.testing.assert_array_equal(np.union1d(bag.image_ids("train"), bag.image_ids("val")), ids)
-    np.testing.assert_array_equal(bag.image_ids("exclude"), val)  # in no bag, and nobody's own validation either
+    np.testing.assert_array_equal(
+        bag.image_ids("exclude"), val
+    )  # in no bag, and nobody's own validation either
     np.testing.assert_array_equal(bag.image_ids("test"), test)
     assert bag.test_set == world.subject.test_set
-    np.testing.assert_array_equal(bag.image_ids("train"), world.subject.bagged(0.7, seed=3).image_ids("train"))
-    assert any(set(world.subject.bagged(0.7, seed=s).image_ids("train")) != set(bag.image_ids("train")) for s in range(4, 9))
+    np.testing.assert_array_equal(
+        bag.image_ids("train"), world.subject.bagged(0.7, seed=3).image_ids("train")
+    )
+    assert any(
+        set(world.subject.bagged(0.7, seed=s).image_ids("train")) != set(bag.image_ids("train"))
+        for s in range(4, 9)
+    )
     np.testing.assert_array_equal(world.subject.bagged(1.0, seed=3).image_ids("val"), val)
     for share in (0.0, 0.01, 1.2):
         with pytest.raises(PerceptError, match="leaves nothing"):
@@ -674,9 +782,16 @@ def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
     assert len(kept.image_ids("train")) == 2 and set(kept.image_ids("train")) < set(ids)
     for split in ("val", "test"):
         np.testing.assert_array_equal(kept.image_ids(split), world.subject.image_ids(split))
-    assert kept.test_set == world.subject.test_set and (kept.trials["split"] == "exclude").sum() == 3 * (len(ids) - 2)
-    np.testing.assert_array_equal(kept.image_ids("train"), world.subject.limited(2, seed=1).image_ids("train"))
-    assert any(set(world.subject.limited(2, seed=s).image_ids("train")) != set(kept.image_ids("train")) for s in range(2, 9))
+    assert kept.test_set == world.subject.test_set and (
+        kept.trials["split"] == "exclude"
+    ).sum() == 3 * (len(ids) - 2)
+    np.testing.assert_array_equal(
+        kept.image_ids("train"), world.subject.limited(2, seed=1).image_ids("train")
+    )
+    assert any(
+        set(world.subject.limited(2, seed=s).image_ids("train")) != set(kept.image_ids("train"))
+        for s in range(2, 9)
+    )
     np.testing.assert_array_equal(world.subject.limited(999).image_ids("train"), ids)
     with pytest.raises(PerceptError, match="n_train is 0"):
         world.subject.limited(0)
@@ -684,13 +799,19 @@ def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
 
 @pytest.fixture
 def longitudinal(tmp_path):
-    """40 images in three repeats over six sessions (3, 4 ... 8), of which the first has test trials alone; three test images, three of validation."""
+    """40 images in three repeats over six sessions (3, 4 ... 8), of which the first has test trials
+    alone; three test images, three of validation.
+    """
     trials = make_trials(n_images=40, sessions=6)
     trials["session"] += 3
     trials = trials[(trials["session"] > 3) | (trials["split"] == "test")].reset_index(drop=True)
     trials["repeat"] = data.number_repeats(trials)
     rng = np.random.default_rng(0)
-    write_images(tmp_path / "images.h5", rng.integers(0, 255, (40, 4, 4, 3), dtype=np.uint8), 100 + 3 * np.arange(40))
+    write_images(
+        tmp_path / "images.h5",
+        rng.integers(0, 255, (40, 4, 4, 3), dtype=np.uint8),
+        100 + 3 * np.arange(40),
+    )
     betas = rng.standard_normal((len(trials), V)) + 10 * trials["session"].to_numpy()[:, None]
     write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
     return open_subject(tmp_path, 1)
@@ -700,16 +821,32 @@ def test_first_sessions_train_alone_and_the_test_set_stays(longitudinal):
     subject = longitudinal.first_sessions(2)
     before, after = longitudinal.trials, subject.trials
     seen = after[after["split"].isin(["train", "val"])]
-    assert set(seen["session"]) == {4, 5} and len(seen) == (before["session"].isin([4, 5]) & before["split"].isin(["train", "val"])).sum()
-    pd.testing.assert_frame_equal(after[after["split"] == "test"], before[before["split"] == "test"])
-    assert (subject.test_set, subject.protocol) == (longitudinal.test_set, "toy") and (before["split"] != "exclude").all()
+    assert (
+        set(seen["session"]) == {4, 5}
+        and len(seen)
+        == (before["session"].isin([4, 5]) & before["split"].isin(["train", "val"])).sum()
+    )
+    pd.testing.assert_frame_equal(
+        after[after["split"] == "test"], before[before["split"] == "test"]
+    )
+    assert (subject.test_set, subject.protocol) == (longitudinal.test_set, "toy") and (
+        before["split"] != "exclude"
+    ).all()
     for split in ("train", "val"):
-        shown = before.loc[before["session"].isin([4, 5]) & (before["split"] == split), "image"].unique()
-        assert set(subject.image_ids(split)) == set(shown) and 0 < len(shown) <= len(longitudinal.image_ids(split))
-    assert len(subject.image_ids("train")) < len(longitudinal.image_ids("train"))  # some were first shown later
+        shown = before.loc[
+            before["session"].isin([4, 5]) & (before["split"] == split), "image"
+        ].unique()
+        assert set(subject.image_ids(split)) == set(shown) and 0 < len(shown) <= len(
+            longitudinal.image_ids(split)
+        )
+    assert len(subject.image_ids("train")) < len(
+        longitudinal.image_ids("train")
+    )  # some were first shown later
     check_trials(subject.trials)
     assert longitudinal.first_sessions(0) is longitudinal
-    pd.testing.assert_frame_equal(longitudinal.first_sessions(5).trials, before)  # all of them, which is the subject as it is
+    pd.testing.assert_frame_equal(
+        longitudinal.first_sessions(5).trials, before
+    )  # all of them, which is the subject as it is
     sizes = [len(longitudinal.first_sessions(n).trials_of("train")[0]) for n in range(1, 6)]
     assert sizes == sorted(set(sizes))
 
@@ -717,31 +854,53 @@ def test_first_sessions_train_alone_and_the_test_set_stays(longitudinal):
 def test_everything_reads_the_first_sessions(longitudinal):
     subject = longitudinal.first_sessions(2)
     betas, sessions = longitudinal.betas, longitudinal.trials["session"].to_numpy()
-    with pytest.warns(UserWarning, match=r"Sessions \[3, 7, 8\] have fewer than two .* with all training trials"):  # there is no test trial in 6
+    with pytest.warns(
+        UserWarning, match=r"Sessions \[3, 7, 8\] have fewer than two .* with all training trials"
+    ):  # there is no test trial in 6
         normaliser = Normaliser.fit(subject)
     mine = (longitudinal.trials["split"] == "train").to_numpy() & np.isin(sessions, [4, 5])
-    np.testing.assert_allclose(normaliser.mean[[0, 3, 4]], np.tile(betas[mine].mean(0, dtype=np.float64), (3, 1)), rtol=1e-5)
-    np.testing.assert_allclose(normaliser.mean[1], betas[mine & (sessions == 4)].mean(0, dtype=np.float64), rtol=1e-5)
+    np.testing.assert_allclose(
+        normaliser.mean[[0, 3, 4]],
+        np.tile(betas[mine].mean(0, dtype=np.float64), (3, 1)),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        normaliser.mean[1], betas[mine & (sessions == 4)].mean(0, dtype=np.float64), rtol=1e-5
+    )
     for split in ("train", "val"):
         rows = subject.rows_by_image(split)
-        assert all(np.isin(sessions[r], [4, 5]).all() and len(r) for r in rows) and len(rows) == len(subject.image_ids(split))
+        assert all(np.isin(sessions[r], [4, 5]).all() and len(r) for r in rows) and len(
+            rows
+        ) == len(subject.image_ids(split))
         voxels, ids = subject.averaged(split)
         image = longitudinal.trials["image"].to_numpy()
-        np.testing.assert_allclose(voxels[0], betas[np.isin(sessions, [4, 5]) & (image == ids[0])].mean(0), rtol=1e-5)
-    assert subject.averaged("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(subject.noise_ceiling(normaliser=normaliser)).all(axis=None)
+        np.testing.assert_allclose(
+            voxels[0], betas[np.isin(sessions, [4, 5]) & (image == ids[0])].mean(0), rtol=1e-5
+        )
+    assert subject.averaged("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(
+        subject.noise_ceiling(normaliser=normaliser)
+    ).all(axis=None)
     expected = longitudinal.images(subject.image_ids("train")).mean(0)
     np.testing.assert_allclose(subject.mean_image("train"), expected)
     assert np.abs(longitudinal.mean_image("train") - expected).max() > 1
     epochs = BrainDataset(subject, "train", {}, normaliser, "all")
-    assert len(epochs) == len(subject.image_ids("train")) and epochs.__getitems__(range(len(epochs)))["voxels"].abs().max() < 10
+    assert (
+        len(epochs) == len(subject.image_ids("train"))
+        and epochs.__getitems__(range(len(epochs)))["voxels"].abs().max() < 10
+    )
 
 
 def test_sessions_that_cannot_be_chosen(longitudinal):
     for n in (6, -1):
-        with pytest.raises(PerceptError, match=f"num_sessions is {n}, but Subject 1 of .* has 5 sessions with training trials"):
+        with pytest.raises(
+            PerceptError,
+            match=f"num_sessions is {n}, but Subject 1 of .* has 5 sessions with training trials",
+        ):
             longitudinal.first_sessions(n)
     late = (longitudinal.trials["split"] == "val") & (longitudinal.trials["session"] < 6)
-    longitudinal.trials = longitudinal.trials.assign(split=longitudinal.trials["split"].mask(late, "exclude"))
+    longitudinal.trials = longitudinal.trials.assign(
+        split=longitudinal.trials["split"].mask(late, "exclude")
+    )
     with pytest.raises(PerceptError, match="first 2 of the 5 sessions .* show no validation image"):
         longitudinal.first_sessions(2)
 
@@ -750,18 +909,28 @@ def test_a_run_remembers_its_sessions(longitudinal, tmp_path):
     subject = select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=2)
     pd.testing.assert_frame_equal(subject.trials, longitudinal.first_sessions(2).trials)
     pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)
-    pictured = open_pictures(tmp_path, 1, subject)  # a brain of two sessions, and the pictures of all
-    assert set(pictured.image_ids("train")) > set(subject.image_ids("train")) and set(pictured.image_ids("train")) == set(longitudinal.image_ids("train"))
+    pictured = open_pictures(
+        tmp_path, 1, subject
+    )  # a brain of two sessions, and the pictures of all
+    assert set(pictured.image_ids("train")) > set(subject.image_ids("train")) and set(
+        pictured.image_ids("train")
+    ) == set(longitudinal.image_ids("train"))
     with pytest.raises(PerceptError, match="num_sessions is 9"):
         select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=9)
-    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)  # as it was
+    pd.testing.assert_frame_equal(
+        open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials
+    )  # as it was
     assert select_images(longitudinal, "images", tmp_path / "logs", Kinds) is longitudinal
-    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, longitudinal.trials)
+    pd.testing.assert_frame_equal(
+        open_split(tmp_path, 1, tmp_path / "logs").trials, longitudinal.trials
+    )
 
 
-# -------------------------------------------------------------------------------- clusters of images
+# ------------------------------------------------------------------------------ clusters of images
 class Kinds:
-    """Frozen features of 120 images in 8 kinds, as a pretrained model gives them; counts the images it was asked for."""
+    """Frozen features of 120 images in 8 kinds, as a pretrained model gives them; counts the images
+    it was asked for.
+    """
 
     target_shape, name = (5,), "kinds"
 
@@ -774,12 +943,16 @@ class Kinds:
     def encode_pixels(self, images):
         self.asked += len(images)
         centres = np.random.default_rng(0).standard_normal((8, 5))
-        return centres[images[:, 0, 0, 0] % 8] * 10 + images[:, 0, 0, 1:3].mean(1, keepdims=True) / 255
+        return (
+            centres[images[:, 0, 0, 0] % 8] * 10 + images[:, 0, 0, 1:3].mean(1, keepdims=True) / 255
+        )
 
 
 @pytest.fixture
 def kinds(tmp_path):
-    """120 images of 8 kinds (the first number of an image modulo 8): 24 of them test, 12 val, the rest train, in three repeats."""
+    """120 images of 8 kinds (the first number of an image modulo 8): 24 of them test, 12 val, the
+    rest train, in three repeats.
+    """
     trials, rng = make_trials(n_images=120), np.random.default_rng(0)
     position = (trials["image"] - 100) // 3
     trials["split"] = np.select([position < 24, position < 36], ["test", "val"], "train")
@@ -793,45 +966,89 @@ def kinds(tmp_path):
 def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(kinds, tmp_path):
     subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
     held = subject.clusters.groupby("cluster")["held_out"].agg(["min", "max"])
-    assert (held["min"] == held["max"]).all() and held["max"].sum() == 2  # whole clusters, a quarter of them
+    assert (held["min"] == held["max"]).all() and held[
+        "max"
+    ].sum() == 2  # whole clusters, a quarter of them
     kind = (subject.clusters["image"] - 100) // 3 % 8
-    assert (subject.clusters.groupby("cluster")["image"].nunique() == 15).all() and (kind.groupby(subject.clusters["cluster"]).nunique() == 1).all()
+    assert (subject.clusters.groupby("cluster")["image"].nunique() == 15).all() and (
+        kind.groupby(subject.clusters["cluster"]).nunique() == 1
+    ).all()
     for split in ("train", "val"):
         assert not subject.held_out(subject.image_ids(split)).any()
-        assert set(kinds.image_ids(split)) - set(subject.image_ids(split)) == {i for i in kinds.image_ids(split) if subject.held_out([i])[0]} != set()
-    assert (subject.test_set, subject.image_ids("test").tolist()) == (kinds.test_set, kinds.image_ids("test").tolist())
-    assert subject.held_out(subject.image_ids("test")).sum() == 6 and subject.protocol == "toy+cluster-held-out"
+        assert (
+            set(kinds.image_ids(split)) - set(subject.image_ids(split))
+            == {i for i in kinds.image_ids(split) if subject.held_out([i])[0]}
+            != set()
+        )
+    assert (subject.test_set, subject.image_ids("test").tolist()) == (
+        kinds.test_set,
+        kinds.image_ids("test").tolist(),
+    )
+    assert (
+        subject.held_out(subject.image_ids("test")).sum() == 6
+        and subject.protocol == "toy+cluster-held-out"
+    )
     check_trials(subject.trials)
-    assert len(subject.trials) == len(kinds.trials) and kinds.clusters is None and kinds.protocol == "toy" and not kinds.held_out([100]).any()
-    assert (subject.trials["split"] == "exclude").sum() == 3 * (len(kinds.all_images) - len(subject.all_images))
+    assert (
+        len(subject.trials) == len(kinds.trials)
+        and kinds.clusters is None
+        and kinds.protocol == "toy"
+        and not kinds.held_out([100]).any()
+    )
+    assert (subject.trials["split"] == "exclude").sum() == 3 * (
+        len(kinds.all_images) - len(subject.all_images)
+    )
 
 
 def test_normaliser_and_batches_never_see_what_is_held_out(kinds, tmp_path):
     subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
-    gone = kinds.trials["image"].isin(subject.clusters["image"][subject.clusters["held_out"]]).to_numpy()
+    gone = (
+        kinds.trials["image"]
+        .isin(subject.clusters["image"][subject.clusters["held_out"]])
+        .to_numpy()
+    )
     betas = np.where(gone[:, None], np.float32(1e3), kinds.betas)
     write_subject(tmp_path / "subj02", betas, kinds.trials, None, ATTRIBUTES)
     other = open_subject(tmp_path, 2).holding_out(subject.clusters)
     one, two = (Normaliser.fit(s, n_components=3) for s in (subject, other))
     np.testing.assert_array_equal(one.mean, two.mean)
     np.testing.assert_array_equal(one.components, two.components)
-    assert not np.isin(BrainDataset(subject, "train+val").image_ids, subject.clusters["image"][subject.clusters["held_out"]]).any()
+    assert not np.isin(
+        BrainDataset(subject, "train+val").image_ids,
+        subject.clusters["image"][subject.clusters["held_out"]],
+    ).any()
 
 
 def test_clusters_are_found_once_and_reopened_from_the_run(kinds, tmp_path):
     encoder = Kinds()
-    first = select_images(kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8)
+    first = select_images(
+        kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8
+    )
     (file,) = tmp_path.glob("clusters-*.parquet")
     made = file.stat().st_mtime_ns
-    again = select_images(kinds, "cluster-held-out", tmp_path / "more", lambda: encoder, n_clusters=8)
+    again = select_images(
+        kinds, "cluster-held-out", tmp_path / "more", lambda: encoder, n_clusters=8
+    )
     pd.testing.assert_frame_equal(again.clusters, first.clusters)
     assert file.stat().st_mtime_ns == made and encoder.asked == 120
-    assert file.stem.startswith("clusters-") and first.clusters.attrs["n_clusters"] == 8 and first.clusters.attrs["fingerprint"] == {"name": "kinds"}
+    assert (
+        file.stem.startswith("clusters-")
+        and first.clusters.attrs["n_clusters"] == 8
+        and first.clusters.attrs["fingerprint"] == {"name": "kinds"}
+    )
     opened = open_split(tmp_path, 1, tmp_path / "logs")
     pd.testing.assert_frame_equal(opened.trials, first.trials)
-    assert opened.protocol == first.protocol and pickle.loads(pickle.dumps(opened)).clusters is not None
+    assert (
+        opened.protocol == first.protocol
+        and pickle.loads(pickle.dumps(opened)).clusters is not None
+    )
     file.unlink()
-    pd.testing.assert_frame_equal(select_images(kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8).clusters, first.clusters)
+    pd.testing.assert_frame_equal(
+        select_images(
+            kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8
+        ).clusters,
+        first.clusters,
+    )
     ids, features = kinds.all_images, np.random.default_rng(0).standard_normal((120, 5))
     for n, made_by in ((8, {"name": "other"}), (9, {"name": "other"}), (9, {"name": "kinds"})):
         image_clusters(kinds, features, made_by, n)
@@ -846,25 +1063,37 @@ def test_a_plain_training_forgets_the_clusters_of_an_earlier_one(kinds, tmp_path
 
 def test_clusters_do_not_depend_on_the_sessions(kinds, tmp_path):
     whole = select_images(kinds, "cluster-held-out", tmp_path / "whole", Kinds, n_clusters=8)
-    both = select_images(kinds, "cluster-held-out", tmp_path / "both", Kinds, n_clusters=8, num_sessions=1)
+    both = select_images(
+        kinds, "cluster-held-out", tmp_path / "both", Kinds, n_clusters=8, num_sessions=1
+    )
     pd.testing.assert_frame_equal(both.clusters, whole.clusters)
     pd.testing.assert_frame_equal(both.trials, whole.first_sessions(1).trials)
     opened = open_split(tmp_path, 1, tmp_path / "both")
     pd.testing.assert_frame_equal(opened.trials, both.trials)
-    assert opened.protocol == "toy+cluster-held-out" and not opened.held_out(opened.image_ids("train")).any()
+    assert (
+        opened.protocol == "toy+cluster-held-out"
+        and not opened.held_out(opened.image_ids("train")).any()
+    )
     pictured = open_pictures(tmp_path, 1, opened)
     assert not pictured.held_out(pictured.image_ids("train")).any()
 
 
 def test_cluster_refusals(kinds, tmp_path):
-    with pytest.raises(PerceptError, match="split is 'image': choose one of images, cluster-held-out"):
+    with pytest.raises(
+        PerceptError, match="split is 'image': choose one of images, cluster-held-out"
+    ):
         select_images(kinds, "image", tmp_path / "logs", Kinds)
     with pytest.raises(PerceptError, match="119 features of 120 images"):
         image_clusters(kinds, np.zeros((119, 5)), {})
     for n in (3, 121):
-        with pytest.raises(PerceptError, match=f"{n} clusters: .* choose 4 clusters to one an image"):
+        with pytest.raises(
+            PerceptError, match=f"{n} clusters: .* choose 4 clusters to one an image"
+        ):
             image_clusters(kinds, np.zeros((120, 5)), {}, n)
-    with pytest.raises(PerceptError, match="No quarter of the 4 clusters"), warnings.catch_warnings():
+    with (
+        pytest.raises(PerceptError, match="No quarter of the 4 clusters"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # fewer points than clusters
         image_clusters(kinds, np.ones((120, 5)), {}, 4)
     subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
@@ -872,7 +1101,13 @@ def test_cluster_refusals(kinds, tmp_path):
         subject.held_out([7])
     with pytest.raises(PerceptError, match="no train image is left"):
         kinds.holding_out(subject.clusters.assign(held_out=True))
-    write_subject(tmp_path / "subj01", kinds.betas, kinds.trials.assign(split=kinds.trials["split"].replace({"val": "test", "test": "val"})), None, ATTRIBUTES)
+    write_subject(
+        tmp_path / "subj01",
+        kinds.betas,
+        kinds.trials.assign(split=kinds.trials["split"].replace({"val": "test", "test": "val"})),
+        None,
+        ATTRIBUTES,
+    )
     with pytest.raises(PerceptError, match="is of other test images than"):
         open_split(tmp_path, 1, tmp_path / "logs")
     with pytest.raises(PerceptError, match="There is no run at .*absent"):
@@ -883,10 +1118,14 @@ def test_cluster_refusals(kinds, tmp_path):
 def test_repeats_are_uniform_and_pure():
     ids, counts = np.arange(3000), np.full(3000, 3)
     chosen = choose_repeats(42, 5, ids, counts)
-    np.testing.assert_array_equal(chosen[[7, 2000]], choose_repeats(42, 5, ids[[7, 2000]], counts[:2]))
+    np.testing.assert_array_equal(
+        chosen[[7, 2000]], choose_repeats(42, 5, ids[[7, 2000]], counts[:2])
+    )
     assert np.all(np.abs(np.bincount(chosen, minlength=3) - 1000) < 120)
     for other in (choose_repeats(42, 6, ids, counts), choose_repeats(43, 5, ids, counts)):
-        assert abs((other == chosen).mean() - 1 / 3) < 0.05  # independent of the first, not a shift of it
+        assert (
+            abs((other == chosen).mean() - 1 / 3) < 0.05
+        )  # independent of the first, not a shift of it
     epochs = np.stack([choose_repeats(42, e, ids, counts) for e in range(60)])
     assert all(len(np.unique(column)) == 3 for column in epochs.T)
 
@@ -909,9 +1148,9 @@ def test_random_repeat_is_a_trial_of_that_image(world):
 
 
 def test_mean_and_all(world):
-    uneven = world.trials[~((world.trials["image"] == 103) & (world.trials["repeat"] == 2))].reset_index(
-        drop=True
-    )
+    uneven = world.trials[
+        ~((world.trials["image"] == 103) & (world.trials["repeat"] == 2))
+    ].reset_index(drop=True)
     keep = ~((world.trials["image"] == 103) & (world.trials["repeat"] == 2)).to_numpy()
     write_subject(world.folder / "subj02", world.betas[keep], uneven, None, ATTRIBUTES)
     subject = open_subject(world.folder, 2)
@@ -921,7 +1160,9 @@ def test_mean_and_all(world):
     np.testing.assert_allclose(mean["voxels"], average, rtol=1e-6)
     batch = BrainDataset(subject, "train", {}, normaliser, "all").__getitems__([1, 0])
     assert batch["voxels"].shape == (2, 3, V) and batch["image"].tolist() == [103, 100]
-    torch.testing.assert_close(batch["voxels"][0, 2], batch["voxels"][0, 0], rtol=0, atol=0)  # cycled
+    torch.testing.assert_close(
+        batch["voxels"][0, 2], batch["voxels"][0, 0], rtol=0, atol=0
+    )  # cycled
     torch.testing.assert_close(batch["voxels"][0, :2].mean(0), mean["voxels"][1])
     torch.testing.assert_close(batch["voxels"][1].mean(0), mean["voxels"][0])
 
@@ -929,21 +1170,31 @@ def test_mean_and_all(world):
 def test_each_trial_is_a_sample_with_its_own_image_and_target(world):
     normaliser = Normaliser.fit(world.subject)
     everything, ids = world.subject.trials_of("train", normaliser)
-    cached = cached_targets(world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32")
-    dataset = BrainDataset(world.subject, "train", {"first": cached}, normaliser, "each", pixels=True)
+    cached = cached_targets(
+        world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32"
+    )
+    dataset = BrainDataset(
+        world.subject, "train", {"first": cached}, normaliser, "each", pixels=True
+    )
     assert len(dataset) == len(everything) == 3 * len(world.subject.image_ids("train"))
     batch = dataset.__getitems__(range(len(dataset)))
-    assert sorted(map(tuple, batch["voxels"].numpy())) == sorted(map(tuple, everything))  # every trial, once
+    assert sorted(map(tuple, batch["voxels"].numpy())) == sorted(
+        map(tuple, everything)
+    )  # every trial, once
     for voxels, image in zip(batch["voxels"].numpy(), batch["image"].tolist(), strict=True):
         assert (everything[ids == image] == voxels).all(1).sum() == 1
     torch.testing.assert_close(batch["first"], batch["pixels"][:, :, 0, 0].float() / 255)
     dataset.set_epoch(3)
-    torch.testing.assert_close(dataset.__getitems__([4])["voxels"], batch["voxels"][4:5], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dataset.__getitems__([4])["voxels"], batch["voxels"][4:5], rtol=0, atol=0
+    )
 
 
 def test_targets_follow_their_images_in_a_loader(world):
     ids = world.subject.image_ids("train")
-    cached = cached_targets(world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32")
+    cached = cached_targets(
+        world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32"
+    )
     targets = {"plain": np.stack([ids, -ids], 1), "cached": cached}
     dataset = BrainDataset(world.subject, "train", targets, None, "mean")
     generator = torch.Generator().manual_seed(0)
@@ -953,7 +1204,9 @@ def test_targets_follow_their_images_in_a_loader(world):
     batches = list(loader)
     assert sorted(sum((b["image"].tolist() for b in batches), [])) == ids.tolist()
     for batch in batches:
-        assert batch["voxels"].dtype == batch["plain"].dtype == batch["cached"].dtype == torch.float32
+        assert (
+            batch["voxels"].dtype == batch["plain"].dtype == batch["cached"].dtype == torch.float32
+        )
         torch.testing.assert_close(batch["plain"][:, 0], batch["image"].float())
         expected = world.subject.images(batch["image"].numpy())[:, 0, 0] / 255
         np.testing.assert_allclose(batch["cached"], expected, rtol=1e-6)
@@ -997,7 +1250,9 @@ def test_targets_are_computed_once_and_extended(world):
     again = cached_targets(world.folder, "pixels", image_ids=world.ids[3:], **call)
     assert encoder.asked == 12
     order = np.array([11, 2, 2, 7, 0])
-    np.testing.assert_array_equal(again.rows(world.ids[order]), world.images[order].reshape(5, 4, 18))
+    np.testing.assert_array_equal(
+        again.rows(world.ids[order]), world.images[order].reshape(5, 4, 18)
+    )
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(again)).rows(world.ids[:1]), again.rows(world.ids[:1])
     )
@@ -1015,7 +1270,9 @@ def test_last_digits_of_golden_features_do_not_matter_and_others_do(world):
     encoder, golden = Encoder(), [0.1234, -2.0]
     call = {"encode": encoder, "image_ids": world.ids, "shape": (4, 18)}
     first = cached_targets(world.folder, "pixels", {"model": "a", "golden": golden}, **call)
-    other = cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.1235, -2.001]}, **call)  # as another device gives them
+    other = cached_targets(
+        world.folder, "pixels", {"model": "a", "golden": [0.1235, -2.001]}, **call
+    )  # as another device gives them
     assert other.folder == first.folder and encoder.asked == 12
     with pytest.raises(PerceptError, match="no longer gives the same features: delete it"):
         cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.5, -2.0]}, **call)
@@ -1026,7 +1283,9 @@ def test_categories_are_joined_columns_of_the_labels(tmp_path):
     subject.folder = tmp_path
     with pytest.raises(PerceptError, match="whose images have no labels: leave this empty"):
         subject.categories([1], "scene")
-    pd.DataFrame({"image": [3, 1], "scene": ["sea", "wood"], "kind": ["fish", "tree"]}).to_parquet(tmp_path / "labels.parquet")
+    pd.DataFrame({"image": [3, 1], "scene": ["sea", "wood"], "kind": ["fish", "tree"]}).to_parquet(
+        tmp_path / "labels.parquet"
+    )
     assert subject.categories([1, 3], "scene, kind").tolist() == ["wood tree", "sea fish"]
     with pytest.raises(PerceptError, match="labels have no column size: choose among scene, kind"):
         subject.categories([1], "scene,size")
@@ -1040,7 +1299,10 @@ def test_interrupted_targets_go_on(world):
     targets = cached_targets(world.folder, "pixels", encode=encoder, **call)
     assert encoder.asked == 4  # 8 were safe
     np.testing.assert_array_equal(targets.rows(world.ids), world.images.reshape(12, 4, 18))
-    assert not list(targets.folder.glob("*.partial")) and not (targets.folder / "progress.json").exists()
+    assert (
+        not list(targets.folder.glob("*.partial"))
+        and not (targets.folder / "progress.json").exists()
+    )
 
 
 def test_targets_of_changed_pixels_are_made_again(world):
@@ -1071,11 +1333,15 @@ def test_bad_targets(world, encode, message):
         cached_targets(world.folder, "pixels", {}, [1], Encoder(), (4, 18))
 
 
-# ------------------------------------------------------------------------------------------------ seeds, views, joined splits
+# --------------------------------------------------------------------- seeds, views, joined splits
 def test_seeds_depend_on_seed_epoch_and_image_alone(world):
     dataset = BrainDataset(world.subject, "train", seed=3)
     seeds = dataset.__getitems__([0, 1, 2])["seed"]
-    assert torch.equal(dataset.__getitems__([2, 0])["seed"], seeds[[2, 0]]) and len(seeds.unique()) == 3 and (seeds >= 0).all()
+    assert (
+        torch.equal(dataset.__getitems__([2, 0])["seed"], seeds[[2, 0]])
+        and len(seeds.unique()) == 3
+        and (seeds >= 0).all()
+    )
     dataset.set_epoch(1)
     assert not (dataset.__getitems__([0, 1, 2])["seed"] == seeds).any()
 
@@ -1083,7 +1349,9 @@ def test_seeds_depend_on_seed_epoch_and_image_alone(world):
 def test_pixels_are_those_of_the_images(world):
     batch = BrainDataset(world.subject, "train", pixels=True).__getitems__([1, 0])
     assert batch["pixels"].dtype == torch.uint8
-    np.testing.assert_array_equal(batch["pixels"].permute(0, 2, 3, 1).numpy(), world.subject.images(batch["image"].numpy()))
+    np.testing.assert_array_equal(
+        batch["pixels"].permute(0, 2, 3, 1).numpy(), world.subject.images(batch["image"].numpy())
+    )
 
 
 def test_a_batch_may_show_one_number_of_repeat(world):
@@ -1093,7 +1361,11 @@ def test_a_batch_may_show_one_number_of_repeat(world):
     for epoch in range(20):
         dataset.set_epoch(epoch)
         voxels = dataset.__getitems__([2, 0, 1])["voxels"].numpy()
-        fits = [r for r in range(table.shape[1]) if np.array_equal(voxels, world.subject.read(table[[2, 0, 1], r]))]
+        fits = [
+            r
+            for r in range(table.shape[1])
+            if np.array_equal(voxels, world.subject.read(table[[2, 0, 1], r]))
+        ]
         assert len(fits) == 1
         shown |= set(fits)
     assert shown == set(range(table.shape[1]))
@@ -1114,7 +1386,14 @@ def test_views_are_made_once_and_shown_in_turn(world):
         calls.append(seed)
         return images[:, 0, 0].astype(np.float32) / 255 + np.random.default_rng(seed).random()
 
-    options = {"fingerprint": {}, "image_ids": world.ids, "encode": encode, "shape": (3,), "views": 3, "dtype": "float32"}
+    options = {
+        "fingerprint": {},
+        "image_ids": world.ids,
+        "encode": encode,
+        "shape": (3,),
+        "views": 3,
+        "dtype": "float32",
+    }
     views = cached_views(world.folder, "colour", **options)
     assert len(calls) == 3 == len(set(calls))
     again = cached_views(world.folder, "colour", **options)
@@ -1125,7 +1404,10 @@ def test_views_are_made_once_and_shown_in_turn(world):
     for epoch in range(12):
         dataset.set_epoch(epoch)
         rows = dataset.__getitems__(range(len(dataset)))["colour"].numpy()
-        chosen = [int(np.flatnonzero((versions[:, i] == row).all(1))[0]) for i, row in zip(at, rows, strict=True)]
+        chosen = [
+            int(np.flatnonzero((versions[:, i] == row).all(1))[0])
+            for i, row in zip(at, rows, strict=True)
+        ]
         shown |= set(chosen)
         np.testing.assert_array_equal(rows[:1], dataset.__getitems__([0])["colour"].numpy())
     assert shown == {0, 1, 2}
@@ -1133,7 +1415,7 @@ def test_views_are_made_once_and_shown_in_turn(world):
         cached_views(world.folder, "colour", **options | {"views": 0})
 
 
-# ------------------------------------------------------------------------------------------------ neighbouring trials
+# ----------------------------------------------------------------------------- neighbouring trials
 def test_neighbours_are_of_the_same_session_and_of_no_later_split(world):
     normaliser = Normaliser.fit(world.subject)
     together, alone = world.subject.with_neighbours(2, 1), world.subject
@@ -1145,8 +1427,14 @@ def test_neighbours_are_of_the_same_session_and_of_no_later_split(world):
     for row in rows:
         for position, step in enumerate((0, -1, -2, 1)):
             other = row + step
-            there = 0 <= other < len(rows) and table["session"][other] == table["session"][row] and rank[table["split"][other]] <= rank[table["split"][row]]
-            np.testing.assert_array_equal(read[row, position], own[other] if there else np.zeros(V, np.float32))
+            there = (
+                0 <= other < len(rows)
+                and table["session"][other] == table["session"][row]
+                and rank[table["split"][other]] <= rank[table["split"][row]]
+            )
+            np.testing.assert_array_equal(
+                read[row, position], own[other] if there else np.zeros(V, np.float32)
+            )
             seen += there and step != 0
     assert 0 < seen < 3 * len(rows)
 

@@ -27,8 +27,17 @@ def two(tmp_path_factory):
 def launched(folder, launch, what, **variables):
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
-    command = [sys.executable, "-m", *launch, str(ROOT / "tests" / "distributed_worker.py"), str(folder), what]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        *launch,
+        str(ROOT / "tests" / "distributed_worker.py"),
+        str(folder),
+        what,
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -50,11 +59,15 @@ def test_losses_gradients_and_weights_agree(one, two, name):
         assert largest_difference(one[name]["gradients"], two[rank][name]["gradients"]) < 1e-6
         assert largest_difference(one[name]["weights"], two[rank][name]["weights"]) < 1e-5
         for column, values in one[name]["history"].items():
-            assert np.allclose(values, two[rank][name]["history"][column], rtol=1e-5, atol=1e-6), column
+            assert np.allclose(values, two[rank][name]["history"][column], rtol=1e-5, atol=1e-6), (
+                column
+            )
 
 
 def test_the_step_of_notebook_01_gives_the_same_losses(two, tmp_path):
-    """MixCo over the whole batch, SoftCLIP with gathered negatives, the prior's noise from seeds: 20 steps in double precision, without dropout."""
+    """MixCo over the whole batch, SoftCLIP with gathered negatives, the prior's noise from seeds:
+    20 steps in double precision, without dropout.
+    """
     alone = worker.mind_eye(tmp_path, torch.float64)
     together = np.mean([two[rank]["mind_eye"]["losses"] for rank in (0, 1)], axis=0)
     assert len(together) == 20 and np.abs(together - alone["losses"]).max() < 1e-8
@@ -68,12 +81,17 @@ def test_without_gather_they_would_not_agree(one, two):
 
 def test_a_part_is_trained_when_its_epoch_comes_and_unused_ones_never(two):
     start, end = worker.Model(0).state_dict(), two[0]["mean"]["weights"]
-    assert not torch.equal(start["late.weight"], end["late.weight"]) and torch.equal(start["never.weight"], end["never.weight"])
+    assert not torch.equal(start["late.weight"], end["late.weight"]) and torch.equal(
+        start["never.weight"], end["never.weight"]
+    )
 
 
 def test_learning_rate_and_steps_are_not_scaled(one, two):
     history = two[0]["mean"]["history"]
-    assert history["train/num_steps"] == [2, 4] and history["train/lr"] == one["mean"]["history"]["train/lr"]
+    assert (
+        history["train/num_steps"] == [2, 4]
+        and history["train/lr"] == one["mean"]["history"]["train/lr"]
+    )
     assert two[0]["contrastive"]["history"]["train/rows"] == [worker.BATCH] * worker.EPOCHS
 
 
@@ -95,7 +113,9 @@ def test_a_non_finite_loss_in_one_process_skips_the_step_in_both(two):
 def test_ctrl_c_in_one_process_stops_both_and_resuming_is_exact(two):
     for rank in (0, 1):
         assert two[rank]["interrupted after"] == 2
-        assert largest_difference(two[rank]["resumed"]["weights"], two[rank]["noisy"]["weights"]) == 0
+        assert (
+            largest_difference(two[rank]["resumed"]["weights"], two[rank]["noisy"]["weights"]) == 0
+        )
         assert two[rank]["resumed"]["history"] == two[rank]["noisy"]["history"]
 
 
@@ -104,14 +124,20 @@ def test_what_cannot_be_shared_is_refused(two):
     assert "Batch norms" in two[0]["refusals"]["norm"]
 
 
-# ------------------------------------------------------------------------------------------------ DeepSpeed
+# --------------------------------------------------------------------------------------- DeepSpeed
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
     """What two processes of launch/deepspeed_zero2_offload.yaml found, on the CPU."""
     if not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed here (the optional packages 'scale')")
     folder = tmp_path_factory.mktemp("zero")
-    launch = ["accelerate.commands.launch", "--config_file", "launch/deepspeed_zero2_offload.yaml", "--num_processes", "2"]
+    launch = [
+        "accelerate.commands.launch",
+        "--config_file",
+        "launch/deepspeed_zero2_offload.yaml",
+        "--num_processes",
+        "2",
+    ]
     return folder, launched(folder, launch, "zero", DS_ACCELERATOR="cpu")
 
 
@@ -128,20 +154,35 @@ def test_deepspeed_does_what_is_done_without(zero, without, case):
         assert largest_difference(without[case]["weights"], found[case]["weights"]) < tolerance
         assert all(w.dtype == torch.float32 for w in found[case]["weights"].values())
         for column, values in without[case]["history"].items():
-            assert np.allclose(values, found[case]["history"][column], rtol=tolerance, atol=tolerance, equal_nan=True), column
+            assert np.allclose(
+                values,
+                found[case]["history"][column],
+                rtol=tolerance,
+                atol=tolerance,
+                equal_nan=True,
+            ), column
 
 
 def test_with_deepspeed_the_step_of_notebook_01_gives_the_same_losses(zero, without):
     together = np.mean([found["mind_eye"]["losses"] for found in zero[1]], axis=0)
     assert np.allclose(together, without["mind_eye"]["losses"], rtol=1e-5)
-    assert largest_difference(without["mind_eye"]["weights"], zero[1][0]["mind_eye"]["weights"]) < 1e-5
+    assert (
+        largest_difference(without["mind_eye"]["weights"], zero[1][0]["mind_eye"]["weights"]) < 1e-5
+    )
 
 
 def test_deepspeed_skips_what_is_not_finite_and_goes_back(zero):
     for found in zero[1]:
-        assert found["inf"]["history"]["skipped"] == found["bad gradient"]["history"]["skipped"] == [1, 0]
+        assert (
+            found["inf"]["history"]["skipped"]
+            == found["bad gradient"]["history"]["skipped"]
+            == [1, 0]
+        )
         assert sum(found["often bad"]["history"]["skipped"]) == worker.PATIENCE
-    assert all(largest_difference(zero[1][0][case]["weights"], zero[1][1][case]["weights"]) == 0 for case in worker.CASES)
+    assert all(
+        largest_difference(zero[1][0][case]["weights"], zero[1][1][case]["weights"]) == 0
+        for case in worker.CASES
+    )
 
 
 def test_resuming_with_deepspeed_is_exact_and_leaves_no_pieces(zero):
@@ -150,13 +191,23 @@ def test_resuming_with_deepspeed_is_exact_and_leaves_no_pieces(zero):
         assert found["interrupted after"] == 2
         assert largest_difference(found["resumed"]["weights"], found["noisy"]["weights"]) == 0
         assert found["resumed"]["history"] == found["noisy"]["history"]
-    assert sorted(path.name for path in (folder / "copy" / "noisy").glob("state*")) == ["state-2-0.pt", "state-2-1.pt", "state.pt"]
+    assert sorted(path.name for path in (folder / "copy" / "noisy").glob("state*")) == [
+        "state-2-0.pt",
+        "state-2-1.pt",
+        "state.pt",
+    ]
     assert [path.name for path in (folder / "interrupted" / "noisy").glob("state*")] == ["state.pt"]
 
 
 def test_what_deepspeed_began_is_not_resumed_without_but_begun_anew(zero, tmp_path):
     shutil.copytree(zero[0] / "copy", tmp_path / "run")
-    with pytest.raises(PerceptError, match="was saved by 2 processes under DeepSpeed and cannot be resumed without DeepSpeed: launch as before"):
+    with pytest.raises(
+        PerceptError,
+        match=(
+            "was saved by 2 processes under DeepSpeed and cannot be resumed without DeepSpeed:"
+            " launch as before"
+        ),
+    ):
         worker.train(tmp_path / "run", "noisy")
     worker.train(tmp_path / "run", "noisy", resume=False)
     assert [path.name for path in (tmp_path / "run" / "noisy").glob("state*")] == ["state.pt"]
@@ -164,10 +215,18 @@ def test_what_deepspeed_began_is_not_resumed_without_but_begun_anew(zero, tmp_pa
 
 def test_what_a_finished_run_with_deepspeed_has_is_there_without(zero, tmp_path):
     shutil.copytree(zero[0] / "noisy", tmp_path / "noisy")
-    assert largest_difference(worker.train(tmp_path, "noisy", seed=3)["weights"], zero[1][0]["noisy"]["weights"]) == 0
+    assert (
+        largest_difference(
+            worker.train(tmp_path, "noisy", seed=3)["weights"], zero[1][0]["noisy"]["weights"]
+        )
+        == 0
+    )
 
 
 def test_what_does_not_go_together_with_deepspeed_is_refused(zero):
     for found in zero[1]:
-        assert "DeepSpeed does not go together with step_in_backward" in found["refusals"]["step_in_backward"]
+        assert (
+            "DeepSpeed does not go together with step_in_backward"
+            in found["refusals"]["step_in_backward"]
+        )
         assert "ZeRO stage 3 is not supported: choose stage 1 or 2" in found["refusals"]["stage 3"]

@@ -1,4 +1,6 @@
-"""Downloads against local servers: what is listed, fetched, resumed, checked, refused; mirrors; recipes; the hub's cache."""
+"""Downloads against local servers: what is listed, fetched, resumed, checked, refused; mirrors;
+recipes; the hub's cache.
+"""
 
 import hashlib
 import re
@@ -18,7 +20,19 @@ from servers import LFS_FROM, hub_server, s3_server
 import run
 from src import download, miniworld, pretrained, utils
 from src.data import open_subject
-from src.download import BUNDLES, MOVED, RECIPES_NEED, Bundle, Want, describe, fetch, listing, live, plan, transfer
+from src.download import (
+    BUNDLES,
+    MOVED,
+    RECIPES_NEED,
+    Bundle,
+    Want,
+    describe,
+    fetch,
+    listing,
+    live,
+    plan,
+    transfer,
+)
 from src.readers import nsd
 from src.utils import PerceptError
 
@@ -32,29 +46,57 @@ def content(seed, size):
 
 
 def shards(layout="webdataset_avg_split", train=3):
-    made = {f"{layout}/train/train_subj{s:02d}_{i}.tar": content(10 * s + i, 5000) for s in (1, 5) for i in range(train)}
-    made |= {f"{layout}/{split}/{split}_subj{s:02d}_0.tar": content(s, 3000) for s in (1, 5) for split in ("val", "test")}
+    made = {
+        f"{layout}/train/train_subj{s:02d}_{i}.tar": content(10 * s + i, 5000)
+        for s in (1, 5)
+        for i in range(train)
+    }
+    made |= {
+        f"{layout}/{split}/{split}_subj{s:02d}_0.tar": content(s, 3000)
+        for s in (1, 5)
+        for split in ("val", "test")
+    }
     return made | {f"{layout}/metadata_subj{s:02d}.json": b'{"totals": {}}' for s in (1, 5)}
 
 
 def checkpoints():
-    names = ("prior_257_final_subj01_bimixco_softclip_byol", "prior_1x768_final_subj01_bimixco_softclip_byol", "autoencoder_subj01_4x_locont_no_reconst")
+    names = (
+        "prior_257_final_subj01_bimixco_softclip_byol",
+        "prior_1x768_final_subj01_bimixco_softclip_byol",
+        "autoencoder_subj01_4x_locont_no_reconst",
+    )
     files = ("last.pth", "last.pth", "epoch120.pth")
-    made = {f"mindeye_models/{name}/{file}": content(i, 2000) for i, (name, file) in enumerate(zip(names, files, strict=True))}
+    made = {
+        f"mindeye_models/{name}/{file}": content(i, 2000)
+        for i, (name, file) in enumerate(zip(names, files, strict=True))
+    }
     return made | {f"mindeye_models/{names[0]}/replication.pth": content(9, 9000)}
 
 
 def mini_model(name, *folders):
-    """A committed miniature, under the names of the real repository, with files beside it that nobody needs."""
+    """A committed miniature, under the names of the real repository, with files beside it that
+    nobody needs.
+    """
     top = pretrained.MINI / name
-    paths = [p for p in top.rglob("*") if p.is_file() and (not folders or p.relative_to(top).parts[0] in folders)]
+    paths = [
+        p
+        for p in top.rglob("*")
+        if p.is_file() and (not folders or p.relative_to(top).parts[0] in folders)
+    ]
     made = {str(p.relative_to(top)): p.read_bytes() for p in paths}
-    return made | {"pytorch_model.bin": b"code", "flax_model.msgpack": b"x", "README.md": b"x", "pretrained_pth/vd.pth": b"x"}
+    return made | {
+        "pytorch_model.bin": b"code",
+        "flax_model.msgpack": b"x",
+        "README.md": b"x",
+        "pretrained_pth/vd.pth": b"x",
+    }
 
 
 @pytest.fixture
 def hub():
-    repos = {NSD: shards() | checkpoints() | {"README.md": b"hello", "wholebrain.tar": content(3, 4000)}}
+    repos = {
+        NSD: shards() | checkpoints() | {"README.md": b"hello", "wholebrain.tar": content(3, 4000)}
+    }
     with hub_server(repos, page=4) as server:
         yield server
 
@@ -67,14 +109,22 @@ def quick(monkeypatch, tmp_path):
 
 
 def below(folder):
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".download.lock"}
+    return {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".download.lock"
+    }
 
 
-# ------------------------------------------------------------------------------------------------ what is fetched
+# --------------------------------------------------------------------------------- what is fetched
 def test_the_shards_of_one_subject_and_nothing_else(hub, tmp_path):
     expected = {path for path in shards() if "subj05" in path}
     listed = fetch("mindeye", tmp_path / "to", subj=5, mirror=hub.url, dry_run=True)
-    assert {f.path for f in listed} == expected and {f.size for f in listed} == {5000, 3000, 14} and not (tmp_path / "to").exists()
+    assert (
+        {f.path for f in listed} == expected
+        and {f.size for f in listed} == {5000, 3000, 14}
+        and not (tmp_path / "to").exists()
+    )
     fetched = fetch("mindeye", tmp_path / "to", subj=5, mirror=hub.url)
     assert below(tmp_path / "to") == expected and all(f.there for f in fetched)
     for path in expected:
@@ -82,49 +132,98 @@ def test_the_shards_of_one_subject_and_nothing_else(hub, tmp_path):
     assert {f.checksum.partition(":")[0] for f in fetched} == {"sha256", "git"}
     hub.log.clear()
     fetch("mindeye", tmp_path / "to", subj=5, mirror=hub.url)
-    assert not [entry for entry in hub.log if entry[1].startswith("/cdn")], "nothing is fetched twice"
+    assert not [entry for entry in hub.log if entry[1].startswith("/cdn")], (
+        "nothing is fetched twice"
+    )
 
 
 def test_the_early_shards_come_from_their_commit(hub, tmp_path):
     hub.repos[NSD] |= shards("webdataset")
     with pytest.raises(PerceptError, match=r"no such revision.*at 1234"):
         fetch("mindeye_early", tmp_path, subj=1, mirror=hub.url, revision="1234")
-    fetch("mindeye_early", tmp_path, subj=1, mirror=hub.url, revision="9947586218b6b7c8cab804009ddca5045249a38d")
-    assert below(tmp_path) == {path for path in shards("webdataset") if re.search(r"(train|val)_subj01", path)}
+    fetch(
+        "mindeye_early",
+        tmp_path,
+        subj=1,
+        mirror=hub.url,
+        revision="9947586218b6b7c8cab804009ddca5045249a38d",
+    )
+    assert below(tmp_path) == {
+        path for path in shards("webdataset") if re.search(r"(train|val)_subj01", path)
+    }
     asked = [where for _, where, *_ in hub.log if "/revision/" in where]
     assert asked[-1].endswith("/9947586218b6b7c8cab804009ddca5045249a38d")
 
 
 def test_checkpoints_go_where_the_notebooks_look(hub, tmp_path):
     fetch("mindeye_checkpoints", tmp_path, mirror=hub.url)
-    assert below(tmp_path) == {path.removeprefix("mindeye_models/") for path in checkpoints() if "replication" not in path}
+    assert below(tmp_path) == {
+        path.removeprefix("mindeye_models/") for path in checkpoints() if "replication" not in path
+    }
     fetch("mindeye_checkpoints", tmp_path / "some", mirror=hub.url, names="prior_1x768")
     assert below(tmp_path / "some") == {"prior_1x768_final_subj01_bimixco_softclip_byol/last.pth"}
 
 
 def test_a_missing_shard_is_named(hub, tmp_path):
     del hub.repos[NSD]["webdataset_avg_split/train/train_subj01_1.tar"]
-    with pytest.raises(PerceptError, match=r"train shards of subject 1 up to number 2, but not number 1"):
+    with pytest.raises(
+        PerceptError, match=r"train shards of subject 1 up to number 2, but not number 1"
+    ):
         fetch("mindeye", tmp_path, mirror=hub.url)
     with pytest.raises(PerceptError, match="has no train shards of subject 7"):
         fetch("mindeye", tmp_path, subj=7, mirror=hub.url)
-    with pytest.raises(PerceptError, match="has no train shards of subject 1 .*webdataset_avg_new/train"):
+    with pytest.raises(
+        PerceptError, match="has no train shards of subject 1 .*webdataset_avg_new/train"
+    ):
         fetch("mindeye_new", tmp_path, mirror=hub.url)
 
 
 def test_the_minimal_part_of_mindeye2(tmp_path):
     files = {f"wds/subj{s:02d}/train/{i}.tar": content(i, 1500) for s in (1, 2) for i in range(4)}
-    files |= {f"wds/subj{s:02d}/{split}/0.tar": content(s, 1500) for s in (1, 2) for split in ("test", "new_test")}
+    files |= {
+        f"wds/subj{s:02d}/{split}/0.tar": content(s, 1500)
+        for s in (1, 2)
+        for split in ("test", "new_test")
+    }
     files |= {f"betas_all_subj{s:02d}_fp32_renorm.hdf5": content(s, 1600) for s in (1, 2)}
-    top = ("coco_images_224_float16.hdf5", "COCO_73k_subj_indices.hdf5", "brain_region_masks.hdf5", "shared1000.npy", "subj01_annots.npy", "zavychromaxl_v30.safetensors")
-    evals = ("all_images.pt", "all_captions.pt", "all_git_generated_captions.pt", "final/final_all_recons.pt")
-    files |= {name: b"small" for name in (*top, *(f"evals/{name}" for name in evals), "train_logs/final/last.pth", "train_logs/other/last.pth")}
+    top = (
+        "coco_images_224_float16.hdf5",
+        "COCO_73k_subj_indices.hdf5",
+        "brain_region_masks.hdf5",
+        "shared1000.npy",
+        "subj01_annots.npy",
+        "zavychromaxl_v30.safetensors",
+    )
+    evals = (
+        "all_images.pt",
+        "all_captions.pt",
+        "all_git_generated_captions.pt",
+        "final/final_all_recons.pt",
+    )
+    files |= {
+        name: b"small"
+        for name in (
+            *top,
+            *(f"evals/{name}" for name in evals),
+            "train_logs/final/last.pth",
+            "train_logs/other/last.pth",
+        )
+    }
     with hub_server({MINDEYE2: files}) as hub:
         fetch("mindeye2", tmp_path / "one", subj=2, mirror=hub.url)
-        kept = {*top[:3], *(f"evals/{name}" for name in evals[:3]), "betas_all_subj02_fp32_renorm.hdf5", "wds/subj02/new_test/0.tar"}
+        kept = {
+            *top[:3],
+            *(f"evals/{name}" for name in evals[:3]),
+            "betas_all_subj02_fp32_renorm.hdf5",
+            "wds/subj02/new_test/0.tar",
+        }
         assert below(tmp_path / "one") == kept | {"wds/subj02/train/0.tar"}
-        fetch("mindeye2", tmp_path / "all", subj=2, mirror=hub.url, num_sessions=0, checkpoint="final")
-        assert below(tmp_path / "all") == kept | {f"wds/subj02/train/{i}.tar" for i in range(4)} | {"train_logs/final/last.pth"}
+        fetch(
+            "mindeye2", tmp_path / "all", subj=2, mirror=hub.url, num_sessions=0, checkpoint="final"
+        )
+        assert below(tmp_path / "all") == kept | {f"wds/subj02/train/{i}.tar" for i in range(4)} | {
+            "train_logs/final/last.pth"
+        }
         with pytest.raises(PerceptError, match="has no session 5 of subject 2"):
             fetch("mindeye2", tmp_path / "many", subj=2, mirror=hub.url, num_sessions=5)
 
@@ -133,12 +232,21 @@ def test_a_frozen_model_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
     with hub_server({CLIP: mini_model("clip")}) as hub:
         fetch("clip", tmp_path, mirror=hub.url)
     got = {Path(path).name for path in below(tmp_path)}
-    assert "model.safetensors" in got and "config.json" in got and not got & {"pytorch_model.bin", "flax_model.msgpack", "README.md"}
+    assert (
+        "model.safetensors" in got
+        and "config.json" in got
+        and not got & {"pytorch_model.bin", "flax_model.msgpack", "README.md"}
+    )
     place = hf_hub_download(CLIP[1], "config.json", cache_dir=tmp_path, local_files_only=True)
     assert Path(place).read_bytes() == (pretrained.MINI / "clip" / "config.json").read_bytes()
-    model = pretrained.CLIPVisionModelWithProjection.from_pretrained(CLIP[1], cache_dir=tmp_path, local_files_only=True)
+    model = pretrained.CLIPVisionModelWithProjection.from_pretrained(
+        CLIP[1], cache_dir=tmp_path, local_files_only=True
+    )
     own = pretrained.CLIPVisionModelWithProjection.from_pretrained(pretrained.MINI / "clip")
-    assert all(bool((a == b).all()) for a, b in zip(model.state_dict().values(), own.state_dict().values(), strict=True))
+    assert all(
+        bool((a == b).all())
+        for a, b in zip(model.state_dict().values(), own.state_dict().values(), strict=True)
+    )
 
 
 def test_of_a_large_model_only_the_named_folders(tmp_path):
@@ -146,41 +254,67 @@ def test_of_a_large_model_only_the_named_folders(tmp_path):
         fetch("versatile_diffusion", tmp_path, mirror=hub.url)
     folders = {Path(path).parts[3] for path in below(tmp_path) if "snapshots" in path}
     assert folders == {"vae", "image_unet", "scheduler"}
-    vae = pretrained.AutoencoderKL.from_pretrained(VD[1], subfolder="vae", cache_dir=tmp_path, local_files_only=True)
+    vae = pretrained.AutoencoderKL.from_pretrained(
+        VD[1], subfolder="vae", cache_dir=tmp_path, local_files_only=True
+    )
     assert utils.count_parameters(vae) > 0
 
 
 def test_the_hubs_own_client_understands_the_server(hub, tmp_path):
     """Else the tests here would show that two pieces of our own agree with each other."""
-    path = HfApi(endpoint=hub.url).hf_hub_download(NSD[1], TAR, repo_type="dataset", local_dir=tmp_path)
+    path = HfApi(endpoint=hub.url).hf_hub_download(
+        NSD[1], TAR, repo_type="dataset", local_dir=tmp_path
+    )
     assert Path(path).read_bytes() == hub.repos[NSD][TAR]
 
 
 def test_tables_of_models_agree_with_what_is_loaded():
     for name, repo in pretrained.HUB.items():
-        assert BUNDLES[name].repo == repo and BUNDLES[name].revision == pretrained.REVISIONS.get(repo, "main")
-    assert not set(MOVED) & {bundle.repo for bundle in BUNDLES.values()} and not set(MOVED) & set(MOVED.values())
-    assert BUNDLES["teacher"].place == "data/teacher" and pretrained.TEACHER_FILE in BUNDLES["teacher"].wants(subj=1)[0].what
+        assert BUNDLES[name].repo == repo and BUNDLES[name].revision == pretrained.REVISIONS.get(
+            repo, "main"
+        )
+    assert not set(MOVED) & {bundle.repo for bundle in BUNDLES.values()} and not set(MOVED) & set(
+        MOVED.values()
+    )
+    assert (
+        BUNDLES["teacher"].place == "data/teacher"
+        and pretrained.TEACHER_FILE in BUNDLES["teacher"].wants(subj=1)[0].what
+    )
 
 
 def test_a_withdrawn_id_is_mapped_with_a_message(tmp_path):
     repo = ("model", live("runwayml/stable-diffusion-v1-5")[0])
     assert repo[1] == pretrained.HUB["stable_diffusion"]
-    with hub_server({repo: {"model_index.json": b"{}", "vae/config.json": b"{}", "vae/diffusion_pytorch_model.bin": b"w", "v1-5-pruned.ckpt": b"w"}}) as hub:
+    with hub_server(
+        {
+            repo: {
+                "model_index.json": b"{}",
+                "vae/config.json": b"{}",
+                "vae/diffusion_pytorch_model.bin": b"w",
+                "v1-5-pruned.ckpt": b"w",
+            }
+        }
+    ) as hub:
         with pytest.warns(UserWarning, match="withdrawn from the hub: stable-diffusion-v1-5/"):
             got = fetch("runwayml/stable-diffusion-v1-5", tmp_path, mirror=hub.url)
-        assert {f.path for f in got} == {"model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.bin"}
+        assert {f.path for f in got} == {
+            "model_index.json",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.bin",
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not [f for f in fetch(repo[1], tmp_path, mirror=hub.url) if not f.there]
 
 
-# ------------------------------------------------------------------------------------------------ resume and check
+# -------------------------------------------------------------------------------- resume and check
 def test_a_broken_connection_is_resumed_by_range(hub, tmp_path):
     hub.cut[TAR] = [1234, 700]
     fetch("mindeye", tmp_path, mirror=hub.url)
     assert hub.asked(TAR) == ["", "bytes=1234-", "bytes=1934-"]
-    assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR] and not list(tmp_path.rglob("*.part"))
+    assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR] and not list(
+        tmp_path.rglob("*.part")
+    )
 
 
 def test_a_later_call_goes_on_with_the_part(hub, tmp_path):
@@ -188,9 +322,13 @@ def test_a_later_call_goes_on_with_the_part(hub, tmp_path):
     part.parent.mkdir(parents=True)
     part.write_bytes(hub.repos[NSD][TAR][:4000])
     listed = fetch("mindeye", tmp_path, mirror=hub.url, dry_run=True)
-    assert "4 kB of it are there" in describe([download.Planned("shards", BUNDLES["mindeye"], tmp_path, listed)])
+    assert "4 kB of it are there" in describe(
+        [download.Planned("shards", BUNDLES["mindeye"], tmp_path, listed)]
+    )
     fetch("mindeye", tmp_path, mirror=hub.url)
-    assert hub.asked(TAR) == ["bytes=4000-"] and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
+    assert (
+        hub.asked(TAR) == ["bytes=4000-"] and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
+    )
 
 
 def test_a_server_without_ranges_begins_again(hub, tmp_path):
@@ -206,10 +344,14 @@ def test_a_transfer_that_stays_truncated_keeps_its_part(hub, tmp_path):
     assert (tmp_path / f"{TAR}.part").stat().st_size == 1234 and not (tmp_path / TAR).exists()
     hub.cut.clear()
     fetch("mindeye", tmp_path, mirror=hub.url)
-    assert hub.asked(TAR)[-1] == "bytes=1234-" and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
+    assert (
+        hub.asked(TAR)[-1] == "bytes=1234-" and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
+    )
 
 
-@pytest.mark.parametrize("path, kind", [(TAR, "sha256"), ("webdataset_avg_split/metadata_subj01.json", "git")])
+@pytest.mark.parametrize(
+    "path, kind", [(TAR, "sha256"), ("webdataset_avg_split/metadata_subj01.json", "git")]
+)
 def test_wrong_content_is_refused_and_removed(hub, tmp_path, path, kind):
     hub.wrong.add(path)
     with pytest.raises(PerceptError, match=rf"not the {kind} sum"):
@@ -267,11 +409,16 @@ def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
     assert 0 < parts[tmp_path / f"{TAR}.part"] < 4_000_000
     monkeypatch.undo()
     transfer(files, tmp_path)
-    assert hub.asked(TAR)[-1].startswith("bytes=") and all(f.local.read_bytes() == hub.repos[NSD][f.path] for f in files)
+    assert hub.asked(TAR)[-1].startswith("bytes=") and all(
+        f.local.read_bytes() == hub.repos[NSD][f.path] for f in files
+    )
 
 
 def test_two_at_once_do_not_fetch_twice(hub, tmp_path):
-    fetchers = [threading.Thread(target=fetch, args=("mindeye", tmp_path), kwargs={"mirror": hub.url}) for _ in range(2)]
+    fetchers = [
+        threading.Thread(target=fetch, args=("mindeye", tmp_path), kwargs={"mirror": hub.url})
+        for _ in range(2)
+    ]
     for one in fetchers:
         one.start()
     for one in fetchers:
@@ -279,11 +426,17 @@ def test_two_at_once_do_not_fetch_twice(hub, tmp_path):
     assert len(hub.asked(TAR)) == 1 and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
 
 
-# ------------------------------------------------------------------------------------------------ sentences
+# --------------------------------------------------------------------------------------- sentences
 @pytest.mark.parametrize(
     "refused, words",
     [
-        ((401, "RepoNotFound"), r"does not show dataset pscotti/.*gated, private, or no longer under this id.*hf auth login"),
+        (
+            (401, "RepoNotFound"),
+            (
+                r"does not show dataset pscotti/.*gated, private, or no longer under this id.*hf"
+                r" auth login"
+            ),
+        ),
         ((401, ""), r"gated, private, or no longer"),
         ((403, "GatedRepo"), r"Access to dataset pscotti/.* is refused \(403\): ask for access"),
         ((404, "RepoNotFound"), r"no longer under this id"),
@@ -304,25 +457,37 @@ def test_a_file_that_is_listed_and_gone(hub, tmp_path):
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(PerceptError, match="could not be reached for dataset pscotti/.*check the network, or give --mirror"):
+    with pytest.raises(
+        PerceptError,
+        match="could not be reached for dataset pscotti/.*check the network, or give --mirror",
+    ):
         fetch("mindeye", tmp_path, mirror="http://127.0.0.1:9")
-    with pytest.raises(PerceptError, match="could not be reached for bucket natural-scenes-dataset"):
+    with pytest.raises(
+        PerceptError, match="could not be reached for bucket natural-scenes-dataset"
+    ):
         fetch("nsd", tmp_path, mirror="http://127.0.0.1:9")
 
 
 def test_no_space(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: SimpleNamespace(free=download.SPARE + 20_000))
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda place: SimpleNamespace(free=download.SPARE + 20_000)
+    )
     with pytest.raises(PerceptError, match=r"No space for 0.00 GB on the disk of .* free some"):
         fetch("mindeye", tmp_path / "to", mirror=hub.url)
     assert not below(tmp_path)
 
 
 def test_unknown_names(hub, tmp_path):
-    with pytest.raises(PerceptError, match="nothing called 'mindy' to fetch: choose one of mindeye, "):
+    with pytest.raises(
+        PerceptError, match="nothing called 'mindy' to fetch: choose one of mindeye, "
+    ):
         fetch("mindy", tmp_path)
     with pytest.raises(PerceptError, match="subj is 9"):
         fetch("mindeye", tmp_path, subj=9, mirror=hub.url)
-    with pytest.raises(PerceptError, match="'sessions' is no option of .*choose among subj, num_sessions, checkpoint"):
+    with pytest.raises(
+        PerceptError,
+        match="'sessions' is no option of .*choose among subj, num_sessions, checkpoint",
+    ):
         fetch("mindeye2", tmp_path, mirror=hub.url, sessions=3)
     with pytest.raises(PerceptError, match="neither a folder nor an address"):
         fetch("mindeye", tmp_path, mirror="nowhere")
@@ -335,12 +500,16 @@ def test_a_token_goes_to_the_hub_and_not_to_a_mirror(hub, tmp_path, monkeypatch)
     fetch("mindeye", tmp_path / "a", mirror=hub.url)
     assert hub.log and not any(token for *_, token in hub.log)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     fetch("mindeye", tmp_path / "b")
     assert (tmp_path / "b" / TAR).exists() and any("hf_secret" in token for *_, token in hub.log)
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ----------------------------------------------------------------------------------------- folders
 def test_a_folder_as_mirror_is_linked_or_copied(tmp_path, monkeypatch):
     for path, data in shards().items():
         (tmp_path / "copy" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +526,9 @@ def test_a_folder_as_mirror_is_linked_or_copied(tmp_path, monkeypatch):
     assert below(tmp_path / "copied") == {path for path in shards() if "subj01" in path}
     assert (tmp_path / "copied" / TAR).read_bytes() == shards()[TAR]
     (tmp_path / "copy" / TAR).unlink()
-    with pytest.raises(PerceptError, match=r"copy has train shards of subject 1 up to number 2, but not number 0"):
+    with pytest.raises(
+        PerceptError, match=r"copy has train shards of subject 1 up to number 2, but not number 0"
+    ):
         fetch("mindeye", tmp_path / "third", mirror=str(tmp_path / "copy"))
 
 
@@ -367,26 +538,49 @@ def test_a_folder_with_several_repositories(tmp_path):
             (tmp_path / "copy" / repo[1] / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "copy" / repo[1] / path).write_bytes(data)
     fetch("clip", tmp_path / "hub", mirror=str(tmp_path / "copy"))
-    assert hf_hub_download(CLIP[1], "config.json", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert hf_hub_download(
+        CLIP[1], "config.json", cache_dir=tmp_path / "hub", local_files_only=True
+    )
     assert len(fetch("mindeye", tmp_path / "to", mirror=str(tmp_path / "copy"))) == 6
 
 
-# ------------------------------------------------------------------------------------------------ NSD
+# --------------------------------------------------------------------------------------------- NSD
 BUCKET = "natural-scenes-dataset"
 
 
 def nsd_objects():
-    betas, own = "nsddata_betas/ppdata/subj01/func1pt8mm/betas_fithrf_GLMdenoise_RR", "nsddata/ppdata/subj01"
-    made = {f"{betas}/betas_session{n:02d}.{ending}": content(n, 4000) for n in (1, 2, 3) for ending in ("hdf5", "nii.gz")}
-    made |= {f"{betas}/ncsnr.nii.gz": b"n", f"{betas}/R2.nii.gz": b"n", f"{own}/behav/responses.tsv": b"SUBJECT", "nsddata/experiments/nsd/nsd_expdesign.mat": b"m"}
-    made |= {f"{own}/{grid}/roi/{roi}.nii.gz": b"roi" for grid in ("func1pt8mm", "anat") for roi in ("nsdgeneral", "prf-visualrois", "streams")}
-    made |= {f"{own}/transforms/anat0pt8-to-func1pt8.nii.gz": b"t", "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5": content(99, 6 * 2**20)}
+    betas, own = (
+        "nsddata_betas/ppdata/subj01/func1pt8mm/betas_fithrf_GLMdenoise_RR",
+        "nsddata/ppdata/subj01",
+    )
+    made = {
+        f"{betas}/betas_session{n:02d}.{ending}": content(n, 4000)
+        for n in (1, 2, 3)
+        for ending in ("hdf5", "nii.gz")
+    }
+    made |= {
+        f"{betas}/ncsnr.nii.gz": b"n",
+        f"{betas}/R2.nii.gz": b"n",
+        f"{own}/behav/responses.tsv": b"SUBJECT",
+        "nsddata/experiments/nsd/nsd_expdesign.mat": b"m",
+    }
+    made |= {
+        f"{own}/{grid}/roi/{roi}.nii.gz": b"roi"
+        for grid in ("func1pt8mm", "anat")
+        for roi in ("nsdgeneral", "prf-visualrois", "streams")
+    }
+    made |= {
+        f"{own}/transforms/anat0pt8-to-func1pt8.nii.gz": b"t",
+        "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5": content(99, 6 * 2**20),
+    }
     return made
 
 
 @pytest.fixture
 def s3():
-    with s3_server(BUCKET, nsd_objects(), in_parts=["nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]) as url:
+    with s3_server(
+        BUCKET, nsd_objects(), in_parts=["nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]
+    ) as url:
         yield url
 
 
@@ -396,18 +590,43 @@ def test_raw_nsd_from_a_bucket_without_credentials(s3, tmp_path, monkeypatch):
     files = fetch("nsd", tmp_path, mirror=s3)
     names = {Path(f.path).name for f in files}
     sessions = {f"betas_session{n:02d}.hdf5" for n in (1, 2, 3)}
-    assert names == sessions | {"nsdgeneral.nii.gz", "ncsnr.nii.gz", "nsd_expdesign.mat", "responses.tsv", "nsd_stimuli.hdf5"}
+    assert names == sessions | {
+        "nsdgeneral.nii.gz",
+        "ncsnr.nii.gz",
+        "nsd_expdesign.mat",
+        "responses.tsv",
+        "nsd_stimuli.hdf5",
+    }
     objects = nsd_objects()
     assert all((tmp_path / f.path).read_bytes() == objects[f.path] for f in files)
     sums = {Path(f.path).name: f.checksum for f in files}
-    assert sums["ncsnr.nii.gz"] == "md5:" + hashlib.md5(b"n").hexdigest() and sums["nsd_stimuli.hdf5"] == "", "S3 tells no sum of what came in parts"
+    assert (
+        sums["ncsnr.nii.gz"] == "md5:" + hashlib.md5(b"n").hexdigest()
+        and sums["nsd_stimuli.hdf5"] == ""
+    ), "S3 tells no sum of what came in parts"
 
 
 def test_chosen_sessions_rois_and_the_anatomical_grid(s3, tmp_path):
-    files = fetch("nsd", tmp_path, mirror=s3, rois="prf-visualrois, streams", num_sessions=2, beta_format="nii.gz", anatomical=True, dry_run=True)
+    files = fetch(
+        "nsd",
+        tmp_path,
+        mirror=s3,
+        rois="prf-visualrois, streams",
+        num_sessions=2,
+        beta_format="nii.gz",
+        anatomical=True,
+        dry_run=True,
+    )
     paths = {f.path for f in files}
-    assert {Path(p).name for p in paths if "betas_session" in p} == {"betas_session01.nii.gz", "betas_session02.nii.gz"}
-    assert {p for p in paths if "/roi/" in p} == {f"nsddata/ppdata/subj01/{g}/roi/{r}.nii.gz" for g in ("anat", "func1pt8mm") for r in ("prf-visualrois", "streams")}
+    assert {Path(p).name for p in paths if "betas_session" in p} == {
+        "betas_session01.nii.gz",
+        "betas_session02.nii.gz",
+    }
+    assert {p for p in paths if "/roi/" in p} == {
+        f"nsddata/ppdata/subj01/{g}/roi/{r}.nii.gz"
+        for g in ("anat", "func1pt8mm")
+        for r in ("prf-visualrois", "streams")
+    }
     assert "nsddata/ppdata/subj01/transforms/anat0pt8-to-func1pt8.nii.gz" in paths
     with pytest.raises(PerceptError, match=r"has no session 4 \("):
         fetch("nsd", tmp_path, mirror=s3, num_sessions=4)
@@ -418,7 +637,9 @@ def test_chosen_sessions_rois_and_the_anatomical_grid(s3, tmp_path):
 
 
 def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
-    (one,) = [f for f in listing(BUNDLES["nsd"], tmp_path, mirror=s3) if f.path.endswith("session02.hdf5")]
+    (one,) = [
+        f for f in listing(BUNDLES["nsd"], tmp_path, mirror=s3) if f.path.endswith("session02.hdf5")
+    ]
     asked, opened = [], download._opened
 
     def noted(file, start):
@@ -429,7 +650,9 @@ def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
     one.part.parent.mkdir(parents=True)
     one.part.write_bytes(nsd_objects()[one.path][:3000])
     with opened(one, 3000) as (offset, chunks):
-        assert offset == 3000 and b"".join(chunks) == nsd_objects()[one.path][3000:], "the server sent the rest alone"
+        assert offset == 3000 and b"".join(chunks) == nsd_objects()[one.path][3000:], (
+            "the server sent the rest alone"
+        )
     transfer([one], tmp_path)
     assert asked == [3000] and one.local.read_bytes() == nsd_objects()[one.path]
     one.local.unlink()
@@ -440,19 +663,34 @@ def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
 
 
 def test_a_bucket_that_is_not_there(s3, tmp_path):
-    other = Bundle("another bucket", "bucket", "no-such-bucket", "data/x", lambda subj: [Want("a file", "a", "a/b")], "")
-    with pytest.raises(PerceptError, match=r"There is no bucket no-such-bucket on the server \(404\)"):
+    other = Bundle(
+        "another bucket",
+        "bucket",
+        "no-such-bucket",
+        "data/x",
+        lambda subj: [Want("a file", "a", "a/b")],
+        "",
+    )
+    with pytest.raises(
+        PerceptError, match=r"There is no bucket no-such-bucket on the server \(404\)"
+    ):
         listing(other, tmp_path, mirror=s3)
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# ----------------------------------------------------------------------------------------- recipes
 def world():
-    laion = {f"vit-l-14/aesthetic/{name}": b"p" for name in ("best.pth", "prior_config.json")} | {"vit-l-14/laion2b/ema855M.pth": b"q"}
+    laion = {f"vit-l-14/aesthetic/{name}": b"p" for name in ("best.pth", "prior_config.json")} | {
+        "vit-l-14/laion2b/ema855M.pth": b"q"
+    }
     variation = ("model", "lambdalabs/sd-image-variations-diffusers")
     return {
-        NSD: shards() | shards("webdataset") | checkpoints(), MINDEYE2: {pretrained.TEACHER_FILE: content(5, 3000)}, CLIP: mini_model("clip"),
-        VD: mini_model("versatile_diffusion"), variation: mini_model("image_variation"), ("model", "nousr/conditioned-prior"): laion,
-    }  # fmt: skip
+        NSD: shards() | shards("webdataset") | checkpoints(),
+        MINDEYE2: {pretrained.TEACHER_FILE: content(5, 3000)},
+        CLIP: mini_model("clip"),
+        VD: mini_model("versatile_diffusion"),
+        variation: mini_model("image_variation"),
+        ("model", "nousr/conditioned-prior"): laion,
+    }
 
 
 def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
@@ -461,21 +699,40 @@ def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
             for one in plan(recipe, mirror=hub.url, to=str(tmp_path)):
                 download.carry_out(one)
     got = below(tmp_path)
-    wanted = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {f"data/teacher/{pretrained.TEACHER_FILE}", "data/laion_prior/best.pth"}
-    wanted |= {f"train_logs/{p.removeprefix('mindeye_models/')}" for p in checkpoints() if "replication" not in p}
-    assert wanted <= got and any(p.startswith("data/nsd_early/webdataset/train/") for p in got)
-    assert {Path(p).parts[1] for p in got if p.startswith("hub/")} == {f"models--{r[1].replace('/', '--')}" for r in (CLIP, VD)} | {
-        "models--lambdalabs--sd-image-variations-diffusers"
+    wanted = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
+        f"data/teacher/{pretrained.TEACHER_FILE}",
+        "data/laion_prior/best.pth",
     }
-    assert (tmp_path / "hub" / "models--lambdalabs--sd-image-variations-diffusers" / "refs" / "v2.0").exists()
+    wanted |= {
+        f"train_logs/{p.removeprefix('mindeye_models/')}"
+        for p in checkpoints()
+        if "replication" not in p
+    }
+    assert wanted <= got and any(p.startswith("data/nsd_early/webdataset/train/") for p in got)
+    assert {Path(p).parts[1] for p in got if p.startswith("hub/")} == {
+        f"models--{r[1].replace('/', '--')}" for r in (CLIP, VD)
+    } | {"models--lambdalabs--sd-image-variations-diffusers"}
+    assert (
+        tmp_path / "hub" / "models--lambdalabs--sd-image-variations-diffusers" / "refs" / "v2.0"
+    ).exists()
 
 
 def test_overrides_move_things_and_only_chooses(hub, tmp_path):
-    (planned,) = plan("mindeye", only="shards", mirror=hub.url, overrides={"subj": "5", "data_path": str(tmp_path / "nsd")}, to=str(tmp_path / "to"))
-    assert planned.folder == tmp_path / "nsd" and {f.path for f in planned.files} == {path for path in shards() if "subj05" in path}
+    (planned,) = plan(
+        "mindeye",
+        only="shards",
+        mirror=hub.url,
+        overrides={"subj": "5", "data_path": str(tmp_path / "nsd")},
+        to=str(tmp_path / "to"),
+    )
+    assert planned.folder == tmp_path / "nsd" and {f.path for f in planned.files} == {
+        path for path in shards() if "subj05" in path
+    }
     with pytest.raises(PerceptError, match="There is no parameter 'subject' .*did you mean 'subj'"):
         plan("mindeye", mirror=hub.url, overrides={"subject": "5"})
-    with pytest.raises(PerceptError, match="--only does not know 'shard': choose among shards, checkpoints"):
+    with pytest.raises(
+        PerceptError, match="--only does not know 'shard': choose among shards, checkpoints"
+    ):
         plan("mindeye", only="shard", mirror=hub.url)
     with pytest.raises(PerceptError, match="revision belongs to one repository"):
         plan("mindeye", mirror=hub.url, overrides={"revision": "main"})
@@ -484,43 +741,85 @@ def test_overrides_move_things_and_only_chooses(hub, tmp_path):
 def test_a_subject_without_released_networks(tmp_path):
     with hub_server(world()) as hub:
         planned = plan("mindeye", mirror=hub.url, overrides={"subj": 5}, to=str(tmp_path))
-        assert {one.name for one in planned if not one.files} == {"checkpoints"} and "(none for this subject)" in describe(planned)
+        assert {one.name for one in planned if not one.files} == {
+            "checkpoints"
+        } and "(none for this subject)" in describe(planned)
         with pytest.raises(PerceptError, match="has no released checkpoints of subject 5"):
             plan("mindeye", only="checkpoints", mirror=hub.url, overrides={"subj": 5})
 
 
 def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
-    """The mini world as NSD's tree in a bucket: fetched without credentials, read, and the betas are those that were measured."""
+    """The mini world as NSD's tree in a bucket: fetched without credentials, read, and the betas
+    are those that were measured.
+    """
     mini = miniworld.simulate(1, 20, 4, 6, trials_per_session=45)
     betas, trials = np.round(mini.scan.betas * 300) / np.float32(300), mini.scan.trials
     order = {image: row for row, image in enumerate(mini.image_ids.tolist())}
     trials = trials.assign(image=trials["image"].map(order))
-    nsd.write(tmp_path / "bucket", 1, betas, trials, mini.images, np.arange(len(mini.images)), voxels=mini.scan.voxels)
-    files = {str(path.relative_to(tmp_path / "bucket")): path.read_bytes() for path in (tmp_path / "bucket").rglob("*") if path.is_file()}
+    nsd.write(
+        tmp_path / "bucket",
+        1,
+        betas,
+        trials,
+        mini.images,
+        np.arange(len(mini.images)),
+        voxels=mini.scan.voxels,
+    )
+    files = {
+        str(path.relative_to(tmp_path / "bucket")): path.read_bytes()
+        for path in (tmp_path / "bucket").rglob("*")
+        if path.is_file()
+    }
     with s3_server(BUCKET, files) as url:
         fetch("nsd", tmp_path / "nsd", mirror=url)
-    nsd.read(tmp_path / "nsd", tmp_path / "prepared", 1, image_size=0, attributes={"protocol": "mini-6"})
+    nsd.read(
+        tmp_path / "nsd", tmp_path / "prepared", 1, image_size=0, attributes={"protocol": "mini-6"}
+    )
     subject = open_subject(tmp_path / "prepared", 1)
     np.testing.assert_allclose(subject.betas, betas, atol=1e-6)
     np.testing.assert_array_equal(subject.trials["image"], trials["image"])
-    np.testing.assert_array_equal(subject.image_ids("test"), np.unique(trials.loc[trials["split"] == "test", "image"]))
-    np.testing.assert_array_equal(subject.images(subject.image_ids("test")), mini.images[subject.image_ids("test")])
+    np.testing.assert_array_equal(
+        subject.image_ids("test"), np.unique(trials.loc[trials["split"] == "test", "image"])
+    )
+    np.testing.assert_array_equal(
+        subject.images(subject.image_ids("test")), mini.images[subject.image_ids("test")]
+    )
 
 
 def test_basic_ae_takes_raw_nsd(s3, tmp_path):
-    (one,) = plan("basic_ae", only="nsd", mirror=s3, to=str(tmp_path), overrides={"num_sessions": 1})
-    assert {Path(f.path).name for f in one.files} >= {"prf-visualrois.nii.gz", "betas_session01.nii.gz"} and one.folder == tmp_path / "data" / "nsd_raw"
+    (one,) = plan(
+        "basic_ae", only="nsd", mirror=s3, to=str(tmp_path), overrides={"num_sessions": 1}
+    )
+    assert {Path(f.path).name for f in one.files} >= {
+        "prf-visualrois.nii.gz",
+        "betas_session01.nii.gz",
+    } and one.folder == tmp_path / "data" / "nsd_raw"
 
 
 def test_roi_voting_takes_the_regions_and_their_names(tmp_path):
     localisers = [f"floc-{what}" for what in ("faces", "bodies", "places", "words")]
-    objects = nsd_objects() | {f"nsddata/ppdata/subj01/func1pt8mm/roi/{roi}.nii.gz": b"roi" for roi in localisers}
-    objects |= {f"nsddata/freesurfer/subj01/label/{roi}.mgz.ctab": b"1 OFA" for roi in [*localisers, "Kastner2015"]}
+    objects = nsd_objects() | {
+        f"nsddata/ppdata/subj01/func1pt8mm/roi/{roi}.nii.gz": b"roi" for roi in localisers
+    }
+    objects |= {
+        f"nsddata/freesurfer/subj01/label/{roi}.mgz.ctab": b"1 OFA"
+        for roi in [*localisers, "Kastner2015"]
+    }
     with s3_server(BUCKET, objects) as url:
-        (one,) = plan("roi_voting", only="nsd", mirror=url, to=str(tmp_path), overrides={"num_sessions": 1})
+        (one,) = plan(
+            "roi_voting", only="nsd", mirror=url, to=str(tmp_path), overrides={"num_sessions": 1}
+        )
         names = {Path(f.path).name for f in one.files}
-    assert {n.removesuffix(".nii.gz") for n in names if n.endswith(".nii.gz")} == {"ncsnr", "nsdgeneral", "prf-visualrois", "streams", *localisers}
-    assert {n for n in names if n.endswith(".ctab")} == {f"{roi}.mgz.ctab" for roi in localisers} and "betas_session01.hdf5" in names
+    assert {n.removesuffix(".nii.gz") for n in names if n.endswith(".nii.gz")} == {
+        "ncsnr",
+        "nsdgeneral",
+        "prf-visualrois",
+        "streams",
+        *localisers,
+    }
+    assert {n for n in names if n.endswith(".ctab")} == {
+        f"{roi}.mgz.ctab" for roi in localisers
+    } and "betas_session01.hdf5" in names
     with s3_server(BUCKET, nsd_objects()) as url, pytest.raises(PerceptError, match="floc-faces"):
         plan("roi_voting", only="nsd", mirror=url, to=str(tmp_path))
 
@@ -543,21 +842,44 @@ def test_every_bundle_and_recipe_is_described():
 
 
 def test_places_are_those_of_the_notebooks():
-    default = utils.read_parameters(utils.parameters_source(utils.NOTEBOOKS / "00_prepare_data.ipynb"))["data_path"].default
+    default = utils.read_parameters(
+        utils.parameters_source(utils.NOTEBOOKS / "00_prepare_data.ipynb")
+    )["data_path"].default
     for recipe, parts in RECIPES_NEED.items():
-        if (first := utils.RECIPES / recipe / "00_prepare_data.yaml").exists():  # what is fetched lies where the recipe reads it
-            assert BUNDLES[next(iter(parts.values()))].place == utils.read_recipe(first).get("data_path", default), recipe
+        if (
+            first := utils.RECIPES / recipe / "00_prepare_data.yaml"
+        ).exists():  # what is fetched lies where the recipe reads it
+            assert BUNDLES[next(iter(parts.values()))].place == utils.read_recipe(first).get(
+                "data_path", default
+            ), recipe
     assert LFS_FROM < 2000
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     with hub_server(world()) as hub:
-        arguments = ["mindeye", "--only", "shards,clip", "--mirror", hub.url, "--to", str(tmp_path / "to")]
+        arguments = [
+            "mindeye",
+            "--only",
+            "shards,clip",
+            "--mirror",
+            hub.url,
+            "--to",
+            str(tmp_path / "to"),
+        ]
         monkeypatch.setattr(sys, "argv", ["run.py", "download", *arguments, "--dry-run"])
         assert run.main() == 0
         said = capsys.readouterr().out
-        assert "to fetch" in said and TAR in said and "5 kB" in said and "Data Access Agreement" in said and not (tmp_path / "to").exists()
-        assert run.download(arguments) == 0 and (tmp_path / "to" / "data" / "nsd_source" / TAR).exists()
+        assert (
+            "to fetch" in said
+            and TAR in said
+            and "5 kB" in said
+            and "Data Access Agreement" in said
+            and not (tmp_path / "to").exists()
+        )
+        assert (
+            run.download(arguments) == 0
+            and (tmp_path / "to" / "data" / "nsd_source" / TAR).exists()
+        )
         capsys.readouterr()
         assert run.download(arguments) == 0
         said = capsys.readouterr().out
@@ -566,5 +888,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_a_place_that_cannot_be_is_one_sentence(hub, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PerceptError, match="The folder .*file/to could not be read or written .*Not a directory"):
+    with pytest.raises(
+        PerceptError, match="The folder .*file/to could not be read or written .*Not a directory"
+    ):
         fetch("mindeye", tmp_path / "file" / "to", mirror=hub.url)

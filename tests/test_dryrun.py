@@ -1,4 +1,6 @@
-"""What a training will need: the trace against a count by hand, the peak against a measured process, and the command line."""
+"""What a training will need: the trace against a count by hand, the peak against a measured
+process, and the command line.
+"""
 
 import json
 import os
@@ -16,11 +18,32 @@ from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
 HIGH = {
-    "dataset": "absent", "subj": 1, "weights": "hub", "decoder": "network", "hidden": True, "clip_variant": "ViT-L/14", "use_image_aug": False, "cached_views": 0,
-    "batch_size": 4, "num_epochs": 240, "ckpt_interval": 5, "h": 4096, "n_blocks": 4, "use_projector": True, "projector_dim": 2048, "prior_depth": 0,
-    "prior_heads": 12, "prior_dim_head": 64, "timesteps": 0, "max_text_len": 256, "prior": True, "v2c": True, "mse_mult": 0.0, "precision": "no",
+    "dataset": "absent",
+    "subj": 1,
+    "weights": "hub",
+    "decoder": "network",
+    "hidden": True,
+    "clip_variant": "ViT-L/14",
+    "use_image_aug": False,
+    "cached_views": 0,
+    "batch_size": 4,
+    "num_epochs": 240,
+    "ckpt_interval": 5,
+    "h": 4096,
+    "n_blocks": 4,
+    "use_projector": True,
+    "projector_dim": 2048,
+    "prior_depth": 0,
+    "prior_heads": 12,
+    "prior_dim_head": 64,
+    "timesteps": 0,
+    "max_text_len": 256,
+    "prior": True,
+    "v2c": True,
+    "mse_mult": 0.0,
+    "precision": "no",
     "step_in_backward": False,
-}  # fmt: skip
+}
 
 
 def test_the_trace_is_what_autograd_keeps():
@@ -29,16 +52,22 @@ def test_the_trace_is_what_autograd_keeps():
     def build():
         return nn.Sequential(nn.Linear(11, 5, bias=False), nn.GELU(), nn.Linear(5, 3, bias=False))
 
-    found = dryrun.training_memory(build, lambda model: model(torch.zeros(batch, 11)).square().sum())
+    found = dryrun.training_memory(
+        build, lambda model: model(torch.zeros(batch, 11)).square().sum()
+    )
     assert found["weights"] == weights and found["optimizer state"] == 2 * weights
-    # kept: the input, the input of GELU, its output, and the output for the square; on the way back the gradients join while these go
+    # kept: the input, the input of GELU, its output, and the output for the square; on the way back
+    # the gradients join while these go
     kept = 4 * batch * (11 + 5 + 5 + 3)
-    assert found["activations and gradients"] == max(kept, 4 * batch * (11 + 5 + 5) + 4 * 15, 4 * batch * 11 + weights)
+    assert found["activations and gradients"] == max(
+        kept, 4 * batch * (11 + 5 + 5) + 4 * 15, 4 * batch * 11 + weights
+    )
 
 
 def test_gradients_join_while_activations_go():
     events = [("activation", 3), ("parameter", 100), ("activation", 7), ("parameter", 10)]
-    # backward: 10 held; 20 with the last weight's gradient; 7 go; the first weight's joins what is left
+    # backward: 10 held; 20 with the last weight's gradient; 7 go; the first weight's joins what is
+    # left
     assert dryrun.backward_peak(events, step_in_backward=False) == 3 + 10 + 100
     assert dryrun.backward_peak(events, step_in_backward=True) == 3 + 100
 
@@ -68,7 +97,13 @@ def measured(step_in_backward: bool) -> dict:
                 max_lr=1e-3, device="cpu", save_every=1e9, checkpoints=False, step_in_backward={step_in_backward})
         print(json.dumps({{"predicted": predicted, "measured": dryrun.peak_memory() - base}}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -83,72 +118,173 @@ def test_prediction_is_within_15_percent_of_a_measured_training(step_in_backward
 def test_the_full_model_is_what_is_published():
     made = dryrun.plan("01_train_high_level", HIGH)
     assert sum(made.parameters.values()) == 1_003_635_088
-    assert made.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and made.memory["optimizer state"] == pytest.approx(8.03e9, rel=0.01)
+    assert made.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and made.memory[
+        "optimizer state"
+    ] == pytest.approx(8.03e9, rel=0.01)
     early = dryrun.plan("01_train_high_level", HIGH | {"step_in_backward": True})
-    assert early.memory["activations and gradients"] < 0.85 * made.memory["activations and gradients"] > 0.85 * 4.01e9
+    assert (
+        early.memory["activations and gradients"]
+        < 0.85 * made.memory["activations and gradients"]
+        > 0.85 * 4.01e9
+    )
     assert made.disk["cached targets"] == pytest.approx(257 * 768 * 2 * 9841)
 
 
 def test_networks_are_as_wide_as_the_components():
     full, few = (dryrun.plan("01_train_high_level", HIGH | {"n_components": k}) for k in (0, 30))
     assert full.parameters["voxel2clip"] - few.parameters["voxel2clip"] == (15724 - 30) * 4096
-    assert full.parameters["net"] == few.parameters["net"] and not full.memory["finding components, beyond that"]
-    small = HIGH | {"h": 64, "n_blocks": 1, "projector_dim": 64, "prior": False, "clip_variant": "ViT-B/32", "hidden": False, "batch_size": 2, "n_components": 30}
+    assert (
+        full.parameters["net"] == few.parameters["net"]
+        and not full.memory["finding components, beyond that"]
+    )
+    small = HIGH | {
+        "h": 64,
+        "n_blocks": 1,
+        "projector_dim": 64,
+        "prior": False,
+        "clip_variant": "ViT-B/32",
+        "hidden": False,
+        "batch_size": 2,
+        "n_components": 30,
+    }
     made = dryrun.plan("01_train_high_level", small).memory
-    trials = 27750 * 8559 // 9841  # the voxels of the training trials in single precision are more than that network needs
-    others = sum(made[name] for name in ("weights", "optimizer state", "activations and gradients", "frozen CLIP"))
-    assert made["finding components, beyond that"] == pytest.approx(4 * trials * (15724 + 60) - others, rel=1e-6)
+    trials = (
+        27750 * 8559 // 9841
+    )  # the voxels of the training trials in single precision are more than that network needs
+    others = sum(
+        made[name]
+        for name in ("weights", "optimizer state", "activations and gradients", "frozen CLIP")
+    )
+    assert made["finding components, beyond that"] == pytest.approx(
+        4 * trials * (15724 + 60) - others, rel=1e-6
+    )
 
 
 def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(dryrun.psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9}))
+    monkeypatch.setattr(
+        dryrun.psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9})
+    )
     monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
     warnings = dryrun.plan("01_train_high_level", HIGH).warnings
-    assert len(warnings) == 4 and "no GPU here" in warnings[0] and "clip-vit-large-patch14 is not in the hub's cache" in warnings[1]
-    assert "besides libraries and mapped files, and 4.0 GB are free" in warnings[2] and "set PERCEPT_HOME" in warnings[3]
+    assert (
+        len(warnings) == 4
+        and "no GPU here" in warnings[0]
+        and "clip-vit-large-patch14 is not in the hub's cache" in warnings[1]
+    )
+    assert (
+        "besides libraries and mapped files, and 4.0 GB are free" in warnings[2]
+        and "set PERCEPT_HOME" in warnings[3]
+    )
     source = {"dataset": "absent", "subj": 1, "source": "mindeye", "data_path": "data/nowhere"}
     assert "There is nothing at data/nowhere" in dryrun.plan("00_prepare_data", source).warnings[0]
-    assert "'clip' is not at nowhere" in dryrun.plan("01_train_high_level", HIGH | {"weights": "nowhere"}).warnings[0]
+    assert (
+        "'clip' is not at nowhere"
+        in dryrun.plan("01_train_high_level", HIGH | {"weights": "nowhere"}).warnings[0]
+    )
     with pytest.raises(PerceptError, match="no subject 9 in NSD: choose one of 1 to 8"):
         dryrun.plan("01_train_high_level", HIGH | {"subj": 9})
 
 
 def test_the_mini_world_is_known_before_it_is_drawn():
-    made = dryrun.plan("01_train_high_level", HIGH | {"dataset": "mini", "weights": "mini", "h": 1024, "n_blocks": 2, "projector_dim": 256})
+    made = dryrun.plan(
+        "01_train_high_level",
+        HIGH
+        | {
+            "dataset": "mini",
+            "weights": "mini",
+            "h": 1024,
+            "n_blocks": 2,
+            "projector_dim": 256,
+        },
+    )
     assert made.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
     assert made.parameters["voxel2clip"] < 10e6
-    disk = dryrun.plan("00_prepare_data", {"dataset": "mini", "subj": 1, "source": "mini", "data_path": ""}).disk
+    disk = dryrun.plan(
+        "00_prepare_data", {"dataset": "mini", "subj": 1, "source": "mini", "data_path": ""}
+    ).disk
     assert disk == {"betas": 4 * 16800 * 1572, "images": 5600 * 32 * 32 * 3}
 
 
 def test_pictures_take_the_disk_that_is_told(tmp_path):
-    told = {"dataset": "mini", "subj": 1, "weights": "mini", "decoder": "both", "first_images": 0, "img2img_strength": 0.85}
+    told = {
+        "dataset": "mini",
+        "subj": 1,
+        "weights": "mini",
+        "decoder": "both",
+        "first_images": 0,
+        "img2img_strength": 0.85,
+    }
     told |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
     disk = dryrun.plan("03_reconstruct", told).disk
-    assert disk["pictures"] == 300 * 3 * 32 * 32 * 2 * 9  # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image, nearest
-    assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(dryrun.plan("03_reconstruct", told))
-    assert dryrun.plan("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"] == disk["pictures"] * 7 / 9
-    more = dryrun.plan("03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}).disk
+    assert (
+        disk["pictures"] == 300 * 3 * 32 * 32 * 2 * 9
+        # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image,
+        # nearest
+    )
+    assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(
+        dryrun.plan("03_reconstruct", told)
+    )
+    assert (
+        dryrun.plan("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"]
+        == disk["pictures"] * 7 / 9
+    )
+    more = dryrun.plan(
+        "03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}
+    ).disk
     assert more["pictures"] == disk["pictures"] * (9 + 1 + 2 + 4) / 9
-    for recipe, tokens in (("mindeye/mini", 17), ("combined", 1), ("mindeye_retrieval/mini", 1)):  # the recipe's training says how many
-        assert dryrun.plan("03_reconstruct", told | {"recipe": recipe}).disk["tokens"] == disk["tokens"] * tokens / 17
-    full = dryrun.plan("03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}).disk
+    for recipe, tokens in (
+        ("mindeye/mini", 17),
+        ("combined", 1),
+        ("mindeye_retrieval/mini", 1),
+    ):  # the recipe's training says how many
+        assert (
+            dryrun.plan("03_reconstruct", told | {"recipe": recipe}).disk["tokens"]
+            == disk["tokens"] * tokens / 17
+        )
+    full = dryrun.plan(
+        "03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}
+    ).disk
     assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
 
 
 def test_the_command_line_tells_and_writes_nothing(tmp_path):
     environment = os.environ | {"PERCEPT_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "run.py", "mindeye", "--dry-run", "-p", "subj", "5", "-p", "batch_size", "4"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "run.py",
+        "mindeye",
+        "--dry-run",
+        "-p",
+        "subj",
+        "5",
+        "-p",
+        "batch_size",
+        "4",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert f"{936_582_144 + 56_055_184:,} parameters" in done.stdout and "02_train_autoencoder will train" in done.stdout
+    assert (
+        f"{936_582_144 + 56_055_184:,} parameters" in done.stdout
+        and "02_train_autoencoder will train" in done.stdout
+    )
     assert not (tmp_path / "home").exists()
 
 
-@pytest.mark.parametrize(("recipe", "parameters"), [("mindeye2_small", 119_953_240), ("mindeye2", 2_227_294_844), ("mindeye2_pretrain", 2_575_262_332)])
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("mindeye2_small", 119_953_240),
+        ("mindeye2", 2_227_294_844),
+        ("mindeye2_pretrain", 2_575_262_332),
+    ],
+)
 def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
-    known = utils.read_parameters(utils.parameters_source(utils.NOTEBOOKS / "01_train_mindeye2.ipynb"), "01_train_mindeye2")
+    known = utils.read_parameters(
+        utils.parameters_source(utils.NOTEBOOKS / "01_train_mindeye2.ipynb"), "01_train_mindeye2"
+    )
     values = {name: p.default for name, p in known.items()}
     for file in utils.recipe_files(recipe, "01_train_mindeye2"):
         values |= utils.read_recipe(file)
@@ -156,5 +292,10 @@ def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
     assert sum(made.parameters.values()) == parameters
     assert made.memory["weights"] == pytest.approx(4 * parameters, rel=1e-3)
     if recipe == "mindeye2_small":
-        everything = dryrun.plan("01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0})
-        assert made.memory["ridge baseline, beyond that"] < everything.memory["ridge baseline, beyond that"]
+        everything = dryrun.plan(
+            "01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0}
+        )
+        assert (
+            made.memory["ridge baseline, beyond that"]
+            < everything.memory["ridge baseline, beyond that"]
+        )

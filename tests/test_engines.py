@@ -1,4 +1,6 @@
-"""Qdrant as the index: the engine itself in this process, and the client of a server in its local mode, against numpy."""
+"""Qdrant as the index: the engine itself in this process, and the client of a server in its local
+mode, against numpy.
+"""
 
 import json
 import shutil
@@ -16,8 +18,12 @@ from src import engines
 from src.engines import QdrantIndex, parts_of
 from src.utils import PerceptError
 
-edge = pytest.importorskip("qdrant_edge", reason="qdrant-edge-py is not installed (the extra `engines`)")
-qdrant_client = pytest.importorskip("qdrant_client", reason="qdrant-client is not installed (the extra `engines`)")
+edge = pytest.importorskip(
+    "qdrant_edge", reason="qdrant-edge-py is not installed (the extra `engines`)"
+)
+qdrant_client = pytest.importorskip(
+    "qdrant_client", reason="qdrant-client is not installed (the extra `engines`)"
+)
 ROWS, DIM = 600, 32
 
 
@@ -28,11 +34,19 @@ def unit(x):
 def embeddings(rows=ROWS, dim=DIM, seed=0):
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((20, dim))
-    return unit(centres[rng.integers(0, 20, rows)] + 0.7 * rng.standard_normal((rows, dim))).astype(np.float16)
+    return unit(centres[rng.integers(0, 20, rows)] + 0.7 * rng.standard_normal((rows, dim))).astype(
+        np.float16
+    )
 
 
 def table(rows=ROWS, first=0):
-    return pd.DataFrame({"image_path": [f"{first + i}.jpg" for i in range(rows)], "width": np.arange(rows), "similarity": np.linspace(0, 1, rows) / 3})
+    return pd.DataFrame(
+        {
+            "image_path": [f"{first + i}.jpg" for i in range(rows)],
+            "width": np.arange(rows),
+            "similarity": np.linspace(0, 1, rows) / 3,
+        }
+    )
 
 
 def parts(x, size=150):
@@ -51,32 +65,48 @@ pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
 
 
 class Server(BaseHTTPRequestHandler):
-    """Qdrant's REST interface in front of a client in local mode, so that requests and answers travel as they do to a server."""
+    """Qdrant's REST interface in front of a client in local mode, so that requests and answers
+    travel as they do to a server.
+    """
 
     def answer(self):
         local, m = self.server.local, qdrant_client.models
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         assert len(raw) < 32e6, "a server takes no more"
-        body, name = json.loads(raw or "{}"), self.path.split("/")[2] if self.path.startswith("/collections/") else ""
+        body, name = (
+            json.loads(raw or "{}"),
+            self.path.split("/")[2] if self.path.startswith("/collections/") else "",
+        )
         match self.command, urlsplit(self.path).path.removeprefix(f"/collections/{name}"):
             case "GET", "/":
-                return self.reply({"title": "qdrant", "version": version("qdrant-client")}, bare=True)
+                return self.reply(
+                    {"title": "qdrant", "version": version("qdrant-client")}, bare=True
+                )
             case "GET", "/exists":
                 result = {"exists": local.collection_exists(name)}
             case "GET", "":
                 result = local.get_collection(name)
             case "PUT", "":
-                self.server.made = m.CreateCollection(**body)  # which refuses what the interface does not know
+                self.server.made = m.CreateCollection(
+                    **body
+                )  # which refuses what the interface does not know
                 result = local.create_collection(name, vectors_config=self.server.made.vectors)
             case "PUT", "/points":
                 assert "wait=true" in self.path
                 result = local.upsert(name, m.Batch(**body["batch"]))
             case "POST", "/points":
-                result = local.retrieve(name, body["ids"], with_payload=body["with_payload"], with_vectors=body["with_vector"])
+                result = local.retrieve(
+                    name,
+                    body["ids"],
+                    with_payload=body["with_payload"],
+                    with_vectors=body["with_vector"],
+                )
             case "POST", "/points/count":
                 result = local.count(name, exact=body["exact"])
             case "POST", "/points/query/batch":
-                result = local.query_batch_points(name, [m.QueryRequest(**query) for query in body["searches"]])
+                result = local.query_batch_points(
+                    name, [m.QueryRequest(**query) for query in body["searches"]]
+                )
             case _:
                 return self.send_error(404)
         self.reply(result)
@@ -85,7 +115,9 @@ class Server(BaseHTTPRequestHandler):
 
     def reply(self, result, bare=False):
         plain = lambda value: value.model_dump(mode="json")  # noqa: E731
-        content = json.dumps(result if bare else {"result": result, "status": "ok", "time": 0}, default=plain).encode()
+        content = json.dumps(
+            result if bare else {"result": result, "status": "ok", "time": 0}, default=plain
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -122,9 +154,16 @@ def test_finds_what_numpy_finds(where, queries):
     x = embeddings()
     with QdrantIndex(where) as index:
         assert index.fill(parts(x)) == len(index) == ROWS and index.dim == DIM
-        for k, exclude in ((1, None), (10, None), (10, [3, 17, -1, *range(200, 400)]), (10, np.array([], int))):
+        for k, exclude in (
+            (1, None),
+            (10, None),
+            (10, [3, 17, -1, *range(200, 400)]),
+            (10, np.array([], int)),
+        ):
             found = index.search(queries, k, exclude)
-            similarity, rows = exact(x, queries, k + 1, [e for e in ([] if exclude is None else exclude) if e >= 0])
+            similarity, rows = exact(
+                x, queries, k + 1, [e for e in ([] if exclude is None else exclude) if e >= 0]
+            )
             np.testing.assert_allclose(found.similarity, similarity[:, :k], atol=1e-3)
             # the engine's half precision may swap two rows whose cosines differ by less
             apart = np.abs(np.diff(similarity, axis=1)).min(1) > 5e-4
@@ -138,7 +177,11 @@ def test_fewer_rows_than_asked_for(where):
     with QdrantIndex(where) as index:
         index.fill(parts(x))
         found = index.search(x[:2], 7, exclude=[4])
-        assert (found.row[:, 4:] == -1).all() and np.isneginf(found.similarity[:, 4:]).all() and sorted(found.row[0, :4]) == [0, 1, 2, 3]
+        assert (
+            (found.row[:, 4:] == -1).all()
+            and np.isneginf(found.similarity[:, 4:]).all()
+            and sorted(found.row[0, :4]) == [0, 1, 2, 3]
+        )
 
 
 def test_of_equal_rows_the_lower_ones_come_first(where):
@@ -167,8 +210,12 @@ def test_an_interrupted_fill_goes_on(where, queries, monkeypatch):
     add = index._engine.add
     index._engine.add = lambda rows, *rest: (sent.extend(rows), add(rows, *rest))
     assert index.fill(iter(parts(x)), total=ROWS) == len(index) == ROWS
-    assert min(sent) == 200 and sorted(set(sent)) == list(range(200, ROWS))  # the last batch again, and no row before it
-    np.testing.assert_allclose(index.search(queries, 5).similarity, exact(x, queries, 5)[0], atol=1e-3)
+    assert min(sent) == 200 and sorted(set(sent)) == list(
+        range(200, ROWS)
+    )  # the last batch again, and no row before it
+    np.testing.assert_allclose(
+        index.search(queries, 5).similarity, exact(x, queries, 5)[0], atol=1e-3
+    )
     sent.clear()
     index.fill(parts(x))
     assert min(sent) == ROWS - 100 and len(index) == ROWS
@@ -178,7 +225,9 @@ def test_an_interrupted_fill_goes_on(where, queries, monkeypatch):
 def test_what_was_sent_survives_the_process(tmp_path):
     def copied():  # what a process that is killed here leaves behind
         yield from parts(embeddings())[:3]
-        for _ in range(20):  # the engine renames files of its log in the background, now and then under the copy
+        for _ in range(
+            20
+        ):  # the engine renames files of its log in the background, now and then under the copy
             try:
                 return shutil.copytree(tmp_path / "running", tmp_path / "killed")
             except shutil.Error:
@@ -240,8 +289,15 @@ def test_bad_queries(where, queries):
 
 
 def test_metadata_comes_back_as_it_went_in(where):
-    told = table(40).assign(url=[f"http://x/{i}" if i % 3 else None for i in range(40)], good=[i % 2 == 0 for i in range(40)], tags=[[i, "ä"] for i in range(40)])
-    told["seen"], told["score"] = pd.Timestamp("2020-01-02"), np.where(np.arange(40) % 4, 0.1 + 0.2, np.nan)
+    told = table(40).assign(
+        url=[f"http://x/{i}" if i % 3 else None for i in range(40)],
+        good=[i % 2 == 0 for i in range(40)],
+        tags=[[i, "ä"] for i in range(40)],
+    )
+    told["seen"], told["score"] = (
+        pd.Timestamp("2020-01-02"),
+        np.where(np.arange(40) % 4, 0.1 + 0.2, np.nan),
+    )
     with QdrantIndex(where) as index:
         index.fill([(embeddings(40), told)])
         rows = [39, 0, -1, 7, 0]
@@ -267,7 +323,9 @@ def test_a_folder_of_embeddings(tmp_path):
         lines.to_parquet(tmp_path / "metadata" / f"metadata_{i:04d}.parquet")
     with QdrantIndex(tmp_path / "qdrant") as index:
         assert index.fill(parts_of(tmp_path)) == 90
-        assert index.metadata([85]).image_path[0] == "85.jpg" and index.search(x[85:86], 1).row == 85
+        assert (
+            index.metadata([85]).image_path[0] == "85.jpg" and index.search(x[85:86], 1).row == 85
+        )
 
 
 @pytest.mark.parametrize("quantization", engines.QUANTIZATION)
@@ -281,9 +339,14 @@ def test_graph_and_codes_find_nearly_all(tmp_path, monkeypatch, quantization, on
         assert index._engine.shard.info().indexed_vectors_count == 3000  # a graph there is
         similarity, rows = exact(x, asked, 10)
         found = index.search(asked, 10)
-        assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.row, rows, strict=True)]) > 0.95
+        assert (
+            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.row, rows, strict=True)])
+            > 0.95
+        )
         there = np.take_along_axis(unit(asked) @ unit(x.astype(float)).T, found.row, 1)
-        np.testing.assert_allclose(found.similarity, there, atol=1e-3)  # cosines of the embeddings, not of codes
+        np.testing.assert_allclose(
+            found.similarity, there, atol=1e-3
+        )  # cosines of the embeddings, not of codes
         index.exact = True
         np.testing.assert_allclose(index.search(asked, 10).similarity, similarity, atol=1e-3)
         found = index.search(asked, 10, exclude=rows[:, 0])
@@ -306,7 +369,10 @@ def test_what_cannot_be_opened(tmp_path):
             QdrantIndex(tmp_path)
     with pytest.raises(PerceptError, match="choose one of none, scalar, product"):
         QdrantIndex(tmp_path, quantization="8 bit")
-    with QdrantIndex(tmp_path, "more", shards=4) as index, pytest.raises(PerceptError, match="address of a Qdrant server"):
+    with (
+        QdrantIndex(tmp_path, "more", shards=4) as index,
+        pytest.raises(PerceptError, match="address of a Qdrant server"),
+    ):
         index.fill([(embeddings(20), None)])
     client = qdrant_client.QdrantClient(":memory:")
     client.create_collection("dots", qdrant_client.models.VectorParams(size=4, distance="Dot"))
@@ -315,11 +381,18 @@ def test_what_cannot_be_opened(tmp_path):
 
 
 def test_what_a_server_is_told_of_a_new_index(server):
-    with QdrantIndex(f"http://127.0.0.1:{server.server_port}", quantization="product", shards=12) as index:
+    with QdrantIndex(
+        f"http://127.0.0.1:{server.server_port}", quantization="product", shards=12
+    ) as index:
         index.fill([(embeddings(20), None)])
     told = server.made.model_dump(mode="json", exclude_none=True)
     assert told["shard_number"] == 12 and told["on_disk_payload"] and told["hnsw_config"]["on_disk"]
-    assert told["vectors"] == {"size": 32, "distance": "Cosine", "on_disk": True, "datatype": "float16"}
+    assert told["vectors"] == {
+        "size": 32,
+        "distance": "Cosine",
+        "on_disk": True,
+        "datatype": "float16",
+    }
     assert told["quantization_config"] == {"product": {"compression": "x32", "always_ram": True}}
 
 
@@ -329,7 +402,9 @@ def test_a_server_that_is_not_there():
         QdrantIndex("http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize(("package", "where"), [("qdrant_edge", "folder"), ("qdrant_client", "http://127.0.0.1:9")])
+@pytest.mark.parametrize(
+    ("package", "where"), [("qdrant_edge", "folder"), ("qdrant_client", "http://127.0.0.1:9")]
+)
 def test_a_missing_package_is_one_sentence(monkeypatch, package, where):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(PerceptError, match=f"pip install {package.replace('_', '-')}"):

@@ -23,14 +23,27 @@ def record(name="pixcorr", better="higher", **change):
         "own_control": {"value": 0.2, "low": 0.1, "high": 0.3},
     }
     ceiling = {"value": 0.9, "low": 0.85, "high": 0.95}
-    return {"name": name, "better": better, "n": 6, **score, "floors": floors, "ceiling": ceiling, **change}
+    return {
+        "name": name,
+        "better": better,
+        "n": 6,
+        **score,
+        "floors": floors,
+        "ceiling": ceiling,
+        **change,
+    }
 
 
 def history():
     epochs = np.arange(5)
     validation = [3, np.nan, 1, np.nan, 2]
     return pd.DataFrame(
-        {"epoch": epochs, "train/loss": 4.0 - epochs, "val/loss": validation, "train/lr": epochs / 10}
+        {
+            "epoch": epochs,
+            "train/loss": 4.0 - epochs,
+            "val/loss": validation,
+            "train/lr": epochs / 10,
+        }
     )
 
 
@@ -54,28 +67,54 @@ RUNS = ["a_run", "a_run-with-a-long-name-cluster-held-out", *(f"run{i}" for i in
 
 def run_table():
     def line(run, row, metric, value):
-        return {"run": run, "row": row, "metric": metric, "value": value, "low": value - 0.05, "high": value + 0.05, "better": "lower" if metric == "mse" else "higher"}
+        return {
+            "run": run,
+            "row": row,
+            "metric": metric,
+            "value": value,
+            "low": value - 0.05,
+            "high": value + 0.05,
+            "better": "lower" if metric == "mse" else "higher",
+        }
 
     rows = {"system": 0.5, "ridge": 0.4, "mean_image": 0.1, "ceiling": 0.9}
-    return pd.DataFrame([line(run, row, metric, value + i / 100) for i, run in enumerate(RUNS) for row, value in rows.items() for metric in ("pixcorr", "mse")])
+    return pd.DataFrame(
+        [
+            line(run, row, metric, value + i / 100)
+            for i, run in enumerate(RUNS)
+            for row, value in rows.items()
+            for metric in ("pixcorr", "mse")
+        ]
+    )
 
 
 def bottleneck_table():
     table = run_table()
     table = table[table["run"].isin(RUNS[:3]) & (table["row"] != "ridge")]
     table = table.assign(n_components=table["run"].map({RUNS[0]: 3, RUNS[1]: 30, RUNS[2]: 0}))
-    return pd.concat([table.assign(curve="mindeye/mini, network"), table[table["row"] == "system"].assign(curve="mindeye/mini, ridge")])
+    return pd.concat(
+        [
+            table.assign(curve="mindeye/mini, network"),
+            table[table["row"] == "system"].assign(curve="mindeye/mini, ridge"),
+        ]
+    )
 
 
 def effect_table():
     changes = {"held-out clusters": (-0.3, 5), "kept clusters": (-0.1, 20), "effect": (-0.2, 25)}
-    lines = [(m, kind, v, v - 0.05, v + 0.05, n) for m in ("pixcorr", "mini:judge:kind") for kind, (v, n) in changes.items()]
+    lines = [
+        (m, kind, v, v - 0.05, v + 0.05, n)
+        for m in ("pixcorr", "mini:judge:kind")
+        for kind, (v, n) in changes.items()
+    ]
     return pd.DataFrame(lines, columns=["metric", "images", "value", "low", "high", "n"])
 
 
 DRAWN = {
     "compare_dots": lambda: figures.compare_dots(run_table(), baseline="a_run"),
-    "curves_over": lambda: figures.curves_over(bottleneck_table(), "n_components", "components of the voxels"),
+    "curves_over": lambda: figures.curves_over(
+        bottleneck_table(), "n_components", "components of the voxels"
+    ),
     "held_out_effect": lambda: figures.held_out_effect(effect_table(), "a run against another"),
     "contact_sheet": lambda: figures.contact_sheet(
         {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
@@ -104,7 +143,10 @@ def test_figure_is_closed_and_saved_whole(name, tmp_path):
 def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
     images = pictures(side=112)
     fig = figures.contact_sheet(
-        {"seen": images, "low level": pictures(side=8)}, n=3, blocks=1, labels=["a", "b", "c", "d", "e", "f"]
+        {"seen": images, "low level": pictures(side=8)},
+        n=3,
+        blocks=1,
+        labels=["a", "b", "c", "d", "e", "f"],
     )
     canvas = fig.axes[0].images[0].get_array()
     first = (images[0] * 255).round().byte().permute(1, 2, 0).numpy()
@@ -130,17 +172,25 @@ def test_enlargement_by_nearest_keeps_whole_pixels():
 
 def test_hits_and_misses_are_the_first_of_each_in_order_with_the_right_image_framed():
     found = np.array([[2, 0, 1], [1, 0, 2], [0, 2, 1], [3, 1, 2], [4, 1, 2]])
-    fig = figures.hits_and_misses(pictures(5), pictures(5), found, np.arange(5), np.array([2, 1, 2, 1, 1]), n=2, k=2)
+    fig = figures.hits_and_misses(
+        pictures(5), pictures(5), found, np.arange(5), np.array([2, 1, 2, 1, 1]), n=2, k=2
+    )
     shown = texts(fig)
     assert shown.count("✓") == 4  # both hits, both misses that have it second
     rows = [t for t in shown if t.isdigit()]
-    assert rows == ["2", "4", "1", "3"] and "Image from brain: 3 hits and 2 misses among 5 test images" in shown
+    assert (
+        rows == ["2", "4", "1", "3"]
+        and "Image from brain: 3 hits and 2 misses among 5 test images" in shown
+    )
     assert shown.count("rank 2\nof 5") == 2 and shown.count("rank 1\nof 5") == 2
 
 
 def test_hits_and_misses_say_when_there_are_none_and_refuse_what_does_not_pair():
     found, right = np.tile(np.arange(3), (3, 1)), np.arange(3)
-    assert any(t.endswith("there are none") for t in texts(figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3))))
+    assert any(
+        t.endswith("there are none")
+        for t in texts(figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3)))
+    )
     with pytest.raises(PerceptError, match="must pair up"):
         figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(2))
 
@@ -154,7 +204,11 @@ def test_training_curves_mark_the_best_validation_epoch_and_skip_gaps():
 
 def test_scores_point_right_when_they_are_better():
     fig = figures.score_dots(
-        [record(), record("mse", "lower"), record("top1", ceiling={"not_applicable": "no generator"})]
+        [
+            record(),
+            record("mse", "lower"),
+            record("top1", ceiling={"not_applicable": "no generator"}),
+        ]
     )
     limits = [ax.get_xlim() for ax in fig.axes]
     assert limits[0][0] < limits[0][1] and limits[1][0] > limits[1][1]
@@ -172,9 +226,18 @@ def test_long_names_of_scores_stay_inside_the_figure():
 def test_comparison_names_every_run_and_points_right_when_it_is_better():
     fig = figures.compare_dots(run_table(), baseline="a_run")
     shown = texts(fig)
-    assert {*RUNS, "floors and ceiling", "mean image", "ceiling", "interval of the baseline"} <= set(shown) and "ridge" not in shown
+    assert {
+        *RUNS,
+        "floors and ceiling",
+        "mean image",
+        "ceiling",
+        "interval of the baseline",
+    } <= set(shown) and "ridge" not in shown
     limits = {ax.get_title("left"): ax.get_xlim() for ax in fig.axes}
-    assert limits["pixcorr"][0] < limits["pixcorr"][1] and limits["mse (lower is better)"][0] > limits["mse (lower is better)"][1]
+    assert (
+        limits["pixcorr"][0] < limits["pixcorr"][1]
+        and limits["mse (lower is better)"][0] > limits["mse (lower is better)"][1]
+    )
     dots = [line.get_xdata()[0] for line in fig.axes[0].get_lines() if line.get_marker() == "o"]
     assert dots == pytest.approx([0.5 + i / 100 for i in range(10)])
     FigureCanvasAgg(fig).draw()
@@ -184,14 +247,24 @@ def test_comparison_names_every_run_and_points_right_when_it_is_better():
 def test_bottleneck_curve_ends_with_all_voxels():
     fig = figures.curves_over(bottleneck_table(), "n_components", "components of the voxels")
     assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["3", "30", "all"]
-    assert {"mindeye/mini, network, 95 % interval", "mindeye/mini, ridge, 95 % interval", "mean image", "ceiling"} <= set(texts(fig))
+    assert {
+        "mindeye/mini, network, 95 % interval",
+        "mindeye/mini, ridge, 95 % interval",
+        "mean image",
+        "ceiling",
+    } <= set(texts(fig))
     assert fig.axes[1].yaxis_inverted() and not fig.axes[0].yaxis_inverted()
 
 
 def test_held_out_effect_writes_what_is_lost_beyond_the_others():
     shown = texts(figures.held_out_effect(effect_table(), "a run against another"))
     assert shown.count("-0.200  [-0.250, -0.150]") == 2
-    assert {"a run against another", "5 images of held-out clusters", "20 images of the others", "mini:judge:kind"} <= set(shown)
+    assert {
+        "a run against another",
+        "5 images of held-out clusters",
+        "20 images of the others",
+        "mini:judge:kind",
+    } <= set(shown)
 
 
 def test_umap_shows_brains_filled_and_images_open():
@@ -224,7 +297,12 @@ def test_roi_figure_counts_voxels():
         (lambda: figures.training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
         (lambda: figures.score_dots([]), "no scores"),
         (lambda: figures.compare_dots(run_table(), row="typo"), "no scores of 'typo'"),
-        (lambda: figures.curves_over(bottleneck_table().query("row == 'typo'"), "n_components", "components"), "no scores by number of components"),
+        (
+            lambda: figures.curves_over(
+                bottleneck_table().query("row == 'typo'"), "n_components", "components"
+            ),
+            "no scores by number of components",
+        ),
         (lambda: figures.held_out_effect(effect_table()[:0]), "no changes"),
         (lambda: figures.umap_scatter(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
         (lambda: figures.roi_figure(pd.DataFrame({"V1": [True]})), "noise_ceiling"),

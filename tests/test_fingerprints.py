@@ -17,9 +17,14 @@ from src.pipeline.fingerprints import (
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
     "src/__init__.py": "",
-    "src/models.py": '"""Names."""\nfrom src.networks.encoder import Encoder\nfrom src.networks.decoder import Decoder\n',
+    "src/models.py": (
+        '"""Names."""\nfrom src.networks.encoder import Encoder\nfrom src.networks.decoder import'
+        " Decoder\n"
+    ),
     "src/networks/__init__.py": "",
-    "src/networks/encoder.py": "import numpy as np\nfrom .layers import width\n\nclass Encoder:\n    size = width()\n",
+    "src/networks/encoder.py": (
+        "import numpy as np\nfrom .layers import width\n\nclass Encoder:\n    size = width()\n"
+    ),
     "src/networks/decoder.py": "import scipy\n\nclass Decoder:\n    pass\n",
     "src/networks/layers.py": "def width():\n    from src import shapes\n    return shapes.WIDTH\n",
     "src/shapes.py": "WIDTH = 4\n",
@@ -42,7 +47,11 @@ def house(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    write_notebook(tmp_path / "stage.ipynb", "%matplotlib inline\nfrom src.models import Encoder", "Encoder().size")
+    write_notebook(
+        tmp_path / "stage.ipynb",
+        "%matplotlib inline\nfrom src.models import Encoder",
+        "Encoder().size",
+    )
     return tmp_path
 
 
@@ -82,7 +91,11 @@ def test_what_changes_no_result_keeps_the_stage_finished(house, name, old, new):
         ("src/networks/encoder.py", "size = width()", "size = 2 * width()"),
         ("src/networks/layers.py", "shapes.WIDTH", "shapes.WIDTH + 1"),
         ("src/shapes.py", "WIDTH = 4", "WIDTH = 5"),
-        ("src/models.py", "src.networks.encoder import Encoder", "src.networks.decoder import Decoder as Encoder"),
+        (
+            "src/models.py",
+            "src.networks.encoder import Encoder",
+            "src.networks.decoder import Decoder as Encoder",
+        ),
         ("stage.ipynb", "Encoder().size", "Encoder().size + 1"),
     ],
 )
@@ -116,11 +129,15 @@ def test_a_library_that_is_not_installed_is_absent(monkeypatch):
 
 
 def test_docstrings_are_not_code_but_other_texts_are():
-    assert normalise_code('def f():\n    """A."""\n    return 1') == normalise_code("def f():\n    return 1")
+    assert normalise_code('def f():\n    """A."""\n    return 1') == normalise_code(
+        "def f():\n    return 1"
+    )
     assert normalise_code("x = 'a'") != normalise_code("x = 'b'")
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_real_notebooks_depend_on_their_own_code(notebook):
     import ast
 

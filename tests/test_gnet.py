@@ -1,4 +1,6 @@
-"""GNet and brain correlation: released keys and shapes, formulas written down a second time, files, and what the mini world's encoder is worth."""
+"""GNet and brain correlation: released keys and shapes, formulas written down a second time, files,
+and what the mini world's encoder is worth.
+"""
 
 import collections
 import json
@@ -26,23 +28,49 @@ from src.gnet import (
 from src.utils import PerceptError
 from tools import train_mini_models as tool
 
-TINY = {"input_size": 47, "stem": 4, "width": 6, "dim": 5, "trunk_width": 3, "pass_through": 2, "drop": 0.5}
+TINY = {
+    "input_size": 47,
+    "stem": 4,
+    "width": 6,
+    "dim": 5,
+    "trunk_width": 3,
+    "pass_through": 2,
+    "drop": 0.5,
+}
 NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}
 
 
 def published_shapes(voxels):
     """Of the layers as their authors describe them: convolution (out, in, side), norm (channels)."""
     convolutions = {
-        "pre.conv1.0": (64, 3, 11), "pre.conv2.0": (192, 64, 5), "enc.conv3": (128, 192, 3), "enc.conv4a.conv1": (256, 128, 3), "enc.conv4b.conv1": (256, 256, 3),
-        "enc.conv5a.conv1": (256, 256, 3), "enc.conv5b.conv1": (256, 256, 3), "enc.conv6a.conv1": (256, 256, 3), "enc.conv6b.conv1": (64, 256, 3),
-    }  # fmt: skip
-    norms = {"enc.bn1": 192, "enc.conv4a.bn1": 128, **{f"enc.conv{n}.bn1": 256 for n in ("4b", "5a", "5b", "6a", "6b")}}
+        "pre.conv1.0": (64, 3, 11),
+        "pre.conv2.0": (192, 64, 5),
+        "enc.conv3": (128, 192, 3),
+        "enc.conv4a.conv1": (256, 128, 3),
+        "enc.conv4b.conv1": (256, 256, 3),
+        "enc.conv5a.conv1": (256, 256, 3),
+        "enc.conv5b.conv1": (256, 256, 3),
+        "enc.conv6a.conv1": (256, 256, 3),
+        "enc.conv6b.conv1": (64, 256, 3),
+    }
+    norms = {
+        "enc.bn1": 192,
+        "enc.conv4a.bn1": 128,
+        **{f"enc.conv{n}.bn1": 256 for n in ("4b", "5a", "5b", "6a", "6b")},
+    }
     trunk = {"mu": (1, 3, 1, 1)}
     for name, (out, into, side) in convolutions.items():
         trunk |= {f"{name}.weight": (out, into, side, side), f"{name}.bias": (out,)}
     for name, n in norms.items():
-        trunk |= {f"{name}.{what}": (n,) for what in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()}
-    return trunk, {"rf0": (voxels, 25, 25), "rf1": (voxels, 13, 13), "w": (voxels, 512), "b": (voxels,)}
+        trunk |= {
+            f"{name}.{what}": (n,) for what in ("weight", "bias", "running_mean", "running_var")
+        } | {f"{name}.num_batches_tracked": ()}
+    return trunk, {
+        "rf0": (voxels, 25, 25),
+        "rf1": (voxels, 13, 13),
+        "w": (voxels, 512),
+        "b": (voxels,),
+    }
 
 
 def shapes(module):
@@ -61,7 +89,9 @@ def test_keys_and_shapes_are_the_released_ones(voxels):
 
 
 def randomised(module):
-    """Every number of a state dict drawn anew, norms' variances positive, so that nothing is a default that a wrong layer would share."""
+    """Every number of a state dict drawn anew, norms' variances positive, so that nothing is a
+    default that a wrong layer would share.
+    """
     generator = torch.Generator().manual_seed(3)
     for key, value in module.state_dict().items():
         if value.is_floating_point():
@@ -75,7 +105,10 @@ def trunk_by_hand(state, x, width):
     """The trunk from its state dict, without its classes."""
 
     def norm(x, name):
-        mean, variance, gain, bias = (state[f"{name}.{what}"].view(1, -1, 1, 1) for what in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, gain, bias = (
+            state[f"{name}.{what}"].view(1, -1, 1, 1)
+            for what in ("running_mean", "running_var", "weight", "bias")
+        )
         return (x - mean) / (variance + 1e-5).sqrt() * gain + bias
 
     def conv(x, name, **how):
@@ -91,13 +124,20 @@ def trunk_by_hand(state, x, width):
     c5a = block(F.max_pool2d(c4b, 3, 2, 1), "conv5a")
     c5b = block(c5a, "conv5b")
     c6a = block(c5b, "conv6a")
-    return torch.cat([c3, c4a[:, :width], c4b[:, :width]], 1), torch.cat([c5a[:, :width], c5b[:, :width], c6a[:, :width], block(c6a, "conv6b")], 1)
+    return torch.cat([c3, c4a[:, :width], c4b[:, :width]], 1), torch.cat(
+        [c5a[:, :width], c5b[:, :width], c6a[:, :width], block(c6a, "conv6b")], 1
+    )
 
 
 def readout_by_hand(state, maps):
-    """Voxel by voxel and image by image: softmax field, squashed features, squashed pooling, weights."""
+    """Voxel by voxel and image by image: softmax field, squashed features, squashed pooling,
+    weights.
+    """
     squash = lambda v: np.log(1 + np.abs(v)) * np.tanh(v)  # noqa: E731
-    state, maps = {k: v.double().numpy() for k, v in state.items()}, [m.double().numpy() for m in maps]
+    state, maps = (
+        {k: v.double().numpy() for k, v in state.items()},
+        [m.double().numpy() for m in maps],
+    )
     made = np.empty((len(maps[0]), len(state["b"])))
     for i, v in np.ndindex(*made.shape):
         pooled = []
@@ -134,10 +174,17 @@ def test_images_are_prepared_as_published(side):
     made = gnet_input(images, side)
     for image, one in zip(images, made, strict=True):
         cut = np.floor(image.numpy().transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
-        expected = np.array(Image.fromarray(cut, "RGB").resize((side, side), Image.Resampling.LANCZOS)).astype(np.float32) / 255
+        expected = (
+            np.array(
+                Image.fromarray(cut, "RGB").resize((side, side), Image.Resampling.LANCZOS)
+            ).astype(np.float32)
+            / 255
+        )
         np.testing.assert_array_equal(one.numpy().transpose(1, 2, 0), expected)
     stored = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
-    torch.testing.assert_close(gnet_input(stored, side), gnet_input(stored / 255, side), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gnet_input(stored, side), gnet_input(stored / 255, side), rtol=0, atol=0
+    )
 
 
 def test_prediction_goes_in_batches_and_leaves_the_network_as_it_was():
@@ -146,17 +193,24 @@ def test_prediction_goes_in_batches_and_leaves_the_network_as_it_was():
     for batch in (1, 2, 100):
         np.testing.assert_allclose(encoder.predict(images, batch), expected, rtol=1e-4, atol=1e-5)
     encoder.train()
-    np.testing.assert_allclose(encoder.predict(images.numpy()), expected, rtol=1e-4, atol=1e-5)  # without dropout
+    np.testing.assert_allclose(
+        encoder.predict(images.numpy()), expected, rtol=1e-4, atol=1e-5
+    )  # without dropout
     assert encoder.training and encoder.predict(images).dtype == np.float32
 
 
-@pytest.mark.parametrize("images", [torch.rand(3, 32, 32), torch.rand(2, 1, 32, 32), torch.rand(0, 3, 32, 32)])
+@pytest.mark.parametrize(
+    "images", [torch.rand(3, 32, 32), torch.rand(2, 1, 32, 32), torch.rand(0, 3, 32, 32)]
+)
 def test_images_of_another_shape_are_refused(images):
     with pytest.raises(PerceptError, match="GNet's images have the shape"):
         GNetEncoder(4, **TINY).predict(images)
 
 
-@pytest.mark.parametrize("images", [2 * torch.ones(1, 3, 8, 8), torch.full((1, 3, 8, 8), float("nan")), -torch.ones(1, 3, 8, 8)])
+@pytest.mark.parametrize(
+    "images",
+    [2 * torch.ones(1, 3, 8, 8), torch.full((1, 3, 8, 8), float("nan")), -torch.ones(1, 3, 8, 8)],
+)
 def test_values_out_of_range_are_refused(images):
     with pytest.raises(PerceptError, match="out of .0, 1."):
         GNetEncoder(4, **TINY).predict(images)
@@ -168,7 +222,7 @@ def test_too_small_an_input_is_refused():
         GNetTrunk(input_size=30)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------- files
 RAN = []
 
 
@@ -178,11 +232,19 @@ class Payload:
 
 
 def released(path, encoder, subjects=(1, 2)):
-    """A file in the layout of gnet_multisubject.pt, with the numpy arrays that it carries, and one thing that it does not."""
+    """A file in the layout of gnet_multisubject.pt, with the numpy arrays that it carries, and one
+    thing that it does not.
+    """
     state = lambda module: collections.OrderedDict(module.state_dict())  # noqa: E731
     best = {"enc": state(encoder.trunk), "fwrfs": {s: state(encoder.readout) for s in subjects}}
     masks = {s: np.ones(len(encoder.readout.b), bool) for s in subjects}
-    more = {"num_epochs": 50, "best_epoch": np.int64(3), "input_mean": np.zeros((1, 3, 1, 1), np.float32), "voxel_mask": masks, "evil": Payload()}
+    more = {
+        "num_epochs": 50,
+        "best_epoch": np.int64(3),
+        "input_mean": np.zeros((1, 3, 1, 1), np.float32),
+        "voxel_mask": masks,
+        "evil": Payload(),
+    }
     torch.save({"best_params": best, "final_params": best, "val_cc": masks, **more}, path)
 
 
@@ -241,7 +303,7 @@ def test_what_the_tool_exports_is_what_it_trained(tmp_path, monkeypatch):
         load_gnet(tmp_path / "out" / "gnet", 2)
 
 
-# ------------------------------------------------------------------------------------------------ brain correlation
+# ------------------------------------------------------------------------------- brain correlation
 def test_correlation_is_pearsons_across_the_voxels_of_a_region_for_each_image():
     rng = np.random.default_rng(0)
     predicted, measured = rng.normal(size=(2, 6, 40))
@@ -249,7 +311,9 @@ def test_correlation_is_pearsons_across_the_voxels_of_a_region_for_each_image():
     found = brain_correlation(torch.from_numpy(predicted), measured, masks)
     assert list(found) == ["a", "b"]
     for name, mask in masks.items():
-        expected = [pearsonr(p[mask], m[mask]).statistic for p, m in zip(predicted, measured, strict=True)]
+        expected = [
+            pearsonr(p[mask], m[mask]).statistic for p, m in zip(predicted, measured, strict=True)
+        ]
         np.testing.assert_allclose(found[name], expected, rtol=1e-10)
     predicted[2] = 1.0
     assert brain_correlation(predicted, measured, masks)["a"][2] == 0
@@ -258,10 +322,15 @@ def test_correlation_is_pearsons_across_the_voxels_of_a_region_for_each_image():
 def test_the_centred_one_takes_off_what_images_have_in_common():
     rng = np.random.default_rng(1)
     common, own = 5 * rng.normal(size=300), rng.normal(size=(40, 300))
-    predicted, measured = common + own + rng.normal(size=own.shape), common + own + rng.normal(size=own.shape)
+    predicted, measured = (
+        common + own + rng.normal(size=own.shape),
+        common + own + rng.normal(size=own.shape),
+    )
     masks, shuffled = {"all": np.ones(300, bool)}, np.roll(np.arange(40), 1)
     score = lambda order: brain_correlation(predicted[order], measured, masks)["all"].mean()  # noqa: E731
-    centred = lambda order: brain_correlation_centred(predicted[order], measured, masks, common, common)["all"].mean()  # noqa: E731
+    centred = lambda order: brain_correlation_centred(
+        predicted[order], measured, masks, common, common
+    )["all"].mean()  # noqa: E731
     assert score(np.arange(40)) > 0.9 and score(shuffled) > 0.85  # any image at all scores high
     assert 0.45 < centred(np.arange(40)) < 0.55 and abs(centred(shuffled)) < 0.05
 
@@ -282,33 +351,56 @@ def test_responses_that_do_not_fit_are_refused():
 
 def test_regions_are_found_under_the_names_of_every_reader():
     def mask(*names):
-        return roi_masks(pd.DataFrame({**{n: np.arange(8) == i for i, n in enumerate(names)}, "x": np.arange(8.0)}))
+        return roi_masks(
+            pd.DataFrame(
+                {**{n: np.arange(8) == i for i, n in enumerate(names)}, "x": np.arange(8.0)}
+            )
+        )
 
     found = mask("V1v", "V1d", "V2v", "V3d", "hV4", "FFA-1")
     assert list(found) == ["nsd_general", "V1", "V2", "V3", "V4", "higher_vis"]
     assert {n: list(np.flatnonzero(m)) for n, m in found.items()} == {
-        "nsd_general": list(range(8)), "V1": [0, 1], "V2": [2], "V3": [3], "V4": [4], "higher_vis": [5, 6, 7],
-    }  # fmt: skip
-    assert list(mask("V1", "LO")) == ["nsd_general", "V1", "higher_vis"] and list(mask("LO")) == list(mask()) == ["nsd_general"]
+        "nsd_general": list(range(8)),
+        "V1": [0, 1],
+        "V2": [2],
+        "V3": [3],
+        "V4": [4],
+        "higher_vis": [5, 6, 7],
+    }
+    assert list(mask("V1", "LO")) == ["nsd_general", "V1", "higher_vis"] and list(
+        mask("LO")
+    ) == list(mask()) == ["nsd_general"]
 
 
-# ------------------------------------------------------------------------------------------------ the mini world
+# ---------------------------------------------------------------------------------- the mini world
 @pytest.fixture(scope="module")
 def mini_world():
-    """60 test images, what subject 1's cortex says to them (a measurement of three repeats), and what the mini encoder predicts."""
+    """60 test images, what subject 1's cortex says to them (a measurement of three repeats), and
+    what the mini encoder predicts.
+    """
     everything = [miniworld.compose(77, i, "test") for i in range(60)]
     images = np.stack([miniworld.render(what, 77) for what in everything])
     cortex, rng = miniworld.VisualCortex(1), np.random.default_rng(5)
     signal, ceiling = cortex.respond(images, everything), cortex.voxels.noise_ceiling.to_numpy()
-    measured = np.sqrt(ceiling) * signal + np.sqrt((1 - ceiling) / 3) * rng.standard_normal(signal.shape)
+    measured = np.sqrt(ceiling) * signal + np.sqrt((1 - ceiling) / 3) * rng.standard_normal(
+        signal.shape
+    )
     encoder = load_gnet("mini", 1)
-    return encoder, encoder.predict(images.transpose(0, 3, 1, 2)), measured, roi_masks(cortex.voxels)
+    return (
+        encoder,
+        encoder.predict(images.transpose(0, 3, 1, 2)),
+        measured,
+        roi_masks(cortex.voxels),
+    )
 
 
 def test_seen_images_score_above_a_shuffled_pairing_in_every_region(mini_world):
     encoder, predicted, measured, masks = mini_world
     assert list(masks) == ["nsd_general", "V1", "V2", "V3", "V4", "higher_vis"]
-    seen, shuffled = brain_correlation(predicted, measured, masks), brain_correlation(np.roll(predicted, 7, 0), measured, masks)
+    seen, shuffled = (
+        brain_correlation(predicted, measured, masks),
+        brain_correlation(np.roll(predicted, 7, 0), measured, masks),
+    )
     for name in masks:
         gain = seen[name] - shuffled[name]
         assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)), name
@@ -320,5 +412,7 @@ def test_the_mini_encoders_are_the_same_network_at_half_precision():
     assert config["trunk"] == tool.GNET and config["subjects"] == list(tool.GNET_SUBJECTS)
     for subj in config["subjects"]:
         encoder = load_gnet("mini", subj)
-        assert len(encoder.readout.b) == miniworld.N_VOXELS[subj] and isinstance(encoder.trunk.enc.conv4a.drop1, nn.Dropout2d)
+        assert len(encoder.readout.b) == miniworld.N_VOXELS[subj] and isinstance(
+            encoder.trunk.enc.conv4a.drop1, nn.Dropout2d
+        )
     assert sum(path.stat().st_size for path in gnet.MINI.iterdir()) < 2.6 * 2**20

@@ -1,4 +1,6 @@
-"""The local index: every type against numpy, sources of all kinds, resuming, and the layout that clip-retrieval reads."""
+"""The local index: every type against numpy, sources of all kinds, resuming, and the layout that
+clip-retrieval reads.
+"""
 
 import io
 import shutil
@@ -14,7 +16,18 @@ from PIL import Image
 
 from src import index as indexing
 from src import miniworld
-from src.index import KINDS, Embeddings, LocalIndex, build, choose, collect, embed, local_pictures, nearly_the_same, write_tars
+from src.index import (
+    KINDS,
+    Embeddings,
+    LocalIndex,
+    build,
+    choose,
+    collect,
+    embed,
+    local_pictures,
+    nearly_the_same,
+    write_tars,
+)
 from src.utils import ROOT, PerceptError, read_json
 
 DIM, SIZE = 32, 16
@@ -32,7 +45,9 @@ def store(folder, rows, parts=3, metadata=True):
     for i, part in enumerate(np.array_split(np.arange(len(rows)), parts)):
         np.save(folder / "img_emb" / f"img_emb_{i}.npy", rows[part].astype(np.float16))
         if metadata:
-            pd.DataFrame({"url": [f"https://x.org/{r}.jpg" for r in part]}).to_parquet(folder / "metadata" / f"metadata_{i}.parquet")
+            pd.DataFrame({"url": [f"https://x.org/{r}.jpg" for r in part]}).to_parquet(
+                folder / "metadata" / f"metadata_{i}.parquet"
+            )
     return folder
 
 
@@ -40,8 +55,13 @@ def store(folder, rows, parts=3, metadata=True):
 def clusters():
     """Rows around 500 centres, as embeddings of pictures lie, and queries beside some of them."""
     rng = np.random.default_rng(0)
-    rows = unit(rng.standard_normal((500, DIM))[rng.integers(500, size=CLUSTERED)] + 0.5 * rng.standard_normal((CLUSTERED, DIM))).astype(np.float16)
-    return rows.astype(np.float32), unit(rows[:40].astype(np.float32) + 0.1 * rng.standard_normal((40, DIM)))
+    rows = unit(
+        rng.standard_normal((500, DIM))[rng.integers(500, size=CLUSTERED)]
+        + 0.5 * rng.standard_normal((CLUSTERED, DIM))
+    ).astype(np.float16)
+    return rows.astype(np.float32), unit(
+        rows[:40].astype(np.float32) + 0.1 * rng.standard_normal((40, DIM))
+    )
 
 
 def exact(rows, queries, k, barred=()):
@@ -65,7 +85,11 @@ def test_each_type_finds_what_numpy_finds(built, clusters):
     assert hits > (0.8 if built.kind == "IVF-PQ" else 0.999)
     same = found.row == order
     np.testing.assert_allclose(found.similarity[same], scores[same], atol=1e-3)
-    assert (np.diff(found.similarity) <= 0).all() and len(built.shards) == 3 and len(built) == CLUSTERED
+    assert (
+        (np.diff(found.similarity) <= 0).all()
+        and len(built.shards) == 3
+        and len(built) == CLUSTERED
+    )
 
 
 def test_excluded_rows_are_never_found_and_others_take_their_place(built, clusters):
@@ -89,15 +113,21 @@ def test_the_estimate_is_what_lies_on_disk(built):
     files = [*built.folder.glob("image.index/0*.index"), *built.folder.glob("img_emb/*.npy")]
     centres = 3 if built.kind == "IVF-PQ" else 1  # which every shard has once more
     overhead = (centres - 1) * (plan.disk - CLUSTERED * (2 * DIM + 8 + 4))
-    assert sum(file.stat().st_size for file in files) == pytest.approx(plan.disk + overhead, rel=0.1)
+    assert sum(file.stat().st_size for file in files) == pytest.approx(
+        plan.disk + overhead, rel=0.1
+    )
 
 
 def test_joined_for_clip_retrieval(built, clusters):
-    """As its `clip back` opens an index: populated.index of a folder, rows in the order of the metadata's files."""
+    """As its `clip back` opens an index: populated.index of a folder, rows in the order of the
+    metadata's files.
+    """
     file = indexing.join(built.folder)
     plain = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
     assert plain.ntotal == CLUSTERED
-    told = pd.concat(pd.read_parquet(path) for path in sorted((built.folder / "metadata").glob("*.parquet")))
+    told = pd.concat(
+        pd.read_parquet(path) for path in sorted((built.folder / "metadata").glob("*.parquet"))
+    )
     if built.kind == "IVF-PQ":
         faiss.extract_index_ivf(plain).nprobe = built.probes
     scores, rows = plain.search(clusters[1].astype(np.float32), 50)
@@ -112,7 +142,9 @@ def test_shards_and_processes_change_nothing(built, clusters, tmp_path):
     for rows, jobs, shards in ((3000, 2 if built.kind == "SQ8" else 1, 4), (20_000, 1, 1)):
         other = build(tmp_path / "index", plan, shard_rows=rows, jobs=jobs)
         assert len(other.shards) == shards
-        np.testing.assert_array_equal(other.search(clusters[1], 8).row, built.search(clusters[1], 8).row)
+        np.testing.assert_array_equal(
+            other.search(clusters[1], 8).row, built.search(clusters[1], 8).row
+        )
 
 
 def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path):
@@ -123,11 +155,16 @@ def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
     np.save(folder / "img_emb" / "img_emb_2.npy", rows[5000:7000].astype(np.float16))
     pd.DataFrame({"url": [""] * 2000}).to_parquet(folder / "metadata" / "metadata_2.parquet")
-    with pytest.raises(PerceptError, match="7,000 embeddings and an index of 5,000 rows: build the index again"):
+    with pytest.raises(
+        PerceptError, match="7,000 embeddings and an index of 5,000 rows: build the index again"
+    ):
         LocalIndex(folder)
     grown = build(folder, plan, shard_rows=2000)
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
-    assert len(grown) == 7000 and {name for name in after if after[name] != before.get(name)} == {"0002.index", "0003.index"}
+    assert len(grown) == 7000 and {name for name in after if after[name] != before.get(name)} == {
+        "0002.index",
+        "0003.index",
+    }
     np.testing.assert_array_equal(grown.search(queries, 1).row, exact(rows[:7000], queries, 1)[1])
 
 
@@ -145,7 +182,9 @@ def test_a_build_that_was_interrupted_goes_on(clusters, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(folder, plan, shard_rows=4000)
     made.append("go on")
-    assert len(build(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4  # the first shard was not made again
+    assert (
+        len(build(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4
+    )  # the first shard was not made again
 
 
 KILLED = """
@@ -165,13 +204,26 @@ index.build(sys.argv[1], index.choose(2000, 32, kind="SQ8")[0], shard_rows=500)
 
 def test_a_build_that_was_killed_goes_on_to_the_same_index(clusters, tmp_path):
     plan = choose(2000, DIM, kind="SQ8")[0]
-    whole, killed = store(tmp_path / "whole", clusters[0][:2000]), store(tmp_path / "killed", clusters[0][:2000])
+    whole, killed = (
+        store(tmp_path / "whole", clusters[0][:2000]),
+        store(tmp_path / "killed", clusters[0][:2000]),
+    )
     build(whole, plan, shard_rows=500)
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, capture_output=True, text=True
+    )
     left = sorted(path.name for path in (killed / "image.index").iterdir())
-    assert ended.returncode == -signal.SIGKILL and "0000.index" in left and "0001.index" not in left and any(name.endswith(".tmp") for name in left), ended.stderr
+    assert (
+        ended.returncode == -signal.SIGKILL
+        and "0000.index" in left
+        and "0001.index" not in left
+        and any(name.endswith(".tmp") for name in left)
+    ), ended.stderr
     build(killed, plan, shard_rows=500)
-    files = [{path.name: path.read_bytes() for path in (folder / "image.index").iterdir()} for folder in (whole, killed)]
+    files = [
+        {path.name: path.read_bytes() for path in (folder / "image.index").iterdir()}
+        for folder in (whole, killed)
+    ]
     assert files[0] == files[1] and len(files[0]) == 5
 
 
@@ -179,13 +231,22 @@ def test_equal_rows_come_in_order_and_what_is_not_there_is_minus_one(tmp_path):
     rows = np.zeros((6, 4))
     rows[:, 0] = 1
     rows[4:] = [0, 1, 0, 0]
-    found = build(store(tmp_path / "index", rows), choose(6, 4)[0]).search(np.array([1.0, 0, 0, 0]), 8, exclude=[1])
-    assert found.row.tolist() == [[0, 2, 3, 4, 5, -1, -1, -1]] and np.isneginf(found.similarity[0, 5:]).all()
+    found = build(store(tmp_path / "index", rows), choose(6, 4)[0]).search(
+        np.array([1.0, 0, 0, 0]), 8, exclude=[1]
+    )
+    assert (
+        found.row.tolist() == [[0, 2, 3, 4, 5, -1, -1, -1]]
+        and np.isneginf(found.similarity[0, 5:]).all()
+    )
 
 
 def test_wrong_queries_are_refused(built):
-    for queries, k, words in ((np.ones((2, 5)), 3, "Queries have 5 numbers and the index 32"), (np.full((1, DIM), np.nan), 3, "NaN"), (np.zeros((1, DIM)), 3, "zeros"),
-                              (np.ones((1, DIM)), 0, "at least one")):  # fmt: skip
+    for queries, k, words in (
+        (np.ones((2, 5)), 3, "Queries have 5 numbers and the index 32"),
+        (np.full((1, DIM), np.nan), 3, "NaN"),
+        (np.zeros((1, DIM)), 3, "zeros"),
+        (np.ones((1, DIM)), 0, "at least one"),
+    ):
         for search in (built.search, built.embeddings.scan):
             with pytest.raises(PerceptError, match=words):
                 search(queries, k)
@@ -199,25 +260,29 @@ def test_the_scan_is_exact_and_tells_the_recall(built, clusters):
     assert recall > (0.8 if built.kind == "IVF-PQ" else 0.999) and recall <= 1
 
 
-# ------------------------------------------------------------------------------------------------ which index
+# ------------------------------------------------------------------------------------- which index
 def test_the_most_exact_index_that_fits_is_taken():
     million = [choose(1_000_000, 768, gigabytes)[0].kind for gigabytes in (4, 2, 1, 0.2)]
     assert million == ["Flat", "SQfp16", "SQ8", "IVF-PQ"]
     plan, table = choose(1_000_000_000, 768, 4)
-    assert plan.kind == "IVF-PQ" and plan.mapped and plan.memory < 4e9 and table["chosen"].sum() == 1
+    assert (
+        plan.kind == "IVF-PQ" and plan.mapped and plan.memory < 4e9 and table["chosen"].sum() == 1
+    )
     with pytest.raises(PerceptError, match="need at least 3.1 GB as Flat, and 1 GB are given"):
         choose(1_000_000, 768, 1, "Flat")
     with pytest.raises(PerceptError, match="choose auto or one of Flat"):
         choose(10, 4, kind="HNSW")
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ----------------------------------------------------------------------------------------- sources
 class Encoder:
     """A fixed projection of the pixels, that counts what it is given."""
 
     def __init__(self, fail_after=10**9):
         self.given, self.fail_after = 0, fail_after
-        self.weights = np.random.default_rng(1).standard_normal((SIZE * SIZE * 3, DIM)).astype(np.float32)
+        self.weights = (
+            np.random.default_rng(1).standard_normal((SIZE * SIZE * 3, DIM)).astype(np.float32)
+        )
 
     def __call__(self, pixels):
         assert pixels.dtype == np.uint8 and pixels.shape[1:] == (SIZE, SIZE, 3)
@@ -247,13 +312,27 @@ def test_a_folder_of_pictures_with_captions_and_a_broken_one(tmp_path):
     assert (indexing.decode(deep_grey(), SIZE) == 0x40).all()
     (tmp_path / "pictures" / "a" / "1.txt").write_text("one\n")
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
-    made = embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE, part_rows=2)
+    made = embed(
+        tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE, part_rows=2
+    )
     index = build(tmp_path / "index", choose(len(made), DIM)[0])
     told = index.metadata(range(5))
-    assert [path.rsplit("/", 1)[1] for path in told["image_path"]] == ["1.png", "2.webp", "3.JPG", "4.png", "grey.png"] and told["caption"][0] == "one"
-    assert read_json(tmp_path / "index" / "index.json")["unread"] == 1 and index.encoder == {"model": "toy"}
+    assert [path.rsplit("/", 1)[1] for path in told["image_path"]] == [
+        "1.png",
+        "2.webp",
+        "3.JPG",
+        "4.png",
+        "grey.png",
+    ] and told["caption"][0] == "one"
+    assert read_json(tmp_path / "index" / "index.json")["unread"] == 1 and index.encoder == {
+        "model": "toy"
+    }
     pictures, ok = local_pictures(index.metadata([4, -1, 0]), SIZE)
-    assert ok.tolist() == [True, False, True] and (pictures[0] == 77).all() and (pictures[1] == 128).all()
+    assert (
+        ok.tolist() == [True, False, True]
+        and (pictures[0] == 77).all()
+        and (pictures[1] == 128).all()
+    )
     again = unit(Encoder()(pictures[2:]))
     np.testing.assert_allclose(again[0], index.embeddings.rows([0])[0], atol=2e-3)
 
@@ -263,7 +342,10 @@ def test_only_what_is_new_is_embedded_and_another_encoder_is_refused(tmp_path):
     embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
     draw(tmp_path / "pictures", ["new/9.png", "0_first.png"], seed=1)
     encoder = Encoder()
-    assert len(embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE)) == 7 and encoder.given == 2
+    assert (
+        len(embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE)) == 7
+        and encoder.given == 2
+    )
     with pytest.raises(PerceptError, match="another encoder, toy and not other"):
         embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "other"}, SIZE)
     with pytest.raises(PerceptError, match="holds no .tar files and no pictures"):
@@ -273,22 +355,48 @@ def test_only_what_is_new_is_embedded_and_another_encoder_is_refused(tmp_path):
 def test_embedding_that_was_interrupted_goes_on_with_the_part(tmp_path):
     draw(tmp_path / "pictures", [f"{i}.png" for i in range(9)])
     with pytest.raises(KeyboardInterrupt):
-        embed(tmp_path / "pictures", tmp_path / "index", Encoder(fail_after=6), {"model": "toy"}, SIZE, part_rows=3, batch_size=3)
+        embed(
+            tmp_path / "pictures",
+            tmp_path / "index",
+            Encoder(fail_after=6),
+            {"model": "toy"},
+            SIZE,
+            part_rows=3,
+            batch_size=3,
+        )
     encoder = Encoder()
-    made = embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE, part_rows=3, batch_size=3)
+    made = embed(
+        tmp_path / "pictures",
+        tmp_path / "index",
+        encoder,
+        {"model": "toy"},
+        SIZE,
+        part_rows=3,
+        batch_size=3,
+    )
     assert len(made) == 9 and encoder.given == 3 and len(made.parts) == 3
 
 
 def test_a_webdataset_of_the_mini_world(tmp_path):
     tars = write_tars(miniworld.pool(30, n_test=4), tmp_path / "tars", 30, rows=12)
-    made = embed(tars, tmp_path / "index", lambda pixels: Encoder()(pixels[:, ::2, ::2]), {"model": "toy"}, 32)
+    made = embed(
+        tars,
+        tmp_path / "index",
+        lambda pixels: Encoder()(pixels[:, ::2, ::2]),
+        {"model": "toy"},
+        32,
+    )
     index = build(tmp_path / "index", choose(len(made), DIM)[0])
     samples = list(miniworld.pool(30, n_test=4))
     told = index.metadata([29, 13, 0])
-    assert [samples[i][1] for i in (29, 13, 0)] == told["caption"].tolist() and told["kind"].tolist() == [samples[i][2]["kind"] for i in (29, 13, 0)]
+    assert [samples[i][1] for i in (29, 13, 0)] == told["caption"].tolist() and told[
+        "kind"
+    ].tolist() == [samples[i][2]["kind"] for i in (29, 13, 0)]
     pictures, ok = local_pictures(told, 32)
     assert ok.all() and all((pictures[j] == samples[i][0]).all() for j, i in enumerate((29, 13, 0)))
-    write_tars(miniworld.pool(36, n_test=4), tars, 36, rows=12)  # the last of the tars is kept as it is, so that there is nothing new
+    write_tars(
+        miniworld.pool(36, n_test=4), tars, 36, rows=12
+    )  # the last of the tars is kept as it is, so that there is nothing new
     assert len(embed(tars, tmp_path / "index", Encoder(), {"model": "toy"}, 32)) == 30
 
 
@@ -318,8 +426,14 @@ def test_an_index_of_clip_retrieval_is_opened_as_it_is(clusters, tmp_path):
     plain.nprobe = 64
     faiss.write_index(plain, str(folder / "image.index"))
     index = LocalIndex(folder)
-    np.testing.assert_array_equal(index.search(queries, 4, [1, 2]).row, exact(rows, queries, 4, [1, 2])[1])
-    assert index.metadata([17])["url"][0] == "https://x.org/17.jpg" and index.encoder == {} and index.embeddings is None
+    np.testing.assert_array_equal(
+        index.search(queries, 4, [1, 2]).row, exact(rows, queries, 4, [1, 2])[1]
+    )
+    assert (
+        index.metadata([17])["url"][0] == "https://x.org/17.jpg"
+        and index.encoder == {}
+        and index.embeddings is None
+    )
     with pytest.raises(PerceptError, match="no embeddings"):
         index.recall()
     with pytest.raises(PerceptError, match="holds no image.index"):
@@ -335,7 +449,9 @@ def test_embeddings_and_metadata_that_do_not_belong_together(clusters, tmp_path)
         Embeddings(folder)
 
 
-@pytest.mark.parametrize("name", ["image.index/0001.index", "img_emb/img_emb_1.npy", "metadata/metadata_1.parquet"])
+@pytest.mark.parametrize(
+    "name", ["image.index/0001.index", "img_emb/img_emb_1.npy", "metadata/metadata_1.parquet"]
+)
 @pytest.mark.parametrize("kept", [0.5, 0.0])
 def test_a_file_that_is_cut_short_is_named(clusters, tmp_path, name, kept):
     folder = store(tmp_path / "index", clusters[0][:2000])
@@ -362,13 +478,23 @@ def test_embeddings_of_another_encoder_and_missing_metadata_are_named(clusters, 
         Embeddings(folder)
 
 
-# ------------------------------------------------------------------------------------------------ what must not be found
+# -------------------------------------------------------------------------- what must not be found
 def test_copies_of_the_test_images_are_found_however_many(clusters, tmp_path):
     rng, rows = np.random.default_rng(3), clusters[0][:2000].copy()
     images = unit(rng.standard_normal((3, DIM)))
-    rows[100:130], rows[500], rows[501] = images[0], images[1], unit(images[1] + 0.04 * rng.standard_normal(DIM))
+    rows[100:130], rows[500], rows[501] = (
+        images[0],
+        images[1],
+        unit(images[1] + 0.04 * rng.standard_normal(DIM)),
+    )
     index = build(store(tmp_path / "index", rows), choose(2000, DIM)[0])
     twins = nearly_the_same(index, images, [7, 8, 9], near=0.94)
-    assert sorted(twins.loc[twins.image == 7, "row"]) == list(range(100, 130)) and set(twins.loc[twins.image == 8, "row"]) == {500, 501}
-    assert not (twins.image == 9).any() and twins.loc[twins.row == 500, "exact"].item() and not twins.loc[twins.row == 501, "exact"].item()
+    assert sorted(twins.loc[twins.image == 7, "row"]) == list(range(100, 130)) and set(
+        twins.loc[twins.image == 8, "row"]
+    ) == {500, 501}
+    assert (
+        not (twins.image == 9).any()
+        and twins.loc[twins.row == 500, "exact"].item()
+        and not twins.loc[twins.row == 501, "exact"].item()
+    )
     assert not np.isin(index.search(images, 40, twins["row"]).row, twins["row"]).any()

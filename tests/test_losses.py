@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.losses import cosine_anneal, mixco, mixco_nce, similarity, sobel_loss, soft_clip_loss, soft_cont_loss, unit
+from src.losses import (
+    cosine_anneal,
+    mixco,
+    mixco_nce,
+    similarity,
+    sobel_loss,
+    soft_clip_loss,
+    soft_cont_loss,
+    unit,
+)
 from src.utils import PerceptError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -33,7 +42,7 @@ def _vectors(n=9, dim=7, seed=0):
     return [F.normalize(torch.randn(n, dim, generator=generator), dim=-1) for _ in range(3)]
 
 
-# ------------------------------------------------------------------------------------------------ as published
+# ------------------------------------------------------------------------------------ as published
 def test_mixco_draws_what_the_published_code_draws(arrays):
     before = arrays["voxels_in"].clone()
     torch.manual_seed(123)
@@ -56,7 +65,11 @@ def test_mixco_nce_is_the_published_loss(arrays, temp, bidirectional):
 
 @pytest.mark.parametrize("temp", [0.004, 0.0075, 0.125])
 def test_soft_clip_is_the_published_loss(arrays, temp):
-    torch.testing.assert_close(soft_clip_loss(arrays["preds"], arrays["targs"], temp), arrays[f"soft_clip_T{temp}"], **CLOSE)
+    torch.testing.assert_close(
+        soft_clip_loss(arrays["preds"], arrays["targs"], temp),
+        arrays[f"soft_clip_T{temp}"],
+        **CLOSE,
+    )
 
 
 @pytest.mark.parametrize("temp", [0.075, 0.125])
@@ -67,7 +80,9 @@ def test_soft_cont_is_the_published_loss(arrays, temp):
 
 def test_gradients_are_the_published_ones(arrays):
     losses = {
-        "grad_preds_mixco_bi_T0.006": lambda preds: mixco_nce(preds, arrays["targs"], 0.006, *_mix(arrays), faithful=True),
+        "grad_preds_mixco_bi_T0.006": lambda preds: mixco_nce(
+            preds, arrays["targs"], 0.006, *_mix(arrays), faithful=True
+        ),
         "grad_preds_soft_clip_T0.004": lambda preds: soft_clip_loss(preds, arrays["targs"], 0.004),
     }
     for name, loss in losses.items():
@@ -81,9 +96,11 @@ def test_mixed_precision_does_not_touch_the_losses(dtype):
     preds, targs, again = (x.to(dtype) for x in _vectors(16))
     wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, again)]
     for loss in (
-        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006), lambda p, t, a: soft_clip_loss(preds=unit(p), targs=unit(t), temp=0.004),
-        lambda p, t, a: soft_cont_loss(unit(p), unit(t), unit(a), temp=0.075), lambda p, t, a: similarity(unit(p), unit(t)).sum(),
-    ):  # fmt: skip
+        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006),
+        lambda p, t, a: soft_clip_loss(preds=unit(p), targs=unit(t), temp=0.004),
+        lambda p, t, a: soft_cont_loss(unit(p), unit(t), unit(a), temp=0.075),
+        lambda p, t, a: similarity(unit(p), unit(t)).sum(),
+    ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = loss(preds, targs, again)
         expected = loss(*wide)
@@ -94,10 +111,12 @@ def test_mixed_precision_does_not_touch_the_losses(dtype):
 def test_temperatures_are_the_published_schedule(arrays, epochs, mixup_pct):
     expected = arrays[f"soft_loss_temps_{epochs}_mix{mixup_pct}"].double()
     found = cosine_anneal(0.004, 0.0075, epochs - int(mixup_pct * epochs))
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-8
+    )
 
 
-# ------------------------------------------------------------------------------------------------ by other formulas
+# ------------------------------------------------------------------------------- by other formulas
 def test_mixco_leaves_its_input_and_mixes_the_selected_rows():
     torch.manual_seed(3)
     voxels = torch.randn(40, 2, 5)
@@ -106,7 +125,9 @@ def test_mixco_leaves_its_input_and_mixes_the_selected_rows():
     assert torch.equal(voxels, before)
     assert 0 < select.sum() < 40 and (betas[~select] == 1).all()
     for i in range(40):
-        expected = betas[i] * voxels[i] + (1 - betas[i]) * voxels[perm[i]] if select[i] else voxels[i]
+        expected = (
+            betas[i] * voxels[i] + (1 - betas[i]) * voxels[perm[i]] if select[i] else voxels[i]
+        )
         torch.testing.assert_close(mixed[i], expected)
 
 
@@ -117,31 +138,55 @@ def test_labels_sum_to_one_where_a_sample_is_its_own_partner():
     faithful = torch.tensor([[0.7, 0, 0, 0], [0, 0.8, 0.2, 0], [0, 0.4, 0.6, 0], [0, 0, 0, 0.0]])
     for flag, wanted in ((False, labels), (True, faithful)):
         logits = preds @ targs.T / 0.2
-        expected = sum(-(wanted * (logits - logits.logsumexp(axis, keepdim=True))).sum() / 4 for axis in (0, 1)) / 2
-        torch.testing.assert_close(mixco_nce(preds, targs, 0.2, perm, betas, faithful=flag), expected)
+        expected = (
+            sum(
+                -(wanted * (logits - logits.logsumexp(axis, keepdim=True))).sum() / 4
+                for axis in (0, 1)
+            )
+            / 2
+        )
+        torch.testing.assert_close(
+            mixco_nce(preds, targs, 0.2, perm, betas, faithful=flag), expected
+        )
 
 
 def test_without_fixed_points_faithful_and_ours_agree():
     preds, targs, _ = _vectors(6)
     perm, betas = torch.arange(6).roll(1), torch.rand(6)
-    ours, published = (mixco_nce(preds, targs, 0.1, perm, betas, faithful=flag) for flag in (False, True))
+    ours, published = (
+        mixco_nce(preds, targs, 0.1, perm, betas, faithful=flag) for flag in (False, True)
+    )
     torch.testing.assert_close(ours, published)
 
 
 def test_plain_nce_is_cross_entropy():
     preds, targs, _ = _vectors()
     logits, right = preds @ targs.T / 0.1, torch.arange(len(preds))
-    torch.testing.assert_close(mixco_nce(preds, targs, bidirectional=False), F.cross_entropy(logits, right))
-    torch.testing.assert_close(mixco_nce(preds, targs), (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2)
+    torch.testing.assert_close(
+        mixco_nce(preds, targs, bidirectional=False), F.cross_entropy(logits, right)
+    )
+    torch.testing.assert_close(
+        mixco_nce(preds, targs),
+        (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2,
+    )
 
 
 def test_soft_losses_are_cross_entropies_with_soft_labels():
     student, teacher, augmented = _vectors()
     among = torch.softmax(teacher @ teacher.T / 0.2, -1)
-    expected = (F.cross_entropy(student @ teacher.T / 0.2, among) + F.cross_entropy(teacher @ student.T / 0.2, among)) / 2
+    expected = (
+        F.cross_entropy(student @ teacher.T / 0.2, among)
+        + F.cross_entropy(teacher @ student.T / 0.2, among)
+    ) / 2
     torch.testing.assert_close(soft_clip_loss(student, teacher, 0.2), expected)
-    rows, columns = torch.softmax(teacher @ augmented.T / 0.2, -1), torch.softmax(augmented @ teacher.T / 0.2, -1)
-    expected = (F.cross_entropy(student @ augmented.T / 0.2, rows) + F.cross_entropy(augmented @ student.T / 0.2, columns)) / 2
+    rows, columns = (
+        torch.softmax(teacher @ augmented.T / 0.2, -1),
+        torch.softmax(augmented @ teacher.T / 0.2, -1),
+    )
+    expected = (
+        F.cross_entropy(student @ augmented.T / 0.2, rows)
+        + F.cross_entropy(augmented @ student.T / 0.2, columns)
+    ) / 2
     torch.testing.assert_close(soft_cont_loss(student, teacher, augmented, 0.2), expected)
 
 
@@ -151,7 +196,12 @@ def test_soft_clip_is_least_at_the_targets():
     preds = targs.detach().clone().requires_grad_()
     loss = soft_clip_loss(preds, targs.detach(), 0.1)
     loss.backward()
-    assert soft_clip_loss(F.normalize(preds + 0.1 * torch.randn(preds.shape), dim=-1), targs.detach(), 0.1) > loss
+    assert (
+        soft_clip_loss(
+            F.normalize(preds + 0.1 * torch.randn(preds.shape), dim=-1), targs.detach(), 0.1
+        )
+        > loss
+    )
     torch.testing.assert_close(preds.grad, torch.zeros_like(preds), rtol=0, atol=1e-5)
 
 
@@ -163,7 +213,9 @@ def test_cosine_anneal_runs_from_start_to_end():
 
 def test_unit_flattens_and_normalises():
     x = torch.randn(3, 4, 5)
-    torch.testing.assert_close(unit(x), x.reshape(3, 20) / x.reshape(3, 20).pow(2).sum(1, keepdim=True).sqrt())
+    torch.testing.assert_close(
+        unit(x), x.reshape(3, 20) / x.reshape(3, 20).pow(2).sum(1, keepdim=True).sqrt()
+    )
 
 
 def test_half_of_the_mix_is_refused():
@@ -183,4 +235,6 @@ def test_sobel_loss_compares_edges_only():
     assert sobel_loss(step, step) < 1e-6
     speck = torch.zeros(1, 3, 16, 16)
     speck[..., 4, 4] = 1.0
-    assert sobel_loss(torch.zeros_like(speck), speck) < 2e-3  # the median takes single points out of the target
+    assert (
+        sobel_loss(torch.zeros_like(speck), speck) < 2e-3
+    )  # the median takes single points out of the target

@@ -1,7 +1,6 @@
-"""Metrics against the formulas of the published evaluation, statistics against what they promise, and the
-refusals.
+"""Metrics against the formulas of the published evaluation, statistics against what they promise,
+and the refusals.
 """
-
 
 import re
 
@@ -31,7 +30,7 @@ def embed(images):
     return images.flatten(1)[:, ::5]
 
 
-# ------------------------------------------------------------------------------------------------ two-way
+# ----------------------------------------------------------------------------------------- two-way
 @pytest.mark.parametrize("n", [2, 7, 300])
 def test_two_way_is_the_published_formula(n):
     rng = np.random.default_rng(n)
@@ -82,16 +81,27 @@ def published_two_way(real, recon):
 
 def test_two_way_ties_of_identical_images_are_lost():
     rng = np.random.default_rng(0)
-    real = np.repeat(rng.normal(size=(20, 50)).astype(np.float32), 2, 0)  # every image twice, as repeats that were not averaged
+    real = np.repeat(
+        rng.normal(size=(20, 50)).astype(np.float32), 2, 0
+    )  # every image twice, as repeats that were not averaged
     recon = real + rng.normal(size=real.shape).astype(np.float32)
     r = np.corrcoef(real, recon)[:40, 40:]
     twin = np.arange(40) ^ 1
-    others = np.array([sum(r[i, j] < r[j, j] for i in range(40) if i not in (j, twin[j])) for j in range(40)]) / 39
+    others = (
+        np.array(
+            [sum(r[i, j] < r[j, j] for i in range(40) if i not in (j, twin[j])) for j in range(40)]
+        )
+        / 39
+    )
     np.testing.assert_allclose(two_way_each(real, recon), others, atol=1e-12)
     assert two_way_each(np.tile(real[:1], (30, 1)), rng.normal(size=(30, 50))).max() == 0
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x + 20, lambda x: np.concatenate([x[:, :-1], 0 * x[:, :1] + 3000], 1), np.abs], ids=["mean", "outlier", "relu"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x + 20, lambda x: np.concatenate([x[:, :-1], 0 * x[:, :1] + 3000], 1), np.abs],
+    ids=["mean", "outlier", "relu"],
+)
 def test_two_way_is_exact_where_single_precision_is_not(spoil):
     rng = np.random.default_rng(1)
     base = rng.normal(size=(1, 57_600))
@@ -118,30 +128,45 @@ def test_pairing_holds_reconstructions_against_other_images():
     images, recons = pictures(7)
     order = np.array([1, 2, 3, 4, 5, 6, 0])
     for metric in (METRICS["pixcorr"], METRICS["ssim"], METRICS["mse"]):
-        np.testing.assert_allclose(metric.compare(images, recons, pairing=order), metric.compare(images[order], recons))
+        np.testing.assert_allclose(
+            metric.compare(images, recons, pairing=order), metric.compare(images[order], recons)
+        )
     real, recon = images.flatten(1).numpy(), recons.flatten(1).numpy()
     r = np.corrcoef(real, recon)[:7, 7:]
-    np.testing.assert_allclose(two_way_each(real, recon, pairing=order), [(r[:, j] < r[order[j], j]).sum() / 6 for j in range(7)])
+    np.testing.assert_allclose(
+        two_way_each(real, recon, pairing=order),
+        [(r[:, j] < r[order[j], j]).sum() / 6 for j in range(7)],
+    )
     with pytest.raises(PerceptError, match="pairing of 3"):
         two_way_each(real, recon, pairing=order[:3])
 
 
-# ------------------------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------------------ pixels
 def test_bytes_and_views_are_compared_as_floats_are():
     images, recons = pictures(5, 40)
     as_bytes = (images * 255).round().to(torch.uint8)
     for name in ("pixcorr", "ssim", "ssim_columns"):
         exact = METRICS[name].each(as_bytes.float() / 255, recons)
         np.testing.assert_allclose(METRICS[name].each(as_bytes, recons.numpy()), exact)
-        np.testing.assert_allclose(METRICS[name].each(metrics.as_compared(as_bytes, "straight"), metrics.reordered(recons, np.arange(5))), exact)
+        np.testing.assert_allclose(
+            METRICS[name].each(
+                metrics.as_compared(as_bytes, "straight"), metrics.reordered(recons, np.arange(5))
+            ),
+            exact,
+        )
         small = [torchvision_resize(x, [256, 256], antialias=False) for x in (images, recons)]
-        np.testing.assert_allclose(METRICS[name].each(*(metrics.as_compared(x, "published") for x in (images, recons))), METRICS[name].each(*small), atol=1e-6)
+        np.testing.assert_allclose(
+            METRICS[name].each(*(metrics.as_compared(x, "published") for x in (images, recons))),
+            METRICS[name].each(*small),
+            atol=1e-6,
+        )
     with pytest.raises(PerceptError, match="no resizing 'mine'"):
         metrics.as_compared(images, "mine")
 
 
 @pytest.mark.parametrize(
-    ("side", "other", "antialias"), [(24, 24, False), (32, 48, False), (500, 500, False), (500, 460, True)]
+    ("side", "other", "antialias"),
+    [(24, 24, False), (32, 48, False), (500, 500, False), (500, 460, True)],
 )
 def test_pixcorr_is_correlation_after_resizing(side, other, antialias):
     images, recons = pictures(3, side)[0], pictures(3, other)[1]
@@ -150,7 +175,9 @@ def test_pixcorr_is_correlation_after_resizing(side, other, antialias):
         for x in (images, recons)
     ]
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(*big, strict=True)]
-    np.testing.assert_allclose(metrics.pixcorr(images, recons, antialias=antialias), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        metrics.pixcorr(images, recons, antialias=antialias), expected, atol=1e-6
+    )
 
 
 def test_flat_images_correlate_with_nothing():
@@ -158,7 +185,9 @@ def test_flat_images_correlate_with_nothing():
     recons[1] = 0.7
     values = metrics.pixcorr(images, recons)
     assert values[1] == 0 and values[0] > 0.5
-    assert metrics.pcc(images, recons)[1] == 0 and metrics.correlation_distance(images, recons)[1] == 1
+    assert (
+        metrics.pcc(images, recons)[1] == 0 and metrics.correlation_distance(images, recons)[1] == 1
+    )
 
 
 @pytest.mark.parametrize(("name", "axis"), [("ssim", None), ("ssim_columns", 1)])
@@ -167,12 +196,17 @@ def test_ssim_is_the_fields_call_on_grey_images(name, axis):
     expected = []
     for image, recon in zip(images, recons, strict=True):
         a, b = (
-            rgb2gray(torchvision_resize(x, [425, 425], antialias=False).permute(1, 2, 0).numpy()).astype(
-                np.float64
-            )
+            rgb2gray(
+                torchvision_resize(x, [425, 425], antialias=False).permute(1, 2, 0).numpy()
+            ).astype(np.float64)
             for x in (recon, image)
         )
-        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+        options = {
+            "gaussian_weights": True,
+            "sigma": 1.5,
+            "use_sample_covariance": False,
+            "data_range": 1.0,
+        }
         expected.append(structural_similarity(a, b, channel_axis=axis, **options))
     np.testing.assert_allclose(getattr(metrics, name)(images, recons), expected, atol=2e-5)
     assert np.allclose(getattr(metrics, name)(images, images), 1)
@@ -220,7 +254,11 @@ def test_every_metric_prefers_the_seen_image(metric):
     other = metric.each(images, recons.roll(1, 0), features)
     sign = {"higher": 1, "lower": -1}[metric.better]
     assert sign * own.mean() > sign * other.mean()
-    assert METRICS.get(metric.name, metric).name == metric.name and metric.description and metric.source
+    assert (
+        METRICS.get(metric.name, metric).name == metric.name
+        and metric.description
+        and metric.source
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +275,7 @@ def test_bad_pictures_are_refused(recons, words):
         metrics.pixcorr(torch.rand(4, 3, 8, 8), recons)
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# ----------------------------------------------------------------------------------------- answers
 def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_view_of_the_shown_images():
     images = torch.zeros(4, 3, 8, 8)
     images[2:] = 1.0  # two dark and two bright images
@@ -245,13 +283,24 @@ def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_vie
 
     def ask(x):
         calls.append(len(x))
-        return {"light": np.where(x.mean((1, 2, 3)) > 0.5, "day", "night"), "size": np.array(["big"] * len(x))}
+        return {
+            "light": np.where(x.mean((1, 2, 3)) > 0.5, "day", "night"),
+            "size": np.array(["big"] * len(x)),
+        }
 
-    truth = {"light": ["night", "day", "day", "day"], "size": ["big", "big", "small", "small"]}  # the second is not what it looks like
+    truth = {
+        "light": ["night", "day", "day", "day"],
+        "size": ["big", "big", "small", "small"],
+    }  # the second is not what it looks like
     light, size = answer_metrics("judge", ask, truth, {"light": 0.5, "size": 0.5})
     table = score_table(images, {"system": images}, [light, size], draws=1)
     value = table[table["row"] == "system"].pivot(index="image", columns="metric", values="value")
-    assert value["judge:light"].tolist() == [1, 0, 1, 1] and value["judge:size"].tolist() == [1, 1, 0, 0]
+    assert value["judge:light"].tolist() == [1, 0, 1, 1] and value["judge:size"].tolist() == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert calls == [4]  # one look for both questions, none at the shown images
     shuffled = table[(table["row"] == "shuffled") & (table["metric"] == "judge:size")]
     assert len(shuffled) == 4 and shuffled["value"].mean() == 0.5

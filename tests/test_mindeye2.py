@@ -1,4 +1,6 @@
-"""MindEye2: sizes, keys and values of the published networks, the mixer that does nothing, batches of several subjects, starts from others."""
+"""MindEye2: sizes, keys and values of the published networks, the mixer that does nothing, batches
+of several subjects, starts from others.
+"""
 
 import copy
 import json
@@ -12,20 +14,49 @@ import torch.nn.functional as F
 from src.data import BrainDataset, Normaliser, open_subject
 from src.losses import mixco
 from src.mindeye2 import SeveralSubjects, check_gradients, fit_converter, start_from
-from src.models import CaptionConverter, MindEye2, MixerBrainNetwork, PriorNetwork, ResidualBrainNetwork, RidgeRegression
+from src.models import (
+    CaptionConverter,
+    MindEye2,
+    MixerBrainNetwork,
+    PriorNetwork,
+    ResidualBrainNetwork,
+    RidgeRegression,
+)
 from src.pretrained import PatchClip
 from src.prior import BrainDiffusionPrior
-from src.published import build_decoder, load_published, published_config, read_published, write_published
-from src.reconstruct import encoder_for, load_decoder, mindeye2_config, predict_latents, predict_tokens
+from src.published import (
+    build_decoder,
+    load_published,
+    published_config,
+    read_published,
+    write_published,
+)
+from src.reconstruct import (
+    encoder_for,
+    load_decoder,
+    mindeye2_config,
+    predict_latents,
+    predict_tokens,
+)
 from src.utils import PerceptError, save_checkpoint
 from tests.test_data import prepare
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 VOXELS = (15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386)
 SMALL = {
-    "hidden_dim": 12, "n_blocks": 2, "backbone": "mixer", "blurry_recon": True, "clip_scale": 1.0, "seq_past": 0, "seq_future": 0, "prior": True,
-    "prior_depth": 1, "prior_dim_head": 8, "timesteps": 10, "faithful": "",
-}  # fmt: skip
+    "hidden_dim": 12,
+    "n_blocks": 2,
+    "backbone": "mixer",
+    "blurry_recon": True,
+    "clip_scale": 1.0,
+    "seq_past": 0,
+    "seq_future": 0,
+    "prior": True,
+    "prior_depth": 1,
+    "prior_dim_head": 8,
+    "timesteps": 10,
+    "faithful": "",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +79,21 @@ def trainable(module):
 def arrays(path):
     with np.load(path) as file:
         found = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-    return found, {name.removeprefix("sd/"): value for name, value in found.items() if name.startswith("sd/")}
+    return found, {
+        name.removeprefix("sd/"): value for name, value in found.items() if name.startswith("sd/")
+    }
 
 
-# ------------------------------------------------------------------------------------------------ published sizes
+# --------------------------------------------------------------------------------- published sizes
 def full(h, tokens, dim, voxels, blurry, n_blocks=4):
-    p = SMALL | {"hidden_dim": h, "n_blocks": n_blocks, "blurry_recon": blurry, "prior_depth": 6, "prior_dim_head": 52, "timesteps": 100}
+    p = SMALL | {
+        "hidden_dim": h,
+        "n_blocks": n_blocks,
+        "blurry_recon": blurry,
+        "prior_depth": 6,
+        "prior_dim_head": 52,
+        "timesteps": 100,
+    }
     with torch.device("meta"):
         return build_decoder(mindeye2_config(p, voxels, tokens, dim, 28))
 
@@ -61,48 +101,68 @@ def full(h, tokens, dim, voxels, blurry, n_blocks=4):
 @pytest.mark.parametrize(
     ("arguments", "total"),
     [
-        ((4096, 256, 1664, VOXELS[:1], True), 2_227_294_844), ((4096, 256, 1664, VOXELS[:1], False), 2_212_136_216),
-        ((4096, 256, 1664, VOXELS[1:], True), 2_575_262_332), ((1024, 256, 1664, VOXELS[:1], False), 729_327_896),
-        ((1024, 256, 1664, VOXELS[1:], False), 816_319_768), ((1024, 49, 768, VOXELS[:1], True), 125_478_076),
-        ((1024, 49, 768, VOXELS[:1], False), 119_953_240), ((1024, 49, 768, VOXELS[:1], True, 2), 121_275_568),
+        ((4096, 256, 1664, VOXELS[:1], True), 2_227_294_844),
+        ((4096, 256, 1664, VOXELS[:1], False), 2_212_136_216),
+        ((4096, 256, 1664, VOXELS[1:], True), 2_575_262_332),
+        ((1024, 256, 1664, VOXELS[:1], False), 729_327_896),
+        ((1024, 256, 1664, VOXELS[1:], False), 816_319_768),
+        ((1024, 49, 768, VOXELS[:1], True), 125_478_076),
+        ((1024, 49, 768, VOXELS[:1], False), 119_953_240),
+        ((1024, 49, 768, VOXELS[:1], True, 2), 121_275_568),
     ],
-)  # fmt: skip
+)
 def test_parameter_counts_are_the_published_ones(arguments, total):
     assert size(full(*arguments)) == total
 
 
 def test_counts_by_part(golden):
-    told = json.loads((golden / "mindeye2" / "param_counts.json").read_text())["full_4096_bigG_blur_s1"]
+    told = json.loads((golden / "mindeye2" / "param_counts.json").read_text())[
+        "full_4096_bigG_blur_s1"
+    ]
     model = full(4096, 256, 1664, VOXELS[:1], True)
     for name, count in told.items():
         if name.startswith("backbone."):
             assert size(getattr(model.backbone, name.removeprefix("backbone."))) == count, name
-    assert [size(model.diffusion_prior.net), trainable(model.diffusion_prior.net)] == told["prior_net"]
+    assert [size(model.diffusion_prior.net), trainable(model.diffusion_prior.net)] == told[
+        "prior_net"
+    ]
 
 
-@pytest.mark.parametrize(("size", "arguments"), [("full", (4096, 256, 1664)), ("low", (1024, 49, 768))])
+@pytest.mark.parametrize(
+    ("size", "arguments"), [("full", (4096, 256, 1664)), ("low", (1024, 49, 768))]
+)
 def test_keys_and_shapes_are_the_published_ones(golden, size, arguments):
     told = json.loads((golden / "mindeye2" / "state_dict_keys.json").read_text())[size]
-    own = {name: list(value.shape) for name, value in full(*arguments, VOXELS[:1], True).state_dict().items() if "noise_scheduler" not in name}
+    own = {
+        name: list(value.shape)
+        for name, value in full(*arguments, VOXELS[:1], True).state_dict().items()
+        if "noise_scheduler" not in name
+    }
     assert own == told
 
 
-# ------------------------------------------------------------------------------------------------ published values
+# -------------------------------------------------------------------------------- published values
 def test_ridge_layers_give_the_published_values(golden):
     found, state = arrays(golden / "mindeye2" / "ridge_tiny.npz")
     ridge = RidgeRegression([11, 7], 16)
     ridge.load_state_dict(state)
     for number in (0, 1):
         torch.testing.assert_close(ridge(found[f"x{number}"], number), found[f"y{number}"], **CLOSE)
-    x = torch.cat([found["x0"], F.pad(found["x1"], (0, 4))])  # both subjects in one batch, in a mixed order
+    x = torch.cat(
+        [found["x0"], F.pad(found["x1"], (0, 4))]
+    )  # both subjects in one batch, in a mixed order
     whose, order = torch.tensor([0] * 5 + [1] * 5), torch.randperm(10)
-    torch.testing.assert_close(ridge(x[order], whose[order]), torch.cat([found["y0"], found["y1"]])[order], **CLOSE)
+    torch.testing.assert_close(
+        ridge(x[order], whose[order]), torch.cat([found["y0"], found["y1"]])[order], **CLOSE
+    )
 
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_backbone_gives_the_published_values_and_gradients(golden, folded):
     found, state = arrays(golden / "mindeye2" / "brainnet_tiny_seq1.npz")
-    network = MixerBrainNetwork(h=16, out_dim=40, seq_len=1, n_blocks=2, clip_size=8, blurry_recon=False, folded=folded)
+    network = MixerBrainNetwork(
+        h=16, out_dim=40, seq_len=1, n_blocks=2, clip_size=8, blurry_recon=False, folded=folded
+    )
     network.load_state_dict(state)
     x = found["x"].requires_grad_()
     backbone, clip, blurry = network.eval()(x)
@@ -110,13 +170,24 @@ def test_backbone_gives_the_published_values_and_gradients(golden, folded):
     torch.testing.assert_close(clip, found["clip"], **CLOSE)
     assert torch.equal(blurry, found["blur_placeholder"])
     ((backbone * found["cot_backbone"]).sum() + (clip * found["cot_clip"]).sum()).backward()
-    torch.testing.assert_close(x.grad, found["grad_x"], rtol=1e-4, atol=5e-4)  # the published backward leaks rounding noise through the dead norm
+    torch.testing.assert_close(
+        x.grad, found["grad_x"], rtol=1e-4, atol=5e-4
+    )  # the published backward leaks rounding noise through the dead norm
     for name, p in network.named_parameters():
         given = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(given, found[f"grad/{name}"], rtol=1e-3, atol=5e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            given,
+            found[f"grad/{name}"],
+            rtol=1e-3,
+            atol=5e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
-@pytest.mark.parametrize(("options", "name"), [({}, "out"), ({"learned_query_mode": "token"}, "out_token"), ({"causal": True}, "out_causal")])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({}, "out"), ({"learned_query_mode": "token"}, "out_token"), ({"causal": True}, "out_causal")],
+)
 def test_prior_network_gives_the_published_values(golden, options, name):
     found, state = arrays(golden / "mindeye2" / "prior_net_tiny.npz")
     network = PriorNetwork(dim=104, depth=2, num_tokens=4, **options).eval()
@@ -127,11 +198,22 @@ def test_prior_network_gives_the_published_values(golden, options, name):
         if not options:
             dropped = {"brain_cond_drop_prob": 1.0, "image_cond_drop_prob": 1.0}
             torch.testing.assert_close(network(*given, **dropped), found["out_null"], **CLOSE)
-            torch.testing.assert_close(network.forward_with_cond_scale(*given, cond_scale=2.5), found["out_cfg2.5"], **CLOSE)
+            torch.testing.assert_close(
+                network.forward_with_cond_scale(*given, cond_scale=2.5),
+                found["out_cfg2.5"],
+                **CLOSE,
+            )
 
 
 def test_published_grid_calls_the_prior_nineteen_times():
-    prior, calls = BrainDiffusionPrior(PriorNetwork(dim=16, depth=1, dim_head=8, num_tokens=3).eval(), image_embed_dim=16, image_embed_scale=1.0), []
+    prior, calls = (
+        BrainDiffusionPrior(
+            PriorNetwork(dim=16, depth=1, dim_head=8, num_tokens=3).eval(),
+            image_embed_dim=16,
+            image_embed_scale=1.0,
+        ),
+        [],
+    )
     prior.net.register_forward_hook(lambda module, given, out: calls.append(int(given[1][0])))
     prior.sample(torch.randn(2, 3, 16), timesteps=20)
     assert calls == list(range(94, 3, -5))
@@ -144,20 +226,33 @@ def test_converter_gives_the_published_values(golden):
     torch.testing.assert_close(converter(found["x"]), found["y"], **CLOSE)
 
 
-# ------------------------------------------------------------------------------------------------ the mixer
+# --------------------------------------------------------------------------------------- the mixer
 def backbone(folded=True, cls=MixerBrainNetwork, drop=0.0, **options):
     torch.manual_seed(3)
-    network = cls(h=12, out_dim=32, n_blocks=3, clip_size=8, latent_size=8, drop=drop, folded=folded, **options)
+    network = cls(
+        h=12,
+        out_dim=32,
+        n_blocks=3,
+        clip_size=8,
+        latent_size=8,
+        drop=drop,
+        folded=folded,
+        **options,
+    )
     with torch.no_grad():
         for p in network.mixer_blocks2.parameters():
-            p.add_(0.3 * torch.randn_like(p))  # else gains and biases of the norms are as at the start
+            p.add_(
+                0.3 * torch.randn_like(p)
+            )  # else gains and biases of the norms are as at the start
     return network
 
 
 def test_what_the_mixer_adds_does_not_depend_on_the_dead_weights():
     network, x = backbone(folded=False).double().eval(), torch.randn(5, 1, 12).double()
     before = network._mixed(x) - x
-    assert torch.allclose(before, before[:1, :, :1].expand_as(before), atol=1e-12)  # one number for all samples and channels
+    assert torch.allclose(
+        before, before[:1, :, :1].expand_as(before), atol=1e-12
+    )  # one number for all samples and channels
     with torch.no_grad():
         for p in network.mixer_blocks1.parameters():
             p.normal_()
@@ -170,21 +265,32 @@ def test_folded_and_unfolded_are_the_same_network():
     x = torch.randn(5, 1, 12)
     for mine, theirs in zip(folded(x)[:2], unfolded(x)[:2], strict=True):
         assert (mine - theirs).abs().max() < 1e-6
-    assert folded.dead_parameters() == list(folded.mixer_blocks1.parameters()) and not unfolded.dead_parameters()
+    assert (
+        folded.dead_parameters() == list(folded.mixer_blocks1.parameters())
+        and not unfolded.dead_parameters()
+    )
 
 
 def test_folded_and_unfolded_train_alike():
-    # In double precision: in single, the published backward leaks rounding noise through the dead norm, which the optimizer blows up.
+    # In double precision: in single, the published backward leaks rounding noise through the dead
+    # norm, which the optimizer blows up.
     data = [(torch.randn(6, 1, 12).double(), torch.randn(6, 4, 8).double()) for _ in range(15)]
     losses = []
     for network in (backbone(True).double(), backbone(False).double()):
         network.eval()  # no dropout in the blurry branch either
         dead = {id(p) for p in network.mixer_blocks1.parameters()}
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if id(p) not in dead], lr=1e-2)
+        optimizer = torch.optim.AdamW(
+            [p for p in network.parameters() if id(p) not in dead], lr=1e-2
+        )
         mine = []
         for x, y in data:
             out, clip, (latent, maps) = network(x)
-            loss = F.mse_loss(out, y) + F.mse_loss(clip, y) + latent.abs().mean() + 0.1 * maps.abs().mean()
+            loss = (
+                F.mse_loss(out, y)
+                + F.mse_loss(clip, y)
+                + latent.abs().mean()
+                + 0.1 * maps.abs().mean()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -197,7 +303,9 @@ def test_folded_and_unfolded_train_alike():
 def test_dead_weights_stay_out_of_the_optimizer_and_in_the_checkpoint():
     model = small()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not any(name.startswith("backbone.mixer_blocks1") for name in trained) and any(name.startswith("backbone.mixer_blocks2") for name in trained)
+    assert not any(name.startswith("backbone.mixer_blocks1") for name in trained) and any(
+        name.startswith("backbone.mixer_blocks2") for name in trained
+    )
     assert "backbone.mixer_blocks1.0.1.3.weight" in model.state_dict()
 
 
@@ -207,7 +315,9 @@ def test_with_two_tokens_the_mixer_mixes():
     first, second = x, x.transpose(1, 2)
     y = x
     with torch.no_grad():
-        for one, two in zip(network.mixer_blocks1, network.mixer_blocks2, strict=True):  # the published order of residuals, written out
+        for one, two in zip(
+            network.mixer_blocks1, network.mixer_blocks2, strict=True
+        ):  # the published order of residuals, written out
             first = one(y) + first
             second = two(first.transpose(1, 2)) + second
             y = second.transpose(1, 2)
@@ -238,24 +348,38 @@ def test_blurry_branch_is_in_single_precision_and_of_the_size_asked_for():
 
 
 def test_checkpointing_changes_nothing_but_memory():
-    prior = BrainDiffusionPrior(PriorNetwork(dim=16, depth=2, dim_head=8, num_tokens=4), image_embed_dim=16, image_embed_scale=1.0)
-    given = {"text_embed": torch.randn(3, 4, 16), "image_embed": torch.randn(3, 4, 16), "seeds": torch.arange(3)}
+    prior = BrainDiffusionPrior(
+        PriorNetwork(dim=16, depth=2, dim_head=8, num_tokens=4),
+        image_embed_dim=16,
+        image_embed_scale=1.0,
+    )
+    given = {
+        "text_embed": torch.randn(3, 4, 16),
+        "image_embed": torch.randn(3, 4, 16),
+        "seeds": torch.arange(3),
+    }
     grads = []
     for on in (False, True):
         prior.net.causal_transformer.checkpointing = on
         prior.zero_grad()
         prior(**given)[0].backward()
-        grads.append({name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+        grads.append(
+            {name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None}
+        )
+    assert grads[0].keys() == grads[1].keys() and all(
+        torch.equal(grads[0][name], grads[1][name]) for name in grads[0]
+    )
 
 
-# ------------------------------------------------------------------------------------------------ released files
+# ---------------------------------------------------------------------------------- released files
 @pytest.mark.parametrize(("blurry", "subjects"), [(True, (9,)), (False, (9, 7, 5))])
 def test_released_files_are_read_strictly(tmp_path, blurry, subjects):
     model = small(subjects, blurry_recon=blurry)
     write_published(tmp_path / "last.pth", model, epoch=3)
     again, config = load_decoder(tmp_path / "last.pth")
-    assert isinstance(again, MindEye2) and config["tokens"] == [4, 16] and config["clip"]["squeezed"]
+    assert (
+        isinstance(again, MindEye2) and config["tokens"] == [4, 16] and config["clip"]["squeezed"]
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     with pytest.raises(PerceptError, match="does not fit MindEye2"):
@@ -268,18 +392,34 @@ def test_a_residual_backbone_is_not_written_as_released(tmp_path):
 
 
 def deepspeed_folder(folder, model, processes=3):
-    """A folder as ZeRO stage 2 leaves it: half-precision weights, and the optimizer's single-precision ones in pieces."""
+    """A folder as ZeRO stage 2 leaves it: half-precision weights, and the optimizer's
+    single-precision ones in pieces.
+    """
     (folder / "tag").mkdir(parents=True)
     (folder / "latest").write_text("tag\n")
     weights = {name: value.half() for name, value in model.state_dict().items()}
-    groups = [[name for name, p in model.named_parameters() if p.requires_grad and ("bias" in name) == with_bias] for with_bias in (False, True)]
+    groups = [
+        [
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and ("bias" in name) == with_bias
+        ]
+        for with_bias in (False, True)
+    ]
     named = dict(model.named_parameters())
-    content = {"module": weights, "param_shapes": [{name: named[name].shape for name in group} for group in groups]}
+    content = {
+        "module": weights,
+        "param_shapes": [{name: named[name].shape for name in group} for group in groups],
+    }
     torch.save(content, folder / "tag" / "mp_rank_00_model_states.pt")
     flats = [torch.cat([named[name].detach().flatten() for name in group]) for group in groups]
     padded = [F.pad(flat, (0, -len(flat) % processes)).chunk(processes) for flat in flats]
     for rank in range(processes):
-        pieces = {"optimizer_state_dict": {"single_partition_of_fp32_groups": [parts[rank].clone() for parts in padded]}}
+        pieces = {
+            "optimizer_state_dict": {
+                "single_partition_of_fp32_groups": [parts[rank].clone() for parts in padded]
+            }
+        }
         torch.save(pieces, folder / "tag" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
@@ -296,14 +436,18 @@ def test_folders_of_deepspeed_are_put_together(tmp_path):
         read_published(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ several subjects
+# -------------------------------------------------------------------------------- several subjects
 @pytest.fixture
 def people(tmp_path):
     found = []
     for subj, seed in ((1, 0), (2, 5)):
         prepare(tmp_path, subj=subj, seed=seed)
         subject = open_subject(tmp_path, subj)
-        targets = {"tokens": np.arange(len(subject.image_ids("train")), dtype=np.float32)[:, None].repeat(3, 1)}
+        targets = {
+            "tokens": (
+                np.arange(len(subject.image_ids("train")), dtype=np.float32)[:, None].repeat(3, 1)
+            )
+        }
         found.append(BrainDataset(subject, "train", targets, Normaliser.fit(subject)))
     return found
 
@@ -316,7 +460,9 @@ def test_batches_mix_subjects_in_the_order_asked_for(people):
     assert batch["subject"].tolist() == [1, 0, 1, 0]
     for row, (number, index) in enumerate([(1, 1), (0, 0), (1, 0), (0, 2)]):
         alone = people[number].__getitems__([index])
-        assert torch.equal(batch["voxels"][row], alone["voxels"][0]) and torch.equal(batch["tokens"][row], alone["tokens"][0])
+        assert torch.equal(batch["voxels"][row], alone["voxels"][0]) and torch.equal(
+            batch["tokens"][row], alone["tokens"][0]
+        )
     assert set(both.some(2)["subject"].tolist()) == {0, 1}
 
 
@@ -325,7 +471,10 @@ def test_smaller_brains_are_filled_up_with_zeros(people):
     columns.normaliser = Normaliser.fit(columns.subject, n_components=3)
     both = SeveralSubjects([people[0], columns])
     batch = both.__getitems__([len(people[0])])
-    assert batch["voxels"].shape[1] == people[0].subject.betas.shape[1] and not batch["voxels"][:, 3:].any()
+    assert (
+        batch["voxels"].shape[1] == people[0].subject.betas.shape[1]
+        and not batch["voxels"][:, 3:].any()
+    )
 
 
 def test_voxels_are_mixed_within_subjects_and_labels_point_at_the_partner():
@@ -342,7 +491,10 @@ def test_a_new_subject_starts_from_others_without_their_ridge(tmp_path):
     others, new = small((9, 7)), small((6,))
     before = copy.deepcopy(new.state_dict())
     save_checkpoint(tmp_path / "last.safetensors", others.state_dict(), {"model": {}})
-    assert start_from(tmp_path / "last.safetensors", new) == ["ridge.linears.0.weight", "ridge.linears.0.bias"]
+    assert start_from(tmp_path / "last.safetensors", new) == [
+        "ridge.linears.0.weight",
+        "ridge.linears.0.bias",
+    ]
     for name, value in new.state_dict().items():
         expected = before[name] if name.startswith("ridge.") else others.state_dict()[name]
         assert torch.equal(value, expected), name
@@ -354,23 +506,36 @@ def test_a_new_subject_starts_from_others_without_their_ridge(tmp_path):
         start_from(tmp_path / "last.safetensors", small((6,), blurry_recon=False))
 
 
-# ------------------------------------------------------------------------------------------------ before long work
+# -------------------------------------------------------------------------------- before long work
 def step_of(model, batch, epoch):
     backbone, clip, (latent, maps) = model(batch["voxels"], batch["subject"])
     loss = clip.square().mean() + latent.abs().mean() + maps.square().mean()
-    return loss + model.diffusion_prior(text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"])[0], {}
+    return (
+        loss
+        + model.diffusion_prior(
+            text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"]
+        )[0],
+        {},
+    )
 
 
 def a_batch(n=6):
     whose = torch.arange(n) % 2
-    return {"voxels": torch.randn(n, 9), "subject": whose, "tokens": torch.randn(n, 4, 16), "seed": torch.arange(n)}
+    return {
+        "voxels": torch.randn(n, 9),
+        "subject": whose,
+        "tokens": torch.randn(n, 4, 16),
+        "seed": torch.arange(n),
+    }
 
 
 def test_gradients_are_checked_before_training():
     model, batch = small(), a_batch()
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert check_gradients(model, step_of, batch) == trainable(model)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()) and torch.equal(random, torch.get_rng_state())
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    ) and torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -384,7 +549,7 @@ def test_parameters_without_a_gradient_and_values_that_are_not_finite_are_named(
         check_gradients(small(), step_of, batch)
 
 
-# ------------------------------------------------------------------------------------------------ use
+# --------------------------------------------------------------------------------------------- use
 def test_tokens_and_latents_are_predicted_whatever_the_batch():
     model = small().eval()
     voxels = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
@@ -403,8 +568,12 @@ def test_patch_tokens_of_the_mini_clip():
     tokens = clip.embed_image(x)
     assert tokens.shape == (3, *clip.target_shape) == (3, 16, 128)
     vision = clip.model.model.vision_model
-    own = vision.post_layernorm(vision(pixel_values=(x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
-        / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)).last_hidden_state)[:, 1:]  # fmt: skip
+    own = vision.post_layernorm(
+        vision(
+            pixel_values=(x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
+            / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+        ).last_hidden_state
+    )[:, 1:]
     torch.testing.assert_close(tokens, own, **CLOSE)
     squeezed = PatchClip("mini", squeezed=True)
     torch.testing.assert_close(squeezed.embed_image(x), clip.embed_image((x + 1) / 2), **CLOSE)
@@ -414,7 +583,13 @@ def test_patch_tokens_of_the_mini_clip():
         PatchClip("mini", patches=9)
     kinds = {json.dumps(encoder.fingerprint()) for encoder in (clip, squeezed, fewer)}
     assert len(kinds) == 3
-    assert isinstance(encoder_for({"tokens": [4, 128], "clip": {"patch_tokens": True, "variant": "bigG", "patches": 4}}, "mini"), PatchClip)
+    assert isinstance(
+        encoder_for(
+            {"tokens": [4, 128], "clip": {"patch_tokens": True, "variant": "bigG", "patches": 4}},
+            "mini",
+        ),
+        PatchClip,
+    )
 
 
 def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
@@ -433,7 +608,9 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
     spoilt = wanted.copy()
     spoilt[350:] = np.nan  # of images that are in neither split
     options = {"epochs": 60, "batch_size": 50, "max_lr": 2e-2, "device": "cpu"}
-    converter, history = fit_converter(Stored(given), Stored(spoilt), train, val[:50], tmp_path, {"of": "this test"}, **options)
+    converter, history = fit_converter(
+        Stored(given), Stored(spoilt), train, val[:50], tmp_path, {"of": "this test"}, **options
+    )
     assert history["val/r2"].max() > 0.95
     expected = torch.from_numpy(wanted[350:])
     assert 1 - F.mse_loss(converter(torch.from_numpy(given[350:])), expected) / expected.var() > 0.9
@@ -442,5 +619,7 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
 def test_config_is_read_back_from_weights():
     model = small((9, 7), seq_past=1, seq_future=2)
     config = published_config(model.state_dict())
-    assert config["backbone"]["kwargs"]["seq_len"] == 4 and config["ridge"]["kwargs"]["input_sizes"] == [9, 7]
+    assert config["backbone"]["kwargs"]["seq_len"] == 4 and config["ridge"]["kwargs"][
+        "input_sizes"
+    ] == [9, 7]
     assert build_decoder(config).state_dict().keys() == model.state_dict().keys()

@@ -1,4 +1,6 @@
-"""The mini world: what its splits hold out, that it is deterministic, and that its cortex behaves like the one it stands for."""
+"""The mini world: what its splits hold out, that it is deterministic, and that its cortex behaves
+like the one it stands for.
+"""
 
 import numpy as np
 import pytest
@@ -13,11 +15,22 @@ def combinations(split: str, count: int) -> set[tuple[int, int, int]]:
 
 
 def test_test_combinations_never_occur_in_training():
-    train, val = combinations("train", 4000), {(w.things[-1].kind, w.things[-1].colour, w.scene) for w in (world.compose(0, i, "val") for i in range(300))}
-    test = {(w.things[-1].kind, w.things[-1].colour, w.scene) for w in (world.compose(0, i, "test") for i in range(300))}
+    train, val = (
+        combinations("train", 4000),
+        {
+            (w.things[-1].kind, w.things[-1].colour, w.scene)
+            for w in (world.compose(0, i, "val") for i in range(300))
+        },
+    )
+    test = {
+        (w.things[-1].kind, w.things[-1].colour, w.scene)
+        for w in (world.compose(0, i, "test") for i in range(300))
+    }
     assert not test & train and not val & train and not test & val
     for pair in ((0, 1), (0, 2), (1, 2)):  # every pair of attributes of a test image has been seen
-        assert {tuple(np.array(c)[list(pair)]) for c in test} <= {tuple(np.array(c)[list(pair)]) for c in train}
+        assert {tuple(np.array(c)[list(pair)]) for c in test} <= {
+            tuple(np.array(c)[list(pair)]) for c in train
+        }
 
 
 def test_there_is_enough_in_the_world():
@@ -35,9 +48,13 @@ def test_images_are_a_pure_function_of_seed_split_and_index():
 @pytest.mark.parametrize("kind", range(len(world.KINDS)))
 def test_every_kind_is_drawn_large_and_in_its_colour(kind):
     def paint(colour):
-        return world.render(world.Scenery(7, 0, 0.58, 1, (world.Thing(kind, colour, 0, 0.5, 0.53, 0.40, 0.0),))).astype(float)
+        return world.render(
+            world.Scenery(7, 0, 0.58, 1, (world.Thing(kind, colour, 0, 0.5, 0.53, 0.40, 0.0),))
+        ).astype(float)
 
-    changed = np.abs(paint(0) - paint(4)).sum(2) > 60  # red against blue: the pixels that carry the object's colour
+    changed = (
+        np.abs(paint(0) - paint(4)).sum(2) > 60
+    )  # red against blue: the pixels that carry the object's colour
     assert 0.05 < changed.mean() < 0.75
 
 
@@ -69,15 +86,22 @@ def shown():
 def test_noise_ceilings_are_those_of_fmri(cortex):
     ceiling = cortex.voxels.noise_ceiling
     assert 0.10 <= ceiling.median() <= 0.20
-    early, higher = (ceiling[cortex.voxels[list(areas)].any(axis=1)].mean() for areas in (("V1", "V2", "V3"), ("FFA", "PPA", "LO")))
+    early, higher = (
+        ceiling[cortex.voxels[list(areas)].any(axis=1)].mean()
+        for areas in (("V1", "V2", "V3"), ("FFA", "PPA", "LO"))
+    )
     assert early > higher
 
 
 def test_signal_is_calibrated_and_noise_has_the_promised_size(cortex, shown):
     signal = cortex.respond(*shown)
     assert signal.shape == (120, world.N_VOXELS[7]) and abs(signal.std(0).mean() - 1) < 0.15
-    scan = cortex.scan(signal, repeats=3, trials_per_session=360)  # one session: no drift between repeats
-    responses = np.stack([scan.betas[scan.trials.row == i] for i in range(120)])  # (images, repeats, voxels)
+    scan = cortex.scan(
+        signal, repeats=3, trials_per_session=360
+    )  # one session: no drift between repeats
+    responses = np.stack(
+        [scan.betas[scan.trials.row == i] for i in range(120)]
+    )  # (images, repeats, voxels)
     noise, total = responses.var(1, ddof=1).mean(0), scan.betas.var(0)
     assert np.corrcoef(1 - noise / total, cortex.voxels.noise_ceiling)[0, 1] > 0.6
 
@@ -94,9 +118,13 @@ def test_early_voxels_see_pixels_and_higher_voxels_see_what_is_there(cortex, sho
     early = cortex.voxels[["V1", "V2", "V3", "hV4"]].any(axis=1).to_numpy()
     here = cortex.respond(images, made)
     mirrored = cortex.respond(images[:, :, ::-1], made)
-    assert not np.allclose(here[:, early], mirrored[:, early]) and np.allclose(here[:, ~early], mirrored[:, ~early])
+    assert not np.allclose(here[:, early], mirrored[:, early]) and np.allclose(
+        here[:, ~early], mirrored[:, ~early]
+    )
     other = cortex.respond(images, made[::-1])
-    assert np.allclose(here[:, early], other[:, early]) and not np.allclose(here[:, ~early], other[:, ~early])
+    assert np.allclose(here[:, early], other[:, early]) and not np.allclose(
+        here[:, ~early], other[:, ~early]
+    )
 
 
 def test_energy_does_not_change_with_the_sign_of_contrast(cortex):
@@ -104,7 +132,9 @@ def test_energy_does_not_change_with_the_sign_of_contrast(cortex):
     pattern = rng.normal(size=(1, 32, 32, 1)).repeat(3, 3)
     cortex_even, cortex_odd = cortex.even, cortex.odd
     flat = (pattern * 0.2).transpose(0, 3, 1, 2).reshape(1, -1)
-    energy = [np.sqrt((s * flat @ cortex_even.T) ** 2 + (s * flat @ cortex_odd.T) ** 2) for s in (1, -1)]
+    energy = [
+        np.sqrt((s * flat @ cortex_even.T) ** 2 + (s * flat @ cortex_odd.T) ** 2) for s in (1, -1)
+    ]
     assert np.allclose(*energy)
 
 

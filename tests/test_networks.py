@@ -1,4 +1,6 @@
-"""The frozen networks of the metrics: torchvision's own calls on files under the published names, and the mini world's twins."""
+"""The frozen networks of the metrics: torchvision's own calls on files under the published names,
+and the mini world's twins.
+"""
 
 import errno
 import gc
@@ -19,17 +21,31 @@ from src.networks import NETWORKS, RESIZING, FeatureNetwork, weight_file
 from src.utils import PerceptError
 
 FILES = {  # what torchvision and SwAV's authors call their files
-    "alexnet": "alexnet-owt-7be5be79.pth", "inception_v3": "inception_v3_google-0cc3c7bd.pth", "efficientnet_b1": "efficientnet_b1-c27df63c.pth",
+    "alexnet": "alexnet-owt-7be5be79.pth",
+    "inception_v3": "inception_v3_google-0cc3c7bd.pth",
+    "efficientnet_b1": "efficientnet_b1-c27df63c.pth",
     "swav_resnet50": "swav_800ep_pretrain.pth.tar",
-}  # fmt: skip
-DIMS = {"AlexNet(2)": 192 * 31 * 31, "AlexNet(5)": 256 * 15 * 15, "InceptionV3": 2048, "EffNet-B1": 1280, "SwAV": 2048}
+}
+DIMS = {
+    "AlexNet(2)": 192 * 31 * 31,
+    "AlexNet(5)": 256 * 15 * 15,
+    "InceptionV3": 2048,
+    "EffNet-B1": 1280,
+    "SwAV": 2048,
+}
 
 
 def published_calls():
-    """The networks as the published evaluation makes them (their random weights come from the files)."""
+    """The networks as the published evaluation makes them (their random weights come from the
+    files).
+    """
     swav = models.resnet50()
-    state = torch.load(Path(torch.hub.get_dir()) / "checkpoints" / FILES["swav_resnet50"], weights_only=True)
-    swav.load_state_dict({key.replace("module.", ""): value for key, value in state.items()}, strict=False)
+    state = torch.load(
+        Path(torch.hub.get_dir()) / "checkpoints" / FILES["swav_resnet50"], weights_only=True
+    )
+    swav.load_state_dict(
+        {key.replace("module.", ""): value for key, value in state.items()}, strict=False
+    )
     return {
         "alexnet": models.alexnet(weights=models.AlexNet_Weights.IMAGENET1K_V1),
         "inception_v3": models.inception_v3(weights=models.Inception_V3_Weights.DEFAULT),
@@ -39,21 +55,40 @@ def published_calls():
 
 
 def swav_state():
-    """A state dict with the keys of SwAV's file: ResNet-50 inside DistributedDataParallel, no classifier, projection head and prototypes."""
-    state = {key: value for key, value in models.resnet50().state_dict().items() if not key.startswith("fc.")}
-    head = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.BatchNorm1d(2048), torch.nn.ReLU(), torch.nn.Linear(2048, 128)).state_dict()
-    state |= {f"projection_head.{key}": value for key, value in head.items()} | {"prototypes.weight": torch.randn(30, 128)}
+    """A state dict with the keys of SwAV's file: ResNet-50 inside DistributedDataParallel, no
+    classifier, projection head and prototypes.
+    """
+    state = {
+        key: value
+        for key, value in models.resnet50().state_dict().items()
+        if not key.startswith("fc.")
+    }
+    head = torch.nn.Sequential(
+        torch.nn.Linear(2048, 2048),
+        torch.nn.BatchNorm1d(2048),
+        torch.nn.ReLU(),
+        torch.nn.Linear(2048, 128),
+    ).state_dict()
+    state |= {f"projection_head.{key}": value for key, value in head.items()} | {
+        "prototypes.weight": torch.randn(30, 128)
+    }
     return {f"module.{key}": value for key, value in state.items()}
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A folder that torch takes for its cache of downloads, with random weights under the published names."""
+    """A folder that torch takes for its cache of downloads, with random weights under the published
+    names.
+    """
     before, place = torch.hub.get_dir(), tmp_path_factory.mktemp("hub")
     (place / "checkpoints").mkdir()
     torch.hub.set_dir(str(place))
     torch.manual_seed(0)
-    makers = {"alexnet": models.alexnet, "inception_v3": lambda: models.inception_v3(init_weights=False), "efficientnet_b1": models.efficientnet_b1}
+    makers = {
+        "alexnet": models.alexnet,
+        "inception_v3": lambda: models.inception_v3(init_weights=False),
+        "efficientnet_b1": models.efficientnet_b1,
+    }
     for name, make in makers.items():
         torch.save(make().state_dict(), place / "checkpoints" / FILES[name])
     torch.save(swav_state(), place / "checkpoints" / FILES["swav_resnet50"])
@@ -85,17 +120,30 @@ def test_features_are_those_of_the_published_calls(name, hub, originals):
     x = TF.resize(x, [network.size, network.size], antialias=False)
     x = TF.normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     with torch.no_grad():
-        wanted = create_feature_extractor(originals[network.architecture].eval(), [network.node])(x)[network.node].flatten(1).numpy()
+        wanted = (
+            create_feature_extractor(originals[network.architecture].eval(), [network.node])(x)[
+                network.node
+            ]
+            .flatten(1)
+            .numpy()
+        )
     made = FeatureNetwork(name)
     features = made(images)
     assert features.shape == (2, DIMS[name]) == (2, made.dim) and features.dtype == np.float32
-    assert features.std() > 0 and np.abs(features[0] - features[1]).max() > 1e-3 * np.abs(features).max()
+    assert (
+        features.std() > 0
+        and np.abs(features[0] - features[1]).max() > 1e-3 * np.abs(features).max()
+    )
     np.testing.assert_allclose(features, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_both_alexnets_share_one_network_and_end_at_their_node(hub):
     early, late = FeatureNetwork("AlexNet(2)"), FeatureNetwork("AlexNet(5)")
-    assert len(early.model) == 5 and len(late.model) == 12 and early.model[3].weight is late.model[3].weight
+    assert (
+        len(early.model) == 5
+        and len(late.model) == 12
+        and early.model[3].weight is late.model[3].weight
+    )
 
 
 def test_a_folder_gives_what_the_downloads_give(hub):
@@ -103,7 +151,10 @@ def test_a_folder_gives_what_the_downloads_give(hub):
     downloaded = FeatureNetwork("EffNet-B1")
     images = torch.rand(1, 3, 64, 64)
     np.testing.assert_array_equal(folder(images), downloaded(images))
-    assert folder.fingerprint() == downloaded.fingerprint() and folder.fingerprint()["weights"] == FILES["efficientnet_b1"]
+    assert (
+        folder.fingerprint() == downloaded.fingerprint()
+        and folder.fingerprint()["weights"] == FILES["efficientnet_b1"]
+    )
 
 
 def test_the_files_of_the_downloads_have_the_names_that_a_folder_is_searched_for():
@@ -113,11 +164,20 @@ def test_the_files_of_the_downloads_have_the_names_that_a_folder_is_searched_for
 
 def test_swavs_file_must_fit(tmp_path):
     state, file = swav_state(), tmp_path / FILES["swav_resnet50"]
-    for change in ({"module.layer5.weight": torch.zeros(1)}, {"module.fc.weight": torch.zeros(1000, 2048)}, {"module.conv1.weight": None}):
-        torch.save({key: value for key, value in (state | change).items() if value is not None}, file)
+    for change in (
+        {"module.layer5.weight": torch.zeros(1)},
+        {"module.fc.weight": torch.zeros(1000, 2048)},
+        {"module.conv1.weight": None},
+    ):
+        torch.save(
+            {key: value for key, value in (state | change).items() if value is not None}, file
+        )
         with pytest.raises(PerceptError, match="does not fit"):
             FeatureNetwork("SwAV", weights=str(tmp_path))
-    torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, file)  # as files were before PyTorch 0.4.1
+    torch.save(
+        {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+        file,
+    )  # as files were before PyTorch 0.4.1
     made = FeatureNetwork("SwAV", weights=str(tmp_path))
     torch.testing.assert_close(made.model.conv1.weight, state["module.conv1.weight"])
 
@@ -129,9 +189,17 @@ def test_weights_that_cannot_be_had_are_said_plainly(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     for name in ("AlexNet(2)", "SwAV"):
-        with pytest.raises(PerceptError, match=rf"could not be downloaded from https://.*{FILES[NETWORKS[name].architecture]}.*no route.*by hand"):
+        with pytest.raises(
+            PerceptError,
+            match=(
+                rf"could not be downloaded from https://.*{FILES[NETWORKS[name].architecture]}.*no"
+                r" route.*by hand"
+            ),
+        ):
             FeatureNetwork(name)
-    with pytest.raises(PerceptError, match=f"are not at .*{FILES['inception_v3']}: put the file of https://"):
+    with pytest.raises(
+        PerceptError, match=f"are not at .*{FILES['inception_v3']}: put the file of https://"
+    ):
         FeatureNetwork("InceptionV3", weights=str(tmp_path))
     (tmp_path / FILES["alexnet"]).write_bytes(b"<html>not found</html>")
     with pytest.raises(PerceptError, match=f"could not be read from .*{FILES['alexnet']}.*again"):
@@ -147,7 +215,12 @@ def test_bad_input_is_refused(scenes):
     with pytest.raises(PerceptError, match="no resizing 'bicubic'"):
         twin(resizing="bicubic")
     made = twin()
-    for images, what in ((scenes[0], "shape"), (scenes[:0], "shape"), (scenes.permute(0, 2, 3, 1), "shape"), (scenes.float(), "run from")):
+    for images, what in (
+        (scenes[0], "shape"),
+        (scenes[:0], "shape"),
+        (scenes.permute(0, 2, 3, 1), "shape"),
+        (scenes.float(), "run from"),
+    ):
         with pytest.raises(PerceptError, match=what):
             made(images)
     with pytest.raises(PerceptError, match="expects"):
@@ -162,7 +235,9 @@ def test_resizing(resizing, scenes):
         x = TF.resize(x, [size, size], antialias=resizing == "antialias")
     made = twin(resizing=resizing)
     x = TF.normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    np.testing.assert_allclose(made(scenes[:3]), made.model(x).flatten(1).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        made(scenes[:3]), made.model(x).flatten(1).numpy(), rtol=1e-4, atol=1e-5
+    )
     assert twin().resizing == "straight"
 
 
@@ -199,7 +274,11 @@ def test_the_cache_computes_once_and_knows_its_images(scenes, tmp_path, monkeypa
     made = twin()
     wanted, _ = made(scenes), made.dim
     monkeypatch.setattr(FeatureNetwork, "_at_once", 16)
-    monkeypatch.setattr(FeatureNetwork, "_embed", lambda self, images: calls.append(len(images)) or embed(self, images))
+    monkeypatch.setattr(
+        FeatureNetwork,
+        "_embed",
+        lambda self, images: calls.append(len(images)) or embed(self, images),
+    )
     first = made.features(scenes, tmp_path)
     np.testing.assert_allclose(first, wanted, rtol=1e-5, atol=1e-5)
     assert calls == [16, 16, 8]
@@ -241,9 +320,14 @@ def test_twins_prefer_the_image_that_was_seen(name, scenes):
     real, recon = made(scenes), made(noisy)
     assert real.shape == (40, made.dim) and np.isfinite(real).all()
     assert metrics.two_way_identification(real, recon) > 0.8
-    assert metrics.correlation_distance(real, recon).mean() < metrics.correlation_distance(real, np.roll(recon, 1, 0)).mean()
+    assert (
+        metrics.correlation_distance(real, recon).mean()
+        < metrics.correlation_distance(real, np.roll(recon, 1, 0)).mean()
+    )
 
 
 def test_the_twins_are_small():
     files = list(networks.MINI.rglob("*.safetensors"))
-    assert {file.parent.name for file in files} == set(networks.ARCHITECTURES) and sum(file.stat().st_size for file in files) < 2.5 * 2**20
+    assert {file.parent.name for file in files} == set(networks.ARCHITECTURES) and sum(
+        file.stat().st_size for file in files
+    ) < 2.5 * 2**20

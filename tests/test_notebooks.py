@@ -1,4 +1,6 @@
-"""The form of the notebooks: no outputs, one parameters cell, short cells, and the same code in the .py export."""
+"""The form of the notebooks: no outputs, one parameters cell, short cells, and the same code in the
+.py export.
+"""
 
 import json
 import subprocess
@@ -52,6 +54,19 @@ def test_first_cell_says_what_it_asks_reads_writes_and_costs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_export_is_the_notebook(path, tmp_path):
     options = ["--opt", "notebook_metadata_filter=-all", "--opt", "cell_metadata_filter=tags,-all"]
-    command = [sys.executable, "-m", "jupytext", "--quiet", "--to", "py:percent", *options, "-o", str(tmp_path / "out.py"), str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "jupytext",
+        "--quiet",
+        "--to",
+        "py:percent",
+        *options,
+        "-o",
+        str(tmp_path / "out.py"),
+        str(path),
+    ]
     subprocess.run(command, check=True, timeout=120)
-    assert (tmp_path / "out.py").read_text() == path.with_suffix(".py").read_text(), "run `make notebooks`"
+    assert (tmp_path / "out.py").read_text() == path.with_suffix(".py").read_text(), (
+        "run `make notebooks`"
+    )

@@ -1,4 +1,6 @@
-"""The frozen models: real classes with the committed miniature weights, against the libraries' own pipelines and recorded features."""
+"""The frozen models: real classes with the committed miniature weights, against the libraries' own
+pipelines and recorded features.
+"""
 
 import contextlib
 import json
@@ -85,15 +87,26 @@ def test_few_images_at_a_time_give_the_same(images, monkeypatch):
 
 
 def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, diffusion):
-    """The published way: the dual network, mix ratio 0, text condition of zeros before the image tokens."""
+    """The published way: the dual network, mix ratio 0, text condition of zeros before the image
+    tokens.
+    """
     pipeline = pretrained.versatile_pipeline("mini", dual=True)
     for module in pipeline.image_unet.modules():
         if isinstance(module, DualTransformer2DModel):
-            module.mix_ratio, module.condition_lengths, module.transformer_index_for_condition = 0.0, [7, 17], [1, 0]
+            module.mix_ratio, module.condition_lengths, module.transformer_index_for_condition = (
+                0.0,
+                [7, 17],
+                [1, 0],
+            )
     tokens = pretrained.Clipper("mini").embed_image(as_float(images[:2]))
-    latents, t = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    latents, t = (
+        torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor(500),
+    )
     with torch.no_grad():
-        both = pipeline.image_unet(latents, t, encoder_hidden_states=torch.cat([torch.zeros(2, 7, 128), tokens], 1)).sample
+        both = pipeline.image_unet(
+            latents, t, encoder_hidden_states=torch.cat([torch.zeros(2, 7, 128), tokens], 1)
+        ).sample
         ours = diffusion.unet(latents, t, encoder_hidden_states=tokens).sample
     torch.testing.assert_close(both, ours, rtol=1e-3, atol=1e-4)
 
@@ -101,7 +114,13 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
 def test_the_librarys_own_dual_pipeline_runs_on_the_miniature(images):
     pipeline = pretrained.versatile_pipeline("mini", dual=True)
     pipeline.set_progress_bar_config(disable=True)
-    out = pipeline(prompt="a red ball on the sea", image=Image.fromarray(images[0]), text_to_image_strength=0.5, num_inference_steps=2, output_type="np").images
+    out = pipeline(
+        prompt="a red ball on the sea",
+        image=Image.fromarray(images[0]),
+        text_to_image_strength=0.5,
+        num_inference_steps=2,
+        output_type="np",
+    ).images
     assert out.shape == (1, 32, 32, 3) and np.isfinite(out).all()
 
 
@@ -129,8 +148,16 @@ def test_text_flow_equals_the_librarys_text_to_image_pipeline():
     ours = pretrained.VersatileDiffusionText("mini")
     theirs = quiet(pretrained.versatile_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
-    made = drawn(theirs.text_to_image, PROMPTS, latents=noise.clone(), num_inference_steps=6, guidance_scale=4.0)
-    expected = ours.generate(ours.embed_text(PROMPTS), noise, guidance_scale=4.0, num_inference_steps=6)
+    made = drawn(
+        theirs.text_to_image,
+        PROMPTS,
+        latents=noise.clone(),
+        num_inference_steps=6,
+        guidance_scale=4.0,
+    )
+    expected = ours.generate(
+        ours.embed_text(PROMPTS), noise, guidance_scale=4.0, num_inference_steps=6
+    )
     torch.testing.assert_close(made, expected, rtol=0, atol=2e-3)
 
 
@@ -138,9 +165,19 @@ def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(i
     theirs = quiet(pretrained.versatile_pipeline("mini"), diffusion.scheduler)
     noise = noise_for(diffusion, 2)
     options = {"num_inference_steps": 6, "guidance_scale": 4.0}
-    # the library's null image is a mid-grey one's tokens, ours zeros as in MindEye: without guidance they agree
-    made = drawn(theirs.image_variation, [Image.fromarray(i) for i in images[:2]], latents=noise.clone(), **options | {"guidance_scale": 1.0})
-    expected = diffusion.generate(pretrained.Clipper("mini").embed_image(as_float(images[:2])), noise, **options | {"guidance_scale": 1.0})
+    # the library's null image is a mid-grey one's tokens, ours zeros as in MindEye: without
+    # guidance they agree
+    made = drawn(
+        theirs.image_variation,
+        [Image.fromarray(i) for i in images[:2]],
+        latents=noise.clone(),
+        **options | {"guidance_scale": 1.0},
+    )
+    expected = diffusion.generate(
+        pretrained.Clipper("mini").embed_image(as_float(images[:2])),
+        noise,
+        **options | {"guidance_scale": 1.0},
+    )
     torch.testing.assert_close(made, expected, rtol=0, atol=2e-3)
 
 
@@ -148,9 +185,22 @@ def test_image_variation_equals_the_librarys_pipeline(images):
     ours = pretrained.ImageVariation("mini")
     theirs = quiet(pretrained.image_variation_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
-    made = drawn(theirs, [Image.fromarray(i) for i in images[:2]], latents=noise.clone(), num_inference_steps=6, guidance_scale=4.0)
-    embeds = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(as_float(images[:2]))[:, None]
-    torch.testing.assert_close(made, ours.generate(embeds, noise, guidance_scale=4.0, num_inference_steps=6), rtol=0, atol=2e-3)
+    made = drawn(
+        theirs,
+        [Image.fromarray(i) for i in images[:2]],
+        latents=noise.clone(),
+        num_inference_steps=6,
+        guidance_scale=4.0,
+    )
+    embeds = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(
+        as_float(images[:2])
+    )[:, None]
+    torch.testing.assert_close(
+        made,
+        ours.generate(embeds, noise, guidance_scale=4.0, num_inference_steps=6),
+        rtol=0,
+        atol=2e-3,
+    )
 
 
 def test_stable_diffusion_equals_the_librarys_img2img_pipeline(images):
@@ -158,8 +208,15 @@ def test_stable_diffusion_equals_the_librarys_img2img_pipeline(images):
     theirs = quiet(pretrained.stable_diffusion_pipeline("mini"), ours.scheduler)
     start = ours.encode(as_float(images[:2]))
     options = {"strength": 0.75, "guidance_scale": 4.0, "num_inference_steps": 8}
-    made = drawn(theirs, PROMPTS, image=start.clone(), generator=torch.Generator().manual_seed(0), **options)
-    torch.testing.assert_close(made, ours.generate(ours.embed_text(PROMPTS), noise_for(ours, 2), start, **options), rtol=0, atol=2e-3)
+    made = drawn(
+        theirs, PROMPTS, image=start.clone(), generator=torch.Generator().manual_seed(0), **options
+    )
+    torch.testing.assert_close(
+        made,
+        ours.generate(ours.embed_text(PROMPTS), noise_for(ours, 2), start, **options),
+        rtol=0,
+        atol=2e-3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +224,9 @@ def held_out():
     """Forty images of test combinations with their labels and captions, and the judge."""
     what = [miniworld.compose(5, i, "test") for i in range(40)]
     seen = as_float(np.stack([miniworld.render(w, 5) for w in what]))
-    labels = {q: np.array([miniworld.label(w)[q] for w in what]) for q in ("scene", "kind", "colour")}
+    labels = {
+        q: np.array([miniworld.label(w)[q] for w in what]) for q in ("scene", "kind", "colour")
+    }
     return seen, labels, [miniworld.caption(w)[1] for w in what], pretrained.Judge("mini")
 
 
@@ -186,22 +245,46 @@ def test_the_judge_is_right_about_images_and_about_their_round_trip(held_out):
         answers = judge.ask(pictures)
         assert all((answers[q] == truth).mean() >= 0.95 for q, truth in labels.items())
     assert judge.chance == {"scene": 1 / 8, "kind": 1 / 20, "colour": 1 / 8}
-    assert (judge.ask(torch.full((4, 3, 32, 32), 0.5))["kind"] == "car").mean() in (0, 1)  # alike pictures, alike answers
+    assert (judge.ask(torch.full((4, 3, 32, 32), 0.5))["kind"] == "car").mean() in (
+        0,
+        1,
+    )  # alike pictures, alike answers
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.75])
 @pytest.mark.parametrize(
-    "cls", [pretrained.VersatileDiffusion, pretrained.VersatileDiffusionText, pretrained.ImageVariation, pretrained.StableDiffusion], ids=lambda c: c.__name__
+    "cls",
+    [
+        pretrained.VersatileDiffusion,
+        pretrained.VersatileDiffusionText,
+        pretrained.ImageVariation,
+        pretrained.StableDiffusion,
+    ],
+    ids=lambda c: c.__name__,
 )
 def test_every_generator_shows_what_its_true_condition_says(cls, strength, held_out):
-    """From noise alone, and from another image's latents at a strength that leaves three quarters of the steps to the condition."""
+    """From noise alone, and from another image's latents at a strength that leaves three quarters
+    of the steps to the condition.
+    """
     seen, labels, captions, judge = held_out
     generator = cls("mini")
-    start = generator.encode(torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(seen, 8), (32, 32), mode="bilinear"))
-    made = generator.generate(true_condition(generator, seen, captions), noise_for(generator, len(seen)), start, strength, num_inference_steps=12)
+    start = generator.encode(
+        torch.nn.functional.interpolate(
+            torch.nn.functional.avg_pool2d(seen, 8), (32, 32), mode="bilinear"
+        )
+    )
+    made = generator.generate(
+        true_condition(generator, seen, captions),
+        noise_for(generator, len(seen)),
+        start,
+        strength,
+        num_inference_steps=12,
+    )
     answers = judge.ask(made)
     share = {q: (answers[q] == truth).mean() for q, truth in labels.items()}
-    assert share["scene"] >= 0.9 and share["kind"] >= 0.6 and share["colour"] >= 0.6, share  # chance .125, .05, .125
+    assert share["scene"] >= 0.9 and share["kind"] >= 0.6 and share["colour"] >= 0.6, (
+        share
+    )  # chance .125, .05, .125
 
 
 def test_the_judge_is_for_the_mini_world():
@@ -221,24 +304,38 @@ def test_true_tokens_give_images_nearer_to_their_own_than_to_others(images, diff
 def test_strength_zero_is_the_decoded_latent(images, diffusion):
     latents = diffusion.encode(as_float(images[:2]))
     tokens = torch.zeros(2, 17, 128)
-    torch.testing.assert_close(diffusion.generate(tokens, torch.zeros_like(latents), latents, strength=0.0), diffusion.decode(latents))
+    torch.testing.assert_close(
+        diffusion.generate(tokens, torch.zeros_like(latents), latents, strength=0.0),
+        diffusion.decode(latents),
+    )
 
 
 def test_low_strength_stays_near_the_initial_latent(images, diffusion):
     latents = diffusion.encode(as_float(images[:4]))
     tokens = pretrained.Clipper("mini").embed_image(as_float(images[:4]))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    error = [((diffusion.generate(tokens, noise, latents, strength=s) - as_float(images[:4])) ** 2).mean() for s in (0.3, 1.0)]
+    error = [
+        (
+            (diffusion.generate(tokens, noise, latents, strength=s) - as_float(images[:4])) ** 2
+        ).mean()
+        for s in (0.3, 1.0)
+    ]
     assert error[0] < error[1]
 
 
 def test_timesteps_are_the_published_ones(diffusion):
     diffusion.scheduler.set_timesteps(20)
-    assert diffusion.scheduler.timesteps.tolist() == [999, *range(949, 548, -50), *range(500, 49, -50)]
+    assert diffusion.scheduler.timesteps.tolist() == [
+        999,
+        *range(949, 548, -50),
+        *range(500, 49, -50),
+    ]
 
 
 def test_schedule_and_img2img_start_are_the_published_ones(golden, diffusion):
-    """Versatile Diffusion's schedule: noise levels, the 17 of 20 steps that strength .85 leaves, and the noised start."""
+    """Versatile Diffusion's schedule: noise levels, the 17 of 20 steps that strength .85 leaves,
+    and the noised start.
+    """
     stored = np.load(golden / "mindeye" / "unipc.npz")
     scheduler = diffusion.scheduler
     np.testing.assert_allclose(scheduler.alphas_cumprod, stored["alphas_cumprod"], rtol=1e-5)
@@ -246,7 +343,9 @@ def test_schedule_and_img2img_start_are_the_published_ones(golden, diffusion):
     assert scheduler.timesteps.tolist() == stored["timesteps20"].tolist()
     left = scheduler.timesteps[20 - min(int(20 * 0.85), 20) :]
     assert left.tolist() == stored["img2img085_timesteps"].tolist()
-    noised = scheduler.add_noise(torch.from_numpy(stored["x0"]), torch.from_numpy(stored["noise"]), left[:1])
+    noised = scheduler.add_noise(
+        torch.from_numpy(stored["x0"]), torch.from_numpy(stored["noise"]), left[:1]
+    )
     np.testing.assert_allclose(noised, stored["add_noise_t3"], rtol=1e-4, atol=1e-5)
 
 
@@ -271,7 +370,7 @@ def test_a_missing_model_is_named(tmp_path):
         pretrained.Clipper(str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------ the variants of CLIP
+# ---------------------------------------------------------------------------- the variants of CLIP
 @pytest.fixture(scope="module")
 def resnet_folder(tmp_path_factory):
     """A folder with RN50.pt: the real architecture at a small width, as a plain state dict."""
@@ -289,13 +388,24 @@ def test_a_resnet_clip_is_openais_own(resnet_folder):
     folder, made = resnet_folder
     clipper = pretrained.Clipper(str(folder), hidden=False, norm_embs=False, variant="RN50")
     images = pretrained.fixed_image(256)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
     small = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=False)
     with torch.no_grad():
         wanted = made.float().encode_image((small - mean) / std)
-    assert clipper.embed_image(images).shape == (1, 1024) and (clipper.size, clipper.dim, clipper.tokens) == (224, 1024, 1)
-    assert torch.allclose(clipper.embed_image(images), wanted, atol=1e-2 * wanted.abs().max())  # the package rounds weights to half precision on loading
-    unit = pretrained.Clipper(str(folder), hidden=False, variant="RN50").embed_text(["a red cat", ""])
+    assert clipper.embed_image(images).shape == (1, 1024) and (
+        clipper.size,
+        clipper.dim,
+        clipper.tokens,
+    ) == (224, 1024, 1)
+    assert torch.allclose(
+        clipper.embed_image(images), wanted, atol=1e-2 * wanted.abs().max()
+    )  # the package rounds weights to half precision on loading
+    unit = pretrained.Clipper(str(folder), hidden=False, variant="RN50").embed_text(
+        ["a red cat", ""]
+    )
     assert torch.allclose(unit.norm(dim=-1), torch.ones(2), atol=1e-5)
     assert clipper.fingerprint()["variant"] == "RN50"
 
@@ -311,18 +421,35 @@ def test_the_largest_resnet_reads_448_pixels():
 def test_vit_b_32_lies_under_its_own_name(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, patch_size=32, projection_dim=12)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        patch_size=32,
+        projection_dim=12,
+    )
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip-ViT-B-32")
     clipper = pretrained.Clipper(str(tmp_path), variant="ViT-B/32")
-    assert clipper.embed_image(pretrained.fixed_image(224)).shape == (1, 50, 12) and clipper.target_shape == (50, 12)
+    assert clipper.embed_image(pretrained.fixed_image(224)).shape == (
+        1,
+        50,
+        12,
+    ) and clipper.target_shape == (50, 12)
     with pytest.raises(PerceptError, match="'clip' is not at"):
         pretrained.Clipper(str(tmp_path))
 
 
 def test_embeddings_can_be_limited_before_they_are_normalised():
-    free, limited = (pretrained.Clipper("mini", hidden=False, norm_embs=False, clamp_embs=clamp) for clamp in (False, True))
+    free, limited = (
+        pretrained.Clipper("mini", hidden=False, norm_embs=False, clamp_embs=clamp)
+        for clamp in (False, True)
+    )
     x = pretrained.fixed_image(32)
-    assert torch.equal(limited.embed_image(x), free.embed_image(x).clamp(-1.5, 1.5)) and free.embed_image(x).abs().max() > 1.5
+    assert (
+        torch.equal(limited.embed_image(x), free.embed_image(x).clamp(-1.5, 1.5))
+        and free.embed_image(x).abs().max() > 1.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,12 +466,14 @@ def test_variants_that_cannot_be_had_are_refused(options, message):
         pretrained.Clipper(**{"weights": "mini"} | options)
 
 
-# ------------------------------------------------------------------------------------------------ the low level's teacher
+# ------------------------------------------------------------------------- the low level's teacher
 TINY_TEACHER = {"dims": [8, 12, 16, 20], "depths": [1, 2, 1, 1], "maps": [10, 14, 6]}
 
 
 def test_the_released_teacher_has_these_keys_and_shapes(golden):
-    described = json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())["convnext_xl_vicregl"]
+    described = json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())[
+        "convnext_xl_vicregl"
+    ]
     with torch.device("meta"):
         state = pretrained.ConvNeXtMaps().state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == dict(described["state"])
@@ -353,12 +482,16 @@ def test_the_released_teacher_has_these_keys_and_shapes(golden):
 
 @pytest.fixture
 def released_teacher(tmp_path):
-    """A folder with the authors' kind of file, of a tiny network: prefixed keys under "model", and heads that nobody needs."""
+    """A folder with the authors' kind of file, of a tiny network: prefixed keys under "model", and
+    heads that nobody needs.
+    """
     torch.manual_seed(0)
     network, folder = pretrained.ConvNeXtMaps(**TINY_TEACHER).eval(), tmp_path / "teacher"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY_TEACHER | {"image_size": 64}))
-    state = {f"module.{key}": value for key, value in network.state_dict().items()} | {"module.projector.0.weight": torch.zeros(3)}
+    state = {f"module.{key}": value for key, value in network.state_dict().items()} | {
+        "module.projector.0.weight": torch.zeros(3)
+    }
     torch.save({"epoch": 400, "model": state, "optimizer": {}}, folder / pretrained.TEACHER_FILE)
     return tmp_path, network, state
 
@@ -366,10 +499,14 @@ def released_teacher(tmp_path):
 def test_the_teacher_reads_its_authors_file(released_teacher):
     folder, network, _ = released_teacher
     teacher, x = pretrained.Teacher(str(folder)), pretrained.fixed_image(64)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))
+    )
     with torch.no_grad():
         torch.testing.assert_close(teacher.maps(x), network((x - mean) / std))
-    assert teacher.target_shape == (4, 6) and teacher.encode_pixels(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 4, 6)
+    assert teacher.target_shape == (4, 6) and teacher.encode_pixels(
+        np.zeros((2, 32, 32, 3), np.uint8)
+    ).shape == (2, 4, 6)
 
 
 def test_a_teacher_without_all_its_weights_is_refused(released_teacher):
@@ -395,32 +532,47 @@ def test_a_convnext_block_is_what_its_paper_says():
 
 
 def test_the_mini_teacher_looks_at_each_place():
-    """Four by four places, row by row: a patch changed in one corner changes the embeddings of that corner most."""
+    """Four by four places, row by row: a patch changed in one corner changes the embeddings of that
+    corner most.
+    """
     teacher = pretrained.Teacher("mini")
     x = pretrained.fixed_image(32)
     plain = teacher.maps(x)
     assert plain.shape == (1, 16, 512) == (1, *teacher.target_shape)
     for place, (row, column) in {0: (0, 0), 3: (0, 24), 12: (24, 0), 15: (24, 24)}.items():
         changed = x.clone()
-        changed[:, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1)
+        changed[:, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.1, 0.1]).view(
+            1, 3, 1, 1
+        )
         assert int((teacher.maps(changed) - plain).square().sum(-1).argmax()) == place
 
 
-# ------------------------------------------------------------------------------------------------ what does not change over the steps
+# ------------------------------------------------------------- what does not change over the steps
 def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(monkeypatch):
     diffusion = pretrained.VersatileDiffusion("mini")
     condition = pretrained.Clipper("mini").embed_image(pretrained.fixed_image(32)).expand(2, -1, -1)
     noise = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
-    layers = [module for name, module in diffusion.unet.named_modules() if name.endswith("attn2.to_k")]
+    layers = [
+        module for name, module in diffusion.unet.named_modules() if name.endswith("attn2.to_k")
+    ]
     calls, compute = [], torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (calls.append(1) if self in layers else None, compute(self, x))[1])
+    monkeypatch.setattr(
+        torch.nn.Linear,
+        "forward",
+        lambda self, x: (calls.append(1) if self in layers else None, compute(self, x))[1],
+    )
     once = diffusion.generate(condition, noise, num_inference_steps=5)
     assert layers and len(calls) == len(layers)
     monkeypatch.setattr(pretrained, "constant_condition", lambda unet: contextlib.nullcontext())
-    assert torch.equal(once, diffusion.generate(condition, noise, num_inference_steps=5)) and len(calls) == 6 * len(layers)
+    assert torch.equal(once, diffusion.generate(condition, noise, num_inference_steps=5)) and len(
+        calls
+    ) == 6 * len(layers)
     monkeypatch.undo()
     with pretrained.constant_condition(diffusion.unet):
-        first, second = (diffusion.unet(noise, 10, encoder_hidden_states=c).sample for c in (condition, 2 * condition))
+        first, second = (
+            diffusion.unet(noise, 10, encoder_hidden_states=c).sample
+            for c in (condition, 2 * condition)
+        )
     assert not torch.allclose(first, second), "another condition is computed anew"
     assert "forward" not in layers[0].__dict__
 
@@ -437,11 +589,19 @@ def test_without_guidance_the_null_half_is_not_run():
 
 
 def test_guidance_is_the_published_one_unless_said_otherwise():
-    assert (pretrained.VersatileDiffusion.guidance, pretrained.ImageVariation.guidance) == (3.5, 7.5)
+    assert (pretrained.VersatileDiffusion.guidance, pretrained.ImageVariation.guidance) == (
+        3.5,
+        7.5,
+    )
     diffusion = pretrained.ImageVariation("mini")
-    condition = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(pretrained.fixed_image(32))[:, None]
+    condition = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(
+        pretrained.fixed_image(32)
+    )[:, None]
     noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
-    made = [diffusion.generate(condition, noise, num_inference_steps=3, **more) for more in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 3.5})]
+    made = [
+        diffusion.generate(condition, noise, num_inference_steps=3, **more)
+        for more in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 3.5})
+    ]
     assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2])
 
 
@@ -452,7 +612,13 @@ def test_the_published_start_takes_its_detour():
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         picture = diffusion.model.decode(latents / diffusion.scale).sample / 2 + 0.5
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+        mean, std = (
+            torch.tensor(v).view(1, 3, 1, 1)
+            for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        )
         posterior = diffusion.model.encode((picture - mean) / std).latent_dist
-    torch.testing.assert_close(diffusion.published_start(latents, noise), (posterior.mean + posterior.std * noise) * diffusion.scale)
+    torch.testing.assert_close(
+        diffusion.published_start(latents, noise),
+        (posterior.mean + posterior.std * noise) * diffusion.scale,
+    )
     assert (diffusion.published_start(latents, noise) - latents).abs().mean() > 0.1

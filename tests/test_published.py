@@ -1,4 +1,6 @@
-"""Released checkpoints: synthetic files in the published layout, with everything that the real ones carry along."""
+"""Released checkpoints: synthetic files in the published layout, with everything that the real ones
+carry along.
+"""
 
 import collections
 import io
@@ -14,9 +16,24 @@ import pytest
 import torch
 
 from src import published
-from src.models import BrainNetwork, DiffusionPriorNetwork, RidgeBaseline, VersatileDiffusionPriorNetwork, Voxel2StableDiffusionModel, published_state
+from src.models import (
+    BrainNetwork,
+    DiffusionPriorNetwork,
+    RidgeBaseline,
+    VersatileDiffusionPriorNetwork,
+    Voxel2StableDiffusionModel,
+    published_state,
+)
 from src.prior import BrainDiffusionPrior
-from src.published import difference, load_laion_prior, load_published, published_config, read_history, read_published, write_published
+from src.published import (
+    difference,
+    load_laion_prior,
+    load_published,
+    published_config,
+    read_history,
+    read_published,
+    write_published,
+)
 from src.reconstruct import build_decoder, load_decoder
 from src.utils import PerceptError
 
@@ -27,19 +44,34 @@ def networks():
     vd = {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "num_tokens": 5}
     brain = {"clip_size": 16, "h": 12, "n_blocks": 3, "projector_dim": 20}
     return {
-        "257-style": BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd), BrainNetwork(30, 5 * 16, **brain), image_embed_dim=16, timesteps=10),
+        "257-style": BrainDiffusionPrior(
+            VersatileDiffusionPriorNetwork(**vd),
+            BrainNetwork(30, 5 * 16, **brain),
+            image_embed_dim=16,
+            timesteps=10,
+        ),
         "1-token": BrainDiffusionPrior(
-            DiffusionPriorNetwork(dim=16, depth=2, dim_head=8, heads=2, num_timesteps=20, max_text_len=4),
-            BrainNetwork(30, 16, **brain), image_embed_dim=16, timesteps=20,
+            DiffusionPriorNetwork(
+                dim=16, depth=2, dim_head=8, heads=2, num_timesteps=20, max_text_len=4
+            ),
+            BrainNetwork(30, 16, **brain),
+            image_embed_dim=16,
+            timesteps=20,
         ),
         "voxel2clip alone": BrainNetwork(30, 5 * 16, **brain),
-        "low level with maps": Voxel2StableDiffusionModel(30, 12, 2, use_cont=True, latent_size=16, block_out_channels=(32, 32, 64)),
-        "low level 16x": Voxel2StableDiffusionModel(30, 12, 1, ups_mode="16x", latent_size=32, block_out_channels=(32, 32, 32, 32, 64)),
-    }  # fmt: skip
+        "low level with maps": Voxel2StableDiffusionModel(
+            30, 12, 2, use_cont=True, latent_size=16, block_out_channels=(32, 32, 64)
+        ),
+        "low level 16x": Voxel2StableDiffusionModel(
+            30, 12, 1, ups_mode="16x", latent_size=32, block_out_channels=(32, 32, 32, 32, 64)
+        ),
+    }
 
 
 def as_released(network):
-    """The keys of the time: old attention names, the prefix of data parallelism, and the stray temperature."""
+    """The keys of the time: old attention names, the prefix of data parallelism, and the stray
+    temperature.
+    """
     state = collections.OrderedDict()
     for key, value in network.state_dict().items():
         for new, old in OLD.items():
@@ -70,9 +102,14 @@ def released(tmp_path):
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10)
         content = {
-            "epoch": 239, "model_state_dict": as_released(network), "optimizer_state_dict": optimizer.state_dict(), "train_losses": [np.float64(0.5)],
-            "lr_scheduler": schedule, "stranger": Payload(), "filled": [collections.deque([1, 2]), collections.defaultdict(list, a=[1]), {3}],
-        }  # fmt: skip
+            "epoch": 239,
+            "model_state_dict": as_released(network),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "train_losses": [np.float64(0.5)],
+            "lr_scheduler": schedule,
+            "stranger": Payload(),
+            "filled": [collections.deque([1, 2]), collections.defaultdict(list, a=[1]), {3}],
+        }
         torch.save(content, tmp_path / "last.pth")
         return tmp_path / "last.pth"
 
@@ -102,7 +139,13 @@ def test_a_network_made_at_will_takes_a_released_file_or_says_what_differs(relea
     path = released(network)
     load_published(path, networks()["low level with maps"])
     without = Voxel2StableDiffusionModel(30, 12, 2, latent_size=16, block_out_channels=(32, 32, 64))
-    with pytest.raises(PerceptError, match=r"8 unexpected \(maps_projector.0.weight, .* and 5 more\); make the network with use_cont=True"):
+    with pytest.raises(
+        PerceptError,
+        match=(
+            r"8 unexpected \(maps_projector.0.weight, .* and 5 more\); make the network with"
+            r" use_cont=True"
+        ),
+    ):
         load_published(path, without)
 
 
@@ -117,20 +160,29 @@ def test_reading_runs_no_code_of_the_file(released):
 def test_the_laion_prior_leaves_the_null_embeddings_and_voxel2clip_fresh(tmp_path):
     donor, taker = networks()["1-token"], networks()["1-token"]
     fresh_keys = {"net.null_text_encodings", "net.null_text_embeds", "net.null_image_embed"}
-    bare = {k: v for k, v in donor.state_dict().items() if not k.startswith("voxel2clip.") and k not in fresh_keys}
+    bare = {
+        k: v
+        for k, v in donor.state_dict().items()
+        if not k.startswith("voxel2clip.") and k not in fresh_keys
+    }
     torch.save(bare, tmp_path / "best.pth")
     before = {k: v.clone() for k, v in taker.state_dict().items()}
     fresh = load_laion_prior(tmp_path / "best.pth", taker)
     after = taker.state_dict()
-    assert fresh_keys < set(fresh) and all(k in fresh_keys or k.startswith("voxel2clip.") for k in fresh)
-    assert all(torch.equal(after[k], before[k] if k in fresh else donor.state_dict()[k]) for k in after)
+    assert fresh_keys < set(fresh) and all(
+        k in fresh_keys or k.startswith("voxel2clip.") for k in fresh
+    )
+    assert all(
+        torch.equal(after[k], before[k] if k in fresh else donor.state_dict()[k]) for k in after
+    )
     del bare["net.learned_query"]
     torch.save(bare, tmp_path / "best.pth")
     with pytest.raises(PerceptError, match=r"1 missing \(net.learned_query\)"):
         load_laion_prior(tmp_path / "best.pth", taker)
 
 
-RELEASED = {  # entry of the published lists: what the network is, voxels, and its tokens or channels
+# entry of the published lists: what the network is, voxels, and its tokens or channels
+RELEASED = {
     "brain_network_257x768_subj01": ("BrainNetwork", 257 * 768),
     "brain_network_1x768_subj01": ("BrainNetwork", 768),
     "brain_diffusion_prior_257_subj01": ("VersatileDiffusionPriorNetwork", 257 * 768),
@@ -143,63 +195,107 @@ RELEASED = {  # entry of the published lists: what the network is, voxels, and i
 
 
 def published_shapes(golden, name):
-    return json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())[name]["state"]
+    return json.loads((golden / "mindeye" / "full_size_state_shapes.json").read_text())[name][
+        "state"
+    ]
 
 
 def hollow(shapes):
-    """Tensors of the published size that take the memory of one number: every element is the same one."""
+    """Tensors of the published size that take the memory of one number: every element is the same
+    one.
+    """
     return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("name", RELEASED)
-def test_the_published_lists_of_keys_make_their_network_at_full_size(name, prefix, golden, tmp_path):
+def test_the_published_lists_of_keys_make_their_network_at_full_size(
+    name, prefix, golden, tmp_path
+):
     shapes, (kind, size) = published_shapes(golden, name), RELEASED[name]
-    stray = {"voxel2clip.temp": torch.tensor(0.006)} if "prior" in name else {"temp": torch.tensor(0.006)} if "brain" in name else {}
-    torch.save({"model_state_dict": {prefix + k: v for k, v in (hollow(shapes) | stray).items()}}, tmp_path / "last.pth")
+    stray = (
+        {"voxel2clip.temp": torch.tensor(0.006)}
+        if "prior" in name
+        else {"temp": torch.tensor(0.006)}
+        if "brain" in name
+        else {}
+    )
+    torch.save(
+        {"model_state_dict": {prefix + k: v for k, v in (hollow(shapes) | stray).items()}},
+        tmp_path / "last.pth",
+    )
     state = read_published(tmp_path / "last.pth")
-    assert len(state) == len(shapes) and ("013" in name) == (set(state) != set(shapes))  # without the stray number; only the old names change
+    assert len(state) == len(shapes) and ("013" in name) == (
+        set(state) != set(shapes)
+    )  # without the stray number; only the old names change
     config = published_config(state)
     brain = config.get("voxel2clip", config)["kwargs"]
     assert config.get("net", config)["name"] == kind and brain["in_dim"] == 15724
     assert size == (brain["use_cont"] if kind.startswith("Voxel") else brain["out_dim"])
     with torch.device("meta"):
         network = build_decoder(config)
-    assert {k: list(v.shape) for k, v in network.state_dict().items()} == {k: list(v.shape) for k, v in state.items()}
+    assert {k: list(v.shape) for k, v in network.state_dict().items()} == {
+        k: list(v.shape) for k, v in state.items()
+    }
     assert not difference(state, network)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_nothing_else_is_forgiven(name, golden):
-    state = published_state({k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()})
+    state = published_state(
+        {k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()}
+    )
     with torch.device("meta"):
         network = build_decoder(published_config(state))
     for key, value in state.items():
         less = {k: v for k, v in state.items() if k != key}
         assert difference(less, network) == {"missing": [key]}
-        assert difference(less | {f"ema.{key}": value}, network) == {"missing": [key], "unexpected": [f"ema.{key}"]}
+        assert difference(less | {f"ema.{key}": value}, network) == {
+            "missing": [key],
+            "unexpected": [f"ema.{key}"],
+        }
         assert difference(less | {key: value[None]}, network) == {"of another shape": [key]}
     for key in list(state)[:: len(state) // 8]:  # and so says what reads them
-        for broken in ({k: v for k, v in state.items() if k != key}, state | {f"x.{key}": state[key]}, state | {key: state[key][None]}):
-            with pytest.raises(PerceptError, match="^The file (does not fit|is of a released|holds)"):
+        for broken in (
+            {k: v for k, v in state.items() if k != key},
+            state | {f"x.{key}": state[key]},
+            state | {key: state[key][None]},
+        ):
+            with pytest.raises(
+                PerceptError, match="^The file (does not fit|is of a released|holds)"
+            ):
                 published_config(broken, "The file")
 
 
 @pytest.mark.parametrize("name", ["vd_prior_network", "convnext_xl_vicregl"])
 def test_networks_that_are_no_decoder_are_refused(name, golden):
     with pytest.raises(PerceptError, match="holds no released MindEye network"):
-        published_config({k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()})
+        published_config(
+            {k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()}
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda s: s | {"voxel2clip.temp": torch.zeros(3)}, r"1 unexpected \(voxel2clip.temp\)"),
-        (lambda s: s | {"voxel2clip.module.lin1.bias": torch.zeros(3)}, r"1 unexpected \(voxel2clip.module.lin1.bias\)"),
+        (
+            lambda s: s | {"voxel2clip.module.lin1.bias": torch.zeros(3)},
+            r"1 unexpected \(voxel2clip.module.lin1.bias\)",
+        ),
         (lambda s: s | {"module.net.learned_query": torch.zeros(3)}, "some of them twice"),
-        (lambda s: {("lin0" if "lin0" in k else k): v for k, v in s.items()}, "has no lin0.0.weight, so its sizes cannot be read"),
-        (lambda s: s | {"voxel2clip.lin0.0.weight": torch.zeros(3)}, "of a shape that no such network has"),
-        (lambda s: {k: v for k, v in s.items() if "mlp.1" not in k}, r"4 missing \(voxel2clip.mlp.1.0.weight, .* and 1 more\); take the file"),
+        (
+            lambda s: {("lin0" if "lin0" in k else k): v for k, v in s.items()},
+            "has no lin0.0.weight, so its sizes cannot be read",
+        ),
+        (
+            lambda s: s | {"voxel2clip.lin0.0.weight": torch.zeros(3)},
+            "of a shape that no such network has",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "mlp.1" not in k},
+            r"4 missing \(voxel2clip.mlp.1.0.weight, .* and 1 more\); take the file",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(change, words, tmp_path):
@@ -210,12 +306,32 @@ def test_what_does_not_fit_is_said_in_a_sentence(change, words, tmp_path):
 
 def test_the_advice_fits_the_difference(released, tmp_path):
     another = networks()["257-style"]
-    path = released(BrainDiffusionPrior(another.net, BrainNetwork(31, 5 * 16, clip_size=16, h=12, n_blocks=3, projector_dim=20), 16, 10))
-    with pytest.raises(PerceptError, match=r"1 of another shape \(voxel2clip.lin0.0.weight 12 x 31 for 12 x 30\); it was trained on other voxels"):
+    path = released(
+        BrainDiffusionPrior(
+            another.net,
+            BrainNetwork(31, 5 * 16, clip_size=16, h=12, n_blocks=3, projector_dim=20),
+            16,
+            10,
+        )
+    )
+    with pytest.raises(
+        PerceptError,
+        match=(
+            r"1 of another shape \(voxel2clip.lin0.0.weight 12 x 31 for 12 x 30\); it was trained"
+            r" on other voxels"
+        ),
+    ):
         load_published(path, another)
-    for name, words in (("257-style", "30 missing .* and 27 more.*make it without voxel2clip"), ("1-token", "33 missing .*use load_laion_prior")):
+    for name, words in (
+        ("257-style", "30 missing .* and 27 more.*make it without voxel2clip"),
+        ("1-token", "33 missing .*use load_laion_prior"),
+    ):
         network = networks()[name]
-        keys = [k for k in network.state_dict() if "voxel2clip" not in k and (name == "257-style" or k not in published.FRESH_IN_LAION)]
+        keys = [
+            k
+            for k in network.state_dict()
+            if "voxel2clip" not in k and (name == "257-style" or k not in published.FRESH_IN_LAION)
+        ]
         torch.save({k: network.state_dict()[k] for k in keys}, tmp_path / "best.pth")
         with pytest.raises(PerceptError, match=words):
             load_published(tmp_path / "best.pth", network)
@@ -229,16 +345,29 @@ def test_what_is_written_as_released_reads_back_bit_by_bit(name, old_attention, 
     first, _ = load_decoder(released(networks()[name].half().float()))
     write_published(tmp_path / "again.pth", first, epoch=17, old_attention=old_attention)
     again, _ = load_decoder(tmp_path / "again.pth")
-    bits = [{k: v.numpy().tobytes() for k, v in network.state_dict().items()} for network in (first, again)]
+    bits = [
+        {k: v.numpy().tobytes() for k, v in network.state_dict().items()}
+        for network in (first, again)
+    ]
     assert bits[0] == bits[1] and type(again) is type(first)
     content = torch.load(tmp_path / "again.pth", weights_only=True)  # as anyone reads it
-    old = {key for key in content["model_state_dict"] if any(f"attentions.0.{word}." in key for word in OLD.values())}
-    assert len(old) == (8 if old_attention and "low" in name else 0) and content["epoch"] == 17 == read_history(tmp_path / "again.pth")["epoch"]
+    old = {
+        key
+        for key in content["model_state_dict"]
+        if any(f"attentions.0.{word}." in key for word in OLD.values())
+    }
+    assert (
+        len(old) == (8 if old_attention and "low" in name else 0)
+        and content["epoch"] == 17 == read_history(tmp_path / "again.pth")["epoch"]
+    )
     assert [p.name for p in tmp_path.glob("again*")] == ["again.pth"]
 
 
 def test_the_old_names_are_the_published_ones(golden):
-    new, old = (published_shapes(golden, f"voxel2sd_4x_contTrue_{keys}") for keys in ("newdiffuserskeys", "diffusers013_keys"))
+    new, old = (
+        published_shapes(golden, f"voxel2sd_4x_contTrue_{keys}")
+        for keys in ("newdiffuserskeys", "diffusers013_keys")
+    )
     assert {published.old_name(key): shape for key, shape in new.items()} == old
 
 
@@ -246,12 +375,22 @@ def test_networks_that_a_released_file_cannot_tell_are_not_written(tmp_path):
     vd = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_tokens": 5}
     brain = BrainNetwork(30, 80, clip_size=16, h=12, n_blocks=1, projector_dim=20)
     refused = {
-        "has causal=True": BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd, causal=True), brain, 16, 10),
-        "has learned_query_mode=token": BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd, learned_query_mode="token"), brain, 16, 10),
-        "has image_embed_scale=2": BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd), brain, 16, 10, image_embed_scale=2.0),
-        "has clip_size=16": BrainNetwork(30, 80, clip_size=16, h=12, n_blocks=1, use_projector=False),
+        "has causal=True": BrainDiffusionPrior(
+            VersatileDiffusionPriorNetwork(**vd, causal=True), brain, 16, 10
+        ),
+        "has learned_query_mode=token": BrainDiffusionPrior(
+            VersatileDiffusionPriorNetwork(**vd, learned_query_mode="token"), brain, 16, 10
+        ),
+        "has image_embed_scale=2": BrainDiffusionPrior(
+            VersatileDiffusionPriorNetwork(**vd), brain, 16, 10, image_embed_scale=2.0
+        ),
+        "has clip_size=16": BrainNetwork(
+            30, 80, clip_size=16, h=12, n_blocks=1, use_projector=False
+        ),
         "This RidgeBaseline cannot be written": RidgeBaseline(30, (5, 16)),
-        "This BrainDiffusionPrior cannot be written": BrainDiffusionPrior(VersatileDiffusionPriorNetwork(**vd), None, 16, 10),
+        "This BrainDiffusionPrior cannot be written": BrainDiffusionPrior(
+            VersatileDiffusionPriorNetwork(**vd), None, 16, 10
+        ),
     }
     for words, network in refused.items():
         with pytest.raises(PerceptError, match=words):
@@ -259,19 +398,42 @@ def test_networks_that_a_released_file_cannot_tell_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-NUMBERS = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.float64("nan"), np.float64(-np.inf), np.bool_(True), 2, 0.25]
+NUMBERS = [
+    np.float64(0.1),
+    np.float32(0.5),
+    np.int64(-3),
+    np.float64("nan"),
+    np.float64(-np.inf),
+    np.bool_(True),
+    2,
+    0.25,
+]
 
 
 def test_numbers_of_numpy_are_read(tmp_path):
-    lists = {"train_losses": NUMBERS, "val_losses": [torch.tensor(1.5), np.float64(3)], "lrs": [[3e-4], "late"]}
-    torch.save({"epoch": 239, "model_state_dict": networks()["voxel2clip alone"].state_dict(), **lists}, tmp_path / "last.pth")
+    lists = {
+        "train_losses": NUMBERS,
+        "val_losses": [torch.tensor(1.5), np.float64(3)],
+        "lrs": [[3e-4], "late"],
+    }
+    torch.save(
+        {"epoch": 239, "model_state_dict": networks()["voxel2clip alone"].state_dict(), **lists},
+        tmp_path / "last.pth",
+    )
     history = read_history(tmp_path / "last.pth")
     np.testing.assert_array_equal(history["train_losses"], [float(v) for v in NUMBERS])
     assert all(type(v) is float for v in history["train_losses"]) and history["epoch"] == 239
     assert history["val_losses"] == [1.5, 3.0] and history["lrs"] == []
-    assert len(read_published(tmp_path / "last.pth")) == len(networks()["voxel2clip alone"].state_dict())
+    assert len(read_published(tmp_path / "last.pth")) == len(
+        networks()["voxel2clip alone"].state_dict()
+    )
     torch.save(networks()["voxel2clip alone"].state_dict(), tmp_path / "bare.pth")
-    assert read_history(tmp_path / "bare.pth") == {"epoch": None, "train_losses": [], "val_losses": [], "lrs": []}
+    assert read_history(tmp_path / "bare.pth") == {
+        "epoch": None,
+        "train_losses": [],
+        "val_losses": [],
+        "lrs": [],
+    }
 
 
 class BigEndian:
@@ -282,9 +444,18 @@ class BigEndian:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])  # numpy 1, as the released files have it, and numpy 2
+@pytest.mark.parametrize(
+    "module", ["numpy.core.multiarray", "numpy._core.multiarray"]
+)  # numpy 1, as the released files have it, and numpy 2
 def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, protocol):
-    others = [np.dtype("O"), np.arange(3), np.complex128(1j), np.datetime64("2023-05-29"), np.void(b"ab"), np.random.default_rng(0)]
+    others = [
+        np.dtype("O"),
+        np.arange(3),
+        np.complex128(1j),
+        np.datetime64("2023-05-29"),
+        np.void(b"ab"),
+        np.random.default_rng(0),
+    ]
     data = pickle.dumps([*NUMBERS, BigEndian(), *others], protocol)
     if protocol < 4:  # later ones count the letters
         data = data.replace(b"numpy._core.multiarray", module.encode())
@@ -317,15 +488,32 @@ sys.stdout.write(f"{mapped:.1f} {peak() - before:.1f}")
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="the peak of a process's memory is read from /proc",
+)
 def test_the_optimizer_of_a_big_file_is_not_read_into_memory(tmp_path):
     network = BrainNetwork(2000, 16 * 8, clip_size=8, h=1000, n_blocks=2, projector_dim=20)  # 16 MB
-    state, burden = network.state_dict(), {i: {"exp_avg": torch.ones(2**20), "exp_avg_sq": torch.ones(2**20)} for i in range(35)}  # 280 MB
-    content = {"model_state_dict": {f"module.{k}": v for k, v in state.items()}, "train_losses": [np.float64(0.5)]}
-    torch.save(content | {"optimizer_state_dict": {"state": burden, "param_groups": []}}, tmp_path / "last.pth")
+    state, burden = (
+        network.state_dict(),
+        {i: {"exp_avg": torch.ones(2**20), "exp_avg_sq": torch.ones(2**20)} for i in range(35)},
+    )  # 280 MB
+    content = {
+        "model_state_dict": {f"module.{k}": v for k, v in state.items()},
+        "train_losses": [np.float64(0.5)],
+    }
+    torch.save(
+        content | {"optimizer_state_dict": {"state": burden, "param_groups": []}},
+        tmp_path / "last.pth",
+    )
     torch.save(state, tmp_path / "bare.pth")
     assert (tmp_path / "last.pth").stat().st_size > 290e6
-    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path / "last.pth", tmp_path / "bare.pth"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path / "last.pth", tmp_path / "bare.pth"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     mapped, plain = map(float, done.stdout.split())  # MB above what the bare file took
     (tmp_path / "last.pth").unlink()

@@ -1,4 +1,6 @@
-"""src.readers.god: BData files written with plain h5py from the published description, the mini world, and every error."""
+"""src.readers.god: BData files written with plain h5py from the published description, the mini
+world, and every error.
+"""
 
 import functools
 
@@ -31,7 +33,14 @@ def bdata(path, columns, labels, old=False, vmap=None):
     labels = {key: values for key, values in labels.items() if values is not None}
     dataset = np.column_stack([columns, *labels.values()]).astype(np.float64)
     width, voxels = dataset.shape[1], columns.shape[1]
-    flags = {"VoxelData": [1] * voxels, "ROI_VC": VC, "ROI_V1": V1, "voxel_x": np.arange(6) * 3.0, "voxel_y": np.arange(6) - 50.0, "voxel_z": [9.0] * 6}
+    flags = {
+        "VoxelData": [1] * voxels,
+        "ROI_VC": VC,
+        "ROI_V1": V1,
+        "voxel_x": np.arange(6) * 3.0,
+        "voxel_y": np.arange(6) - 50.0,
+        "voxel_z": [9.0] * 6,
+    }
     value = np.full((len(flags) + len(labels), width), np.nan)
     for row, flag in enumerate(flags.values()):
         value[row, :voxels] = np.where(np.isin(flag, 0), np.nan, flag) if row in (1, 2) else flag
@@ -41,7 +50,12 @@ def bdata(path, columns, labels, old=False, vmap=None):
     group, name = ("metaData", "dataSet") if old else ("metadata", "dataset")
     keys = np.array([*flags, *labels], dtype="S")
     with h5py.File(path, "w") as file:
-        file[name], file[f"{group}/key"], file[f"{group}/value"], file[f"{group}/description"] = dataset, keys, value, keys
+        file[name], file[f"{group}/key"], file[f"{group}/value"], file[f"{group}/description"] = (
+            dataset,
+            keys,
+            value,
+            keys,
+        )
         for key, label in (vmap or {}).items():
             file[f"vmap/stimulus_name/{key}"] = label
 
@@ -56,8 +70,11 @@ def pictures(root, names=(*TRAIN, *TEST)):
 def subject_file(root, subj=3, old=False, vmap=None, **labels):
     betas = np.random.default_rng(subj).standard_normal((10, 6))
     standard = {
-        "DataType": KIND, "Session": [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "Run": [1, 2, 3, 3, 4, 4, 5, 6, 7, 7], "stimulus_id": [number(n) for n in SHOWN],
-    }  # fmt: skip
+        "DataType": KIND,
+        "Session": [1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+        "Run": [1, 2, 3, 3, 4, 4, 5, 6, 7, 7],
+        "stimulus_id": [number(n) for n in SHOWN],
+    }
     bdata(root / "data" / f"Subject{subj}.h5", betas, standard | labels, old, vmap)
     pictures(root)
     return betas
@@ -71,24 +88,45 @@ def test_mini_world_comes_back(tmp_path):
     worlds = {subj: simulate(subj, 40, 10, 12, trials_per_session=70) for subj in (1, 2)}
     for subj, world in worlds.items():
         god.write(
-            tmp_path / "source", subj, world.scan.betas, world.scan.trials, world.images, world.image_ids,
-            voxels=world.scan.voxels, captions=world.captions, labels=world.labels,
-        )  # fmt: skip
+            tmp_path / "source",
+            subj,
+            world.scan.betas,
+            world.scan.trials,
+            world.images,
+            world.image_ids,
+            voxels=world.scan.voxels,
+            captions=world.captions,
+            labels=world.labels,
+        )
     for subj in worlds:
-        god.read(tmp_path / "source", tmp_path / "out", subj, attributes={"source": "the mini world"})
+        god.read(
+            tmp_path / "source", tmp_path / "out", subj, attributes={"source": "the mini world"}
+        )
     for subj, world in worlds.items():
         subject = open_subject(tmp_path / "out", subj)
         np.testing.assert_array_equal(subject.betas, world.scan.betas)
-        pd.testing.assert_frame_equal(subject.trials, world.scan.trials[subject.trials.columns], check_dtype=False)
+        pd.testing.assert_frame_equal(
+            subject.trials, world.scan.trials[subject.trials.columns], check_dtype=False
+        )
         np.testing.assert_array_equal(subject.images(world.image_ids), world.images)
         known = world.scan.voxels.drop(columns="noise_ceiling")
         pd.testing.assert_frame_equal(subject.voxels[known.columns], known)
-        assert subject.voxels["VC"].all() and subject.protocol == "god-12" and subject.attributes["source"] == "the mini world"
-        assert set(subject.labels.columns) == set(world.labels.columns) and subject.captions["image"].isin(world.image_ids).any()
+        assert (
+            subject.voxels["VC"].all()
+            and subject.protocol == "god-12"
+            and subject.attributes["source"] == "the mini world"
+        )
+        assert (
+            set(subject.labels.columns) == set(world.labels.columns)
+            and subject.captions["image"].isin(world.image_ids).any()
+        )
 
 
 def test_write_refuses_what_does_not_fit(tmp_path):
-    images, trials = np.zeros((1, 4, 4, 3), np.uint8), pd.DataFrame({"trial": [0], "image": [5], "session": 0, "run": 0, "split": "train"})
+    images, trials = (
+        np.zeros((1, 4, 4, 3), np.uint8),
+        pd.DataFrame({"trial": [0], "image": [5], "session": 0, "run": 0, "split": "train"}),
+    )
     with pytest.raises(PerceptError, match="do not fit"):
         god.write(tmp_path, 1, np.zeros((2, 3)), trials, images, np.array([5]))
     with pytest.raises(PerceptError, match="Image id 2000000 cannot be written"):
@@ -98,10 +136,12 @@ def test_write_refuses_what_does_not_fit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------- the published layout
+# ---------------------------------------------------------------------------- the published layout
 def check(subject, betas, rows=8, columns=(0, 1, 2, 4)):
     np.testing.assert_array_equal(subject.betas, betas[:rows, list(columns)].astype(np.float32))
-    assert subject.trials["image"].tolist() == [int(n[1:9]) * 10**6 + int(n[10:]) for n in SHOWN[:rows]]
+    assert subject.trials["image"].tolist() == [
+        int(n[1:9]) * 10**6 + int(n[10:]) for n in SHOWN[:rows]
+    ]
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -111,14 +151,32 @@ def test_published_file(tmp_path, old):
     subject = open_subject(tmp_path / "out", 3)
     trials = subject.trials
     check(subject, betas)
-    assert trials["session"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and trials["run"].tolist() == [0, 1, 0, 0, 0, 0, 0, 1]
-    assert trials["repeat"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1] and trials["trial"].tolist() == list(range(8))
-    assert sorted(trials["split"][:4]) == ["train", "train", "train", "val"] and trials["split"][4:].eq("test").all()
-    assert subject.voxels["V1"].tolist() == [True, False, False, False] and subject.voxels["x"].tolist() == [0, 3, 6, 12]
+    assert trials["session"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and trials["run"].tolist() == [
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
+    assert trials["repeat"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1] and trials[
+        "trial"
+    ].tolist() == list(range(8))
+    assert (
+        sorted(trials["split"][:4]) == ["train", "train", "train", "val"]
+        and trials["split"][4:].eq("test").all()
+    )
+    assert subject.voxels["V1"].tolist() == [True, False, False, False] and subject.voxels[
+        "x"
+    ].tolist() == [0, 3, 6, 12]
     assert subject.protocol == "god-2" and subject.attributes["rois"] == "VC"
     labels = subject.labels.set_index("image")
     assert labels.loc[1443537022563].tolist() == ["n01443537_22563", "n01443537"]
-    colours = subject.images(np.array([god.image_id(n) for n in (*TRAIN, *TEST)]))[:, 5, 5, 0].astype(int)
+    colours = subject.images(np.array([god.image_id(n) for n in (*TRAIN, *TEST)]))[
+        :, 5, 5, 0
+    ].astype(int)
     assert np.abs(colours - 40 * np.arange(6)).max() <= 4  # JPEG
 
 
@@ -139,7 +197,9 @@ def test_imagery_of_pictures_and_of_categories(tmp_path):
         read(root, tmp_path / "out", 3, imagery=True)
         subject = open_subject(tmp_path / "out", 3)
         check(subject, betas, rows=10)
-        assert subject.trials["split"][8:].eq("exclude").all() and subject.trials["repeat"][8:].tolist() == [2, 2]
+        assert subject.trials["split"][8:].eq("exclude").all() and subject.trials["repeat"][
+            8:
+        ].tolist() == [2, 2]
     subject_file(tmp_path / "c", stimulus_id=[*categories[:9], 7777777.0])
     with pytest.raises(PerceptError, match="Trial 9 imagines a category"):
         read(tmp_path / "c", tmp_path / "out", 3, imagery=True)
@@ -151,7 +211,9 @@ def test_the_other_names_of_pictures(tmp_path):
     names = {float(i + 1): n for i, n in enumerate([*TRAIN, *TEST])}
     codes = [next(k for k, v in names.items() if v == n) for n in SHOWN]
     vmap = subject_file(tmp_path / "vmap", vmap=names, stimulus_id=None, stimulus_name=codes)
-    index = subject_file(tmp_path / "index", stimulus_id=None, image_index=[1, 2, 3, 4, 1, 2, 1, 2, 2, 1])
+    index = subject_file(
+        tmp_path / "index", stimulus_id=None, image_index=[1, 2, 3, 4, 1, 2, 1, 2, 2, 1]
+    )
     for kind, names_of_kind in (("Training", TRAIN), ("Test", TEST)):
         table = "".join(f"{n}\t{number(n)}\t9\t{i + 1}\n" for i, n in enumerate(names_of_kind))
         (tmp_path / "index" / f"stimulus_ImageNet{kind}.tsv").write_text(table)
@@ -161,12 +223,17 @@ def test_the_other_names_of_pictures(tmp_path):
 
 
 def test_every_published_kind_of_number_survives():
-    """Six decimals through float64, also where the last ones are zeros and where the file has printed them with fewer."""
+    """Six decimals through float64, also where the last ones are zeros and where the file has
+    printed them with fewer.
+    """
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 10**7, 5000) * 10**6 + rng.integers(1, 10**6, 5000)
     written = np.array([float(f"{i // 10**6}.{i % 10**6:06d}") for i in ids])
     np.testing.assert_array_equal(god._from_numbers(written, np.ones(5000, int), "here"), ids)
-    assert god.image_id("n02950256_22949.JPEG") == 2950256022949 and god.image_name(2950256022949) == "n02950256_22949"
+    assert (
+        god.image_id("n02950256_22949.JPEG") == 2950256022949
+        and god.image_name(2950256022949) == "n02950256_22949"
+    )
     assert god.image_name(god.image_id("n00000000_100003")) == "n00000000_100003"
 
 
@@ -182,9 +249,16 @@ def test_deep_image_reconstruction(tmp_path):
     pictures(tmp_path)
     read(tmp_path, tmp_path / "out", 2)
     subject = open_subject(tmp_path / "out", 2)
-    np.testing.assert_array_equal(subject.betas, np.concatenate(list(betas.values()))[:, [0, 1, 2, 4]].astype(np.float32))
-    assert subject.trials["session"].tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 3 and subject.protocol == "deeprecon-2"
-    assert subject.trials["split"][8:].eq("test").all() and subject.trials["repeat"].tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(
+        subject.betas, np.concatenate(list(betas.values()))[:, [0, 1, 2, 4]].astype(np.float32)
+    )
+    assert (
+        subject.trials["session"].tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 3
+        and subject.protocol == "deeprecon-2"
+    )
+    assert subject.trials["split"][8:].eq("test").all() and subject.trials["repeat"].tolist() == [
+        0
+    ] * 4 + [1] * 4 + [0, 0, 1, 1, 2, 2]
     (tmp_path / "sub-02_perceptionNaturalImageTest_original_VC.h5").unlink()
     with pytest.raises(PerceptError, match="Test_original_VC.h5 is missing .* fetch both"):
         read(tmp_path, tmp_path / "out", 2)
@@ -198,11 +272,18 @@ def test_pictures_of_mind_vis(tmp_path, floats):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (7, 5, 5, 3), dtype=np.uint8)
     stored = pixels / 255 if floats else pixels
-    np.savez_compressed(tmp_path / "images_256.npz", train_images=stored[:5], test_images=stored[5:])
-    for file, names in (("imagenet_training_label.csv", [*TRAIN[::-1], "n09999999_1"]), ("imageID_test.csv", TEST)):
+    np.savez_compressed(
+        tmp_path / "images_256.npz", train_images=stored[:5], test_images=stored[5:]
+    )
+    for file, names in (
+        ("imagenet_training_label.csv", [*TRAIN[::-1], "n09999999_1"]),
+        ("imageID_test.csv", TEST),
+    ):
         (tmp_path / file).write_text("".join(f'{number(n)},"{n}.JPEG"\n' for n in names))
     read(tmp_path, tmp_path / "out", 3)
-    images = open_subject(tmp_path / "out", 3).images(np.array([god.image_id(n) for n in (*TRAIN[::-1], *TEST)]))
+    images = open_subject(tmp_path / "out", 3).images(
+        np.array([god.image_id(n) for n in (*TRAIN[::-1], *TEST)])
+    )
     np.testing.assert_array_equal(images, pixels[[0, 1, 2, 3, 5, 6]])
     (tmp_path / "imageID_test.csv").unlink()
     with pytest.raises(PerceptError, match="needs imagenet_testing_label.csv"):
@@ -250,10 +331,14 @@ def not_finite(path):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (cut, "Subject3.h5 cannot be read as BData, it is damaged"), (lambda path: path.write_bytes(b"no"), "cannot be read as BData"),
-        (turned, "axes in this order"), (emptied, "no voxels of VC"), (not_finite, "beta of trial 3"), (lambda path: path.unlink(), "neither Subject3.h5 nor"),
+        (cut, "Subject3.h5 cannot be read as BData, it is damaged"),
+        (lambda path: path.write_bytes(b"no"), "cannot be read as BData"),
+        (turned, "axes in this order"),
+        (emptied, "no voxels of VC"),
+        (not_finite, "beta of trial 3"),
+        (lambda path: path.unlink(), "neither Subject3.h5 nor"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_the_file(tmp_path, spoil, words):
     subject_file(tmp_path / "source")
     spoil(tmp_path / "source" / "data" / "Subject3.h5")
@@ -265,12 +350,27 @@ def test_errors_of_the_file(tmp_path, spoil, words):
 @pytest.mark.parametrize(
     "labels, words",
     [
-        ({"DataType": [*KIND[:9], 4]}, "Sample 9 .* has DataType 4"), ({"stimulus_id": [number(TEST[0]), *(number(n) for n in SHOWN[1:])]}, "is in train .* and test"),
-        ({"stimulus_id": np.array([number(n) for n in SHOWN], np.float32)}, "six decimals in float64"), ({"stimulus_id": [np.nan] * 10}, "six decimals"),
-        ({"stimulus_id": None}, "names no pictures"), ({"stimulus_id": None, "image_index": [1.0] * 10}, "stimulus_ImageNetTraining.tsv .* is missing"),
-        ({"stimulus_id": [123.000456, *(number(n) for n in SHOWN[1:])]}, "n00000123_456.JPEG .* is missing"),
+        ({"DataType": [*KIND[:9], 4]}, "Sample 9 .* has DataType 4"),
+        (
+            {"stimulus_id": [number(TEST[0]), *(number(n) for n in SHOWN[1:])]},
+            "is in train .* and test",
+        ),
+        (
+            {"stimulus_id": np.array([number(n) for n in SHOWN], np.float32)},
+            "six decimals in float64",
+        ),
+        ({"stimulus_id": [np.nan] * 10}, "six decimals"),
+        ({"stimulus_id": None}, "names no pictures"),
+        (
+            {"stimulus_id": None, "image_index": [1.0] * 10},
+            "stimulus_ImageNetTraining.tsv .* is missing",
+        ),
+        (
+            {"stimulus_id": [123.000456, *(number(n) for n in SHOWN[1:])]},
+            "n00000123_456.JPEG .* is missing",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_of_labels(tmp_path, labels, words):
     subject_file(tmp_path, **labels)
     with pytest.raises(PerceptError, match=words):
@@ -281,7 +381,9 @@ def test_errors_of_labels(tmp_path, labels, words):
 def test_an_index_that_no_table_names(tmp_path):
     subject_file(tmp_path, stimulus_id=None, image_index=[1, 2, 3, 44, 1, 2, 1, 2, 2, 1])
     for kind, names in (("Training", TRAIN), ("Test", TEST)):
-        (tmp_path / f"stimulus_ImageNet{kind}.tsv").write_text("".join(f"{n}\t{number(n)}\t9\t{i + 1}\n" for i, n in enumerate(names)))
+        (tmp_path / f"stimulus_ImageNet{kind}.tsv").write_text(
+            "".join(f"{n}\t{number(n)}\t9\t{i + 1}\n" for i, n in enumerate(names))
+        )
     with pytest.raises(PerceptError, match="Sample 3 has 44"):
         read(tmp_path, tmp_path / "out", 3)
 

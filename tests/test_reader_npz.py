@@ -1,4 +1,6 @@
-"""src.readers.npz: what test_readers.py leaves: damaged files, ids that occur twice, very few images."""
+"""src.readers.npz: what test_readers.py leaves: damaged files, ids that occur twice, very few
+images.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from src.utils import PerceptError
 
 def arrays(n=8):
     rng = np.random.default_rng(0)
-    return {"betas": rng.standard_normal((n, 30)).astype(np.float32), "images": rng.integers(0, 256, (n, 9, 9, 3), dtype=np.uint8)}
+    return {
+        "betas": rng.standard_normal((n, 30)).astype(np.float32),
+        "images": rng.integers(0, 256, (n, 9, 9, 3), dtype=np.uint8),
+    }
 
 
 @pytest.mark.parametrize("place", [60, 100, 600, -400, -20])
@@ -35,4 +40,8 @@ def test_an_id_of_two_images_is_named(tmp_path):
 def test_few_images_leave_one_for_each_split(tmp_path):
     np.savez(tmp_path / "mine.npz", **arrays(4))
     npz.read(tmp_path / "mine.npz", tmp_path / "out")
-    assert open_subject(tmp_path / "out", 1).trials["split"].value_counts().to_dict() == {"train": 2, "val": 1, "test": 1}
+    assert open_subject(tmp_path / "out", 1).trials["split"].value_counts().to_dict() == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }

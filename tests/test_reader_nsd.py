@@ -1,4 +1,6 @@
-"""src.readers.nsd: the mini world through `write` and back, a tree made with plain libraries, and what is refused."""
+"""src.readers.nsd: the mini world through `write` and back, a tree made with plain libraries, and
+what is refused.
+"""
 
 import gzip
 import json
@@ -34,22 +36,37 @@ def worlds():
 def test_the_mini_world_comes_back(worlds, tmp_path, file_format):
     for s, world in worlds.items():
         nsd.write(
-            tmp_path / "nsd", s, quantised(world.scan.betas), world.scan.trials, world.images, world.image_ids,
-            voxels=world.scan.voxels, captions=world.captions, labels=world.labels, file_format=file_format,
-        )  # fmt: skip
+            tmp_path / "nsd",
+            s,
+            quantised(world.scan.betas),
+            world.scan.trials,
+            world.images,
+            world.image_ids,
+            voxels=world.scan.voxels,
+            captions=world.captions,
+            labels=world.labels,
+            file_format=file_format,
+        )
     for s, world in worlds.items():
         nsd.read(tmp_path / "nsd", tmp_path / "out", s, **MINI)
         subject, trials = open_subject(tmp_path / "out", s), world.scan.trials
         np.testing.assert_array_equal(subject.betas, quantised(world.scan.betas))
-        pd.testing.assert_frame_equal(subject.trials, trials[subject.trials.columns], check_dtype=False)
+        pd.testing.assert_frame_equal(
+            subject.trials, trials[subject.trials.columns], check_dtype=False
+        )
         np.testing.assert_array_equal(subject.images(world.image_ids), world.images)
         areas = world.scan.voxels.select_dtypes("bool").columns
         np.testing.assert_array_equal(subject.voxels[areas], world.scan.voxels[areas])
-        np.testing.assert_allclose(subject.voxels["noise_ceiling"], world.scan.voxels["noise_ceiling"], rtol=1e-4)
+        np.testing.assert_allclose(
+            subject.voxels["noise_ceiling"], world.scan.voxels["noise_ceiling"], rtol=1e-4
+        )
         assert set(subject.captions["image"]) >= set(world.image_ids) and subject.labels is not None
         assert subject.protocol == "mini" and subject.attributes["units"] == "percent signal change"
         affine = np.array(json.loads(subject.attributes["affine"]))
-        np.testing.assert_allclose(subject.voxels[["i", "j", "k"]] @ affine[:3, :3].T + affine[:3, 3], subject.voxels[["x", "y", "z"]])
+        np.testing.assert_allclose(
+            subject.voxels[["i", "j", "k"]] @ affine[:3, :3].T + affine[:3, 3],
+            subject.voxels[["x", "y", "z"]],
+        )
         assert (subject.voxels["flat_sessions"] == 0).all()
 
 
@@ -57,7 +74,9 @@ def test_the_design_alone_says_the_same(worlds, tmp_path):
     world = worlds[2]
     for s in (1, 2):
         w = worlds[s]
-        nsd.write(tmp_path / "nsd", s, quantised(w.scan.betas), w.scan.trials, w.images, w.image_ids)
+        nsd.write(
+            tmp_path / "nsd", s, quantised(w.scan.betas), w.scan.trials, w.images, w.image_ids
+        )
     (tmp_path / "nsd/nsddata/ppdata/subj02/behav/responses.tsv").unlink()
     nsd.read(tmp_path / "nsd", tmp_path / "out", 2, **MINI)
     trials = open_subject(tmp_path / "out", 2).trials
@@ -66,9 +85,11 @@ def test_the_design_alone_says_the_same(worlds, tmp_path):
     assert (trials["run"] == -1).all()
 
 
-# -------------------------------------------------------------------------------- NSD's layout by plain libraries
+# ----------------------------------------------------------------- NSD's layout by plain libraries
 def tree(root, subj=1, sessions=2, trials=10, fmt="hdf5", grid=GRID, dtype=np.int16, seed=0):
-    """A tree as the fact sheet has it; returns betas (trials, x, y, z) as stored, nsdgeneral, image73k (from 0) of each trial."""
+    """A tree as the fact sheet has it; returns betas (trials, x, y, z) as stored, nsdgeneral,
+    image73k (from 0) of each trial.
+    """
     rng = np.random.default_rng(seed)
     n = sessions * trials
     stored = rng.integers(-3000, 3000, (n, *grid)).astype(dtype)
@@ -80,25 +101,53 @@ def tree(root, subj=1, sessions=2, trials=10, fmt="hdf5", grid=GRID, dtype=np.in
     subject = root / f"nsddata/ppdata/subj{subj:02d}"
     betas = root / f"nsddata_betas/ppdata/subj{subj:02d}/func1pt8mm/{V}"
     affine = np.diag([1.8, 1.8, 1.8, 1])
-    for folder in (subject / "func1pt8mm/roi", subject / "behav", betas, root / "nsddata/experiments/nsd", root / "nsddata_stimuli/stimuli/nsd",
-                   root / f"nsddata/freesurfer/subj{subj:02d}/label"):  # fmt: skip
+    for folder in (
+        subject / "func1pt8mm/roi",
+        subject / "behav",
+        betas,
+        root / "nsddata/experiments/nsd",
+        root / "nsddata_stimuli/stimuli/nsd",
+        root / f"nsddata/freesurfer/subj{subj:02d}/label",
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, volume in (("nsdgeneral", general), ("prf-visualrois", visual), ("floc-faces", (visual > 5).astype(np.int16) * 2), ("lh.floc-faces", visual)):
+    for name, volume in (
+        ("nsdgeneral", general),
+        ("prf-visualrois", visual),
+        ("floc-faces", (visual > 5).astype(np.int16) * 2),
+        ("lh.floc-faces", visual),
+    ):
         nibabel.save(nibabel.Nifti1Image(volume, affine), subject / f"func1pt8mm/roi/{name}.nii.gz")
-    (root / f"nsddata/freesurfer/subj{subj:02d}/label/floc-faces.mgz.ctab").write_text("0 Unknown\n1 OFA\n2 FFA-1\n3 FFA-2\n")
+    (root / f"nsddata/freesurfer/subj{subj:02d}/label/floc-faces.mgz.ctab").write_text(
+        "0 Unknown\n1 OFA\n2 FFA-1\n3 FFA-2\n"
+    )
     for s in range(sessions):
         part = stored[s * trials : (s + 1) * trials]
         if fmt == "hdf5":
             with h5py.File(betas / f"betas_session{s + 1:02d}.hdf5", "w") as file:
-                file.create_dataset("betas", data=part.transpose(0, 3, 2, 1), chunks=(trials, 1, 1, 1))
+                file.create_dataset(
+                    "betas", data=part.transpose(0, 3, 2, 1), chunks=(trials, 1, 1, 1)
+                )
         else:
-            nibabel.save(nibabel.Nifti1Image(np.moveaxis(part, 0, -1), affine), betas / f"betas_session{s + 1:02d}.nii.gz")
+            nibabel.save(
+                nibabel.Nifti1Image(np.moveaxis(part, 0, -1), affine),
+                betas / f"betas_session{s + 1:02d}.nii.gz",
+            )
     ncsnr = np.full(grid, 0.5, np.float32)
     nibabel.save(nibabel.Nifti1Image(ncsnr, affine), betas / "ncsnr.nii.gz")
     subjectim = np.tile(ids + 1, (8, 1))
-    scipy.io.savemat(root / "nsddata/experiments/nsd/nsd_expdesign.mat", {"masterordering": order, "subjectim": subjectim, "sharedix": ids[None, :4] + 1})
+    scipy.io.savemat(
+        root / "nsddata/experiments/nsd/nsd_expdesign.mat",
+        {"masterordering": order, "subjectim": subjectim, "sharedix": ids[None, :4] + 1},
+    )
     seen = ids[order[0] - 1]
-    table = pd.DataFrame({"SUBJECT": subj, "SESSION": np.arange(n) // trials + 1, "RUN": np.arange(n) % trials // 5 + 1, "73KID": seen + 1})
+    table = pd.DataFrame(
+        {
+            "SUBJECT": subj,
+            "SESSION": np.arange(n) // trials + 1,
+            "RUN": np.arange(n) % trials // 5 + 1,
+            "73KID": seen + 1,
+        }
+    )
     table["10KID"] = np.where(np.isin(seen, ids[:4]), 1, 1001)
     table.to_csv(subject / "behav/responses.tsv", sep="\t", index=False)
     with h5py.File(root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5", "w") as file:
@@ -117,17 +166,32 @@ def test_the_published_layout(tmp_path, fmt, without):
         path.unlink()
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
     subject = open_subject(tmp_path / "out", 1)
-    np.testing.assert_array_equal(subject.betas, stored[:, general > 0].astype(np.float32) / np.float32(300))
-    assert subject.trials["image"].tolist() == seen.tolist() and subject.trials["session"].tolist() == [0] * 10 + [1] * 10
-    assert subject.trials["run"].tolist() == ([-1] * 20 if without == "responses.tsv" else [0] * 5 + [1] * 5 + [0] * 5 + [1] * 5)
+    np.testing.assert_array_equal(
+        subject.betas, stored[:, general > 0].astype(np.float32) / np.float32(300)
+    )
+    assert (
+        subject.trials["image"].tolist() == seen.tolist()
+        and subject.trials["session"].tolist() == [0] * 10 + [1] * 10
+    )
+    assert subject.trials["run"].tolist() == (
+        [-1] * 20 if without == "responses.tsv" else [0] * 5 + [1] * 5 + [0] * 5 + [1] * 5
+    )
     test = subject.image_ids("test")
-    assert len(test) == 4 and not set(test) & set(subject.image_ids("train")) and len(subject.image_ids("val")) == 1
+    assert (
+        len(test) == 4
+        and not set(test) & set(subject.image_ids("train"))
+        and len(subject.image_ids("val")) == 1
+    )
     with h5py.File(tmp_path / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
-        np.testing.assert_array_equal(subject.images(np.unique(seen)), file["imgBrick"][:][np.unique(seen)])
+        np.testing.assert_array_equal(
+            subject.images(np.unique(seen)), file["imgBrick"][:][np.unique(seen)]
+        )
     voxels = subject.voxels
     np.testing.assert_array_equal(voxels[["i", "j", "k"]], np.argwhere(general > 0))
     np.testing.assert_allclose(voxels[["x", "y", "z"]], 1.8 * np.argwhere(general > 0))
-    visual = nibabel.load(tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi/prf-visualrois.nii.gz").get_fdata()[general > 0]
+    visual = nibabel.load(
+        tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi/prf-visualrois.nii.gz"
+    ).get_fdata()[general > 0]
     np.testing.assert_array_equal(voxels["V2d"], visual == 4)  # documented, without a ctab
     np.testing.assert_array_equal(voxels["FFA-1"], visual > 5)
     assert "OFA" not in voxels and voxels["nsdgeneral"].all()
@@ -136,11 +200,17 @@ def test_the_published_layout(tmp_path, fmt, without):
 
 def test_regions_masks_sessions_and_float_betas(tmp_path):
     stored, general, _ = tree(tmp_path, dtype=np.float32)
-    nsd.read(tmp_path, tmp_path / "out", 1, roi="prf-visualrois", rois="V1v, FFA-1", sessions="2", **OWN)
-    visual = nibabel.load(tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi/prf-visualrois.nii.gz").get_fdata()
+    nsd.read(
+        tmp_path, tmp_path / "out", 1, roi="prf-visualrois", rois="V1v, FFA-1", sessions="2", **OWN
+    )
+    visual = nibabel.load(
+        tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi/prf-visualrois.nii.gz"
+    ).get_fdata()
     subject = open_subject(tmp_path / "out", 1)
     np.testing.assert_array_equal(subject.betas, stored[10:, np.isin(visual, (1, 6, 7))])
-    assert subject.protocol == "mine+sessions-2" and subject.trials["trial"].tolist() == list(range(10, 20))
+    assert subject.protocol == "mine+sessions-2" and subject.trials["trial"].tolist() == list(
+        range(10, 20)
+    )
     mask = np.zeros(GRID, np.uint8)
     mask[1:3, 2, 3:5] = 1
     nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / "mine.nii.gz")
@@ -151,48 +221,74 @@ def test_regions_masks_sessions_and_float_betas(tmp_path):
 def test_other_axis_orders_of_hdf5(tmp_path):
     stored, general, _ = tree(tmp_path)
     for n, axes in enumerate([(0, 1, 2, 3), (1, 2, 3, 0)]):
-        with h5py.File(tmp_path / f"nsddata_betas/ppdata/subj01/func1pt8mm/{V}/betas_session0{n + 1}.hdf5", "w") as file:
+        with h5py.File(
+            tmp_path / f"nsddata_betas/ppdata/subj01/func1pt8mm/{V}/betas_session0{n + 1}.hdf5", "w"
+        ) as file:
             file["betas"] = stored[n * 10 : (n + 1) * 10].transpose(axes)
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
-    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas, stored[:, general > 0].astype(np.float32) / np.float32(300))
+    np.testing.assert_array_equal(
+        open_subject(tmp_path / "out", 1).betas,
+        stored[:, general > 0].astype(np.float32) / np.float32(300),
+    )
 
 
 def test_the_anatomical_roi_selects_voxels(tmp_path):
     stored, _, _ = tree(tmp_path)
     labels = np.random.default_rng(3).integers(-1, 3, GRID).astype(np.int16)
-    transform = np.stack(np.meshgrid(*(np.arange(1, n + 1) for n in GRID), indexing="ij"), -1).astype(np.float32)
-    for name, array in (("anat/roi/prf-visualrois", labels), ("transforms/anat0pt8-to-func1pt8", transform)):
+    transform = np.stack(
+        np.meshgrid(*(np.arange(1, n + 1) for n in GRID), indexing="ij"), -1
+    ).astype(np.float32)
+    for name, array in (
+        ("anat/roi/prf-visualrois", labels),
+        ("transforms/anat0pt8-to-func1pt8", transform),
+    ):
         path = tmp_path / f"nsddata/ppdata/subj01/{name}.nii.gz"
         path.parent.mkdir(parents=True)
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
     nsd.read(tmp_path, tmp_path / "out", 1, roi="anat:prf-visualrois", **OWN)
-    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas, stored[:, labels > 0].astype(np.float32) / np.float32(300))
+    np.testing.assert_array_equal(
+        open_subject(tmp_path / "out", 1).betas,
+        stored[:, labels > 0].astype(np.float32) / np.float32(300),
+    )
 
 
 def test_flat_voxels_are_counted_and_zero(tmp_path):
     stored, general, _ = tree(tmp_path)
     places = np.argwhere(general > 0)
     for n in (0, 1):
-        with h5py.File(tmp_path / f"nsddata_betas/ppdata/subj01/func1pt8mm/{V}/betas_session0{n + 1}.hdf5", "r+") as file:
+        with h5py.File(
+            tmp_path / f"nsddata_betas/ppdata/subj01/func1pt8mm/{V}/betas_session0{n + 1}.hdf5",
+            "r+",
+        ) as file:
             for place in places[: 2 - n]:
                 file["betas"][(slice(None), *place[::-1])] = 77
     with pytest.warns(UserWarning, match="1 of .* do not vary in any session"):
         nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
     subject = open_subject(tmp_path / "out", 1)
     assert subject.voxels["flat_sessions"].tolist()[:3] == [2, 1, 0]
-    assert (subject.betas[:, 0] == 0).all() and (subject.betas[:10, 1] == 0).all() and (subject.betas[10:, 1] != 0).any()
+    assert (
+        (subject.betas[:, 0] == 0).all()
+        and (subject.betas[:10, 1] == 0).all()
+        and (subject.betas[10:, 1] != 0).any()
+    )
 
 
 def test_runs_of_63_and_62_trials_when_only_the_design_is_there(tmp_path):
     tree(tmp_path, sessions=1, trials=750, grid=(2, 3, 4))
     (tmp_path / "nsddata/ppdata/subj01/behav/responses.tsv").unlink()
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
-    assert open_subject(tmp_path / "out", 1).trials["run"].value_counts(sort=False).tolist() == [63, 62] * 6
+    assert (
+        open_subject(tmp_path / "out", 1).trials["run"].value_counts(sort=False).tolist()
+        == [63, 62] * 6
+    )
 
 
 def test_memory_does_not_grow_with_the_sessions(tmp_path):
     tree(tmp_path, sessions=8, trials=750, grid=(10, 11, 12))
-    edit_responses(tmp_path, lambda t: t.__setitem__("RUN", np.tile(np.repeat(np.arange(12), [63, 62] * 6) + 1, 8)))
+    edit_responses(
+        tmp_path,
+        lambda t: t.__setitem__("RUN", np.tile(np.repeat(np.arange(12), [63, 62] * 6) + 1, 8)),
+    )
     peaks = {}
     for sessions in ("1", "1-2", "1-8"):
         tracemalloc.start()
@@ -200,21 +296,38 @@ def test_memory_does_not_grow_with_the_sessions(tmp_path):
         peaks[sessions] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     session = 2 * 750 * len(open_subject(tmp_path / "out", 1).voxels)
-    assert peaks["1-8"] < peaks["1-2"] + 2 * session, (peaks, session)  # six more sessions would be six
+    assert peaks["1-8"] < peaks["1-2"] + 2 * session, (
+        peaks,
+        session,
+    )  # six more sessions would be six
 
 
 def test_captions_of_coco(tmp_path):
     _, _, seen = tree(tmp_path)
-    info = pd.DataFrame({"nsdId": np.arange(40), "cocoId": np.arange(40) + 500, "cocoSplit": ["train2017", "val2017"] * 20})
+    info = pd.DataFrame(
+        {
+            "nsdId": np.arange(40),
+            "cocoId": np.arange(40) + 500,
+            "cocoSplit": ["train2017", "val2017"] * 20,
+        }
+    )
     info.to_csv(tmp_path / "nsddata/experiments/nsd/nsd_stim_info_merged.csv")
     (tmp_path / "annotations").mkdir()
     for n, split in enumerate(("train", "val")):
-        notes = [{"image_id": 500 + i, "id": 10 * i + k, "caption": f"{i} {k}\n"} for i in range(n, 40, 2) for k in reversed(range(6))]
-        (tmp_path / f"annotations/captions_{split}2017.json").write_text(json.dumps({"annotations": notes}))
+        notes = [
+            {"image_id": 500 + i, "id": 10 * i + k, "caption": f"{i} {k}\n"}
+            for i in range(n, 40, 2)
+            for k in reversed(range(6))
+        ]
+        (tmp_path / f"annotations/captions_{split}2017.json").write_text(
+            json.dumps({"annotations": notes})
+        )
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
     captions = open_subject(tmp_path / "out", 1).captions
     image = int(seen[0])
-    assert captions[captions["image"] == image]["caption"].tolist() == [f"{image} {k}" for k in range(5)]
+    assert captions[captions["image"] == image]["caption"].tolist() == [
+        f"{image} {k}" for k in range(5)
+    ]
     assert set(captions["image"]) == set(seen.tolist())
 
 
@@ -231,7 +344,9 @@ def beta_file(root, session=1, fmt="hdf5"):
 
 
 def cut(path, keep):
-    path.write_bytes(path.read_bytes()[:keep] if keep > 0 else path.read_bytes()[: len(path.read_bytes()) + keep])
+    path.write_bytes(
+        path.read_bytes()[:keep] if keep > 0 else path.read_bytes()[: len(path.read_bytes()) + keep]
+    )
 
 
 def turned(root):
@@ -242,7 +357,9 @@ def turned(root):
 
 
 def leak(root):
-    pd.DataFrame({"image": np.arange(40), "split": "train"}).to_csv(root / "splits.csv", index=False)
+    pd.DataFrame({"image": np.arange(40), "split": "train"}).to_csv(
+        root / "splits.csv", index=False
+    )
 
 
 REFUSED = [
@@ -258,16 +375,48 @@ REFUSED = [
     (lambda r: None, {"space": "MNI"}, "space"),
     (turned, {}, "does not fit"),
     (lambda r: edit_responses(r, lambda t: t.__setitem__("SUBJECT", 2)), {}, "is of subject 2"),
-    (lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), 99)), {}, "Trial 13 .*session 2.*73KID 99"),
-    (lambda r: edit_responses(r, lambda t: t.drop(index=19, inplace=True)), {}, "10 trials, responses.tsv has 9"),
-    (lambda r: [p.unlink() for n in ("responses.tsv", "nsd_expdesign.mat") for p in r.rglob(n)], {}, "Neither"),
-    (lambda r: (r / "nsddata/experiments/nsd/nsd_expdesign.mat").write_bytes(b"x"), {}, "nsd_expdesign.mat is damaged"),
-    (lambda r: cut(r / "nsddata/experiments/nsd/nsd_expdesign.mat", -60), {}, "nsd_expdesign.mat is damaged"),
-    (lambda r: (r / "nsddata/ppdata/subj01/behav/responses.tsv").write_bytes(b""), {}, "responses.tsv is damaged, cut off"),
-    (lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), np.nan)), {}, "responses.tsv is damaged.*whole numbers"),
-    (lambda r: (r / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5").unlink(), {}, "stimuli.* is missing"),
+    (
+        lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), 99)),
+        {},
+        "Trial 13 .*session 2.*73KID 99",
+    ),
+    (
+        lambda r: edit_responses(r, lambda t: t.drop(index=19, inplace=True)),
+        {},
+        "10 trials, responses.tsv has 9",
+    ),
+    (
+        lambda r: [p.unlink() for n in ("responses.tsv", "nsd_expdesign.mat") for p in r.rglob(n)],
+        {},
+        "Neither",
+    ),
+    (
+        lambda r: (r / "nsddata/experiments/nsd/nsd_expdesign.mat").write_bytes(b"x"),
+        {},
+        "nsd_expdesign.mat is damaged",
+    ),
+    (
+        lambda r: cut(r / "nsddata/experiments/nsd/nsd_expdesign.mat", -60),
+        {},
+        "nsd_expdesign.mat is damaged",
+    ),
+    (
+        lambda r: (r / "nsddata/ppdata/subj01/behav/responses.tsv").write_bytes(b""),
+        {},
+        "responses.tsv is damaged, cut off",
+    ),
+    (
+        lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), np.nan)),
+        {},
+        "responses.tsv is damaged.*whole numbers",
+    ),
+    (
+        lambda r: (r / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5").unlink(),
+        {},
+        "stimuli.* is missing",
+    ),
     (leak, {}, "shared test images"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spoil", "options", "words"), REFUSED)
@@ -299,28 +448,44 @@ def test_a_nifti_of_several_members_is_one_stream(tmp_path):
     raw = gzip.decompress(path.read_bytes())
     path.write_bytes(b"".join(gzip.compress(raw[i : i + 700]) for i in range(0, len(raw), 700)))
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
-    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas[:10], stored[:10, general > 0].astype(np.float32) / np.float32(300))
+    np.testing.assert_array_equal(
+        open_subject(tmp_path / "out", 1).betas[:10],
+        stored[:10, general > 0].astype(np.float32) / np.float32(300),
+    )
 
 
 def test_a_grid_whose_axes_cannot_be_told_apart_has_the_documented_order(tmp_path):
     stored, general, _ = tree(tmp_path, grid=(4, 4, 4))
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
-    np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).betas, stored[:, general > 0].astype(np.float32) / np.float32(300))
+    np.testing.assert_array_equal(
+        open_subject(tmp_path / "out", 1).betas,
+        stored[:, general > 0].astype(np.float32) / np.float32(300),
+    )
 
 
 def test_halves_of_a_roi_file_keep_its_labels(tmp_path):
     _, general, _ = tree(tmp_path)
     folder = tmp_path / "nsddata/ppdata/subj01/func1pt8mm/roi"
-    visual, left = nibabel.load(folder / "prf-visualrois.nii.gz").get_fdata(), np.arange(GRID[0])[:, None, None] < 2
+    visual, left = (
+        nibabel.load(folder / "prf-visualrois.nii.gz").get_fdata(),
+        np.arange(GRID[0])[:, None, None] < 2,
+    )
     for side, here in (("lh", left), ("rh", ~left)):
-        nibabel.save(nibabel.Nifti1Image(np.where(here, visual, -1).astype(np.int16), np.eye(4)), folder / f"{side}.prf-visualrois.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image(np.where(here, visual, -1).astype(np.int16), np.eye(4)),
+            folder / f"{side}.prf-visualrois.nii.gz",
+        )
     (folder / "prf-visualrois.nii.gz").unlink()
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
     voxels = open_subject(tmp_path / "out", 1).voxels
     for side, here in (("lh", left), ("rh", ~left)):
         names = [f"{side}.{name}" for name in nsd.NAMES["prf-visualrois"]]
         expected = {name: ((visual == n) & here)[general > 0] for n, name in enumerate(names, 1)}
-        assert [name for name in names if name in voxels] == [name for name in names if expected[name].any()] != []
+        assert (
+            [name for name in names if name in voxels]
+            == [name for name in names if expected[name].any()]
+            != []
+        )
         for name in set(names) & set(voxels):
             np.testing.assert_array_equal(voxels[name], expected[name])
 
@@ -328,9 +493,18 @@ def test_halves_of_a_roi_file_keep_its_labels(tmp_path):
 def test_the_sentence_about_missing_sessions_names_an_option_that_works(tmp_path):
     tree(tmp_path, sessions=3)
     beta_file(tmp_path, 3).unlink()
-    with pytest.raises(PerceptError, match='session03.hdf5 is missing.*of 40 sessions 2 are there.*sessions="1-2"'):
+    with pytest.raises(
+        PerceptError, match='session03.hdf5 is missing.*of 40 sessions 2 are there.*sessions="1-2"'
+    ):
         nsd.read(tmp_path, tmp_path / "out", 1, val_images=1)
-    assert len(open_subject(nsd.read(tmp_path, tmp_path / "out", 1, val_images=1, sessions="1-2").parent, 1).trials) == 20
+    assert (
+        len(
+            open_subject(
+                nsd.read(tmp_path, tmp_path / "out", 1, val_images=1, sessions="1-2").parent, 1
+            ).trials
+        )
+        == 20
+    )
     beta_file(tmp_path, 1).unlink()
     with pytest.raises(PerceptError, match='sessions="2"'):
         nsd.read(tmp_path, tmp_path / "out", 1)
@@ -346,7 +520,9 @@ def test_a_failed_reading_leaves_the_subject_as_it_was(tmp_path):
     cut(beta_file(tmp_path, 2, "nii.gz"), -60)
     with pytest.raises(PerceptError, match="cut off"):
         nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
 
 
 def test_not_a_number(tmp_path):

@@ -1,4 +1,6 @@
-"""src.readers: each format written with plain libraries (tarfile, numpy, scipy) and read; what `write` writes is read back."""
+"""src.readers: each format written with plain libraries (tarfile, numpy, scipy) and read; what
+`write` writes is read back.
+"""
 
 import inspect
 import io
@@ -61,7 +63,9 @@ def tar(path, samples):
 
 
 def make_shards(root, change=None, n=6, subj=1):
-    """Three repeats an image; image 12 has two (its third row is a copy of the second); two train shards, one val, one test."""
+    """Three repeats an image; image 12 has two (its third row is a copy of the second); two train
+    shards, one val, one test.
+    """
     rng = np.random.default_rng(0)
     betas = rng.standard_normal((n, 3, V)).astype(np.float16)
     betas[2, 2] = betas[2, 1]
@@ -71,9 +75,12 @@ def make_shards(root, change=None, n=6, subj=1):
     samples = []
     for i in range(n):
         fields = {
-            "png": png(images[i]), "nsdgeneral.npy": npy(betas[i]), "trial.npy": npy(trial[i]),
-            "coco73k.npy": npy(np.array([10 + i])), "num_uniques.npy": npy(np.array([2 if i == 2 else 3])),
-        }  # fmt: skip
+            "png": png(images[i]),
+            "nsdgeneral.npy": npy(betas[i]),
+            "trial.npy": npy(trial[i]),
+            "coco73k.npy": npy(np.array([10 + i])),
+            "num_uniques.npy": npy(np.array([2 if i == 2 else 3])),
+        }
         samples.append((f"{i:05d}", change(i, fields) if change else fields))
     layout = root / "webdataset_avg_split"
     name = f"subj{subj:02d}"
@@ -81,7 +88,9 @@ def make_shards(root, change=None, n=6, subj=1):
     tar(layout / "train" / f"train_{name}_1.tar", samples[2:3])
     tar(layout / "val" / f"val_{name}_0.tar", samples[3:4])
     tar(layout / "test" / f"test_{name}_0.tar", samples[4:])
-    (layout / f"metadata_{name}.json").write_text(json.dumps({"totals": {"train": 3, "val": 1, "test": 2}}))
+    (layout / f"metadata_{name}.json").write_text(
+        json.dumps({"totals": {"train": 3, "val": 1, "test": 2}})
+    )
     return betas, trial, images
 
 
@@ -93,7 +102,10 @@ def test_mindeye_published_layout(tmp_path):
     trials = subject.trials
     assert len(trials) == 17 and subject.betas.dtype == np.float16  # the copy is no trial
     assert subject.image_ids("train").tolist() == [10, 11, 12]
-    assert (subject.image_ids("val").tolist(), subject.image_ids("test").tolist()) == ([13], [14, 15])
+    assert (subject.image_ids("val").tolist(), subject.image_ids("test").tolist()) == (
+        [13],
+        [14, 15],
+    )
     for row, found in trials.iterrows():
         i, r = np.argwhere(trial == found["trial"])[0]
         assert (found["image"], found["session"], found["run"]) == (10 + i, found["trial"] // 5, -1)
@@ -102,7 +114,9 @@ def test_mindeye_published_layout(tmp_path):
     np.testing.assert_array_equal(subject.images(np.arange(10, 16)), images)
     assert subject.protocol == "nsd-2" and subject.test_set.startswith("2-")
     assert subject.captions is None and subject.labels is None
-    mindeye.read(tmp_path / "source" / "webdataset_avg_split", tmp_path / "out", 1, val="train", protocol="x")
+    mindeye.read(
+        tmp_path / "source" / "webdataset_avg_split", tmp_path / "out", 1, val="train", protocol="x"
+    )
     both = open_subject(tmp_path / "out", 1)
     assert both.image_ids("train").tolist() == [10, 11, 12, 13] and len(both.image_ids("val")) == 0
     assert both.protocol == "x" and both.test_set == subject.test_set
@@ -115,7 +129,10 @@ def test_mindeye_distinct_repeats_wherever_the_copy_lies(tmp_path):
     def change(i, fields):
         if i not in arrays:
             return fields | {"nsdgeneral.npy": npy(np.eye(3, V, dtype=np.float32) + i)}
-        return fields | {"nsdgeneral.npy": npy(np.stack(arrays[i])), "num_uniques.npy": npy(np.int64(2))}
+        return fields | {
+            "nsdgeneral.npy": npy(np.stack(arrays[i])),
+            "num_uniques.npy": npy(np.int64(2)),
+        }
 
     make_shards(tmp_path, change)
     mindeye.read(tmp_path, tmp_path / "out", 1)
@@ -126,7 +143,13 @@ def test_mindeye_distinct_repeats_wherever_the_copy_lies(tmp_path):
 
 
 def test_mindeye_without_trial_numbers_warns(tmp_path):
-    make_shards(tmp_path, lambda i, f: {k: v for k, v in f.items() if k != "trial.npy"} | ({"trial.npy": npy(np.arange(2))} if i else {}))
+    make_shards(
+        tmp_path,
+        lambda i, f: (
+            {k: v for k, v in f.items() if k != "trial.npy"}
+            | ({"trial.npy": npy(np.arange(2))} if i else {})
+        ),
+    )
     with pytest.warns(UserWarning, match="one session"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     trials = open_subject(tmp_path / "out", 1).trials
@@ -137,11 +160,19 @@ def test_mindeye_without_trial_numbers_warns(tmp_path):
 def test_mindeye_early_layout_one_trial_a_sample(tmp_path):
     def single(i, fields):
         image = {0: 10, 1: 10, 2: 11}.get(i, 10 + i)
-        one = {"nsdgeneral.npy": npy(np.arange(V, dtype=np.float32) + i), "trial.npy": npy(np.array([7 - i]))}
-        return {"png": png(np.full((4, 4, 3), image, np.uint8)), "coco73k.npy": npy(np.array([image]))} | one
+        one = {
+            "nsdgeneral.npy": npy(np.arange(V, dtype=np.float32) + i),
+            "trial.npy": npy(np.array([7 - i])),
+        }
+        return {
+            "png": png(np.full((4, 4, 3), image, np.uint8)),
+            "coco73k.npy": npy(np.array([image])),
+        } | one
 
     make_shards(tmp_path, single)
-    with pytest.raises(PerceptError, match="announces 4 .*hold 3: fetch the shards that are missing"):
+    with pytest.raises(
+        PerceptError, match="announces 4 .*hold 3: fetch the shards that are missing"
+    ):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     next(tmp_path.rglob("metadata_subj01.json")).unlink()
     with pytest.warns(UserWarning, match="whether all shards are there"):
@@ -159,11 +190,20 @@ def test_mindeye_early_layout_one_trial_a_sample(tmp_path):
         ({"coco73k.npy": None}, "00001.*has no coco73k.npy"),
         ({"png": None}, "00001.*has no image"),
         ({"png": b"xx"}, "00001.*cannot be decoded"),
-        ({"nsdgeneral.npy": npy(np.zeros((3, V)))[:-5]}, "nsdgeneral.npy of Sample 00001.*cannot be read"),
-        ({"nsdgeneral.npy": npy(np.array([{}, 1, 2], dtype=object))}, "00001.*cannot be read.*allow_pickle"),
+        (
+            {"nsdgeneral.npy": npy(np.zeros((3, V)))[:-5]},
+            "nsdgeneral.npy of Sample 00001.*cannot be read",
+        ),
+        (
+            {"nsdgeneral.npy": npy(np.array([{}, 1, 2], dtype=object))},
+            "00001.*cannot be read.*allow_pickle",
+        ),
         ({"nsdgeneral.npy": npy(np.ones((3, V + 1), np.float16))}, "00001.*must be alike"),
         ({"nsdgeneral.npy": npy(np.full((3, V), np.nan, np.float16))}, "beta of trial"),
-        ({"nsdgeneral.npy": npy(np.zeros((V, 3), np.float16))}, "00001.*first axis must be that of the repeats"),
+        (
+            {"nsdgeneral.npy": npy(np.zeros((V, 3), np.float16))},
+            "00001.*first axis must be that of the repeats",
+        ),
         ({"num_uniques.npy": npy(np.array([4]))}, "00001.* is 4, with 3"),
         ({"coco73k.npy": npy(np.array([1, 2, 3]))}, "00001.*must name one"),
         ({"coco73k.npy": npy(np.array([14]))}, "Image 14 is in (test.*train|train.*test)"),
@@ -181,18 +221,40 @@ def test_mindeye_bad_samples_are_named(tmp_path, change, message):
 
 
 def test_mindeye_transposed_betas_are_refused_in_every_sample(tmp_path):
-    make_shards(tmp_path, lambda i, f: f | {"nsdgeneral.npy": npy(np.load(io.BytesIO(f["nsdgeneral.npy"])).T.copy())})
+    make_shards(
+        tmp_path,
+        lambda i, f: f | {"nsdgeneral.npy": npy(np.load(io.BytesIO(f["nsdgeneral.npy"])).T.copy())},
+    )
     with pytest.raises(PerceptError, match="first axis must be that of the repeats"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
-    make_shards(tmp_path, lambda i, f: {k: v for k, v in f.items() if k not in ("trial.npy", "num_uniques.npy")} | {"nsdgeneral.npy": npy(np.zeros((V, 3)))})
+    make_shards(
+        tmp_path,
+        lambda i, f: (
+            {k: v for k, v in f.items() if k not in ("trial.npy", "num_uniques.npy")}
+            | {"nsdgeneral.npy": npy(np.zeros((V, 3)))}
+        ),
+    )
     with pytest.raises(PerceptError, match="first axis must be that of the repeats"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
 
 
 def test_mindeye_arrays_in_fortran_order_and_double_precision(tmp_path):
     make_shards(tmp_path / "c")
-    make_shards(tmp_path / "f", lambda i, f: f | {"nsdgeneral.npy": npy(np.asfortranarray(np.load(io.BytesIO(f["nsdgeneral.npy"])).astype(np.float64)))})
-    read = [open_subject(mindeye.read(tmp_path / name, tmp_path / f"out-{name}", 1).parent, 1) for name in "cf"]
+    make_shards(
+        tmp_path / "f",
+        lambda i, f: (
+            f
+            | {
+                "nsdgeneral.npy": npy(
+                    np.asfortranarray(np.load(io.BytesIO(f["nsdgeneral.npy"])).astype(np.float64))
+                )
+            }
+        ),
+    )
+    read = [
+        open_subject(mindeye.read(tmp_path / name, tmp_path / f"out-{name}", 1).parent, 1)
+        for name in "cf"
+    ]
     np.testing.assert_array_equal(read[0].betas, read[1].betas)
     assert [s.betas.dtype for s in read] == [np.float16, np.float32]
 
@@ -205,10 +267,17 @@ def test_mindeye_a_failed_reading_leaves_the_subject_as_it_was(tmp_path):
     metadata.write_text(metadata.read_text()[:-9])
     with pytest.raises(PerceptError, match="metadata_subj01.json cannot be read"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
-    make_shards(tmp_path, lambda i, f: f | ({"nsdgeneral.npy": npy(np.full((3, V), np.inf, np.float16))} if i == 5 else {}))
+    make_shards(
+        tmp_path,
+        lambda i, f: (
+            f | ({"nsdgeneral.npy": npy(np.full((3, V), np.inf, np.float16))} if i == 5 else {})
+        ),
+    )
     with pytest.raises(PerceptError, match="is inf"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
 
 
 def test_mindeye_truncation_anywhere_is_noticed(tmp_path):
@@ -247,9 +316,13 @@ def make_arrays(volume=()):
     rng = np.random.default_rng(4)
     ids = np.array([3, 14, 15, 92, 65, 35])
     image = rng.permutation(np.repeat(ids, 3)[:-1])  # one image has two repeats
-    trials = pd.DataFrame({"trial": np.arange(17), "image": image, "session": np.arange(17) // 6, "run": 0})
+    trials = pd.DataFrame(
+        {"trial": np.arange(17), "image": image, "session": np.arange(17) // 6, "run": 0}
+    )
     trials["repeat"] = number_repeats(trials)
-    trials["split"] = trials["image"].map(dict(zip(ids, ["train"] * 4 + ["val", "test"], strict=True)))
+    trials["split"] = trials["image"].map(
+        dict(zip(ids, ["train"] * 4 + ["val", "test"], strict=True))
+    )
     betas = rng.standard_normal((17, *(volume or (V,)))).astype(np.float32)
     return betas, trials, rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8), ids
 
@@ -259,14 +332,23 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
     betas, trials, images, ids = make_arrays()
     tables = {
         "voxels": pd.DataFrame({"V1": np.arange(V) < 3, "x": np.arange(V) * 1.5}),
-        "captions": pd.DataFrame({"image": np.repeat(ids, 2), "caption": [f"text {i}" for i in range(12)]}),
+        "captions": pd.DataFrame(
+            {"image": np.repeat(ids, 2), "caption": [f"text {i}" for i in range(12)]}
+        ),
         "labels": pd.DataFrame({"image": ids, "kind": list("abcdef")}),
     }
     options = {"samples_per_shard": 3, "image_format": image_format}
     mindeye.write(tmp_path, 3, betas, trials, images, ids, **tables, **options)
     names = sorted(p.name for p in tmp_path.glob("webdataset_avg_split/*/*.tar"))
-    assert names == ["test_subj03_0.tar", "train_subj03_0.tar", "train_subj03_1.tar", "val_subj03_0.tar"]
-    mindeye.read(tmp_path, tmp_path / "out", 3, trials_per_session=6, attributes={"units": "percent"})
+    assert names == [
+        "test_subj03_0.tar",
+        "train_subj03_0.tar",
+        "train_subj03_1.tar",
+        "val_subj03_0.tar",
+    ]
+    mindeye.read(
+        tmp_path, tmp_path / "out", 3, trials_per_session=6, attributes={"units": "percent"}
+    )
     subject = open_subject(tmp_path / "out", 3)
     order = subject.trials["trial"].to_numpy()
     np.testing.assert_array_equal(subject.betas, betas[order])
@@ -288,13 +370,19 @@ def test_mindeye_written_members_are_the_published_ones(tmp_path):
     mindeye.write(tmp_path, 1, betas, trials, images, ids, repeats=3)
     with tarfile.open(tmp_path / "webdataset_avg_split" / "train" / "train_subj01_0.tar") as file:
         names = file.getnames()
-        uniques = [np.load(io.BytesIO(file.extractfile(n).read())) for n in names if "num_uniques" in n]
-        arrays = [np.load(io.BytesIO(file.extractfile(n).read())) for n in names if "nsdgeneral" in n]
+        uniques = [
+            np.load(io.BytesIO(file.extractfile(n).read())) for n in names if "num_uniques" in n
+        ]
+        arrays = [
+            np.load(io.BytesIO(file.extractfile(n).read())) for n in names if "nsdgeneral" in n
+        ]
     extensions = {"png", "nsdgeneral.npy", "trial.npy", "coco73k.npy", "num_uniques.npy"}
     assert {n.split(".", 1)[1] for n in names} == extensions and len(names) == 5 * 4
     assert {a.shape for a in arrays} == {(3, V)}
     assert {int(u[0]) for u in uniques} <= {2, 3}
-    totals = json.loads((tmp_path / "webdataset_avg_split" / "metadata_subj01.json").read_text())["totals"]
+    totals = json.loads((tmp_path / "webdataset_avg_split" / "metadata_subj01.json").read_text())[
+        "totals"
+    ]
     assert totals == {"train": 4, "val": 1, "test": 1}
 
 
@@ -330,16 +418,25 @@ def test_mindeye_the_release_that_is_there_is_read(tmp_path):
     assert subject.protocol == "nsd-1000" and subject.attributes["layout"] == "webdataset_avg_new"
     np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
     mindeye.write(tmp_path, 1, betas + 1, trials, images, ids)
-    with pytest.raises(PerceptError, match="holds the releases webdataset_avg_split, webdataset_avg_new.*name one"):
+    with pytest.raises(
+        PerceptError, match="holds the releases webdataset_avg_split, webdataset_avg_new.*name one"
+    ):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     mindeye.read(tmp_path, tmp_path / "out", 1, layout="webdataset_avg_split")
     mindeye.read(tmp_path / "webdataset_avg_new", tmp_path / "other", 1)
     one, other = open_subject(tmp_path / "out", 1), open_subject(tmp_path / "other", 1)
     np.testing.assert_array_equal(one.betas, betas[one.trials["trial"]] + 1)
     np.testing.assert_array_equal(other.betas, betas[other.trials["trial"]])
-    assert (one.protocol, one.attributes["source"]) == ("nsd-1", "MindEye webdataset_avg_split") and other.protocol == "nsd-1000"
+    assert (one.protocol, one.attributes["source"]) == (
+        "nsd-1",
+        "MindEye webdataset_avg_split",
+    ) and other.protocol == "nsd-1000"
     other_subject = {"layout": "webdataset_avg_split", "subj": 2}
-    for options, message in (({"layout": "webdataset"}, "holds webdataset/"), ({"layout": "wds"}, "layout is 'wds'"), (other_subject, "subj02_0.tar")):
+    for options, message in (
+        ({"layout": "webdataset"}, "holds webdataset/"),
+        ({"layout": "wds"}, "layout is 'wds'"),
+        (other_subject, "subj02_0.tar"),
+    ):
         with pytest.raises(PerceptError, match=message):
             mindeye.read(**{"source": tmp_path, "dataset": tmp_path / "out", "subj": 1} | options)
     with pytest.raises(PerceptError, match="layout='wds' one of"):
@@ -351,10 +448,18 @@ def test_mindeye_early_release_there_and_back(tmp_path, volume):
     betas, trials, images, ids = make_arrays(volume)
     mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset", samples_per_shard=5)
     root = tmp_path / "webdataset"
-    assert sorted(p.name for p in root.glob("*/*.tar")) == [f"train_subj01_{n}.tar" for n in range(3)] + ["val_subj01_0.tar"]
+    assert sorted(p.name for p in root.glob("*/*.tar")) == [
+        f"train_subj01_{n}.tar" for n in range(3)
+    ] + ["val_subj01_0.tar"]
     with tarfile.open(root / "val" / "val_subj01_0.tar") as file:
-        shapes = {np.load(io.BytesIO(file.extractfile(n).read())).shape for n in file.getnames() if "nsdgeneral" in n}
-        assert shapes == {(int(np.prod(volume)) if volume else V,)} and len(file.getnames()) == len(trials[trials["split"] == "test"]) * (6 if volume else 5)
+        shapes = {
+            np.load(io.BytesIO(file.extractfile(n).read())).shape
+            for n in file.getnames()
+            if "nsdgeneral" in n
+        }
+        assert shapes == {(int(np.prod(volume)) if volume else V,)} and len(file.getnames()) == len(
+            trials[trials["split"] == "test"]
+        ) * (6 if volume else 5)
     name = "wholebrain_3d" if volume else "nsdgeneral"
     mindeye.read(tmp_path, tmp_path / "out", 1, trials_per_session=6, betas=name)
     subject = open_subject(tmp_path / "out", 1)
@@ -362,17 +467,27 @@ def test_mindeye_early_release_there_and_back(tmp_path, volume):
     pd.testing.assert_frame_equal(subject.trials, expected[list(subject.trials)], check_dtype=False)
     np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]].reshape(17, -1))
     np.testing.assert_array_equal(subject.images(ids), images)
-    assert subject.protocol == "nsd-early-1" and subject.attributes.get("volume_shape") == (",".join(map(str, volume)) or None)
+    assert subject.protocol == "nsd-early-1" and subject.attributes.get("volume_shape") == (
+        ",".join(map(str, volume)) or None
+    )
 
 
 def make_early(root, coco=True, held_out=(16, 17)):
-    """Eight trials of the images 11 to 17 (trials 0 and 5 show image 11); the last two are in the val shard."""
+    """Eight trials of the images 11 to 17 (trials 0 and 5 show image 11); the last two are in the
+    val shard.
+    """
     image = np.array([11, 12, 13, 14, 15, 11, *held_out])
     betas = np.random.default_rng(1).standard_normal((8, V)).astype(np.float32)
     samples = []
     for trial in range(8):
-        fields = {"jpg": png(np.full((4, 4, 3), image[trial], np.uint8)), "nsdgeneral.npy": npy(betas[trial]), "trial.npy": npy(np.int64(trial))}
-        samples.append((f"{trial:05d}", fields | ({"coco73k.npy": npy(image[trial])} if coco else {})))
+        fields = {
+            "jpg": png(np.full((4, 4, 3), image[trial], np.uint8)),
+            "nsdgeneral.npy": npy(betas[trial]),
+            "trial.npy": npy(np.int64(trial)),
+        }
+        samples.append(
+            (f"{trial:05d}", fields | ({"coco73k.npy": npy(image[trial])} if coco else {}))
+        )
     tar(root / "webdataset" / "train" / "train_subj01_0.tar", samples[3:6])
     tar(root / "webdataset" / "train" / "train_subj01_1.tar", samples[:3])
     tar(root / "webdataset" / "val" / "val_subj01_0.tar", samples[6:])
@@ -386,15 +501,28 @@ def test_mindeye_early_release_held_out_trials_are_the_test_set(tmp_path):
     subject = open_subject(tmp_path / "out", 1)
     np.testing.assert_array_equal(subject.trials["image"], image[subject.trials["trial"]])
     np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
-    assert subject.image_ids("test").tolist() == [16, 17] and len(subject.image_ids("val")) == 2 and len(subject.image_ids("train")) == 3
-    assert dict(zip(subject.trials["trial"], subject.trials["repeat"], strict=True)) == {t: int(t == 5) for t in range(8)}
+    assert (
+        subject.image_ids("test").tolist() == [16, 17]
+        and len(subject.image_ids("val")) == 2
+        and len(subject.image_ids("train")) == 3
+    )
+    assert dict(zip(subject.trials["trial"], subject.trials["repeat"], strict=True)) == {
+        t: int(t == 5) for t in range(8)
+    }
     make_early(tmp_path, held_out=(12, 17))
     with pytest.raises(PerceptError, match="Image 12 is in.*splits.csv"):
         mindeye.read(tmp_path, tmp_path / "out", 1, val_images=0)
-    (tmp_path / "webdataset" / "splits.csv").write_text("image,split\n11,train\n12,test\n13,val\n17,test\n")
+    (tmp_path / "webdataset" / "splits.csv").write_text(
+        "image,split\n11,train\n12,test\n13,val\n17,test\n"
+    )
     mindeye.read(tmp_path, tmp_path / "out", 1)
     settled = open_subject(tmp_path / "out", 1)
-    assert [settled.image_ids(split).tolist() for split in ("train", "val", "test", "exclude")] == [[11], [13], [12, 17], [14, 15]]
+    assert [settled.image_ids(split).tolist() for split in ("train", "val", "test", "exclude")] == [
+        [11],
+        [13],
+        [12, 17],
+        [14, 15],
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*metadata_subj01.json is missing")
@@ -426,11 +554,15 @@ def test_mindeye_captions_from_the_curated_annotations(tmp_path, dtype, above):
     np.save(folder / "COCO_73k_annots_curated.npy", texts, allow_pickle=True)
     mindeye.read(tmp_path, tmp_path / "out", 1)
     captions = open_subject(tmp_path / "out", 1).captions
-    assert captions["image"].tolist() == np.repeat(np.arange(10, 16), 2).tolist() and captions["caption"].tolist()[:3] == ["text 10", "again 10", "text 11"]
+    assert captions["image"].tolist() == np.repeat(np.arange(10, 16), 2).tolist() and captions[
+        "caption"
+    ].tolist()[:3] == ["text 10", "again 10", "text 11"]
     np.save(folder / "COCO_73k_annots_curated.npy", texts[:15], allow_pickle=True)
     with pytest.raises(PerceptError, match="a row of captions for each image up to 15"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
-    pd.DataFrame({"image": [10], "caption": ["ours"]}).to_parquet(tmp_path / "webdataset_avg_split" / "captions.parquet")
+    pd.DataFrame({"image": [10], "caption": ["ours"]}).to_parquet(
+        tmp_path / "webdataset_avg_split" / "captions.parquet"
+    )
     mindeye.read(tmp_path, tmp_path / "new", 1)
     assert open_subject(tmp_path / "new", 1).captions["caption"].tolist() == ["ours"]
 
@@ -455,9 +587,17 @@ def test_digits69_is_written_column_by_column_and_read_upright(tmp_path):
     digits69.read(tmp_path / "d.mat", tmp_path / "out", 1, val=6)
     subject = open_subject(tmp_path / "out", 1)
     np.testing.assert_array_equal(subject.betas, betas.astype(np.float32))
-    np.testing.assert_array_equal(subject.images(np.arange(40)), np.repeat(images[..., None], 3, -1))
-    assert subject.image_ids("test").tolist() == [36, 37, 38, 39] and len(subject.image_ids("val")) == 6
-    assert subject.protocol == "digits69-official" and "Donders" in subject.attributes["acknowledgement"]
+    np.testing.assert_array_equal(
+        subject.images(np.arange(40)), np.repeat(images[..., None], 3, -1)
+    )
+    assert (
+        subject.image_ids("test").tolist() == [36, 37, 38, 39]
+        and len(subject.image_ids("val")) == 6
+    )
+    assert (
+        subject.protocol == "digits69-official"
+        and "Donders" in subject.attributes["acknowledgement"]
+    )
     assert subject.labels["digit"].tolist() == [{1: "six", 2: "nine"}[d] for d in labels]
 
 
@@ -469,7 +609,9 @@ def test_digits69_folds_are_stratified_and_cover_everything(tmp_path):
         subject = open_subject(tmp_path / "out", 1)
         test, val = subject.image_ids("test"), subject.image_ids("val")
         assert subject.protocol == f"digits69-5fold-{fold}"
-        assert np.bincount(labels[test]).tolist() == [0, 4, 4] and np.bincount(labels[val]).tolist() == [
+        assert np.bincount(labels[test]).tolist() == [0, 4, 4] and np.bincount(
+            labels[val]
+        ).tolist() == [
             0,
             2,
             2,
@@ -519,7 +661,8 @@ def test_digits69_the_real_file(digits69_path, tmp_path):
     digit = subject.labels.set_index("image")["digit"]
     assert digit[subject.image_ids("test")].tolist() == ["six"] * 5 + ["nine"] * 5
     assert digit[subject.image_ids("val")].value_counts().to_dict() == {"six": 5, "nine": 5}
-    # upright: a six is wider below, where its loop is, and a nine above; transposed, both would be wider below
+    # upright: a six is wider below, where its loop is, and a nine above; transposed, both would be
+    # wider below
     images = subject.images(np.arange(100))[..., 0].astype(float)
     is_six = (digit[np.arange(100)] == "six").to_numpy()
 
@@ -543,10 +686,16 @@ def test_npz_with_everything(tmp_path):
     index = pd.Index(ids).get_indexer(trials["image"])
     columns = {key: trials[key].to_numpy() for key in ("session", "run", "repeat", "trial")}
     extra = {
-        "split": trials["split"].to_numpy().astype(str), "image_ids": ids, "captions": np.array([f"c{i}" for i in ids]),
-        "labels": np.array(list("ababab")), "roi_V1": np.arange(V) < 2, "xyz": np.ones((V, 3)), "units": "percent",
-        "normalisation": "none", "protocol": "mine",
-    }  # fmt: skip
+        "split": trials["split"].to_numpy().astype(str),
+        "image_ids": ids,
+        "captions": np.array([f"c{i}" for i in ids]),
+        "labels": np.array(list("ababab")),
+        "roi_V1": np.arange(V) < 2,
+        "xyz": np.ones((V, 3)),
+        "units": "percent",
+        "normalisation": "none",
+        "protocol": "mine",
+    }
     npz.write(tmp_path / "a.npz", betas, images, image_index=index, **columns, **extra)
     npz.read(tmp_path / "a.npz", tmp_path / "out", 4)
     subject = open_subject(tmp_path / "out", 4)
@@ -554,7 +703,9 @@ def test_npz_with_everything(tmp_path):
     pd.testing.assert_frame_equal(subject.trials, trials[list(subject.trials)], check_dtype=False)
     np.testing.assert_array_equal(subject.images(ids), images)
     assert subject.protocol == "mine" and subject.attributes["units"] == "percent"
-    assert list(subject.voxels) == ["voxel", "V1", "x", "y", "z"] and subject.voxels["V1"].sum() == 2
+    assert (
+        list(subject.voxels) == ["voxel", "V1", "x", "y", "z"] and subject.voxels["V1"].sum() == 2
+    )
     assert subject.captions.set_index("image").loc[92, "caption"] == "c92"
     assert subject.labels.set_index("image").loc[92, "label"] == "b"
 
@@ -563,9 +714,11 @@ def test_npz_defaults_split_by_image(tmp_path):
     rng = np.random.default_rng(0)
     index = np.tile(np.arange(20), 3)
     np.savez(
-        tmp_path / "b.npz", betas=rng.standard_normal((60, V)), image_index=index,
+        tmp_path / "b.npz",
+        betas=rng.standard_normal((60, V)),
+        image_index=index,
         images=rng.integers(0, 256, (20, 4, 4), dtype=np.uint8),
-    )  # fmt: skip
+    )
     npz.read(tmp_path / "b.npz", tmp_path / "out")
     subject = open_subject(tmp_path / "out", 1)
     assert [len(subject.image_ids(s)) for s in ("train", "val", "test")] == [16, 2, 2]
@@ -601,8 +754,10 @@ def test_npz_defaults_split_by_image(tmp_path):
 )
 def test_npz_refusals(tmp_path, change, message):
     arrays = {
-        "betas": np.ones((12, V)), "images": np.zeros((6, 4, 4, 3), np.uint8), "image_index": np.repeat(np.arange(6), 2)
-    } | change  # fmt: skip
+        "betas": np.ones((12, V)),
+        "images": np.zeros((6, 4, 4, 3), np.uint8),
+        "image_index": np.repeat(np.arange(6), 2),
+    } | change
     np.savez(tmp_path / "c.npz", **{k: v for k, v in arrays.items() if v is not None})
     with pytest.raises(PerceptError, match=message):
         npz.read(tmp_path / "c.npz", tmp_path / "out")
@@ -618,7 +773,7 @@ def test_npz_damaged(tmp_path):
         npz.read(tmp_path / "e.npy", tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------- the mini world, whatever it is written as
+# ------------------------------------------------------- the mini world, whatever it is written as
 PLAYED = ("mindeye", "mindeye2", "nsd", "algonauts", "bold5000", "god", "things")
 
 
@@ -629,19 +784,47 @@ def mini():
 
 @pytest.mark.parametrize("name", PLAYED)
 def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
-    """As notebook 00 writes and reads it: betas by trial or, where a format holds means, by image; images, splits, sessions."""
-    trials, betas = mini.scan.trials, np.round(mini.scan.betas * 300) / np.float32(300)  # NSD stores integers
+    """As notebook 00 writes and reads it: betas by trial or, where a format holds means, by image;
+    images, splits, sessions.
+    """
+    trials, betas = (
+        mini.scan.trials,
+        np.round(mini.scan.betas * 300) / np.float32(300),
+    )  # NSD stores integers
     READERS[name].write(
-        tmp_path / "source", 1, betas, trials, mini.images, mini.image_ids, voxels=mini.scan.voxels, captions=mini.captions, labels=mini.labels
+        tmp_path / "source",
+        1,
+        betas,
+        trials,
+        mini.images,
+        mini.image_ids,
+        voxels=mini.scan.voxels,
+        captions=mini.captions,
+        labels=mini.labels,
     )
-    attributes = {"source": "mini world", "units": "simulated", "normalisation": "none", "protocol": "mini-12"}
-    read(name, tmp_path / "source", tmp_path / "prepared", 1, seed=1, trials_per_session=62, attributes=attributes)
+    attributes = {
+        "source": "mini world",
+        "units": "simulated",
+        "normalisation": "none",
+        "protocol": "mini-12",
+    }
+    read(
+        name,
+        tmp_path / "source",
+        tmp_path / "prepared",
+        1,
+        seed=1,
+        trials_per_session=62,
+        attributes=attributes,
+    )
     subject = open_subject(tmp_path / "prepared", 1)
     assert subject.protocol == "mini-12" and subject.attributes["source"] == "mini world"
     for split in ("train", "val", "test"):
         ids = np.unique(trials.loc[trials.split == split, "image"])
         np.testing.assert_array_equal(subject.image_ids(split), ids)
-        np.testing.assert_array_equal(subject.images(ids), mini.images[np.searchsorted(mini.image_ids, ids)])
+        np.testing.assert_array_equal(
+            subject.images(ids), mini.images[np.searchsorted(mini.image_ids, ids)]
+        )
         want = np.stack([betas[(trials.image == i).to_numpy()].mean(0) for i in ids])
         np.testing.assert_allclose(subject.averaged(split)[0], want, atol=2e-6)
     if name != "algonauts":  # which holds the mean of an image's repeats
@@ -649,14 +832,31 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
         np.testing.assert_array_equal(mine.image, trials.image)
         np.testing.assert_array_equal(mine.session, trials.session)
         np.testing.assert_array_equal(mine.repeat, trials.repeat)
-        np.testing.assert_allclose(subject.betas[np.argsort(subject.trials.trial.to_numpy())], betas, atol=1e-6)
-    assert {"V1", "hV4"} <= set(subject.voxels.columns) and (subject.captions is not None) and (subject.labels is not None)
+        np.testing.assert_allclose(
+            subject.betas[np.argsort(subject.trials.trial.to_numpy())], betas, atol=1e-6
+        )
+    assert (
+        {"V1", "hV4"} <= set(subject.voxels.columns)
+        and (subject.captions is not None)
+        and (subject.labels is not None)
+    )
 
 
-@pytest.mark.parametrize("text, said", [("{voxel: 1}", "voxel"), ("[1]", "name: value"), ("{seed: 1", "not YAML"), ("{val_images: many}", "type of its default")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{voxel: 1}", "voxel"),
+        ("[1]", "name: value"),
+        ("{seed: 1", "not YAML"),
+        ("{val_images: many}", "type of its default"),
+    ],
+)
 def test_options_of_a_reader_are_checked(text, said):
     with pytest.raises(PerceptError, match=said):
         reader_options("nsd", text)
-    assert reader_options("nsd", "{roi: streams}", seed=3, folds="no such option") == {"seed": 3, "roi": "streams"}
+    assert reader_options("nsd", "{roi: streams}", seed=3, folds="no such option") == {
+        "seed": 3,
+        "roi": "streams",
+    }
     with pytest.raises(PerceptError, match="There is no reader of 'nds'"):
         reader_options("nds", "")

@@ -1,4 +1,6 @@
-"""Recipes: every stage exists, every key is a parameter of it and has its type; papermill itself would only warn."""
+"""Recipes: every stage exists, every key is a parameter of it and has its type; papermill itself
+would only warn.
+"""
 
 import pytest
 
@@ -17,17 +19,23 @@ def test_keys_are_parameters_of_the_right_type(path):
     known = utils.read_parameters(utils.parameters_source(notebook), path.stem)
     content = utils.read_recipe(path)
     utils.check_known(content, known, str(path))
-    assert content.get("recipe") == path.parent.relative_to(utils.RECIPES).as_posix()  # papermill -f tells a notebook no file names
+    assert (
+        content.get("recipe") == path.parent.relative_to(utils.RECIPES).as_posix()
+    )  # papermill -f tells a notebook no file names
     for name, value in content.items():
         assert type(utils.coerce(known[name], value, str(path))) is type(known[name].default)
         if isinstance(known[name].default, float):
-            assert not isinstance(value, str), f"{name}: YAML reads {value!r} as a text; write 1.0e-3"
+            assert not isinstance(value, str), (
+                f"{name}: YAML reads {value!r} as a text; write 1.0e-3"
+            )
 
 
 @pytest.mark.parametrize("recipe", sorted(p.parent.name for p in utils.RECIPES.glob("*/mini")))
 def test_mini_overlays_only_stages_of_the_recipe(recipe):
     folder = utils.RECIPES / recipe
-    assert {p.name for p in (folder / "mini").glob("*.yaml")} <= {p.name for p in folder.glob("*.yaml")}
+    assert {p.name for p in (folder / "mini").glob("*.yaml")} <= {
+        p.name for p in folder.glob("*.yaml")
+    }
 
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in utils.RECIPES.iterdir() if p.is_dir()))

@@ -1,4 +1,6 @@
-"""From checkpoints to images: decoders rebuilt from their file alone, and reconstructions that do not depend on the batch."""
+"""From checkpoints to images: decoders rebuilt from their file alone, and reconstructions that do
+not depend on the batch.
+"""
 
 import numpy as np
 import pytest
@@ -14,8 +16,21 @@ CONFIG = {
     "model": {
         "name": "BrainDiffusionPrior",
         "kwargs": {"image_embed_dim": 128, "timesteps": 10},
-        "voxel2clip": {"name": "BrainNetwork", "kwargs": {"in_dim": 20, "out_dim": 17 * 128, "clip_size": 128, "h": 16, "n_blocks": 1, "projector_dim": 16}},
-        "net": {"name": "VersatileDiffusionPriorNetwork", "kwargs": {"dim": 128, "depth": 1, "dim_head": 16, "heads": 2, "num_tokens": 17}},
+        "voxel2clip": {
+            "name": "BrainNetwork",
+            "kwargs": {
+                "in_dim": 20,
+                "out_dim": 17 * 128,
+                "clip_size": 128,
+                "h": 16,
+                "n_blocks": 1,
+                "projector_dim": 16,
+            },
+        },
+        "net": {
+            "name": "VersatileDiffusionPriorNetwork",
+            "kwargs": {"dim": 128, "depth": 1, "dim_head": 16, "heads": 2, "num_tokens": 17},
+        },
     },
     "tokens": list(TOKENS),
 }
@@ -57,7 +72,9 @@ def test_tokens_have_a_cls_of_length_one_and_the_prior_can_be_left_out(decoder, 
     torch.testing.assert_close(tokens[:, :, 0].norm(dim=-1), torch.ones(5, 2), rtol=1e-4, atol=1e-4)
     backbone = decoder.voxel2clip(torch.from_numpy(voxels))[0].view(5, *TOKENS)
     plain, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, use_prior=False)
-    torch.testing.assert_close(plain[:, 0], backbone / decoder.image_embed_scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        plain[:, 0], backbone / decoder.image_embed_scale, rtol=1e-4, atol=1e-4
+    )
     same, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
     torch.testing.assert_close(tokens, same)
 
@@ -67,7 +84,9 @@ def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder
     options = {"n_samples": 2, "image_ids": ids}
     together, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, **options)
     apart, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
-    turned, _ = reconstruct.predict_tokens(decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1])
+    turned, _ = reconstruct.predict_tokens(
+        decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1]
+    )
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(turned.flip(0), together, rtol=1e-3, atol=1e-4)
     alike = np.repeat(voxels[:1], 5, 0)
@@ -75,7 +94,9 @@ def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder
     same, _ = reconstruct.predict_tokens(decoder, alike, TOKENS, same=True, **options)
     assert not torch.allclose(own[0], own[1], atol=1e-3)
     torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(same[:, 0], same[:, 1], atol=1e-3)  # samples of one image still differ
+    assert not torch.allclose(
+        same[:, 0], same[:, 1], atol=1e-3
+    )  # samples of one image still differ
 
 
 def test_ridge_is_a_decoder_like_any_other(voxels):
@@ -83,7 +104,9 @@ def test_ridge_is_a_decoder_like_any_other(voxels):
     ridge.bias.data.fill_(1.0)
     tokens, projected = reconstruct.predict_tokens(ridge, voxels, TOKENS)
     assert tokens.shape == (5, 1, *TOKENS) and torch.equal(projected, torch.ones(5, *TOKENS))
-    latents = reconstruct.predict_latents(RidgeBaseline(20, (4, 16, 16)), voxels, (4, 16, 16), batch_size=2)
+    latents = reconstruct.predict_latents(
+        RidgeBaseline(20, (4, 16, 16)), voxels, (4, 16, 16), batch_size=2
+    )
     assert latents.shape == (5, 4, 16, 16)
 
 
@@ -91,14 +114,18 @@ def test_noise_is_a_function_of_seed_image_and_sample():
     ids = np.array([7, 8])
     noise = reconstruct.latent_noise(ids, (4, 8, 8))
     assert torch.equal(noise[1], reconstruct.latent_noise(ids[1:], (4, 8, 8))[0])
-    assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise, reconstruct.latent_noise(ids, (4, 8, 8), sample=1))
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(
+        noise, reconstruct.latent_noise(ids, (4, 8, 8), sample=1)
+    )
     same = reconstruct.latent_noise(ids, (4, 8, 8), same=True)
     assert torch.equal(same[0], same[1])
 
 
 def test_reconstructions_do_not_depend_on_the_batch():
     diffusion = VersatileDiffusion("mini")
-    tokens = torch.nn.functional.normalize(torch.randn(3, 1, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1)
+    tokens = torch.nn.functional.normalize(
+        torch.randn(3, 1, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     ids = np.arange(3)
     options = {"num_inference_steps": 2, "strength": 1.0}
     together = reconstruct.generate_images(diffusion, tokens, ids, batch_size=3, **options)
@@ -111,32 +138,46 @@ def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     clipper = Clipper("mini")
     candidates = torch.rand(4, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     wanted = torch.tensor([2, 0, 1, 2])
-    projected = torch.stack([clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)])
+    projected = torch.stack(
+        [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)]
+    )
     chosen, index = reconstruct.pick_best(clipper, projected, candidates)
     assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
 
 
-# ------------------------------------------------------------------------------------------------ samples together, one embedding, resuming
+# ------------------------------------------------------- samples together, one embedding, resuming
 def test_samples_are_made_in_one_batch_as_they_would_be_one_by_one():
     diffusion, ids = VersatileDiffusion("mini"), np.array([4, 9])
-    tokens = torch.nn.functional.normalize(torch.randn(2, 3, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1)
+    tokens = torch.nn.functional.normalize(
+        torch.randn(2, 3, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     latents = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
-    together = reconstruct.generate_images(diffusion, tokens, ids, latents, strength=0.7, num_inference_steps=4, batch_size=4)
+    together = reconstruct.generate_images(
+        diffusion, tokens, ids, latents, strength=0.7, num_inference_steps=4, batch_size=4
+    )
     assert together.shape == (2, 3, 3, 32, 32)
     for s in range(3):
         noise = reconstruct.latent_noise(ids, diffusion.latent_shape, 42, s)
         alone = diffusion.generate(tokens[:, s], noise, latents, 0.7, num_inference_steps=4)
         torch.testing.assert_close(together[:, s], alone, atol=1e-4, rtol=1e-4)
-    shared = reconstruct.generate_images(diffusion, tokens[:, :1], ids, latents, strength=0.7, num_inference_steps=4, n_samples=2)
+    shared = reconstruct.generate_images(
+        diffusion, tokens[:, :1], ids, latents, strength=0.7, num_inference_steps=4, n_samples=2
+    )
     torch.testing.assert_close(shared[:, 0], together[:, 0], atol=1e-4, rtol=1e-4)
     assert shared.shape == (2, 2, 3, 32, 32) and not torch.allclose(shared[:, 0], shared[:, 1])
 
 
-@pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.04, 0), (0.06, 1), (0.5, 10), (0.85, 17), (0.99, 19), (1.0, 20)])
+@pytest.mark.parametrize(
+    ("strength", "steps"),
+    [(0.0, 0), (0.04, 0), (0.06, 1), (0.5, 10), (0.85, 17), (0.99, 19), (1.0, 20)],
+)
 def test_strength_is_the_share_of_the_steps(strength, steps):
     diffusion, calls = VersatileDiffusion("mini"), []
     diffusion.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    tokens, latents = torch.zeros(1, 1, *TOKENS), torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
+    tokens, latents = (
+        torch.zeros(1, 1, *TOKENS),
+        torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1)),
+    )
     made = reconstruct.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
     assert len(calls) == steps
     assert steps or torch.equal(made[:, 0], diffusion.decode(latents))
@@ -144,15 +185,40 @@ def test_strength_is_the_share_of_the_steps(strength, steps):
 
 def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
     config = CONFIG["model"] | {
-        "voxel2clip": {"name": "BrainNetwork", "kwargs": {"in_dim": 20, "out_dim": 128, "clip_size": 128, "h": 16, "n_blocks": 1, "projector_dim": 16}},
-        "net": {"name": "DiffusionPriorNetwork", "kwargs": {"dim": 128, "depth": 1, "dim_head": 16, "heads": 2, "num_timesteps": 10, "max_text_len": 3}},
+        "voxel2clip": {
+            "name": "BrainNetwork",
+            "kwargs": {
+                "in_dim": 20,
+                "out_dim": 128,
+                "clip_size": 128,
+                "h": 16,
+                "n_blocks": 1,
+                "projector_dim": 16,
+            },
+        },
+        "net": {
+            "name": "DiffusionPriorNetwork",
+            "kwargs": {
+                "dim": 128,
+                "depth": 1,
+                "dim_head": 16,
+                "heads": 2,
+                "num_timesteps": 10,
+                "max_text_len": 3,
+            },
+        },
     }
     decoder = reconstruct.build_decoder(config).eval()
     tokens, projected = reconstruct.predict_tokens(decoder, voxels, (1, 128), n_samples=2)
     assert tokens.shape == (5, 2, 1, 128) and projected.shape == (5, 1, 128)
-    assert (tokens.norm(dim=-1) - 1).abs().min() > 1e-3  # not normalised, as the generator was trained
+    assert (
+        tokens.norm(dim=-1) - 1
+    ).abs().min() > 1e-3  # not normalised, as the generator was trained
     diffusion = reconstruct.generator_for(1, "mini")
-    assert type(diffusion).__name__ == "ImageVariation" and type(reconstruct.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
+    assert (
+        type(diffusion).__name__ == "ImageVariation"
+        and type(reconstruct.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
+    )
     candidates = reconstruct.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
     chosen, index = reconstruct.pick_best(Clipper("mini", hidden=False), projected, candidates)
     assert chosen.shape == (5, 3, 32, 32) and set(index.tolist()) <= {0, 1}
@@ -171,6 +237,12 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
     found = reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    assert found["image"].tolist() == list(range(7)) and made == [(0, 2), (2, 4), "stopped", (4, 6), (6, 7)]
+    assert found["image"].tolist() == list(range(7)) and made == [
+        (0, 2),
+        (2, 4),
+        "stopped",
+        (4, 6),
+        (6, 7),
+    ]
     reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 2})
     assert len(made) == 9  # made of something else: nothing is taken over

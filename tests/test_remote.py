@@ -1,4 +1,6 @@
-"""A clip-retrieval server and hosts of pictures, played on this machine: what is asked, what comes back, and that nothing hangs or reaches inside."""
+"""A clip-retrieval server and hosts of pictures, played on this machine: what is asked, what comes
+back, and that nothing hangs or reaches inside.
+"""
 
 import base64
 import io
@@ -45,9 +47,11 @@ class Quiet(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-# ------------------------------------------------------------------------------------------------ the service
+# ------------------------------------------------------------------------------------- the service
 class Service(Quiet):
-    """Answers as clip-retrieval does; `fault(number, fields)` gives another answer (status, body) to a request, or None; `change` edits the lines."""
+    """Answers as clip-retrieval does; `fault(number, fields)` gives another answer (status, body)
+    to a request, or None; `change` edits the lines.
+    """
 
     state: dict
 
@@ -60,8 +64,20 @@ class Service(Quiet):
             return self.send(found[0], found[1], Content_Type="text/html")
         scores = rows_of() @ np.array(fields["embedding_input"], np.float32)
         order = np.argsort(-scores, kind="stable")[: fields["num_images"]]
-        lines = [{"id": int(i), "similarity": float(scores[i]), "url": f"http://pictures.test/{i}.jpg", "caption": f"picture {i}"} for i in order]
-        self.send(200, json.dumps(self.state.get("change", list)(lines)).encode(), Content_Type="application/json")
+        lines = [
+            {
+                "id": int(i),
+                "similarity": float(scores[i]),
+                "url": f"http://pictures.test/{i}.jpg",
+                "caption": f"picture {i}",
+            }
+            for i in order
+        ]
+        self.send(
+            200,
+            json.dumps(self.state.get("change", list)(lines)).encode(),
+            Content_Type="application/json",
+        )
 
 
 @pytest.fixture
@@ -104,21 +120,45 @@ def test_search_is_that_of_the_server(service):
     np.testing.assert_array_equal(found.row, row)
     np.testing.assert_allclose(found.similarity, similarity, atol=1e-5)
     assert len(state["asked"]) == 9  # one request a query
-    assert all(len(fields["embedding_input"]) == DIM and fields["num_images"] > 4 for fields in state["asked"])
+    assert all(
+        len(fields["embedding_input"]) == DIM and fields["num_images"] > 4
+        for fields in state["asked"]
+    )
 
 
 def test_every_field_is_sent(service):
     url, state = service
     index_of(url).search(queries_of(1), 2)
     assert {**state["asked"][0], "embedding_input": 0} == {
-        "text": None, "image": None, "image_url": None, "embedding_input": 0, "deduplicate": True, "use_safety_model": True, "use_violence_detector": True,
-        "indice_name": "mine", "use_mclip": False, "aesthetic_score": "", "aesthetic_weight": "", "modality": "image", "num_images": 8, "num_result_ids": 8,
-    }  # fmt: skip
+        "text": None,
+        "image": None,
+        "image_url": None,
+        "embedding_input": 0,
+        "deduplicate": True,
+        "use_safety_model": True,
+        "use_violence_detector": True,
+        "indice_name": "mine",
+        "use_mclip": False,
+        "aesthetic_score": "",
+        "aesthetic_weight": "",
+        "modality": "image",
+        "num_images": 8,
+        "num_result_ids": 8,
+    }
     np.testing.assert_allclose(np.linalg.norm(state["asked"][0]["embedding_input"]), 1, atol=1e-6)
     index_of(url, "laion5B-L-14", **PUBLISHED).search(queries_of(1), 2)
     sent = state["asked"][1]
-    assert (sent["num_images"], sent["num_result_ids"], sent["indice_name"]) == (300, 300, "laion5B-L-14")
-    assert (sent["use_safety_model"], sent["use_violence_detector"], sent["aesthetic_score"], sent["aesthetic_weight"]) == (False, False, 9, 0.5)
+    assert (sent["num_images"], sent["num_result_ids"], sent["indice_name"]) == (
+        300,
+        300,
+        "laion5B-L-14",
+    )
+    assert (
+        sent["use_safety_model"],
+        sent["use_violence_detector"],
+        sent["aesthetic_score"],
+        sent["aesthetic_weight"],
+    ) == (False, False, 9, 0.5)
 
 
 def test_excluded_rows_and_doubles_never_come_back(service):
@@ -150,7 +190,11 @@ def test_metadata_is_what_the_answers_said(service):
     found = index.search(queries_of(2), 3)
     told = index.metadata([found.row[1, 2], -1, found.row[0, 0]])
     assert list(told.columns) == ["url", "caption"] and len(told) == 3
-    assert told["caption"][0] == f"picture {found.row[1, 2]}" and told["url"][2] == f"http://pictures.test/{found.row[0, 0]}.jpg" and told.loc[1].isna().all()
+    assert (
+        told["caption"][0] == f"picture {found.row[1, 2]}"
+        and told["url"][2] == f"http://pictures.test/{found.row[0, 0]}.jpg"
+        and told.loc[1].isna().all()
+    )
     unseen = next(row for row in range(ROWS) if row not in found.row)
     with pytest.raises(PerceptError, match=f"row {unseen} of mine"):
         index.metadata([unseen])
@@ -161,7 +205,11 @@ def test_metadata_is_what_the_answers_said(service):
 def test_bad_queries_are_refused_before_anything_is_asked(service):
     url, state = service
     index = index_of(url, dim=DIM)
-    for queries, k in ((np.ones((1, DIM + 1)), 1), (np.full((1, DIM), np.nan), 1), (np.ones((1, DIM)), 0)):
+    for queries, k in (
+        (np.ones((1, DIM + 1)), 1),
+        (np.full((1, DIM), np.nan), 1),
+        (np.ones((1, DIM)), 0),
+    ):
         with pytest.raises(PerceptError):
             index.search(queries, k)
     with pytest.raises(PerceptError, match="on_failure"):
@@ -175,17 +223,26 @@ def test_a_service_that_is_down_is_one_sentence_at_once(nobody, monkeypatch):
     for options in ({}, PUBLISHED | {"wait": 0.0}):
         with pytest.raises(PerceptError, match="refused the connection") as error:
             RemoteIndex(nobody, "mine", **options).search(queries_of(982), 4)
-        assert nobody in str(error.value) and "05_search_index" in str(error.value) and "December 2023" in str(error.value) and "\n" not in str(error.value)
+        assert (
+            nobody in str(error.value)
+            and "05_search_index" in str(error.value)
+            and "December 2023" in str(error.value)
+            and "\n" not in str(error.value)
+        )
     assert len(tries) == 1 + 2
 
 
 @pytest.mark.parametrize(
     "answer, words",
     [
-        ((500, b"{}"), "HTTP 500"), ((200, b"<html>maintenance</html>"), "JSON"), ((200, b'{"message": "no"}'), "list of rows"),
-        ((200, b'[{"id": 1}]'), "list of rows"), ((200, b'[{"id": 1, "similarity": NaN}]'), "list of rows"), ((301, b""), "HTTP 301"),
+        ((500, b"{}"), "HTTP 500"),
+        ((200, b"<html>maintenance</html>"), "JSON"),
+        ((200, b'{"message": "no"}'), "list of rows"),
+        ((200, b'[{"id": 1}]'), "list of rows"),
+        ((200, b'[{"id": 1, "similarity": NaN}]'), "list of rows"),
+        ((301, b""), "HTTP 301"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_answer_stops_at_the_first_query(service, answer, words):
     url, state = service
     state["fault"] = lambda number, fields: answer
@@ -204,7 +261,9 @@ def test_a_failure_later_stops_the_rest(service):
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_service_that_is_too_slow_is_cut_off(silent):
-    """Silent, and one that sends a byte now and then, so that a time-out of the socket begins anew each time."""
+    """Silent, and one that sends a byte now and then, so that a time-out of the socket begins anew
+    each time.
+    """
     with raw(b"" if silent else b"HTTP/1.1 200 OK\r\nX-Slow: ", b"" if silent else b"a") as port:
         begin = time.monotonic()
         with pytest.raises(PerceptError, match=r"took longer than 0\.3 s"):
@@ -216,50 +275,98 @@ def test_published_fallback_asks_again_with_aesthetics(service):
     url, state = service
     queries = queries_of(4)
     bad = queries[2] / np.linalg.norm(queries[2])
-    state["fault"] = lambda number, fields: (500, b"") if np.allclose(fields["embedding_input"], bad) and fields["aesthetic_score"] != 5 else None
+    state["fault"] = lambda number, fields: (
+        (500, b"")
+        if np.allclose(fields["embedding_input"], bad) and fields["aesthetic_score"] != 5
+        else None
+    )
     index = index_of(url, **PUBLISHED | {"wait": 0.05})
     begin = time.monotonic()
     found = index.search(queries, 3)
     assert time.monotonic() - begin >= 0.05
     np.testing.assert_array_equal(found.row, exact(queries, 3)[1])
     again = [fields for fields in state["asked"] if fields["aesthetic_score"] == 5]
-    assert len(again) == 1 and again[0]["aesthetic_weight"] == 1 and np.allclose(again[0]["embedding_input"], bad) and again[0]["num_images"] == 300
+    assert (
+        len(again) == 1
+        and again[0]["aesthetic_weight"] == 1
+        and np.allclose(again[0]["embedding_input"], bad)
+        and again[0]["num_images"] == 300
+    )
     assert index.retried.tolist() == [2] and index.failed.tolist() == []
 
 
 def test_published_fallback_counts_what_failed_twice(service):
     url, state = service
     queries = queries_of(4)
-    bad = queries[:2] / np.linalg.norm(queries[:2], axis=1, keepdims=True)  # the first one too: the service did answer
-    state["fault"] = lambda number, fields: (500, b"") if np.isclose(fields["embedding_input"], bad).all(1).any() else None
+    bad = queries[:2] / np.linalg.norm(
+        queries[:2], axis=1, keepdims=True
+    )  # the first one too: the service did answer
+    state["fault"] = lambda number, fields: (
+        (500, b"") if np.isclose(fields["embedding_input"], bad).all(1).any() else None
+    )
     index = index_of(url, **PUBLISHED | {"wait": 0.0})
     with pytest.warns(UserWarning, match="2 of 4 queries failed twice"):
         found = index.search(queries, 3)
-    assert index.failed.tolist() == [0, 1] and (found.row[:2] == -1).all() and np.isneginf(found.similarity[:2]).all()
+    assert (
+        index.failed.tolist() == [0, 1]
+        and (found.row[:2] == -1).all()
+        and np.isneginf(found.similarity[:2]).all()
+    )
     np.testing.assert_array_equal(found.row[2:], exact(queries, 3)[1][2:])
     state["fault"] = lambda number, fields: (500, b"")
     with pytest.raises(PerceptError, match="HTTP 500"):
         index.search(queries, 3)
 
 
-# ------------------------------------------------------------------------------------------------ addresses
+# --------------------------------------------------------------------------------------- addresses
 @pytest.mark.parametrize(
     "address, public",
     [
-        ("93.184.216.34", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False),
-        ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("240.0.0.1", False), ("255.255.255.255", False),
-        ("192.0.0.8", False), ("192.88.99.1", False), ("198.18.0.1", False), ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fc00::1", False),
-        ("fec0::1", False), ("ff02::1", False), ("::ffff:127.0.0.1", False), ("::ffff:8.8.8.8", False), ("64:ff9b::a00:1", False), ("2002:a00:1::", False),
-        ("2001::1", False), ("2001:db8::1", False), ("3fff::1", False), ("4000::1", False),
+        ("93.184.216.34", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("192.0.0.8", False),
+        ("192.88.99.1", False),
+        ("198.18.0.1", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::", False),
+        ("2001::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("4000::1", False),
     ],
-)  # fmt: skip
+)
 def test_public_addresses(address, public):
     assert is_public(address) is public
 
 
 def test_private_addresses_are_not_connected_to(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("connected"))
-    urls = ["http://127.0.0.1:9/a.png", "http://localhost/a.png", "http://[::1]/a.png", "http://10.0.0.1/", "http://2130706433/a.png", "http://[::ffff:10.0.0.1]/"]
+    urls = [
+        "http://127.0.0.1:9/a.png",
+        "http://localhost/a.png",
+        "http://[::1]/a.png",
+        "http://10.0.0.1/",
+        "http://2130706433/a.png",
+        "http://[::ffff:10.0.0.1]/",
+    ]
     got = fetch_images(urls, tmp_path, size=8)
     assert not got.ok.any() and all("not a public address" in reason for reason in got.reasons)
 
@@ -279,27 +386,39 @@ def test_the_checked_address_is_the_connected_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(remote.socket, "getaddrinfo", lookup)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    assert fetch_images(["http://rebinding.test/a.png"], tmp_path, size=8).reasons == ["refused the connection"]
+    assert fetch_images(["http://rebinding.test/a.png"], tmp_path, size=8).reasons == [
+        "refused the connection"
+    ]
     assert connected == [("93.184.216.34", 80)] and looked == ["rebinding.test"]
-    assert "127.0.0.1, which is not a public" in fetch_images(["http://rebinding.test/b.png"], tmp_path, size=8).reasons[0]
+    assert (
+        "127.0.0.1, which is not a public"
+        in fetch_images(["http://rebinding.test/b.png"], tmp_path, size=8).reasons[0]
+    )
     assert len(connected) == 1
 
 
 def test_one_private_address_among_several_is_enough_to_refuse(tmp_path, monkeypatch):
-    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "10.0.0.1")]
+    both = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
+        for address in ("93.184.216.34", "10.0.0.1")
+    ]
     monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *args, **options: both)
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("connected"))
     assert "10.0.0.1" in fetch_images(["http://both.test/a.png"], tmp_path, size=8).reasons[0]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------- pictures
 def noise(width=40, height=30):
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
 
 
 def picture(mode="RGB", size=(40, 30), kind="PNG", value=None):
     content = io.BytesIO()
-    made = Image.fromarray(noise(*size)).convert(mode) if value is None else Image.new(mode, size, value)
+    made = (
+        Image.fromarray(noise(*size)).convert(mode)
+        if value is None
+        else Image.new(mode, size, value)
+    )
     made.save(content, kind)
     return content.getvalue()
 
@@ -313,7 +432,11 @@ class Host(Quiet):
         self.asked.append(self.path)
         name = urlsplit(self.path).path.strip("/")
         if name.isdigit() or name.startswith("ok"):
-            self.send(200, picture(value=(int(name) if name.isdigit() else 9, 0, 255)), Content_Type="image/png")
+            self.send(
+                200,
+                picture(value=(int(name) if name.isdigit() else 9, 0, 255)),
+                Content_Type="image/png",
+            )
         elif name == "to":
             self.send(302, Location=base64.urlsafe_b64decode(urlsplit(self.path).query).decode())
         elif name == "round":
@@ -323,7 +446,9 @@ class Host(Quiet):
         elif name == "liar":
             self.send(200, b"<html></html>", Content_Type="image/png")
         elif name == "svg":
-            self.send(200, b'<svg xmlns="http://www.w3.org/2000/svg"/>', Content_Type="image/svg+xml")
+            self.send(
+                200, b'<svg xmlns="http://www.w3.org/2000/svg"/>', Content_Type="image/svg+xml"
+            )
         elif name == "tiff":
             self.send(200, picture(kind="TIFF"), Content_Type="image/tiff")
         elif name in ("half.png", "half.jpg"):
@@ -346,7 +471,11 @@ class Host(Quiet):
         elif name == "packed":
             self.send(200, picture(), Content_Type="image/png", Content_Encoding="gzip")
         elif name in MODES:
-            self.send(200, picture(name, kind="GIF" if name == "P" else "JPEG" if name == "CMYK" else "PNG"), Content_Type="image/png; charset=binary")
+            self.send(
+                200,
+                picture(name, kind="GIF" if name == "P" else "JPEG" if name == "CMYK" else "PNG"),
+                Content_Type="image/png; charset=binary",
+            )
         elif name == "päth with space":
             self.send(500)
         elif name == "p%C3%A4th%20with%20space":
@@ -405,7 +534,9 @@ def raw(first, then, pause=0.02):
 
 
 def get(urls, cache, **options):
-    return fetch_images(urls, cache, **{"size": 16, "timeout": 30.0, "allow_private": True} | options)
+    return fetch_images(
+        urls, cache, **{"size": 16, "timeout": 30.0, "allow_private": True} | options
+    )
 
 
 def test_pictures_in_order_and_from_the_cache(host, tmp_path):
@@ -414,15 +545,23 @@ def test_pictures_in_order_and_from_the_cache(host, tmp_path):
     got = get(urls, tmp_path)
     assert got.images.shape == (25, 3, 16, 16) and got.images.dtype == torch.float32
     assert got.ok.tolist() == [True] * 20 + [False, True, False, False, False]
-    assert got.reasons[20] == "answered with HTTP 404" and got.reasons[22] == got.reasons[23] == "is no url" and got.reasons[24] == "is no http or https address"
+    assert (
+        got.reasons[20] == "answered with HTTP 404"
+        and got.reasons[22] == got.reasons[23] == "is no url"
+        and got.reasons[24] == "is no http or https address"
+    )
     for i in [*range(20), 21]:
         expected = np.array([3 if i == 21 else i, 0, 255], np.float32) / 255
-        np.testing.assert_allclose(got.images[i], np.broadcast_to(expected[:, None, None], (3, 16, 16)))
+        np.testing.assert_allclose(
+            got.images[i], np.broadcast_to(expected[:, None, None], (3, 16, 16))
+        )
     assert (got.images[20] == 0.5).all()
     assert sorted(asked) == sorted([*(f"/{i}" for i in range(20)), "/gone"])
     again = get(urls[:20], tmp_path)
     assert len(asked) == 21 and torch.equal(again.images, got.images[:20])
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20  # only pictures, and no temporary files
+    assert (
+        len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20
+    )  # only pictures, and no temporary files
     get(urls[20:21], tmp_path)
     assert len(asked) == 22  # another call, with no memory of failures
 
@@ -432,7 +571,9 @@ def test_a_dead_url_is_asked_once_in_a_session_and_a_broken_file_again(host, tmp
     cache = PictureCache(tmp_path)
     for _ in range(3):
         assert get([f"{url}/gone", f"{url}/1"], cache).ok.tolist() == [False, True]
-    assert sorted(asked) == ["/1", "/gone"] and cache.failures == {f"{url}/gone": "answered with HTTP 404"}
+    assert sorted(asked) == ["/1", "/gone"] and cache.failures == {
+        f"{url}/gone": "answered with HTTP 404"
+    }
     cache.path(f"{url}/1").write_bytes(b"half a pic")
     assert get([f"{url}/1"], cache).ok.all() and sorted(asked) == ["/1", "/1", "/gone"]
     assert get([f"{url}/1"], cache).ok.all() and len(asked) == 3
@@ -441,12 +582,22 @@ def test_a_dead_url_is_asked_once_in_a_session_and_a_broken_file_again(host, tmp
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("html", "sent text/html and no picture"), ("liar", "no picture that can be read"), ("svg", "no picture that can be read"),
-        ("tiff", "no picture that can be read"), ("half.png", "no picture that can be read"), ("half.jpg", "no picture that can be read"),
-        ("short", "broke off"), ("huge", "more than 0.1 MB"), ("endless", "more than 0.1 MB"), ("bomb", "3000 x 3000 pixels"), ("narrow", "too narrow"),
-        ("packed", "compressed"), ("round", "redirects more than 5 times"), ("gone", "HTTP 404"),
+        ("html", "sent text/html and no picture"),
+        ("liar", "no picture that can be read"),
+        ("svg", "no picture that can be read"),
+        ("tiff", "no picture that can be read"),
+        ("half.png", "no picture that can be read"),
+        ("half.jpg", "no picture that can be read"),
+        ("short", "broke off"),
+        ("huge", "more than 0.1 MB"),
+        ("endless", "more than 0.1 MB"),
+        ("bomb", "3000 x 3000 pixels"),
+        ("narrow", "too narrow"),
+        ("packed", "compressed"),
+        ("round", "redirects more than 5 times"),
+        ("gone", "HTTP 404"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_good_picture(host, tmp_path, name, words):
     url, _ = host
     got = get([f"{url}/{name}"], tmp_path, max_bytes=1e5, max_pixels=1e6)
@@ -456,9 +607,15 @@ def test_what_is_no_good_picture(host, tmp_path, name, words):
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_what_drips_ends(host, tmp_path, scheme):
-    """A byte every 20 ms: of the content, of the headers, or (https) of what should be the handshake."""
+    """A byte every 20 ms: of the content, of the headers, or (https) of what should be the
+    handshake.
+    """
     url, _ = host
-    beginnings = [b"\x16\x03\x03\x40\x00"] if scheme == "https" else [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n", b""]
+    beginnings = (
+        [b"\x16\x03\x03\x40\x00"]
+        if scheme == "https"
+        else [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n", b""]
+    )
     for beginning in beginnings:
         with raw(beginning, b"a" if beginning else b"") as port:
             begin = time.monotonic()
@@ -474,14 +631,35 @@ def test_redirects_are_checked_one_by_one(host, tmp_path, monkeypatch):
     def leading(target):
         return f"{url}/to?{base64.urlsafe_b64encode(target.encode()).decode()}"
 
-    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
-    inside = ["http://10.0.0.1/a.png", "http://127.0.0.2/a.png", "http://169.254.169.254/latest/meta-data", "http://[::1]/a.png"]
-    urls = [leading(target) for target in [*inside, "file:///etc/passwd", "ftp://127.0.0.1/a.png", f"{url}/7", "/8", leading("/9")]]
+    monkeypatch.setattr(
+        remote, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
+    )
+    inside = [
+        "http://10.0.0.1/a.png",
+        "http://127.0.0.2/a.png",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[::1]/a.png",
+    ]
+    urls = [
+        leading(target)
+        for target in [
+            *inside,
+            "file:///etc/passwd",
+            "ftp://127.0.0.1/a.png",
+            f"{url}/7",
+            "/8",
+            leading("/9"),
+        ]
+    ]
     got = get(urls, tmp_path, allow_private=False)
     assert got.ok.tolist() == [False] * 6 + [True] * 3
     for target, reason in zip(inside, got.reasons, strict=False):
         assert "not a public address" in reason and urlsplit(target).hostname in reason
-    assert got.reasons[4] == "leads to file:///etc/passwd, which is no http or https address" and got.reasons[5].endswith(", which is no http or https address")
+    assert got.reasons[
+        4
+    ] == "leads to file:///etc/passwd, which is no http or https address" and got.reasons[
+        5
+    ].endswith(", which is no http or https address")
     assert [round(255 * float(image[0, 0, 0])) for image in got.images[6:]] == [7, 8, 9]
     assert len(asked) == 9 + 4  # four of the redirects lead back here
 
@@ -505,7 +683,19 @@ def test_urls_with_spaces_and_other_letters(host, tmp_path):
     assert asked == ["/p%C3%A4th%20with%20space?q=%C3%B6&r=a%20b"]
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.org/a", "data:image/png;base64,AAAA", "http://", "http://a:b:c/", "http://a..b/", "x", "http://[1::2/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://example.org/a",
+        "data:image/png;base64,AAAA",
+        "http://",
+        "http://a:b:c/",
+        "http://a..b/",
+        "x",
+        "http://[1::2/",
+    ],
+)
 def test_what_is_no_url(tmp_path, url):
     assert get([url], tmp_path).reasons == ["is no http or https address"]
 
@@ -517,7 +707,9 @@ def test_unknown_names_and_closed_doors(tmp_path, nobody, monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(remote.socket, "getaddrinfo", unknown)
-    assert get(["http://nowhere.test/a.png"], tmp_path).reasons == ["could not be found, as its name is unknown"]
+    assert get(["http://nowhere.test/a.png"], tmp_path).reasons == [
+        "could not be found, as its name is unknown"
+    ]
 
 
 def test_first_found_goes_down_the_lists(host, tmp_path):
@@ -532,10 +724,17 @@ def test_first_found_goes_down_the_lists(host, tmp_path):
     cache = PictureCache(tmp_path)
     found = first_found(lists, 3, cache, size=8, timeout=30.0, allow_private=True)
     assert found.dtype == np.int64
-    np.testing.assert_array_equal(found, [[0, 1, 2], [0, 2, 4], [2, -1, -1], [-1, -1, -1], [-1, -1, -1]])
-    assert len(asked) == len(set(asked)) and "/10" not in asked  # nothing twice, and no list further than needed
+    np.testing.assert_array_equal(
+        found, [[0, 1, 2], [0, 2, 4], [2, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    )
+    assert (
+        len(asked) == len(set(asked)) and "/10" not in asked
+    )  # nothing twice, and no list further than needed
     before = len(asked)
-    assert get([lists[q][p] for q, p in ((0, 2), (1, 4), (2, 2))], cache).ok.all() and len(asked) == before
+    assert (
+        get([lists[q][p] for q, p in ((0, 2), (1, 4), (2, 2))], cache).ok.all()
+        and len(asked) == before
+    )
     with pytest.raises(PerceptError, match="at least one"):
         first_found(lists, 0, cache)
 
@@ -568,13 +767,35 @@ def certificate(folder):
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
+    key, name = (
+        ec.generate_private_key(ec.SECP256R1()),
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")]),
+    )
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    )
     now = datetime.now()
-    begun = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1).add_extension(names, False)
-    made = begun.not_valid_before(now - timedelta(days=2)).not_valid_after(now + timedelta(days=2)).sign(key, hashes.SHA256())
-    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "both.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*plain))
+    begun = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .add_extension(names, False)
+    )
+    made = (
+        begun.not_valid_before(now - timedelta(days=2))
+        .not_valid_after(now + timedelta(days=2))
+        .sign(key, hashes.SHA256())
+    )
+    plain = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    (folder / "both.pem").write_bytes(
+        made.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*plain)
+    )
     return folder / "both.pem"
 
 
@@ -586,17 +807,34 @@ def test_https_checks_certificates(tmp_path, monkeypatch):
         context.load_cert_chain(file)
         server.socket = context.wrap_socket(server.socket, server_side=True)
         url = f"https://localhost:{server.server_address[1]}"
-        assert get([f"{url}/1"], tmp_path / "cache").reasons == ["has no valid certificate"] and not asked
+        assert (
+            get([f"{url}/1"], tmp_path / "cache").reasons == ["has no valid certificate"]
+            and not asked
+        )
         trusting = ssl.create_default_context(cafile=file)
         monkeypatch.setattr(remote, "_tls", lambda: trusting)
         assert get([f"{url}/1"], tmp_path / "cache").ok.all()
-        assert get([f"{url}/drip"], tmp_path / "cache", timeout=0.5).reasons == ["took longer than 0.5 s"]
+        assert get([f"{url}/drip"], tmp_path / "cache", timeout=0.5).reasons == [
+            "took longer than 0.5 s"
+        ]
         over.set()
 
 
 def test_pictures_that_the_server_sends_with_its_answers():
     file = io.BytesIO()
     Image.new("RGB", (9, 9), (255, 0, 0)).save(file, "png")
-    told = pd.DataFrame({"image": [base64.b64encode(file.getvalue()).decode(), None, base64.b64encode(b"no picture").decode()]})
+    told = pd.DataFrame(
+        {
+            "image": [
+                base64.b64encode(file.getvalue()).decode(),
+                None,
+                base64.b64encode(b"no picture").decode(),
+            ]
+        }
+    )
     pixels, ok = remote.sent_pictures(told, 8)
-    assert ok.tolist() == [True, False, False] and (pixels[0] == [255, 0, 0]).all() and (pixels[1:] == 128).all()
+    assert (
+        ok.tolist() == [True, False, False]
+        and (pixels[0] == [255, 0, 0]).all()
+        and (pixels[1:] == 128).all()
+    )

@@ -1,4 +1,6 @@
-"""The page of a run is one file that holds everything, escapes everything, and says how to read a score."""
+"""The page of a run is one file that holds everything, escapes everything, and says how to read a
+score.
+"""
 
 import base64
 import io
@@ -35,7 +37,9 @@ class Checked(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+        self.sources += [
+            value for name, value in attrs if name in ("src", "href") and not value.startswith("#")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -50,23 +54,60 @@ class Checked(HTMLParser):
 
 
 def score(values, floors, name="pixcorr", **change):
-    options = {"ceiling": np.ones(len(values)), "better": "higher", "protocol": "mini", "test_set": "20-ab"}
+    options = {
+        "ceiling": np.ones(len(values)),
+        "better": "higher",
+        "protocol": "mini",
+        "test_set": "20-ab",
+    }
     return results.make_record(name, values, floors=floors, **(options | change))
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A results folder with one clear and one doubtful score, further tables, pictures and hostile names."""
+    """A results folder with one clear and one doubtful score, further tables, pictures and hostile
+    names.
+    """
     rng = np.random.default_rng(0)
     values = rng.normal(0.5, 0.05, 20)
     records = [
-        score(values, {"shuffled": rng.normal(0, 0.05, (20, 4)), "mean_image": values - 0.2}, stage="06_metrics", noise_ceiling={"value": 0.9, "low": 0.8, "high": 1.0}),
-        score(values[:15], {"nearest_train": values[:15] + 0.2, "mean_image": values[:15]}, "top1", ceiling="<b>no generator</b>", stage="05_retrieve", chance=0.05),
+        score(
+            values,
+            {"shuffled": rng.normal(0, 0.05, (20, 4)), "mean_image": values - 0.2},
+            stage="06_metrics",
+            noise_ceiling={"value": 0.9, "low": 0.8, "high": 1.0},
+        ),
+        score(
+            values[:15],
+            {"nearest_train": values[:15] + 0.2, "mean_image": values[:15]},
+            "top1",
+            ceiling="<b>no generator</b>",
+            stage="05_retrieve",
+            chance=0.05,
+        ),
     ]
-    selection = [{"what": "<script>alert(1)</script>", "split": "val"}, {"what": "sample", "chosen": "second order"}]
-    origin = results.provenance("a&b", {"training": 42}, selection, alarms=["2 of 20 are <black>."], parameters={f"p{i}": i for i in range(9)})
+    selection = [
+        {"what": "<script>alert(1)</script>", "split": "val"},
+        {"what": "sample", "chosen": "second order"},
+    ]
+    origin = results.provenance(
+        "a&b",
+        {"training": 42},
+        selection,
+        alarms=["2 of 20 are <black>."],
+        parameters={f"p{i}": i for i in range(9)},
+    )
     results.write_metrics(tmp_path / "metrics.json", records, origin)
-    tables = [{"title": "Pools <i>", "note": "of 10", "rows": [{"direction": "image_from_brain", "value": 0.12345, "pool": 10}, {"value": -1e-9}]}]
+    tables = [
+        {
+            "title": "Pools <i>",
+            "note": "of 10",
+            "rows": [
+                {"direction": "image_from_brain", "value": 0.12345, "pool": 10},
+                {"value": -1e-9},
+            ],
+        }
+    ]
     write_json(tmp_path / "metrics.json", read_json(tmp_path / "metrics.json") | {"tables": tables})
     for name in ("contact_sheet", "scores", "image_from_brain", "own_picture"):
         Image.new("RGB", (4, 3), "red").save(tmp_path / f"{name}.png")
@@ -78,22 +119,34 @@ def shown():
     """Pictures by row, details and samples of 20 test images."""
     rng = np.random.default_rng(1)
     pictures = {row: torch.rand(20, 3, 16, 16) for row in ROWS}
-    details = pd.DataFrame({"pixcorr": rng.normal(size=20), HOSTILE: rng.normal(size=20)}, index=1000 + np.arange(20))
+    details = pd.DataFrame(
+        {"pixcorr": rng.normal(size=20), HOSTILE: rng.normal(size=20)}, index=1000 + np.arange(20)
+    )
     details.iloc[3, 0] = np.nan
     details["hit"], details["caption"] = np.arange(20) % 3 > 0, "a <b>red</b> ball"
     return pictures, details, torch.rand(20, 4, 3, 16, 16)
 
 
 def data_of(page):
-    return json.loads(re.search(r'id="gallery-data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    return json.loads(
+        re.search(r'id="gallery-data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+    )
 
 
 def test_page_is_whole_and_self_contained(run):
     page = report.write_report(run)
     assert page == run / "report.html"
     content = Checked(page.read_text())
-    pictures = [base64.b64decode(source.split(",", 1)[1]) for source in content.sources if source.startswith("data:image/")]
-    names = ("contact_sheet", "image_from_brain", "own_picture")  # the chart is drawn in the page, so scores.png is not
+    pictures = [
+        base64.b64decode(source.split(",", 1)[1])
+        for source in content.sources
+        if source.startswith("data:image/")
+    ]
+    names = (
+        "contact_sheet",
+        "image_from_brain",
+        "own_picture",
+    )  # the chart is drawn in the page, so scores.png is not
     assert pictures == [(run / f"{name}.png").read_bytes() for name in names]
     assert all(source.startswith("data:") for source in content.sources)
     assert not re.search(r"https?://|@import|url\(", page.read_text())
@@ -103,11 +156,23 @@ def test_page_is_whole_and_self_contained(run):
 def test_everything_is_escaped(run, shown):
     for page in (report.write_report(run), report.write_report(run, *shown)):
         content = Checked(page.read_text())
-        assert not {"b", "i", "black"} & (set(content.tags) - {"b"}) and page.read_text().count("<b>") == page.read_text().count("</b>")
+        assert not {"b", "i", "black"} & (set(content.tags) - {"b"}) and page.read_text().count(
+            "<b>"
+        ) == page.read_text().count("</b>")
         text = "".join(content.text)
-        assert "<script>alert(1)</script>" in text and "none: <b>no generator</b>" in text and "2 of 20 are <black>." in text and "recipe a&b" in text
-        assert "Pools <i>" in text and "<i>" not in page.read_text() and "<b>&" not in page.read_text()
-    assert data_of(page)["scores"][1]["name"] == HOSTILE and data_of(page)["captions"][0] == "a <b>red</b> ball"
+        assert (
+            "<script>alert(1)</script>" in text
+            and "none: <b>no generator</b>" in text
+            and "2 of 20 are <black>." in text
+            and "recipe a&b" in text
+        )
+        assert (
+            "Pools <i>" in text and "<i>" not in page.read_text() and "<b>&" not in page.read_text()
+        )
+    assert (
+        data_of(page)["scores"][1]["name"] == HOSTILE
+        and data_of(page)["captions"][0] == "a <b>red</b> ball"
+    )
     assert "\u2028" not in re.search(r'id="gallery-data">(.*)</script>', page.read_text())[1]
 
 
@@ -116,9 +181,15 @@ def test_scores_stand_between_floors_and_ceiling(run):
     first = read_json(run / "metrics.json")["metrics"][0]
     for entry in (first, first["floors"]["shuffled"], first["ceiling"]):
         assert f"{entry['value']:.3f}[{entry['low']:.3f}, {entry['high']:.3f}]" in text
-    assert "better than every floor (p of the pairing 0.0005)" in text and "noise ceiling 0.900" in text
+    assert (
+        "better than every floor (p of the pairing 0.0005)" in text
+        and "noise ceiling 0.900" in text
+    )
     assert "worse than nearest train; not distinguishable from mean image" in text
-    assert text.index("Reconstruction") < text.index("Retrieval") and "20 images (15 for some scores)" in text
+    assert (
+        text.index("Reconstruction") < text.index("Retrieval")
+        and "20 images (15 for some scores)" in text
+    )
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
@@ -132,56 +203,118 @@ def test_reading_follows_the_direction(better):
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_right_is_better_in_the_chart(better):
     sign = 1 if better == "higher" else -1
-    record = score(np.linspace(0.4, 0.6, 20), {"mean_image": np.full(20, 0.5 - 0.2 * sign)}, ceiling=np.full(20, 0.5 + 0.3 * sign), better=better, chance=0.5)
+    record = score(
+        np.linspace(0.4, 0.6, 20),
+        {"mean_image": np.full(20, 0.5 - 0.2 * sign)},
+        ceiling=np.full(20, 0.5 + 0.3 * sign),
+        better=better,
+        chance=0.5,
+    )
     strip = report._strip(record)
-    assert 0 <= strip["floors"]["mean_image"]["at"] < strip["score"]["from"] < strip["score"]["at"] < strip["score"]["to"] < strip["ceiling"]["at"] <= 100
-    assert strip["chance"] == pytest.approx(strip["score"]["at"], abs=0.1) and all(0 <= at <= 100 for at, _ in strip["ticks"]) and len(strip["ticks"]) > 2
+    assert (
+        0
+        <= strip["floors"]["mean_image"]["at"]
+        < strip["score"]["from"]
+        < strip["score"]["at"]
+        < strip["score"]["to"]
+        < strip["ceiling"]["at"]
+        <= 100
+    )
+    assert (
+        strip["chance"] == pytest.approx(strip["score"]["at"], abs=0.1)
+        and all(0 <= at <= 100 for at, _ in strip["ticks"])
+        and len(strip["ticks"]) > 2
+    )
 
 
 def test_every_floor_has_a_mark_of_its_own():
-    record = {"floors": {name: {} for name in ("shuffled", "mean_image", "nearest_train", "other_recon", "another run alone", "chance")}}
+    record = {
+        "floors": {
+            name: {}
+            for name in (
+                "shuffled",
+                "mean_image",
+                "nearest_train",
+                "other_recon",
+                "another run alone",
+                "chance",
+            )
+        }
+    }
     looks = [(look["path"], look["colour"]) for look in report._marks([record]).values()]
     assert len(set(looks)) == 6 and all(path for path, _ in looks)
 
 
 def test_further_tables_are_text_to_three_decimals(run):
     text = " ".join(Checked(report.write_report(run).read_text()).text)
-    assert "image from brain" in text and "0.123" in text and "0.1234" not in text and "-0.000" not in text
+    assert (
+        "image from brain" in text
+        and "0.123" in text
+        and "0.1234" not in text
+        and "-0.000" not in text
+    )
 
 
 def test_gallery_holds_every_picture(run, shown):
     pictures, details, samples = shown
     data = data_of(report.write_report(run, pictures, details, samples))
-    assert [row["name"] for row in data["rows"]] == list(ROWS) and data["ids"] == [str(i) for i in details.index]
+    assert [row["name"] for row in data["rows"]] == list(ROWS) and data["ids"] == [
+        str(i) for i in details.index
+    ]
     assert data["hits"] == details["hit"].tolist() and data["total"] == 20
-    assert data["scores"][0]["values"][3] is None and data["scores"][0]["values"][4] == pytest.approx(details["pixcorr"].iloc[4], rel=1e-5)
+    assert data["scores"][0]["values"][3] is None and data["scores"][0]["values"][
+        4
+    ] == pytest.approx(details["pixcorr"].iloc[4], rel=1e-5)
     for row, name in zip(data["rows"], ROWS, strict=True):
         for uri, picture in zip(row["pictures"], pictures[name], strict=True):
-            kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
-            np.testing.assert_array_equal(kept, (picture * 255).round().byte().permute(1, 2, 0).numpy())  # small pictures lose nothing
+            kept = np.asarray(
+                Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")
+            )
+            np.testing.assert_array_equal(
+                kept, (picture * 255).round().byte().permute(1, 2, 0).numpy()
+            )  # small pictures lose nothing
     assert [len(each) for each in data["samples"]] == [4] * 20
-    assert "contact_sheet" not in run.joinpath("report.html").read_text() and "first 24" not in run.joinpath("report.html").read_text()
+    assert (
+        "contact_sheet" not in run.joinpath("report.html").read_text()
+        and "first 24" not in run.joinpath("report.html").read_text()
+    )
 
 
 def test_only_the_first_images_of_a_large_set(run, shown):
     pictures, details, _ = shown
-    page = report.write_report(run, pictures | {"seen": torch.rand(20, 3, 300, 300)}, details, most=5)
+    page = report.write_report(
+        run, pictures | {"seen": torch.rand(20, 3, 300, 300)}, details, most=5
+    )
     data = data_of(page)
-    assert "The first 5 of 20 test images, unselected." in page.read_text() and len(data["ids"]) == 5
+    assert (
+        "The first 5 of 20 test images, unselected." in page.read_text() and len(data["ids"]) == 5
+    )
     picture = Image.open(io.BytesIO(base64.b64decode(data["rows"][0]["pictures"][0].split(",")[1])))
     assert picture.size == (256, 256)
 
 
 def test_retrieved_images_replace_their_figures(run, shown):
     rows = [
-        {"direction": "image_from_brain", "image": 1000 + i, "rank": 1 + i % 2, "candidates": [1000 + i, 1001 + i] if i % 2 == 0 else [999, 1000 + i]} for i in range(19)
+        {
+            "direction": "image_from_brain",
+            "image": 1000 + i,
+            "rank": 1 + i % 2,
+            "candidates": [1000 + i, 1001 + i] if i % 2 == 0 else [999, 1000 + i],
+        }
+        for i in range(19)
     ]
     pd.DataFrame(rows).to_parquet(run / "retrieved.parquet")
     text = report.write_report(run, *shown).read_text()
     panel = text[text.index('<section id="retrieved">') : text.index('<section id="figures">')]
-    assert panel.count('class="found"') == 10 and panel.count('picture right"') == 10 and ">999</span>" in panel
+    assert (
+        panel.count('class="found"') == 10
+        and panel.count('picture right"') == 10
+        and ">999</span>" in panel
+    )
     assert "10 of 19 came first" in panel and "9 of 19 did not come first" in panel
-    assert base64.b64encode((run / "image_from_brain.png").read_bytes()).decode() in text  # equal to the bytes of own_picture.png, which stays
+    assert (
+        base64.b64encode((run / "image_from_brain.png").read_bytes()).decode() in text
+    )  # equal to the bytes of own_picture.png, which stays
     assert text.count('class="plate"') == 1
 
 
@@ -197,12 +330,26 @@ def test_errors_are_one_sentence(run, shown, tmp_path):
     with pytest.raises(PerceptError, match="metrics stage"):
         report.write_report(tmp_path / "absent")
     for call, message in (
-        (lambda: report.write_report(run, {"ceiling": pictures["seen"]}, details), "needs the row 'seen'"),
+        (
+            lambda: report.write_report(run, {"ceiling": pictures["seen"]}, details),
+            "needs the row 'seen'",
+        ),
         (lambda: report.write_report(run, pictures, details[:19]), "do not pair up.*details 19"),
-        (lambda: report.write_report(run, pictures | {"ceiling": pictures["seen"][:7]}, details), "ceiling 7"),
+        (
+            lambda: report.write_report(run, pictures | {"ceiling": pictures["seen"][:7]}, details),
+            "ceiling 7",
+        ),
         (lambda: report.write_report(run, pictures, details, samples[:3]), "samples 3"),
-        (lambda: report.write_report(run, pictures, details, samples[0]), "samples, 3, height, width"),
-        (lambda: report.write_report(run, pictures | {"ceiling": torch.rand(20, 16, 16)}, details), "ceiling"),
+        (
+            lambda: report.write_report(run, pictures, details, samples[0]),
+            "samples, 3, height, width",
+        ),
+        (
+            lambda: report.write_report(
+                run, pictures | {"ceiling": torch.rand(20, 16, 16)}, details
+            ),
+            "ceiling",
+        ),
         (lambda: report.write_report(run, None, details), "without pictures"),
         (lambda: report.gallery_widget({}, details), "needs the row 'seen'"),
     ):
@@ -213,9 +360,17 @@ def test_errors_are_one_sentence(run, shown, tmp_path):
 
 def test_widget_sorts_filters_and_turns_pages(shown):
     pictures, details, samples = shown
-    sort, direction, which = (box := report.gallery_widget(pictures, details, samples, on_page=6).widget).children[0].children
+    sort, direction, which = (
+        (box := report.gallery_widget(pictures, details, samples, on_page=6).widget)
+        .children[0]
+        .children
+    )
     page, table, chosen, large = box.children[1:]
-    assert page.max == 4 and [i for _, i in chosen.options] == list(range(6)) and "sample 4" in large.value
+    assert (
+        page.max == 4
+        and [i for _, i in chosen.options] == list(range(6))
+        and "sample 4" in large.value
+    )
     page.value = 4
     sort.value = 0
     order = details["pixcorr"].reset_index(drop=True).sort_values(ascending=False).index.tolist()
@@ -223,7 +378,11 @@ def test_widget_sorts_filters_and_turns_pages(shown):
     direction.value = False
     assert [i for _, i in chosen.options] == order[:-1][::-1][:6]
     which.value = "misses"
-    assert page.max == 2 and all(not details["hit"].iloc[i] for _, i in chosen.options) and table.value.count("miss)") == 6
+    assert (
+        page.max == 2
+        and all(not details["hit"].iloc[i] for _, i in chosen.options)
+        and table.value.count("miss)") == 6
+    )
     chosen.value = chosen.options[2][1]
     assert f"id {details.index[chosen.value]}" in large.value and "a &lt;b&gt;red" in large.value
 
@@ -231,18 +390,24 @@ def test_widget_sorts_filters_and_turns_pages(shown):
 def test_widget_without_ipywidgets_is_a_table(shown, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     bundle = report.gallery_widget(*shown)._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "text/html"} and Checked(bundle["text/html"]).tags.count("img") == 60
+    assert (
+        set(bundle) == {"text/plain", "text/html"}
+        and Checked(bundle["text/html"]).tags.count("img") == 60
+    )
 
 
 def test_live_widget_carries_both(shown, monkeypatch):
     monkeypatch.setattr(report, "_is_live", lambda: True)
-    assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(report.gallery_widget(*shown)._repr_mimebundle_())
+    assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(
+        report.gallery_widget(*shown)._repr_mimebundle_()
+    )
 
 
 def test_executed_notebook_shows_the_table():
     code = (
-        "import pandas as pd, torch\nfrom src.report import gallery_widget\n"
-        "gallery_widget({'seen': torch.rand(30, 3, 8, 8), 'mine': torch.rand(30, 3, 8, 8)}, pd.DataFrame({'score': range(30)}))"
+        "import pandas as pd, torch\nfrom src.report import gallery_widget\ngallery_widget({'seen':"
+        " torch.rand(30, 3, 8, 8), 'mine': torch.rand(30, 3, 8, 8)}, pd.DataFrame({'score':"
+        " range(30)}))"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     ExecutePreprocessor(timeout=120).preprocess(notebook)

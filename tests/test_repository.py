@@ -22,12 +22,20 @@ def project() -> dict:
 
 def test_environment_yaml_names_what_pyproject_names():
     content = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
-    assert names(next(d["pip"] for d in content if isinstance(d, dict))) == names(project()["dependencies"])
+    assert names(next(d["pip"] for d in content if isinstance(d, dict))) == names(
+        project()["dependencies"]
+    )
 
 
 def test_lock_pins_everything_and_names_no_host():
-    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    assert all("==" in line for line in lines) and not any("://" in line or line.startswith("-") for line in lines)
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    assert all("==" in line for line in lines) and not any(
+        "://" in line or line.startswith("-") for line in lines
+    )
     wanted = names(project()["dependencies"]) | names(project()["optional-dependencies"]["dev"])
     assert wanted <= names(line.split("==")[0] for line in lines)
 
@@ -43,12 +51,21 @@ def test_readme_tree_and_links_exist():
 
 
 def test_no_page_has_a_gap_left_to_fill():
-    for page in [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "LOG.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*/README.md"),
+    ]:
         assert not re.search(r"EFFECT_|TODO|FIXME|XXX", page.read_text()), page
 
 
 def test_docs_name_every_reader_and_option():
-    rows = {line.split("`")[1]: line for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")}
+    rows = {
+        line.split("`")[1]: line
+        for line in (ROOT / "docs" / "data.md").read_text().splitlines()
+        if line.startswith("| `")
+    }
     assert set(rows) == {*READERS, "mini"}
     for source in READERS:
         assert all(f"`{option}`" in rows[source] for option in options_of(source)), source
@@ -56,7 +73,10 @@ def test_docs_name_every_reader_and_option():
 
 def test_make_targets():
     text = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", text, re.MULTILINE) for target in ("demo", "test", "lab", "lint", "gallery", "build", "push"))
+    assert all(
+        re.search(rf"^{target}:", text, re.MULTILINE)
+        for target in ("demo", "test", "lab", "lint", "gallery", "build", "push")
+    )
 
 
 def test_scripts_are_valid_shell():

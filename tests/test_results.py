@@ -34,7 +34,7 @@ def records_of(table):
     return make_records(*table, protocol="test", test_set="8-abc")
 
 
-# ------------------------------------------------------------------------------------------------ statistics
+# -------------------------------------------------------------------------------------- statistics
 def test_bootstrap_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(3, 2, 400)
     interval = bootstrap_mean(values)
@@ -77,10 +77,17 @@ def test_derangements_leave_nothing_in_place():
     assert len({tuple(o) for o in orders}) > 10
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------ tables
 def test_score_table_holds_every_row_and_image(table):
     scores, chosen = table
-    assert set(scores["row"]) == {"system", "shuffled", "mean_image", "nearest_train", "ceiling", "ridge"}
+    assert set(scores["row"]) == {
+        "system",
+        "shuffled",
+        "mean_image",
+        "nearest_train",
+        "ceiling",
+        "ridge",
+    }
     assert len(scores) == len(chosen) * 8 * (5 + 4)  # five rows with one draw, one with four
     images, recons = pictures(8)
     mine = scores.query("metric == 'pixcorr' and row == 'system'").sort_values("image")
@@ -93,7 +100,9 @@ def test_shuffled_rows_are_the_same_reconstructions_against_other_images(table):
     scores, _ = table
     images, recons = pictures(8)
     order = next(results.derangements(8, 1, seed=0))
-    drawn = scores.query("metric == 'mse' and row == 'shuffled' and draw == 0").set_index("image")["value"]
+    drawn = scores.query("metric == 'mse' and row == 'shuffled' and draw == 0").set_index("image")[
+        "value"
+    ]
     expected = ((recons - images[order]) ** 2).flatten(1).mean(1).numpy()
     np.testing.assert_allclose(drawn.to_numpy(), expected, rtol=1e-5)
     names = [metric.name for metric in table[1] if metric.better == "higher"]
@@ -111,7 +120,9 @@ def test_the_true_images_are_prepared_once():
     images, recons = pictures(5)
     both = [two_way_metric("two_way", counted), metrics.cosine_metric("cosine", counted)]
     score_table(images, {"system": recons, "mean_image": recons, "ceiling": images}, both, draws=3)
-    assert len(calls) == 4  # true images, system, shuffled, control and ceiling would be six and more
+    assert (
+        len(calls) == 4
+    )  # true images, system, shuffled, control and ceiling would be six and more
 
 
 def test_records_carry_floors_ceiling_and_p(table):
@@ -137,7 +148,9 @@ def test_records_carry_floors_ceiling_and_p(table):
 
 
 def added(folder, table, stage="06_metrics", test_set="8-abc", **more):
-    origin = results.provenance("mini", {"training": 42}, [{"what": f"epoch of {stage}", "split": "val"}], subject=1)
+    origin = results.provenance(
+        "mini", {"training": 42}, [{"what": f"epoch of {stage}", "split": "val"}], subject=1
+    )
     records = [record | {"test_set": test_set} for record in records_of(table)]
     results.add_results(folder, stage, table[0], records, origin, **more)
 
@@ -146,10 +159,18 @@ def test_results_are_plain_json_and_a_tidy_table(table, tmp_path):
     added(tmp_path, table, tables=[{"title": "More", "note": "", "rows": [{"a": 1}]}])
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert [r["name"] for r in content["metrics"]] == ["pixcorr", "mse", "two_way_pixels"]
-    assert content["provenance"]["versions"]["scikit-image"] and content["provenance"]["subject"] == 1
-    assert content["tables"] == [{"title": "More", "note": "", "rows": [{"a": 1}], "stage": "06_metrics"}]
+    assert (
+        content["provenance"]["versions"]["scikit-image"] and content["provenance"]["subject"] == 1
+    )
+    assert content["tables"] == [
+        {"title": "More", "note": "", "rows": [{"a": 1}], "stage": "06_metrics"}
+    ]
     scores = pd.read_parquet(tmp_path / "scores.parquet")
-    assert list(scores.columns) == results.COLUMNS and len(scores) == len(table[0]) and set(scores["stage"]) == {"06_metrics"}
+    assert (
+        list(scores.columns) == results.COLUMNS
+        and len(scores) == len(table[0])
+        and set(scores["stage"]) == {"06_metrics"}
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "scores.parquet"]
 
 
@@ -161,9 +182,17 @@ def test_each_stage_replaces_its_own_results_only(table, tmp_path):
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert [r["stage"] for r in content["metrics"]] == ["05_retrieve"] * 3 + ["06_metrics"] * 3
     assert [t["title"] for t in content["tables"]] == ["five", "six"]
-    assert [c["what"] for c in content["provenance"]["selection"]] == ["epoch of 05_retrieve", "epoch of 06_metrics"]
-    assert content["provenance"]["seeds"] == {"06_metrics: training": 42, "05_retrieve: training": 42}
-    assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 2 * len(table[0]) > len(retrieval[0])
+    assert [c["what"] for c in content["provenance"]["selection"]] == [
+        "epoch of 05_retrieve",
+        "epoch of 06_metrics",
+    ]
+    assert content["provenance"]["seeds"] == {
+        "06_metrics: training": 42,
+        "05_retrieve: training": 42,
+    }
+    assert (
+        len(pd.read_parquet(tmp_path / "scores.parquet")) == 2 * len(table[0]) > len(retrieval[0])
+    )
 
 
 def test_scores_of_two_test_sets_are_not_mixed(table, tmp_path):
@@ -171,10 +200,18 @@ def test_scores_of_two_test_sets_are_not_mixed(table, tmp_path):
     before = (tmp_path / "metrics.json").read_bytes(), (tmp_path / "scores.parquet").read_bytes()
     with pytest.raises(PerceptError, match="8-abc, these are on 8-other"):
         added(tmp_path, table, "06_metrics", test_set="8-other")
-    assert before == ((tmp_path / "metrics.json").read_bytes(), (tmp_path / "scores.parquet").read_bytes())
-    added(tmp_path, table, "05_retrieve", test_set="8-other")  # the only stage there: it replaces itself
+    assert before == (
+        (tmp_path / "metrics.json").read_bytes(),
+        (tmp_path / "scores.parquet").read_bytes(),
+    )
+    added(
+        tmp_path, table, "05_retrieve", test_set="8-other"
+    )  # the only stage there: it replaces itself
     assert results.check_same_test({"a": "8-abc", "b": "8-abc"}) == []
-    assert "8-abc: a; 8-other: b, c" in results.check_same_test({"a": "8-abc", "b": "8-other", "c": "8-other"})[0]
+    assert (
+        "8-abc: a; 8-other: b, c"
+        in results.check_same_test({"a": "8-abc", "b": "8-other", "c": "8-other"})[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +237,7 @@ def test_a_table_without_provenance_is_refused(table, tmp_path):
         results.write_metrics(tmp_path / "metrics.json", records_of(table), {"recipe": "mini"})
 
 
-# ------------------------------------------------------------------------------------------------ alarms
+# ------------------------------------------------------------------------------------------ alarms
 def test_good_outputs_raise_no_alarm():
     assert results.check_outputs(pictures(6)[1]) == []
 
@@ -211,7 +248,12 @@ def test_good_outputs_raise_no_alarm():
         (lambda x: x.index_fill(0, torch.tensor([2]), float("nan")), "1 of 6 .* NaN .*2"),
         (lambda x: x.index_fill(0, torch.tensor([0, 1]), 0.0), "2 of 6 .* black"),
         (lambda x: x.index_fill(0, torch.tensor([4]), 0.6), "1 of 6 .* flat"),
-        (lambda x: torch.cat([x[:5], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand_as(x[:1])]), "1 of 6 .* flat"),
+        (
+            lambda x: torch.cat(
+                [x[:5], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand_as(x[:1])]
+            ),
+            "1 of 6 .* flat",
+        ),
         (lambda x: x * 2 - 1, "leave the range"),
         (lambda x: x[:1].repeat(6, 1, 1, 1) + 0.0, "nearly alike"),
     ],
@@ -231,7 +273,10 @@ def test_misaligned_rows_raise_an_alarm():
     shuffled = recons[order]
     scores = metric.each(images, shuffled), metrics.pixcorr(images, shuffled)
     assert "misaligned" in results.check_alignment(*scores)[0]
-    assert "while true latents reach 100.0%: your rows are probably misaligned" in results.check_alignment(*scores, ceiling=ceiling)[0]
+    assert (
+        "while true latents reach 100.0%: your rows are probably misaligned"
+        in results.check_alignment(*scores, ceiling=ceiling)[0]
+    )
     broken = results.check_alignment(*scores, ceiling=metric.each(images, shuffled))
     assert len(broken) == 1 and "generator" in broken[0] and "misaligned" not in broken[0]
 
@@ -241,23 +286,32 @@ def test_test_images_among_the_training_images_raise_an_alarm():
     test, train = pixels[:5], pixels[5:]
     assert results.check_leak(test, train) == []
     mixed = np.concatenate([train, test[[3, 1]]])
-    assert "2 of 5 test images are also training images (first: 1, 3)" in results.check_leak(test, mixed)[0]
-    assert results.check_leak(test, iter(np.array_split(mixed, 3))) == results.check_leak(test, mixed)
+    assert (
+        "2 of 5 test images are also training images (first: 1, 3)"
+        in results.check_leak(test, mixed)[0]
+    )
+    assert results.check_leak(test, iter(np.array_split(mixed, 3))) == results.check_leak(
+        test, mixed
+    )
 
 
-# ------------------------------------------------------------------------------------------------ noise ceiling
+# ----------------------------------------------------------------------------------- noise ceiling
 def test_noise_ceiling_is_what_a_perfect_decoder_reaches():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(60, 4000))
-    repeats = truth[None] + 2 * rng.normal(size=(3, 60, 4000))  # what an unbiased decoder makes of three repeats
+    repeats = truth[None] + 2 * rng.normal(
+        size=(3, 60, 4000)
+    )  # what an unbiased decoder makes of three repeats
     pairs = [metrics.pcc(repeats[a], repeats[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
     ceiling = results.noise_ceiling(np.mean(pairs, 0), 3)
     reached = metrics.pcc(truth, repeats.mean(0)).mean()
-    assert ceiling.low - 0.01 < reached < ceiling.high + 0.01 and ceiling.value == pytest.approx(np.sqrt(1 / (1 + 4 / 3)), abs=0.01)
+    assert ceiling.low - 0.01 < reached < ceiling.high + 0.01 and ceiling.value == pytest.approx(
+        np.sqrt(1 / (1 + 4 / 3)), abs=0.01
+    )
     assert results.noise_ceiling(np.full(5, -0.1), 3).value == 0
 
 
-# ------------------------------------------------------------------------------------------------ anyone's pictures
+# ------------------------------------------------------------------------------- anyone's pictures
 def test_pictures_of_every_kind_are_read_alike(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), np.uint8)
     floats = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
@@ -267,13 +321,21 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
     np.save(tmp_path / "d.npy", floats.numpy())
     (tmp_path / "folder").mkdir()
     for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(tmp_path / "folder" / f"recon_{i}.png")  # 10 comes after 9, not after 1
+        Image.fromarray(picture).save(
+            tmp_path / "folder" / f"recon_{i}.png"
+        )  # 10 comes after 9, not after 1
     for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
         found = results.load_pictures(tmp_path / name)
-        assert torch.allclose(found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6), name
-        assert torch.allclose(results.mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6)
+        assert torch.allclose(
+            found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6
+        ), name
+        assert torch.allclose(
+            results.mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6
+        )
         assert results.pixel_hash(found) == results.pixel_hash(floats)
-    assert results.pixel_hash(floats) != results.pixel_hash(floats.flip(0)) and results.pixel_hash(floats).startswith("12-pixels-")
+    assert results.pixel_hash(floats) != results.pixel_hash(floats.flip(0)) and results.pixel_hash(
+        floats
+    ).startswith("12-pixels-")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Retrieval against the published similarity and top-k code, written out plainly, and its protocol and
-refusals.
+"""Retrieval against the published similarity and top-k code, written out plainly, and its protocol
+and refusals.
 """
 
 import numpy as np
@@ -66,7 +66,9 @@ def test_ranks_and_top_k(direction, monkeypatch):
 def test_scale_does_not_matter_and_perfect_is_one():
     brain, clip = embeddings()
     scale = torch.rand(60, 1, 1) + 0.1
-    np.testing.assert_array_equal(retrieval.rank_each(brain * scale, clip), retrieval.rank_each(brain, clip))
+    np.testing.assert_array_equal(
+        retrieval.rank_each(brain * scale, clip), retrieval.rank_each(brain, clip)
+    )
     assert retrieval.top1_image_from_brain(clip * scale, clip) == 1
 
 
@@ -107,7 +109,9 @@ def test_hard_negatives_compare_within_groups_only():
     similarity = cosines(brain, clip)
     for start, stop in ((0, 5), (5, 9), (9, 11)):
         block = similarity[start:stop, start:stop]
-        np.testing.assert_array_equal(result.each[start:stop], block.argmax(1) == np.arange(stop - start))
+        np.testing.assert_array_equal(
+            result.each[start:stop], block.argmax(1) == np.arange(stop - start)
+        )
     assert np.isnan(result.each[11]) and result.n == 11
     assert result.value == pytest.approx(np.nanmean(result.each))
     assert result.chance == pytest.approx((5 / 5 + 4 / 4 + 2 / 2) / 11)
@@ -122,8 +126,14 @@ def test_hard_negatives_compare_within_groups_only():
         (lambda b, c: retrieval.top1_image_from_brain(b * float("nan"), c), "NaN"),
         (lambda b, c: retrieval.rank_each(b, c, "fwd"), "unknown"),
         (lambda b, c: retrieval.second_order(b, c, b[:, :1], c[:, :1], 61), "61 of 60 candidates"),
-        (lambda b, c: retrieval.second_order(b, c, b[:5], c[:5], 3), "of 5 candidates cannot be re-ranked by embeddings of 60"),
-        (lambda b, c: retrieval.published_protocol(b, c, 20, sampling="all"), "choose one of random, consecutive"),
+        (
+            lambda b, c: retrieval.second_order(b, c, b[:5], c[:5], 3),
+            "of 5 candidates cannot be re-ranked by embeddings of 60",
+        ),
+        (
+            lambda b, c: retrieval.published_protocol(b, c, 20, sampling="all"),
+            "choose one of random, consecutive",
+        ),
         (lambda b, c: retrieval.published_protocol(b, c, 20, shards=61), "1 to 60 shards"),
         (lambda b, c: retrieval.nearest(b, c, 61), "holds 60 rows"),
         (lambda b, c: retrieval.nearest(b, c[:, :2]), "same encoder"),
@@ -138,22 +148,35 @@ def test_consecutive_pools_are_runs_of_a_resampled_stream_of_shards():
     pools = retrieval._consecutive_pools(60, 20, 2, np.random.default_rng(0))
     stream = np.concatenate([next(pools) for _ in range(30)])
     shards = stream[: len(stream) // 30 * 30].reshape(-1, 30)
-    assert {tuple(part) for part in shards} == {tuple(range(30)), tuple(range(30, 60))}  # whole, in order, drawn again and again
+    assert {tuple(part) for part in shards} == {
+        tuple(range(30)),
+        tuple(range(30, 60)),
+    }  # whole, in order, drawn again and again
     brain, clip = embeddings()
     table = retrieval.published_protocol(brain, clip, pool=20, draws=400, sampling="consecutive")
     similarity = cosines(brain, clip)
-    blocks = [np.r_[a:a + 20] % 60 for a in (0, 20, 10, 30, 50, 40)]  # within a shard, or over the end of one
+    blocks = [
+        np.r_[a : a + 20] % 60 for a in (0, 20, 10, 30, 50, 40)
+    ]  # within a shard, or over the end of one
     every = [np.mean(similarity[np.ix_(b, b)].argmax(1) == np.arange(20)) for b in blocks]
-    assert min(every) - 0.1 < table.set_index("direction").loc["image_from_brain", "value"] < max(every) + 0.1
+    assert (
+        min(every) - 0.1
+        < table.set_index("direction").loc["image_from_brain", "value"]
+        < max(every) + 0.1
+    )
 
 
 def test_a_copy_in_a_consecutive_pool_is_found_once():
     clip = torch.eye(4)
-    table = retrieval.published_protocol(clip, clip, pool=4, draws=50, sampling="consecutive", shards=4)
+    table = retrieval.published_protocol(
+        clip, clip, pool=4, draws=50, sampling="consecutive", shards=4
+    )
     expected = []
     pools = retrieval._consecutive_pools(4, 4, 4, np.random.default_rng(0))
     for pool in (next(pools) for _ in range(50)):
-        order = np.argsort(clip.numpy()[np.ix_(pool, pool)], axis=1, kind="stable")  # as the published top-k
+        order = np.argsort(
+            clip.numpy()[np.ix_(pool, pool)], axis=1, kind="stable"
+        )  # as the published top-k
         expected.append(np.mean(order[:, -1] == np.arange(4)))
     assert min(expected) < 1 and table["value"].tolist() == pytest.approx([np.mean(expected)] * 2)
 
@@ -165,7 +188,10 @@ def test_second_order_reranks_the_k_nearest(direction, chunk, monkeypatch):
     brain, clip = embeddings(noise=1.0)
     one_brain, one_clip = (x[:, :1] for x in embeddings(noise=2.0, seed=1))
     two = retrieval.second_order(brain, clip, one_brain, one_clip, k=9, direction=direction)
-    tokens, single = (cosines(*pair) if direction == "image_from_brain" else cosines(*pair).T for pair in ((brain, clip), (one_brain, one_clip)))
+    tokens, single = (
+        cosines(*pair) if direction == "image_from_brain" else cosines(*pair).T
+        for pair in ((brain, clip), (one_brain, one_clip))
+    )
     for i in range(60):
         near = np.argsort(-single[i])[:9]
         again = near[np.argsort(-tokens[i][near])]
@@ -188,14 +214,23 @@ def test_embeddings_of_another_run_must_be_of_the_same_images(tmp_path):
     with pytest.raises(PerceptError, match="is missing: run notebook 03 for the run first"):
         retrieval.load_embeddings(tmp_path / "first", [1, 2])
     (tmp_path / "first").mkdir()
-    path, content = tmp_path / "first" / "reconstructions.safetensors", {"true_tokens": torch.ones(3, 1, 4), "image_ids": torch.tensor([5, 6, 7])}
+    path, content = (
+        tmp_path / "first" / "reconstructions.safetensors",
+        {"true_tokens": torch.ones(3, 1, 4), "image_ids": torch.tensor([5, 6, 7])},
+    )
     save_file(content, path)
-    with pytest.raises(PerceptError, match="has no projected_network: .* decoder = network or both"):
+    with pytest.raises(
+        PerceptError, match="has no projected_network: .* decoder = network or both"
+    ):
         retrieval.load_embeddings(tmp_path / "first", [5, 6, 7])
     save_file(content | {"projected_network": torch.zeros(3, 1, 4)}, path)
     brain, clip = retrieval.load_embeddings(tmp_path / "first", [5, 6, 7])
     assert not brain.any() and clip.all() and brain.shape == clip.shape == (3, 1, 4)
-    for ids, words in (([7, 6, 5], "the same ones in another order"), ([5, 6], "2 of them the same"), ([8, 9, 1], "0 of them the same")):
+    for ids, words in (
+        ([7, 6, 5], "the same ones in another order"),
+        ([5, 6], "2 of them the same"),
+        ([8, 9, 1], "0 of them the same"),
+    ):
         with pytest.raises(PerceptError, match=words):
             retrieval.load_embeddings(tmp_path / "first", ids)
 

@@ -1,4 +1,6 @@
-"""The ROI project from nothing to a scored vote, small: notebooks 00, 01, 02_train_roi_models, 03_vote and 06 on the mini world."""
+"""The ROI project from nothing to a scored vote, small: notebooks 00, 01, 02_train_roi_models,
+03_vote and 06 on the mini world.
+"""
 
 import json
 import os
@@ -20,65 +22,128 @@ from src.reconstruct import load_decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "mini_images": 300, "num_epochs": 1, "voters": "a,b", "rois": "V1,V2,V3,hV4; !V1,!V2", "bag_seeds": "3,4", "batch_sizes": "25", "h": 128,
-    "block_out_channels": "32,32,32", "image_to": 24, "num_inference_steps": 4, "token_map_images": 100, "sheets": 2, "shuffles": 1,
+    "mini_images": 300,
+    "num_epochs": 1,
+    "voters": "a,b",
+    "rois": "V1,V2,V3,hV4; !V1,!V2",
+    "bag_seeds": "3,4",
+    "batch_sizes": "25",
+    "h": 128,
+    "block_out_channels": "32,32,32",
+    "image_to": 24,
+    "num_inference_steps": 4,
+    "token_map_images": 100,
+    "sheets": 2,
+    "shuffles": 1,
     "metrics": "pixcorr,CLIP-cosine",
-}  # fmt: skip
+}
 
 
 def launch(home: Path, *command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {
+        "PERCEPT_HOME": str(home),
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "2",
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
 def voted(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    done = launch(home, "run.py", "roi_voting", "--mini", *(part for name, value in SMALL.items() for part in ("-p", name, str(value))))
+    done = launch(
+        home,
+        "run.py",
+        "roi_voting",
+        "--mini",
+        *(part for name, value in SMALL.items() for part in ("-p", name, str(value))),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return home
 
 
 def test_each_voter_keeps_its_voxels_its_images_and_its_seed(voted):
-    logs, subject = voted / "train_logs" / "roi_voting-mini-subj01", open_subject(voted / "data" / "mini", 1)
+    logs, subject = (
+        voted / "train_logs" / "roi_voting-mini-subj01",
+        open_subject(voted / "data" / "mini", 1),
+    )
     seen = {}
     for name, rois, seed in (("a", "V1,V2,V3,hV4", 3), ("b", "!V1,!V2", 4)):
         folder = logs / name
         decoder, config = load_decoder(folder / "low_level" / "best.safetensors")
-        told, normaliser = json.loads((folder / "voter.json").read_text()), Normaliser.load(folder / "normaliser.safetensors")
-        member = subject.voxels[["V1", "V2", "V3", "hV4"]].any(axis=1) if name == "a" else ~subject.voxels[["V1", "V2"]].any(axis=1)
+        told, normaliser = (
+            json.loads((folder / "voter.json").read_text()),
+            Normaliser.load(folder / "normaliser.safetensors"),
+        )
+        member = (
+            subject.voxels[["V1", "V2", "V3", "hV4"]].any(axis=1)
+            if name == "a"
+            else ~subject.voxels[["V1", "V2"]].any(axis=1)
+        )
         np.testing.assert_array_equal(normaliser.columns, np.flatnonzero(member))
-        assert config["training"]["rois"] == rois == told["rois"] and config["training"]["bag_seed"] == seed == told["bag_seed"]
+        assert (
+            config["training"]["rois"] == rois == told["rois"]
+            and config["training"]["bag_seed"] == seed == told["bag_seed"]
+        )
         assert decoder.lin0[0].in_features == member.sum() == told["inputs"]
         split = pd.read_parquet(folder / "split.parquet").set_index("image")["split"]
         drawn = set(split.index[split == "train"])
         assert drawn == set(subject.bagged(0.7, seed).image_ids("train")) and len(drawn) == 210
         assert set(split.index[split == "val"]) == set(subject.image_ids("train")) - drawn
-        assert set(split.index[split == "test"]) == set(subject.image_ids("test")) and set(split.index[split == "exclude"]) == set(subject.image_ids("val"))
+        assert set(split.index[split == "test"]) == set(subject.image_ids("test")) and set(
+            split.index[split == "exclude"]
+        ) == set(subject.image_ids("val"))
         seen[name] = drawn
     assert seen["a"] != seen["b"]
     table = pd.read_csv(voted / "results" / "roi_voting-mini-subj01" / "voters.csv")
-    assert {"its own images", "not drawn", "seen by none", "mean latent"} <= set(table) and len(table) == 4 and np.isfinite(table.select_dtypes("number")).all().all()
+    assert (
+        {"its own images", "not drawn", "seen by none", "mean latent"} <= set(table)
+        and len(table) == 4
+        and np.isfinite(table.select_dtypes("number")).all().all()
+    )
 
 
 def test_every_row_is_there_and_the_vote_is_one_of_the_candidates(voted):
     results = voted / "results" / "roi_voting-mini-subj01"
     made = load_file(results / "reconstructions.safetensors")
     rules = {"vote_published", "vote_medoid", "vote_agreement", "oracle"}
-    expected = rules | {"voter_a", "voter_b", "latent_mean", "brain_caption", "ridge", "untrained", "ceiling", "nearest_train", "mean_image", "low_level_mean", "seen"}
+    expected = rules | {
+        "voter_a",
+        "voter_b",
+        "latent_mean",
+        "brain_caption",
+        "ridge",
+        "untrained",
+        "ceiling",
+        "nearest_train",
+        "mean_image",
+        "low_level_mean",
+        "seen",
+    }
     assert expected <= set(made) and made["voter_a"].shape == (24, 3, 32, 32)
     candidates = torch.stack([made["voter_a"], made["voter_b"]], 1)
     for rule in rules:
         assert (made[rule][:, None] == candidates).flatten(2).all(-1).any(1).all(), rule
     clip = Clipper("mini", hidden=False, norm_embs=True)
     look = lambda x: clip.embed_image(x.float()).flatten(1)  # noqa: E731
-    alike = torch.stack([torch.cosine_similarity(look(c), look(made["seen"])) for c in candidates.unbind(1)], 1)
+    alike = torch.stack(
+        [torch.cosine_similarity(look(c), look(made["seen"])) for c in candidates.unbind(1)], 1
+    )
     best = candidates[torch.arange(24), alike.argmax(1)]
-    assert (best == made["oracle"]).flatten(1).all(1).float().mean() > 0.9  # stored pictures are in half precision: near ties may turn
+    assert (best == made["oracle"]).flatten(1).all(
+        1
+    ).float().mean() > 0.9  # stored pictures are in half precision: near ties may turn
     captions = pd.read_parquet(results / "captions.parquet")
-    assert set(captions["row"]) >= {"voter_a", "voter_b", "latent_mean", "brain_caption", "ceiling"} and (captions["caption"].str.split().str.len() >= 3).all()
+    assert (
+        set(captions["row"]) >= {"voter_a", "voter_b", "latent_mean", "brain_caption", "ceiling"}
+        and (captions["caption"].str.split().str.len() >= 3).all()
+    )
     sheet = np.asarray(Image.open(results / "sheets" / "result_1.png"))
-    assert sheet.shape == (168, 4 * 148 + 80, 3) and len(list((results / "sheets").glob("*.png"))) == 2
+    assert (
+        sheet.shape == (168, 4 * 148 + 80, 3) and len(list((results / "sheets").glob("*.png"))) == 2
+    )
 
 
 def test_the_report_says_what_the_vote_is_worth(voted):
@@ -87,26 +152,65 @@ def test_the_report_says_what_the_vote_is_worth(voted):
     records = {record["name"]: record for record in written["metrics"]}
     assert {"pixcorr", "mini:CLIP-cosine", "mini:judge:kind"} <= set(records)
     others = records["pixcorr"]["others"]
-    assert {"voter_a", "voter_b", "latent_mean", "oracle", "vote_medoid", "vote_agreement", "ridge", "brain_caption"} <= set(others)
-    assert any("voters" in entry["what"] and entry["split"].startswith("none") for entry in written["provenance"]["selection"])
+    assert {
+        "voter_a",
+        "voter_b",
+        "latent_mean",
+        "oracle",
+        "vote_medoid",
+        "vote_agreement",
+        "ridge",
+        "brain_caption",
+    } <= set(others)
+    assert any(
+        "voters" in entry["what"] and entry["split"].startswith("none")
+        for entry in written["provenance"]["selection"]
+    )
     scores = pd.read_parquet(results / "scores.parquet")
-    cosine = scores[(scores["metric"] == "mini:CLIP-cosine") & (scores["draw"] == 0)].groupby("row")["value"].mean()
-    assert cosine["oracle"] >= max(cosine[["system", "voter_a", "voter_b", "vote_medoid"]]) - 1e-6  # nothing that chooses can be better
+    cosine = (
+        scores[(scores["metric"] == "mini:CLIP-cosine") & (scores["draw"] == 0)]
+        .groupby("row")["value"]
+        .mean()
+    )
+    assert (
+        cosine["oracle"] >= max(cosine[["system", "voter_a", "voter_b", "vote_medoid"]]) - 1e-6
+    )  # nothing that chooses can be better
     page = (results / "report.html").read_text()
-    assert "What the vote is worth" in page and "oracle (ceiling)" in page and "better than its average voter in" in page
+    assert (
+        "What the vote is worth" in page
+        and "oracle (ceiling)" in page
+        and "better than its average voter in" in page
+    )
 
 
 def test_voters_of_another_run_without_captions(voted):
-    flags = ["-f", "recipes/roi_voting/mini/03_vote.yaml", "--model_name", "low", "--voters", "roi_voting-mini-subj01/b", "--strength", "0"]
+    flags = [
+        "-f",
+        "recipes/roi_voting/mini/03_vote.yaml",
+        "--model_name",
+        "low",
+        "--voters",
+        "roi_voting-mini-subj01/b",
+        "--strength",
+        "0",
+    ]
     flags += ["--image_from", "4", "--image_to", "10"]
     done = launch(voted, "notebooks/03_vote.py", *flags, "--no-untrained")
     assert done.returncode == 0, done.stderr
     path = voted / "results" / "low" / "reconstructions.safetensors"
-    made, before = load_file(path), load_file(voted / "results" / "roi_voting-mini-subj01" / "reconstructions.safetensors")
+    made, before = (
+        load_file(path),
+        load_file(voted / "results" / "roi_voting-mini-subj01" / "reconstructions.safetensors"),
+    )
     assert made["image_ids"].tolist() == before["image_ids"].tolist()[4:10]
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["test_set"].endswith("-4to10") and file.metadata()["voters"] == "voter_roi_voting-mini-subj01-b"
+        assert (
+            file.metadata()["test_set"].endswith("-4to10")
+            and file.metadata()["voters"] == "voter_roi_voting-mini-subj01-b"
+        )
     torch.testing.assert_close(made["vote_published"], made["voter_roi_voting-mini-subj01-b"])
-    torch.testing.assert_close(made["ceiling"].float(), made["seen"].float(), atol=0.25, rtol=0)  # only the autoencoder's round trip
+    torch.testing.assert_close(
+        made["ceiling"].float(), made["seen"].float(), atol=0.25, rtol=0
+    )  # only the autoencoder's round trip
     refused = launch(voted, "notebooks/03_vote.py", *flags, "--vote", "agreement")
     assert refused.returncode != 0 and "There is no high level in" in refused.stderr

@@ -22,20 +22,39 @@ def project(tmp_path, monkeypatch):
     notebooks, recipes = tmp_path / "notebooks", tmp_path / "recipes" / "sys" / "mini"
     notebooks.mkdir()
     recipes.mkdir(parents=True)
-    checkpoint = f"from pathlib import Path\npath = Path({str(tmp_path / 'home' / 'train_logs')!r}) / model_name / 'number.txt'\n"
-    hand_on = checkpoint + (
-        "if 'number' in globals():\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(str(number))\n"
-        "elif die:\n    import os\n    os.kill(os.getpid(), 9)\nelse:\n    print('read', path.read_text())"
+    checkpoint = (
+        f"from pathlib import Path\npath = Path({str(tmp_path / 'home' / 'train_logs')!r}) /"
+        " model_name / 'number.txt'\n"
     )
-    for stage, body in (("00_first", "number = 1  # a number"), ("01_second", "fail = False  # fail on purpose\ndie = False  # be killed")):
+    hand_on = (
+        checkpoint
+        + "if 'number' in globals():\n    path.parent.mkdir(parents=True, exist_ok=True)\n   "
+        " path.write_text(str(number))\nelif die:\n    import os\n    os.kill(os.getpid(),"
+        " 9)\nelse:\n    print('read', path.read_text())"
+    )
+    for stage, body in (
+        ("00_first", "number = 1  # a number"),
+        ("01_second", "fail = False  # fail on purpose\ndie = False  # be killed"),
+    ):
         cells = [
             nbformat.v4.new_markdown_cell(f"# {stage}\n\nCost: nothing\nat all"),
-            nbformat.v4.new_code_cell(f'model_name = ""  # run\nsubj = 1  # subject\n{body}', metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("if 'fail' in globals() and fail:\n    raise ValueError('on purpose')\nprint(subj, model_name)"),
+            nbformat.v4.new_code_cell(
+                f'model_name = ""  # run\nsubj = 1  # subject\n{body}',
+                metadata={"tags": ["parameters"]},
+            ),
+            nbformat.v4.new_code_cell(
+                "if 'fail' in globals() and fail:\n    raise ValueError('on purpose')\nprint(subj,"
+                " model_name)"
+            ),
             nbformat.v4.new_code_cell(hand_on),
         ]
-        meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), notebooks / f"{stage}.ipynb")
+        meta = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        }
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=cells, metadata=meta), notebooks / f"{stage}.ipynb"
+        )
         (recipes.parent / f"{stage}.yaml").write_text("# defaults\n")
     (recipes / "00_first.yaml").write_text("number: 7\n")
     monkeypatch.setattr(utils, "NOTEBOOKS", notebooks)
@@ -48,12 +67,22 @@ def test_runs_in_order_skips_what_is_finished_and_resumes_after_a_failure(projec
     with pytest.raises(PerceptError, match="Stage 01_second stopped: ValueError: on purpose"):
         run.run_recipe("sys/mini", {"fail": "true"})
     results = project / "home" / "results" / "sys-mini-subj01"
-    assert (results / "00_first.ipynb").exists() and (results / "01_second.failed.ipynb").exists() and not (results / "01_second.ipynb").exists()
-    assert json.loads((results / ".stages" / "00_first.json").read_text())["parameters"]["number"] == 7
+    assert (
+        (results / "00_first.ipynb").exists()
+        and (results / "01_second.failed.ipynb").exists()
+        and not (results / "01_second.ipynb").exists()
+    )
+    assert (
+        json.loads((results / ".stages" / "00_first.json").read_text())["parameters"]["number"] == 7
+    )
     capsys.readouterr()
     run.run_recipe("sys/mini", {})
     said = capsys.readouterr().out
-    assert "00_first: finished before" in said and "01_second ..." in said and not (results / "01_second.failed.ipynb").exists()
+    assert (
+        "00_first: finished before" in said
+        and "01_second ..." in said
+        and not (results / "01_second.failed.ipynb").exists()
+    )
     assert not list(results.glob(".*running*"))
     run.run_recipe("sys/mini", {})
     assert capsys.readouterr().out.count("finished before") == 2
@@ -67,7 +96,9 @@ def test_an_override_goes_to_every_stage_that_has_the_name(project):
         assert outputs[0]["text"].strip() == "5 sys-subj05"
 
 
-def test_a_change_of_parameters_or_notebook_runs_the_stage_and_those_after_it_again(project, capsys):
+def test_a_change_of_parameters_or_notebook_runs_the_stage_and_those_after_it_again(
+    project, capsys
+):
     run.run_recipe("sys", {"model_name": "x"})
     capsys.readouterr()
     run.run_recipe("sys", {"model_name": "x", "number": "3"})
@@ -83,9 +114,14 @@ def test_all_stages_land_in_the_folder_that_one_stage_names(project):
     results = run.run_recipe("sys", {"n_components": "30"})
     assert (plain.name, results.name) == ("sys-subj01", "sys-subj01-pca30")
     assert {path.name for path in results.glob("*.ipynb")} == {"00_first.ipynb", "01_second.ipynb"}
-    assert read_by_second(results) == "read 1" and (project / "home" / "train_logs" / "sys-subj01-pca30" / "number.txt").exists()
+    assert (
+        read_by_second(results) == "read 1"
+        and (project / "home" / "train_logs" / "sys-subj01-pca30" / "number.txt").exists()
+    )
     assert run.run_recipe("sys", {"n_components": "30", "model_name": "mine"}).name == "mine"
-    (project / "recipes" / "sys" / "01_second.yaml").write_text("n_components: 5\n")  # a recipe's own value counts, too
+    (project / "recipes" / "sys" / "01_second.yaml").write_text(
+        "n_components: 5\n"
+    )  # a recipe's own value counts, too
     assert run.asked("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
     with pytest.raises(PerceptError, match="must be at least 0"):
         run.run_recipe("sys", {"n_components": "-1"})
@@ -122,8 +158,13 @@ def test_deleting_what_a_stage_wrote_runs_it_again_and_those_after_it(project, c
 
 def test_a_run_in_a_folder_of_runs_knows_what_it_wrote(project, capsys):
     results = run.run_recipe("sys", {"model_name": "many/one"})
-    assert results == project / "home" / "results" / "many" / "one" and read_by_second(results) == "read 1"
-    assert json.loads((results / ".stages" / "00_first.json").read_text())["wrote"] == ["train_logs/many/one/number.txt"]
+    assert (
+        results == project / "home" / "results" / "many" / "one"
+        and read_by_second(results) == "read 1"
+    )
+    assert json.loads((results / ".stages" / "00_first.json").read_text())["wrote"] == [
+        "train_logs/many/one/number.txt"
+    ]
     (project / "home" / "train_logs" / "many" / "one" / "number.txt").unlink()
     capsys.readouterr()
     run.run_recipe("sys", {"model_name": "many/one"})
@@ -153,11 +194,16 @@ def test_a_right_kernel_is_not_registered_again():
     known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
     before = known.stat().st_mtime_ns
     run.use_this_kernel()
-    assert known.stat().st_mtime_ns == before and "--log-level=ERROR" in json.loads(known.read_text())["argv"]
+    assert (
+        known.stat().st_mtime_ns == before
+        and "--log-level=ERROR" in json.loads(known.read_text())["argv"]
+    )
 
 
 def test_a_killed_kernel_is_one_sentence(project):
-    with pytest.raises(PerceptError, match="Stage 01_second stopped: its Python process was killed"):
+    with pytest.raises(
+        PerceptError, match="Stage 01_second stopped: its Python process was killed"
+    ):
         run.run_recipe("sys", {"die": "true"})
     results = project / "home" / "results" / "sys-subj01"
     assert (results / "01_second.failed.ipynb").exists() and not list(results.glob(".*running*"))
@@ -184,7 +230,13 @@ def test_refusals(project):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments], capture_output=True, text=True, timeout=120, env=os.environ)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ,
+    )
 
 
 def test_list_shows_recipes_stages_and_cost():

@@ -1,4 +1,6 @@
-"""Notebook 05_search_index for real: a brain that nearly tells the true embedding, a pool that holds the test images, and servers."""
+"""Notebook 05_search_index for real: a brain that nearly tells the true embedding, a pool that
+holds the test images, and servers.
+"""
 
 import io
 import json
@@ -29,10 +31,17 @@ N_TEST, POOL = 24, 260
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A small dataset and what notebook 03 would leave of two runs: of one embedding, and of all tokens."""
+    """A small dataset and what notebook 03 would leave of two runs: of one embedding, and of all
+    tokens.
+    """
     home = tmp_path_factory.mktemp("home")
     made, folder = simulate(1, 40, 8, N_TEST), home / "data" / "small"
-    about = {"source": "mini world (simulated)", "units": "percent signal change", "normalisation": "none", "protocol": "mini"}
+    about = {
+        "source": "mini world (simulated)",
+        "units": "percent signal change",
+        "normalisation": "none",
+        "protocol": "mini",
+    }
     write_subject(folder / "subj01", made.scan.betas, made.scan.trials, made.scan.voxels, about)
     write_images(folder / "images.h5", made.images, made.image_ids)
     write_image_table(folder / "labels.parquet", made.labels)
@@ -40,31 +49,85 @@ def world(tmp_path_factory):
     ids, rng = subject.image_ids("test"), np.random.default_rng(0)
     pixels = subject.images(ids)
     seen = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    for name, encoder in {"one": Clipper("mini", hidden=False, norm_embs=False), "tokens": Clipper("mini")}.items():
+    for name, encoder in {
+        "one": Clipper("mini", hidden=False, norm_embs=False),
+        "tokens": Clipper("mini"),
+    }.items():
         true = torch.from_numpy(encoder.encode_pixels(pixels)).view(N_TEST, -1, encoder.dim)
         brain = true + 0.2 * true.std() * torch.from_numpy(rng.standard_normal(true.shape)).float()
-        rows = {"seen": seen, "network": seen.flip(0), "projected_network": brain, "tokens_network": brain.clone(), "true_tokens": true}
+        rows = {
+            "seen": seen,
+            "network": seen.flip(0),
+            "projected_network": brain,
+            "tokens_network": brain.clone(),
+            "true_tokens": true,
+        }
         rows["image_ids"] = torch.from_numpy(ids)
         (home / "results" / name).mkdir(parents=True)
-        about = {"main": "network", "protocol": "mini", "test_set": subject.test_set, "repeats": "3"}
-        save_file({k: v.contiguous() for k, v in rows.items()}, home / "results" / name / "reconstructions.safetensors", metadata=about)
-        config = {"tokens": list(true.shape[1:]), "model": {}} | ({} if name == "tokens" else {"clip": {"hidden": False, "norm_embs": False}})
+        about = {
+            "main": "network",
+            "protocol": "mini",
+            "test_set": subject.test_set,
+            "repeats": "3",
+        }
+        save_file(
+            {k: v.contiguous() for k, v in rows.items()},
+            home / "results" / name / "reconstructions.safetensors",
+            metadata=about,
+        )
+        config = {"tokens": list(true.shape[1:]), "model": {}} | (
+            {} if name == "tokens" else {"clip": {"hidden": False, "norm_embs": False}}
+        )
         (home / "train_logs" / name / "high_level").mkdir(parents=True)
-        save_checkpoint(home / "train_logs" / name / "high_level" / "last.safetensors", {"w": torch.zeros(1)}, config)
+        save_checkpoint(
+            home / "train_logs" / name / "high_level" / "last.safetensors",
+            {"w": torch.zeros(1)},
+            config,
+        )
     return SimpleNamespace(home=home, ids=ids, seen=seen)
 
 
 def search(world, *flags):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {"PERCEPT_HOME": str(world.home), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    common = ["--model_name", "one", "--dataset", "small", "--weights", "mini", "--k", "4", "--picture_size", "32"]
-    return subprocess.run([sys.executable, "notebooks/05_search_index.py", *common, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PERCEPT_")} | {
+        "PERCEPT_HOME": str(world.home),
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "1",
+    }
+    common = [
+        "--model_name",
+        "one",
+        "--dataset",
+        "small",
+        "--weights",
+        "mini",
+        "--k",
+        "4",
+        "--picture_size",
+        "32",
+    ]
+    return subprocess.run(
+        [sys.executable, "notebooks/05_search_index.py", *common, *flags],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def outcome(world):
     results = world.home / "results" / "one"
-    made, found = load_file(results / "reconstructions.safetensors"), pd.read_parquet(results / "found.parquet")
+    made, found = (
+        load_file(results / "reconstructions.safetensors"),
+        pd.read_parquet(results / "found.parquet"),
+    )
     written = json.loads((results / "metrics.json").read_text())
-    return made, found, {r["name"]: r for r in written["metrics"]}, {t["title"]: t for t in written["tables"]}
+    return (
+        made,
+        found,
+        {r["name"]: r for r in written["metrics"]},
+        {t["title"]: t for t in written["tables"]},
+    )
 
 
 def pooled(world):
@@ -75,44 +138,91 @@ def test_the_test_images_are_left_out_and_everything_is_written(world):
     done = search(world, *pooled(world))
     assert done.returncode == 0, done.stdout + done.stderr
     made, found, records, tables = outcome(world)
-    assert f"In the pool are {N_TEST} of {N_TEST} test pictures" in done.stdout and "Exact image in pool: no." in done.stdout
-    assert made["retrieved"].shape == made["retrieved_ceiling"].shape == (N_TEST, 3, 32, 32) and {"seen", "network"} <= set(made)
-    for name in ("retrieved", "retrieved_ceiling"):  # no picture is one of the test set, which are the first of the pool
+    assert (
+        f"In the pool are {N_TEST} of {N_TEST} test pictures" in done.stdout
+        and "Exact image in pool: no." in done.stdout
+    )
+    assert made["retrieved"].shape == made["retrieved_ceiling"].shape == (N_TEST, 3, 32, 32) and {
+        "seen",
+        "network",
+    } <= set(made)
+    for name in (
+        "retrieved",
+        "retrieved_ceiling",
+    ):  # no picture is one of the test set, which are the first of the pool
         assert (made[name].float()[:, None] - world.seen[None]).abs().amax((2, 3, 4)).min() > 0.1
-    assert found["row"].min() >= N_TEST and len(found) == 2 * 4 * N_TEST and found.groupby(["search", "image"])["chosen"].sum().eq(1).all()
+    assert (
+        found["row"].min() >= N_TEST
+        and len(found) == 2 * 4 * N_TEST
+        and found.groupby(["search", "image"])["chosen"].sum().eq(1).all()
+    )
     brain = found[found["search"] == "retrieved"].groupby("image")["similarity"].apply(list)
-    assert all(values == sorted(values, reverse=True) for values in brain) and found["caption"].str.len().gt(0).all()
-    assert records["pool_top1"]["value"] > 0.8 > 0.2 > records["pool_top1"]["floors"]["shuffled"]["value"] and records["pool_top1"]["exact_in_pool"] == "yes"
-    assert tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "no" and tables["Retrieved pictures"]["rows"][0]["test pictures left out"] == N_TEST
-    assert torch.load(world.home / "results/one/one_laion_retrievals_top16.pt", weights_only=True).shape == (N_TEST, 3, 32, 32)
-    assert (world.home / "results/one/figures/found.png").exists() and not (world.home / "results/one/.searching").exists()
+    assert (
+        all(values == sorted(values, reverse=True) for values in brain)
+        and found["caption"].str.len().gt(0).all()
+    )
+    assert (
+        records["pool_top1"]["value"]
+        > 0.8
+        > 0.2
+        > records["pool_top1"]["floors"]["shuffled"]["value"]
+        and records["pool_top1"]["exact_in_pool"] == "yes"
+    )
+    assert (
+        tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "no"
+        and tables["Retrieved pictures"]["rows"][0]["test pictures left out"] == N_TEST
+    )
+    assert torch.load(
+        world.home / "results/one/one_laion_retrievals_top16.pt", weights_only=True
+    ).shape == (N_TEST, 3, 32, 32)
+    assert (world.home / "results/one/figures/found.png").exists() and not (
+        world.home / "results/one/.searching"
+    ).exists()
 
 
 def test_asked_for_they_are_found_and_all_tokens_choose(world):
     done = search(world, *pooled(world), "--keep_test_images", "--token_run", "tokens")
     assert done.returncode == 0, done.stdout + done.stderr
     made, found, records, tables = outcome(world)
-    assert "embedding: 0" in done.stderr and "Exact image in pool: yes" in done.stdout  # nothing was new in the pool
-    assert ((made["retrieved"].float() - world.seen).abs().amax((1, 2, 3)) < 1e-3).float().mean() > 0.9
+    assert (
+        "embedding: 0" in done.stderr and "Exact image in pool: yes" in done.stdout
+    )  # nothing was new in the pool
+    assert (
+        (made["retrieved"].float() - world.seen).abs().amax((1, 2, 3)) < 1e-3
+    ).float().mean() > 0.9
     torch.testing.assert_close(made["retrieved_ceiling"].float(), world.seen, atol=1e-3, rtol=0)
-    assert tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "yes" and "tokens of tokens" in tables["Retrieved pictures"]["rows"][0]["chosen by"]
+    assert (
+        tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "yes"
+        and "tokens of tokens" in tables["Retrieved pictures"]["rows"][0]["chosen by"]
+    )
 
 
 def test_a_run_of_many_tokens_cannot_ask(world):
     done = search(world, *pooled(world), "--model_name", "tokens")
-    assert done.returncode and "(17, 128) tokens an image, and an index is searched by one embedding" in done.stderr
+    assert (
+        done.returncode
+        and "(17, 128) tokens an image, and an index is searched by one embedding" in done.stderr
+    )
 
 
 class Server(Quiet):
-    """A clip-retrieval server of the index that was built above, and a host of its pictures, of which every third is gone."""
+    """A clip-retrieval server of the index that was built above, and a host of its pictures, of
+    which every third is gone.
+    """
 
     index: LocalIndex
 
     def do_POST(self):
         fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        found = self.index.search(np.array([fields["embedding_input"]]), min(fields["num_images"], 60))
+        found = self.index.search(
+            np.array([fields["embedding_input"]]), min(fields["num_images"], 60)
+        )
         lines = [
-            {"id": int(row), "similarity": float(s), "url": f"http://127.0.0.1:{self.server.server_address[1]}/{row}.png"}
+            {
+                "id": int(row),
+                "similarity": float(s),
+                "url": f"http://127.0.0.1:{self.server.server_address[1]}/{row}.png",
+            }
             for s, row in zip(found.similarity[0], found.row[0], strict=True)
         ]
         self.send(200, json.dumps(lines).encode(), Content_Type="application/json")
@@ -130,16 +240,49 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
     with serving(Server, index=LocalIndex(world.home / "data/indices/small")) as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/knn-service"
         refused = search(world, "--url", url, "--candidates", "8", "--server_timeout", "60")
-        assert "without a picture" in refused.stdout and f"'retrieved': {N_TEST}" in refused.stdout  # pictures on this machine are not fetched unless asked for
-        done = search(world, "--url", url, "--candidates", "20", "--private_pictures", "--server_timeout", "60", "--picture_timeout", "60")
+        assert (
+            "without a picture" in refused.stdout and f"'retrieved': {N_TEST}" in refused.stdout
+        )  # pictures on this machine are not fetched unless asked for
+        done = search(
+            world,
+            "--url",
+            url,
+            "--candidates",
+            "20",
+            "--private_pictures",
+            "--server_timeout",
+            "60",
+            "--picture_timeout",
+            "60",
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         made, found, _, tables = outcome(world)
-        assert (found["row"] % 3 > 0).all() and len(found) == 2 * 4 * N_TEST and found["url"].str.startswith("http").all() and found["row"].min() >= N_TEST
-        shown = found[found["chosen"] & (found["search"] == "retrieved")].set_index("image").loc[world.ids, "row"]
-        pixels, _ = local_pictures(LocalIndex(world.home / "data/indices/small").metadata(shown), 32)
-        torch.testing.assert_close(made["retrieved"].float(), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, atol=2e-3, rtol=0)
+        assert (
+            (found["row"] % 3 > 0).all()
+            and len(found) == 2 * 4 * N_TEST
+            and found["url"].str.startswith("http").all()
+            and found["row"].min() >= N_TEST
+        )
+        shown = (
+            found[found["chosen"] & (found["search"] == "retrieved")]
+            .set_index("image")
+            .loc[world.ids, "row"]
+        )
+        pixels, _ = local_pictures(
+            LocalIndex(world.home / "data/indices/small").metadata(shown), 32
+        )
+        torch.testing.assert_close(
+            made["retrieved"].float(),
+            torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
+            atol=2e-3,
+            rtol=0,
+        )
 
 
 def test_a_server_that_is_down_is_one_sentence(world):
     done = search(world, "--url", "http://127.0.0.1:9/knn-service")
-    assert done.returncode and done.stderr.strip().splitlines()[-1].count("http://127.0.0.1:9/knn-service") == 1 and "December 2023" in done.stderr
+    assert (
+        done.returncode
+        and done.stderr.strip().splitlines()[-1].count("http://127.0.0.1:9/knn-service") == 1
+        and "December 2023" in done.stderr
+    )

@@ -18,7 +18,17 @@ import torch
 from torch import nn
 
 from src import training, utils
-from src.training import DECAYS, SCHEDULERS, batches, epoch_order, evaluate, fit, gather, load_best, parameter_groups
+from src.training import (
+    DECAYS,
+    SCHEDULERS,
+    batches,
+    epoch_order,
+    evaluate,
+    fit,
+    gather,
+    load_best,
+    parameter_groups,
+)
 from src.utils import PerceptError, load_checkpoint, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,13 +53,24 @@ class Data:
 
     def __getitems__(self, indices):
         self.seen.append((self.epoch, list(indices)))
-        noise = torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(1000 * self.epoch + i)) for i in indices])
-        return {"voxels": self.x[indices] + 0.1 * noise, "target": self.y[indices], "image": torch.tensor(indices)}
+        noise = torch.stack(
+            [
+                torch.randn(5, generator=torch.Generator().manual_seed(1000 * self.epoch + i))
+                for i in indices
+            ]
+        )
+        return {
+            "voxels": self.x[indices] + 0.1 * noise,
+            "target": self.y[indices],
+            "image": torch.tensor(indices),
+        }
 
 
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(5, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3)
+    )
 
 
 def step(model, batch, epoch):
@@ -65,13 +86,28 @@ def plain_step(model, batch, epoch):
 
 def validate(model):
     data = Data()
-    return {"val/loss": (model(data.x) - data.y).square().mean().item() + 0.01 * torch.rand(()).item()}
+    return {
+        "val/loss": (model(data.x) - data.y).square().mean().item() + 0.01 * torch.rand(()).item()
+    }
 
 
 def train(folder, model=None, do=step, data=None, config=None, **other):
     model = network() if model is None else model
-    arguments = {"epochs": EPOCHS, "batch_size": BATCH, "max_lr": 1e-2, "validate": validate, "device": "cpu"} | other
-    history = fit(model, do, data or Data(), folder=folder, config=config or {"model": {"name": "tiny", "kwargs": {"h": 16}}}, **arguments)
+    arguments = {
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "max_lr": 1e-2,
+        "validate": validate,
+        "device": "cpu",
+    } | other
+    history = fit(
+        model,
+        do,
+        data or Data(),
+        folder=folder,
+        config=config or {"model": {"name": "tiny", "kwargs": {"h": 16}}},
+        **arguments,
+    )
     return model, history
 
 
@@ -98,56 +134,94 @@ def call_at(count: int, action, do=step):
     return wrapped
 
 
-# ------------------------------------------------------------------------------------------------ learning
+# ---------------------------------------------------------------------------------------- learning
 def test_history_and_files(tmp_path):
     model, history = train(tmp_path, epochs=20)
-    assert history["memory"].is_monotonic_increasing and history["memory"].iloc[-1] * 1e9 == pytest.approx(peak_memory("cpu"), rel=0.05)
-    assert list(history["epoch"]) == list(range(20)) and list(history["train/num_steps"]) == [STEPS * (e + 1) for e in range(20)]
+    assert history["memory"].is_monotonic_increasing and history["memory"].iloc[
+        -1
+    ] * 1e9 == pytest.approx(peak_memory("cpu"), rel=0.05)
+    assert list(history["epoch"]) == list(range(20)) and list(history["train/num_steps"]) == [
+        STEPS * (e + 1) for e in range(20)
+    ]
     assert history["train/loss"].iloc[-1] < 0.3 * history["train/loss"].iloc[0]
-    assert np.allclose(history["train/twice"], 2 * history["train/loss"]) and (history["skipped"] == 0).all()
+    assert (
+        np.allclose(history["train/twice"], 2 * history["train/loss"])
+        and (history["skipped"] == 0).all()
+    )
     assert history["train/shift"].between(0, 3).all() and not model.training
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history, check_exact=False)
     state, config = load_checkpoint(tmp_path / "last.safetensors")
-    assert same(model, state) and config["model"] == {"name": "tiny", "kwargs": {"h": 16}} and config["epoch"] == 19
-    assert load_checkpoint(tmp_path / "best.safetensors")[1]["epoch"] == history["val/loss"].idxmin()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "history.csv", "last.safetensors", "state.pt"]
+    assert (
+        same(model, state)
+        and config["model"] == {"name": "tiny", "kwargs": {"h": 16}}
+        and config["epoch"] == 19
+    )
+    assert (
+        load_checkpoint(tmp_path / "best.safetensors")[1]["epoch"] == history["val/loss"].idxmin()
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.safetensors",
+        "history.csv",
+        "last.safetensors",
+        "state.pt",
+    ]
 
 
 def test_equals_a_bare_loop(tmp_path):
-    model, history = train(tmp_path, do=plain_step, model=network().eval(), validate=None, decay="published")
+    model, history = train(
+        tmp_path, do=plain_step, model=network().eval(), validate=None, decay="published"
+    )
     torch.manual_seed(42)
     bare, data = network(), Data()
     torch.manual_seed(42)
-    groups = [[p for n, p in bare.named_parameters() if ("bias" in n) == has] for has in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 1e-2}, {"params": groups[1], "weight_decay": 0}], lr=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=EPOCHS * STEPS, pct_start=0.5, final_div_factor=1000)
+    groups = [
+        [p for n, p in bare.named_parameters() if ("bias" in n) == has] for has in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 1e-2}, {"params": groups[1], "weight_decay": 0}],
+        lr=1e-2,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-2, total_steps=EPOCHS * STEPS, pct_start=0.5, final_div_factor=1000
+    )
     losses = []
     for epoch in range(EPOCHS):
         data.set_epoch(epoch)
         order = np.random.default_rng([42, epoch]).permutation(SAMPLES)
         for i in range(STEPS):
-            loss, _ = plain_step(bare, data.__getitems__(order[i * BATCH : (i + 1) * BATCH].tolist()), epoch)
+            loss, _ = plain_step(
+                bare, data.__getitems__(order[i * BATCH : (i + 1) * BATCH].tolist()), epoch
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
     assert same(model, bare)
-    assert np.allclose(history["train/loss"], np.reshape(losses, (EPOCHS, STEPS)).mean(1), rtol=1e-12)
+    assert np.allclose(
+        history["train/loss"], np.reshape(losses, (EPOCHS, STEPS)).mean(1), rtol=1e-12
+    )
 
 
 def test_each_epoch_shows_each_sample_at_most_once_in_an_order_of_its_own(tmp_path):
     data = Data()
     train(tmp_path, data=data, validate=None)
-    shown = {epoch: [i for e, batch in data.seen if e == epoch for i in batch] for epoch in range(EPOCHS)}
+    shown = {
+        epoch: [i for e, batch in data.seen if e == epoch for i in batch] for epoch in range(EPOCHS)
+    }
     assert all(len(set(ids)) == len(ids) == STEPS * BATCH for ids in shown.values())
-    assert shown[0] != shown[1] and shown[0] == epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
+    assert (
+        shown[0] != shown[1] and shown[0] == epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
+    )
     assert sorted(epoch_order(100, 1, 2)) == list(range(100))
     assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 2, 2))
 
 
 def test_workers_change_nothing(tmp_path):
-    assert same(train(tmp_path / "a", epochs=1)[0], train(tmp_path / "b", epochs=1, num_workers=1)[0])
+    assert same(
+        train(tmp_path / "a", epochs=1)[0], train(tmp_path / "b", epochs=1, num_workers=1)[0]
+    )
 
 
 def test_bf16_trains_in_the_same_process_as_fp32(tmp_path):
@@ -159,7 +233,9 @@ def test_bf16_trains_in_the_same_process_as_fp32(tmp_path):
 
     _, half = train(tmp_path / "half", do=look, precision="bf16")
     _, full = train(tmp_path / "full", do=look)
-    assert set(seen[: len(seen) // 2]) == {torch.bfloat16} and set(seen[len(seen) // 2 :]) == {torch.float32}
+    assert set(seen[: len(seen) // 2]) == {torch.bfloat16} and set(seen[len(seen) // 2 :]) == {
+        torch.float32
+    }
     assert np.allclose(half["train/loss"], full["train/loss"], rtol=0.1)
 
 
@@ -173,7 +249,11 @@ def test_clipping_bounds_the_gradient(tmp_path):
     before = torch.optim.AdamW.step
 
     def watch(self, *args, **kwargs):
-        norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]).item())
+        norms.append(
+            torch.nn.utils.get_total_norm(
+                [p.grad for g in self.param_groups for p in g["params"]]
+            ).item()
+        )
         return before(self, *args, **kwargs)
 
     torch.optim.AdamW.step = watch
@@ -184,7 +264,7 @@ def test_clipping_bounds_the_gradient(tmp_path):
     assert len(norms) == EPOCHS * STEPS and max(norms) == pytest.approx(0.1, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ optimizer, schedule
+# ----------------------------------------------------------------------------- optimizer, schedule
 def rates(name: str, epochs: int, steps: int, max_lr: float = 3e-4):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=max_lr)
     scheduler, found = SCHEDULERS[name](optimizer, max_lr, epochs, steps), []
@@ -209,15 +289,24 @@ def test_cycle_is_the_published_one():
     at = np.arange(total)
     up, down = np.cos(np.pi * at / top), np.cos(np.pi * (at - top) / (total - 1 - top))
     start, end = peak / 25, peak / 25 / 1000
-    expected = np.where(at <= top, peak + (start - peak) * (1 + up) / 2, end + (peak - end) * (1 + down) / 2)
+    expected = np.where(
+        at <= top, peak + (start - peak) * (1 + up) / 2, end + (peak - end) * (1 + down) / 2
+    )
     found = rates("cycle", epochs, steps, peak)
     assert np.allclose(found[:, 0], expected, rtol=1e-6)
-    assert found[0, 1] == pytest.approx(0.95) and found[top, 1] == pytest.approx(0.85) and found[-1, 1] == pytest.approx(0.95)
+    assert (
+        found[0, 1] == pytest.approx(0.95)
+        and found[top, 1] == pytest.approx(0.85)
+        and found[-1, 1] == pytest.approx(0.95)
+    )
 
 
 def test_linear_and_fixed():
     found = rates("linear", 4, 5)[:, 0]
-    assert np.allclose(found, 3e-4 * (1 / 3 + 2 / 3 * np.arange(20) / 20)) and (rates("fixed", 4, 5)[:, 0] == 3e-4).all()
+    assert (
+        np.allclose(found, 3e-4 * (1 / 3 + 2 / 3 * np.arange(20) / 20))
+        and (rates("fixed", 4, 5)[:, 0] == 3e-4).all()
+    )
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -227,19 +316,32 @@ def test_weight_decay_spares_biases_and_norms(decay):
             super().__init__()
             self.g = nn.Parameter(torch.ones(4))
 
-    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "norms": nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), GainNorm()), "frozen": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {
+            "lin": nn.Linear(4, 4),
+            "norms": nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), GainNorm()),
+            "frozen": nn.Linear(4, 4),
+        }
+    )
     model["relative_attention_bias"] = nn.Embedding(3, 2)
     model["null"] = nn.ParameterList([torch.zeros(4)])
     model["frozen"].requires_grad_(False)
     of = {id(p): name for name, p in model.named_parameters()}
-    decayed, spared = ({of[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.3, decay))
+    decayed, spared = (
+        {of[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.3, decay)
+    )
     gains = {"norms.0.weight", "norms.1.weight", "norms.2.g"}
     assert decayed == {"lin.weight", "null.0"} | (gains if decay == "published" else set())
-    assert spared == {"lin.bias", "norms.0.bias", "norms.1.bias", "relative_attention_bias.weight"} | (set() if decay == "published" else gains)
+    assert spared == {
+        "lin.bias",
+        "norms.0.bias",
+        "norms.1.bias",
+        "relative_attention_bias.weight",
+    } | (set() if decay == "published" else gains)
     assert [g["weight_decay"] for g in parameter_groups(model, 0.3, decay)] == [0.3, 0.0]
 
 
-# ------------------------------------------------------------------------------------------------ resuming
+# ---------------------------------------------------------------------------------------- resuming
 KILLED = """
     import os, signal, torch
     torch.set_num_threads(1)
@@ -251,12 +353,22 @@ KILLED = """
 def in_a_fresh_process(request) -> bool:
     """Run the asking test alone in a new interpreter, and say so; False in that one.
 
-    Bits are compared between processes, and libraries that other tests load may have changed how this one rounds (numba lets denormals be flushed).
+    Bits are compared between processes, and libraries that other tests load may have changed how
+    this one rounds (numba lets denormals be flushed).
     """
     if os.environ.get("PERCEPT_FRESH") == "1":
         return False
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{Path(__file__)}::{request.node.name}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PERCEPT_FRESH": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"{Path(__file__)}::{request.node.name}",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PERCEPT_FRESH": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return True
 
@@ -271,7 +383,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     for at in (8, 1):  # the second time early in what is left
         code = textwrap.dedent(KILLED.format(folder=str(folder), at=at, every=every))
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == -signal.SIGKILL, result.stderr
         position = torch.load(folder / "state.pt", weights_only=True)["position"]
         done = position["epoch"] * STEPS + position["step"]
@@ -283,10 +401,15 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
     assert same(whole, killed)
     pd.testing.assert_frame_equal(without_time(history), without_time(expected), check_exact=True)
     for name in ("best", "last"):
-        assert same(load_checkpoint(folder / f"{name}.safetensors")[0], load_checkpoint(tmp_path / "whole" / f"{name}.safetensors")[0])
+        assert same(
+            load_checkpoint(folder / f"{name}.safetensors")[0],
+            load_checkpoint(tmp_path / "whole" / f"{name}.safetensors")[0],
+        )
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 @pytest.mark.parametrize("at", [0, STEPS - 1, STEPS + 2, EPOCHS * STEPS - 1])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, number, error, at, caplog):
     handler = signal.getsignal(number)
@@ -316,8 +439,15 @@ def test_an_interruption_while_validating_is_kept(tmp_path):
 def test_every_schedule_resumes(tmp_path, scheduler):
     whole, _ = train(tmp_path / "whole", scheduler=scheduler)
     with pytest.raises(RuntimeError, match="a crash"):
-        train(tmp_path / "crashed", scheduler=scheduler, save_steps=3, do=call_at(10, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))))
-    assert same(whole, train(tmp_path / "crashed", model=network(9), scheduler=scheduler, save_steps=3)[0])
+        train(
+            tmp_path / "crashed",
+            scheduler=scheduler,
+            save_steps=3,
+            do=call_at(10, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))),
+        )
+    assert same(
+        whole, train(tmp_path / "crashed", model=network(9), scheduler=scheduler, save_steps=3)[0]
+    )
 
 
 def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
@@ -325,7 +455,11 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     written = (tmp_path / "last.safetensors").stat().st_mtime_ns
     again, counted = network(9), call_at(-2, None)
     _, same_history = train(tmp_path, model=again, do=counted)
-    assert not counted.calls and same(model, again) and (tmp_path / "last.safetensors").stat().st_mtime_ns == written
+    assert (
+        not counted.calls
+        and same(model, again)
+        and (tmp_path / "last.safetensors").stat().st_mtime_ns == written
+    )
     pd.testing.assert_frame_equal(history, same_history)
     assert (tmp_path / "state.pt").stat().st_size < 30_000  # no second copy of the weights
     (tmp_path / "last.safetensors").unlink()
@@ -336,9 +470,19 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     train(tmp_path)
     config = {"model": {"name": "tiny", "kwargs": {"h": 17}}}
-    with pytest.raises(PerceptError, match=r"model.kwargs.h was 16, now it is 17.*model_name.*resume_from_ckpt to False"):
+    with pytest.raises(
+        PerceptError,
+        match=r"model.kwargs.h was 16, now it is 17.*model_name.*resume_from_ckpt to False",
+    ):
         train(tmp_path, config=config)
-    for name, value in {"max_lr": 2e-2, "epochs": 9, "batch_size": 2, "seed": 1, "scheduler": "linear", "precision": "bf16"}.items():
+    for name, value in {
+        "max_lr": 2e-2,
+        "epochs": 9,
+        "batch_size": 2,
+        "seed": 1,
+        "scheduler": "linear",
+        "precision": "bf16",
+    }.items():
         with pytest.raises(PerceptError, match=f"in which {name} was"):
             train(tmp_path, **{name: value})
     with pytest.raises(PerceptError, match="samples was 26, now it is 30"):
@@ -347,8 +491,14 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_resume_false_begins_anew(tmp_path):
     train(tmp_path, epochs=2, max_lr=1e-3)
-    with pytest.raises(RuntimeError, match="a crash"):  # before anything is written: the old run must not be taken up again
-        train(tmp_path, resume=False, do=call_at(0, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))))
+    with pytest.raises(
+        RuntimeError, match="a crash"
+    ):  # before anything is written: the old run must not be taken up again
+        train(
+            tmp_path,
+            resume=False,
+            do=call_at(0, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))),
+        )
     assert not list(tmp_path.iterdir())
     fresh, _ = train(tmp_path / "fresh")
     assert same(train(tmp_path)[0], fresh)
@@ -363,12 +513,16 @@ def test_a_damaged_state_is_refused_in_a_sentence(tmp_path):
 
 def test_another_network_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="a crash"):
-        train(tmp_path, save_steps=1, do=call_at(5, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))))
+        train(
+            tmp_path,
+            save_steps=1,
+            do=call_at(5, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))),
+        )
     with pytest.raises(PerceptError, match="state.pt"):
         train(tmp_path, model=nn.Linear(5, 3), do=plain_step)
 
 
-# ------------------------------------------------------------------------------------------------ non-finite steps
+# -------------------------------------------------------------------------------- non-finite steps
 def spoil(steps, what="nan", do=plain_step):
     """A step whose loss or gradient is not finite at the calls in `steps`."""
     calls = []
@@ -378,7 +532,11 @@ def spoil(steps, what="nan", do=plain_step):
         loss, logs = do(model, batch, epoch)
         if len(calls) - 1 in steps:
             zero = sum(p.square().sum() for p in model.parameters()) * 0
-            loss = loss * math.nan if what == "nan" else loss + (zero.sqrt() if what == "gradient" else math.inf)
+            loss = (
+                loss * math.nan
+                if what == "nan"
+                else loss + (zero.sqrt() if what == "gradient" else math.inf)
+            )
         return loss, logs | {"one": 1.0}
 
     return wrapped
@@ -387,14 +545,23 @@ def spoil(steps, what="nan", do=plain_step):
 @pytest.mark.parametrize("what", ["nan", "gradient", "inf"])
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, what):
     model, history = train(tmp_path, do=spoil({2, 3, STEPS + 1}, what))
-    assert list(history["skipped"]) == [2, 1, 0] and np.isfinite(history.drop(columns=["epoch"]).to_numpy()).all()
-    assert all(torch.isfinite(p).all() for p in model.parameters()) and list(history["train/one"]) == [1, 1, 1]
+    assert (
+        list(history["skipped"]) == [2, 1, 0]
+        and np.isfinite(history.drop(columns=["epoch"]).to_numpy()).all()
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and list(
+        history["train/one"]
+    ) == [1, 1, 1]
 
 
 def test_a_skipped_step_leaves_the_weights(tmp_path):
     start = {k: v.clone() for k, v in network().state_dict().items()}
     model, history = train(tmp_path, do=spoil(set(range(STEPS))), epochs=1)
-    assert same(model, start) and history["skipped"][0] == STEPS and math.isnan(history["train/loss"][0])
+    assert (
+        same(model, start)
+        and history["skipped"][0] == STEPS
+        and math.isnan(history["train/loss"][0])
+    )
 
 
 def test_many_in_a_row_go_back_and_on_with_other_batches(tmp_path, caplog):
@@ -405,7 +572,13 @@ def test_many_in_a_row_go_back_and_on_with_other_batches(tmp_path, caplog):
         return plain_step(model, batch, epoch)
 
     last_saved = 7  # steps 7.. are good and not saved, kept.. are bad
-    model, history = train(tmp_path, do=spoil(set(range(10, 10 + kept)), do=watch), epochs=5, save_steps=last_saved, save_every=1e9)
+    model, history = train(
+        tmp_path,
+        do=spoil(set(range(10, 10 + kept)), do=watch),
+        epochs=5,
+        save_steps=last_saved,
+        save_every=1e9,
+    )
     assert "back to the last saved weights" in caplog.text and history["skipped"].sum() == kept
     assert same(states[10 + kept], states[last_saved]) and not same(states[10], states[last_saved])
     assert len(states) == 5 * STEPS and all(torch.isfinite(p).all() for p in model.parameters())
@@ -425,13 +598,19 @@ def test_spoiled_batch_norms_go_back(tmp_path):
     class Spoiled(Data):
         def __getitems__(self, indices):
             batch = data.__getitems__(indices)
-            return batch | {"voxels": batch["voxels"] * math.nan} if bad in indices and self.epoch == 1 else batch
+            return (
+                batch | {"voxels": batch["voxels"] * math.nan}
+                if bad in indices and self.epoch == 1
+                else batch
+            )
 
     _, history = train(tmp_path, model=model, do=plain_step, data=Spoiled(), save_steps=1)
-    assert list(history["skipped"]) == [0, 1, 0] and all(torch.isfinite(b).all() for b in model.buffers())
+    assert list(history["skipped"]) == [0, 1, 0] and all(
+        torch.isfinite(b).all() for b in model.buffers()
+    )
 
 
-# ------------------------------------------------------------------------------------------------ validation, checkpoints
+# ------------------------------------------------------------------------- validation, checkpoints
 def test_validation_takes_no_noise_from_training_and_has_the_same_each_time(tmp_path):
     noise = []
 
@@ -441,7 +620,11 @@ def test_validation_takes_no_noise_from_training_and_has_the_same_each_time(tmp_
         return {"val/loss": 1.0}
 
     assert same(train(tmp_path / "a", validate=noisy)[0], train(tmp_path / "b", validate=None)[0])
-    assert len(noise) == EPOCHS and len(set(noise)) == 1 and not (tmp_path / "b" / "best.safetensors").exists()
+    assert (
+        len(noise) == EPOCHS
+        and len(set(noise)) == 1
+        and not (tmp_path / "b" / "best.safetensors").exists()
+    )
 
 
 def test_the_best_epoch_is_that_of_the_monitor(tmp_path):
@@ -453,7 +636,11 @@ def test_the_best_epoch_is_that_of_the_monitor(tmp_path):
 
     train(tmp_path, validate=scripted, epochs=4, monitor="val/other")
     best, config = load_checkpoint(tmp_path / "best.safetensors")
-    assert same(best, states[2]) and config["epoch"] == 2 and same(load_best(network(9), tmp_path), states[2])
+    assert (
+        same(best, states[2])
+        and config["epoch"] == 2
+        and same(load_best(network(9), tmp_path), states[2])
+    )
     with pytest.raises(PerceptError, match="no 'val/nothing'"):
         train(tmp_path / "b", monitor="val/nothing")
     with pytest.raises(PerceptError, match="There is no"):
@@ -470,7 +657,11 @@ def test_a_finished_run_without_checkpoints_still_has_its_weights(tmp_path):
 
 def test_kept_epochs_and_save_at_end(tmp_path):
     train(tmp_path / "a", epochs=5, ckpt_interval=2, keep_epochs=True)
-    assert sorted(p.stem for p in (tmp_path / "a").glob("epoch*")) == ["epoch002", "epoch004", "epoch005"]
+    assert sorted(p.stem for p in (tmp_path / "a").glob("epoch*")) == [
+        "epoch002",
+        "epoch004",
+        "epoch005",
+    ]
     written = []
 
     def look(model):
@@ -491,10 +682,17 @@ def test_logger_gets_each_epoch(tmp_path):
 def test_evaluate_counts_every_sample(tmp_path):
     model, data = network().eval(), Data(10)
     model.train()
-    found = evaluate(model, lambda m, b, e: (plain_step(m, b, e)[0], {"train/index": b["image"].float().mean()}), data, 4)
+    found = evaluate(
+        model,
+        lambda m, b, e: (plain_step(m, b, e)[0], {"train/index": b["image"].float().mean()}),
+        data,
+        4,
+    )
     assert [len(indices) for _, indices in data.seen] == [4, 4, 2] and model.training
     whole = data.__getitems__(list(range(10)))
-    assert found["val/loss"] == pytest.approx(plain_step(model.eval(), whole, 0)[0].item(), rel=1e-6) and found["val/index"] == pytest.approx(4.5)
+    assert found["val/loss"] == pytest.approx(
+        plain_step(model.eval(), whole, 0)[0].item(), rel=1e-6
+    ) and found["val/index"] == pytest.approx(4.5)
     assert torch.equal(torch.cat([b["image"] for b in batches(data, 3)]), torch.arange(10))
     with pytest.raises(PerceptError, match="empty"):
         evaluate(model, plain_step, Data(0), 4)
@@ -505,7 +703,7 @@ def test_gather_alone_gives_back_what_it_got():
     assert gather(x) is x and gather(torch.arange(3), rows=True).tolist() == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ---------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -537,8 +735,16 @@ def test_on_a_gpu_it_learns_and_resumes(tmp_path, precision):
     _, history = train(tmp_path / "whole", device="cuda", precision=precision, epochs=10)
     assert history["train/loss"].iloc[-1] < 0.7 * history["train/loss"].iloc[0]
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", device="cuda", precision=precision, epochs=10, do=call_at(20, lambda: signal.raise_signal(signal.SIGINT)))
-    _, resumed = train(tmp_path / "stopped", model=network(9), device="cuda", precision=precision, epochs=10)
+        train(
+            tmp_path / "stopped",
+            device="cuda",
+            precision=precision,
+            epochs=10,
+            do=call_at(20, lambda: signal.raise_signal(signal.SIGINT)),
+        )
+    _, resumed = train(
+        tmp_path / "stopped", model=network(9), device="cuda", precision=precision, epochs=10
+    )
     assert np.allclose(history["train/loss"], resumed["train/loss"], rtol=1e-3)
 
 
@@ -546,19 +752,26 @@ def test_the_state_is_plain(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, do=call_at(3, lambda: signal.raise_signal(signal.SIGINT)))
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert json.loads(json.dumps(state["identity"]))["fit"]["max_lr"] == 1e-2 and len(state["processes"]) == 1
+    assert (
+        json.loads(json.dumps(state["identity"]))["fit"]["max_lr"] == 1e-2
+        and len(state["processes"]) == 1
+    )
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
-# ------------------------------------------------------------------------------------------------ figures, tracking, orders
+# ----------------------------------------------------------------------- figures, tracking, orders
 def test_an_order_with_replacement_misses_about_a_third():
     order = training.ORDERS["resampled"](1000, 0, 3)
-    assert np.array_equal(order, training.ORDERS["resampled"](1000, 0, 3)) and not np.array_equal(order, training.ORDERS["resampled"](1000, 0, 4))
+    assert np.array_equal(order, training.ORDERS["resampled"](1000, 0, 3)) and not np.array_equal(
+        order, training.ORDERS["resampled"](1000, 0, 4)
+    )
     assert 0.6 < len(np.unique(order)) / 1000 < 0.66
     assert sorted(training.ORDERS["shuffled"](1000, 0, 3)) == list(range(1000))
 
 
-def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changing_the_training(tmp_path):
+def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changing_the_training(
+    tmp_path,
+):
     seen, rows = [], []
 
     def draw(model, epoch):
@@ -568,7 +781,13 @@ def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changi
         return {"figure": f"drawn at {epoch}"}
 
     _, plain = train(tmp_path / "plain", epochs=5)
-    _, drawn = train(tmp_path / "drawn", epochs=5, draw=draw, ckpt_interval=2, logger=lambda row, step: rows.append(row.get("figure")))
+    _, drawn = train(
+        tmp_path / "drawn",
+        epochs=5,
+        draw=draw,
+        ckpt_interval=2,
+        logger=lambda row, step: rows.append(row.get("figure")),
+    )
     assert seen == [1, 3, 4] and rows == [None, "drawn at 1", None, "drawn at 3", "drawn at 4"]
     pd.testing.assert_frame_equal(without_time(plain), without_time(drawn))
 
@@ -586,22 +805,36 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     monkeypatch.setattr(utils, "HOME", tmp_path)
     started = utils.Run("toy", "01_train_high_level", "", {"seed": 1}, {"seed": "cell"})
     logger = training.tracker(started, True, "a project")
-    _, history = train(tmp_path / "run", epochs=2, logger=logger, draw=lambda model, epoch: {"umap": plt.figure()}, ckpt_interval=1)
+    _, history = train(
+        tmp_path / "run",
+        epochs=2,
+        logger=logger,
+        draw=lambda model, epoch: {"umap": plt.figure()},
+        ckpt_interval=1,
+    )
     logger.finish()
-    written = list((tmp_path / "train_logs" / "toy" / "wandb").glob("offline-run-*-toy-01_train_high_level"))
+    written = list(
+        (tmp_path / "train_logs" / "toy" / "wandb").glob("offline-run-*-toy-01_train_high_level")
+    )
     assert len(written) == 1 and len(history) == 2
     for _ in range(60):  # a process of its own writes the file
         stored = b"".join(path.read_bytes() for path in written[0].rglob("*.wandb"))
         if b"train/loss" in stored:
             break
         time.sleep(0.5)
-    assert b"train/loss" in stored and b"a project" in stored and len(list(written[0].rglob("*.png"))) == 2
+    assert (
+        b"train/loss" in stored
+        and b"a project" in stored
+        and len(list(written[0].rglob("*.png"))) == 2
+    )
     assert training.tracker(started, False, "a project") is None
     monkeypatch.setenv("RANK", "1")
-    assert training.tracker(started, True, "a project") is None  # the main process alone opens a run
+    assert (
+        training.tracker(started, True, "a project") is None
+    )  # the main process alone opens a run
 
 
-# ------------------------------------------------------------------------------------------------ updates within the backward pass
+# ---------------------------------------------------------------- updates within the backward pass
 def test_stepping_as_gradients_arrive_changes_nothing(tmp_path):
     usual, before = train(tmp_path / "usual")
     early, after = train(tmp_path / "early", step_in_backward=True)
@@ -612,7 +845,11 @@ def test_stepping_as_gradients_arrive_changes_nothing(tmp_path):
 def test_a_run_may_change_over_when_it_is_resumed(tmp_path):
     usual, _ = train(tmp_path / "usual")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "mixed", do=call_at(STEPS + 2, lambda: signal.raise_signal(signal.SIGINT)), step_in_backward=True)
+        train(
+            tmp_path / "mixed",
+            do=call_at(STEPS + 2, lambda: signal.raise_signal(signal.SIGINT)),
+            step_in_backward=True,
+        )
     mixed, _ = train(tmp_path / "mixed")
     assert same(usual, mixed)
 
@@ -620,7 +857,9 @@ def test_a_run_may_change_over_when_it_is_resumed(tmp_path):
 def test_gradients_are_never_held_together(tmp_path):
     model, held = network(), []
     for p in model.parameters():
-        p.register_hook(lambda grad: held.append(sum(q.grad is not None for q in model.parameters())))
+        p.register_hook(
+            lambda grad: held.append(sum(q.grad is not None for q in model.parameters()))
+        )
     train(tmp_path / "run", model, epochs=1, step_in_backward=True)
     assert held and max(held) <= 1
 
@@ -630,11 +869,15 @@ def test_a_gradient_that_is_not_finite_is_counted_and_its_parameter_left(tmp_pat
         loss, logs = plain_step(model, batch, epoch)
         if not hasattr(model, "spoiled"):
             model.spoiled = True
-            loss = loss + (model[0].bias * 0).sqrt().sum()  # its gradient is not finite, its value is
+            loss = (
+                loss + (model[0].bias * 0).sqrt().sum()
+            )  # its gradient is not finite, its value is
         return loss, logs
 
     model, history = train(tmp_path / "run", do=spoiled, epochs=1, step_in_backward=True)
-    assert history["skipped"].tolist() == [1] and all(torch.isfinite(p).all() for p in model.parameters())
+    assert history["skipped"].tolist() == [1] and all(
+        torch.isfinite(p).all() for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(("option", "named"), [({"clip_grad": 1.0}, "clip_grad")])
@@ -643,8 +886,15 @@ def test_what_needs_all_gradients_at_once_is_refused(tmp_path, option, named):
         train(tmp_path / "run", step_in_backward=True, **option)
 
 
-@pytest.mark.parametrize("named, options", [("step_in_backward", {"step_in_backward": True}), ("precision 'fp16'", {"precision": "fp16"})])
-def test_what_does_not_go_together_with_deepspeed_is_refused_before_anything_starts(tmp_path, monkeypatch, named, options):
+@pytest.mark.parametrize(
+    "named, options",
+    [("step_in_backward", {"step_in_backward": True}), ("precision 'fp16'", {"precision": "fp16"})],
+)
+def test_what_does_not_go_together_with_deepspeed_is_refused_before_anything_starts(
+    tmp_path, monkeypatch, named, options
+):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher says
-    with pytest.raises(PerceptError, match=f"DeepSpeed does not go together with {named}: leave that"):
+    with pytest.raises(
+        PerceptError, match=f"DeepSpeed does not go together with {named}: leave that"
+    ):
         train(tmp_path, **options)

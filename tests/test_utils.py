@@ -1,4 +1,6 @@
-"""Small helpers: files that are whole or absent, checkpoints that rebuild, errors that say what is wrong."""
+"""Small helpers: files that are whole or absent, checkpoints that rebuild, errors that say what is
+wrong.
+"""
 
 import json
 
@@ -20,7 +22,10 @@ def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
 
 
 def test_checkpoint_round_trip_carries_the_config(tmp_path):
-    state, config = {"w": torch.arange(6.0).view(2, 3).T}, {"model": {"name": "x", "kwargs": {"h": 1}}}
+    state, config = (
+        {"w": torch.arange(6.0).view(2, 3).T},
+        {"model": {"name": "x", "kwargs": {"h": 1}}},
+    )
     utils.save_checkpoint(tmp_path / "m.safetensors", state, config)
     again, found = utils.load_checkpoint(tmp_path / "m.safetensors")
     assert torch.equal(again["w"], state["w"]) and found == config
@@ -28,8 +33,13 @@ def test_checkpoint_round_trip_carries_the_config(tmp_path):
 
 def test_strict_loading_lists_what_does_not_fit():
     module = torch.nn.Linear(2, 3)
-    with pytest.raises(PerceptError, match=r"elsewhere does not fit Linear: missing \['bias'\], unexpected \['extra'\].*weight"):
-        utils.load_strictly(module, {"weight": torch.zeros(1, 2), "extra": torch.zeros(1)}, "elsewhere")
+    with pytest.raises(
+        PerceptError,
+        match=r"elsewhere does not fit Linear: missing \['bias'\], unexpected \['extra'\].*weight",
+    ):
+        utils.load_strictly(
+            module, {"weight": torch.zeros(1, 2), "extra": torch.zeros(1)}, "elsewhere"
+        )
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -45,7 +55,9 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 def test_json_is_written_whole(tmp_path):
     utils.write_json(tmp_path / "a.json", {"a": [1, 2]})
-    assert utils.read_json(tmp_path / "a.json") == {"a": [1, 2]} and json.loads((tmp_path / "a.json").read_text())
+    assert utils.read_json(tmp_path / "a.json") == {"a": [1, 2]} and json.loads(
+        (tmp_path / "a.json").read_text()
+    )
 
 
 def test_seeding_repeats_torch_and_numpy():
@@ -67,9 +79,16 @@ def test_paths_hang_on_home_then_on_the_repository(tmp_path, monkeypatch):
 
 def test_a_run_of_another_training_has_another_name():
     plain = {"model_name": "", "subj": 2, "split": "images", "n_components": 0}
-    assert utils.run_name("mindeye/mini", plain) == utils.run_name("mindeye/mini", {"subj": 2}) == "mindeye-mini-subj02"
+    assert (
+        utils.run_name("mindeye/mini", plain)
+        == utils.run_name("mindeye/mini", {"subj": 2})
+        == "mindeye-mini-subj02"
+    )
     other = plain | {"split": "cluster-held-out", "n_components": 30}
     assert utils.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
-    assert utils.run_name("mindeye/mini", other | {"num_sessions": 4}) == "mindeye-mini-subj02-cluster-held-out-4sessions-pca30"
+    assert (
+        utils.run_name("mindeye/mini", other | {"num_sessions": 4})
+        == "mindeye-mini-subj02-cluster-held-out-4sessions-pca30"
+    )
     assert utils.run_name("mindeye/mini", plain | {"num_sessions": 0}) == "mindeye-mini-subj02"
     assert utils.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"

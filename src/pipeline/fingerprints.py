@@ -1,12 +1,13 @@
 """The fingerprint of a stage's code: the code that its notebook runs, and nothing else.
 
-A finished stage is run again when its code changes. Its code is that of the notebook and of every module
-of `src` that the notebook imports, directly or through other modules. What counts is the parsed code:
-comments, docstrings, formatting and the text of a notebook do not. The versions of the libraries that
-decide numbers, of those that this code imports, belong to it.
+A finished stage is run again when its code changes. Its code is that of the notebook and of every
+module of `src` that the notebook imports, directly or through other modules. What counts is the
+parsed code: comments, docstrings, formatting and the text of a notebook do not. The versions of the
+libraries that decide numbers, of those that this code imports, belong to it.
 
 Modules that only hand on names of others (the `__init__` of a package, `src/models.py`) are looked
-through: `from src.data import Subject` depends on the module that defines `Subject`, not on its siblings.
+through: `from src.data import Subject` depends on the module that defines `Subject`, not on its
+siblings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Top-level modules whose version can change a number, and the packages that they are installed from.
+# Top-level modules whose version can change a number, and the packages that they are installed
+# from.
 NUMERIC_LIBRARIES = {
     "PIL": "pillow",
     "accelerate": "accelerate",
@@ -127,7 +129,9 @@ def _normalise_cached(source: str) -> str:
 
 
 def find_import_closure(tree: ast.AST, root: Path) -> ImportClosure:
-    """Follow the imports of a piece of code, wherever in it they stand, through the modules of `src`."""
+    """Follow the imports of a piece of code, wherever in it they stand, through the modules of
+    `src`.
+    """
     closure = ImportClosure()
     waiting = list(_list_imports(tree, package=""))
     seen = set(waiting)
@@ -238,7 +242,11 @@ def _list_passed_on(tree: ast.Module, package: str) -> dict[str, _Import]:
 
 def _find_templates(path: Path) -> list[Path]:
     """Files beside a module that its code names, such as the template of the report."""
-    others = [other for other in sorted(path.parent.iterdir()) if other.is_file() and other.suffix != ".py"]
+    others = [
+        other
+        for other in sorted(path.parent.iterdir())
+        if other.is_file() and other.suffix != ".py"
+    ]
     if not others:
         return []
     texts = {

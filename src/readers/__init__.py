@@ -1,8 +1,10 @@
-"""Readers: one module for each source format, with `read(source, dataset, subj, **options)` and `write(...)`.
+"""Readers: one module for each source format, with `read(source, dataset, subj, **options)` and
+`write(...)`.
 
-`read` turns a source into the prepared layout of `src.data` and returns the folder of the subject; `write`
-makes the source format from arrays (the mini world is written in any of the formats, and tests read what they
-wrote); `TERMS` says under which terms the data may be used. To add a format, add a module with these three and name it here.
+`read` turns a source into the prepared layout of `src.data` and returns the folder of the subject;
+`write` makes the source format from arrays (the mini world is written in any of the formats, and
+tests read what they wrote); `TERMS` says under which terms the data may be used. To add a format,
+add a module with these three and name it here.
 """
 
 import fcntl
@@ -18,11 +20,27 @@ from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, n
 from src.utils import PerceptError, check_known, resolve
 
 READERS: dict[str, ModuleType] = {
-    "mindeye": mindeye, "mindeye2": mindeye2, "nsd": nsd, "algonauts": algonauts, "bold5000": bold5000, "god": god, "things": things, "digits69": digits69,
+    "mindeye": mindeye,
+    "mindeye2": mindeye2,
+    "nsd": nsd,
+    "algonauts": algonauts,
+    "bold5000": bold5000,
+    "god": god,
+    "things": things,
+    "digits69": digits69,
     "npz": npz,
-}  # fmt: skip
+}
 
-__all__ = ["READERS", "digits69", "mindeye", "npz", "options_of", "read", "read_if_missing", "reader_options"]
+__all__ = [
+    "READERS",
+    "digits69",
+    "mindeye",
+    "npz",
+    "options_of",
+    "read",
+    "read_if_missing",
+    "reader_options",
+]
 
 
 def options_of(source: str) -> dict[str, Any]:
@@ -33,7 +51,11 @@ def options_of(source: str) -> dict[str, Any]:
     """
     if source not in READERS:
         raise PerceptError(f"There is no reader of '{source}': choose one of {', '.join(READERS)}.")
-    return {name: p.default for name, p in inspect.signature(READERS[source].read).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return {
+        name: p.default
+        for name, p in inspect.signature(READERS[source].read).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
 
 
 def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
@@ -45,29 +67,47 @@ def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
         given: options that many readers have; those that this one does not have are left out.
 
     Raises:
-        PerceptError: for text that is no mapping, an option that the reader does not have, or a value of another type.
+        PerceptError: for text that is no mapping, an option that the reader does not have, or a
+            value of another type.
     """
     known = options_of(source)
     try:
         chosen = yaml.safe_load(options) or {}
     except yaml.YAMLError as error:
-        raise PerceptError(f"options is {options!r}, which is not YAML ({error}): write it as {{name: value, ...}}.") from error
+        raise PerceptError(
+            f"options is {options!r}, which is not YAML ({error}): write it as {{name: value,"
+            " ...}."
+        ) from error
     if not isinstance(chosen, dict):
-        raise PerceptError(f"options is {options!r}: write it as {{name: value, ...}}; {source} knows {', '.join(known)}.")
+        raise PerceptError(
+            f"options is {options!r}: write it as {{name: value, ...}}; {source} knows"
+            f" {', '.join(known)}."
+        )
     check_known(chosen, known, f"options for {source}")
     for name, value in chosen.items():
         wanted = type(known[name])
-        if known[name] is not None and not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
-            raise PerceptError(f"Option {name} of {source} is {value!r}: it must be of the type of its default {known[name]!r}.")
+        if (
+            known[name] is not None
+            and not isinstance(value, wanted)
+            and not (wanted is float and isinstance(value, int))
+        ):
+            raise PerceptError(
+                f"Option {name} of {source} is {value!r}: it must be of the type of its default"
+                f" {known[name]!r}."
+            )
     return {name: value for name, value in given.items() if name in known} | chosen
 
 
-def read_if_missing(source: str, data_path: str, dataset: str, subj: int, options: str = "", **given: Any) -> None:
-    """`read` for whoever begins with a later notebook: nothing happens without a `data_path`, or when the subject is prepared.
+def read_if_missing(
+    source: str, data_path: str, dataset: str, subj: int, options: str = "", **given: Any
+) -> None:
+    """`read` for whoever begins with a later notebook: nothing happens without a `data_path`, or
+    when the subject is prepared.
 
     Args:
         source: name of the reader.
-        data_path: where the source's files lie, absolute or relative to the repository; "" for none.
+        data_path: where the source's files lie, absolute or relative to the repository; "" for
+            none.
         dataset: name of the prepared dataset.
         subj: number of the subject.
         options, given: see `reader_options`.
@@ -77,12 +117,21 @@ def read_if_missing(source: str, data_path: str, dataset: str, subj: int, option
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".subj{subj:02d}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one reads and the others find it done
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # of several processes, one reads and the others find it done
         if not folder.exists():
             read(source, resolve(data_path), dataset, subj, options, **given)
 
 
-def read(source: str, data_path: str | Path, dataset: str | Path, subj: int, options: str = "", **given: Any) -> Path:
+def read(
+    source: str,
+    data_path: str | Path,
+    dataset: str | Path,
+    subj: int,
+    options: str = "",
+    **given: Any,
+) -> Path:
     """Read one subject of a source into the prepared layout.
 
     Args:
@@ -95,4 +144,6 @@ def read(source: str, data_path: str | Path, dataset: str | Path, subj: int, opt
     Returns:
         The folder of the subject.
     """
-    return READERS[source].read(data_path, dataset, subj, **reader_options(source, options, **given))
+    return READERS[source].read(
+        data_path, dataset, subj, **reader_options(source, options, **given)
+    )

@@ -1,10 +1,10 @@
-"""digits69: handwritten sixes and nines in V1-V3 at 3 T (van Gerven, de Lange & Heskes 2010), read from the
-MATLAB file that the user has.
+"""digits69: handwritten sixes and nines in V1-V3 at 3 T (van Gerven, de Lange & Heskes 2010), read
+from the MATLAB file that the user has.
 
-- The data use agreement forbids redistribution, so the file is never part of this project: the user gives
-  its path.
-- The file's own split is an easy one (a ridge regression scores better on it than on any of 40 random ones),
-  so folds over all 100 images are here beside it, as a protocol with another name.
+- The data use agreement forbids redistribution, so the file is never part of this project: the user
+  gives its path.
+- The file's own split is an easy one (a ridge regression scores better on it than on any of 40
+  random ones), so folds over all 100 images are here beside it, as a protocol with another name.
 - Images are stored column by column, as MATLAB does; they come out upright.
 """
 
@@ -36,7 +36,8 @@ WHERE = (
     "accept its data use agreement, and give the path of digit69_28x28.mat"
 )
 TERMS = (
-    "Data use agreement of the Donders Repository (DSC_2018.00112_485), accepted on request: no redistribution, so the file never becomes part of this project."
+    "Data use agreement of the Donders Repository (DSC_2018.00112_485), accepted on request: no"
+    " redistribution, so the file never becomes part of this project."
 )
 ACKNOWLEDGEMENT = (
     "Data were provided (in part) by the Donders Institute for Brain, Cognition and Behaviour, "
@@ -57,10 +58,11 @@ def read(
 
     Args:
         source: the MATLAB file, or the folder that holds digit69_28x28.mat.
-        dataset: name or folder of the prepared dataset; one for each split, as the images keep their ids.
+        dataset: name or folder of the prepared dataset; one for each split, as the images keep
+            their ids.
         subj: 1, the only one.
-        split: "official" (the 10 test images of the file), or "fold-3-of-10": the third part of all images,
-            stratified by digit, is the test set.
+        split: "official" (the 10 test images of the file), or "fold-3-of-10": the third part of all
+            images, stratified by digit, is the test set.
         val: number of the remaining images that become validation, stratified by digit; 0 for none.
         seed: of the folds and of the choice of validation images.
 
@@ -68,8 +70,8 @@ def read(
         The folder of the subject.
 
     Raises:
-        PerceptError: if the file is absent (saying where to ask for it) or something else, or an option
-            makes no sense.
+        PerceptError: if the file is absent (saying where to ask for it) or something else, or an
+            option makes no sense.
     """
     if subj != 1:
         raise PerceptError(f"digits69 has one subject, 1, not {subj}: set subj to 1.")
@@ -82,13 +84,17 @@ def read(
     )
     attributes = {
         "source": "digits69, van Gerven, de Lange & Heskes 2010",
-        "units": "as in the file", "normalisation": "as in the file", "protocol": protocol,
-        "acknowledgement": ACKNOWLEDGEMENT, "seed": seed,
-    }  # fmt: skip
+        "units": "as in the file",
+        "normalisation": "as in the file",
+        "protocol": protocol,
+        "acknowledgement": ACKNOWLEDGEMENT,
+        "seed": seed,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_images(folder / "images.h5", images, numbers)
     write_image_table(
-        folder / "labels.parquet", pd.DataFrame({"image": numbers, "digit": [DIGITS[int(d)] for d in labels]})
+        folder / "labels.parquet",
+        pd.DataFrame({"image": numbers, "digit": [DIGITS[int(d)] for d in labels]}),
     )
     return write_subject(subject_folder(dataset, subj), betas, trials, None, attributes)
 
@@ -97,8 +103,8 @@ def load(source: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     """Arrays of the file, training images first.
 
     Returns:
-        betas float32 (images, voxels), images uint8 (images, 28, 28, 3) upright, labels int (images,) 1 =
-        six, 2 = nine, and test bool (images,).
+        betas float32 (images, voxels), images uint8 (images, 28, 28, 3) upright, labels int
+        (images,) 1 = six, 2 = nine, and test bool (images,).
 
     Raises:
         PerceptError: as `read`.
@@ -109,8 +115,16 @@ def load(source: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
         raise PerceptError(f"{path} is absent: {WHERE}.")
     try:
         content = scipy.io.loadmat(path)
-    except (ValueError, NotImplementedError, OSError, TypeError, scipy.io.matlab.MatReadError) as error:
-        raise PerceptError(f"{path} is no MATLAB 5 file that can be read ({error}): {WHERE}.") from error
+    except (
+        ValueError,
+        NotImplementedError,
+        OSError,
+        TypeError,
+        scipy.io.matlab.MatReadError,
+    ) as error:
+        raise PerceptError(
+            f"{path} is no MATLAB 5 file that can be read ({error}): {WHERE}."
+        ) from error
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise PerceptError(f"{path} lacks {missing}, it is another file than expected: {WHERE}.")
@@ -124,8 +138,8 @@ def load(source: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
         or not set(labels) <= set(DIGITS)
     ):
         raise PerceptError(
-            f"{path}: fmri {fmri.shape}, stim {pixels.shape} and label {labels.shape} are not those of "
-            "digits69."
+            f"{path}: fmri {fmri.shape}, stim {pixels.shape} and label {labels.shape} are not those"
+            " of digits69."
         )
     upright = (
         pixels.astype(np.uint8).reshape(-1, 28, 28).transpose(0, 2, 1)
@@ -153,13 +167,18 @@ def _splits(
     if val:
         if not 2 <= val <= len(rest) - 2:
             raise PerceptError(
-                f"val is {val}: of {len(rest)} images between 2 and {len(rest) - 2} can be validation, or 0."
+                f"val is {val}: of {len(rest)} images between 2 and {len(rest) - 2} can be"
+                " validation, or 0."
             )
-        splits[train_test_split(rest, test_size=val, random_state=seed, stratify=labels[rest])[1]] = "val"
+        splits[
+            train_test_split(rest, test_size=val, random_state=seed, stratify=labels[rest])[1]
+        ] = "val"
     return splits, protocol
 
 
-def write(path: str | Path, betas: np.ndarray, images: np.ndarray, labels: np.ndarray, n_test: int) -> Path:
+def write(
+    path: str | Path, betas: np.ndarray, images: np.ndarray, labels: np.ndarray, n_test: int
+) -> Path:
     """Write the MATLAB file from arrays; the last `n_test` rows are its test set.
 
     Args:

@@ -1,18 +1,25 @@
 """MindEye2's data (webdataset tars + HDF5), read and written.
 
-- wds/subj01/train/{0..N-1}.tar: one tar a session, its trials of images that only this subject saw. wds/subj01/new_test/0.tar: the trials of the shared
-  images in all sessions (protocol nsd-1000); wds/subj01/test/0.tar: those in all but the last three sessions (the older test split, nsd-982). A
-  sample is a trial: behav.npy (1, 17) float64, of which the columns image (0), subject (1), session from 1 (2), run from 1 (3) and global trial from 0 (5,
-  the row of the betas) are used; past_behav, future_behav and olds_behav are not decoded.
-- betas_all_subj01_fp32_renorm.hdf5, or betas_subj01.hdf5 (float16 is kept): `betas` (trials, voxels). They are z-scored by the source, with statistics of the
-  training trials as the paper says (inferred); betas_subj01.hdf5 per session, test trials included, as the script that made it does.
-- coco_images_224_float16.hdf5: `images` (73000, 3, 224, 224) in [0, 1]; only the images that were shown are read, rounded to uint8.
-- brain_region_masks.hdf5: subj01/<region> (voxels,), the ROI columns. COCO_73k_subj_indices.hdf5: subj01 (trials,), the image of each trial, and
-  shared1000.npy (images,), true for test images: both are checked against the tars. Each of the three may be absent.
-- Not published, picked up where they exist: captions.parquet, labels.parquet, voxels_subj01.parquet (instead of the masks), splits.csv (columns image, split;
-  otherwise validation images are chosen among the training images) and image_ids.csv (columns coco, image), which says what image a row of the
-  images is where that is not the row itself.
-- With sessions=k the training trials are those of the first k tars and the test set stays whole, as published.
+- wds/subj01/train/{0..N-1}.tar: one tar a session, its trials of images that only this subject saw.
+  wds/subj01/new_test/0.tar: the trials of the shared images in all sessions (protocol nsd-1000);
+  wds/subj01/test/0.tar: those in all but the last three sessions (the older test split, nsd-982). A
+  sample is a trial: behav.npy (1, 17) float64, of which the columns image (0), subject (1), session
+  from 1 (2), run from 1 (3) and global trial from 0 (5, the row of the betas) are used; past_behav,
+  future_behav and olds_behav are not decoded.
+- betas_all_subj01_fp32_renorm.hdf5, or betas_subj01.hdf5 (float16 is kept): `betas` (trials,
+  voxels). They are z-scored by the source, with statistics of the training trials as the paper says
+  (inferred); betas_subj01.hdf5 per session, test trials included, as the script that made it does.
+- coco_images_224_float16.hdf5: `images` (73000, 3, 224, 224) in [0, 1]; only the images that were
+  shown are read, rounded to uint8.
+- brain_region_masks.hdf5: subj01/<region> (voxels,), the ROI columns. COCO_73k_subj_indices.hdf5:
+  subj01 (trials,), the image of each trial, and shared1000.npy (images,), true for test images:
+  both are checked against the tars. Each of the three may be absent.
+- Not published, picked up where they exist: captions.parquet, labels.parquet, voxels_subj01.parquet
+  (instead of the masks), splits.csv (columns image, split; otherwise validation images are chosen
+  among the training images) and image_ids.csv (columns coco, image), which says what image a row of
+  the images is where that is not the row itself.
+- With sessions=k the training trials are those of the first k tars and the test set stays whole, as
+  published.
 """
 
 from __future__ import annotations
@@ -28,22 +35,53 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data import BLOCK_BYTES, check_trials, dataset_folder, disk_errors, number_repeats, row_blocks, subject_folder, write_images, write_subject
-from src.readers.common import copy_tables, fitting, present, roi_columns, shrink, split_of, write_split, write_tables
+from src.data import (
+    BLOCK_BYTES,
+    check_trials,
+    dataset_folder,
+    disk_errors,
+    number_repeats,
+    row_blocks,
+    subject_folder,
+    write_images,
+    write_subject,
+)
+from src.readers.common import (
+    copy_tables,
+    fitting,
+    present,
+    roi_columns,
+    shrink,
+    split_of,
+    write_split,
+    write_tables,
+)
 from src.readers.mindeye import add_members, array_of, samples
 from src.utils import PerceptError, atomic, progress
 
 TERMS = (
-    "Derived from the Natural Scenes Dataset and under the same terms: agree to them at https://naturalscenesdataset.org before use; neither data nor images "
-    "may be passed on. The files are the dataset pscotti/mindeyev2 on the Hugging Face hub."
+    "Derived from the Natural Scenes Dataset and under the same terms: agree to them at"
+    " https://naturalscenesdataset.org before use; neither data nor images may be passed on. The"
+    " files are the dataset pscotti/mindeyev2 on the Hugging Face hub."
 )
 TEST = {"nsd-1000": "new_test", "nsd-982": "test"}  # folder of the test trials of each protocol
-IMAGES, INDICES, MASKS, SHARED = "coco_images_224_float16.hdf5", "COCO_73k_subj_indices.hdf5", "brain_region_masks.hdf5", "shared1000.npy"
+IMAGES, INDICES, MASKS, SHARED = (
+    "coco_images_224_float16.hdf5",
+    "COCO_73k_subj_indices.hdf5",
+    "brain_region_masks.hdf5",
+    "shared1000.npy",
+)
 NORMALISATION = {
-    "betas_all_subj{subj:02d}_fp32_renorm.hdf5": "per voxel with statistics of the training trials, by the source",
+    "betas_all_subj{subj:02d}_fp32_renorm.hdf5": (
+        "per voxel with statistics of the training trials, by the source"
+    ),
     "betas_subj{subj:02d}.hdf5": "per voxel and session, test trials included, by the source",
 }
-NEIGHBOURS = {"past_behav": 15, "future_behav": 15, "olds_behav": 3}  # rows of the arrays about other trials
+NEIGHBOURS = {
+    "past_behav": 15,
+    "future_behav": 15,
+    "olds_behav": 3,
+}  # rows of the arrays about other trials
 
 
 # -------------------------------------------------------------------------------- reading
@@ -65,22 +103,29 @@ def read(
         source: folder that holds wds/ and the HDF5 files.
         dataset: name or folder of the prepared dataset.
         subj: number of the subject.
-        protocol: nsd-1000 (the test trials of all sessions, as MindEye2 reports) or nsd-982 (of all but the last three).
+        protocol: nsd-1000 (the test trials of all sessions, as MindEye2 reports) or nsd-982 (of all
+            but the last three).
         sessions: training sessions, the first so many; 0 for all.
         image_size: longest side of the images kept; 0 keeps them as they are.
-        val_images: validation images chosen among the training images, unless splits.csv decides; MindEye2 had none.
+        val_images: validation images chosen among the training images, unless splits.csv decides;
+            MindEye2 had none.
         seed: of that choice.
-        attributes: what is to be said about the betas where it is not what was published (source, units, normalisation).
+        attributes: what is to be said about the betas where it is not what was published (source,
+            units, normalisation).
 
     Returns:
         The folder of the subject.
 
     Raises:
-        PerceptError: for missing, damaged or truncated files, trials that do not fit the betas, images, masks or the table of images (naming the
-            trial), or data that `write_subject` refuses.
+        PerceptError: for missing, damaged or truncated files, trials that do not fit the betas,
+            images, masks or the table of images (naming the trial), or data that `write_subject`
+            refuses.
     """
     if protocol not in TEST or sessions < 0 or image_size < 0:
-        raise PerceptError(f"protocol={protocol!r} must be one of {', '.join(TEST)}, sessions={sessions} and image_size={image_size} not negative.")
+        raise PerceptError(
+            f"protocol={protocol!r} must be one of {', '.join(TEST)}, sessions={sessions} and"
+            f" image_size={image_size} not negative."
+        )
     source = Path(source)
     tars = _tars(source, subj, protocol, sessions)
     path = _betas_file(source, subj)
@@ -88,37 +133,70 @@ def read(
     _check_sources(source, subj, trials, complete=not sessions)
     ids, rows = _image_ids(source), np.unique(trials["image"])
     if ids is not None:
-        _refuse(~trials["image"].isin(ids.index), trials, f"shows image {{image}}, which {source / 'image_ids.csv'} does not name")
+        _refuse(
+            ~trials["image"].isin(ids.index),
+            trials,
+            f"shows image {{image}}, which {source / 'image_ids.csv'} does not name",
+        )
         trials["image"] = trials["image"].map(ids)
     trials["split"] = split_of(source, trials, val_images, seed)
     check_trials(trials)
     folder = dataset_folder(dataset)
-    with _dataset(path, "betas") as betas, _dataset(source / IMAGES, "images") as images, disk_errors(folder):
+    with (
+        _dataset(path, "betas") as betas,
+        _dataset(source / IMAGES, "images") as images,
+        disk_errors(folder),
+    ):
         _check_shapes(betas, images, trials, rows)
         voxels = _voxel_table(source, subj, betas.shape[1])
         about: dict[str, Any] = {
-            "source": f"MindEye2 {path.name}", "units": "z-score", "normalisation": NORMALISATION[path.name.replace(f"{subj:02d}", "{subj:02d}")],
-            "protocol": protocol, "sessions": len(tars) - 1, **(attributes or {}),
-        }  # fmt: skip
+            "source": f"MindEye2 {path.name}",
+            "units": "z-score",
+            "normalisation": NORMALISATION[path.name.replace(f"{subj:02d}", "{subj:02d}")],
+            "protocol": protocol,
+            "sessions": len(tars) - 1,
+            **(attributes or {}),
+        }
         image_ids = rows if ids is None else ids[rows].to_numpy()
         write_images(folder / "images.h5", _pictures(images, rows, image_size), image_ids)
         copy_tables(source, folder, image_ids)
-        return write_subject(subject_folder(dataset, subj), _taken(betas, trials["trial"].to_numpy(), "betas"), trials, voxels, about)
+        return write_subject(
+            subject_folder(dataset, subj),
+            _taken(betas, trials["trial"].to_numpy(), "betas"),
+            trials,
+            voxels,
+            about,
+        )
 
 
 def _tars(source: Path, subj: int, protocol: str, sessions: int) -> list[tuple[str, Path]]:
-    """(split, tar): the first `sessions` training tars (0: all there are, without gaps), then the test tar."""
-    root = present(source / "wds" / f"subj{subj:02d}", f"the tars of subject {subj}", "fetch it, or give the folder that holds wds/ and the HDF5 files")
+    """(split, tar): the first `sessions` training tars (0: all there are, without gaps), then the
+    test tar.
+    """
+    root = present(
+        source / "wds" / f"subj{subj:02d}",
+        f"the tars of subject {subj}",
+        "fetch it, or give the folder that holds wds/ and the HDF5 files",
+    )
     numbers = {int(path.stem) for path in (root / "train").glob("*.tar") if path.stem.isdigit()}
     wanted = range(sessions or max(numbers, default=0) + 1)
-    train = [present(root / "train" / f"{n}.tar", f"training trials of session {n + 1} of subject {subj}") for n in wanted]
-    test = present(root / TEST[protocol] / "0.tar", f"test trials of subject {subj} in protocol {protocol}")
+    train = [
+        present(
+            root / "train" / f"{n}.tar", f"training trials of session {n + 1} of subject {subj}"
+        )
+        for n in wanted
+    ]
+    test = present(
+        root / TEST[protocol] / "0.tar", f"test trials of subject {subj} in protocol {protocol}"
+    )
     return [("train", path) for path in train] + [("test", test)]
 
 
 def _betas_file(source: Path, subj: int) -> Path:
     paths = [source / name.format(subj=subj) for name in NORMALISATION]
-    return next((path for path in paths[1:] if path.exists() and not paths[0].exists()), None) or present(paths[0], f"betas of subject {subj}")
+    return next(
+        (path for path in paths[1:] if path.exists() and not paths[0].exists()), None
+    ) or present(paths[0], f"betas of subject {subj}")
 
 
 def _read_trials(tars: list[tuple[str, Path]], subj: int) -> pd.DataFrame:
@@ -129,15 +207,26 @@ def _read_trials(tars: list[tuple[str, Path]], subj: int) -> pd.DataFrame:
             what = f"Sample {key} of {path}"
             behav = array_of(fields, "behav", what)
             if behav.shape not in ((1, 17), (17,)) or not np.isfinite(behav.ravel()[:6]).all():
-                raise PerceptError(f"behav.npy of {what} is {behav.dtype} {behav.shape}: it must be (1, 17) numbers.")
+                raise PerceptError(
+                    f"behav.npy of {what} is {behav.dtype} {behav.shape}: it must be (1, 17)"
+                    " numbers."
+                )
             image, person, session, run, _, trial = behav.ravel()[:6].astype(int)
             if person != subj:
-                raise PerceptError(f"{what} is of subject {person}, not {subj}: fetch the tars of this very subject.")
+                raise PerceptError(
+                    f"{what} is of subject {person}, not {subj}: fetch the tars of this very"
+                    " subject."
+                )
             if min(image, session - 1, trial) < 0:
-                raise PerceptError(f"{what} names image {image}, session {session}, trial {trial}: image and trial count from 0, sessions from 1.")
+                raise PerceptError(
+                    f"{what} names image {image}, session {session}, trial {trial}: image and trial"
+                    " count from 0, sessions from 1."
+                )
             lines.append((trial, image, session - 1, max(run - 1, -1)))
             origin.append(split)
-    trials = pd.DataFrame(lines, columns=["trial", "image", "session", "run"], dtype=np.int64).assign(split=origin)
+    trials = pd.DataFrame(
+        lines, columns=["trial", "image", "session", "run"], dtype=np.int64
+    ).assign(split=origin)
     trials = trials.sort_values("trial", kind="stable").reset_index(drop=True)
     return trials.assign(repeat=number_repeats(trials))
 
@@ -148,40 +237,76 @@ def _image_ids(source: Path) -> pd.Series | None:
     if not path.exists():
         return None
     table = pd.read_csv(path)
-    if not {"coco", "image"} <= set(table.columns) or table["coco"].duplicated().any() or table["image"].duplicated().any():
-        raise PerceptError(f"{path} needs the columns coco and image, whole numbers each of which occurs once: it has {list(table.columns)}.")
+    if (
+        not {"coco", "image"} <= set(table.columns)
+        or table["coco"].duplicated().any()
+        or table["image"].duplicated().any()
+    ):
+        raise PerceptError(
+            f"{path} needs the columns coco and image, whole numbers each of which occurs once: it"
+            f" has {list(table.columns)}."
+        )
     return table.set_index("coco")["image"]
 
 
 def _check_sources(source: Path, subj: int, trials: pd.DataFrame, complete: bool) -> None:
-    """Compare the trials of the tars with one another, with COCO_73k_subj_indices.hdf5 and with shared1000.npy; `complete`: no session was left out."""
+    """Compare the trials of the tars with one another, with COCO_73k_subj_indices.hdf5 and with
+    shared1000.npy; `complete`: no session was left out.
+    """
     _refuse(trials["trial"].duplicated(), trials, "is twice in the tars")
     test = trials["split"] == "test"
     table = _arrays_of(source / INDICES, f"subj{subj:02d}").get("", np.array([], int))
     if len(table):
-        _refuse(~trials["trial"].isin(range(len(table))), trials, f"is in the tars, but {source / INDICES} has {len(table)} trials")
+        _refuse(
+            ~trials["trial"].isin(range(len(table))),
+            trials,
+            f"is in the tars, but {source / INDICES} has {len(table)} trials",
+        )
         seen = table[trials["trial"]]
-        _refuse(trials["image"] != seen, trials, f"shows image {{image}} in the tars, another in {source / INDICES}")
+        _refuse(
+            trials["image"] != seen,
+            trials,
+            f"shows image {{image}} in the tars, another in {source / INDICES}",
+        )
     shared = _shared(source / SHARED)
     if len(shared):
-        _refuse(~trials["image"].isin(range(len(shared))), trials, f"shows image {{image}}, but {source / SHARED} has {len(shared)} images")
-        _refuse(shared[trials["image"]] != test, trials, f"is in split {{split}}, of which {source / SHARED} says otherwise")
+        _refuse(
+            ~trials["image"].isin(range(len(shared))),
+            trials,
+            f"shows image {{image}}, but {source / SHARED} has {len(shared)} images",
+        )
+        _refuse(
+            shared[trials["image"]] != test,
+            trials,
+            f"is in split {{split}}, of which {source / SHARED} says otherwise",
+        )
     if complete:
-        remedy = f"fetch the tars that are missing, or read the first {trials.loc[~test, 'session'].nunique()} sessions with the option sessions"
+        remedy = (
+            "fetch the tars that are missing, or read the first"
+            f" {trials.loc[~test, 'session'].nunique()} sessions with the option sessions"
+        )
         absent = set(trials.loc[test, "session"]) - set(trials.loc[~test, "session"])
         if len(table) and len(shared):
             expected = np.flatnonzero((table >= 0) & ~shared[table])
             lost = np.setdiff1d(expected, trials.loc[~test, "trial"])
             if len(lost):
-                raise PerceptError(f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training tar: {remedy}.")
+                raise PerceptError(
+                    f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training"
+                    f" tar: {remedy}."
+                )
         elif absent:
-            raise PerceptError(f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar: {remedy}.")
+            raise PerceptError(
+                f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar:"
+                f" {remedy}."
+            )
 
 
 def _shared(path: Path) -> np.ndarray:
     """Whether an image is a test image, Boolean (images,); empty where there is no such file."""
     try:
-        return np.load(path, allow_pickle=False).astype(bool) if path.exists() else np.array([], bool)
+        return (
+            np.load(path, allow_pickle=False).astype(bool) if path.exists() else np.array([], bool)
+        )
     except (ValueError, EOFError, OSError) as error:
         raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
 
@@ -190,14 +315,18 @@ def _refuse(wrong: pd.Series | np.ndarray, trials: pd.DataFrame, why: str) -> No
     """Name the first of the wrong trials."""
     if np.any(wrong):
         row = trials[np.asarray(wrong)].iloc[0]
-        raise PerceptError(f"Trial {row['trial']} {why.format(**row)}: take all files from one release.")
+        raise PerceptError(
+            f"Trial {row['trial']} {why.format(**row)}: take all files from one release."
+        )
 
 
 def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(present(path, "an HDF5 file"), "r", rdcc_nbytes=BLOCK_BYTES)
     except OSError as error:
-        raise PerceptError(f"{path} is cut off or no HDF5 file ({error}): fetch it again.") from error
+        raise PerceptError(
+            f"{path} is cut off or no HDF5 file ({error}): fetch it again."
+        ) from error
 
 
 @contextmanager
@@ -210,24 +339,41 @@ def _dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
 
 
 def _arrays_of(path: Path, key: str) -> dict[str, np.ndarray]:
-    """Array(s) of a subject in a file that holds all subjects: {"": array} or {name: array}; empty where there is none."""
+    """Array(s) of a subject in a file that holds all subjects: {"": array} or {name: array}; empty
+    where there is none.
+    """
     if not path.exists():
         return {}
     with _open(path) as file:
         found = file.get(key)
         if found is None:
             return {}
-        return {"": found[()]} if isinstance(found, h5py.Dataset) else {name: array[()] for name, array in found.items()}
+        return (
+            {"": found[()]}
+            if isinstance(found, h5py.Dataset)
+            else {name: array[()] for name, array in found.items()}
+        )
 
 
-def _check_shapes(betas: h5py.Dataset, images: h5py.Dataset, trials: pd.DataFrame, rows: np.ndarray) -> None:
+def _check_shapes(
+    betas: h5py.Dataset, images: h5py.Dataset, trials: pd.DataFrame, rows: np.ndarray
+) -> None:
     """Refuse arrays whose axes are not those of the tables."""
     last = int(trials["trial"].max())
     if betas.ndim != 2 or len(betas) <= last or len(betas) != last + 1 == betas.shape[1]:
-        raise PerceptError(f"Betas of {betas.file.filename} are {betas.shape}: they must be (trials, voxels) with a row for each trial up to {last}.")
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) <= rows[-1] or not np.issubdtype(images.dtype, np.floating):
         raise PerceptError(
-            f"Images of {images.file.filename} are {images.dtype} {images.shape}: they must be floats (images, 3, height, width) with a row for each up to {rows[-1]}."
+            f"Betas of {betas.file.filename} are {betas.shape}: they must be (trials, voxels) with"
+            f" a row for each trial up to {last}."
+        )
+    if (
+        images.ndim != 4
+        or images.shape[1] != 3
+        or len(images) <= rows[-1]
+        or not np.issubdtype(images.dtype, np.floating)
+    ):
+        raise PerceptError(
+            f"Images of {images.file.filename} are {images.dtype} {images.shape}: they must be"
+            f" floats (images, 3, height, width) with a row for each up to {rows[-1]}."
         )
 
 
@@ -240,7 +386,8 @@ def _voxel_table(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
 
 
 def _taken(stored: h5py.Dataset, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
-    """Some rows (ascending) of a dataset in blocks of about 64 MB; rows that follow one another are read at once.
+    """Some rows (ascending) of a dataset in blocks of about 64 MB; rows that follow one another are
+    read at once.
 
     Raises:
         PerceptError: if they cannot be read.
@@ -253,7 +400,10 @@ def _taken(stored: h5py.Dataset, rows: np.ndarray, what: str) -> Iterator[np.nda
             for first, end in pairwise([0, *(np.flatnonzero(np.diff(part) != 1) + 1), len(part)]):
                 stored.read_direct(block, np.s_[part[first] : part[end - 1] + 1], np.s_[first:end])
         except OSError as error:
-            raise PerceptError(f"{stored.file.filename} is damaged at row {part[0]} or after it ({error}): fetch it again.") from error
+            raise PerceptError(
+                f"{stored.file.filename} is damaged at row {part[0]} or after it ({error}): fetch"
+                " it again."
+            ) from error
         yield block
 
 
@@ -263,7 +413,10 @@ def _pictures(images: h5py.Dataset, rows: np.ndarray, image_size: int) -> Iterat
         pixels = block.astype(np.float32)
         np.rint(np.multiply(pixels, 255, out=pixels), out=pixels)
         if not (pixels.min() >= 0 and pixels.max() <= 255):
-            raise PerceptError(f"{images.file.filename} has values from {block.min()} to {block.max()}: images must be in [0, 1].")
+            raise PerceptError(
+                f"{images.file.filename} has values from {block.min()} to {block.max()}: images"
+                " must be in [0, 1]."
+            )
         upright = pixels.astype(np.uint8).transpose(0, 2, 3, 1)
         yield np.stack([shrink(image, image_size) for image in upright])
 
@@ -288,11 +441,14 @@ def write(
         source: folder in which wds/ and the files are made; other subjects already there stay.
         subj: number of the subject.
         betas: (trials, voxels) float32, or float16, which makes betas_subj0N.hdf5.
-        trials: one row for each row of betas: trial (which becomes its row of the betas), image, session, run, repeat, split. Test trials go to
-            new_test, the others to the tar of their session; those of split "exclude" are in no tar.
+        trials: one row for each row of betas: trial (which becomes its row of the betas), image,
+            session, run, repeat, split. Test trials go to new_test, the others to the tar of their
+            session; those of split "exclude" are in no tar.
         images: uint8 (n, height, width, 3); they become float16 and are read back exactly.
-        image_ids: (n,) the id of each; any whole numbers, since image_ids.csv tells which row is which.
-        voxels: one row a voxel; its boolean columns become the masks, all of it voxels_subj0N.parquet.
+        image_ids: (n,) the id of each; any whole numbers, since image_ids.csv tells which row is
+            which.
+        voxels: one row a voxel; its boolean columns become the masks, all of it
+            voxels_subj0N.parquet.
         captions: columns image and caption.
         labels: column image and categories.
         withheld: last sessions without trials in the older test split.
@@ -304,12 +460,16 @@ def write(
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
     source, name = Path(source), f"subj{subj:02d}"
-    fitting(betas, trials, images, image_ids, ("trial", "image", "session", "run", "repeat", "split"))
+    fitting(
+        betas, trials, images, image_ids, ("trial", "image", "session", "run", "repeat", "split")
+    )
     if betas.ndim != 2:
         raise PerceptError(f"Betas have shape {betas.shape}: they must be (trials, voxels).")
     numbers = trials["trial"].to_numpy()
     if numbers.min() < 0 or trials["trial"].duplicated().any():
-        raise PerceptError("Trial numbers are rows of the betas: they must count from 0, each once.")
+        raise PerceptError(
+            "Trial numbers are rows of the betas: they must count from 0, each once."
+        )
     ordered = trials.sort_values("trial").reset_index(drop=True)
     with disk_errors(source):
         source.mkdir(parents=True, exist_ok=True)
@@ -320,7 +480,11 @@ def write(
         table[ordered["trial"]] = ordered["coco"]
         _replace_subject(source / INDICES, name, {name: table})
         if voxels is not None:
-            regions = {f"{name}/{column}": voxels[column].to_numpy() for column in voxels if voxels[column].dtype == bool}
+            regions = {
+                f"{name}/{column}": voxels[column].to_numpy()
+                for column in voxels
+                if voxels[column].dtype == bool
+            }
             _replace_subject(source / MASKS, name, regions)
             with atomic(source / f"voxels_{name}.parquet") as temporary:
                 voxels.to_parquet(temporary)
@@ -332,7 +496,9 @@ def write(
 
 
 def _add_images(source: Path, images: np.ndarray, image_ids: np.ndarray) -> pd.Series:
-    """Add images to the file of images, or put them in place of those with their ids: the row of each image."""
+    """Add images to the file of images, or put them in place of those with their ids: the row of
+    each image.
+    """
     known = _image_ids(source)
     ids = [] if known is None else known.to_list()
     ids = list(dict.fromkeys([*ids, *map(int, image_ids)]))
@@ -342,7 +508,10 @@ def _add_images(source: Path, images: np.ndarray, image_ids: np.ndarray) -> pd.S
         if known is not None:
             with _dataset(source / IMAGES, "images") as old:
                 if old.shape[1:] != stored.shape[1:]:
-                    raise PerceptError(f"Images of {source / IMAGES} are {old.shape[1:]}, these are {stored.shape[1:]}: take another folder.")
+                    raise PerceptError(
+                        f"Images of {source / IMAGES} are {old.shape[1:]}, these are"
+                        f" {stored.shape[1:]}: take another folder."
+                    )
                 for row in range(len(old)):
                     stored[row] = old[row]
         for image, pixels in zip(image_ids, images, strict=True):
@@ -357,7 +526,9 @@ def _write_betas(source: Path, subj: int, betas: np.ndarray, numbers: np.ndarray
     single, half = (source / name.format(subj=subj) for name in NORMALISATION)
     path, other = (half, single) if betas.dtype == np.float16 else (single, half)
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        stored = file.create_dataset("betas", (numbers.max() + 1, betas.shape[1]), np.float16 if path == half else np.float32)
+        stored = file.create_dataset(
+            "betas", (numbers.max() + 1, betas.shape[1]), np.float16 if path == half else np.float32
+        )
         order, start = np.argsort(numbers), 0
         if len(numbers) == len(stored):
             for block in row_blocks(betas[order]):
@@ -397,28 +568,46 @@ def _mark_shared(path: Path, trials: pd.DataFrame, n_images: int) -> None:
 
 
 def _write_tars(root: Path, subj: int, trials: pd.DataFrame, withheld: int) -> None:
-    """Write the tars of all sessions and the two of test trials; tars of sessions that there were before go."""
+    """Write the tars of all sessions and the two of test trials; tars of sessions that there were
+    before go.
+    """
     sessions = int(trials["session"].max()) + 1
     behav = _behaviour(trials, subj)
     images: dict[int, np.ndarray] = trials.groupby("image").indices  # type: ignore[assignment]
     splits, when = trials["split"], trials["session"]
-    parts = {f"train/{session}.tar": splits.isin(("train", "val")) & (when == session) for session in range(sessions)}
-    parts |= {"test/0.tar": (splits == "test") & (when < sessions - withheld), "new_test/0.tar": splits == "test"}
+    parts = {
+        f"train/{session}.tar": splits.isin(("train", "val")) & (when == session)
+        for session in range(sessions)
+    }
+    parts |= {
+        "test/0.tar": (splits == "test") & (when < sessions - withheld),
+        "new_test/0.tar": splits == "test",
+    }
     for name, chosen in progress(parts.items(), f"tars of subject {subj}", len(parts)):
         with atomic(root / name) as temporary, tarfile.open(temporary, "w") as tar:
             for number, row in enumerate(np.flatnonzero(chosen).tolist()):
                 others = images[trials["image"].iloc[row]]
-                add_members(tar, f"sample{number:09d}", {}, _sample(behav, row, others[others != row]))
+                add_members(
+                    tar, f"sample{number:09d}", {}, _sample(behav, row, others[others != row])
+                )
     for path in (root / "train").glob("*.tar"):
         if path.stem.isdigit() and int(path.stem) >= sessions:
             path.unlink()
 
 
 def _behaviour(trials: pd.DataFrame, subj: int) -> np.ndarray:
-    """The columns of behav.npy for all trials, float64 (trials, 17); what the tables do not tell is -1."""
+    """The columns of behav.npy for all trials, float64 (trials, 17); what the tables do not tell is
+    -1.
+    """
     behav = np.full((len(trials), 17), -1.0)
     within = trials.groupby(["session", "run"]).cumcount()
-    columns = {0: trials["coco"], 1: subj, 2: trials["session"] + 1, 3: (trials["run"] + 1).where(trials["run"] >= 0, -1), 4: within + 1}
+    columns = {
+        0: trials["coco"],
+        1: subj,
+        2: trials["session"] + 1,
+        3: (trials["run"] + 1).where(trials["run"] >= 0, -1),
+        4: within + 1,
+    }
     columns |= {5: trials["trial"], 7: trials["repeat"] > 0, 16: trials["split"] == "test"}
     for column, values in columns.items():
         behav[:, column] = values
@@ -426,9 +615,17 @@ def _behaviour(trials: pd.DataFrame, subj: int) -> np.ndarray:
 
 
 def _sample(behav: np.ndarray, row: int, others: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of a trial: its behaviour, and that of the trials before it, after it and of the same image, -1 where there are fewer."""
-    session = np.flatnonzero(behav[max(0, row - 15) : row + 16, 2] == behav[row, 2]) + max(0, row - 15)
-    rows = {"past_behav": session[session < row][::-1], "future_behav": session[session > row], "olds_behav": others}
+    """The arrays of a trial: its behaviour, and that of the trials before it, after it and of the
+    same image, -1 where there are fewer.
+    """
+    session = np.flatnonzero(behav[max(0, row - 15) : row + 16, 2] == behav[row, 2]) + max(
+        0, row - 15
+    )
+    rows = {
+        "past_behav": session[session < row][::-1],
+        "future_behav": session[session > row],
+        "olds_behav": others,
+    }
     arrays = {"behav": behav[row : row + 1]}
     for name, size in NEIGHBOURS.items():
         arrays[name] = np.full((size, behav.shape[1]), -1.0)
