@@ -38,8 +38,7 @@ def serve(folder: str, port: int) -> None:
 
 def ask(folder: str, port: int) -> None:
     """Rows found by `RemoteIndex` against those of `LocalIndex`, and what each takes."""
-    from src.index import LocalIndex
-    from src.remote import RemoteIndex
+    from src.search import LocalIndex, RemoteIndex
 
     here = LocalIndex(folder)
     queries = here.embeddings.rows(range(0, len(here), len(here) // 50))[:50]

@@ -16,9 +16,9 @@ import numpy as np
 from mindeye_modes import stage
 
 from src.data import Normaliser, cached_targets, open_subject
+from src.decoding import load_decoder, predict_tokens
+from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.pretrained import Clipper
-from src.reconstruct import load_decoder, predict_tokens
-from src.results import bootstrap_mean, paired_bootstrap
 from src.retrieval import top1_brain_from_image_each, top1_image_from_brain_each
 from src.utils import HOME
 

@@ -21,13 +21,13 @@ import psutil
 import torch
 from torch import nn
 
-from src.dryrun import peak_memory
+from src.decoding import high_level_config
 from src.losses import mixco, mixco_nce, unit
 from src.models import GainNorm, Rotary
+from src.networks import build_decoder
 from src.prior import NoiseScheduler
-from src.reconstruct import build_decoder, high_level_config
 from src.training import fit
-from src.utils import count_parameters, to_device
+from src.utils import count_parameters, peak_memory, to_device
 
 PAPER = {
     "hidden": True,

@@ -106,7 +106,7 @@ def factories(rows: int) -> tuple[dict[str, str], int]:
     """What src.index builds for so many rows, by kind, and in how many rounds OPQ learns its
     rotation there.
     """
-    from src.index import ROTATIONS, plans
+    from src.search import ROTATIONS, plans
 
     return {plan.kind: plan.factory for plan in plans(rows, DIM, 1e9)}, ROTATIONS
 
@@ -149,7 +149,7 @@ def build(folder: Path, kind: str, factory: str, rounds: int) -> dict[str, float
 
 def qdrant(folder: Path, kind: str) -> Any:
     """The engine in this process, opened or made."""
-    from src.engines import QdrantIndex
+    from src.search import QdrantIndex
 
     return QdrantIndex(folder, kind, kind.partition(" ")[2] or "none")
 

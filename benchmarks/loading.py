@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from src import miniworld
 from src.data import BrainDataset, Normaliser, open_subject
+from src.miniworld.formats import mindeye as mindeye_format
 from src.readers import mindeye
 
 BATCH, VOXELS, SIZE, SECONDS = 32, 15_724, 256, 8.0
@@ -52,7 +53,7 @@ def make(folder: Path, images: int) -> None:
         trials.image < images - 40, "train", np.where(trials.image < images - 20, "val", "test")
     )
     betas = rng.standard_normal((len(trials), VOXELS), dtype=np.float32)
-    mindeye.write(
+    mindeye_format.write(
         folder / "source", 1, betas, trials, pictures, np.arange(images), image_format="jpg"
     )
     mindeye.read(folder / "source", folder / "prepared", 1)

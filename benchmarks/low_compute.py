@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from src import models
-from src.dryrun import training_memory
+from src.decoding import mindeye2_config
 from src.losses import mixco, mixco_nce, unit
-from src.published import build_decoder
-from src.reconstruct import mindeye2_config
+from src.networks import build_decoder, transformer
+from src.pipeline.dryrun import training_memory
 from src.training import parameter_groups
 
 VOXELS = 15724
@@ -60,7 +60,7 @@ WAYS = {  # what differs
 
 def as_published() -> None:
     """Attention and norms operation by operation, also where a gradient is wanted."""
-    models._attend_fused = models._attend
+    transformer._attend_fused = transformer._attend
     inner = models.GainNorm.forward
 
     def unfused(self: models.GainNorm, x: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def build(folder: Path, kind: str) -> dict[str, float]:
     """The index of a kind in a folder of its own, with links to the embeddings; seconds, and bytes
     of its files.
     """
-    from src import index
+    from src.search import local as index
 
     place = folder / kind
     place.mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def asked(search: Any, queries: np.ndarray, true: np.ndarray, every: int = 1) ->
 
 def ours(folder: Path, kind: str, mapped: bool) -> list[dict[str, Any]]:
     """What `LocalIndex` answers: for IVF-PQ with several numbers of lists looked into."""
-    from src import index
+    from src.search import local as index
     from src.utils import read_json, write_json
 
     queries, true = np.load(folder / "queries.npy"), np.load(folder / "true.npy")

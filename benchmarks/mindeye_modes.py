@@ -19,9 +19,9 @@ import numpy as np
 from safetensors.torch import load_file
 
 from src.data import open_subject
+from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.metrics import pixcorr
 from src.pretrained import Judge
-from src.results import bootstrap_mean, paired_bootstrap
 from src.retrieval import top1_image_from_brain_each
 from src.utils import HOME, ROOT, progress
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import miniworld, pretrained
-from src.reconstruct import latent_noise
-from src.results import bootstrap_mean, derangements
+from src.decoding import latent_noise
+from src.evaluation import bootstrap_mean, derangements
 
 SEED = 11_000
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from src.data import Normaliser, cached_targets, open_subject
+from src.decoding import generate_images, load_decoder, pick_best, predict_tokens
+from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.pretrained import Clipper, Judge, VersatileDiffusion
-from src.reconstruct import generate_images, load_decoder, pick_best, predict_tokens
-from src.results import bootstrap_mean, paired_bootstrap
 from src.utils import HOME
 
 SAMPLES = 8

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.readers import READERS, npz, read
+from src.miniworld.formats import WRITERS
+from src.miniworld.formats import npz as npz_format
+from src.readers import read
 
 FORMATS = ("mindeye2", "algonauts", "god", "things", "bold5000", "mindeye", "npz")
 VOXELS, SIZE = 12_000, 32
@@ -77,7 +79,7 @@ def main(trials: int) -> None:
             source = Path(folder) / "source"
             if name == "npz":
                 source = source.with_suffix(".npz")
-                npz.write(
+                npz_format.write(
                     source,
                     betas,
                     images,
@@ -86,7 +88,7 @@ def main(trials: int) -> None:
                     split=table["split"].to_numpy().astype(str),
                 )
             else:
-                READERS[name].write(source, 1, betas, table, images, ids, voxels=voxels)
+                WRITERS[name](source, 1, betas, table, images, ids, voxels=voxels)
             files = (
                 [source]
                 if source.is_file()

@@ -15,23 +15,15 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # name of the prepared dataset, a folder under data/
-source = (  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
-    "mindeye"
-)
-source_format = (  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
-    "mindeye"
-)
+source = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
+source_format = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
 data_path = "data/nsd_source"  # where the source's files lie
 remote_data = False  # fetch what data_path lacks first, of mindeye, mindeye2 or nsd; docs/downloads.md has more ways
 subj = 1  # subject, at least 1
 also = ""  # further subjects that are prepared, separated by commas, e.g. 2,3,4 to pretrain on
-options = (  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
-    ""
-)
+options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
 folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
 trials_per_session = 750  # of the mini world, and needed to know the session of a trial in MindEye's shards, at least 1
 mini_images = 5000  # mini world only, training images of this subject, at least 1
@@ -39,7 +31,8 @@ overwrite = False  # prepare again although the prepared data are there
 seed = 42  # of splits that the source leaves open
 
 # %%
-from src.utils import configure
+from src.miniworld.formats import WRITERS
+from src.parameters import configure
 
 run = configure(globals(), "00_prepare_data")
 run
@@ -50,7 +43,7 @@ import numpy as np
 import pandas as pd
 
 from src import miniworld
-from src.data import Normaliser, open_subject, subject_folder
+from src.data import Normaliser, estimate_noise_ceiling, open_subject, subject_folder
 from src.figures import image_grid, roi_figure, save, trials_figure
 from src.readers import READERS, options_of, read, reader_options
 from src.utils import resolve
@@ -69,7 +62,7 @@ missing = [s for s in everyone if overwrite or not subject_folder(dataset, s).ex
 played = source_format if source == "mini" else source
 for number in missing if source == "mini" else []:
     world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
-    READERS[played].write(
+    WRITERS[played](
         folder,
         number,
         world.scan.betas,
@@ -92,7 +85,7 @@ for number in missing if source == "mini" else []:
 
 # %%
 if remote_data and missing:
-    from src.download import fetch
+    from src.pipeline.download import fetch
 
     release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
     for number in missing:
@@ -157,10 +150,10 @@ labels.head() if labels is not None else "this source has no labels"
 # %%
 repeated = (trials[trials.split == "train"].groupby("image").size() > 1).any()
 voxels = subject.voxels.assign(
-    noise_ceiling=subject.noise_ceiling().noise_ceiling.to_numpy() if repeated else np.nan
+    noise_ceiling=estimate_noise_ceiling(subject).noise_ceiling.to_numpy() if repeated else np.nan
 )
 voxels["of three trials"] = (
-    subject.noise_ceiling(3).noise_ceiling.to_numpy() if repeated else np.nan
+    estimate_noise_ceiling(subject, 3).noise_ceiling.to_numpy() if repeated else np.nan
 )
 regions = {"all voxels": np.ones(len(voxels), bool)} | {
     name: voxels[name].to_numpy() for name in voxels.select_dtypes("bool").columns

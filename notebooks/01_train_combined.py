@@ -21,13 +21,9 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. combined/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 remote_data = False  # fetch the published shards first, where the dataset has not been prepared
 data_commit = "9947586218b6b7c8cab804009ddca5045249a38d"  # their revision
 cache_dir = ""  # where they are kept, by default percept-shards in the system's temporary folder
@@ -42,13 +38,9 @@ voxel_dims = 1  # 1 for (trials, voxels), 3 for whole volumes, at least 1, at mo
 arch = "brainnet"  # voxel2clip, one of brainnet, 3dconv, 3dconv-simple; the last two read volumes
 h = 4096  # width of brainnet, at least 1
 n_blocks = 4  # its residual blocks, at least 0
-conv_channels = (  # channels of the convolutions, by default the published ones, e.g. 64,128,256,64
-    ""
-)
+conv_channels = ""  # channels of the convolutions, by default the published ones, e.g. 64,128,256,64
 conv_strides = ""  # their strides, by default 1,2,3,3
-combine_models = (
-    True  # train voxel2clip with the prior, otherwise it is frozen and read from voxel2clip_path
-)
+combine_models = True  # train voxel2clip with the prior, otherwise it is frozen and read from voxel2clip_path
 voxel2clip_path = ""  # weights of voxel2clip, a released .pth or a checkpoint of ours
 laion_prior = ""  # checkpoint of LAION's text to image prior, from which the prior starts
 prior_depth = 12  # layers of the prior's transformer, at least 1
@@ -56,26 +48,18 @@ prior_heads = 12  # its attention heads, at least 1
 prior_dim_head = 64  # width of a head, at least 1
 timesteps = 1000  # its noise levels, at least 2
 max_text_len = 256  # its slots for text encodings, at least 1
-prior_scale = (
-    0.0  # factor on embeddings before noise is added, 0 for the published sqrt(dim), at least 0
-)
+prior_scale = 0.0  # factor on embeddings before noise is added, 0 for the published sqrt(dim), at least 0
 combine_losses = True  # add the contrastive loss, otherwise the prior's squared error alone
-loss_form = (  # one of run, stated; alpha * mse + (1 - alpha) * nce as the published code ran, or alpha * mse + nce as it was described
-    "run"
-)
+loss_form = "run"  # one of run, stated; alpha * mse + (1 - alpha) * nce as the published code ran, or alpha * mse + nce as it was described
 alpha = 0.01  # weight of the squared error, at least 0, at most 1
 alpha_schedule = "constant"  # one of constant, linear
 alpha_end = 0.05  # what the linear schedule ends with, at least 0, at most 1
 use_mixco = False  # MixCo, then SoftCLIP, instead of InfoNCE
 mixup_pct = 0.5  # share of the epochs with MixCo, at most 1
 use_image_aug = False  # targets of augmented images, made at every step
-clip_aug_mode = (  # one of none, x, y; now and then an image variation in place of the condition (x) or of the target (y)
-    "none"
-)
+clip_aug_mode = "none"  # one of none, x, y; now and then an image variation in place of the condition (x) or of the target (y)
 clip_aug_prob = 0.03  # how often, a batch, at least 0, at most 1
-faithful = (  # published behaviours instead of ours, any of mixed_targets, mixco_labels, norm_decay
-    ""
-)
+faithful = ""  # published behaviours instead of ours, any of mixed_targets, mixco_labels, norm_decay
 batch_size = 64  # images a step over all processes, at least 1
 num_epochs = 60  # passes over the training images, at least 1
 lr_scheduler = "cycle"  # one of cycle, fixed
@@ -100,7 +84,7 @@ ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty,
 seed = 0  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "01_train_combined")
 run
@@ -114,17 +98,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from src.augment import clip_augmentation
-from src.combined import (
+from src.data import BrainDataset, Normaliser, cached_targets, open_subject, subject_folder
+from src.decoding import (
     caption_targets,
     check_choices,
     check_volumes,
+    combined_config,
     fid,
+    generator_for,
+    predict_tokens,
     sample_rows,
+    sampled_by,
     variation_embeddings,
 )
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject, subject_folder
-from src.dryrun import peak_memory, plan
 from src.figures import image_grid, save, training_curves
 from src.losses import (
     alpha_at,
@@ -138,19 +124,22 @@ from src.losses import (
     unit,
 )
 from src.models import RidgeBaseline
-from src.networks import FeatureNetwork
-from src.pretrained import Clipper
-from src.published import load_laion_prior, load_voxel2clip
+from src.networks import build_decoder, load_laion_prior, load_voxel2clip
+from src.parameters import named
+from src.pipeline.dryrun import plan
+from src.pretrained import Clipper, FeatureNetwork
 from src.readers import read_if_missing
-from src.reconstruct import (
-    build_decoder,
-    combined_config,
-    generator_for,
-    predict_tokens,
-    sampled_by,
+from src.training import (
+    FirstSamples,
+    batches,
+    check_precision,
+    clip_augmentation,
+    fit,
+    gather,
+    own_rows,
+    tracker,
 )
-from src.training import FirstSamples, batches, check_precision, fit, gather, own_rows, tracker
-from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
+from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
 
 # %% [markdown]
 # ## Data
@@ -169,7 +158,7 @@ if decoder != "ridge":
     check_precision(run.device, precision)
 source = data_path
 if remote_data and not subject_folder(dataset, subj).exists():
-    from src.download import fetch
+    from src.pipeline.download import fetch
 
     source = cache_dir or str(Path(tempfile.gettempdir()) / "percept-shards")
     fetch("mindeye_early", source, subj=subj, revision=data_commit)

@@ -21,25 +21,17 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-split = (  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
-    "images"
-)
+split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = (  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
-    ""
-)
+rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
@@ -57,9 +49,7 @@ use_projector = True  # a separate head for the contrastive losses
 h = 4096  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 projector_dim = 2048  # width of the projector, at least 1
-prior_depth = (
-    0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
-)
+prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
 prior_heads = 12  # its attention heads, at least 1
 prior_dim_head = 64  # width of a head, at least 1
 timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000, at least 0
@@ -67,29 +57,23 @@ max_text_len = 256  # slots for text encodings of the 1x768 prior, at least 1
 laion_prior = ""  # checkpoint of LAION's text to image prior, from which the 1x768 prior starts
 prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03, at least 0
 mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short, at least 0; not in the paper
-faithful = (  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
-    ""
-)
+faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
 ckpt_interval = 5  # epochs between figures, at least 0
 save_at_end = False  # choose no best epoch, keep the last one only
-n_samples_save = (
-    0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
-)
+n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
 plot_umap = False  # a UMAP of validation images at every ckpt_interval
 umap_label = ""  # column of the image labels that colours the UMAP
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 precision = "no"  # one of no, bf16, fp16
-step_in_backward = (
-    False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
-)
+step_in_backward = False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
 seed = 42  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "01_train_high_level")
 run
@@ -99,25 +83,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.augment import augmented, clip_augmentation
-from src.data import (
-    BrainDataset,
-    Normaliser,
-    cached_targets,
-    cached_views as make_views,
-    open_subject,
-    select_images,
-)
-from src.dryrun import peak_memory, plan
+from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
+from src.data import cached_views as make_views
+from src.decoding import high_level_config, predict_tokens
 from src.figures import image_grid, save, training_curves, umap_scatter
 from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
 from src.models import RidgeBaseline
+from src.networks import build_decoder, load_laion_prior
+from src.parameters import named
+from src.pipeline.dryrun import plan
 from src.pretrained import Clipper
-from src.published import load_laion_prior
 from src.readers import read_if_missing
-from src.reconstruct import build_decoder, high_level_config, predict_tokens
-from src.training import batches, check_precision, fit, gather, own_rows, tracker
-from src.utils import PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
+from src.training import (
+    augmented,
+    batches,
+    check_precision,
+    clip_augmentation,
+    fit,
+    gather,
+    own_rows,
+    tracker,
+)
+from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
 
 # %% [markdown]
 # ## Data
@@ -386,7 +373,7 @@ def validate(model):
 
 # %%
 if n_samples_save:
-    from src.reconstruct import generate_images, generator_for
+    from src.decoding import generate_images, generator_for
 
     diffusion = generator_for(n_tokens, weights, run.device)
 

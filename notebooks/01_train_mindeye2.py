@@ -21,22 +21,16 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye2's files lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye2's files lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
 multi_subject = False  # train on all subjects of `subjects` but subj
 subjects = "1,2,3,4,5,6,7,8"  # who there is, separated by commas
-multisubject_ckpt = (  # run (or checkpoint file) that was pretrained on other subjects, from which this one starts
-    ""
-)
+multisubject_ckpt = ""  # run (or checkpoint file) that was pretrained on other subjects, from which this one starts
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
 new_test = True  # test trials of all sessions (nsd-1000), otherwise of all but the last three, where the data are read here
 rois = ""  # regions whose voxels are used, by default all prepared voxels
@@ -68,13 +62,9 @@ max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, 
 lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
 clip_grad = 1.0  # largest norm of the gradient, 0 for none, at least 0
 gradient_checkpointing = False  # compute the prior's activations again on the way back, less memory for a third more time
-step_in_backward = (
-    False  # update each parameter as its gradient arrives, without clipping, less memory
-)
+step_in_backward = False  # update each parameter as its gradient arrives, without clipping, less memory
 precision = "no"  # one of no, bf16, fp16
-faithful = (  # published behaviours instead of ours, which docs/mindeye2.md lists, e.g. dead_mixer,norm_decay
-    ""
-)
+faithful = ""  # published behaviours instead of ours, which docs/mindeye2.md lists, e.g. dead_mixer,norm_decay
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_saving = True  # write checkpoints
 ckpt_interval = 5  # epochs between figures, at least 0
@@ -84,7 +74,7 @@ ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty,
 seed = 42  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "01_train_mindeye2")
 run
@@ -94,16 +84,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.augment import augmented, clip_augmentation, teacher_augmentation
-from src.data import (
-    BrainDataset,
-    Normaliser,
-    cached_targets,
-    cached_views as make_views,
-    open_subject,
-    select_images,
-)
-from src.dryrun import peak_memory, plan
+from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
+from src.data import cached_views as make_views
+from src.decoding import find_decoder, mindeye2_config
 from src.figures import save, training_curves
 from src.losses import (
     cosine_anneal,
@@ -115,13 +98,35 @@ from src.losses import (
     soft_cont_loss,
     unit,
 )
-from src.mindeye2 import SeveralSubjects, check_gradients, start_from
 from src.models import RidgeBaseline
+from src.networks import build_decoder
+from src.parameters import named
+from src.pipeline.dryrun import plan
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
 from src.readers import read_if_missing
-from src.reconstruct import build_decoder, find_decoder, mindeye2_config
-from src.training import batches, check_precision, fit, gather, own_rows, tracker
-from src.utils import HOME, PerceptError, count_parameters, named, resolve, save_checkpoint, seeded
+from src.training import (
+    SeveralSubjects,
+    augmented,
+    batches,
+    check_gradients,
+    check_precision,
+    clip_augmentation,
+    fit,
+    gather,
+    own_rows,
+    start_from,
+    teacher_augmentation,
+    tracker,
+)
+from src.utils import (
+    HOME,
+    PerceptError,
+    count_parameters,
+    peak_memory,
+    resolve,
+    save_checkpoint,
+    seeded,
+)
 
 # %%
 choices = (

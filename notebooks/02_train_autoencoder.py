@@ -14,21 +14,15 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-split = (  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
-    "images"
-)
+split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = (  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
-    ""
-)
+rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
 n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 batch_size = 8  # images a step over all processes, at least 1
 num_epochs = 120  # passes over the training images, at least 1
@@ -38,12 +32,8 @@ h = 4096  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 ups_mode = "4x"  # one of 4x, 8x, 16x
 latent_size = 64  # height and width of the latents, at least 1
-block_out_channels = (  # widths of the upsampler separated by commas, by default the published ones
-    ""
-)
-voxel_select = (
-    True  # train on random mixtures of an image's repeats, otherwise on one random repeat
-)
+block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
+voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
 use_cont = True  # contrastive loss against the local embeddings of a frozen teacher
 cont_model = "cnx"  # one of cnx; the teacher, VICRegL's ConvNeXt
 cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step, at least 0
@@ -52,9 +42,7 @@ use_blurred_training = False  # that picture's target is median-filtered
 use_sobel_loss = False  # loss on the edges of the decoded picture, needs use_reconst
 best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = (
-    24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
-)
+ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 wandb_log = False  # send history and figures to Weights & Biases
 wandb_project = "stability"  # its project
@@ -63,7 +51,7 @@ precision = "no"  # one of no, bf16, fp16
 seed = 0  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "02_train_autoencoder")
 run
@@ -74,24 +62,18 @@ import torch
 import torch.nn.functional as F
 from kornia.filters import median_blur
 
-from src.augment import augmented, teacher_augmentation
-from src.data import (
-    BrainDataset,
-    Normaliser,
-    cached_targets,
-    cached_views as make_views,
-    open_subject,
-    select_images,
-)
-from src.dryrun import peak_memory, plan
+from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
+from src.data import cached_views as make_views
+from src.decoding import low_level_config, predict_latents
 from src.figures import image_grid, save, training_curves
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
 from src.models import RidgeBaseline
+from src.networks import build_decoder
+from src.pipeline.dryrun import plan
 from src.pretrained import Clipper, LatentAutoencoder, Teacher
-from src.reconstruct import build_decoder, low_level_config, predict_latents
-from src.training import fit, gather, tracker
-from src.utils import PerceptError, count_parameters, mixed_precision, save_checkpoint
+from src.training import augmented, fit, gather, teacher_augmentation, tracker
+from src.utils import PerceptError, count_parameters, mixed_precision, peak_memory, save_checkpoint
 
 # %% [markdown]
 # ## Data

@@ -17,46 +17,28 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
 voters = "92,94,97,100"  # names of the models, separated by commas; each has a folder of its own
-rois = (  # set of regions of each voter, or one for all, separated by semicolons; set1 to set3, names, - for all, !V1 for all but V1
-    "set3;set1;set3;set3"
-)
-bag_seeds = (  # of the draw of each voter's training images, separated by commas, by default counted up from seed
-    "3,2423,849,1921"
-)
-train_share = (
-    0.7  # share of the training images in a bag, 1 for all of them, more than 0, at most 1
-)
+rois = "set3;set1;set3;set3"  # set of regions of each voter, or one for all, separated by semicolons; set1 to set3, names, - for all, !V1 for all but V1
+bag_seeds = "3,2423,849,1921"  # of the draw of each voter's training images, separated by commas, by default counted up from seed
+train_share = 0.7  # share of the training images in a bag, 1 for all of them, more than 0, at most 1
 batch_sizes = "16,16,32,4"  # samples a step of each voter, or one for all, separated by commas
-masked = (
-    False  # keep the voxels of other regions as zeros, as published, instead of leaving them out
-)
-latents_file = (  # latents that others computed, a row an image (fMRI_VAE.npy), by default made by our own autoencoder
-    ""
-)
+masked = False  # keep the voxels of other regions as zeros, as published, instead of leaving them out
+latents_file = ""  # latents that others computed, a row an image (fMRI_VAE.npy), by default made by our own autoencoder
 repeats = "random"  # one of random, mean, each; what an epoch shows of an image with several trials
 num_epochs = 200  # passes over the training images, at least 1
 max_lr = 5.0e-4  # peak learning rate, more than 0
-lr_scheduler = (  # one of cycle, published_cycle, fixed; the published cycle is counted in all images and ends where the training images do
-    "cycle"
-)
+lr_scheduler = "cycle"  # one of cycle, published_cycle, fixed; the published cycle is counted in all images and ends where the training images do
 h = 2048  # width of the residual MLP, at least 1
 n_blocks = 4  # its residual blocks, at least 0
 dropout = 0.3  # of the residual blocks, at least 0, at most 1
 ups_mode = "4x"  # one of 4x, 8x, 16x
-block_out_channels = (  # widths of the upsampler separated by commas, by default the published ones
-    ""
-)
-checkpoint = (  # one of best, last; which epoch the tables below are of, best is chosen on the voter's own validation images
-    "best"
-)
+block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
+checkpoint = "best"  # one of best, last; which epoch the tables below are of, best is chosen on the voter's own validation images
 precision = "no"  # one of no, bf16, fp16
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ckpt_interval = 0  # epochs between kept checkpoints, 0 for none, at least 0
@@ -64,7 +46,7 @@ ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty,
 seed = 0  # of everything random but the bags
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "02_train_roi_models")
 run
@@ -76,14 +58,14 @@ import torch
 import torch.nn.functional as F
 
 from src.data import BrainDataset, LatentFile, Normaliser, cached_targets, open_subject
-from src.dryrun import peak_memory, plan
+from src.decoding import load_decoder, low_level_config, predict_latents, voters_of
 from src.figures import image_grid, roi_sets, save, training_curves
 from src.models import RidgeBaseline
+from src.networks import build_decoder
+from src.pipeline.dryrun import plan
 from src.pretrained import LatentAutoencoder
-from src.reconstruct import build_decoder, load_decoder, low_level_config, predict_latents
 from src.training import batches, fit
-from src.utils import atomic, count_parameters, resolve, save_checkpoint, write_json
-from src.voting import voters_of
+from src.utils import atomic, count_parameters, peak_memory, resolve, save_checkpoint, write_json
 
 # %% [markdown]
 # ## Data

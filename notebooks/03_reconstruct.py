@@ -22,32 +22,22 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
 checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
 autoencoder_name = ""  # run that holds the low-level network, by default this run
-start_run = (  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
-    ""
-)
+start_run = ""  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
 img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself and needs no high level, at least 0, at most 1
 faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
-recons_per_sample = (
-    16  # samples an image, of which the brain's own prediction chooses one, at least 1
-)
+recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one, at least 1
 prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
 timesteps = 0  # sampling steps of the prior, 0 for all of its schedule, at least 0
-prior_solver = (  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
-    "published"
-)
+prior_solver = "published"  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
 guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 (Versatile Diffusion) or 7.5 (image variations), at least 0
 num_inference_steps = 20  # steps of the image generator, at least 1
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
@@ -61,7 +51,7 @@ seed = 42  # of everything random
 same_seed = False  # the same noise for every image, as published; otherwise each image has its own
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "03_reconstruct")
 run
@@ -74,13 +64,7 @@ import torch
 from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_pictures, open_split
-from src.figures import contact_sheet, save
-from src.mindeye2 import fit_converter
-from src.models import MindEye2
-from src.pretrained import LatentAutoencoder, PatchClip
-from src.readers import read_if_missing
-from src.reconstruct import (
-    build_decoder,
+from src.decoding import (
     encoder_for,
     find_decoder,
     generate_images,
@@ -88,14 +72,20 @@ from src.reconstruct import (
     in_chunks,
     latent_noise,
     load_decoder,
+    load_row,
     pick_best,
     predict_latents,
     predict_tokens,
-    load_row,
     repeat_agreement,
     sample_spread,
 )
+from src.figures import contact_sheet, save
+from src.models import MindEye2
+from src.networks import build_decoder
+from src.pretrained import LatentAutoencoder, PatchClip
+from src.readers import read_if_missing
 from src.retrieval import nearest
+from src.training import fit_converter
 from src.utils import HOME, PerceptError, atomic, seed_everything
 
 # %% [markdown]

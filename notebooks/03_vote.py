@@ -16,40 +16,22 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = (  # one of network, ridge, both; which models of the voters vote, with both the ridges' mean is shown beside
-    "network"
-)
-checkpoint = (  # one of best, last; best is the epoch chosen on the voter's own validation images
-    "best"
-)
-voters = (  # runs that vote, names under train_logs/ separated by commas, by default those that notebook 02_train_roi_models left in this run
-    ""
-)
-vote = (  # one of published, medoid, agreement; the rule whose choice is the reconstruction, the others are scored beside
-    "published"
-)
-tokens_from = (  # run whose high level predicts CLIP tokens from the brain, by default this run, if it has one
-    ""
-)
+decoder = "network"  # one of network, ridge, both; which models of the voters vote, with both the ridges' mean is shown beside
+checkpoint = "best"  # one of best, last; best is the epoch chosen on the voter's own validation images
+voters = ""  # runs that vote, names under train_logs/ separated by commas, by default those that notebook 02_train_roi_models left in this run
+vote = "published"  # one of published, medoid, agreement; the rule whose choice is the reconstruction, the others are scored beside
+tokens_from = ""  # run whose high level predicts CLIP tokens from the brain, by default this run, if it has one
 strength = 0.75  # of the repainting, 0 keeps the blurry pictures and needs neither captions nor generator, at least 0, at most 1
 guidance_scale = 6.0  # how much the caption counts in the repainting, at least 0
-num_inference_steps = (
-    50  # steps of the whole schedule, of which the share `strength` is run, at least 1
-)
+num_inference_steps = 50  # steps of the whole schedule, of which the share `strength` is run, at least 1
 published_pixels = False  # give the captioner pixels from 0 to 255 as they are, as published, instead of normalised ones
-without_word = (  # taken out of captions, as published; with nothing, captions stay as they are
-    "blurry "
-)
-token_map_images = (
-    2000  # training images on which CLIP's tokens are mapped to the captioner's, at least 10
-)
+without_word = "blurry "  # taken out of captions, as published; with nothing, captions stay as they are
+token_map_images = 2000  # training images on which CLIP's tokens are mapped to the captioner's, at least 10
 test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
 image_from = 0  # first test image, by its place, at least 0
 image_to = 0  # the test image before which it ends, 0 for all, at least 0
@@ -59,7 +41,7 @@ untrained = False  # also reconstruct with the voters before any training, a flo
 seed = 42  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "03_vote")
 run
@@ -75,21 +57,26 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_subject
-from src.figures import contact_sheet, save, vote_sheet
-from src.models import TokenMap
-from src.pretrained import Captioner, Clipper, LatentAutoencoder, stable_diffusion_pipeline, without
-from src.reconstruct import (
-    build_decoder,
+from src.decoding import (
+    VOTES,
+    Ballot,
     find_decoder,
+    find_voters,
     guided_images,
     in_chunks,
     load_decoder,
+    open_voter,
+    oracle,
     predict_latents,
     predict_tokens,
 )
+from src.decoding import vote as choose
+from src.figures import contact_sheet, save, vote_sheet
+from src.models import TokenMap
+from src.networks import build_decoder
+from src.pretrained import Captioner, Clipper, LatentAutoencoder, stable_diffusion_pipeline, without
 from src.retrieval import nearest
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
-from src.voting import VOTES, Ballot, find_voters, open_voter, oracle, vote as choose
 
 # %% [markdown]
 # ## Data: the test images, which no voter saw

@@ -20,9 +20,7 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
@@ -30,19 +28,13 @@ checkpoint = "last"  # one of last, best; the checkpoint of the high level that 
 caption = True  # write captions from the brain's tokens
 refine = True  # repaint the reconstructions after these captions
 refine_ceiling = True  # also caption and repaint what the generator makes of the true tokens, a ceiling at the same cost again
-text_model_device = (  # one of auto, cpu, cuda; where captions are written, so that the graphics memory is left to the generator
-    "cpu"
-)
+text_model_device = "cpu"  # one of auto, cpu, cuda; where captions are written, so that the graphics memory is left to the generator
 caption_batch_size = 4  # captions written at a time, at least 1
-caption_converter = (  # a released converter of tokens, e.g. data/mindeye2_models/bigG_to_L_epoch8.pth, by default one is trained here on images alone
-    ""
-)
+caption_converter = ""  # a released converter of tokens, e.g. data/mindeye2_models/bigG_to_L_epoch8.pth, by default one is trained here on images alone
 converter_epochs = 60  # passes over the training images, at least 1
 converter_batch_size = 128  # images a step, at least 1
 converter_max_lr = 3.0e-4  # peak learning rate of the one cycle, more than 0
-refiner_weights = (  # the network that repaints, a file, folder or id of the hub, by default as weights says
-    ""
-)
+refiner_weights = ""  # the network that repaints, a file, folder or id of the hub, by default as weights says
 refine_steps = 25  # steps of its whole schedule, at least 1
 refine_run = 12  # the last of them, which are run, so that what is coarse stays, at least 1
 guidance_scale = 5.0  # how much the caption counts in the repainting, at least 0
@@ -52,7 +44,7 @@ resume_from_ckpt = True  # go on where an interrupted training of the converter 
 seed = 42  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "04_refine")
 run
@@ -67,20 +59,21 @@ import torch
 from safetensors.torch import save_file
 
 from src.data import cached_targets, open_pictures, open_split
-from src.figures import contact_sheet, save, training_curves
-from src.metrics import resize
-from src.mindeye2 import fit_converter
-from src.models import CaptionConverter
-from src.pretrained import BrainCaptioner, PatchClip
-from src.published import load_published
-from src.reconstruct import (
+from src.decoding import (
     decoder_config,
     encoder_for,
     find_decoder,
     in_chunks,
     load_reconstructions,
+    refine_images,
+    refiner,
 )
-from src.refine import refine_images, refiner
+from src.figures import contact_sheet, save, training_curves
+from src.metrics import resize
+from src.models import CaptionConverter
+from src.networks import load_published
+from src.pretrained import BrainCaptioner, PatchClip
+from src.training import fit_converter
 from src.utils import (
     PerceptError,
     atomic,

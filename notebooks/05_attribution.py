@@ -18,45 +18,27 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge
 checkpoint = "last"  # one of last, best
-autoencoder_name = (  # run that holds the low-level decoder (of several voters: run/voter), by default this run
-    ""
-)
-target = (  # one of seen, predicted; seen explains the similarity to the true image, predicted that to the decoder's own prediction
-    "seen"
-)
-baseline = (  # one of zero, train; zero is the mean of the z-scored training trials, train the mean training image
-    "zero"
-)
+autoencoder_name = ""  # run that holds the low-level decoder (of several voters: run/voter), by default this run
+target = "seen"  # one of seen, predicted; seen explains the similarity to the true image, predicted that to the decoder's own prediction
+baseline = "zero"  # one of zero, train; zero is the mean of the z-scored training trials, train the mean training image
 steps = 32  # gradients an image, at least 2
-regions = (  # regions separated by commas, by default all that the data name; a voxel of several belongs to the first
-    ""
-)
-early = (  # regions that count as early visual areas, the others as higher
-    "V1,V2,V3,V4,hV4,V1v,V1d,V2v,V2d,V3v,V3d,LHEarlyVis,RHEarlyVis,early"
-)
-labels = (  # columns of the image labels that a probe names from predicted tokens, those that the data have
-    "kind,scene"
-)
+regions = ""  # regions separated by commas, by default all that the data name; a voxel of several belongs to the first
+early = "V1,V2,V3,V4,hV4,V1v,V1d,V2v,V2d,V3v,V3d,LHEarlyVis,RHEarlyVis,early"  # regions that count as early visual areas, the others as higher
+labels = "kind,scene"  # columns of the image labels that a probe names from predicted tokens, those that the data have
 draws = 10  # permutations of each region, at least 1
-picture_draws = (
-    1  # permutations whose latents are also decoded to pictures, the slow part, at least 1
-)
+picture_draws = 1  # permutations whose latents are also decoded to pictures, the slow part, at least 1
 first_images = 0  # only so many test images, 0 for all, at least 0
 seed = 42  # of the permutations and of the probes
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "05_attribution")
 run
@@ -69,13 +51,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from src import attribution
 from src.data import cached_targets, open_split
+from src.decoding import find_decoder, load_decoder
+from src.evaluation import attribution
 from src.figures import glass_brain, region_bars, save, voxel_map
 from src.metrics import pixcorr
 from src.pretrained import Clipper, LatentAutoencoder
 from src.readers import read_if_missing
-from src.reconstruct import find_decoder, load_decoder
 from src.retrieval import top1_image_from_brain_each
 from src.utils import HOME, PerceptError, atomic
 

@@ -16,23 +16,15 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
-data_path = (  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-    ""
-)
+data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
 subj = 1  # subject, at least 1
 decoder = "network"  # one of network, ridge, both
 pool = 300  # candidates of the published protocol, at least 2
 draws = 30  # pools of the published protocol, at least 1
-pool_sampling = (  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
-    "random"
-)
-model_name2 = (  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
-    ""
-)
+pool_sampling = "random"  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
+model_name2 = ""  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
 rerank_k = 16  # candidates that are re-ranked, at least 1
 hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
@@ -40,7 +32,7 @@ umap_label = ""  # column of the image labels that colours the UMAP
 seed = 42  # of the pools and of the UMAP
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "05_retrieve")
 run
@@ -51,10 +43,10 @@ import pandas as pd
 
 from src import retrieval
 from src.data import open_split
+from src.decoding import load_reconstructions
+from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
 from src.readers import read_if_missing
-from src.reconstruct import load_reconstructions
-from src.results import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.utils import HOME, PerceptError, atomic
 
 # %%

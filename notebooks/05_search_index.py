@@ -23,59 +23,39 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye_retrieval/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 checkpoint = "last"  # one of last, best; the checkpoint of the high level that notebook 03 used
-index = (  # folder of the index, which clip-retrieval may have made; what is missing of it is made here
-    "data/indices/pool"
-)
-pool = (  # what is new goes into the index: a folder of pictures or of tar files, or mini for a pool of the mini world
-    ""
-)
+index = "data/indices/pool"  # folder of the index, which clip-retrieval may have made; what is missing of it is made here
+pool = ""  # what is new goes into the index: a folder of pictures or of tar files, or mini for a pool of the mini world
 pool_images = 10000  # of the mini world's pool, at least 1
-url = (  # a clip-retrieval server to ask in place of an index, e.g. http://localhost:1234/knn-service
-    ""
-)
-qdrant = (  # address of a Qdrant server, or a folder of its engine, to search in place of an index; the index's embeddings are sent to it
-    ""
-)
+url = ""  # a clip-retrieval server to ask in place of an index, e.g. http://localhost:1234/knn-service
+qdrant = ""  # address of a Qdrant server, or a folder of its engine, to search in place of an index; the index's embeddings are sent to it
 indice_name = "laion5B-L-14"  # which of the server's indices, or of Qdrant's collections
 server_timeout = 5.0  # seconds that the server may take for an answer, more than 0
-server_failure = (  # one of stop, published; published asks again for pretty pictures after two seconds, then goes without
-    "stop"
-)
+server_failure = "stop"  # one of stop, published; published asks again for pretty pictures after two seconds, then goes without
 deduplicate = True  # the server leaves out pictures that it has twice
 use_safety_model = True  # the server leaves out what its safety model finds unsafe
 use_violence_detector = True  # the server leaves out what its detector finds violent
-index_kind = (  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto takes the most exact one that fits into memory_gb
-    "auto"
-)
+index_kind = "auto"  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto takes the most exact one that fits into memory_gb
 memory_gb = 4.0  # for the index, in GB, more than 0
 mapped = False  # leave the index on disk while searching
 shard_rows = 1000000  # rows a shard of the index, at least 1
 jobs = 1  # processes that build shards side by side, at least 1
 k = 16  # pictures found for each test image, at least 1
 candidates = 300  # results to go down until k pictures could be had, at least 1
-token_run = (  # run that predicts all tokens, which choose among the k pictures, by default the nearest one is taken
-    ""
-)
+token_run = ""  # run that predicts all tokens, which choose among the k pictures, by default the nearest one is taken
 keep_test_images = False  # search the test pictures of the pool, too
-near_duplicate = (
-    0.94  # cosine from which a picture of the pool counts as nearly a test picture, at most 1
-)
+near_duplicate = 0.94  # cosine from which a picture of the pool counts as nearly a test picture, at most 1
 picture_size = 512  # pixels a side of the pictures that are stored, at least 8
 picture_timeout = 5.0  # seconds that a picture may take to come, more than 0
-private_pictures = (
-    False  # also fetch pictures from addresses that are not public, e.g. a server of one's own
-)
+private_pictures = False  # also fetch pictures from addresses that are not public, e.g. a server of one's own
 seed = 42  # of everything random
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "05_search_index")
 run
@@ -89,13 +69,9 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from src import index as indexing, miniworld
+from src import miniworld
 from src.data import cached_targets, open_split
-from src.engines import QdrantIndex, parts_of
-from src.figures import contact_sheet, save
-from src.metrics import resize
-from src.pretrained import Clipper
-from src.reconstruct import (
+from src.decoding import (
     decoder_config,
     encoder_for,
     find_decoder,
@@ -103,9 +79,21 @@ from src.reconstruct import (
     load_reconstructions,
     pick_best,
 )
-from src.remote import PictureCache, RemoteIndex, fetch_images, first_found, sent_pictures
-from src.results import add_results, derangements, make_record, provenance
+from src.evaluation import add_results, derangements, make_record, provenance
+from src.figures import contact_sheet, save
+from src.metrics import resize
+from src.pretrained import Clipper
 from src.retrieval import load_embeddings
+from src.search import (
+    PictureCache,
+    QdrantIndex,
+    RemoteIndex,
+    fetch_images,
+    first_found,
+    parts_of,
+    sent_pictures,
+)
+from src.search import local as indexing
 from src.utils import HOME, PerceptError, atomic, resolve
 
 # %% [markdown]

@@ -20,39 +20,24 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "nsd"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-recon_path = (  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
-    ""
-)
+recon_path = ""  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
 all_images_path = ""  # with recon_path, the images that were seen, in the same order
-metrics = (  # separated by commas
-    "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"
-)
-resizing = (  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
-    "published"
-)
-hard_negatives = (  # columns of the image labels that hard distractors share, by default clusters of the seen images
-    ""
-)
+metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"  # separated by commas
+resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
+hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
 blend = 0.0  # share of the blurry picture blended into the reconstructions that are scored, published evaluates .25, at least 0, at most 1
 brain_corr = False  # also what of the measured responses GNet, an encoder of this subject, predicts from the reconstructions
-caption_metrics = (  # separated by commas
-    "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L"
-    " text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"
-)
-references = (  # one of one, all; what people wrote of an image that its caption is held against (published is one)
-    "one"
-)
+caption_metrics = "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"  # separated by commas
+references = "one"  # one of one, all; what people wrote of an image that its caption is held against (published is one)
 shuffles = 3  # random pairings of the shuffled floor, at least 1
 seed = 42  # of these pairings and of the clusters; the bootstrap always has the same
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "06_metrics")
 run
@@ -67,18 +52,43 @@ import pandas as pd
 import torch
 from sklearn.cluster import KMeans
 
-from src.captions import (
+from src.data import Normaliser, open_split
+from src.decoding import load_reconstructions
+from src.evaluation import (
+    add_results,
+    bootstrap_mean,
+    brain_correlation,
     caption_lines,
     caption_rows,
+    check_alignment,
+    check_leak,
+    check_outputs,
     corpus_lines,
+    derangements,
+    gallery_widget,
+    load_pictures,
+    make_record,
+    make_records,
+    mean_picture,
+    most_alike,
     most_common,
+    noise_ceiling,
+    pixel_hash,
+    provenance,
     read_captions,
     ready_metrics,
+    retrieval_rows,
+    roi_masks,
+    score_lines,
+    score_table,
     scored_pairings,
+    verdict,
+    worth,
+    write_lines,
+    write_report,
 )
-from src.data import Normaliser, open_split
+from src.evaluation import told as voting_table
 from src.figures import abstain_curve, save, score_by_distance, score_dots
-from src.gnet import brain_correlation, load_gnet, roi_masks
 from src.metrics import (
     METRICS,
     Metric,
@@ -89,30 +99,8 @@ from src.metrics import (
     resize,
     two_way_within,
 )
-from src.networks import FeatureNetwork
-from src.pretrained import Clipper, Judge
-from src.reconstruct import load_reconstructions
-from src.report import gallery_widget, write_report
-from src.results import (
-    add_results,
-    bootstrap_mean,
-    check_alignment,
-    check_leak,
-    check_outputs,
-    derangements,
-    load_pictures,
-    make_record,
-    make_records,
-    mean_picture,
-    most_alike,
-    noise_ceiling,
-    pixel_hash,
-    provenance,
-    score_table,
-)
-from src.tables import retrieval_rows, score_lines, write_lines
+from src.pretrained import Clipper, FeatureNetwork, Judge, load_gnet
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
-from src.voting import told as voting_table, verdict, worth
 
 # %% [markdown]
 # ## The pictures

@@ -18,9 +18,7 @@
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
 model_name = "compare"  # folder under results/ that the comparison is written to
-runs = (  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
-    ""
-)
+runs = ""  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
 test_set = ""  # id of the test set, by default that of most runs
 metrics = ""  # metrics to show, separated by commas, by default all that every run has
 row = "system"  # row of each run's scores that is compared, e.g. system or ridge
@@ -28,7 +26,7 @@ baseline = ""  # run that the others are held against in pairs, by default the f
 seed = 0  # of the bootstrap
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "07_compare")
 run
@@ -37,7 +35,8 @@ run
 import pandas as pd
 from safetensors.torch import load_file
 
-from src import compare, figures
+from src import figures
+from src.evaluation import compare
 from src.utils import HOME, PerceptError, atomic
 
 # %% [markdown]

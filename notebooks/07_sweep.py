@@ -17,21 +17,13 @@
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
 model_name = ""  # name of the sweep, a folder under results/
-metrics = (  # scores to show, separated by commas, by default all that every point has; the first two are drawn
-    ""
-)
-factor = (  # varied parameter whose values are compared, by default the first of the grid that is no seed
-    ""
-)
-seed_name = (  # varied parameter that is the luck of a run, by default seed or bag_seeds, whichever the grid varies
-    ""
-)
-by = (  # column of the histories that the verdict is about; one that holds "loss" or "mse" is better where it is lower
-    "val/loss"
-)
+metrics = ""  # scores to show, separated by commas, by default all that every point has; the first two are drawn
+factor = ""  # varied parameter whose values are compared, by default the first of the grid that is no seed
+seed_name = ""  # varied parameter that is the luck of a run, by default seed or bag_seeds, whichever the grid varies
+by = "val/loss"  # column of the histories that the verdict is about; one that holds "loss" or "mse" is better where it is lower
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "07_sweep")
 run
@@ -39,7 +31,8 @@ run
 # %%
 import pandas as pd
 
-from src import figures, sweep
+from src import figures
+from src.evaluation import sweeps
 from src.utils import HOME, PerceptError, atomic
 
 # %% [markdown]
@@ -48,9 +41,9 @@ from src.utils import HOME, PerceptError, atomic
 # would have been their pair.
 
 # %%
-ledger, points = sweep.read_points(run.results)
+ledger, points = sweeps.read_points(run.results)
 varied = ledger["factors"]
-seed_name = seed_name or next((name for name in sweep.SEEDS if name in varied), "")
+seed_name = seed_name or next((name for name in sweeps.SEEDS if name in varied), "")
 factor = factor or next((name for name in varied if name != seed_name), "")
 if unknown := [name for name in (factor, seed_name) if name and name not in varied]:
     raise PerceptError(
@@ -83,9 +76,11 @@ points.groupby([factor, "state"], sort=False).size().unstack(fill_value=0)
 # %%
 labels = list(finished["label"])
 settings = points[["label", *varied]]  # in the order of the grid
-histories = settings.merge(sweep.read_histories(HOME / "train_logs" / run.name, labels), on="label")
-losses = settings.merge(sweep.at_best_epoch(histories, by), on="label")
-scores = settings.merge(sweep.read_scores(run.results, labels, metrics), on="label")
+histories = settings.merge(
+    sweeps.read_histories(HOME / "train_logs" / run.name, labels), on="label"
+)
+losses = settings.merge(sweeps.at_best_epoch(histories, by), on="label")
+scores = settings.merge(sweeps.read_scores(run.results, labels, metrics), on="label")
 shown = list(dict.fromkeys(scores["metric"]))
 if len(scores):
     first = scores.iloc[0]
@@ -122,14 +117,14 @@ def tables_of(table, value):
     """Runs that have a pair at every level, the table of levels, and the standard deviation over
     seeds.
     """
-    paired = sweep.complete(
+    paired = sweeps.complete(
         table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])]
     )
     paired = paired.assign(value=paired[value])
     return (
         paired,
-        sweep.level_table(paired, factor, seed_name),
-        sweep.seed_sd(paired, factor, seed_name),
+        sweeps.level_table(paired, factor, seed_name),
+        sweeps.seed_sd(paired, factor, seed_name),
     )
 
 
@@ -138,15 +133,17 @@ words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
 for kind, part in (
     losses.dropna(subset=by).groupby("kind", sort=False)
-    if by in losses and factor not in sweep.OTHER_IMAGES
+    if by in losses and factor not in sweeps.OTHER_IMAGES
     else ()
 ):
     found[kind] = tables_of(part, by)
     what = f"{words} of the {kind.replace('_', ' ')}" if losses["kind"].nunique() > 1 else words
     gaps[kind] = (
-        sweep.gaps_to_best(found[kind][0], factor, seed_name, better) if len(found[kind][0]) else []
+        sweeps.gaps_to_best(found[kind][0], factor, seed_name, better)
+        if len(found[kind][0])
+        else []
     )
-    verdicts[kind] = sweep.verdict(
+    verdicts[kind] = sweeps.verdict(
         gaps[kind], found[kind][2], what, [*others, *([seed_name] if seed_name else [])]
     )
     dropped = len(part) - len(found[kind][0])
@@ -158,7 +155,7 @@ for kind, part in (
 if not verdicts:
     why = (
         f"with another {factor} the validation images are others, too"
-        if factor in sweep.OTHER_IMAGES
+        if factor in sweeps.OTHER_IMAGES
         else f"no training left the column {by}"
     )
     print(f"No level is named the best: {why}, and nothing is chosen on test images.")
@@ -302,7 +299,7 @@ sheet[[c for c in sheet if "," not in c or c.split(", ")[-1] in set(losses["kind
 # %%
 costs = sheet.reset_index()[
     ["label", *varied, *(name for name in (by, *shown) if name in sheet)]
-].merge(sweep.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label")
+].merge(sweeps.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label")
 with atomic(run.results / "costs.csv") as path:
     costs.to_csv(path, index=False)
 for metric, part in scores.groupby("metric", sort=False):
@@ -327,7 +324,7 @@ values = {
     for p in ledger["points"]
 }
 drawn = scores[scores["metric"].isin(shown[:3])]
-regions = sweep.region_table(drawn, values, factor, seed_name)
+regions = sweeps.region_table(drawn, values, factor, seed_name)
 if len(regions):
     figures.save(figures.region_curves(regions), run.results / "figures" / "regions.png")
 else:

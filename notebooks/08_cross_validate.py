@@ -16,9 +16,7 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder
-model_name = (  # name of the run under train_logs/ and results/, by default made from recipe and subject
-    ""
-)
+model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
 dataset = "digits69"  # prepared dataset under data/
 subj = 1  # subject, at least 1
 weights = "hub"  # where CLIP lies, hub or mini or a folder
@@ -34,7 +32,7 @@ max_lr = 1.0e-3  # peak learning rate, more than 0
 seed = 42  # of folds and networks
 
 # %%
-from src.utils import configure
+from src.parameters import configure
 
 run = configure(globals(), "08_cross_validate")
 run
@@ -49,12 +47,12 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from src import metrics, results, retrieval
+from src import metrics, retrieval
 from src.data import open_subject
+from src.evaluation import records, statistics, write_report
 from src.figures import contact_sheet, save
 from src.models import BrainNetwork
 from src.pretrained import Clipper
-from src.report import write_report
 from src.training import fit
 from src.utils import progress
 
@@ -245,26 +243,26 @@ def as_images(flat):
 
 
 chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
-tables, records = [], []
+tables, rows = [], []
 for split, (made, test) in low.items():
     pictures = {"system": as_images(made["ridge"])} | {
         key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")
     }
-    table = results.score_table(
+    table = records.score_table(
         as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test]
     )
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
     protocol = f"digits69-{split}"
-    found = results.make_records(
+    found = records.make_records(
         floors,
         chosen,
         protocol=protocol,
         test_set=f"{len(test)} images, {split}",
         no_ceiling=reason,
     )
-    records += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
+    rows += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
 
 # %%
 for split, (made, test) in high.items():
@@ -297,7 +295,7 @@ lines = [
         "split": s,
         "metric": m,
         "row": r,
-        **results.bootstrap_mean(part.value.to_numpy())._asdict(),
+        **statistics.bootstrap_mean(part.value.to_numpy())._asdict(),
         "n": len(part),
     }
     for (s, m, r), part in per_image.groupby(["split", "metric", "row"], sort=False)
@@ -325,7 +323,7 @@ for (split, metric), part in per_image.groupby(["split", "metric"], sort=False):
         row: rows.sort_values("image")["value"].to_numpy() for row, rows in part.groupby("row")
     }
     sign = -1 if metric == "mse" else 1
-    result = results.paired_bootstrap(sign * value["network"], sign * value["ridge"])
+    result = statistics.paired_bootstrap(sign * value["network"], sign * value["ridge"])
     better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
     differences.append({"split": split, "metric": metric, **result._asdict(), "better": better})
 pd.DataFrame(differences).round(4)
@@ -338,7 +336,7 @@ selection = [
         "split": f"{inner_folds}-fold cross-validation within the fold's training images",
     }
 ]
-about = results.provenance(
+about = records.provenance(
     run.recipe or run.name,
     {"all": seed},
     selection,
@@ -351,7 +349,7 @@ more = [
     {"title": "Every row of both splits", "note": "", "rows": lines},
 ]
 one_table = scores.assign(metric=scores["metric"] + " (" + scores["split"] + ")")
-results.add_results(run.results, run.stage, one_table, records, about, more)
+records.add_results(run.results, run.stage, one_table, rows, about, more)
 
 # %%
 made, test = low[f"{folds}-fold"]

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.decoding.configs import high_level_config
 from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
-from src.reconstruct import build_decoder, high_level_config
-from src.training import PATIENCE, fit, gather, own_rows
+from src.networks.released import build_decoder
+from src.training.loop import PATIENCE, fit
+from src.training.processes import gather, own_rows
 from src.utils import PerceptError, seeded
 
 torch.set_num_threads(1)

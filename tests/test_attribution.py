@@ -15,12 +15,17 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from src import attribution, figures
-from src.data import Normaliser, open_subject, write_image_table, write_images, write_subject
-from src.miniworld import simulate
-from src.models import RidgeBaseline
-from src.pretrained import Clipper, LatentAutoencoder
-from src.reconstruct import build_decoder
+from src import figures
+from src.data.images import write_images
+from src.data.layout import write_image_table, write_subject
+from src.data.normaliser import Normaliser
+from src.data.subject import open_subject
+from src.evaluation import attribution
+from src.miniworld.cortex import simulate
+from src.networks.linear import RidgeBaseline
+from src.networks.released import build_decoder
+from src.pretrained.autoencoder import LatentAutoencoder
+from src.pretrained.clip import Clipper
 from src.utils import PerceptError, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.augment import augmented, clip_augmentation, teacher_augmentation
-from src.pretrained import fixed_image
+from src.pretrained.base import fixed_image
+from src.training.augment import augmented, clip_augmentation, teacher_augmentation
 
 BOTH = {"clip": clip_augmentation, "teacher": teacher_augmentation}
 

@@ -16,11 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from src.data import Normaliser, open_subject
-from src.models import BASIC_SIZES, BasicEncoder
-from src.reconstruct import basic_config, build_decoder, load_decoder
-from src.training import SCHEDULERS, fit
-from src.utils import NOTEBOOKS, PerceptError, count_parameters, parameters_source, read_parameters
+from src.data.normaliser import Normaliser
+from src.data.subject import open_subject
+from src.decoding.checkpoints import load_decoder
+from src.decoding.configs import basic_config
+from src.networks.low_level import BASIC_SIZES, BasicEncoder
+from src.networks.released import build_decoder
+from src.parameters import NOTEBOOKS, parameters_source, read_parameters
+from src.training.loop import fit
+from src.training.optim import SCHEDULERS
+from src.utils import PerceptError, count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 

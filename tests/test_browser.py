@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from src import report, results
+from src.evaluation import report
 from src.utils import read_json, write_json
 
 playwright = pytest.importorskip(
@@ -63,7 +63,7 @@ def page_file(tmp_path_factory, details):
             "a_run_with_quite_a_long_name-mini-subj01 alone": values + step / 2,
         }
         records.append(
-            results.make_record(
+            records.make_record(
                 name,
                 values,
                 floors=floors,
@@ -74,14 +74,14 @@ def page_file(tmp_path_factory, details):
                 **common,
             )
         )
-    origin = results.provenance(
+    origin = records.provenance(
         "mindeye/mini",
         {"all": 1},
         [{"what": HOSTILE, "split": "val"}],
         alarms=["an alarm"],
         parameters={f"p{i}": "x" * 60 for i in range(9)},
     )
-    results.write_metrics(folder / "metrics.json", records, origin)
+    records.write_metrics(folder / "metrics.json", records, origin)
     content = read_json(folder / "metrics.json")
     content["tables"] = [
         {"title": "Wide", "note": "a note", "rows": [{f"column_{i}": 1 / 3 for i in range(14)}]}

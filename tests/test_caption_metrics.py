@@ -11,16 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from src import captions, miniworld, tables
-from src.captions import CAPTION_METRICS, SentenceEncoder, by_text, ready_metrics
-from src.results import (
-    add_results,
-    derangements,
-    make_record,
-    make_records,
-    provenance,
-    score_table,
-)
+from src import miniworld
+from src.evaluation import captions, tables
+from src.evaluation.captions import CAPTION_METRICS, SentenceEncoder, by_text, ready_metrics
+from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
+from src.evaluation.statistics import derangements
 from src.utils import PerceptError, read_json
 
 SEED = 41  # no training and no demo draws with it

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
 from src import miniworld, pretrained
-from src.data import ImageStore, cached_targets
-from src.models import TokenMap
-from src.pretrained import Captioner, without
+from src.data.images import ImageStore
+from src.data.targets import cached_targets
+from src.networks.linear import TokenMap
+from src.pretrained.captioners import Captioner, without
 from src.utils import PerceptError
 from tools.train_mini_models import named_share
 
@@ -137,7 +138,7 @@ def test_only_the_named_words_are_left_out():
 
 # ------------------------------------------------------------------------------- as a frozen model
 def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
-    from src.data import write_images
+    from src.data.images import write_images
 
     write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
     targets = cached_targets(

@@ -15,25 +15,28 @@ import torch
 import torch.nn.functional as F
 from servers import hub_server
 
-from src import combined, dryrun, losses, models, published, training, utils
-from src.data import choose_repeats, write_images, write_subject
+from src import losses, models, parameters, training, utils
+from src.data.draws import choose_repeats
+from src.data.images import write_images
+from src.data.layout import write_subject
+from src.decoding import combined
+from src.decoding.checkpoints import load_decoder
+from src.decoding.configs import combined_config
+from src.decoding.generate import generate_images, generator_for, sampled_by
+from src.miniworld.formats import mindeye as mindeye_format
+from src.networks import released
+from src.networks.released import build_decoder
+from src.parameters import read_parameters
+from src.pipeline import dryrun
 from src.prior import BrainDiffusionPrior
 from src.readers import mindeye
-from src.reconstruct import (
-    build_decoder,
-    combined_config,
-    generate_images,
-    generator_for,
-    load_decoder,
-    sampled_by,
-)
-from src.utils import PerceptError, read_parameters
+from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = {
     name: p.default
     for name, p in read_parameters(
-        utils.parameters_source(ROOT / "notebooks/01_train_combined.py")
+        parameters.parameters_source(ROOT / "notebooks/01_train_combined.py")
     ).items()
 }
 TINY = DEFAULTS | {
@@ -180,7 +183,7 @@ def test_voxel2clip_begins_with_the_weights_of_a_file(tmp_path, wrapped, prefix)
     network = tiny().voxel2clip
     for p in network.parameters():
         torch.nn.init.zeros_(p)
-    published.load_voxel2clip(tmp_path / "early.pth", network)
+    released.load_voxel2clip(tmp_path / "early.pth", network)
     assert all(
         torch.equal(value, state[prefix + key]) for key, value in network.state_dict().items()
     )
@@ -190,11 +193,11 @@ def test_voxel2clip_of_a_run_of_ours_is_taken_and_another_size_refused(tmp_path)
     decoder = tiny()
     utils.save_checkpoint(tmp_path / "last.safetensors", decoder.state_dict(), {"model": {}})
     network = tiny().voxel2clip
-    published.load_voxel2clip(tmp_path / "last.safetensors", network)
+    released.load_voxel2clip(tmp_path / "last.safetensors", network)
     torch.testing.assert_close(network.state_dict(), decoder.voxel2clip.state_dict())
     early(tmp_path / "early.pth", True)
     with pytest.raises(PerceptError, match="of another shape"):
-        published.load_voxel2clip(tmp_path / "early.pth", tiny(h=8).voxel2clip)
+        released.load_voxel2clip(tmp_path / "early.pth", tiny(h=8).voxel2clip)
 
 
 def test_a_whole_early_checkpoint_is_a_decoder(tmp_path):
@@ -211,15 +214,15 @@ def test_a_whole_early_checkpoint_is_a_decoder(tmp_path):
 
 
 def test_the_mini_prior_is_laions_kind_of_file_and_starts_the_mini_recipe():
-    mini = utils.read_recipe(ROOT / "recipes/combined/mini/01_train_combined.yaml")
+    mini = parameters.read_recipe(ROOT / "recipes/combined/mini/01_train_combined.yaml")
     model = build_decoder(combined_config(DEFAULTS | mini, 60, 128))
     state = torch.load(LAION, weights_only=True)
-    assert not set(published.FRESH_IN_LAION) & set(state) and {
+    assert not set(released.FRESH_IN_LAION) & set(state) and {
         key.split(".")[0] for key in state
     } == {"net", "noise_scheduler"}
-    fresh = published.load_laion_prior(LAION, model)
+    fresh = released.load_laion_prior(LAION, model)
     assert {key for key in fresh if not key.startswith("voxel2clip.")} == set(
-        published.FRESH_IN_LAION
+        released.FRESH_IN_LAION
     )
     torch.testing.assert_close(model.net.learned_query.data, state["net.learned_query"].float())
     assert LAION.stat().st_size < 1.2e6
@@ -238,8 +241,8 @@ def test_the_tool_trains_a_prior_on_pairs_of_embeddings_and_exports_what_a_recip
     tool.train_laion_prior(type("Args", (), {"minutes": 0.005, "bf16": False}))
     tool.export_laion_prior()
     prior = tool.new_laion_prior()
-    assert set(published.load_laion_prior(tmp_path / "out/laion_prior/best.pth", prior)) == set(
-        published.FRESH_IN_LAION
+    assert set(released.load_laion_prior(tmp_path / "out/laion_prior/best.pth", prior)) == set(
+        released.FRESH_IN_LAION
     )
     trained = torch.load(tmp_path / "laion_prior.pt", weights_only=True)["average"]
     torch.testing.assert_close(
@@ -307,7 +310,7 @@ def test_an_epoch_shows_one_caption_that_is_not_empty_and_validation_the_first()
 
 # ----------------------------------------------------------------------------------------- samples
 def test_fid_is_zero_for_the_same_pictures_and_grows_with_the_difference():
-    from src.networks import FeatureNetwork
+    from src.pretrained.metric_networks import FeatureNetwork
 
     eye, g = FeatureNetwork("InceptionV3", "mini"), torch.Generator().manual_seed(0)
     pictures = torch.rand(6, 3, 32, 32, generator=g)
@@ -346,7 +349,7 @@ def test_samples_begin_at_the_noise_of_the_true_embedding_and_both_samplers_pain
 
 
 def test_an_image_variation_gives_an_embedding_of_another_picture():
-    from src.pretrained import Clipper
+    from src.pretrained.clip import Clipper
 
     clipper, diffusion = Clipper("mini", hidden=False, norm_embs=False), generator_for(1, "mini")
     given = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
@@ -418,7 +421,7 @@ def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, m
             or type("Open", (), {"log": lambda *a, **k: None, "finish": lambda self: None})()
         ),
     )
-    run = utils.Run("toy", "01_train_combined", "", {}, {})
+    run = parameters.Run("toy", "01_train_combined", "", {}, {})
     logger = training.tracker(
         run, True, "project", name="mine", notes="a note", host="https://wandb.example.org"
     )
@@ -626,7 +629,7 @@ def test_remote_data_come_from_the_hub_into_the_cache_and_then_from_there(home, 
         }
     )
     images = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8)
-    mindeye.write(
+    mindeye_format.write(
         tmp_path / "made",
         1,
         rng.normal(size=(n, 30)).astype(np.float32),

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from src import compare, results
-from src.results import bootstrap_mean, make_record, paired_bootstrap
+from src import utils
+from src.evaluation import compare
+from src.evaluation.records import make_record
+from src.evaluation.statistics import bootstrap_mean, paired_bootstrap
+from src.pipeline import recipes, stages
 from src.utils import ROOT, PerceptError, write_json
 
 IDS = np.array([3, 7, 11, 20, 21, 30, 44, 45, 46, 47, 50, 61])
@@ -71,7 +73,7 @@ def add_run(
                 test_set=test_set,
             )
         )
-    about = results.provenance(
+    about = records.provenance(
         "mindeye/mini",
         {"all": 0},
         [],
@@ -79,7 +81,7 @@ def add_run(
     )
     folder = home / "results" / name
     folder.mkdir(parents=True)
-    results.add_results(folder, "06_metrics", pd.concat(tables, ignore_index=True), records, about)
+    records.add_results(folder, "06_metrics", pd.concat(tables, ignore_index=True), records, about)
     if trained is not None:
         told = {
             "recipe": "mindeye/mini",
@@ -352,18 +354,13 @@ def test_held_out_effect_is_the_difference_of_changes_and_negative_for_a_loss():
 
 
 def test_recipe_is_run_again_when_there_are_new_scores(home, monkeypatch):
-    sys.path.insert(0, str(Path(ROOT)))
-    try:
-        import run
-    finally:
-        sys.path.pop(0)
-    monkeypatch.setattr(run.utils, "HOME", home)
-    values = run.parameters_of("07_compare", "compare", {"model_name": "compare"})
-    assert run.name_of("compare", ["07_compare"], {}) == "compare" and "runs" in values
-    before = run.fingerprint("07_compare", values, "")
-    assert before == run.fingerprint("07_compare", values, "")
+    monkeypatch.setattr(utils, "HOME", home)
+    values = recipes.parameters_of("07_compare", "compare", {"model_name": "compare"})
+    assert recipes.name_of("compare", ["07_compare"], {}) == "compare" and "runs" in values
+    before = stages.fingerprint("07_compare", values, "")
+    assert before == stages.fingerprint("07_compare", values, "")
     add_run(home, "new", 0.9)
-    assert before != run.fingerprint("07_compare", values, "")
+    assert before != stages.fingerprint("07_compare", values, "")
 
 
 def grow(home, sessions=(1, 2, 5, 10, 0)):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_stages import launch
 
-from src.readers import digits69
+from src.miniworld.formats import digits69 as digits69_format
 
 
 def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def test_cross_validation_puts_both_splits_decoders_and_floors_into_one_table(tm
     labels = np.tile([1, 2], 20)
     images[labels == 1, :14] //= 8  # two classes that differ
     betas = images.reshape(40, -1)[:, :60] / 255 + rng.normal(0, 0.05, (40, 60))
-    digits69.write(tmp_path / "digits.mat", betas, images, labels, n_test=8)
+    digits69_format.write(tmp_path / "digits.mat", betas, images, labels, n_test=8)
     table = cross_validate(tmp_path, tmp_path / "digits.mat", "--voxels_kept", "20,60")
     assert set(table["split"]) == {"official", "2-fold"}
     pcc = table[(table.metric == "pcc") & (table.split == "2-fold")].set_index("row")["value"]

@@ -16,23 +16,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from src import data
-from src.data import (
-    BrainDataset,
-    ImageStore,
-    Normaliser,
-    cached_targets,
-    cached_views,
-    check_trials,
-    choose_repeats,
-    image_clusters,
-    open_pictures,
-    open_split,
-    open_subject,
-    select_images,
-    write_image_table,
-    write_images,
-    write_subject,
-)
+from src.data import layout
+from src.data.batches import BrainDataset
+from src.data.draws import choose_repeats
+from src.data.images import ImageStore, write_images
+from src.data.layout import check_trials, write_image_table, write_subject
+from src.data.normaliser import Normaliser, _moments
+from src.data.reliability import estimate_noise_ceiling
+from src.data.splits import image_clusters, open_pictures, open_split, select_images
+from src.data.subject import open_subject
+from src.data.targets import cached_targets, cached_views
 from src.utils import PerceptError
 
 ATTRIBUTES = {"source": "test", "units": "a.u.", "normalisation": "none", "protocol": "toy"}
@@ -138,7 +131,7 @@ def test_subject_can_be_pickled_without_its_betas(world):
 
 
 def test_dataset_names_hang_on_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "HOME", tmp_path)
+    monkeypatch.setattr(layout, "HOME", tmp_path)
     prepare(tmp_path / "data" / "toy")
     assert (
         open_subject("toy", 1).folder
@@ -382,7 +375,7 @@ def test_noise_ceiling_recovers_what_was_simulated(tmp_path):
     write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
     subject = open_subject(tmp_path, 1)
     with pytest.warns(UserWarning, match="1 of 6 voxels"):
-        one, three = subject.noise_ceiling(), subject.noise_ceiling(repeats=3)
+        one, three = estimate_noise_ceiling(subject), estimate_noise_ceiling(subject, repeats=3)
     np.testing.assert_allclose(one["noise_ceiling"][:5], signal_share, atol=0.06)
     ncsnr = one["ncsnr"].to_numpy()
     np.testing.assert_allclose(
@@ -390,7 +383,7 @@ def test_noise_ceiling_recovers_what_was_simulated(tmp_path):
     )
     assert one.iloc[5].tolist() == [0, 0, 0]
     with pytest.raises(PerceptError, match="at least 1"):
-        subject.noise_ceiling(0)
+        estimate_noise_ceiling(subject, 0)
 
 
 def test_noise_ceiling_by_the_published_recipe(world):
@@ -400,13 +393,15 @@ def test_noise_ceiling_by_the_published_recipe(world):
     x, ids = world.subject.trials_of("train", Normaliser.fit(world.subject))
     noise = np.mean([x[ids == i].var(0, ddof=1) for i in np.unique(ids)], axis=0)
     ncsnr = np.sqrt(np.maximum(1 - noise, 0)) / np.sqrt(noise)
-    np.testing.assert_allclose(world.subject.noise_ceiling()["ncsnr"], ncsnr, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        estimate_noise_ceiling(world.subject)["ncsnr"], ncsnr, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_noise_ceiling_needs_repeats(tmp_path):
     prepare(tmp_path, repeats=1)
     with pytest.raises(PerceptError, match="shown twice"):
-        open_subject(tmp_path, 1).noise_ceiling()
+        estimate_noise_ceiling(open_subject(tmp_path, 1))
 
 
 # -------------------------------------------------------------------------------- normalisation
@@ -436,7 +431,7 @@ def test_normaliser_against_numpy_on_training_trials_only(world, by_session):
 def test_moments_are_exact_far_from_zero_and_in_half_precision():
     rng = np.random.default_rng(0)
     betas = (20_000 + 16 * rng.integers(-4, 5, (700, 3))).astype(np.float16)
-    mean, std = data._moments(betas, np.arange(700))
+    mean, std = _moments(betas, np.arange(700))
     np.testing.assert_allclose(mean, betas.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, betas.astype(np.float64).std(0), rtol=1e-9)
 
@@ -597,7 +592,9 @@ def test_components_refusals(world):
     with pytest.raises(PerceptError, match="vary in 0 dimensions"):
         pictured(world, np.zeros_like(betas))
     with pytest.raises(PerceptError, match="noise ceiling is of voxels"):
-        world.subject.noise_ceiling(normaliser=Normaliser.fit(world.subject, n_components=2))
+        estimate_noise_ceiling(
+            world.subject, normaliser=Normaliser.fit(world.subject, n_components=2)
+        )
 
 
 # -------------------------------------------------------------------------------- regions
@@ -643,8 +640,8 @@ def test_regions_select_their_own_voxels_and_no_others(world, regions, tmp_path,
         PerceptError, match=r"\(trials, 7\) voxels"
     ):  # whole rows, not the selected voxels
         loaded.apply(world.betas[:, columns], sessions)
-    ceiling = world.subject.noise_ceiling().iloc[columns].reset_index(drop=True)
-    pd.testing.assert_frame_equal(regions.noise_ceiling(normaliser=loaded), ceiling)
+    ceiling = estimate_noise_ceiling(world.subject).iloc[columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(estimate_noise_ceiling(regions, normaliser=loaded), ceiling)
 
 
 def test_components_are_of_the_regions_alone(world, regions, tmp_path):
@@ -878,7 +875,7 @@ def test_everything_reads_the_first_sessions(longitudinal):
             voxels[0], betas[np.isin(sessions, [4, 5]) & (image == ids[0])].mean(0), rtol=1e-5
         )
     assert subject.averaged("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(
-        subject.noise_ceiling(normaliser=normaliser)
+        estimate_noise_ceiling(subject, normaliser=normaliser)
     ).all(axis=None)
     expected = longitudinal.images(subject.image_ids("train")).mean(0)
     np.testing.assert_allclose(subject.mean_image("train"), expected)

@@ -18,9 +18,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from servers import LFS_FROM, hub_server, s3_server
 
 import run
-from src import download, miniworld, pretrained, utils
-from src.data import open_subject
-from src.download import (
+from src import miniworld, parameters, pretrained, utils
+from src.data.subject import open_subject
+from src.miniworld.formats import nsd as nsd_format
+from src.pipeline import download
+from src.pipeline.download import (
     BUNDLES,
     MOVED,
     RECIPES_NEED,
@@ -756,7 +758,7 @@ def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
     betas, trials = np.round(mini.scan.betas * 300) / np.float32(300), mini.scan.trials
     order = {image: row for row, image in enumerate(mini.image_ids.tolist())}
     trials = trials.assign(image=trials["image"].map(order))
-    nsd.write(
+    nsd_format.write(
         tmp_path / "bucket",
         1,
         betas,
@@ -842,14 +844,14 @@ def test_every_bundle_and_recipe_is_described():
 
 
 def test_places_are_those_of_the_notebooks():
-    default = utils.read_parameters(
-        utils.parameters_source(utils.NOTEBOOKS / "00_prepare_data.ipynb")
+    default = parameters.read_parameters(
+        parameters.parameters_source(parameters.NOTEBOOKS / "00_prepare_data.ipynb")
     )["data_path"].default
     for recipe, parts in RECIPES_NEED.items():
         if (
-            first := utils.RECIPES / recipe / "00_prepare_data.yaml"
+            first := parameters.RECIPES / recipe / "00_prepare_data.yaml"
         ).exists():  # what is fetched lies where the recipe reads it
-            assert BUNDLES[next(iter(parts.values()))].place == utils.read_recipe(first).get(
+            assert BUNDLES[next(iter(parts.values()))].place == parameters.read_recipe(first).get(
                 "data_path", default
             ), recipe
     assert LFS_FROM < 2000

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import dryrun, utils
+from src.pipeline import dryrun
 from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,12 +282,13 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path):
     ],
 )
 def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
-    known = utils.read_parameters(
-        utils.parameters_source(utils.NOTEBOOKS / "01_train_mindeye2.ipynb"), "01_train_mindeye2"
+    known = parameters.read_parameters(
+        parameters.parameters_source(parameters.NOTEBOOKS / "01_train_mindeye2.ipynb"),
+        "01_train_mindeye2",
     )
     values = {name: p.default for name, p in known.items()}
-    for file in utils.recipe_files(recipe, "01_train_mindeye2"):
-        values |= utils.read_recipe(file)
+    for file in parameters.recipe_files(recipe, "01_train_mindeye2"):
+        values |= parameters.read_recipe(file)
     made = dryrun.plan("01_train_mindeye2", values | {"dataset": "absent"})
     assert sum(made.parameters.values()) == parameters
     assert made.memory["weights"] == pytest.approx(4 * parameters, rel=1e-3)

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import engines
-from src.engines import QdrantIndex, parts_of
+from src.search import qdrant as engines
+from src.search.qdrant import QdrantIndex, parts_of
 from src.utils import PerceptError
 
 edge = pytest.importorskip(

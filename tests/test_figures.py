@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from src import figures, retrieval
+from src.figures import base
 from src.utils import PerceptError
 
 
@@ -165,9 +166,9 @@ def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
 
 
 def test_enlargement_by_nearest_keeps_whole_pixels():
-    tiles = figures._tiles(pictures(2), 32, "nearest")
+    tiles = base._tiles(pictures(2), 32, "nearest")
     assert (tiles[:, ::4, ::4].repeat(4, 1).repeat(4, 2) == tiles).all()
-    assert figures._side(pictures(side=32)) % 32 == 0 and figures._side(pictures(side=425)) == 112
+    assert base._side(pictures(side=32)) % 32 == 0 and base._side(pictures(side=425)) == 112
 
 
 def test_hits_and_misses_are_the_first_of_each_in_order_with_the_right_image_framed():

@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GitConfig, GitForCausalLM, GitProcessor
 
 from src import figures, pretrained
-from src.data import _ids_file, cached_targets, open_subject, write_images
-from src.models import CaptionConverter, RidgeBaseline
-from src.pretrained import BrainCaptioner, PatchClip
-from src.published import load_published
+from src.data.images import write_images
+from src.data.subject import open_subject
+from src.data.targets import _ids_file, cached_targets
+from src.networks.linear import CaptionConverter, RidgeBaseline
+from src.networks.released import load_published
+from src.pretrained.captioners import BrainCaptioner
+from src.pretrained.clip import PatchClip
 from src.utils import PerceptError, load_checkpoint, save_checkpoint
 from tests.test_captions import as_float, scenes
 from tools import train_mini_models as tool

@@ -14,17 +14,10 @@ from PIL import Image
 from scipy.stats import pearsonr
 from torch import nn
 
-from src import gnet, miniworld
-from src.gnet import (
-    GNetEncoder,
-    GNetReadout,
-    GNetTrunk,
-    brain_correlation,
-    brain_correlation_centred,
-    gnet_input,
-    load_gnet,
-    roi_masks,
-)
+from src import miniworld
+from src.evaluation.brain_correlation import brain_correlation, brain_correlation_centred, roi_masks
+from src.pretrained import gnet
+from src.pretrained.gnet import GNetEncoder, GNetReadout, GNetTrunk, gnet_input, load_gnet
 from src.utils import PerceptError
 from tools import train_mini_models as tool
 

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from src import index as indexing
 from src import miniworld
-from src.index import (
+from src.search import local as indexing
+from src.search.local import (
     KINDS,
     Embeddings,
     LocalIndex,

@@ -18,6 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from test_run import ROOT, project  # noqa: F401  # two tiny stages and a recipe
 
 import run
+from src.pipeline import runs, stages
 from src.utils import PerceptError
 
 LAUNCH = ROOT / "launch"
@@ -70,7 +71,7 @@ def test_the_cpu_config_starts_two_processes(tmp_path):
         "import os, sys, pathlib\npathlib.Path(sys.argv[1],"
         " os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])\n"
     )
-    done = ask(*run.launcher_of(str(LAUNCH / "cpu.yaml")), script, tmp_path)
+    done = ask(*stages.launcher_of(str(LAUNCH / "cpu.yaml")), script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
@@ -81,8 +82,8 @@ def test_a_config_or_program_that_is_missing_is_named():
         ("no-such-program --x", "no program no-such-program"),
     ):
         with pytest.raises(PerceptError, match=words):
-            run.launcher_of(how)
-    assert run.launcher_of("") == [] and run.launcher_of(f"{sys.executable} -u") == [
+            stages.launcher_of(how)
+    assert stages.launcher_of("") == [] and stages.launcher_of(f"{sys.executable} -u") == [
         sys.executable,
         "-u",
     ]
@@ -115,15 +116,15 @@ def test_a_training_stage_runs_under_the_launcher_and_then_its_notebook(training
     monkeypatch.setattr(
         run, "fingerprint", lambda stage, values, before: f"{stage} {values} {before}"
     )  # whoever edits src/ meanwhile
-    results = run.run_recipe("sys/mini", {"subj": "3"}, launch=sys.executable)
+    results = runs.run_recipe("sys/mini", {"subj": "3"}, launch=sys.executable)
     assert "--subj=3" in json.loads((training / "flags.json").read_text())
     cells = json.loads((results / "01_second.ipynb").read_text())["cells"]
     assert any("resume_from_ckpt = True" in "".join(cell["source"]) for cell in cells)
     (training / "flags.json").unlink()
-    run.run_recipe("sys/mini", {"subj": "3"}, launch=sys.executable)
+    runs.run_recipe("sys/mini", {"subj": "3"}, launch=sys.executable)
     assert not (training / "flags.json").exists()  # finished before
     with pytest.raises(PerceptError, match=r"Stage 01_second stopped under .*exit code 3"):
-        run.run_recipe("sys/mini", {"subj": "8"}, launch=sys.executable)
+        runs.run_recipe("sys/mini", {"subj": "8"}, launch=sys.executable)
 
 
 def test_sigterm_is_passed_on_and_ends_with_143(training, monkeypatch):
@@ -133,9 +134,9 @@ def test_sigterm_is_passed_on_and_ends_with_143(training, monkeypatch):
         "import threading, os, signal, time, pathlib\nnote ="
         f" pathlib.Path({str(training / 'flags.json')!r})\n"
         + "def later():\n    while not note.exists(): time.sleep(.05)\n    os.kill(os.getpid(),"
-        " signal.SIGTERM)\nthreading.Thread(target=later).start()\nimport run\nfrom src import"
-        " utils\nutils.NOTEBOOKS ="
-        f" pathlib.Path({str(training / 'notebooks')!r})\nrun.train_launched('01_second',"
+        " signal.SIGTERM)\nthreading.Thread(target=later).start()\nfrom src import"
+        " parameters\nfrom src.pipeline import stages\nparameters.NOTEBOOKS ="
+        f" pathlib.Path({str(training / 'notebooks')!r})\nstages.train_launched('01_second',"
         f" {{'subj': 9}}, [{sys.executable!r}])\n"
     )
     assert ask(sys.executable, "-c", script, cwd=ROOT).returncode == 143

@@ -14,8 +14,8 @@ from skimage.metrics import structural_similarity
 from torchvision.transforms.functional import resize as torchvision_resize
 
 from src import metrics
+from src.evaluation.records import score_table
 from src.metrics import METRICS, answer_metrics, two_way_each, two_way_metric
-from src.results import score_table
 from src.utils import PerceptError
 
 

@@ -11,33 +11,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, open_subject
+from src.data.batches import BrainDataset
+from src.data.normaliser import Normaliser
+from src.data.subject import open_subject
+from src.decoding.checkpoints import load_decoder
+from src.decoding.configs import mindeye2_config
+from src.decoding.generate import encoder_for
+from src.decoding.predict import predict_latents, predict_tokens
 from src.losses import mixco
-from src.mindeye2 import SeveralSubjects, check_gradients, fit_converter, start_from
-from src.models import (
-    CaptionConverter,
-    MindEye2,
-    MixerBrainNetwork,
-    PriorNetwork,
-    ResidualBrainNetwork,
-    RidgeRegression,
-)
-from src.pretrained import PatchClip
-from src.prior import BrainDiffusionPrior
-from src.published import (
+from src.networks.linear import CaptionConverter
+from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.priors import PriorNetwork
+from src.networks.released import (
     build_decoder,
     load_published,
     published_config,
     read_published,
     write_published,
 )
-from src.reconstruct import (
-    encoder_for,
-    load_decoder,
-    mindeye2_config,
-    predict_latents,
-    predict_tokens,
-)
+from src.pretrained.clip import PatchClip
+from src.prior import BrainDiffusionPrior
+from src.training.converter import fit_converter
+from src.training.subjects import SeveralSubjects, check_gradients, start_from
 from src.utils import PerceptError, save_checkpoint
 from tests.test_data import prepare
 

@@ -14,21 +14,13 @@ from himalaya.backend import get_backend
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from src.dryrun import NSD_VOXELS
-from src.models import (
-    MODELS,
-    UPS_MODES,
-    BrainNetwork,
-    CausalTransformer,
-    DiffusionPriorNetwork,
-    RelativePositionBias,
-    RidgeBaseline,
-    TokenMap,
-    VersatileDiffusionPriorNetwork,
-    Voxel2StableDiffusionModel,
-    build,
-    published_state,
-)
+from src.networks.encoders import BrainNetwork
+from src.networks.linear import RidgeBaseline, TokenMap
+from src.networks.low_level import UPS_MODES, Voxel2StableDiffusionModel
+from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
+from src.networks.registry import MODELS, build, published_state
+from src.networks.transformer import CausalTransformer, RelativePositionBias
+from src.pipeline.dryrun import NSD_VOXELS
 from src.prior import BrainDiffusionPrior
 from src.utils import (
     PerceptError,
@@ -480,7 +472,7 @@ def test_prior_network_runs_in_half_precision(dtype):
 
 
 def test_gain_norm_has_the_published_epsilons():
-    from src.models import GainNorm
+    from src.networks.transformer import GainNorm
 
     norm, x = GainNorm(6), torch.randn(3, 6) * 0.02
     for dtype, eps in ((torch.float32, 1e-5), (torch.float16, 1e-3)):

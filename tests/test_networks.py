@@ -16,8 +16,9 @@ import torchvision.transforms.functional as TF
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from src import metrics, miniworld, networks
-from src.networks import NETWORKS, RESIZING, FeatureNetwork, weight_file
+from src import metrics, miniworld
+from src.pretrained import metric_networks as networks
+from src.pretrained.metric_networks import NETWORKS, RESIZING, FeatureNetwork, weight_file
 from src.utils import PerceptError
 
 FILES = {  # what torchvision and SwAV's authors call their files

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from src import utils
+from src import parameters, utils
 from src.utils import PerceptError
 
 CELL = """recipe = ""  # a recipe folder
@@ -40,10 +40,12 @@ def project(tmp_path, monkeypatch):
     (recipes.parent / "01_stage.yaml").write_text("subj: 2\nmax_lr: 1e-3\n")
     (recipes / "01_stage.yaml").write_text("subj: 5\n")
     where = (
-        "from pathlib import Path\nfrom src import utils\nutils.NOTEBOOKS ="
-        f" Path({str(notebooks)!r})\nutils.RECIPES = Path({str(tmp_path / 'recipes')!r})\n"
+        "from pathlib import Path\nfrom src import parameters\nparameters.NOTEBOOKS ="
+        f" Path({str(notebooks)!r})\nparameters.RECIPES = Path({str(tmp_path / 'recipes')!r})\n"
     )
-    configure = where + 'from src.utils import configure\nrun = configure(globals(), "01_stage")'
+    configure = (
+        where + 'from src.parameters import configure\nrun = configure(globals(), "01_stage")'
+    )
     cells = [
         nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(configure),
@@ -63,8 +65,8 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
     for name in ("PERCEPT_ARGS", "PERCEPT_RECIPE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(utils, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(utils, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(parameters, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(parameters, "RECIPES", tmp_path / "recipes")
     monkeypatch.setattr(utils, "HOME", tmp_path / "home")
     return tmp_path
 
@@ -216,18 +218,18 @@ def test_help_lists_every_parameter_with_comment_and_default(project):
 
 def test_lab_chooses_the_recipe_by_environment(project, monkeypatch):
     monkeypatch.setenv("PERCEPT_RECIPE", "sys/mini")
-    scope = {name: p.default for name, p in utils.read_parameters(CELL).items()} | {
+    scope = {name: p.default for name, p in parameters.read_parameters(CELL).items()} | {
         "In": [],
         "__name__": "__main__",
     }
-    assert utils.configure(scope, "01_stage").name == "sys-mini-subj05" and scope["subj"] == 5
+    assert parameters.configure(scope, "01_stage").name == "sys-mini-subj05" and scope["subj"] == 5
 
 
 def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
-    scope = {name: p.default for name, p in utils.read_parameters(CELL).items()}
+    scope = {name: p.default for name, p in parameters.read_parameters(CELL).items()}
     injected = '# Parameters\nrecipe = "sys/mini"\nsubj = 5\nmax_lr = 2.0e-3\n'
     exec(injected, scope)
-    found = utils.configure(
+    found = parameters.configure(
         scope | {"In": ["", CELL, injected], "__name__": "__main__"}, "01_stage"
     ).origins
     assert (
@@ -240,7 +242,7 @@ def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
 # --------------------------------------------------------------------------------- what is refused
 @pytest.fixture
 def known():
-    return utils.read_parameters(CELL)
+    return parameters.read_parameters(CELL)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def known():
     ],
 )
 def test_values_come_to_the_type_of_the_default(known, name, value, made):
-    found = utils.coerce(known[name], value, "here")
+    found = parameters.coerce(known[name], value, "here")
     assert found == made and type(found) is type(made)
 
 
@@ -275,7 +277,7 @@ def test_values_come_to_the_type_of_the_default(known, name, value, made):
 )
 def test_wrong_types_and_choices_are_refused_by_name(known, name, value):
     with pytest.raises(PerceptError, match=f"Parameter '{name}' from here"):
-        utils.coerce(known[name], value, "here")
+        parameters.coerce(known[name], value, "here")
 
 
 @pytest.mark.parametrize(
@@ -283,15 +285,15 @@ def test_wrong_types_and_choices_are_refused_by_name(known, name, value):
     [(0, "must be at least 1"), (5, "must be at most 4"), (-1, "must be at least 1")],
 )
 def test_numbers_out_of_the_range_that_the_comment_gives_are_refused(value, words):
-    share = utils.read_parameters(
+    share = parameters.read_parameters(
         '# %% tags=["parameters"]\nsize = 2  # of something, at least 1, at most 4; more\nrate ='
         " 0.1  # more than 0\n"
     )
-    assert utils.coerce(share["size"], 4, "here") == 4
+    assert parameters.coerce(share["size"], 4, "here") == 4
     with pytest.raises(PerceptError, match=f"Parameter 'size' from here is {value}, but {words}"):
-        utils.coerce(share["size"], value, "here")
+        parameters.coerce(share["size"], value, "here")
     with pytest.raises(PerceptError, match="must be more than 0"):
-        utils.coerce(share["rate"], 0, "here")
+        parameters.coerce(share["rate"], 0, "here")
 
 
 def test_unknown_names_in_recipe_and_flags_are_refused(project):
@@ -308,15 +310,15 @@ def test_unknown_names_in_recipe_and_flags_are_refused(project):
 
 def test_missing_or_broken_recipes_are_named(project, tmp_path):
     with pytest.raises(PerceptError, match="no recipe 'system'.*sys"):
-        utils.recipe_files("system", "01_stage")
+        parameters.recipe_files("system", "01_stage")
     with pytest.raises(PerceptError, match="no recipe file"):
-        utils.read_recipe(tmp_path / "none.yaml")
+        parameters.read_recipe(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(PerceptError, match="not valid YAML"):
-        utils.read_recipe(tmp_path / "broken.yaml")
+        parameters.read_recipe(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(PerceptError, match="must hold lines"):
-        utils.read_recipe(tmp_path / "list.yaml")
+        parameters.read_recipe(tmp_path / "list.yaml")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_missing_or_broken_recipes_are_named(project, tmp_path):
 )
 def test_a_cell_of_another_form_is_refused(line):
     with pytest.raises(PerceptError, match="Line 1"):
-        utils.read_parameters(line)
+        parameters.read_parameters(line)
 
 
 def test_without_data_the_first_cell_names_both_ways_on(project, monkeypatch):
@@ -335,7 +337,7 @@ def test_without_data_the_first_cell_names_both_ways_on(project, monkeypatch):
         cells=[nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})]
     )
     nbformat.write(nb, project / "notebooks" / "01_stage.ipynb")
-    scope = {name: p.default for name, p in utils.read_parameters(source).items()} | {"In": []}
+    scope = {name: p.default for name, p in parameters.read_parameters(source).items()} | {"In": []}
     with pytest.raises(PerceptError, match='notebook 00.*recipe = "mindeye/mini"') as caught:
-        utils.configure(scope, "01_stage")
+        parameters.configure(scope, "01_stage")
     assert caught.value._render_traceback_() == [f"PerceptError: {caught.value}"]

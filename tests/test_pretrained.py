@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from src import miniworld, pretrained
+from src.pretrained import teacher
 from src.utils import PerceptError
 
 
@@ -521,7 +522,7 @@ def test_a_teacher_without_all_its_weights_is_refused(released_teacher):
 
 
 def test_a_convnext_block_is_what_its_paper_says():
-    block = pretrained._ConvNeXtBlock(6).double()
+    block = teacher._ConvNeXtBlock(6).double()
     x = torch.randn(1, 6, 9, 9, dtype=torch.float64)
     y = torch.nn.functional.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=6)
     mean, var = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.models import BrainNetwork, Denoiser, DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
+from src.networks.encoders import BrainNetwork
+from src.networks.priors import Denoiser, DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
 from src.prior import BrainDiffusionPrior, noise_schedule
 from src.utils import PerceptError, load_strictly
 

@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from src import published
-from src.models import (
-    BrainNetwork,
-    DiffusionPriorNetwork,
-    RidgeBaseline,
-    VersatileDiffusionPriorNetwork,
-    Voxel2StableDiffusionModel,
-    published_state,
-)
-from src.prior import BrainDiffusionPrior
-from src.published import (
+from src import safe_pickle
+from src.decoding.checkpoints import load_decoder
+from src.networks import released as released_files
+from src.networks.encoders import BrainNetwork
+from src.networks.linear import RidgeBaseline
+from src.networks.low_level import Voxel2StableDiffusionModel
+from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
+from src.networks.registry import published_state
+from src.networks.released import (
+    build_decoder,
     difference,
     load_laion_prior,
     load_published,
@@ -34,7 +33,7 @@ from src.published import (
     read_published,
     write_published,
 )
-from src.reconstruct import build_decoder, load_decoder
+from src.prior import BrainDiffusionPrior
 from src.utils import PerceptError
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -330,7 +329,8 @@ def test_the_advice_fits_the_difference(released, tmp_path):
         keys = [
             k
             for k in network.state_dict()
-            if "voxel2clip" not in k and (name == "257-style" or k not in published.FRESH_IN_LAION)
+            if "voxel2clip" not in k
+            and (name == "257-style" or k not in released_files.FRESH_IN_LAION)
         ]
         torch.save({k: network.state_dict()[k] for k in keys}, tmp_path / "best.pth")
         with pytest.raises(PerceptError, match=words):
@@ -368,7 +368,7 @@ def test_the_old_names_are_the_published_ones(golden):
         published_shapes(golden, f"voxel2sd_4x_contTrue_{keys}")
         for keys in ("newdiffuserskeys", "diffusers013_keys")
     )
-    assert {published.old_name(key): shape for key, shape in new.items()} == old
+    assert {released_files.old_name(key): shape for key, shape in new.items()} == old
 
 
 def test_networks_that_a_released_file_cannot_tell_are_not_written(tmp_path):
@@ -459,15 +459,15 @@ def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, pr
     data = pickle.dumps([*NUMBERS, BigEndian(), *others], protocol)
     if protocol < 4:  # later ones count the letters
         data = data.replace(b"numpy._core.multiarray", module.encode())
-    read = published._TensorsOnly(io.BytesIO(data)).load()
+    read = safe_pickle._TensorsOnly(io.BytesIO(data)).load()
     np.testing.assert_array_equal(read[: len(NUMBERS) + 1], [*[float(v) for v in NUMBERS], 1.5])
-    assert all(isinstance(value, published._Inert) for value in read[len(NUMBERS) + 1 :])
+    assert all(isinstance(value, safe_pickle._Inert) for value in read[len(NUMBERS) + 1 :])
 
 
 CHILD = """
 import sys, torch
 from src.models import build
-from src.published import load_published, published_config, read_history, read_published
+from src.networks.released import load_published, published_config, read_history, read_published
 
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

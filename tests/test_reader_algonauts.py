@@ -12,9 +12,10 @@ import scipy.io
 from PIL import Image
 
 from src import miniworld
-from src.data import open_subject
+from src.data.subject import open_subject
+from src.miniworld.formats import algonauts as algonauts_format
 from src.readers import algonauts
-from src.readers.common import unpickle_npy
+from src.safe_pickle import unpickle_npy
 from src.utils import PerceptError
 
 N, LEFT, RIGHT = 10, 5, 7
@@ -306,7 +307,7 @@ def averaged(experiment):
 
 def write(source, subj, e, **options):
     tables = {"voxels": e.scan.voxels, "captions": e.captions, "labels": e.labels}
-    return algonauts.write(
+    return algonauts_format.write(
         source, subj, e.scan.betas, e.scan.trials, e.images, e.image_ids, **tables, **options
     )
 
@@ -357,14 +358,14 @@ def test_mini_world_as_the_course_subset(tmp_path, world):
 def test_write_refuses(tmp_path, world):
     e = world[1]
     with pytest.raises(PerceptError, match="do not fit each other"):
-        algonauts.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        algonauts_format.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
     with pytest.raises(PerceptError, match="flavour='other'"):
         write(tmp_path, 1, e, flavour="other")
     overlap = pd.DataFrame(
         {"EBA": np.ones(e.scan.betas.shape[1], bool), "FBA-1": np.ones(e.scan.betas.shape[1], bool)}
     )
     with pytest.raises(PerceptError, match="overlap"):
-        algonauts.write(
+        algonauts_format.write(
             tmp_path, 1, e.scan.betas, e.scan.trials, e.images, e.image_ids, voxels=overlap
         )
     assert not list(tmp_path.iterdir())

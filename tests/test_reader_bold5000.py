@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from src.data import open_subject
-from src.miniworld import simulate
+from src.data.subject import open_subject
+from src.miniworld.cortex import simulate
+from src.miniworld.formats import bold5000 as bold5000_format
 from src.readers import bold5000
 from src.utils import PerceptError
 
@@ -102,7 +103,7 @@ def worlds():
 
 def test_mini_world_comes_back(tmp_path, worlds):
     for subj, world in worlds.items():
-        bold5000.write(
+        bold5000_format.write(
             tmp_path / "source",
             subj,
             world.scan.betas,
@@ -144,7 +145,7 @@ def test_mini_world_comes_back(tmp_path, worlds):
 def test_writing_again_with_fewer_sessions_leaves_none_of_the_old(tmp_path, worlds):
     world = worlds[1]
     for trials in (world.scan.trials, world.scan.trials[:100]):
-        bold5000.write(
+        bold5000_format.write(
             tmp_path, 1, world.scan.betas[: len(trials)], trials, world.images, world.image_ids
         )
         bold5000.read(tmp_path, tmp_path / "out", 1, val_images=0)
@@ -154,7 +155,7 @@ def test_writing_again_with_fewer_sessions_leaves_none_of_the_old(tmp_path, worl
 def test_written_sessions_must_be_those_of_the_files(tmp_path, worlds):
     world = worlds[1]
     with pytest.raises(PerceptError, match="count from 0 without gaps"):
-        bold5000.write(
+        bold5000_format.write(
             tmp_path,
             1,
             world.scan.betas,
@@ -163,7 +164,7 @@ def test_written_sessions_must_be_those_of_the_files(tmp_path, worlds):
             world.image_ids,
         )
     with pytest.raises(PerceptError, match="do not fit"):
-        bold5000.write(
+        bold5000_format.write(
             tmp_path, 1, world.scan.betas[1:], world.scan.trials, world.images, world.image_ids
         )
 

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from src.data import open_subject
-from src.miniworld import simulate
+from src.data.subject import open_subject
+from src.miniworld.cortex import simulate
+from src.miniworld.formats import god as god_format
 from src.readers import god
 from src.utils import PerceptError
 
@@ -87,7 +88,7 @@ read = functools.partial(god.read, val_images=1)
 def test_mini_world_comes_back(tmp_path):
     worlds = {subj: simulate(subj, 40, 10, 12, trials_per_session=70) for subj in (1, 2)}
     for subj, world in worlds.items():
-        god.write(
+        god_format.write(
             tmp_path / "source",
             subj,
             world.scan.betas,
@@ -128,11 +129,11 @@ def test_write_refuses_what_does_not_fit(tmp_path):
         pd.DataFrame({"trial": [0], "image": [5], "session": 0, "run": 0, "split": "train"}),
     )
     with pytest.raises(PerceptError, match="do not fit"):
-        god.write(tmp_path, 1, np.zeros((2, 3)), trials, images, np.array([5]))
+        god_format.write(tmp_path, 1, np.zeros((2, 3)), trials, images, np.array([5]))
     with pytest.raises(PerceptError, match="Image id 2000000 cannot be written"):
-        god.write(tmp_path, 1, np.zeros((1, 3)), trials, images, np.array([2_000_000]))
+        god_format.write(tmp_path, 1, np.zeros((1, 3)), trials, images, np.array([2_000_000]))
     with pytest.raises(PerceptError, match="subjects 1 to 5"):
-        god.write(tmp_path, 6, np.zeros((1, 3)), trials, images, np.array([5]))
+        god_format.write(tmp_path, 6, np.zeros((1, 3)), trials, images, np.array([5]))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.data import open_subject
-from src.miniworld import simulate
+from src.data.subject import open_subject
+from src.miniworld.cortex import simulate
+from src.miniworld.formats import mindeye2 as mindeye2_format
 from src.readers import mindeye2
 from src.utils import PerceptError
 
@@ -32,7 +33,7 @@ def published(worlds, tmp_path_factory):
     source = tmp_path_factory.mktemp("mindeye2")
     for subject, world in worlds.items():
         scan = world.scan
-        mindeye2.write(
+        mindeye2_format.write(
             source,
             subject,
             scan.betas,
@@ -118,8 +119,10 @@ def test_the_older_test_split_ends_three_sessions_earlier(worlds, published, tmp
 def test_half_precision_betas_stay_so(worlds, tmp_path):
     world = worlds[1]
     half = world.scan.betas.astype(np.float16)
-    mindeye2.write(tmp_path, 1, world.scan.betas, world.scan.trials, world.images, world.image_ids)
-    mindeye2.write(tmp_path, 1, half, world.scan.trials, world.images, world.image_ids)
+    mindeye2_format.write(
+        tmp_path, 1, world.scan.betas, world.scan.trials, world.images, world.image_ids
+    )
+    mindeye2_format.write(tmp_path, 1, half, world.scan.trials, world.images, world.image_ids)
     assert [path.name for path in tmp_path.glob("betas*")] == ["betas_subj01.hdf5"]
     mindeye2.read(tmp_path, tmp_path / "out", 1, image_size=16)
     subject = open_subject(tmp_path / "out", 1)
@@ -174,7 +177,7 @@ def test_written_samples_are_the_published_ones(worlds, published):
 def test_writing_a_subject_again_replaces_only_that_subject(worlds, published, tmp_path):
     world = worlds[2]
     fewer = (world.scan.trials["session"] < 2).to_numpy()
-    mindeye2.write(
+    mindeye2_format.write(
         tmp_path,
         1,
         worlds[1].scan.betas,
@@ -182,8 +185,10 @@ def test_writing_a_subject_again_replaces_only_that_subject(worlds, published, t
         worlds[1].images,
         worlds[1].image_ids,
     )
-    mindeye2.write(tmp_path, 2, world.scan.betas, world.scan.trials, world.images, world.image_ids)
-    mindeye2.write(
+    mindeye2_format.write(
+        tmp_path, 2, world.scan.betas, world.scan.trials, world.images, world.image_ids
+    )
+    mindeye2_format.write(
         tmp_path,
         2,
         world.scan.betas[fewer],
@@ -207,11 +212,11 @@ def test_write_refusals(worlds, tmp_path):
     world = worlds[1]
     trials, given = world.scan.trials, (world.images, world.image_ids)
     with pytest.raises(PerceptError, match="do not fit each other"):
-        mindeye2.write(tmp_path, 1, world.scan.betas[1:], trials, *given)
+        mindeye2_format.write(tmp_path, 1, world.scan.betas[1:], trials, *given)
     with pytest.raises(PerceptError, match="is not among the images"):
-        mindeye2.write(tmp_path, 1, world.scan.betas, trials, given[0][1:], given[1][1:])
+        mindeye2_format.write(tmp_path, 1, world.scan.betas, trials, given[0][1:], given[1][1:])
     with pytest.raises(PerceptError, match="count from 0, each once"):
-        mindeye2.write(tmp_path, 1, world.scan.betas, trials.assign(trial=3), *given)
+        mindeye2_format.write(tmp_path, 1, world.scan.betas, trials.assign(trial=3), *given)
     assert not list(tmp_path.iterdir())
 
 
@@ -350,7 +355,7 @@ def test_every_value_survives_half_precision(tmp_path):
             "split": ["train", "train", "test"],
         }
     )
-    mindeye2.write(
+    mindeye2_format.write(
         tmp_path,
         8,
         np.zeros((3, 2), np.float32),

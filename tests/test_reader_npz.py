@@ -5,7 +5,7 @@ images.
 import numpy as np
 import pytest
 
-from src.data import open_subject
+from src.data.subject import open_subject
 from src.readers import npz
 from src.utils import PerceptError
 

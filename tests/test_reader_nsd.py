@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import scipy.io
 
-from src.data import open_subject
-from src.miniworld import simulate
+from src.data.subject import open_subject
+from src.miniworld.cortex import simulate
+from src.miniworld.formats import nsd as nsd_format
 from src.readers import nsd
 from src.utils import PerceptError
 
@@ -35,7 +36,7 @@ def worlds():
 @pytest.mark.parametrize("file_format", ["hdf5", "nii.gz"])
 def test_the_mini_world_comes_back(worlds, tmp_path, file_format):
     for s, world in worlds.items():
-        nsd.write(
+        nsd_format.write(
             tmp_path / "nsd",
             s,
             quantised(world.scan.betas),
@@ -74,7 +75,7 @@ def test_the_design_alone_says_the_same(worlds, tmp_path):
     world = worlds[2]
     for s in (1, 2):
         w = worlds[s]
-        nsd.write(
+        nsd_format.write(
             tmp_path / "nsd", s, quantised(w.scan.betas), w.scan.trials, w.images, w.image_ids
         )
     (tmp_path / "nsd/nsddata/ppdata/subj02/behav/responses.tsv").unlink()
@@ -537,8 +538,8 @@ def test_write_refuses_what_does_not_fit(worlds, tmp_path):
     world = worlds[1]
     arrays = (world.scan.betas, world.scan.trials, world.images, world.image_ids)
     with pytest.raises(PerceptError, match="no room"):
-        nsd.write(tmp_path, 1, *arrays, grid=(2, 3, 4))
+        nsd_format.write(tmp_path, 1, *arrays, grid=(2, 3, 4))
     with pytest.raises(PerceptError, match="auto"):
-        nsd.write(tmp_path, 1, *arrays, file_format="auto")
+        nsd_format.write(tmp_path, 1, *arrays, file_format="auto")
     with pytest.raises(PerceptError, match="109"):
-        nsd.write(tmp_path, 1, world.scan.betas + 100, *arrays[1:])
+        nsd_format.write(tmp_path, 1, world.scan.betas + 100, *arrays[1:])

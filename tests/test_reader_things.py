@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from src import data, miniworld
-from src.data import open_subject
+from src import miniworld
+from src.data import subject as data
+from src.data.subject import open_subject
+from src.miniworld.formats import things as things_format
 from src.readers import things
 from src.readers.common import pictures
 from src.utils import PerceptError
@@ -298,7 +300,7 @@ def world():
 def test_mini_world_two_subjects(tmp_path, world):
     for subj, e in world.items():
         tables = {"voxels": e.scan.voxels, "captions": e.captions, "labels": e.labels}
-        things.write(
+        things_format.write(
             tmp_path / "source", subj, e.scan.betas, e.scan.trials, e.images, e.image_ids, **tables
         )
         things.read(tmp_path / "source", tmp_path / "out", subj, attributes={"units": "simulated"})
@@ -330,9 +332,9 @@ def test_mini_world_two_subjects(tmp_path, world):
 def test_write_refuses(tmp_path, world):
     e = world[1]
     with pytest.raises(PerceptError, match="do not fit each other"):
-        things.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        things_format.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
     with pytest.raises(PerceptError, match="lacks the columns .'session'"):
-        things.write(
+        things_format.write(
             tmp_path, 1, e.scan.betas, e.scan.trials.drop(columns="session"), e.images, e.image_ids
         )
     assert not list(tmp_path.iterdir())
@@ -416,6 +418,8 @@ def test_without_labels_each_image_is_its_own_concept_also_where_its_name_is_a_n
         }
     )
     images = np.random.default_rng(0).integers(0, 255, (3, 5, 5, 3), dtype=np.uint8)
-    things.write(tmp_path, 1, np.eye(6, 4, dtype=np.float32), trials, images, np.array([7, 8, 9]))
+    things_format.write(
+        tmp_path, 1, np.eye(6, 4, dtype=np.float32), trials, images, np.array([7, 8, 9])
+    )
     things.read(tmp_path, tmp_path / "out", 1, rois="all", val_images=0)
     np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).images([7, 8, 9]), images)

@@ -15,7 +15,12 @@ import scipy.io
 from PIL import Image
 
 from src import miniworld
-from src.data import number_repeats, open_subject
+from src.data.layout import number_repeats
+from src.data.subject import open_subject
+from src.miniworld.formats import WRITERS
+from src.miniworld.formats import digits69 as digits69_format
+from src.miniworld.formats import mindeye as mindeye_format
+from src.miniworld.formats import npz as npz_format
 from src.readers import READERS, digits69, mindeye, npz, read, reader_options
 from src.utils import PerceptError
 
@@ -338,7 +343,7 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
         "labels": pd.DataFrame({"image": ids, "kind": list("abcdef")}),
     }
     options = {"samples_per_shard": 3, "image_format": image_format}
-    mindeye.write(tmp_path, 3, betas, trials, images, ids, **tables, **options)
+    mindeye_format.write(tmp_path, 3, betas, trials, images, ids, **tables, **options)
     names = sorted(p.name for p in tmp_path.glob("webdataset_avg_split/*/*.tar"))
     assert names == [
         "test_subj03_0.tar",
@@ -359,7 +364,7 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
     pd.testing.assert_frame_equal(subject.voxels, tables["voxels"])
     assert subject.labels.set_index("image").loc[92, "kind"] == "d" and len(subject.captions) == 12
     assert subject.attributes["units"] == "percent"
-    mindeye.write(
+    mindeye_format.write(
         tmp_path, 3, betas, trials, images, ids
     )  # fewer shards than before: none of the old ones stays
     assert not (tmp_path / "webdataset_avg_split" / "train" / "train_subj03_1.tar").exists()
@@ -367,7 +372,7 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
 
 def test_mindeye_written_members_are_the_published_ones(tmp_path):
     betas, trials, images, ids = make_arrays()
-    mindeye.write(tmp_path, 1, betas, trials, images, ids, repeats=3)
+    mindeye_format.write(tmp_path, 1, betas, trials, images, ids, repeats=3)
     with tarfile.open(tmp_path / "webdataset_avg_split" / "train" / "train_subj01_0.tar") as file:
         names = file.getnames()
         uniques = [
@@ -388,8 +393,8 @@ def test_mindeye_written_members_are_the_published_ones(tmp_path):
 
 def test_mindeye_whole_brain_and_two_subjects(tmp_path):
     betas, trials, images, ids = make_arrays((2, 3, 4))
-    mindeye.write(tmp_path, 1, betas, trials, images, ids)
-    mindeye.write(tmp_path, 2, betas[:, 0, 0] * 2, trials, images, ids)
+    mindeye_format.write(tmp_path, 1, betas, trials, images, ids)
+    mindeye_format.write(tmp_path, 2, betas[:, 0, 0] * 2, trials, images, ids)
     mindeye.read(tmp_path, tmp_path / "out", 1, betas="wholebrain_3d")
     mindeye.read(tmp_path, tmp_path / "out", 2)
     one, two = open_subject(tmp_path / "out", 1), open_subject(tmp_path / "out", 2)
@@ -403,21 +408,21 @@ def test_mindeye_whole_brain_and_two_subjects(tmp_path):
 def test_mindeye_write_refusals(tmp_path):
     betas, trials, images, ids = make_arrays()
     with pytest.raises(PerceptError, match="16 betas, 17 trials"):
-        mindeye.write(tmp_path, 1, betas[:-1], trials, images, ids)
+        mindeye_format.write(tmp_path, 1, betas[:-1], trials, images, ids)
     with pytest.raises(PerceptError, match="Image 35 of the trials"):
-        mindeye.write(tmp_path, 1, betas, trials, images[:-1], ids[:-1])
+        mindeye_format.write(tmp_path, 1, betas, trials, images[:-1], ids[:-1])
     with pytest.raises(PerceptError, match="png or jpg"):
-        mindeye.write(tmp_path, 1, betas, trials, images, ids, image_format="gif")
+        mindeye_format.write(tmp_path, 1, betas, trials, images, ids, image_format="gif")
 
 
 def test_mindeye_the_release_that_is_there_is_read(tmp_path):
     betas, trials, images, ids = make_arrays()
-    mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset_avg_new")
+    mindeye_format.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset_avg_new")
     mindeye.read(tmp_path, tmp_path / "out", 1, trials_per_session=6)
     subject = open_subject(tmp_path / "out", 1)
     assert subject.protocol == "nsd-1000" and subject.attributes["layout"] == "webdataset_avg_new"
     np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
-    mindeye.write(tmp_path, 1, betas + 1, trials, images, ids)
+    mindeye_format.write(tmp_path, 1, betas + 1, trials, images, ids)
     with pytest.raises(
         PerceptError, match="holds the releases webdataset_avg_split, webdataset_avg_new.*name one"
     ):
@@ -440,13 +445,15 @@ def test_mindeye_the_release_that_is_there_is_read(tmp_path):
         with pytest.raises(PerceptError, match=message):
             mindeye.read(**{"source": tmp_path, "dataset": tmp_path / "out", "subj": 1} | options)
     with pytest.raises(PerceptError, match="layout='wds' one of"):
-        mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="wds")
+        mindeye_format.write(tmp_path, 1, betas, trials, images, ids, layout="wds")
 
 
 @pytest.mark.parametrize("volume", [(), (2, 3, 4)])
 def test_mindeye_early_release_there_and_back(tmp_path, volume):
     betas, trials, images, ids = make_arrays(volume)
-    mindeye.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset", samples_per_shard=5)
+    mindeye_format.write(
+        tmp_path, 1, betas, trials, images, ids, layout="webdataset", samples_per_shard=5
+    )
     root = tmp_path / "webdataset"
     assert sorted(p.name for p in root.glob("*/*.tar")) == [
         f"train_subj01_{n}.tar" for n in range(3)
@@ -575,7 +582,7 @@ def make_digits(path, n=40, n_test=4):
     images[np.arange(n), 2, np.arange(n) % 28] = 255
     labels = np.tile([1, 2], n // 2)
     betas = rng.standard_normal((n, V))
-    digits69.write(path, betas, images, labels, n_test)
+    digits69_format.write(path, betas, images, labels, n_test)
     return betas, images, labels
 
 
@@ -696,7 +703,7 @@ def test_npz_with_everything(tmp_path):
         "normalisation": "none",
         "protocol": "mine",
     }
-    npz.write(tmp_path / "a.npz", betas, images, image_index=index, **columns, **extra)
+    npz_format.write(tmp_path / "a.npz", betas, images, image_index=index, **columns, **extra)
     npz.read(tmp_path / "a.npz", tmp_path / "out", 4)
     subject = open_subject(tmp_path / "out", 4)
     np.testing.assert_array_equal(subject.betas, betas)
@@ -791,7 +798,7 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
         mini.scan.trials,
         np.round(mini.scan.betas * 300) / np.float32(300),
     )  # NSD stores integers
-    READERS[name].write(
+    WRITERS[name](
         tmp_path / "source",
         1,
         betas,

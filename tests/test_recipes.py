@@ -4,45 +4,47 @@ would only warn.
 
 import pytest
 
-from src import utils
+from src import parameters
 
-FILES = sorted(utils.RECIPES.rglob("*.yaml"))
+FILES = sorted(parameters.RECIPES.rglob("*.yaml"))
 
 
 def test_there_are_recipes():
-    assert (utils.RECIPES / "mindeye" / "mini").is_dir() and FILES
+    assert (parameters.RECIPES / "mindeye" / "mini").is_dir() and FILES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(utils.RECIPES)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(parameters.RECIPES)))
 def test_keys_are_parameters_of_the_right_type(path):
-    notebook = utils.NOTEBOOKS / f"{path.stem}.ipynb"
-    known = utils.read_parameters(utils.parameters_source(notebook), path.stem)
-    content = utils.read_recipe(path)
-    utils.check_known(content, known, str(path))
+    notebook = parameters.NOTEBOOKS / f"{path.stem}.ipynb"
+    known = parameters.read_parameters(parameters.parameters_source(notebook), path.stem)
+    content = parameters.read_recipe(path)
+    parameters.check_known(content, known, str(path))
     assert (
-        content.get("recipe") == path.parent.relative_to(utils.RECIPES).as_posix()
+        content.get("recipe") == path.parent.relative_to(parameters.RECIPES).as_posix()
     )  # papermill -f tells a notebook no file names
     for name, value in content.items():
-        assert type(utils.coerce(known[name], value, str(path))) is type(known[name].default)
+        assert type(parameters.coerce(known[name], value, str(path))) is type(known[name].default)
         if isinstance(known[name].default, float):
             assert not isinstance(value, str), (
                 f"{name}: YAML reads {value!r} as a text; write 1.0e-3"
             )
 
 
-@pytest.mark.parametrize("recipe", sorted(p.parent.name for p in utils.RECIPES.glob("*/mini")))
+@pytest.mark.parametrize("recipe", sorted(p.parent.name for p in parameters.RECIPES.glob("*/mini")))
 def test_mini_overlays_only_stages_of_the_recipe(recipe):
-    folder = utils.RECIPES / recipe
+    folder = parameters.RECIPES / recipe
     assert {p.name for p in (folder / "mini").glob("*.yaml")} <= {
         p.name for p in folder.glob("*.yaml")
     }
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in utils.RECIPES.iterdir() if p.is_dir()))
+@pytest.mark.parametrize(
+    "recipe", sorted(p.name for p in parameters.RECIPES.iterdir() if p.is_dir())
+)
 def test_stages_of_a_recipe_agree_on_what_they_share(recipe):
     shared: dict[str, set] = {}
-    for path in (utils.RECIPES / recipe).rglob("*.yaml"):
+    for path in (parameters.RECIPES / recipe).rglob("*.yaml"):
         for name in ("dataset", "subj", "model_name"):
-            if (value := utils.read_recipe(path).get(name)) is not None:
+            if (value := parameters.read_recipe(path).get(name)) is not None:
                 shared.setdefault(f"{path.parent.name} {name}", set()).add(value)
     assert all(len(values) == 1 for values in shared.values()), shared

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from src import reconstruct
-from src.models import RidgeBaseline
-from src.pretrained import Clipper, VersatileDiffusion
+from src.decoding import checkpoints, generate, predict
+from src.networks.linear import RidgeBaseline
+from src.networks.released import build_decoder
+from src.pretrained.clip import Clipper
+from src.pretrained.generators import VersatileDiffusion
 from src.utils import PerceptError, save_checkpoint
 
 TOKENS = (17, 128)
@@ -39,7 +41,7 @@ CONFIG = {
 @pytest.fixture
 def decoder():
     torch.manual_seed(0)
-    return reconstruct.build_decoder(CONFIG["model"]).eval()
+    return build_decoder(CONFIG["model"]).eval()
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def voxels():
 
 def test_a_checkpoint_rebuilds_its_decoder(tmp_path, decoder, voxels):
     save_checkpoint(tmp_path / "last.safetensors", decoder.state_dict(), CONFIG)
-    again, config = reconstruct.load_decoder(tmp_path / "last.safetensors")
+    again, config = checkpoints.load_decoder(tmp_path / "last.safetensors")
     assert config == CONFIG and not again.training
     x = torch.from_numpy(voxels)
     torch.testing.assert_close(again.voxel2clip(x), decoder.voxel2clip(x))
@@ -61,37 +63,37 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key(tmp_path, decoder):
     del state["net.null_image_embed"]
     save_checkpoint(tmp_path / "last.safetensors", state, CONFIG)
     with pytest.raises(PerceptError, match=r"net\.null_image_embed(.|\n)*net\.extra"):
-        reconstruct.load_decoder(tmp_path / "last.safetensors")
+        checkpoints.load_decoder(tmp_path / "last.safetensors")
     with pytest.raises(PerceptError, match="No checkpoint at"):
-        reconstruct.load_decoder(tmp_path / "none.safetensors")
+        checkpoints.load_decoder(tmp_path / "none.safetensors")
 
 
 def test_tokens_have_a_cls_of_length_one_and_the_prior_can_be_left_out(decoder, voxels):
-    tokens, projected = reconstruct.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
+    tokens, projected = predict.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
     assert tokens.shape == (5, 2, *TOKENS) and projected.shape == (5, *TOKENS)
     torch.testing.assert_close(tokens[:, :, 0].norm(dim=-1), torch.ones(5, 2), rtol=1e-4, atol=1e-4)
     backbone = decoder.voxel2clip(torch.from_numpy(voxels))[0].view(5, *TOKENS)
-    plain, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, use_prior=False)
+    plain, _ = predict.predict_tokens(decoder, voxels, TOKENS, use_prior=False)
     torch.testing.assert_close(
         plain[:, 0], backbone / decoder.image_embed_scale, rtol=1e-4, atol=1e-4
     )
-    same, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
+    same, _ = predict.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
     torch.testing.assert_close(tokens, same)
 
 
 def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder, voxels):
     ids = np.array([3, 14, 15, 92, 65])
     options = {"n_samples": 2, "image_ids": ids}
-    together, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, **options)
-    apart, _ = reconstruct.predict_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
-    turned, _ = reconstruct.predict_tokens(
+    together, _ = predict.predict_tokens(decoder, voxels, TOKENS, **options)
+    apart, _ = predict.predict_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
+    turned, _ = predict.predict_tokens(
         decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1]
     )
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(turned.flip(0), together, rtol=1e-3, atol=1e-4)
     alike = np.repeat(voxels[:1], 5, 0)
-    own, _ = reconstruct.predict_tokens(decoder, alike, TOKENS, **options)
-    same, _ = reconstruct.predict_tokens(decoder, alike, TOKENS, same=True, **options)
+    own, _ = predict.predict_tokens(decoder, alike, TOKENS, **options)
+    same, _ = predict.predict_tokens(decoder, alike, TOKENS, same=True, **options)
     assert not torch.allclose(own[0], own[1], atol=1e-3)
     torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(
@@ -102,9 +104,9 @@ def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder
 def test_ridge_is_a_decoder_like_any_other(voxels):
     ridge = RidgeBaseline(20, TOKENS)
     ridge.bias.data.fill_(1.0)
-    tokens, projected = reconstruct.predict_tokens(ridge, voxels, TOKENS)
+    tokens, projected = predict.predict_tokens(ridge, voxels, TOKENS)
     assert tokens.shape == (5, 1, *TOKENS) and torch.equal(projected, torch.ones(5, *TOKENS))
-    latents = reconstruct.predict_latents(
+    latents = predict.predict_latents(
         RidgeBaseline(20, (4, 16, 16)), voxels, (4, 16, 16), batch_size=2
     )
     assert latents.shape == (5, 4, 16, 16)
@@ -112,12 +114,12 @@ def test_ridge_is_a_decoder_like_any_other(voxels):
 
 def test_noise_is_a_function_of_seed_image_and_sample():
     ids = np.array([7, 8])
-    noise = reconstruct.latent_noise(ids, (4, 8, 8))
-    assert torch.equal(noise[1], reconstruct.latent_noise(ids[1:], (4, 8, 8))[0])
+    noise = generate.latent_noise(ids, (4, 8, 8))
+    assert torch.equal(noise[1], generate.latent_noise(ids[1:], (4, 8, 8))[0])
     assert not torch.equal(noise[0], noise[1]) and not torch.equal(
-        noise, reconstruct.latent_noise(ids, (4, 8, 8), sample=1)
+        noise, generate.latent_noise(ids, (4, 8, 8), sample=1)
     )
-    same = reconstruct.latent_noise(ids, (4, 8, 8), same=True)
+    same = generate.latent_noise(ids, (4, 8, 8), same=True)
     assert torch.equal(same[0], same[1])
 
 
@@ -128,8 +130,8 @@ def test_reconstructions_do_not_depend_on_the_batch():
     )
     ids = np.arange(3)
     options = {"num_inference_steps": 2, "strength": 1.0}
-    together = reconstruct.generate_images(diffusion, tokens, ids, batch_size=3, **options)
-    alone = reconstruct.generate_images(diffusion, tokens, ids, batch_size=1, **options)
+    together = generate.generate_images(diffusion, tokens, ids, batch_size=3, **options)
+    alone = generate.generate_images(diffusion, tokens, ids, batch_size=1, **options)
     assert together.shape == (3, 1, 3, 32, 32)
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
 
@@ -141,7 +143,7 @@ def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     projected = torch.stack(
         [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)]
     )
-    chosen, index = reconstruct.pick_best(clipper, projected, candidates)
+    chosen, index = generate.pick_best(clipper, projected, candidates)
     assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
 
 
@@ -152,15 +154,15 @@ def test_samples_are_made_in_one_batch_as_they_would_be_one_by_one():
         torch.randn(2, 3, *TOKENS, generator=torch.Generator().manual_seed(0)), dim=-1
     )
     latents = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
-    together = reconstruct.generate_images(
+    together = generate.generate_images(
         diffusion, tokens, ids, latents, strength=0.7, num_inference_steps=4, batch_size=4
     )
     assert together.shape == (2, 3, 3, 32, 32)
     for s in range(3):
-        noise = reconstruct.latent_noise(ids, diffusion.latent_shape, 42, s)
+        noise = generate.latent_noise(ids, diffusion.latent_shape, 42, s)
         alone = diffusion.generate(tokens[:, s], noise, latents, 0.7, num_inference_steps=4)
         torch.testing.assert_close(together[:, s], alone, atol=1e-4, rtol=1e-4)
-    shared = reconstruct.generate_images(
+    shared = generate.generate_images(
         diffusion, tokens[:, :1], ids, latents, strength=0.7, num_inference_steps=4, n_samples=2
     )
     torch.testing.assert_close(shared[:, 0], together[:, 0], atol=1e-4, rtol=1e-4)
@@ -178,7 +180,7 @@ def test_strength_is_the_share_of_the_steps(strength, steps):
         torch.zeros(1, 1, *TOKENS),
         torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1)),
     )
-    made = reconstruct.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
+    made = generate.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
     assert len(calls) == steps
     assert steps or torch.equal(made[:, 0], diffusion.decode(latents))
 
@@ -208,19 +210,19 @@ def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
             },
         },
     }
-    decoder = reconstruct.build_decoder(config).eval()
-    tokens, projected = reconstruct.predict_tokens(decoder, voxels, (1, 128), n_samples=2)
+    decoder = build_decoder(config).eval()
+    tokens, projected = predict.predict_tokens(decoder, voxels, (1, 128), n_samples=2)
     assert tokens.shape == (5, 2, 1, 128) and projected.shape == (5, 1, 128)
     assert (
         tokens.norm(dim=-1) - 1
     ).abs().min() > 1e-3  # not normalised, as the generator was trained
-    diffusion = reconstruct.generator_for(1, "mini")
+    diffusion = generate.generator_for(1, "mini")
     assert (
         type(diffusion).__name__ == "ImageVariation"
-        and type(reconstruct.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
+        and type(generate.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
     )
-    candidates = reconstruct.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
-    chosen, index = reconstruct.pick_best(Clipper("mini", hidden=False), projected, candidates)
+    candidates = generate.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
+    chosen, index = generate.pick_best(Clipper("mini", hidden=False), projected, candidates)
     assert chosen.shape == (5, 3, 32, 32) and set(index.tolist()) <= {0, 1}
 
 
@@ -235,8 +237,8 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         return {"image": torch.arange(rows.start, rows.stop)}
 
     with pytest.raises(KeyboardInterrupt):
-        reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    found = reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+        generate.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    found = generate.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
     assert found["image"].tolist() == list(range(7)) and made == [
         (0, 2),
         (2, 4),
@@ -244,5 +246,5 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         (4, 6),
         (6, 7),
     ]
-    reconstruct.in_chunks(make, 7, 2, tmp_path, {"seed": 2})
+    generate.in_chunks(make, 7, 2, tmp_path, {"seed": 2})
     assert len(made) == 9  # made of something else: nothing is taken over

@@ -13,7 +13,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from src import pretrained, refine, unclip
+from src import pretrained
+from src.decoding import refine
+from src.pretrained import unclip
 from src.utils import PerceptError
 
 

@@ -22,8 +22,15 @@ import torch
 from PIL import Image
 from servers import serving
 
-from src import remote
-from src.remote import PUBLISHED, PictureCache, RemoteIndex, fetch_images, first_found, is_public
+from src.search import clip_retrieval as remote
+from src.search.clip_retrieval import (
+    PUBLISHED,
+    PictureCache,
+    RemoteIndex,
+    fetch_images,
+    first_found,
+    is_public,
+)
 from src.utils import PerceptError
 
 DIM, ROWS = 8, 60

@@ -18,7 +18,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
-from src import report, results
+from src.evaluation import records, report
 from src.utils import PerceptError, read_json, write_json
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -60,7 +60,7 @@ def score(values, floors, name="pixcorr", **change):
         "protocol": "mini",
         "test_set": "20-ab",
     }
-    return results.make_record(name, values, floors=floors, **(options | change))
+    return records.make_record(name, values, floors=floors, **(options | change))
 
 
 @pytest.fixture
@@ -90,14 +90,14 @@ def run(tmp_path):
         {"what": "<script>alert(1)</script>", "split": "val"},
         {"what": "sample", "chosen": "second order"},
     ]
-    origin = results.provenance(
+    origin = records.provenance(
         "a&b",
         {"training": 42},
         selection,
         alarms=["2 of 20 are <black>."],
         parameters={f"p{i}": i for i in range(9)},
     )
-    results.write_metrics(tmp_path / "metrics.json", records, origin)
+    records.write_metrics(tmp_path / "metrics.json", records, origin)
     tables = [
         {
             "title": "Pools <i>",
@@ -405,7 +405,7 @@ def test_live_widget_carries_both(shown, monkeypatch):
 
 def test_executed_notebook_shows_the_table():
     code = (
-        "import pandas as pd, torch\nfrom src.report import gallery_widget\ngallery_widget({'seen':"
+        "import pandas as pd, torch\nfrom src.evaluation.report import gallery_widget\ngallery_widget({'seen':"
         " torch.rand(30, 3, 8, 8), 'mine': torch.rand(30, 3, 8, 8)}, pd.DataFrame({'score':"
         " range(30)}))"
     )

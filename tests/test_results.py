@@ -10,9 +10,14 @@ import torch
 from PIL import Image
 from test_metrics import embed, pictures
 
-from src import metrics, results
+from src import metrics
+from src.evaluation import alarms as sanity
+from src.evaluation import records as recording
+from src.evaluation import statistics
+from src.evaluation.pictures import load_pictures, mean_picture, most_alike, pixel_hash
+from src.evaluation.records import make_records, score_table
+from src.evaluation.statistics import bootstrap_mean
 from src.metrics import METRICS, two_way_metric
-from src.results import bootstrap_mean, make_records, score_table
 from src.utils import PerceptError
 
 
@@ -50,9 +55,9 @@ def test_bootstrap_interval_is_that_of_the_mean():
 def test_paired_bootstrap_sees_what_unpaired_would_not():
     rng = np.random.default_rng(1)
     images = rng.normal(0, 10, 100)
-    better = results.paired_bootstrap(images + 0.5 + rng.normal(0, 1, 100), images)
+    better = statistics.paired_bootstrap(images + 0.5 + rng.normal(0, 1, 100), images)
     assert better.low > 0 and better.p < 0.01 and better.value == pytest.approx(0.5, abs=0.3)
-    same = results.paired_bootstrap(images, images)
+    same = statistics.paired_bootstrap(images, images)
     assert same == (0, 0, 0, 1)
 
 
@@ -61,16 +66,16 @@ def test_permutation_p_is_uniform_without_an_effect_and_small_with_one():
     null = []
     for _ in range(200):
         scores = rng.normal(size=(30, 5))
-        null.append(results.permutation_p(scores[:, 0], scores[:, 1:], n_permutations=199))
+        null.append(statistics.permutation_p(scores[:, 0], scores[:, 1:], n_permutations=199))
     assert 0.4 < np.mean(null) < 0.6 and 0.01 < np.mean(np.array(null) <= 0.1) < 0.2
     others = rng.normal(size=(30, 4))
-    assert results.permutation_p(others[:, 0] + 2, others, "higher") == pytest.approx(1 / 2001)
-    assert results.permutation_p(others[:, 0] + 2, others, "lower") == 1
-    assert results.permutation_p(others[:, 0] - 2, others, "lower") == pytest.approx(1 / 2001)
+    assert statistics.permutation_p(others[:, 0] + 2, others, "higher") == pytest.approx(1 / 2001)
+    assert statistics.permutation_p(others[:, 0] + 2, others, "lower") == 1
+    assert statistics.permutation_p(others[:, 0] - 2, others, "lower") == pytest.approx(1 / 2001)
 
 
 def test_derangements_leave_nothing_in_place():
-    orders = list(results.derangements(5, 50, seed=1))
+    orders = list(statistics.derangements(5, 50, seed=1))
     assert len(orders) == 50 and all(
         sorted(o) == list(range(5)) and (o != np.arange(5)).all() for o in orders
     )
@@ -99,7 +104,7 @@ def test_score_table_holds_every_row_and_image(table):
 def test_shuffled_rows_are_the_same_reconstructions_against_other_images(table):
     scores, _ = table
     images, recons = pictures(8)
-    order = next(results.derangements(8, 1, seed=0))
+    order = next(statistics.derangements(8, 1, seed=0))
     drawn = scores.query("metric == 'mse' and row == 'shuffled' and draw == 0").set_index("image")[
         "value"
     ]
@@ -148,11 +153,11 @@ def test_records_carry_floors_ceiling_and_p(table):
 
 
 def added(folder, table, stage="06_metrics", test_set="8-abc", **more):
-    origin = results.provenance(
+    origin = recording.provenance(
         "mini", {"training": 42}, [{"what": f"epoch of {stage}", "split": "val"}], subject=1
     )
     records = [record | {"test_set": test_set} for record in records_of(table)]
-    results.add_results(folder, stage, table[0], records, origin, **more)
+    recording.add_results(folder, stage, table[0], records, origin, **more)
 
 
 def test_results_are_plain_json_and_a_tidy_table(table, tmp_path):
@@ -167,7 +172,7 @@ def test_results_are_plain_json_and_a_tidy_table(table, tmp_path):
     ]
     scores = pd.read_parquet(tmp_path / "scores.parquet")
     assert (
-        list(scores.columns) == results.COLUMNS
+        list(scores.columns) == recording.COLUMNS
         and len(scores) == len(table[0])
         and set(scores["stage"]) == {"06_metrics"}
     )
@@ -207,10 +212,10 @@ def test_scores_of_two_test_sets_are_not_mixed(table, tmp_path):
     added(
         tmp_path, table, "05_retrieve", test_set="8-other"
     )  # the only stage there: it replaces itself
-    assert results.check_same_test({"a": "8-abc", "b": "8-abc"}) == []
+    assert sanity.check_same_test({"a": "8-abc", "b": "8-abc"}) == []
     assert (
         "8-abc: a; 8-other: b, c"
-        in results.check_same_test({"a": "8-abc", "b": "8-other", "c": "8-other"})[0]
+        in sanity.check_same_test({"a": "8-abc", "b": "8-other", "c": "8-other"})[0]
     )
 
 
@@ -228,18 +233,20 @@ def test_scores_of_two_test_sets_are_not_mixed(table, tmp_path):
 def test_a_score_without_its_controls_is_refused(table, tmp_path, change, words):
     bad = records_of(table)[0] | change
     with pytest.raises(PerceptError, match=words):
-        results.write_metrics(tmp_path / "metrics.json", [bad], results.provenance("mini", {}, []))
+        recording.write_metrics(
+            tmp_path / "metrics.json", [bad], recording.provenance("mini", {}, [])
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_table_without_provenance_is_refused(table, tmp_path):
     with pytest.raises(PerceptError, match="lacks seeds, selection"):
-        results.write_metrics(tmp_path / "metrics.json", records_of(table), {"recipe": "mini"})
+        recording.write_metrics(tmp_path / "metrics.json", records_of(table), {"recipe": "mini"})
 
 
 # ------------------------------------------------------------------------------------------ alarms
 def test_good_outputs_raise_no_alarm():
-    assert results.check_outputs(pictures(6)[1]) == []
+    assert sanity.check_outputs(pictures(6)[1]) == []
 
 
 @pytest.mark.parametrize(
@@ -259,40 +266,38 @@ def test_good_outputs_raise_no_alarm():
     ],
 )
 def test_degenerate_outputs_raise_an_alarm(spoil, words):
-    alarms = results.check_outputs(spoil(pictures(6)[0]))
+    alarms = sanity.check_outputs(spoil(pictures(6)[0]))
     assert len(alarms) == 1 and re.search(words, alarms[0])
 
 
 def test_misaligned_rows_raise_an_alarm():
     images, recons = pictures(40)
-    order = next(results.derangements(40, 1))
+    order = next(statistics.derangements(40, 1))
     metric = two_way_metric("two_way", embed)
     good, ceiling = metric.each(images, recons), metric.each(images, images)
-    assert results.check_alignment(good, metrics.pixcorr(images, recons)) == []
-    assert results.check_alignment(good, metrics.pixcorr(images, recons), ceiling=ceiling) == []
+    assert sanity.check_alignment(good, metrics.pixcorr(images, recons)) == []
+    assert sanity.check_alignment(good, metrics.pixcorr(images, recons), ceiling=ceiling) == []
     shuffled = recons[order]
     scores = metric.each(images, shuffled), metrics.pixcorr(images, shuffled)
-    assert "misaligned" in results.check_alignment(*scores)[0]
+    assert "misaligned" in sanity.check_alignment(*scores)[0]
     assert (
         "while true latents reach 100.0%: your rows are probably misaligned"
-        in results.check_alignment(*scores, ceiling=ceiling)[0]
+        in sanity.check_alignment(*scores, ceiling=ceiling)[0]
     )
-    broken = results.check_alignment(*scores, ceiling=metric.each(images, shuffled))
+    broken = sanity.check_alignment(*scores, ceiling=metric.each(images, shuffled))
     assert len(broken) == 1 and "generator" in broken[0] and "misaligned" not in broken[0]
 
 
 def test_test_images_among_the_training_images_raise_an_alarm():
     pixels = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     test, train = pixels[:5], pixels[5:]
-    assert results.check_leak(test, train) == []
+    assert sanity.check_leak(test, train) == []
     mixed = np.concatenate([train, test[[3, 1]]])
     assert (
         "2 of 5 test images are also training images (first: 1, 3)"
-        in results.check_leak(test, mixed)[0]
+        in sanity.check_leak(test, mixed)[0]
     )
-    assert results.check_leak(test, iter(np.array_split(mixed, 3))) == results.check_leak(
-        test, mixed
-    )
+    assert sanity.check_leak(test, iter(np.array_split(mixed, 3))) == sanity.check_leak(test, mixed)
 
 
 # ----------------------------------------------------------------------------------- noise ceiling
@@ -303,12 +308,12 @@ def test_noise_ceiling_is_what_a_perfect_decoder_reaches():
         size=(3, 60, 4000)
     )  # what an unbiased decoder makes of three repeats
     pairs = [metrics.pcc(repeats[a], repeats[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
-    ceiling = results.noise_ceiling(np.mean(pairs, 0), 3)
+    ceiling = statistics.noise_ceiling(np.mean(pairs, 0), 3)
     reached = metrics.pcc(truth, repeats.mean(0)).mean()
     assert ceiling.low - 0.01 < reached < ceiling.high + 0.01 and ceiling.value == pytest.approx(
         np.sqrt(1 / (1 + 4 / 3)), abs=0.01
     )
-    assert results.noise_ceiling(np.full(5, -0.1), 3).value == 0
+    assert statistics.noise_ceiling(np.full(5, -0.1), 3).value == 0
 
 
 # ------------------------------------------------------------------------------- anyone's pictures
@@ -325,17 +330,15 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
             tmp_path / "folder" / f"recon_{i}.png"
         )  # 10 comes after 9, not after 1
     for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
-        found = results.load_pictures(tmp_path / name)
+        found = load_pictures(tmp_path / name)
         assert torch.allclose(
             found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6
         ), name
-        assert torch.allclose(
-            results.mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6
-        )
-        assert results.pixel_hash(found) == results.pixel_hash(floats)
-    assert results.pixel_hash(floats) != results.pixel_hash(floats.flip(0)) and results.pixel_hash(
-        floats
-    ).startswith("12-pixels-")
+        assert torch.allclose(mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6)
+        assert pixel_hash(found) == pixel_hash(floats)
+    assert pixel_hash(floats) != pixel_hash(floats.flip(0)) and pixel_hash(floats).startswith(
+        "12-pixels-"
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,20 +357,20 @@ def test_what_is_no_picture_is_refused(tmp_path, name, content, words):
     elif content:
         np.savez(tmp_path / name, **content)
     with pytest.raises(PerceptError, match=words) as error:
-        results.load_pictures(tmp_path / name)
+        load_pictures(tmp_path / name)
     assert name in str(error.value)
 
 
 def test_a_pickled_file_runs_no_code(tmp_path):
     torch.save({"recons": print}, tmp_path / "evil.pt")
     with pytest.raises(PerceptError, match="no Python objects"):
-        results.load_pictures(tmp_path / "evil.pt")
+        load_pictures(tmp_path / "evil.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PerceptError, match="no PNG or JPEG files"):
-        results.load_pictures(tmp_path / "empty")
+        load_pictures(tmp_path / "empty")
 
 
 def test_most_alike_is_never_oneself():
     images, _ = pictures(10)
     twins = torch.cat([images, (images * 0.97 + 0.01)])
-    assert results.most_alike(twins).tolist() == [*range(10, 20), *range(10)]
+    assert most_alike(twins).tolist() == [*range(10, 20), *range(10)]

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from src.data import Normaliser, open_subject
-from src.pretrained import Clipper
-from src.reconstruct import load_decoder
+from src.data.normaliser import Normaliser
+from src.data.subject import open_subject
+from src.decoding.checkpoints import load_decoder
+from src.pretrained.clip import Clipper
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

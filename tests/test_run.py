@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 import run
-from src import utils
+from src import parameters, utils
+from src.pipeline import recipes, runs, stages
 from src.utils import PerceptError
 
 ROOT = Path(run.__file__).parent
@@ -57,15 +58,15 @@ def project(tmp_path, monkeypatch):
         )
         (recipes.parent / f"{stage}.yaml").write_text("# defaults\n")
     (recipes / "00_first.yaml").write_text("number: 7\n")
-    monkeypatch.setattr(utils, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(utils, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(parameters, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(parameters, "RECIPES", tmp_path / "recipes")
     monkeypatch.setattr(utils, "HOME", tmp_path / "home")
     return tmp_path
 
 
 def test_runs_in_order_skips_what_is_finished_and_resumes_after_a_failure(project, capsys):
     with pytest.raises(PerceptError, match="Stage 01_second stopped: ValueError: on purpose"):
-        run.run_recipe("sys/mini", {"fail": "true"})
+        runs.run_recipe("sys/mini", {"fail": "true"})
     results = project / "home" / "results" / "sys-mini-subj01"
     assert (
         (results / "00_first.ipynb").exists()
@@ -76,7 +77,7 @@ def test_runs_in_order_skips_what_is_finished_and_resumes_after_a_failure(projec
         json.loads((results / ".stages" / "00_first.json").read_text())["parameters"]["number"] == 7
     )
     capsys.readouterr()
-    run.run_recipe("sys/mini", {})
+    runs.run_recipe("sys/mini", {})
     said = capsys.readouterr().out
     assert (
         "00_first: finished before" in said
@@ -84,12 +85,12 @@ def test_runs_in_order_skips_what_is_finished_and_resumes_after_a_failure(projec
         and not (results / "01_second.failed.ipynb").exists()
     )
     assert not list(results.glob(".*running*"))
-    run.run_recipe("sys/mini", {})
+    runs.run_recipe("sys/mini", {})
     assert capsys.readouterr().out.count("finished before") == 2
 
 
 def test_an_override_goes_to_every_stage_that_has_the_name(project):
-    results = run.run_recipe("sys", {"subj": "5"})
+    results = runs.run_recipe("sys", {"subj": "5"})
     assert results.name == "sys-subj05"
     for stage in ("00_first", "01_second"):
         outputs = nbformat.read(results / f"{stage}.ipynb", 4).cells[-2].outputs
@@ -99,9 +100,9 @@ def test_an_override_goes_to_every_stage_that_has_the_name(project):
 def test_a_change_of_parameters_or_notebook_runs_the_stage_and_those_after_it_again(
     project, capsys
 ):
-    run.run_recipe("sys", {"model_name": "x"})
+    runs.run_recipe("sys", {"model_name": "x"})
     capsys.readouterr()
-    run.run_recipe("sys", {"model_name": "x", "number": "3"})
+    runs.run_recipe("sys", {"model_name": "x", "number": "3"})
     assert "finished before" not in capsys.readouterr().out
 
 
@@ -110,21 +111,21 @@ def test_all_stages_land_in_the_folder_that_one_stage_names(project):
     content = nbformat.read(notebook, 4)
     content.cells[1].source += "\nn_components = 0  # of the second stage alone, at least 0"
     nbformat.write(content, notebook)
-    plain = run.run_recipe("sys", {"number": "1"})
-    results = run.run_recipe("sys", {"n_components": "30"})
+    plain = runs.run_recipe("sys", {"number": "1"})
+    results = runs.run_recipe("sys", {"n_components": "30"})
     assert (plain.name, results.name) == ("sys-subj01", "sys-subj01-pca30")
     assert {path.name for path in results.glob("*.ipynb")} == {"00_first.ipynb", "01_second.ipynb"}
     assert (
         read_by_second(results) == "read 1"
         and (project / "home" / "train_logs" / "sys-subj01-pca30" / "number.txt").exists()
     )
-    assert run.run_recipe("sys", {"n_components": "30", "model_name": "mine"}).name == "mine"
+    assert runs.run_recipe("sys", {"n_components": "30", "model_name": "mine"}).name == "mine"
     (project / "recipes" / "sys" / "01_second.yaml").write_text(
         "n_components: 5\n"
     )  # a recipe's own value counts, too
-    assert run.asked("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
+    assert recipes.asked("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
     with pytest.raises(PerceptError, match="must be at least 0"):
-        run.run_recipe("sys", {"n_components": "-1"})
+        runs.run_recipe("sys", {"n_components": "-1"})
 
 
 def read_by_second(results):
@@ -132,32 +133,32 @@ def read_by_second(results):
 
 
 def test_from_does_not_make_stale_results_look_finished(project):
-    run.run_recipe("sys", {"number": "1"})
-    results = run.run_recipe("sys", {"number": "2"}, first="01")
+    runs.run_recipe("sys", {"number": "1"})
+    results = runs.run_recipe("sys", {"number": "2"}, first="01")
     assert read_by_second(results) == "read 1"  # --from takes the earlier stage as it is
-    run.run_recipe("sys", {"number": "2"})
+    runs.run_recipe("sys", {"number": "2"})
     assert read_by_second(results) == "read 2"
 
 
 def test_a_stage_that_failed_half_way_is_not_taken_for_finished(project, capsys):
-    run.run_recipe("sys", {})
+    runs.run_recipe("sys", {})
     with pytest.raises(PerceptError):
-        run.run_recipe("sys", {"fail": "true"})
+        runs.run_recipe("sys", {"fail": "true"})
     capsys.readouterr()
-    run.run_recipe("sys", {})
+    runs.run_recipe("sys", {})
     assert "01_second ..." in capsys.readouterr().out
 
 
 def test_deleting_what_a_stage_wrote_runs_it_again_and_those_after_it(project, capsys):
-    run.run_recipe("sys", {})
+    runs.run_recipe("sys", {})
     (project / "home" / "train_logs" / "sys-subj01" / "number.txt").unlink()
     capsys.readouterr()
-    run.run_recipe("sys", {})
+    runs.run_recipe("sys", {})
     assert "finished before" not in capsys.readouterr().out
 
 
 def test_a_run_in_a_folder_of_runs_knows_what_it_wrote(project, capsys):
-    results = run.run_recipe("sys", {"model_name": "many/one"})
+    results = runs.run_recipe("sys", {"model_name": "many/one"})
     assert (
         results == project / "home" / "results" / "many" / "one"
         and read_by_second(results) == "read 1"
@@ -167,33 +168,33 @@ def test_a_run_in_a_folder_of_runs_knows_what_it_wrote(project, capsys):
     ]
     (project / "home" / "train_logs" / "many" / "one" / "number.txt").unlink()
     capsys.readouterr()
-    run.run_recipe("sys", {"model_name": "many/one"})
+    runs.run_recipe("sys", {"model_name": "many/one"})
     assert "finished before" not in capsys.readouterr().out
 
 
 def test_to_ends_with_a_stage_and_the_same_without_it_goes_on(project, capsys):
-    results = run.run_recipe("sys", {}, last="00")
+    results = runs.run_recipe("sys", {}, last="00")
     assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
-    run.run_recipe("sys", {})
+    runs.run_recipe("sys", {})
     said = capsys.readouterr().out
     assert "00_first: finished before" in said and "01_second ..." in said
     with pytest.raises(PerceptError, match="--to 07 names no stage"):
-        run.run_recipe("sys", {}, last="07")
+        runs.run_recipe("sys", {}, last="07")
 
 
 def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
-    results = run.run_recipe("sys", {}, without=["01"])
+    results = runs.run_recipe("sys", {}, without=["01"])
     assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
     assert "[1/1] 00_first ..." in capsys.readouterr().out
     with pytest.raises(PerceptError, match="--without 07 names no stage"):
-        run.run_recipe("sys", {}, without=["01", "07"])
+        runs.run_recipe("sys", {}, without=["01", "07"])
 
 
 def test_a_right_kernel_is_not_registered_again():
-    run.use_this_kernel()
+    stages.use_this_kernel()
     known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
     before = known.stat().st_mtime_ns
-    run.use_this_kernel()
+    stages.use_this_kernel()
     assert (
         known.stat().st_mtime_ns == before
         and "--log-level=ERROR" in json.loads(known.read_text())["argv"]
@@ -204,29 +205,29 @@ def test_a_killed_kernel_is_one_sentence(project):
     with pytest.raises(
         PerceptError, match="Stage 01_second stopped: its Python process was killed"
     ):
-        run.run_recipe("sys", {"die": "true"})
+        runs.run_recipe("sys", {"die": "true"})
     results = project / "home" / "results" / "sys-subj01"
     assert (results / "01_second.failed.ipynb").exists() and not list(results.glob(".*running*"))
 
 
 def test_a_file_of_overrides_lies_over_the_recipe_and_under_single_ones(project):
     (project / "more.yaml").write_text("number: 3\nsubj: 2\n")
-    results = run.run_recipe("sys/mini", {"subj": "5"}, files=[str(project / "more.yaml")])
+    results = runs.run_recipe("sys/mini", {"subj": "5"}, files=[str(project / "more.yaml")])
     assert results.name == "sys-mini-subj05" and read_by_second(results) == "read 3"
     (project / "more.yaml").write_text("numbr: 3\n")
     with pytest.raises(PerceptError, match="no parameter 'numbr'.*more.yaml"):
-        run.run_recipe("sys/mini", {}, files=[str(project / "more.yaml")])
+        runs.run_recipe("sys/mini", {}, files=[str(project / "more.yaml")])
 
 
 def test_refusals(project):
     with pytest.raises(PerceptError, match="no parameter 'numbr'.*did you mean 'number'"):
-        run.run_recipe("sys", {"numbr": "1"})
+        runs.run_recipe("sys", {"numbr": "1"})
     with pytest.raises(PerceptError, match="no recipe 'system'.*sys"):
-        run.run_recipe("system", {})
+        runs.run_recipe("system", {})
     with pytest.raises(PerceptError, match="must be a whole number"):
-        run.run_recipe("sys", {"subj": "one"})
+        runs.run_recipe("sys", {"subj": "one"})
     with pytest.raises(PerceptError, match="names no stage"):
-        run.run_recipe("sys", {}, first="07")
+        runs.run_recipe("sys", {}, first="07")
 
 
 def command(*arguments):

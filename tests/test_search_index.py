@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from servers import serving
 from test_remote import Quiet
 
-from src.data import open_subject, write_image_table, write_images, write_subject
-from src.index import LocalIndex, local_pictures
-from src.miniworld import simulate
-from src.pretrained import Clipper
+from src.data.images import write_images
+from src.data.layout import write_image_table, write_subject
+from src.data.subject import open_subject
+from src.miniworld.cortex import simulate
+from src.pretrained.clip import Clipper
+from src.search.local import LocalIndex, local_pictures
 from src.utils import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

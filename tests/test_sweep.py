@@ -23,7 +23,12 @@ from scipy import stats
 from test_run import ROOT
 
 import run
-from src import figures, sweep, utils
+from src import figures, parameters, utils
+from src.evaluation import sweeps
+from src.pipeline import grid as grid_file
+from src.pipeline import jobs as job_queue
+from src.pipeline import recipes
+from src.pipeline import sweep as sweeping
 from src.utils import PerceptError, save_checkpoint
 
 STUB = """from pathlib import Path
@@ -73,10 +78,10 @@ def repository(tmp_path_factory):
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "notebooks").mkdir()
     (root / "recipes" / "tiny" / "mini").mkdir(parents=True)
-    for stage, (parameters, code) in STAGES.items():
+    for stage, (parameters_cell, code) in STAGES.items():
         cells = [nbformat.v4.new_markdown_cell(f"# {stage}\n\nCost: nothing")]
         cells += [
-            nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(parameters_cell, metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(code),
         ]
         meta = {
@@ -97,8 +102,8 @@ def repository(tmp_path_factory):
 def tiny(repository, tmp_path, monkeypatch):
     """The same as this process sees it, and a grid of four points."""
     monkeypatch.setattr(utils, "ROOT", repository)
-    monkeypatch.setattr(utils, "NOTEBOOKS", repository / "notebooks")
-    monkeypatch.setattr(utils, "RECIPES", repository / "recipes")
+    monkeypatch.setattr(parameters, "NOTEBOOKS", repository / "notebooks")
+    monkeypatch.setattr(parameters, "RECIPES", repository / "recipes")
     monkeypatch.setattr(utils, "HOME", tmp_path / "home")
     (tmp_path / "home").mkdir()
     return tmp_path / "tiny.yaml"
@@ -202,7 +207,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         grid={"rate": {"low": 0.1, "high": 0.2}, "seed": [0]},
         points=[{"label": "slow", "rate": 1}],
     )
-    changed = run.Sweep(tiny)
+    changed = sweeping.Sweep(tiny)
     assert [changed.state(point) for point in changed.grid.points] == [
         "finished",
         "finished",
@@ -213,7 +218,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     ) == ["rate=low,seed=1", "rate=high,seed=1"]
     assert changed.grid.points[2].levels == {"rate": "1", "seed": "0"}
     write(tiny, fixed={"wait": 0.5}, grid={"seed": [0]})
-    assert run.Sweep(tiny).state(run.Sweep(tiny).grid.points[0]) == "missing"
+    assert sweeping.Sweep(tiny).state(sweeping.Sweep(tiny).grid.points[0]) == "missing"
 
 
 def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
@@ -241,17 +246,19 @@ def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
         and "s: Stage 02_train stopped: ValueError: on purpose" in said
     )
     assert "ValueError: on purpose" in (tiny.parent / "home/results/tiny/bad/log.txt").read_text()
-    assert [run.Sweep(tiny).state(point) for point in run.Sweep(tiny).grid.points] == [
+    assert [sweeping.Sweep(tiny).state(point) for point in sweeping.Sweep(tiny).grid.points] == [
         "failed",
         "begun",
         "missing",
     ]
-    run.show_points(run.Sweep(tiny))
+    sweeping.show_points(sweeping.Sweep(tiny))
 
 
 # -------------------------------------------------------------------------- processes side by side
 def job(folder, name, script):
-    return sweep.Job(name, ["sh", "-c", script], folder / name / "log.txt", folder / name / ".lock")
+    return job_queue.Job(
+        name, ["sh", "-c", script], folder / name / "log.txt", folder / name / ".lock"
+    )
 
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -273,17 +280,17 @@ def test_cores_are_shared_out_and_fewer_threads_hold_for_every_library(
         monkeypatch.delenv(name, raising=False)
     for name, number in asked.items():
         monkeypatch.setenv(name, number)
-    where = sweep.places(2, ["4", "7"], 8)
+    where = job_queue.places(2, ["4", "7"], 8)
     assert [p["CUDA_VISIBLE_DEVICES"] for p in where] == ["4", "7"]
     assert all(tuple(int(p[name]) for name in THREADS) == expected for p in where)
     assert (
-        "CUDA_VISIBLE_DEVICES" not in sweep.places(3, [], 2)[2]
-        and sweep.places(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
+        "CUDA_VISIBLE_DEVICES" not in job_queue.places(3, [], 2)[2]
+        and job_queue.places(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
     )
 
 
 def test_jobs_share_places_and_failures_are_told(tmp_path):
-    where = sweep.places(2, ["4", "7"], 8)
+    where = job_queue.places(2, ["4", "7"], 8)
     script = (
         f"date +%s.%N >> {tmp_path}/times; echo $CUDA_VISIBLE_DEVICES; sleep .3; date +%s.%N >>"
         f" {tmp_path}/times"
@@ -293,7 +300,7 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
         job(tmp_path, "bad", "echo 'run.py: too bad'; exit 1"),
         job(tmp_path, "dead", "kill -9 $$"),
     ]
-    ended = {one.name: one for one in sweep.work(jobs, where, lambda name: name == "3")}
+    ended = {one.name: one for one in job_queue.work(jobs, where, lambda name: name == "3")}
     assert {name: one.how for name, one in ended.items()} == {
         "0": "finished",
         "1": "finished",
@@ -307,19 +314,21 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
 
 
 def test_a_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
-    lock = sweep.take(tmp_path / "lock")
+    lock = job_queue.take(tmp_path / "lock")
     child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
     lock.close()
-    assert sweep.take(tmp_path / "lock") is None
+    assert job_queue.take(tmp_path / "lock") is None
     assert [
         one.how
-        for one in sweep.work(
-            [sweep.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")], [{}], lambda _: False
+        for one in job_queue.work(
+            [job_queue.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")],
+            [{}],
+            lambda _: False,
         )
     ] == ["elsewhere"]
     child.kill()
     child.wait()
-    sweep.take(tmp_path / "lock").close()
+    job_queue.take(tmp_path / "lock").close()
 
 
 def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
@@ -329,7 +338,7 @@ def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
     jobs = [job(tmp_path, "one", script), job(tmp_path, "two", "true")]
     ended = []
     with pytest.raises(SystemExit) as stopped:
-        for one in sweep.work(jobs, [{}], lambda _: False):
+        for one in job_queue.work(jobs, [{}], lambda _: False):
             ended.append((one.name, one.how))
     assert (
         stopped.value.code == 143
@@ -347,7 +356,7 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         points=[{"rate": 2, "wait": 1.5}],
         report={"by": "val/r2"},
     )
-    grid = sweep.read_grid(tiny)
+    grid = grid_file.read_grid(tiny)
     assert [p.label for p in grid.points] == [
         "rate=a-b-c,seed=3",
         "rate=a-b-c,seed=4",
@@ -364,10 +373,10 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         and grid.report == {"by": "val/r2"}
         and grid.run_of(grid.points[4]) == "mine/rate=2,wait=1.5"
     )
-    assert len(sweep.file_name("x" * 300)) < 140 and sweep.file_name("x" * 300) != sweep.file_name(
-        "x" * 301
-    )
-    assert run.Sweep(tiny).grid.points[0].levels["wait"] == "0.0"  # what the recipe has
+    assert len(grid_file.file_name("x" * 300)) < 140 and grid_file.file_name(
+        "x" * 300
+    ) != grid_file.file_name("x" * 301)
+    assert sweeping.Sweep(tiny).grid.points[0].levels["wait"] == "0.0"  # what the recipe has
 
 
 @pytest.mark.parametrize(
@@ -433,7 +442,7 @@ def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
         said[1].split() == ["1", "missing", "rate=1,seed=1"]
         and said[-1] == f"sbatch --array=0-3 launch/sweep.slurm {tiny}"
     )
-    assert run.in_ranges([5, 0, 1, 2]) == "0-2,5"
+    assert sweeping.in_ranges([5, 0, 1, 2]) == "0-2,5"
 
 
 def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
@@ -443,7 +452,7 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "HOME", tmp_path)
     path = tmp_path / "late.yaml"
     path.write_text("recipe: roi_voting/mini\nfrom: 02\nwithout: [06]\ngrid: {num_epochs: [1]}\n")
-    told = run.Sweep(path)
+    told = sweeping.Sweep(path)
     assert (
         told.stages[told.begin] == "02_train_roi_models"
         and told.stages[0].startswith("01")
@@ -455,10 +464,10 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
         command[command.index("--from") + 1] == "02_train_roi_models"
         and command[command.index("--without") + 1] == "06"
     )
-    stages, overrides = run.asked(
+    stages, overrides = recipes.asked(
         told.grid.recipe, told.overrides_of(point), "02", (), without=["06"]
     )
-    for stage, _, stamp, mark in run.chain(
+    for stage, _, stamp, mark in stages.chain(
         told.grid.recipe, overrides, stages
     ):  # as the point's run goes through them
         if stage >= "02":
@@ -476,7 +485,7 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
         grid={"rate": [1, 2], "launch": {"plain": "", "offload": f"{config} --num_processes 1"}},
         points=[{"label": "third", "rate": 3}],
     )
-    told = run.Sweep(tiny)
+    told = sweeping.Sweep(tiny)
     assert [p.label for p in told.grid.points] == [
         *(f"rate={r},launch={how}" for r in (1, 2) for how in ("plain", "offload")),
         "third",
@@ -489,7 +498,7 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
         "python",
         f"{config} --num_processes 1",
     ] * 2 + ["python"]
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: None)
     assert (
         told.state(told.grid.points[0]) == "missing"
         and told.state(told.grid.points[1]) == "skipped"
@@ -503,22 +512,22 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
     )
     assert "2 points, 0 finished before, 2 skipped" in said
     assert run.sweep([str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: name)
     assert (
-        sweep.lacks(str(config))
+        grid_file.lacks(str(config))
         == ("" if torch.cuda.is_available() else "deepspeed needs a GPU, and there is none")
-        and sweep.lacks("python") == ""
+        and grid_file.lacks("python") == ""
     )
     write(tiny, grid={"launch": {"plain": "", "gone": "launch/none.yaml"}})
     with pytest.raises(PerceptError, match="no file launch/none.yaml"):
-        run.Sweep(tiny)
+        sweeping.Sweep(tiny)
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shipped_grids_can_be_run(path):
-    told = run.Sweep(path)
+    told = sweeping.Sweep(path)
     points = {
         "roi_sets_mini": 36,
         "experiment1": 12,
@@ -551,14 +560,14 @@ def table_of(
 def test_t_interval_is_scipys():
     values = np.random.default_rng(1).normal(size=7)
     found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert sweep.t_interval(values) == pytest.approx((values.mean(), found.low, found.high))
-    assert np.isnan(sweep.t_interval([1.0])[1:]).all() and sweep.t_interval([1.0])[0] == 1.0
+    assert sweeps.t_interval(values) == pytest.approx((values.mean(), found.low, found.high))
+    assert np.isnan(sweeps.t_interval([1.0])[1:]).all() and sweeps.t_interval([1.0])[0] == 1.0
 
 
 @pytest.mark.parametrize("better", ["lower", "higher"])
 def test_gaps_are_a_paired_t_test_over_seeds(better):
     table = table_of()
-    gaps = sweep.gaps_to_best(table, "rois", "seed", better)
+    gaps = sweeps.gaps_to_best(table, "rois", "seed", better)
     best = "a" if better == "lower" else "c"
     assert [gap.best for gap in gaps] == [best] * 2 and [gap.other for gap in gaps] == (
         ["b", "c"] if better == "lower" else ["b", "a"]
@@ -581,10 +590,10 @@ def test_gaps_are_a_paired_t_test_over_seeds(better):
 
 
 def test_pairing_takes_the_luck_of_the_seed_out():
-    gaps = sweep.gaps_to_best(table_of(noise=0.002), "rois", "seed", "lower")
+    gaps = sweeps.gaps_to_best(table_of(noise=0.002), "rois", "seed", "lower")
     assert all(gap.clear for gap in gaps)  # although seeds differ by five times the effect
     assert not all(
-        gap.clear for gap in sweep.gaps_to_best(table_of(noise=0.5), "rois", "seed", "lower")
+        gap.clear for gap in sweeps.gaps_to_best(table_of(noise=0.5), "rois", "seed", "lower")
     )
 
 
@@ -595,7 +604,7 @@ def test_more_than_noise_is_seldom_said_of_nothing():
     rng, said = np.random.default_rng(0), 0
     cells = pd.DataFrame(list(itertools.product("abcd", "012")), columns=["rois", "seed"])
     for _ in range(300):
-        gaps = sweep.gaps_to_best(
+        gaps = sweeps.gaps_to_best(
             cells.assign(value=rng.normal(size=len(cells))), "rois", "seed", "lower"
         )
         said += all(gap.clear for gap in gaps)
@@ -604,7 +613,7 @@ def test_more_than_noise_is_seldom_said_of_nothing():
 
 def test_levels_and_their_spread_are_those_of_pandas():
     table = table_of()
-    found = sweep.level_table(table, "rois", "seed").set_index("rois")
+    found = sweeps.level_table(table, "rois", "seed").set_index("rois")
     means = table.pivot_table(index="seed", columns="rois", values="value", aggfunc="mean")
     assert found["value"].to_dict() == pytest.approx(means.mean().to_dict()) and found[
         "sd"
@@ -617,55 +626,57 @@ def test_levels_and_their_spread_are_those_of_pandas():
     assert found.loc["b", "high"] == pytest.approx(
         stats.t.interval(0.95, 2, means["b"].mean(), stats.sem(means["b"]))[1]
     )
-    assert sweep.seed_sd(table, "rois", "seed") == pytest.approx(np.sqrt((means.std() ** 2).mean()))
-    alone = sweep.level_table(table[table["seed"] == "0"], "rois", "seed")
-    assert alone["low"].isna().all() and np.isnan(
-        sweep.seed_sd(table[table["seed"] == "0"], "rois", "seed")
+    assert sweeps.seed_sd(table, "rois", "seed") == pytest.approx(
+        np.sqrt((means.std() ** 2).mean())
     )
-    assert len(sweep.by_seed(table, "rois", "")) == 1
+    alone = sweeps.level_table(table[table["seed"] == "0"], "rois", "seed")
+    assert alone["low"].isna().all() and np.isnan(
+        sweeps.seed_sd(table[table["seed"] == "0"], "rois", "seed")
+    )
+    assert len(sweeps.by_seed(table, "rois", "")) == 1
 
 
 def test_only_cells_that_every_level_has_are_compared():
     table = table_of()
     holes = table.drop(table.query("rois == 'b' and batch == '16' and seed == '1'").index)
-    kept = sweep.complete(holes, "rois", ["batch", "seed"])
+    kept = sweeps.complete(holes, "rois", ["batch", "seed"])
     assert len(kept) == 15 and not len(kept.query("batch == '16' and seed == '1'"))
     assert (
-        sweep.complete(table, "rois", ["batch", "seed"]).equals(table)
-        and len(sweep.complete(table[:2], "batch", [])) == 2
+        sweeps.complete(table, "rois", ["batch", "seed"]).equals(table)
+        and len(sweeps.complete(table[:2], "batch", [])) == 2
     )
 
 
 def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
     near, far = (
-        sweep.Gap("early", "all", 0.0123, 0.009, 0.0156, 3),
-        sweep.Gap("early", "V1", 0.05, 0.04, 0.06, 3),
+        sweeps.Gap("early", "all", 0.0123, 0.009, 0.0156, 3),
+        sweeps.Gap("early", "V1", 0.05, 0.04, 0.06, 3),
     )
     expected = (
         "early is best in validation loss, by .012 over all, the next [.0090, .016], paired by"
         " batch and seed; seeds differ by .0030 (sd): more than seed noise"
     )
-    assert sweep.verdict([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
-    assert sweep.verdict([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
+    assert sweeps.verdict([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
+    assert sweeps.verdict([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
         "not more than seed noise (cannot be told from all)"
     )
-    assert sweep.verdict(
+    assert sweeps.verdict(
         [near._replace(low=np.nan, high=np.nan, seeds=1)], np.nan, "x", []
     ).endswith("with one seed it cannot be told from seed noise")
-    assert "changes nothing" in sweep.verdict(
+    assert "changes nothing" in sweeps.verdict(
         [near], 0.0, "x", []
-    ) and "one level only" in sweep.verdict([], np.nan, "x", [])
-    assert [sweep.decimals(x) for x in (0.0, 12.34, -0.5, 0.00456)] == ["0", "12", "-.50", ".0046"]
+    ) and "one level only" in sweeps.verdict([], np.nan, "x", [])
+    assert [sweeps.decimals(x) for x in (0.0, 12.34, -0.5, 0.00456)] == ["0", "12", "-.50", ".0046"]
 
 
 def test_regions_are_drawn_where_they_are_alone_and_left_out():
-    assert [sweep.region_of(x) for x in ("V1", " !V1", "-", "")] == [
+    assert [sweeps.region_of(x) for x in ("V1", " !V1", "-", "")] == [
         ("V1", "alone"),
         ("V1", "left out"),
         ("", "all"),
         ("", "all"),
     ]
-    assert [sweep.region_of(x) for x in ("V1,V2", "!V1,!V2", "set1", "V1;V2")] == [None] * 4
+    assert [sweeps.region_of(x) for x in ("V1,V2", "!V1,!V2", "set1", "V1;V2")] == [None] * 4
     rois = {
         "V1": "V1",
         "no V1": "!V1",
@@ -681,7 +692,7 @@ def test_regions_are_drawn_where_they_are_alone_and_left_out():
         for s in (0, 1)
     ]
     table = pd.DataFrame(rows, columns=["rois", "seed", "metric", "value", "better", "shuffled"])
-    found = sweep.region_table(table, rois, "rois", "seed").set_index(["region", "kind"])
+    found = sweeps.region_table(table, rois, "rois", "seed").set_index(["region", "kind"])
     assert set(found.index) == {
         ("V1", "alone"),
         ("V1", "left out"),
@@ -692,7 +703,7 @@ def test_regions_are_drawn_where_they_are_alone_and_left_out():
     assert found.loc[("V2", "left out"), "value"] == pytest.approx(3.05) and found.loc[
         ("V1", "alone"), "shuffled"
     ] == pytest.approx(0.02)
-    assert sweep.region_table(
+    assert sweeps.region_table(
         table, {"V1": "V1", "no V1": "!V1", "early": "V1,V2"}, "rois", "seed"
     ).empty
 
@@ -880,9 +891,9 @@ def test_other_sessions_have_other_validation_images_and_name_no_winner(tmp_path
 
 def test_costs_of_points_that_trained_nothing(tmp_path):
     utils.write_json(tmp_path / "results" / "a" / ".stages" / "01_fit.json", {"seconds": 3.25})
-    table = sweep.read_costs(tmp_path / "results", tmp_path / "logs", ["a"])
+    table = sweeps.read_costs(tmp_path / "results", tmp_path / "logs", ["a"])
     assert table.to_dict("records") == [{"label": "a", "01_fit": 3.25, "all stages": 3.2}] and list(
-        sweep.read_costs(tmp_path, tmp_path, [])
+        sweeps.read_costs(tmp_path, tmp_path, [])
     ) == ["label"]
 
 

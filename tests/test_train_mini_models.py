@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from src import miniworld, networks, pretrained, unclip
+from src import miniworld, pretrained
+from src.pretrained import metric_networks as networks
+from src.pretrained import unclip
 from tools import train_mini_models as tool
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,18 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from src import training, utils
-from src.training import (
-    DECAYS,
-    SCHEDULERS,
-    batches,
-    epoch_order,
-    evaluate,
-    fit,
-    gather,
-    load_best,
-    parameter_groups,
-)
+from src import parameters, training, utils
+from src.training.batches import batches, epoch_order, evaluate
+from src.training.loop import fit, load_best
+from src.training.optim import DECAYS, SCHEDULERS, parameter_groups
+from src.training.processes import gather
 from src.utils import PerceptError, load_checkpoint, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -803,7 +796,7 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(utils, "HOME", tmp_path)
-    started = utils.Run("toy", "01_train_high_level", "", {"seed": 1}, {"seed": "cell"})
+    started = parameters.Run("toy", "01_train_high_level", "", {"seed": 1}, {"seed": "cell"})
     logger = training.tracker(started, True, "a project")
     _, history = train(
         tmp_path / "run",

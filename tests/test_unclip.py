@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
-from src import miniworld, pretrained, reconstruct, unclip
+from src import miniworld, pretrained
+from src.decoding import generate
+from src.pretrained import unclip
 from src.utils import PerceptError
 
 TINY_UNET = unclip.UNET | {
@@ -152,10 +154,10 @@ def test_a_picture_does_not_depend_on_its_batch_but_on_its_noise(decoder):
     other = decoder.generate(tokens, noise_for(decoder, 3, seed=1), num_inference_steps=3)
     assert float((other - together).abs().mean()) > 0.01
     ids = np.array([5, 2, 9])
-    made = reconstruct.generate_images(
+    made = generate.generate_images(
         decoder, tokens[:, None], ids, n_samples=2, batch_size=4, num_inference_steps=2
     )
-    last = reconstruct.generate_images(
+    last = generate.generate_images(
         decoder, tokens[2:, None], ids[2:], n_samples=2, batch_size=1, num_inference_steps=2
     )
     assert made.shape == (3, 2, 3, 32, 32) and float((made[:, 0] - made[:, 1]).abs().mean()) > 0.01

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from src import utils
+from src import parameters, utils
 from src.utils import PerceptError
 
 
@@ -80,15 +80,17 @@ def test_paths_hang_on_home_then_on_the_repository(tmp_path, monkeypatch):
 def test_a_run_of_another_training_has_another_name():
     plain = {"model_name": "", "subj": 2, "split": "images", "n_components": 0}
     assert (
-        utils.run_name("mindeye/mini", plain)
-        == utils.run_name("mindeye/mini", {"subj": 2})
+        parameters.run_name("mindeye/mini", plain)
+        == parameters.run_name("mindeye/mini", {"subj": 2})
         == "mindeye-mini-subj02"
     )
     other = plain | {"split": "cluster-held-out", "n_components": 30}
-    assert utils.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
     assert (
-        utils.run_name("mindeye/mini", other | {"num_sessions": 4})
+        parameters.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
+    )
+    assert (
+        parameters.run_name("mindeye/mini", other | {"num_sessions": 4})
         == "mindeye-mini-subj02-cluster-held-out-4sessions-pca30"
     )
-    assert utils.run_name("mindeye/mini", plain | {"num_sessions": 0}) == "mindeye-mini-subj02"
-    assert utils.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"
+    assert parameters.run_name("mindeye/mini", plain | {"num_sessions": 0}) == "mindeye-mini-subj02"
+    assert parameters.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"

@@ -12,12 +12,18 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch.optim import AdamW
 
-from src import figures, models, voting
-from src.data import Normaliser, open_subject, write_images, write_subject
-from src.reconstruct import build_decoder, guided_images
-from src.training import SCHEDULERS
+from src import figures, models
+from src.data.images import write_images
+from src.data.layout import write_subject
+from src.data.normaliser import Normaliser
+from src.data.subject import open_subject
+from src.decoding import voting
+from src.decoding.generate import guided_images
+from src.decoding.voting import VOTES, Ballot, Voter, find_voters, oracle, vote, voters_of
+from src.evaluation import votes
+from src.networks.released import build_decoder
+from src.training.optim import SCHEDULERS
 from src.utils import PerceptError, save_checkpoint, write_json
-from src.voting import VOTES, Ballot, Voter, find_voters, oracle, vote, voters_of
 
 V = 12
 FLAGS = {"V1": range(0, 4), "V2": range(4, 7), "FFA": range(8, 10)}
@@ -312,7 +318,7 @@ def test_worth_is_told_by_paired_differences():
         ("latent_mean", "up"): hard - 1,
     }
     each |= {(row, "down"): -values for (row, _), values in list(each.items())}
-    up, down = voting.worth(each, {"up": "higher", "down": "lower"}, voters, "voter_a")
+    up, down = votes.worth(each, {"up": "higher", "down": "lower"}, voters, "voter_a")
     assert up["gain"].low > 0 and up["share"] == pytest.approx(1.0) and up["mean_gain"].high < -0.9
     assert up["gain"].value == pytest.approx(
         (each["system", "up"] - (each["voter_a", "up"] + each["voter_b", "up"]) / 2).mean()
@@ -320,13 +326,13 @@ def test_worth_is_told_by_paired_differences():
     for key in ("gain", "over_best", "mean_gain"):
         assert down[key] == up[key]  # better is positive, whichever way the metric goes
     assert down["vote"].value == pytest.approx(-up["vote"].value) and up["oracle"] == up["vote"]
-    text = voting.verdict([up, down])
+    text = votes.verdict([up, down])
     assert (
         "better than its average voter in 2 of 2 scores and worse in 0" in text
         and "better than the vote in 0 of 2 scores and worse in 2" in text
         and "100%" in text
     )
-    rows = voting.told([up, down])
+    rows = votes.told([up, down])
     assert (
         rows[0]["metric"] == "up"
         and rows[0]["latent mean - vote"].startswith("-1.0")
@@ -337,9 +343,9 @@ def test_worth_is_told_by_paired_differences():
 def test_worth_without_difference_claims_nothing():
     values = np.random.default_rng(1).standard_normal(50)
     each = {(row, "m"): values for row in ("system", "voter_a", "voter_b")}
-    row = voting.worth(each, {"m": "higher"}, ["voter_a", "voter_b"])[0]
+    row = votes.worth(each, {"m": "higher"}, ["voter_a", "voter_b"])[0]
     assert row["gain"].value == 0 and row["share"] is None and "mean_gain" not in row
-    assert voting.verdict([row]).endswith(
+    assert votes.verdict([row]).endswith(
         "better than its average voter in 0 of 1 scores and worse in 0."
     )
 

@@ -92,12 +92,15 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src import augment, gnet, miniworld, networks, pretrained, unclip
+from src import miniworld, pretrained
+from src.evaluation import brain_correlation
 from src.losses import mixco_nce
 from src.models import CaptionConverter, DiffusionPriorNetwork
-from src.pretrained import judge_input, take_transformers
+from src.networks import FRESH_IN_LAION
+from src.pretrained import gnet, judge_input, take_transformers, unclip
+from src.pretrained import metric_networks as networks
 from src.prior import BrainDiffusionPrior
-from src.published import FRESH_IN_LAION
+from src.training import augment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
@@ -2205,7 +2208,10 @@ def train_gnet(args, rank: int = 0) -> None:
             np.mean([each["train_seen"].mean((0, 2, 3)) / 255 for each in data.values()], 0)
         ).view(1, 3, 1, 1)
     )
-    masks = {subj: gnet.roi_masks(miniworld.VisualCortex(subj).voxels) for subj in GNET_SUBJECTS}
+    masks = {
+        subj: brain_correlation.roi_masks(miniworld.VisualCortex(subj).voxels)
+        for subj in GNET_SUBJECTS
+    }
 
     def loss_of(rng, batch):
         chosen = {
@@ -2233,7 +2239,7 @@ def train_gnet(args, rank: int = 0) -> None:
             {},
         )  # every subject has the same validation images
         for subj, each in data.items():
-            scores = gnet.brain_correlation(
+            scores = brain_correlation.brain_correlation(
                 model.readouts[str(subj)](maps), each["val"], masks[subj]
             )
             found |= {

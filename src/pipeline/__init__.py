@@ -1,1 +1,1 @@
-"""Running recipes: what a stage depends on, and what it needs."""
+"""Running recipes: stages and their fingerprints, dry run, downloads, sweeps."""

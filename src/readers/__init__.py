@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
-from src.data import subject_folder
+from src.data.layout import subject_folder
+from src.parameters import check_known
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
-from src.utils import PerceptError, check_known, resolve
+from src.utils import PerceptError, resolve
 
 READERS: dict[str, ModuleType] = {
     "mindeye": mindeye,

@@ -9,36 +9,20 @@ number of the image (NSD: the row of imgBrick, from 0).
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from src.data import write_image_table
-from src.utils import PerceptError, atomic
-
-
-# -------------------------------------------------------------------------------- files
-def present(
-    path: str | Path, what: str, remedy: str = "fetch it, or give the folder that holds it"
-) -> Path:
-    """`path`, if it is there.
-
-    Raises:
-        PerceptError: naming the file, what it holds and what to do.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise PerceptError(f"{path} ({what}) is missing: {remedy}.")
-    return path
+from src.data.layout import write_image_table
+from src.utils import PerceptError
 
 
 class Spool:
@@ -89,7 +73,6 @@ class Spool:
         return np.memmap(self.file, self.dtype, "r", 0, (self.count, *self.shape))
 
 
-# -------------------------------------------------------------------------------- pictures
 def shrink(image: np.ndarray, image_size: int) -> np.ndarray:
     """An image uint8 (height, width, 3) whose shorter side is at most `image_size`, cut to its
     central square.
@@ -146,7 +129,6 @@ def pictures(files: Iterable[str | Path], what: str, image_size: int = 0) -> Ite
             yield ahead.popleft().result()[None]
 
 
-# -------------------------------------------------------------------------------- splits
 def affordable(wanted: int, there: int, what: str, default: int = 300) -> int:
     """The default number of images to set aside, or a tenth, with a warning, where the default
     would take more than half of what is there.
@@ -217,60 +199,6 @@ def split_of(source: Path, trials: pd.DataFrame, val_images: int, seed: int) -> 
     return choose_validation(trials, val_images, seed) if own is None else own
 
 
-def write_split(source: Path, trials: pd.DataFrame) -> None:
-    """Write <source>/splits.csv for `own_split`; images of other subjects already in it are kept."""
-    path, table = source / "splits.csv", trials.drop_duplicates("image")[["image", "split"]]
-    if path.exists():
-        old = pd.read_csv(path)
-        table = pd.concat([old[~old["image"].isin(table["image"])], table])
-    with atomic(path) as temporary:
-        table.sort_values("image").to_csv(temporary, index=False)
-
-
-# ------------------------------------------------------------------- what a source is written from
-def fitting(
-    betas: np.ndarray,
-    trials: pd.DataFrame,
-    images: np.ndarray,
-    image_ids: Collection[int],
-    needed: Collection[str],
-    voxels: pd.DataFrame | None = None,
-) -> pd.DataFrame:
-    """The table of trials in the order of `trial`, its index the row of betas (trials, ...), if it,
-    betas, images and voxels belong together.
-
-    Raises:
-        PerceptError: if they do not: another number of rows, a column of `needed` that is missing,
-            or a trial whose image is not given.
-    """
-    if missing := set(needed) - set(trials.columns):
-        raise PerceptError(
-            f"The table of trials lacks the columns {sorted(missing)}: it has"
-            f" {list(trials.columns)}."
-        )
-    unlike = voxels is not None and len(voxels) != betas.shape[1]
-    if unlike or len(trials) != len(betas) or len(images) != len(image_ids):
-        table = (
-            ""
-            if voxels is None
-            else f", {len(voxels)} rows of voxels for {betas.shape[1]} columns of betas"
-        )
-        raise PerceptError(
-            f"{len(betas)} betas, {len(trials)} trials, {len(images)} images, {len(image_ids)}"
-            f" image ids{table} do not fit each other: give one row a trial, one id an image, one"
-            " row a voxel."
-        )
-    ordered = trials.reset_index(drop=True).sort_values("trial")
-    absent = ordered.loc[~ordered["image"].isin(image_ids), "image"]
-    if len(absent):
-        raise PerceptError(
-            f"Image {absent.iloc[0]} of the trials is not among the images given: give it, or leave"
-            " out its trials."
-        )
-    return ordered
-
-
-# ------------------------------------------------------------------- what a source may bring along
 def copy_tables(source: Path, folder: Path, image_ids: Collection[int]) -> None:
     """Take captions.parquet and labels.parquet (column image) beside a source over into the
     dataset's folder, where there are any.
@@ -283,110 +211,6 @@ def copy_tables(source: Path, folder: Path, image_ids: Collection[int]) -> None:
             )
 
 
-def write_tables(source: Path, captions: pd.DataFrame | None, labels: pd.DataFrame | None) -> None:
-    """Write captions.parquet and labels.parquet beside a source for `copy_tables`."""
-    for name, table in (("captions", captions), ("labels", labels)):
-        if table is not None:
-            write_image_table(source / f"{name}.parquet", table)
-
-
-# ---------------------------------------------------------------- files that their authors pickled
-class _Dtype:
-    """Stands for a pickled dtype: of its state the byte order alone is taken."""
-
-    def __init__(self, name: str, *_: object):
-        self.made = np.dtype(str(name))
-        if self.made.kind not in "OSUbiufc":
-            raise pickle.UnpicklingError(f"it has the dtype {name}")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] == ">":
-            self.made = self.made.newbyteorder(">")
-
-    def scalar(self, data: bytes) -> Any:
-        return np.frombuffer(data, self.made, 1)[0]  # refuses a dtype of objects
-
-
-class _Array:
-    """Stands for a pickled array, which is made of its checked dtype and its plain content."""
-
-    def __init__(self, *_: object):
-        self.made = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        if dtype.made.hasobject:
-            flat = np.empty(len(data), object)
-            flat[:] = _settled(data)
-        else:
-            flat = np.frombuffer(data, dtype.made)
-        self.made = flat.reshape(shape, order="F" if fortran else "C")
-
-
-def _settled(content: Any) -> Any:
-    """Containers with arrays in the place of what stood for them."""
-    if isinstance(content, dict):
-        return {key: _settled(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(map(_settled, content))
-    return content.made if isinstance(content, (_Array, _Dtype)) else content
-
-
-class _Restricted(pickle.Unpickler):
-    """Builds plain containers, texts and numbers, and NumPy arrays and scalars of these; nothing
-    else.
-
-    NumPy's own unpickling is not used: it trusts the shapes and states that a file tells, so that a
-    forged one can end the process.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed: dict[tuple[str, str], Any] = {
-            ("numpy", "ndarray"): _Array,
-            ("numpy", "dtype"): _Dtype,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            allowed |= {
-                (core, "_reconstruct"): _Array,
-                (core, "scalar"): lambda dtype, data: dtype.scalar(data),
-            }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return allowed[module, name]
-
-
-def unpickle_npy(path: str | Path) -> Any:
-    """The content of an .npy whose authors pickled it (a dict, or an array of texts), without
-    running code from it.
-
-    Raises:
-        PerceptError: if it is missing, damaged, or asks for anything but containers, texts, numbers
-            and arrays.
-    """
-    try:
-        with open(present(path, "a pickled .npy"), "rb") as file:
-            version = np.lib.format.read_magic(file)
-            header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = header(file)
-            if not dtype.hasobject:
-                file.seek(0)
-                return np.lib.format.read_array(file, allow_pickle=False)
-            content = np.asarray(_settled(_Restricted(file).load()), dtype=object).reshape(shape)
-    except PerceptError:
-        raise
-    except Exception as error:  # whatever a damaged or forged file provokes
-        raise PerceptError(
-            f"{path} cannot be read safely ({error}): fetch it again, or save it as plain arrays."
-        ) from error
-    return content.item() if shape == () else content
-
-
-# -------------------------------------------------------------------------------- regions
 def roi_columns(regions: dict[str, np.ndarray], n_voxels: int) -> pd.DataFrame:
     """Boolean columns of the table of voxels, one a region, none for a region without voxels.
 

@@ -18,15 +18,9 @@ import pandas as pd
 import scipy.io
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from src.data import (
-    dataset_folder,
-    disk_errors,
-    subject_folder,
-    write_image_table,
-    write_images,
-    write_subject,
-)
-from src.utils import PerceptError, atomic
+from src.data.images import write_images
+from src.data.layout import dataset_folder, subject_folder, write_image_table, write_subject
+from src.utils import PerceptError
 
 KEYS = ("fmriTrn", "fmriTest", "stimTrn", "stimTest", "labelTrn", "labelTest")
 DIGITS = {1: "six", 2: "nine"}
@@ -174,41 +168,3 @@ def _splits(
             train_test_split(rest, test_size=val, random_state=seed, stratify=labels[rest])[1]
         ] = "val"
     return splits, protocol
-
-
-def write(
-    path: str | Path, betas: np.ndarray, images: np.ndarray, labels: np.ndarray, n_test: int
-) -> Path:
-    """Write the MATLAB file from arrays; the last `n_test` rows are its test set.
-
-    Args:
-        path: the file.
-        betas: (images, voxels).
-        images: uint8 (images, 28, 28).
-        labels: (images,) 1 = six, 2 = nine.
-        n_test: number of test images.
-
-    Returns:
-        `path`.
-
-    Raises:
-        PerceptError: for images of another size or a full disk.
-    """
-    if images.shape != (len(betas), 28, 28) or not 0 < n_test < len(betas):
-        raise PerceptError(
-            f"digits69 needs images ({len(betas)}, 28, 28) and 0 < n_test < {len(betas)}, not "
-            f"{images.shape} and {n_test}."
-        )
-    flat = (
-        images.astype(np.uint8).transpose(0, 2, 1).reshape(len(images), -1)
-    )  # (images, 784), column by column
-    content = {}
-    for name, rows in (
-        ("fmri", np.asarray(betas, np.float64)),
-        ("stim", flat),
-        ("label", np.asarray(labels, np.uint8)[:, None]),
-    ):
-        content[f"{name}Trn"], content[f"{name}Test"] = rows[:-n_test], rows[-n_test:]
-    with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
-        scipy.io.savemat(file, content)
-    return Path(path)

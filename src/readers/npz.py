@@ -26,17 +26,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.data import (
+from src.data.images import write_images
+from src.data.layout import (
     check_trials,
     dataset_folder,
-    disk_errors,
     number_repeats,
     subject_folder,
     write_image_table,
-    write_images,
     write_subject,
 )
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError
 
 TERMS = "Your own data, under your own terms."
 PER_TRIAL = ("image_index", "session", "run", "repeat", "trial", "split")
@@ -217,18 +216,3 @@ def _voxels(arrays: dict[str, np.ndarray], n_voxels: int) -> pd.DataFrame:
     if "xyz" in arrays:
         voxels[["x", "y", "z"]] = arrays["xyz"]
     return voxels
-
-
-def write(
-    path: str | Path, betas: np.ndarray, images: np.ndarray, **arrays: np.ndarray | str
-) -> Path:
-    """Write an .npz that `read` understands; the keys are those of the module.
-
-    Raises PerceptError if the disk is full.
-    """
-    content: dict[str, Any] = {"betas": betas, "images": images} | {
-        k: np.asarray(v) for k, v in arrays.items()
-    }
-    with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **content)
-    return Path(path)

@@ -18,8 +18,7 @@ import nibabel
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from src.readers.common import present
-from src.utils import PerceptError
+from src.utils import PerceptError, present
 
 NOWHERE = 9999
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}

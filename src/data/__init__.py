@@ -1,0 +1,52 @@
+"""The prepared layout of a data set, and everything read from it: subjects, normaliser, splits, cached targets."""
+
+from src.data.batches import BrainDataset
+from src.data.draws import choose_repeats
+from src.data.files import BLOCK_BYTES, check_space, disk_errors, row_blocks
+from src.data.images import ImageStore, write_images
+from src.data.layout import (
+    TRIAL_COLUMNS,
+    check_trials,
+    dataset_folder,
+    number_repeats,
+    subject_folder,
+    write_image_table,
+    write_subject,
+)
+from src.data.normaliser import Normaliser
+from src.data.reliability import estimate_noise_ceiling
+from src.data.splits import image_clusters, open_pictures, open_split, select_images
+from src.data.subject import ROI_SETS, Subject, open_subject
+from src.data.targets import LatentFile, Targets, Views, cached_targets, cached_views
+
+__all__ = [
+    "BLOCK_BYTES",
+    "BrainDataset",
+    "ImageStore",
+    "LatentFile",
+    "Normaliser",
+    "ROI_SETS",
+    "Subject",
+    "TRIAL_COLUMNS",
+    "Targets",
+    "Views",
+    "cached_targets",
+    "cached_views",
+    "check_space",
+    "check_trials",
+    "choose_repeats",
+    "dataset_folder",
+    "disk_errors",
+    "estimate_noise_ceiling",
+    "image_clusters",
+    "number_repeats",
+    "open_pictures",
+    "open_split",
+    "open_subject",
+    "row_blocks",
+    "select_images",
+    "subject_folder",
+    "write_image_table",
+    "write_images",
+    "write_subject",
+]

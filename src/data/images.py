@@ -1,0 +1,151 @@
+"""The images of a prepared data set, images.h5."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from src.data.files import _gather, _map_h5, _positions, _store_rows, disk_errors, row_blocks
+from src.utils import PerceptError, atomic
+
+SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
+
+
+class ImageStore:
+    """The images of a dataset, memory-mapped.
+
+    Attributes:
+        image_ids: int64 (images,), in the order in which they are stored.
+        crc: int64 (images,), CRC-32 of the pixels of each.
+
+    Raises:
+        PerceptError: if the file is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise PerceptError(
+                f"{self.path} is missing: prepare the data with notebook 00_prepare_data."
+            )
+        self.shape = self.pixels.shape
+        with h5py.File(self.path, "r") as file:
+            self.image_ids, self.crc = file["image_id"][:], file["crc"][:]
+        self._order = np.argsort(self.image_ids)
+
+    @cached_property
+    def pixels(self) -> np.memmap:
+        """uint8 (images, height, width, 3)."""
+        return _map_h5(self.path, "images")[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "pixels"}
+
+    def positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows at which images are stored. Raises PerceptError for an image that is not."""
+        return _positions(self.image_ids, self._order, image_ids, str(self.path))
+
+    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Images by id, uint8 (n, height, width, 3), in the order asked for."""
+        return _gather(self.pixels, self.positions(image_ids))
+
+
+def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
+    if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3:
+        raise PerceptError(
+            f"Images must be uint8 (n, height, width, 3), these are {block.dtype} {block.shape}."
+        )
+    if size is not None and block.shape[1:3] != size:
+        raise PerceptError(
+            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]}"
+            " images of this dataset: resize them, or prepare them under another dataset name."
+        )
+
+
+def _new_images(
+    images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray, old: ImageStore | None
+) -> Iterator[np.ndarray]:
+    """Blocks of those images that are not stored yet; those that are must look the same."""
+    start, recompressed = 0, 0
+    known = np.isin(ids, old.image_ids) if old else np.zeros(len(ids), bool)
+    for block in row_blocks(images):
+        _check_image_block(block, tuple(old.shape[1:3]) if old else None)
+        part = slice(start, start + len(block))
+        start += len(block)
+        if start > len(ids):
+            raise PerceptError(
+                f"There are more images than the {len(ids)} image ids given for them."
+            )
+        if old and known[part].any():
+            stored, again = old.rows(ids[part][known[part]]), block[known[part]]
+            difference = np.abs(stored.astype(np.int16) - again).mean(axis=(1, 2, 3))
+            recompressed += int(((difference > 0) & (difference <= SAME_IMAGE)).sum())
+            if (difference > SAME_IMAGE).any():
+                image = ids[part][known[part]][difference.argmax()]
+                raise PerceptError(
+                    f"Image {image} is already in {old.path} and looks different there: use another"
+                    " dataset name, or delete that file."
+                )
+        if not known[part].all():
+            yield block[~known[part]]
+    if start != len(ids):
+        raise PerceptError(f"There are {start} images for {len(ids)} image ids.")
+    if recompressed:
+        warnings.warn(
+            f"{recompressed} images were stored already with slightly different pixels; the stored"
+            " ones are kept.",
+            stacklevel=4,
+        )
+
+
+def write_images(
+    path: str | Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    image_ids: Sequence[int] | np.ndarray,
+) -> None:
+    """Write the images of a dataset, or add to those already there (several subjects share one
+    file).
+
+    Args:
+        path: the file, data/<dataset>/images.h5.
+        images: uint8 (n, height, width, 3), or an iterable of blocks of these.
+        image_ids: (n,) unique integers.
+
+    Raises:
+        PerceptError: for another dtype or shape, ids that occur twice, an id that is stored with
+            other pixels, or a full disk. What was there stays.
+    """
+    path, ids = Path(path), np.asarray(image_ids, dtype=np.int64)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        raise PerceptError(
+            f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be"
+            " unique."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = ImageStore(path) if path.exists() else None
+    new_ids = ids[~np.isin(ids, old.image_ids)] if old else ids
+    if old and not len(new_ids):
+        for _ in _new_images(images, ids, old):  # nothing to add: the comparison alone
+            pass
+        return
+    stored_ids = np.concatenate([old.image_ids, new_ids]) if old else new_ids
+    crc: list[int] = []
+
+    def inspect(block: np.ndarray, _row: int) -> np.ndarray:
+        crc.extend(zlib.crc32(np.ascontiguousarray(image).data) for image in block)
+        return block
+
+    blocks = chain(row_blocks(old.pixels) if old else (), _new_images(images, ids, old))
+    with disk_errors(path.parent), atomic(path) as temporary:
+        _store_rows(temporary, "images", blocks, len(stored_ids), inspect)
+        with h5py.File(temporary, "r+") as file:
+            file["image_id"], file["crc"] = stored_ids, np.array(crc, dtype=np.int64)

@@ -1,0 +1,95 @@
+"""From a run's checkpoints to decoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from src.decoding.configs import PATCHES
+from src.networks.released import build_decoder, published_config, read_published
+from src.utils import PerceptError, load_checkpoint, load_strictly
+
+
+def _is_released(path: str | Path) -> bool:
+    """Whether a checkpoint is one that others released (.pth, or a folder that DeepSpeed wrote),
+    and not of ours; refused where there is none.
+    """
+    if not Path(path).exists():
+        raise PerceptError(
+            f"No checkpoint at {path}: train that stage first (notebooks 01 and 02), or name the"
+            " run that has it."
+        )
+    return Path(path).suffix == ".pth" or Path(path).is_dir()
+
+
+def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth, or
+    a folder that DeepSpeed wrote).
+
+    Returns:
+        The module in eval mode, and the config stored with it (of a released file: read from its
+            weights).
+
+    Raises:
+        PerceptError: if the file is missing or does not fit the model that it names.
+    """
+    state, config = _published(path) if _is_released(path) else load_checkpoint(path, device)
+    decoder = build_decoder(config["model"])
+    load_strictly(decoder, state, str(path))
+    return decoder.to(device).eval().requires_grad_(False), config
+
+
+def decoder_config(path: str | Path) -> dict[str, Any]:
+    """The config that comes with a decoder's file, without its weights; as `load_decoder` gives it.
+
+    Raises:
+        PerceptError: if the file is missing.
+    """
+    if _is_released(path):
+        return _published(path)[1]
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("config", "{}"))
+
+
+def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Path:
+    """Where a run keeps a decoder: `level`/<checkpoint>.safetensors of ours, or else a released
+    file as its authors name it.
+
+    Args:
+        folder: train_logs/<run>.
+        level: "high_level" or "low_level".
+        checkpoint: "last" or "best".
+    """
+    ours, folder = Path(folder) / level / f"{checkpoint}.safetensors", Path(folder)
+    released = folder / f"{checkpoint}.pth" if level == "high_level" else folder / "epoch120.pth"
+    if level == "high_level" and not released.exists() and (folder / checkpoint).is_dir():
+        released = folder / checkpoint  # of MindEye2 under DeepSpeed
+    return released if released.exists() and not ours.exists() else ours
+
+
+def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and config of a released file, the config as `fit` would have stored it."""
+    state = read_published(path)
+    model = published_config(state, str(path))
+    if model["name"] == "MindEye2":
+        kwargs = model["backbone"]["kwargs"]
+        variant = next(
+            (name for name, (_, dim) in PATCHES.items() if dim == kwargs["clip_size"]), "bigG"
+        )
+        config = {
+            "model": model,
+            "tokens": [kwargs["out_dim"] // kwargs["clip_size"], kwargs["clip_size"]],
+        }
+        return state, config | {
+            "clip": {"patch_tokens": True, "variant": variant, "squeezed": True}
+        }
+    if model["name"] != "BrainDiffusionPrior":
+        return state, {"model": model}
+    return state, {
+        "model": model,
+        "tokens": [model["net"]["kwargs"].get("num_tokens", 1), model["kwargs"]["image_embed_dim"]],
+    }

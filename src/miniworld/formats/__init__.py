@@ -1,0 +1,34 @@
+"""Writers of the source formats: the mini world as each reader expects its files.
+
+Each module has one `write(...)`, the inverse of the reader of the same name in `src.readers`. To add
+a format, add a module and name its function in WRITERS.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from src.miniworld.formats import (
+    algonauts,
+    bold5000,
+    digits69,
+    god,
+    mindeye,
+    mindeye2,
+    npz,
+    nsd,
+    things,
+)
+
+WRITERS: dict[str, Callable[..., Any]] = {
+    "mindeye": mindeye.write,
+    "mindeye2": mindeye2.write,
+    "nsd": nsd.write,
+    "algonauts": algonauts.write,
+    "bold5000": bold5000.write,
+    "god": god.write,
+    "things": things.write,
+    "digits69": digits69.write,
+    "npz": npz.write,
+}
+
+__all__ = ["WRITERS"]

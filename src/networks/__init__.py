@@ -1,0 +1,82 @@
+"""Everything that trains."""
+
+from src.networks.base import Network
+from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, VolumeEncoder
+from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
+from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
+from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.priors import (
+    Denoiser,
+    DiffusionPriorNetwork,
+    PriorNetwork,
+    VersatileDiffusionPriorNetwork,
+)
+from src.networks.registry import MODELS, build, published_state
+from src.networks.released import (
+    FRESH_IN_LAION,
+    build_decoder,
+    difference,
+    load_laion_prior,
+    load_published,
+    load_voxel2clip,
+    published_config,
+    read_history,
+    read_published,
+    read_weights,
+    write_published,
+)
+from src.networks.transformer import (
+    Attention,
+    CausalTransformer,
+    GainNorm,
+    RelativePositionBias,
+    Rotary,
+    SinusoidalTime,
+    SwiGLU,
+)
+
+__all__ = [
+    "ALPHAS",
+    "Attention",
+    "BASIC_SIZES",
+    "BasicEncoder",
+    "BrainNetwork",
+    "CaptionConverter",
+    "CausalTransformer",
+    "Denoiser",
+    "DiffusionPriorNetwork",
+    "ENCODERS",
+    "Encoder",
+    "FRESH_IN_LAION",
+    "GainNorm",
+    "MODELS",
+    "MindEye2",
+    "MixerBrainNetwork",
+    "NORMS",
+    "Network",
+    "PriorNetwork",
+    "RelativePositionBias",
+    "ResidualBrainNetwork",
+    "RidgeBaseline",
+    "RidgeRegression",
+    "Rotary",
+    "SinusoidalTime",
+    "SwiGLU",
+    "TokenMap",
+    "UPS_MODES",
+    "VersatileDiffusionPriorNetwork",
+    "VolumeEncoder",
+    "Voxel2StableDiffusionModel",
+    "build",
+    "build_decoder",
+    "difference",
+    "load_laion_prior",
+    "load_published",
+    "load_voxel2clip",
+    "published_config",
+    "published_state",
+    "read_history",
+    "read_published",
+    "read_weights",
+    "write_published",
+]

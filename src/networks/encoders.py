@@ -1,0 +1,227 @@
+"""Networks from voxels to CLIP embeddings: MindEye's residual MLP and its relatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from src.networks.base import Network, _flat_voxels
+from src.utils import PerceptError
+
+
+class Encoder(Network):
+    """What the networks from voxels to CLIP share: `tokens`."""
+
+    clip_size: int
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without
+        a projector both are the same.
+        """
+        out = self(x)
+        backbone, projected = out if isinstance(out, tuple) else (out, out)
+        return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
+
+
+class BrainNetwork(Encoder):
+    """Residual MLP from voxels to CLIP tokens (voxel2clip).
+
+    Args:
+        in_dim: number of voxels.
+        out_dim: tokens * dim, e.g. 257 * 768 or 768.
+        clip_size: dim of a token.
+        h: width.
+        n_blocks: residual blocks.
+        norm_type: "ln" (LayerNorm, GELU) or "bn" (BatchNorm, ReLU; the combined system).
+        act_first: activation before the norm.
+        use_projector: add the token-wise head on which the contrastive losses act.
+        projector_dim: its width.
+
+    Source: MindEye (arXiv 2305.18274), appendix A.3.
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 15724,
+        out_dim: int = 257 * 768,
+        clip_size: int = 768,
+        h: int = 4096,
+        n_blocks: int = 4,
+        norm_type: str = "ln",
+        act_first: bool = False,
+        use_projector: bool = True,
+        projector_dim: int = 2048,
+    ):
+        super().__init__()
+        if norm_type not in NORMS:
+            raise PerceptError(
+                f"norm_type '{norm_type}' is unknown: choose one of {', '.join(NORMS)}."
+            )
+        norm, activation = NORMS[norm_type]
+
+        def block(width_in: int, dropout: float) -> nn.Sequential:
+            pair = [activation(), norm(h)] if act_first else [norm(h), activation()]
+            return nn.Sequential(nn.Linear(width_in, h), *pair, nn.Dropout(dropout))
+
+        self.clip_size = clip_size
+        self.lin0 = block(in_dim, 0.5)
+        self.mlp = nn.ModuleList(block(h, 0.15) for _ in range(n_blocks))
+        self.lin1 = nn.Linear(h, out_dim)
+        self.projector = _projector(clip_size, projector_dim) if use_projector else None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Voxels (batch, voxels), or a volume (batch, X, Y, Z), to tokens.
+
+        Returns:
+            backbone (batch, tokens * dim), and with a projector also its output (batch, tokens,
+            dim).
+
+        Raises:
+            PerceptError: if the number of voxels is not in_dim.
+        """
+        batch = x.shape[0]
+        x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
+        for layer in self.mlp:
+            x = layer(x) + x
+        x = self.lin1(x)  # (batch, tokens * dim)
+        if self.projector is None:
+            return x
+        return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
+
+
+NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {
+    "ln": (nn.LayerNorm, nn.GELU),
+    "bn": (nn.BatchNorm1d, nn.ReLU),
+}
+
+
+def _projector(dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.GELU(),
+        nn.Linear(dim, width),
+        nn.LayerNorm(width),
+        nn.GELU(),
+        nn.Linear(width, width),
+        nn.LayerNorm(width),
+        nn.GELU(),
+        nn.Linear(width, dim),
+    )
+
+
+class _Mixing(nn.Module):
+    """Every place of a feature map looks at all others: one residual self-attention over (batch,
+    places, width).
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
+
+
+class VolumeEncoder(Encoder):
+    """3-D convolutions from a whole volume to a CLIP embedding, with an attention over the places
+    that are left (or none).
+
+    Args:
+        dims: (x, y, z) of the volume; NSD's func1pt8mm of subject 1 has (81, 104, 83).
+        out_dim: tokens * dim.
+        clip_size: dim of a token.
+        channels: of the convolutions, each followed by BatchNorm and ReLU.
+        strides: of the convolutions.
+        kernel: of the convolutions.
+        padding: of the convolutions.
+        dilation: of the convolutions.
+        attention_width: width of the attention's tokens, 0 for no attention.
+        heads: of the attention.
+        average_output: average over the places before the last linear map, instead of one weight
+            for each place.
+
+    Raises:
+        PerceptError: for channels and strides of different number, or a volume that is too small
+            for them.
+
+    The figures are those of the published configuration; what stands between them is ours, as
+    nothing else of this network is documented.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        out_dim: int = 768,
+        clip_size: int = 768,
+        channels: Sequence[int] = (64, 128, 256, 64),
+        strides: Sequence[int] = (1, 2, 3, 3),
+        kernel: int = 3,
+        padding: int = 1,
+        dilation: int = 1,
+        attention_width: int = 64,
+        heads: int = 4,
+        average_output: bool = False,
+    ):
+        super().__init__()
+        if len(channels) != len(strides) or not len(channels):
+            raise PerceptError(
+                "A volume encoder needs one stride a convolution, but has channels"
+                f" {list(channels)} and strides {list(strides)}."
+            )
+        places, layers = [int(side) for side in dims], []
+        for before, width, stride in zip((1, *channels), channels, strides, strict=False):
+            layers += [
+                nn.Conv3d(before, width, kernel, stride, padding, dilation),
+                nn.BatchNorm3d(width),
+                nn.ReLU(True),
+            ]
+            places = [
+                (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in places
+            ]
+        if min(places) < 1:
+            raise PerceptError(
+                f"A volume of {list(dims)} voxels is too small for {len(channels)} convolutions"
+                f" with strides {list(strides)}."
+            )
+        self.dims, self.clip_size, self.average_output = tuple(dims), clip_size, average_output
+        self.convolutions = nn.Sequential(*layers)
+        width = attention_width or channels[-1]
+        self.mixing = (
+            nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads))
+            if attention_width
+            else nn.Identity()
+        )
+        self.lin1 = nn.Linear(width if average_output else width * math.prod(places), out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z), to
+        (batch, tokens * dim).
+        """
+        if x[0].numel() != math.prod(self.dims):
+            raise PerceptError(
+                f"The network reads volumes of {self.dims} voxels but was given {x[0].numel()}"
+                " voxels: give it the volumes that it was made for."
+            )
+        x = self.convolutions(x.reshape(len(x), 1, *self.dims))  # (batch, channels, x, y, z)
+        x = self.mixing(x.flatten(2).transpose(1, 2))  # (batch, places, width)
+        return self.lin1(x.mean(1) if self.average_output else x.flatten(1))
+
+
+ENCODERS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # voxel2clip of the combined system, by its parameter `arch`: network, what sets it apart
+    "brainnet": (
+        "BrainNetwork",
+        {"norm_type": "bn", "act_first": True, "use_projector": False},
+    ),
+    "3dconv": ("VolumeEncoder", {"channels": [64, 128, 256, 64], "attention_width": 64}),
+    "3dconv-simple": (
+        "VolumeEncoder",
+        {"channels": [64, 128, 256, 128], "attention_width": 0, "average_output": True},
+    ),
+}

@@ -1,0 +1,267 @@
+"""MindEye2's networks: a ridge per subject and a shared backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from torch import Tensor, nn
+
+from src.networks.base import Network
+from src.networks.encoders import _projector
+from src.networks.low_level import _maps_projector
+from src.utils import PerceptError
+
+
+class RidgeRegression(Network):
+    """One linear layer a subject, from its voxels into the space that all subjects share.
+
+    The name is the published one: it is no ridge solver, its penalty is the optimizer's weight
+    decay.
+
+    Args:
+        input_sizes: voxels of each subject, in the order of the run's subjects.
+        out_features: width h of the shared space.
+
+    Source: MindEye2 (arXiv 2403.11207), section 2.1.
+    """
+
+    def __init__(self, input_sizes: Sequence[int] = (15724,), out_features: int = 4096):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(voxels, out_features) for voxels in input_sizes)
+
+    def forward(self, x: Tensor, subject_index: int | Tensor = 0) -> Tensor:
+        """Voxels to the shared space.
+
+        Args:
+            x: (batch, time, voxels), or (batch, voxels) for one trial; with several subjects in a
+                batch, filled up to the most voxels.
+            subject_index: position of the subject in `input_sizes`, of the batch or of each sample
+                (batch,).
+
+        Returns:
+            (batch, time, h).
+
+        Raises:
+            PerceptError: if one subject's voxels are not as many as its layer was made for.
+        """
+        x = x[:, None] if x.ndim == 2 else x
+        if not isinstance(subject_index, Tensor):
+            layer = cast(nn.Linear, self.linears[subject_index])
+            if x.shape[-1] != layer.in_features:
+                raise PerceptError(
+                    f"Subject {subject_index} of this network has {layer.in_features} voxels, not"
+                    f" {x.shape[-1]}: use the subject that it was made for."
+                )
+            return layer(x)
+        out, rows = [], []
+        for number in subject_index.unique().tolist():
+            layer = cast(nn.Linear, self.linears[number])
+            rows.append((subject_index == number).nonzero()[:, 0])
+            out.append(layer(x[rows[-1], :, : layer.in_features]))
+        return torch.cat(out)[torch.cat(rows).argsort()]
+
+
+def _mixer_block(width: int, drop: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Dropout(drop), nn.Linear(width, width)
+        ),
+    )
+
+
+class MixerBrainNetwork(Network):
+    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens, and beside it
+    to a blurry picture.
+
+    With one token (`seq_len` 1: every released configuration) the mixer adds one number to its
+    input, whatever its widest matrices hold: the second branch normalises an axis of length 1 and
+    keeps a residual of its own, so `mixer_blocks1` never reaches the output (docs/mindeye2.md
+    derives it). `folded` computes that number and skips the rest; the weights stay in the state
+    dict. Unlike the published code, no dropout falls upon that number.
+
+    Args:
+        h: width of the shared space.
+        out_dim: tokens * dim.
+        seq_len: trials that are read together, the past and the future ones with it.
+        n_blocks: pairs of mixer blocks.
+        clip_size: dim of a token.
+        blurry_recon: add the branch for the blurry picture.
+        drop: dropout in the mixer blocks.
+        clip_scale: 0 leaves out the head of the contrastive loss (its weights are there all the
+            same, as published).
+        latent_size: height and width of the blurry picture's latent, a multiple of 4.
+        folded: with one token, compute what the mixer amounts to instead of the mixer.
+
+    Raises:
+        PerceptError: for tokens that do not fit out_dim, or a latent size that the upsampler cannot
+            make.
+
+    Source: MindEye2 (arXiv 2403.11207), sections 2.1 and 2.4.
+    """
+
+    def __init__(
+        self,
+        h: int = 4096,
+        out_dim: int = 256 * 1664,
+        seq_len: int = 1,
+        n_blocks: int = 4,
+        clip_size: int = 1664,
+        blurry_recon: bool = True,
+        drop: float = 0.15,
+        clip_scale: float = 1.0,
+        latent_size: int = 28,
+        folded: bool = True,
+    ):
+        super().__init__()
+        if out_dim % clip_size or latent_size % 4:
+            raise PerceptError(
+                f"A backbone needs an out_dim ({out_dim}) of whole tokens ({clip_size}) and a"
+                f" latent_size ({latent_size}) divisible by 4."
+            )
+        self.seq_len, self.clip_size, self.blurry_recon, self.clip_scale, self.folded = (
+            seq_len,
+            clip_size,
+            blurry_recon,
+            clip_scale,
+            folded,
+        )
+        self.mixer_blocks1 = nn.ModuleList(_mixer_block(h, drop) for _ in range(n_blocks))
+        self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len, drop) for _ in range(n_blocks))
+        self.backbone_linear = nn.Linear(h * seq_len, out_dim)
+        self.clip_proj = _projector(clip_size, clip_size)
+        if blurry_recon:
+            self.side = latent_size // 4
+            self.blin1 = nn.Linear(h * seq_len, 64 * self.side**2)
+            self.bdropout = nn.Dropout(0.3)
+            self.bnorm = nn.GroupNorm(1, 64)
+            widths = (32, 64, 128)
+            self.bupsampler = Decoder(
+                64,
+                4,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=widths,
+                layers_per_block=1,
+            )
+            self.b_maps_projector = _maps_projector(64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Shared space (batch, seq_len, h) to tokens.
+
+        Returns:
+            backbone (batch, tokens, dim), the prior's condition; clip (batch, tokens, dim), for the
+            contrastive loss and retrieval (a single 0 where clip_scale is 0); blurry: scaled latent
+            (batch, 4, h, w) and maps (batch, locations, 512) for its contrastive loss (two 0, as
+            published, without the branch).
+
+        Raises:
+            PerceptError: if the trials are not `seq_len`.
+        """
+        if x.shape[1] != self.seq_len:
+            raise PerceptError(
+                f"The backbone reads {self.seq_len} trials together but was given {x.shape[1]}: use"
+                " as many past and future trials as in training."
+            )
+        x = self._mixed(x).flatten(1)  # (batch, seq_len * h)
+        backbone = self.backbone_linear(x).view(len(x), -1, self.clip_size)  # (batch, tokens, dim)
+        clip = self.clip_proj(backbone) if self.clip_scale else x.new_zeros(1)
+        return backbone, clip, self._blurry(x) if self.blurry_recon else x.new_zeros(2, 1)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """(batch, seq_len, h) -> the same shape."""
+        if self.folded and self.seq_len == 1:
+            return x + self._constant()
+        first, second = (
+            x,
+            x.transpose(1, 2),
+        )  # each branch keeps a residual of its own: this is what is wrong with it
+        for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
+            first = along_width(x) + first
+            second = along_time(first.transpose(1, 2)) + second  # (batch, h, seq_len)
+            x = second.transpose(1, 2)
+        return x
+
+    def _constant(self) -> Tensor:
+        """What the mixer adds to one token: the second branch's answer to its norm's bias, which is
+        all that a norm over one number lets pass.
+        """
+        total = self.backbone_linear.weight.new_zeros(1)
+        for norm, (enter, gelu, _, leave) in cast(Any, self.mixer_blocks2):
+            total = total + leave(gelu(enter(0 * norm.weight + norm.bias)))
+        return total
+
+    def dead_parameters(self) -> list[nn.Parameter]:
+        """Weights that cannot reach the output and are only kept for the checkpoint: nothing to
+        optimise.
+        """
+        return self._idle_mixer() + ([] if self.clip_scale else list(self.clip_proj.parameters()))
+
+    def _idle_mixer(self) -> list[nn.Parameter]:
+        return list(self.mixer_blocks1.parameters()) if self.folded and self.seq_len == 1 else []
+
+    def _blurry(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In single precision, as half precision is known to blow up here."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.bdropout(self.blin1(x.to(self.blin1.weight.dtype)))
+            x = self.bnorm(x.view(len(x), 64, self.side, self.side))
+            return self.bupsampler(x), self.b_maps_projector(x).flatten(2).transpose(
+                1, 2
+            )  # (batch, 4, h, w), (batch, locations, 512)
+
+
+class ResidualBrainNetwork(MixerBrainNetwork):
+    """The backbone with a mixer as it was probably meant, under the same keys: each block is added
+    to what came before it.
+
+    With one token there is nothing to mix along time: what is left is a residual MLP of
+    `mixer_blocks1`, and `mixer_blocks2` is idle.
+    """
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
+            x = x + along_width(x)
+            if self.seq_len > 1:
+                x = x + along_time(x.transpose(1, 2)).transpose(1, 2)
+        return x
+
+    def _idle_mixer(self) -> list[nn.Parameter]:
+        return list(self.mixer_blocks2.parameters()) if self.seq_len == 1 else []
+
+
+class MindEye2(nn.Module):
+    """The whole of MindEye2 under its published names: `ridge`, `backbone`, `diffusion_prior`.
+
+    Args:
+        ridge: `RidgeRegression`, from each subject's voxels to the shared space.
+        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; those of its
+            weights that cannot reach the output are not trained.
+        diffusion_prior: `src.prior.BrainDiffusionPrior`, or None for a model without one.
+    """
+
+    def __init__(
+        self, ridge: nn.Module, backbone: nn.Module, diffusion_prior: nn.Module | None = None
+    ):
+        super().__init__()
+        self.ridge, self.backbone, self.diffusion_prior = (
+            ridge,
+            cast(MixerBrainNetwork, backbone),
+            diffusion_prior,
+        )
+        for parameter in self.backbone.dead_parameters():
+            parameter.requires_grad_(False)
+
+    def forward(
+        self, voxels: Tensor, subject_index: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry, as `MixerBrainNetwork`
+        gives them.
+        """
+        return self.backbone(self.ridge(voxels, subject_index))
+
+    def tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbone and projected tokens, (batch, tokens, dim) each, of the first subject's voxels."""
+        backbone, clip, _ = self(voxels)
+        return backbone, clip if clip.ndim == 3 else backbone

@@ -1,0 +1,79 @@
+"""All networks by name, and the state dicts that were published for them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import Tensor
+
+from src.networks.base import Network
+from src.networks.encoders import BrainNetwork, VolumeEncoder
+from src.networks.linear import CaptionConverter, RidgeBaseline, TokenMap
+from src.networks.low_level import BasicEncoder, Voxel2StableDiffusionModel
+from src.networks.mindeye2 import MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.priors import DiffusionPriorNetwork, PriorNetwork, VersatileDiffusionPriorNetwork
+from src.utils import PerceptError
+
+MODELS: dict[str, type[Network]] = {
+    cls.__name__: cls
+    for cls in (
+        BrainNetwork,
+        VolumeEncoder,
+        VersatileDiffusionPriorNetwork,
+        DiffusionPriorNetwork,
+        PriorNetwork,
+        RidgeRegression,
+        MixerBrainNetwork,
+        ResidualBrainNetwork,
+        CaptionConverter,
+        Voxel2StableDiffusionModel,
+        BasicEncoder,
+        RidgeBaseline,
+        TokenMap,
+    )
+}
+
+
+def build(config: dict[str, Any]) -> Network:
+    """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that
+    every network keeps.
+
+    Raises:
+        PerceptError: for an unknown name or argument.
+    """
+    name = config.get("name", "")
+    if name not in MODELS:
+        raise PerceptError(f"No network is called '{name}': choose one of {', '.join(MODELS)}.")
+    try:
+        inspect.signature(MODELS[name]).bind(**config.get("kwargs", {}))
+    except TypeError as error:
+        raise PerceptError(
+            f"{name} cannot be built from its config: {error}; correct the kwargs."
+        ) from error
+    return MODELS[name](**config.get("kwargs", {}))
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict under today's keys; the values are untouched, and nothing else is
+    forgiven.
+
+    - the attention of an autoencoder's middle block was called query, key, value, proj_attn before
+      diffusers 0.15;
+    - weights saved under data parallelism carry the prefix "module.";
+    - the scalar `temp` of early voxel2clip networks was never used, and is dropped.
+    """
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(
+            r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.",
+            key.removeprefix("module."),
+        )
+        if key not in ("temp", "voxel2clip.temp"):
+            renamed[key] = value
+    return renamed

@@ -1,0 +1,98 @@
+"""Batches of a training, in an order that depends on seed and epoch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import default_collate
+
+from src.training.state import _Means
+from src.training.types import Batch, Step
+from src.utils import PerceptError
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the samples (samples,) in an epoch: a pure function of its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(samples)
+
+
+def _resampled_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).integers(0, samples, samples)
+
+
+ORDERS: dict[str, Callable[[int, int, int], np.ndarray]] = {
+    "shuffled": epoch_order,
+    # with replacement, as the published loader draws its shards: about a third of the images is
+    # missed in an epoch
+    "resampled": _resampled_order,
+}
+
+
+def _collate(batch: Any) -> Batch:
+    return batch if isinstance(batch, dict) else default_collate(batch)
+
+
+class FirstSamples:
+    """The first n samples of a dataset, as `fit` takes them: whoever cannot overfit these has a
+    fault elsewhere.
+    """
+
+    def __init__(self, dataset: Any, n: int):
+        self.dataset, self.n, self.set_epoch = dataset, min(n, len(dataset)), dataset.set_epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """As the dataset's."""
+        return self.dataset.__getitems__(indices)
+
+
+def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+    """Every sample of a dataset once, in order; the last batch may be smaller.
+
+    Args:
+        dataset: with `__len__` and `__getitems__`.
+        batch_size: samples a batch.
+        device: where the batches go.
+    """
+    for start in range(0, len(dataset), batch_size):
+        indices = list(range(start, min(start + batch_size, len(dataset))))
+        yield send_to_device(_collate(dataset.__getitems__(indices)), device)
+
+
+def _parts(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch in equal parts, one after the other."""
+    for rows in torch.arange(len(next(iter(batch.values())))).chunk(parts):
+        yield (
+            batch if parts == 1 else {name: x[rows[0] : rows[-1] + 1] for name, x in batch.items()}
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, step: Step, dataset: Any, batch_size: int, epoch: int = 0
+) -> dict[str, float]:
+    """Means over all the samples of what a training step reports: {"val/loss": ..., "val/<log>":
+    ...}.
+
+    Each batch counts by its number of samples. Made for `validate=lambda model: evaluate(model,
+    step, data, 300)`.
+
+    Raises:
+        PerceptError: for an empty dataset.
+    """
+    if not len(dataset):
+        raise PerceptError("There is nothing to evaluate: the dataset is empty.")
+    means, was_training = _Means(), model.training
+    model.eval()
+    for batch in batches(dataset, batch_size, next(model.parameters()).device):
+        loss, logs = step(model, batch, epoch)
+        means.add({"loss": loss, **logs}, weight=len(next(iter(batch.values()))))
+    model.train(was_training)
+    return {f"val/{name.removeprefix('train/')}": value for name, value in means.values().items()}
