@@ -12,6 +12,7 @@ parameters of a stage.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -208,3 +210,22 @@ def resolve(path: str) -> Path:
     if given.is_absolute():
         return given
     return ROOT / given if not (HOME / given).exists() and (ROOT / given).exists() else HOME / given
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import a module of a package that only some uses need.
+
+    Args:
+        module: full name of the module, e.g. "faiss".
+        extra: the extra of pyproject.toml that installs it, e.g. "search".
+
+    Raises:
+        PerceptError: if the package is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise PerceptError(
+            f"This needs the package {error.name}, which is not installed: run"
+            f" `bash setup.sh --extra {extra}`."
+        ) from error
