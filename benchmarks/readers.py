@@ -21,7 +21,7 @@ import pandas as pd
 
 from src.miniworld.formats import WRITERS
 from src.miniworld.formats import npz as npz_format
-from src.readers import read
+from src.readers import read_source
 
 FORMATS = ("mindeye2", "algonauts", "god", "things", "bold5000", "mindeye", "npz")
 VOXELS, SIZE = 12_000, 32
@@ -100,7 +100,7 @@ def main(trials: int) -> None:
                     shutil.copyfile(path, to / "copy") for path in files
                 ]
             )
-            taken = seconds(read, name, source, Path(folder) / "prepared", 1)
+            taken = seconds(read_source, name, source, Path(folder) / "prepared", 1)
             print(
                 f"{name:10} {size:10.0f} {taken:8.2f} {copied:8.2f} {size / taken:10.0f}"
                 f" {size / copied:10.0f}",

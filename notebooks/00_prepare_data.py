@@ -44,8 +44,8 @@ import pandas as pd
 
 from src import miniworld
 from src.data import Normaliser, estimate_noise_ceiling, open_subject, subject_folder
-from src.figures import image_grid, roi_figure, save, trials_figure
-from src.readers import READERS, options_of, read, reader_options
+from src.figures import plot_image_grid, plot_roi_reliability, plot_trials, save_figure
+from src.readers import READERS, default_options, parse_options, read_source
 from src.utils import resolve
 
 # %% [markdown]
@@ -90,14 +90,14 @@ if remote_data and missing:
     release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
     for number in missing:
         fetch(
-            release.get(reader_options(played, options).get("layout", ""), source),
+            release.get(parse_options(played, options).get("layout", ""), source),
             folder,
             subj=number,
         )
 
 # %%
 print(
-    f"options of the reader '{played}' and their defaults: {options_of(played)}\n\nterms of use:"
+    f"options of the reader '{played}' and their defaults: {default_options(played)}\n\nterms of use:"
     f" {READERS[played].TERMS}"
 )
 given = {"trials_per_session": trials_per_session, "seed": seed, "split": folds or "official"}
@@ -109,7 +109,7 @@ if source == "mini":
         "protocol": "mini-300",
     }
 for number in missing:
-    read(played, folder, dataset, number, options, **given)
+    read_source(played, folder, dataset, number, options, **given)
 subject = open_subject(dataset, subj)
 subject
 
@@ -132,8 +132,8 @@ counts
 # %%
 for split in ("train", "test"):
     ids = subject.image_ids(split)[:12]
-    grid = image_grid({split: np.moveaxis(subject.images(ids), 3, 1) / 255})
-    save(grid, run.results / "figures" / f"00_{split}_images.png")
+    grid = plot_image_grid({split: np.moveaxis(subject.images(ids), 3, 1) / 255})
+    save_figure(grid, run.results / "figures" / f"00_{split}_images.png")
 
 # %%
 labels, captions = subject.labels, subject.captions
@@ -166,8 +166,9 @@ table = {
     for name, mask in regions.items()
 }
 if repeated and len(regions) > 1:
-    save(
-        roi_figure(voxels, rois=sorted(regions, key=lambda name: -regions[name].sum())[1:21]),
+    largest = sorted(regions, key=lambda name: -regions[name].sum())[1:21]
+    save_figure(
+        plot_roi_reliability(voxels, rois=largest),
         run.results / "figures" / "rois.png",
     )
 pd.DataFrame(table).T.astype({"voxels": int}).rename(
@@ -185,11 +186,11 @@ shown = "test" if (trials[trials.split == "test"].groupby("image").size() > 1).a
 some = [rows for rows in subject.rows_by_image(shown) if len(rows) > 1 or not repeated][:6]
 order = np.argsort(-voxels.noise_ceiling.fillna(0).to_numpy(), kind="stable")[:200]
 ids = [trials.image.iloc[rows[0]] for rows in some]
-figure = trials_figure(
+figure = plot_trials(
     np.moveaxis(subject.images(ids), 3, 1) / 255,
     [subject.read(rows[:10], normaliser)[:, order] for rows in some],
 )
-save(figure, run.results / "figures" / "00_trials.png")
+save_figure(figure, run.results / "figures" / "00_trials.png")
 
 # %% [markdown]
 # ## A check of the design
@@ -236,7 +237,7 @@ ax.plot(
     marker="." if len(drift) < 3 else None,
 )
 ax.set(xlabel="session", ylabel="mean beta", title="Level of a few voxels over the sessions")
-save(fig, run.results / "figures" / "00_drift.png")
+save_figure(fig, run.results / "figures" / "00_drift.png")
 
 # %% [markdown]
 # ## What to look at

@@ -100,18 +100,18 @@ import torch.nn.functional as F
 
 from src.data import BrainDataset, Normaliser, cached_targets, open_subject, subject_folder
 from src.decoding import (
-    caption_targets,
-    check_choices,
+    embed_captions,
+    check_combined_parameters,
     check_volumes,
     combined_config,
-    fid,
-    generator_for,
+    compute_fid,
+    load_generator,
     predict_tokens,
-    sample_rows,
-    sampled_by,
-    variation_embeddings,
+    generate_sample_grid,
+    set_sampler,
+    embed_variations,
 )
-from src.figures import image_grid, save, training_curves
+from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import (
     alpha_at,
     combined_loss,
@@ -126,18 +126,18 @@ from src.losses import (
 from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior, load_voxel2clip
 from src.parameters import named
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, FeatureNetwork
-from src.readers import read_if_missing
+from src.readers import prepare_if_missing
 from src.training import (
     FirstSamples,
-    batches,
+    iterate_batches,
     check_precision,
-    clip_augmentation,
+    build_clip_augmentation,
     fit,
     gather,
-    own_rows,
-    tracker,
+    select_local_rows,
+    open_tracker,
 )
 from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
 
@@ -148,7 +148,7 @@ from src.utils import PerceptError, count_parameters, peak_memory, resolve, save
 
 # %%
 published = named(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
-check_choices(run.parameters)
+check_combined_parameters(run.parameters)
 if laion_prior and not resolve(laion_prior).is_file():
     raise PerceptError(
         f"laion_prior is '{laion_prior}', where there is no file: fetch LAION's prior, or leave it"
@@ -164,10 +164,10 @@ if remote_data and not subject_folder(dataset, subj).exists():
     fetch("mindeye_early", source, subj=subj, revision=data_commit)
 
 # %%
-read_if_missing("mindeye", source, dataset, subj)
+prepare_if_missing("mindeye", source, dataset, subj)
 subject = open_subject(dataset, subj)
 check_volumes(voxel_dims, subject.volume_shape)
-print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 print(
@@ -197,10 +197,10 @@ images = cached_targets(
     clipper.encode_pixels,
     clipper.target_shape,
 )
-augment = clip_augmentation(clipper.size)
+augment = build_clip_augmentation(clipper.size)
 trained_on, validated_on = ({} if use_image_aug else {"embedding": images}), {"embedding": images}
 if modality == "text":
-    captions = caption_targets(dataset, subject.captions, clipper)
+    captions = embed_captions(dataset, subject.captions, clipper)
     trained_on, validated_on = (
         {"embedding": captions},
         {"embedding": captions.first(subject.image_ids("val"))},
@@ -304,7 +304,7 @@ def target_of(batch):
 
 # %%
 diffusion = (
-    sampled_by(generator_for(1, weights, run.device), sd_scheduler)
+    set_sampler(load_generator(1, weights, run.device), sd_scheduler)
     if n_samples_save or clip_aug_mode != "none"
     else None
 )
@@ -321,7 +321,7 @@ def varied(model, brain, target, batch):
     if (
         clip_aug_mode == "x"
     ):  # what the image looks like to CLIP, in place of what the brain says of it
-        other = variation_embeddings(diffusion, clipper, target[:, 0], batch["image"], begun)[
+        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], begun)[
             :, None
         ]
         return (
@@ -336,7 +336,7 @@ def varied(model, brain, target, batch):
         )
     return (
         brain,
-        variation_embeddings(diffusion, clipper, guess[:, 0], batch["image"], begun)[:, None],
+        embed_variations(diffusion, clipper, guess[:, 0], batch["image"], begun)[:, None],
         True,
     )
 
@@ -350,10 +350,10 @@ def step(model, batch, epoch):
     if epoch < mix_epochs:
         with seeded(int(gather(batch["seed"])[0])):
             voxels, *mix = mixco(gather(voxels))
-        voxels = own_rows(voxels)
+        voxels = select_local_rows(voxels)
         if "mixed_targets" in published:  # the labels of the contrastive loss mix, too
             perm, betas, _ = mix
-            target = own_rows(
+            target = select_local_rows(
                 betas[:, None, None] * gather(target)
                 + (1 - betas[:, None, None]) * gather(target)[perm]
             )
@@ -384,7 +384,7 @@ def step(model, batch, epoch):
 def validate(model):
     """Losses and retrieval over the whole validation split."""
     found = []
-    for batch in batches(val, batch_size, next(model.parameters()).device):
+    for batch in iterate_batches(val, batch_size, next(model.parameters()).device):
         (brain, _), target = model.voxel2clip.tokens(batch["voxels"]), target_of(batch)
         guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
         found.append(
@@ -427,14 +427,14 @@ def draw(model, epoch):
         x = subject.mean_of(subject.rows_by_image(dataset_)[: len(ids)], normaliser)
         truth = captions.first(ids) if modality == "text" else images.rows(ids)
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        rows = sample_rows(model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42)
-        figures[f"{dataset_}/samples"] = image_grid({"seen": seen} | rows, n=len(ids))
-        save(
+        rows = generate_sample_grid(model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42)
+        figures[f"{dataset_}/samples"] = plot_image_grid({"seen": seen} | rows, n=len(ids))
+        save_figure(
             figures[f"{dataset_}/samples"],
             run.results / "figures" / f"01_samples_{dataset_}_epoch{epoch:03d}.png",
         )
         if len(ids) > 1:
-            figures[f"{dataset_}/FID"] = fid(
+            figures[f"{dataset_}/FID"] = compute_fid(
                 eye,
                 seen,
                 torch.cat([made for name, made in rows.items() if name.startswith("brain")]),
@@ -449,7 +449,7 @@ def draw(model, epoch):
 
 # %%
 if decoder != "ridge":
-    logger = tracker(
+    logger = open_tracker(
         run, wandb_log, wandb_project, name=wandb_run_name, notes=wandb_notes, host=wandb_host
     )
     if not resume_from_ckpt:
@@ -478,8 +478,8 @@ if decoder != "ridge":
         draw=draw if n_samples_save else None,
         draw_interval=sample_interval,
     )
-    figure = training_curves(history)
-    save(figure, run.results / "figures" / "01_training.png")
+    figure = plot_training_curves(history)
+    save_figure(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
         logger({"training_curves": figure}, int(history["train/num_steps"].iloc[-1]))
         logger.finish()

@@ -86,23 +86,23 @@ import torch.nn.functional as F
 from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
 from src.data import cached_views as make_views
 from src.decoding import high_level_config, predict_tokens
-from src.figures import image_grid, save, training_curves, umap_scatter
+from src.figures import plot_image_grid, plot_training_curves, plot_umap, save_figure
 from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
 from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior
 from src.parameters import named
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper
-from src.readers import read_if_missing
+from src.readers import prepare_if_missing
 from src.training import (
-    augmented,
-    batches,
+    apply_augmentation,
+    iterate_batches,
     check_precision,
-    clip_augmentation,
+    build_clip_augmentation,
     fit,
     gather,
-    own_rows,
-    tracker,
+    select_local_rows,
+    open_tracker,
 )
 from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
 
@@ -139,7 +139,7 @@ if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
 
 # %%
-read_if_missing("mindeye", data_path, dataset, subj)
+prepare_if_missing("mindeye", data_path, dataset, subj)
 everything = open_subject(dataset, subj)
 subject = select_images(
     everything,
@@ -158,7 +158,7 @@ if subject is not everything:
         f"images kept: {kept}; test images in held-out clusters:"
         f" {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
     )
-print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
@@ -186,13 +186,13 @@ clip_tokens = cached_targets(
     clipper.encode_pixels,
     clipper.target_shape,
 )
-augment = clip_augmentation(clipper.size)
+augment = build_clip_augmentation(clipper.size)
 
 
 def encode_view(images, view_seed):
     """uint8 images (batch, height, width, 3), augmented -> CLIP tokens (batch, *target_shape)."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return clipper.embed_image(augmented(augment, x, view_seed)).float().cpu().numpy()
+    return clipper.embed_image(apply_augmentation(augment, x, view_seed)).float().cpu().numpy()
 
 
 # %%
@@ -295,7 +295,7 @@ def step(model, batch, epoch):
     if v2c and epoch < mix_epochs:
         with seeded(int(gather(batch["seed"])[0])):
             voxels, *mix = mixco(gather(voxels))
-        voxels = own_rows(voxels)
+        voxels = select_local_rows(voxels)
     backbone, projected = model.voxel2clip.tokens(voxels)  # (batch, tokens, dim) each
     losses = {}
     if v2c:
@@ -323,7 +323,7 @@ def predicted(model):
     the prior and of the backbone (images,).
     """
     found = []
-    for batch in batches(
+    for batch in iterate_batches(
         val, batch_size, next(model.parameters()).device
     ):  # as large as in training, so that memory does not grow
         target = target_of(batch)
@@ -373,9 +373,9 @@ def validate(model):
 
 # %%
 if n_samples_save:
-    from src.decoding import generate_images, generator_for
+    from src.decoding import generate_images, load_generator
 
-    diffusion = generator_for(n_tokens, weights, run.device)
+    diffusion = load_generator(n_tokens, weights, run.device)
 
 
 def draw(model, epoch):
@@ -386,7 +386,7 @@ def draw(model, epoch):
         labels = (
             subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
         )
-        figures["umap"] = umap_scatter(projected, target, labels, seed=seed)
+        figures["umap"] = plot_umap(projected, target, labels, seed=seed)
     if n_samples_save:
         x, ids = subject.averaged("val", normaliser=normaliser)
         x, ids = x[:n_samples_save], ids[:n_samples_save]
@@ -394,7 +394,7 @@ def draw(model, epoch):
             model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids
         )
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        figures["samples"] = image_grid(
+        figures["samples"] = plot_image_grid(
             {
                 "seen": seen,
                 f"epoch {epoch}": generate_images(diffusion, tokens, ids, seed=seed)[:, 0],
@@ -402,13 +402,13 @@ def draw(model, epoch):
             n=len(ids),
         )
     for name, figure in figures.items():
-        save(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
+        save_figure(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
     return figures
 
 
 # %%
 if decoder != "ridge":
-    logger = tracker(run, wandb_log, wandb_project)
+    logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
         step,
@@ -433,8 +433,8 @@ if decoder != "ridge":
         logger=logger,
         draw=draw if plot_umap or n_samples_save else None,
     )
-    figure = training_curves(history)
-    save(figure, run.results / "figures" / "01_training.png")
+    figure = plot_training_curves(history)
+    save_figure(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
         logger({"training_curves": figure}, int(history["train/num_steps"].iloc[-1]))
         logger.finish()

@@ -87,7 +87,7 @@ import torch.nn.functional as F
 from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
 from src.data import cached_views as make_views
 from src.decoding import find_decoder, mindeye2_config
-from src.figures import save, training_curves
+from src.figures import plot_training_curves, save_figure
 from src.losses import (
     cosine_anneal,
     mixco,
@@ -101,22 +101,22 @@ from src.losses import (
 from src.models import RidgeBaseline
 from src.networks import build_decoder
 from src.parameters import named
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
-from src.readers import read_if_missing
+from src.readers import prepare_if_missing
 from src.training import (
-    SeveralSubjects,
-    augmented,
-    batches,
+    MultiSubjectDataset,
+    apply_augmentation,
+    iterate_batches,
     check_gradients,
     check_precision,
-    clip_augmentation,
+    build_clip_augmentation,
     fit,
     gather,
-    own_rows,
-    start_from,
-    teacher_augmentation,
-    tracker,
+    select_local_rows,
+    load_pretrained,
+    build_teacher_augmentation,
+    open_tracker,
 )
 from src.utils import (
     HOME,
@@ -162,7 +162,7 @@ mine = [s for s in listed if s != subj] if multi_subject else [subj]
 # %%
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
-    read_if_missing(
+    prepare_if_missing(
         "mindeye2", data_path, dataset, number, protocol="nsd-1000" if new_test else "nsd-982"
     )
     subject = open_subject(dataset, number)
@@ -180,7 +180,7 @@ for number, (subject, normaliser) in zip(mine, people, strict=True):
         f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
         f" {normaliser.width})   sessions {num_sessions or 'all'}"
     )
-print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 
 # %% [markdown]
 # ## Targets
@@ -226,7 +226,7 @@ def views_of(name, network, augment, encode):
 
     def encode_view(pixels, view_seed):
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        return encode(augmented(augment, x, view_seed)).float().cpu().numpy()
+        return encode(apply_augmentation(augment, x, view_seed)).float().cpu().numpy()
 
     made_by = network.fingerprint() | {"augmentation": repr(augment)}
     return make_views(
@@ -236,7 +236,7 @@ def views_of(name, network, augment, encode):
 
 if use_image_aug:
     targets["tokens"] = views_of(
-        "patch_tokens", clip, clip_augmentation(clip.size), clip.embed_image
+        "patch_tokens", clip, build_clip_augmentation(clip.size), clip.embed_image
     )
 if blurry_recon and use_cont:
     teacher = Teacher(weights, device=run.device)
@@ -249,17 +249,17 @@ if blurry_recon and use_cont:
         teacher.target_shape,
     )
     targets["maps_aug"] = views_of(
-        "teacher_maps", teacher, teacher_augmentation(teacher.image_size), teacher.maps
+        "teacher_maps", teacher, build_teacher_augmentation(teacher.image_size), teacher.maps
     )
 
 # %%
-train = SeveralSubjects(
+train = MultiSubjectDataset(
     [
         BrainDataset(subject, train_split, targets, normaliser, "random", seed)
         for subject, normaliser in people
     ]
 )
-val = SeveralSubjects(
+val = MultiSubjectDataset(
     [
         BrainDataset(subject, "val", known, normaliser, "mean", seed)
         for subject, normaliser in people
@@ -324,7 +324,7 @@ if multisubject_ckpt:
         if given.is_file()
         else find_decoder(HOME / "train_logs" / multisubject_ckpt, "high_level")
     )
-    fresh = start_from(
+    fresh = load_pretrained(
         pretrained, model, "inherited_bias" if "inherited_bias" in published else "ours"
     )
     print(f"starts from {multisubject_ckpt}; fresh are {', '.join(fresh)}")
@@ -352,7 +352,7 @@ def mixed(batch):
         voxels, perm, betas, select = mixco(voxels, groups=subject)
     if "mixing_offsets" in published:  # counted within each subject, as if all were the first
         perm = torch.stack([(subject[:p] == subject[p]).sum() for p in perm])
-    return own_rows(voxels), (perm, betas, select)
+    return select_local_rows(voxels), (perm, betas, select)
 
 
 def contrast(brain, image, epoch, mix):
@@ -412,7 +412,7 @@ def predicted(model, number):
     of the prior and of the blurry latent (images,).
     """
     found, device = [], next(model.parameters()).device
-    for batch in batches(val.parts[number], batch_size, device):
+    for batch in iterate_batches(val.parts[number], batch_size, device):
         backbone, projected, blurry = model(batch["voxels"], number)
         target, nothing = batch["tokens"], backbone.new_zeros(len(backbone))
         guess = (
@@ -492,7 +492,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "ridge":
-    logger = tracker(run, wandb_log, wandb_project)
+    logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
         step,
@@ -516,8 +516,8 @@ if decoder != "ridge":
         device=run.device,
         logger=logger,
     )
-    figure = training_curves(history)
-    save(figure, run.results / "figures" / "01_training.png")
+    figure = plot_training_curves(history)
+    save_figure(figure, run.results / "figures" / "01_training.png")
     if logger is not None:
         logger({"training_curves": figure}, int(history["train/num_steps"].iloc[-1]))
         logger.finish()

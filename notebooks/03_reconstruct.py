@@ -65,25 +65,25 @@ from safetensors.torch import save_file
 
 from src.data import Normaliser, cached_targets, open_pictures, open_split
 from src.decoding import (
-    encoder_for,
+    load_encoder,
     find_decoder,
     generate_images,
-    generator_for,
-    in_chunks,
-    latent_noise,
+    load_generator,
+    compute_in_chunks,
+    draw_latent_noise,
     load_decoder,
-    load_row,
-    pick_best,
+    load_condition,
+    select_best,
     predict_latents,
     predict_tokens,
-    repeat_agreement,
-    sample_spread,
+    compute_repeat_agreement,
+    compute_sample_spread,
 )
-from src.figures import contact_sheet, save
+from src.figures import plot_contact_sheet, save_figure
 from src.models import MindEye2
 from src.networks import build_decoder
 from src.pretrained import LatentAutoencoder, PatchClip
-from src.readers import read_if_missing
+from src.readers import prepare_if_missing
 from src.retrieval import nearest
 from src.training import fit_converter
 from src.utils import HOME, PerceptError, atomic, seed_everything
@@ -94,7 +94,7 @@ from src.utils import HOME, PerceptError, atomic, seed_everything
 # is given what it was trained on.
 
 # %%
-read_if_missing("mindeye", data_path, dataset, subj)
+prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 files = {
@@ -115,7 +115,7 @@ if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
         f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1"
         f" to {most - 1}, or leave it empty."
     )
-starts = load_row(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
+starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
 if start_run and untrained:
     raise PerceptError(
         "The untrained floor knows nothing of the brain, and pictures retrieved by what it says"
@@ -206,8 +206,8 @@ if len(told) > 1:
     )
 if has_tokens:
     shape = tuple(config["tokens"])  # (tokens, dim)
-    clipper = encoder_for(config, weights, run.device)
-    diffusion = generator_for(shape[0], weights, run.device, clipper)
+    clipper = load_encoder(config, weights, run.device)
+    diffusion = load_generator(shape[0], weights, run.device, clipper)
     print(
         f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance"
         f" {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}"
@@ -293,7 +293,7 @@ def paint(tokens, ids, latents, samples):
         )
     if latents is not None and faithful_img2img:
         latents = diffusion.published_start(
-            latents, latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed)
+            latents, draw_latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed)
         )
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
 
@@ -338,7 +338,7 @@ def reconstruct(name, rows):
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
     begun = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
     pictures = paint(tokens, image_ids[rows], begun, samples)
-    made = {name: pick_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
+    made = {name: select_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
         made |= (
@@ -347,7 +347,7 @@ def reconstruct(name, rows):
             else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
         )
     if name == main and samples > 1:
-        made |= {"spread": sample_spread(clipper, pictures)} | (
+        made |= {"spread": compute_sample_spread(clipper, pictures)} | (
             {"samples": pictures[:, :keep_samples].half()} if keep_samples else {}
         )
     return made
@@ -368,7 +368,7 @@ for name in decoders:
         subject.test_set,
     ]
     part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
-    rows |= in_chunks(
+    rows |= compute_in_chunks(
         lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark
     )
 predicted = {
@@ -394,7 +394,7 @@ singles = [
     for k in alone
 ]
 if len(singles) > 1:
-    predicted["repeat_agreement"] = repeat_agreement(singles)
+    predicted["repeat_agreement"] = compute_repeat_agreement(singles)
     print(
         "predictions from two single repeats correlate by"
         f" {predicted['repeat_agreement'].mean():.3f}"
@@ -448,7 +448,7 @@ def best_possible(part):
         tokens, image_ids[part], latents, recons_per_sample
     )  # as many samples as the system has, the nearest to the true tokens chosen
     made = {
-        "ceiling": pick_best(clipper, tokens[:, 0], pictures)[0],
+        "ceiling": select_best(clipper, tokens[:, 0], pictures)[0],
         "autoencoder": low_decoder.decode(latents).cpu(),
     }
     return {name: pictures.half() for name, pictures in made.items()} | {
@@ -456,7 +456,7 @@ def best_possible(part):
     }
 
 
-rows |= in_chunks(
+rows |= compute_in_chunks(
     best_possible,
     len(seen),
     max(1, generator_batch // recons_per_sample),
@@ -519,8 +519,8 @@ columns = (
         "ceiling": rows["ceiling"],
     }
 )
-sheet = contact_sheet(columns, n=32)
-save(sheet, run.results / "contact_sheet.png")
+sheet = plot_contact_sheet(columns, n=32)
+save_figure(sheet, run.results / "contact_sheet.png")
 
 # %% [markdown]
 # ## What to look at

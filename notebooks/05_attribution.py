@@ -54,10 +54,10 @@ import torch.nn.functional as F
 from src.data import cached_targets, open_split
 from src.decoding import find_decoder, load_decoder
 from src.evaluation import attribution
-from src.figures import glass_brain, region_bars, save, voxel_map
+from src.figures import plot_glass_brain, plot_region_bars, plot_voxel_map, save_figure
 from src.metrics import pixcorr
 from src.pretrained import Clipper, LatentAutoencoder
-from src.readers import read_if_missing
+from src.readers import prepare_if_missing
 from src.retrieval import top1_image_from_brain_each
 from src.utils import HOME, PerceptError, atomic
 
@@ -67,7 +67,7 @@ from src.utils import HOME, PerceptError, atomic
 # and the repeats of a test image averaged.
 
 # %%
-read_if_missing("mindeye", data_path, dataset, subj)
+prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 if decoder == "network":
@@ -153,8 +153,8 @@ if {"x", "y", "z"} <= set(voxels):
         for name in attribution.partition(subject.voxels, np.arange(len(voxels)), regions)
         if name != attribution.REST
     ]
-    save(
-        voxel_map(voxels, {titles[kind]: voxels[f"{kind}_mean"] for kind in levels}, named),
+    save_figure(
+        plot_voxel_map(voxels, {titles[kind]: voxels[f"{kind}_mean"] for kind in levels}, named),
         run.results / "figures" / "05_voxels.png",
     )
 if "affine" in subject.attributes:
@@ -165,13 +165,13 @@ if "affine" in subject.attributes:
         else f" ({space}: not the template's space, its outline is for orientation only)"
     )
     for kind in levels:
-        figure = glass_brain(
+        figure = plot_glass_brain(
             voxels,
             voxels[f"{kind}_mean"],
             json.loads(subject.attributes["affine"]),
             f"{titles[kind]}{note}",
         )
-        save(figure, run.results / "figures" / f"05_glass_brain_{kind}.png")
+        save_figure(figure, run.results / "figures" / f"05_glass_brain_{kind}.png")
 
 # %% [markdown]
 # ## Scores
@@ -245,7 +245,7 @@ table = pd.concat(
 shares = attribution.share_of_higher(list(importance.values()), groups)
 with atomic(run.results / "region_importance.csv") as path:
     pd.concat([table, shares], ignore_index=True).to_csv(path, index=False)
-save(region_bars(table), run.results / "figures" / "05_regions.png")
+save_figure(plot_region_bars(table), run.results / "figures" / "05_regions.png")
 
 # %%
 shown = table[table["measure"].isin(["intact", "drop"])].pivot_table(

@@ -45,12 +45,12 @@ from src import retrieval
 from src.data import open_split
 from src.decoding import load_reconstructions
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
-from src.figures import hits_and_misses, retrieval_curve, save, umap_scatter
-from src.readers import read_if_missing
+from src.figures import plot_hits_and_misses, plot_retrieval_curve, plot_umap, save_figure
+from src.readers import prepare_if_missing
 from src.utils import HOME, PerceptError, atomic
 
 # %%
-read_if_missing("mindeye", data_path, dataset, subj)
+prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
@@ -125,7 +125,7 @@ pools = pd.concat(
     ]
 )
 curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
-save(retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
+save_figure(plot_retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
 # %% [markdown]
@@ -283,7 +283,7 @@ sides = {
 }
 for d, (queries, candidates, title) in sides.items():
     ranks = retrieval.rank_each(main, clip, d)
-    figure = hits_and_misses(
+    figure = plot_hits_and_misses(
         seen,
         seen,
         retrieval.nearest(queries, candidates, k=8)[1],
@@ -293,12 +293,12 @@ for d, (queries, candidates, title) in sides.items():
         k=8,
         title=title,
     )
-    save(figure, run.results / "figures" / f"{d}.png")
+    save_figure(figure, run.results / "figures" / f"{d}.png")
 
 # %%
 if plot_umap:
-    save(
-        umap_scatter(brain[names[0]], clip, categories, seed=seed),
+    save_figure(
+        plot_umap(brain[names[0]], clip, categories, seed=seed),
         run.results / "figures" / "umap.png",
     )
 

@@ -21,7 +21,7 @@ from src.miniworld.formats import WRITERS
 from src.miniworld.formats import digits69 as digits69_format
 from src.miniworld.formats import mindeye as mindeye_format
 from src.miniworld.formats import npz as npz_format
-from src.readers import READERS, digits69, mindeye, npz, read, reader_options
+from src.readers import READERS, digits69, mindeye, npz, parse_options, read_source
 from src.utils import PerceptError
 
 V = 6
@@ -815,7 +815,7 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
         "normalisation": "none",
         "protocol": "mini-12",
     }
-    read(
+    read_source(
         name,
         tmp_path / "source",
         tmp_path / "prepared",
@@ -860,10 +860,10 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
 )
 def test_options_of_a_reader_are_checked(text, said):
     with pytest.raises(PerceptError, match=said):
-        reader_options("nsd", text)
-    assert reader_options("nsd", "{roi: streams}", seed=3, folds="no such option") == {
+        parse_options("nsd", text)
+    assert parse_options("nsd", "{roi: streams}", seed=3, folds="no such option") == {
         "seed": 3,
         "roi": "streams",
     }
     with pytest.raises(PerceptError, match="There is no reader of 'nds'"):
-        reader_options("nds", "")
+        parse_options("nds", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from src.readers import READERS, options_of
+from src.readers import READERS, default_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def test_docs_name_every_reader_and_option():
     }
     assert set(rows) == {*READERS, "mini"}
     for source in READERS:
-        assert all(f"`{option}`" in rows[source] for option in options_of(source)), source
+        assert all(f"`{option}`" in rows[source] for option in default_options(source)), source
 
 
 def test_make_targets():

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from src.readers.volumes import anat_roi, map_volume
+from src.readers.volumes import load_anat_roi, map_volume
 from src.utils import PerceptError
 
 
@@ -66,11 +66,11 @@ def test_the_anatomical_roi_of_a_subject(tmp_path):
         path = tmp_path / "nsddata/ppdata/subj03" / f"{name}.nii.gz"
         path.parent.mkdir(parents=True)
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
-    np.testing.assert_array_equal(anat_roi(tmp_path, 3), labels[::2, ::2, ::2])
+    np.testing.assert_array_equal(load_anat_roi(tmp_path, 3), labels[::2, ::2, ::2])
     with pytest.raises(PerceptError, match="subj04.*missing"):
-        anat_roi(tmp_path, 4)
+        load_anat_roi(tmp_path, 4)
     with pytest.raises(PerceptError, match="func1pt8mm"):
-        anat_roi(tmp_path, 3, space="MNI")
+        load_anat_roi(tmp_path, 3, space="MNI")
 
 
 @pytest.mark.parametrize(("shape", "how"), [((4, 4), "nearest"), ((4, 4, 4), "bicubic")])

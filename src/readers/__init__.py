@@ -37,14 +37,14 @@ __all__ = [
     "digits69",
     "mindeye",
     "npz",
-    "options_of",
-    "read",
-    "read_if_missing",
-    "reader_options",
+    "default_options",
+    "read_source",
+    "prepare_if_missing",
+    "parse_options",
 ]
 
 
-def options_of(source: str) -> dict[str, Any]:
+def default_options(source: str) -> dict[str, Any]:
     """The options of a source's reader and their defaults.
 
     Raises:
@@ -59,7 +59,7 @@ def options_of(source: str) -> dict[str, Any]:
     }
 
 
-def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
+def parse_options(source: str, options: str, **given: Any) -> dict[str, Any]:
     """What a source's reader is called with.
 
     Args:
@@ -71,7 +71,7 @@ def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
         PerceptError: for text that is no mapping, an option that the reader does not have, or a
             value of another type.
     """
-    known = options_of(source)
+    known = default_options(source)
     try:
         chosen = yaml.safe_load(options) or {}
     except yaml.YAMLError as error:
@@ -99,10 +99,10 @@ def reader_options(source: str, options: str, **given: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known} | chosen
 
 
-def read_if_missing(
+def prepare_if_missing(
     source: str, data_path: str, dataset: str, subj: int, options: str = "", **given: Any
 ) -> None:
-    """`read` for whoever begins with a later notebook: nothing happens without a `data_path`, or
+    """`read_source` for whoever begins with a later notebook: nothing happens without a `data_path`, or
     when the subject is prepared.
 
     Args:
@@ -111,7 +111,7 @@ def read_if_missing(
             none.
         dataset: name of the prepared dataset.
         subj: number of the subject.
-        options, given: see `reader_options`.
+        options, given: see `parse_options`.
     """
     folder = subject_folder(dataset, subj)
     if not data_path or folder.exists():
@@ -122,10 +122,10 @@ def read_if_missing(
             lock, fcntl.LOCK_EX
         )  # of several processes, one reads and the others find it done
         if not folder.exists():
-            read(source, resolve(data_path), dataset, subj, options, **given)
+            read_source(source, resolve(data_path), dataset, subj, options, **given)
 
 
-def read(
+def read_source(
     source: str,
     data_path: str | Path,
     dataset: str | Path,
@@ -140,11 +140,11 @@ def read(
         data_path: where the source's files lie.
         dataset: name or folder of the prepared dataset.
         subj: number of the subject.
-        options, given: see `reader_options`.
+        options, given: see `parse_options`.
 
     Returns:
         The folder of the subject.
     """
     return READERS[source].read(
-        data_path, dataset, subj, **reader_options(source, options, **given)
+        data_path, dataset, subj, **parse_options(source, options, **given)
     )

@@ -62,7 +62,7 @@ from src.readers.common import (
     roi_columns,
     shrink,
 )
-from src.readers.volumes import anat_roi, load_nifti
+from src.readers.volumes import load_anat_roi, load_nifti
 from src.utils import PerceptError, present, progress
 
 TERMS = (
@@ -520,7 +520,7 @@ def _mask(root: Path, subj: int, space: str, roi: str) -> tuple[np.ndarray, np.n
     """Boolean mask (x, y, z) and its affine (4, 4)."""
     folder = _functional(root, subj, space) / "roi"
     if roi.startswith("anat:"):
-        values = anat_roi(root, subj, roi.removeprefix("anat:"), space)
+        values = load_anat_roi(root, subj, roi.removeprefix("anat:"), space)
         size = 1.8 if space == "func1pt8mm" else 1.0
         affine = np.diag([size, size, size, 1.0])
         affine[:3, 3] = (

@@ -106,7 +106,7 @@ def _winners(volume: np.ndarray, points: np.ndarray) -> np.ndarray:
     return winner
 
 
-def anat_roi(
+def load_anat_roi(
     source: str | Path,
     subj: int,
     roi: str = "prf-visualrois",
