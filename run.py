@@ -28,14 +28,14 @@ import warnings
 from collections.abc import Sequence
 
 from src.pipeline.runs import dry_run, list_recipes, run_recipe
-from src.pipeline.stages import launcher_of
-from src.pipeline.sweep import Sweep, prepare_data, report_on, run_points, show_points
+from src.pipeline.stages import parse_launcher
+from src.pipeline.sweep import Sweep, prepare_data, run_points, show_points, write_report
 from src.utils import PerceptError
 
 
 def download(arguments: Sequence[str]) -> int:
     """Parse the command line of `run.py download`, say what would be fetched, and fetch it."""
-    from src.pipeline.download import carry_out, describe, plan
+    from src.pipeline.download import fetch_planned, format_downloads, plan_downloads
 
     parser = argparse.ArgumentParser(
         prog="run.py download",
@@ -74,12 +74,12 @@ def download(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     # the sentence alone
     warnings.showwarning = lambda message, *_: print(f"run.py: {message}", file=sys.stderr)  # type: ignore[assignment]
-    planned = plan(
+    planned = plan_downloads(
         args.what, only=args.only, to=args.to, mirror=args.mirror, overrides=dict(args.pairs)
     )
-    print(describe(planned), flush=True)
+    print(format_downloads(planned), flush=True)
     for one in planned if not args.dry_run else []:
-        carry_out(one)
+        fetch_planned(one)
     return 0
 
 
@@ -130,7 +130,7 @@ def sweep(arguments: Sequence[str]) -> int:
         ),
     )
     args = parser.parse_args(arguments)
-    from src.pipeline.grid import lacks
+    from src.pipeline.grid import missing_requirement
 
     told = Sweep(args.grid)
     points, numbers = told.grid.points, args.only.split(",") if args.only else []
@@ -139,14 +139,14 @@ def sweep(arguments: Sequence[str]) -> int:
             f"--only takes numbers of points, 0 to {len(points) - 1} and separated by commas (it"
             f" was {args.only!r}), --jobs a number of at least 1."
         )
-    launcher_of(args.launch)
+    parse_launcher(args.launch)
     if args.list or args.dry_run:
         (
             show_points(told)
             if args.list
             else dry_run(
                 told.grid.recipe,
-                told.overrides_of(points[0]),
+                told.merge_overrides(points[0]),
                 told.stages[0],
                 without=told.grid.without,
             )
@@ -155,7 +155,7 @@ def sweep(arguments: Sequence[str]) -> int:
     prepare_data(told)
     states = {point.label: told.state(point) for point in points}
     for reason in dict.fromkeys(
-        lacks(point.launch) for point in points if states[point.label] == "skipped"
+        missing_requirement(point.launch) for point in points if states[point.label] == "skipped"
     ):
         print(
             f"Skipped, as {reason}:"
@@ -173,7 +173,7 @@ def sweep(arguments: Sequence[str]) -> int:
         args.launch,
     )
     if not args.only and "finished" in states.values():
-        report_on(told, args.force)
+        write_report(told, args.force)
     for label, sentence in failed.items():
         print(f"failed: {label}: {sentence}", file=sys.stderr)
     return 1 if failed else 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from servers import hub_server
+from torch.utils.data import Subset
 
 from src import losses, models, parameters, training, utils
 from src.data.draws import choose_repeats
@@ -22,11 +23,11 @@ from src.data.layout import write_subject
 from src.decoding import combined
 from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import combined_config
-from src.decoding.generate import generate_images, generator_for, sampled_by
+from src.decoding.generate import generate_images, load_generator, set_sampler
 from src.miniworld.formats import mindeye as mindeye_format
 from src.networks import released
 from src.networks.released import build_decoder
-from src.parameters import read_parameters
+from src.parameters import parse_parameters
 from src.pipeline import dryrun
 from src.prior import BrainDiffusionPrior
 from src.readers import mindeye
@@ -35,8 +36,8 @@ from src.utils import PerceptError
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = {
     name: p.default
-    for name, p in read_parameters(
-        parameters.parameters_source(ROOT / "notebooks/01_train_combined.py")
+    for name, p in parse_parameters(
+        parameters.read_parameters_cell(ROOT / "notebooks/01_train_combined.py")
     ).items()
 }
 TINY = DEFAULTS | {
@@ -75,12 +76,12 @@ def test_parameters_are_as_many_as_published():
 
 
 def test_the_plan_of_the_stage_counts_the_same():
-    made = dryrun.plan("01_train_combined", DEFAULTS | {"dataset": "absent"})
+    made = dryrun.plan_stage("01_train_combined", DEFAULTS | {"dataset": "absent"})
     assert (
         sum(made.parameters.values()) == 236_616_336
         and sum(made.memory.values()) > 4 * 4 * 236_616_336
     )
-    frozen = dryrun.plan(
+    frozen = dryrun.plan_stage(
         "01_train_combined",
         DEFAULTS | {"dataset": "absent", "combine_models": False, "combine_losses": False},
     )
@@ -93,9 +94,9 @@ def test_the_plan_of_the_stage_counts_the_same():
 def test_every_encoder_takes_volumes_and_their_flat_form_and_learns(arch):
     model = tiny(arch).eval()
     volume = torch.randn(4, 3, 4, 5)
-    brain, same = model.voxel2clip.tokens(volume)
+    brain, same = model.voxel2clip.predict_tokens(volume)
     assert brain.shape == (4, 1, 16) and torch.equal(brain, same)
-    assert torch.equal(brain, model.voxel2clip.tokens(volume.flatten(1))[0])
+    assert torch.equal(brain, model.voxel2clip.predict_tokens(volume.flatten(1))[0])
     brain.square().sum().backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
@@ -145,13 +146,15 @@ def test_both_forms_of_the_loss_and_the_schedule_of_alpha():
     mse, nce = torch.tensor(200.0), torch.tensor(4.0)
     assert losses.combined_loss(mse, nce, 0.01, "run") == pytest.approx(2 + 3.96)
     assert losses.combined_loss(mse, nce, 0.01, "stated") == pytest.approx(2 + 4)
-    assert [losses.alpha_at(e, 3, "linear") for e in range(3)] == pytest.approx([0.01, 0.03, 0.05])
-    assert {losses.alpha_at(e, 3) for e in range(3)} == {0.01} and losses.alpha_at(
+    assert [losses.compute_alpha(e, 3, "linear") for e in range(3)] == pytest.approx(
+        [0.01, 0.03, 0.05]
+    )
+    assert {losses.compute_alpha(e, 3) for e in range(3)} == {0.01} and losses.compute_alpha(
         0, 1, "linear"
     ) == 0.01
     for wrong in (
         lambda: losses.combined_loss(mse, nce, 0.5, "sum"),
-        lambda: losses.alpha_at(0, 2, "cosine"),
+        lambda: losses.compute_alpha(0, 2, "cosine"),
     ):
         with pytest.raises(PerceptError, match="choose one of"):
             wrong()
@@ -160,9 +163,11 @@ def test_both_forms_of_the_loss_and_the_schedule_of_alpha():
 def test_the_loss_of_the_prior_reaches_the_voxels():
     model = tiny()
     voxels, target = torch.randn(6, 60), torch.randn(6, 1, 16)
-    model(text_embed=model.voxel2clip.tokens(voxels)[0], image_embed=target, seeds=torch.arange(6))[
-        0
-    ].backward()
+    model(
+        text_embed=model.voxel2clip.predict_tokens(voxels)[0],
+        image_embed=target,
+        seeds=torch.arange(6),
+    )[0].backward()
     assert model.voxel2clip.lin0[0].weight.grad.abs().sum() > 0
 
 
@@ -274,9 +279,9 @@ def test_the_tool_trains_a_prior_on_pairs_of_embeddings_and_exports_what_a_recip
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_sentence(changes, words):
-    combined.check_choices(DEFAULTS)
+    combined.check_combined_parameters(DEFAULTS)
     with pytest.raises(PerceptError, match=words) as error:
-        combined.check_choices(DEFAULTS | changes)
+        combined.check_combined_parameters(DEFAULTS | changes)
     assert len(re.findall(r"\.(?: |$)", str(error.value))) == 1
 
 
@@ -305,7 +310,7 @@ def test_an_epoch_shows_one_caption_that_is_not_empty_and_validation_the_first()
     with pytest.raises(PerceptError, match="1 images have no caption, the first is 9"):
         targets.check(np.array([3, 9]))
     with pytest.raises(PerceptError, match="no captions"):
-        combined.captions_of(None)
+        combined.select_captions(None)
 
 
 # ----------------------------------------------------------------------------------------- samples
@@ -315,28 +320,30 @@ def test_fid_is_zero_for_the_same_pictures_and_grows_with_the_difference():
     eye, g = FeatureNetwork("InceptionV3", "mini"), torch.Generator().manual_seed(0)
     pictures = torch.rand(6, 3, 32, 32, generator=g)
     near, far = (
-        combined.fid(eye, pictures, (pictures * share).clamp(0, 1)) for share in (0.95, 0.3)
+        combined.compute_fid(eye, pictures, (pictures * share).clamp(0, 1)) for share in (0.95, 0.3)
     )
-    assert abs(combined.fid(eye, pictures, pictures)) < 1e-2 < near < far
+    assert abs(combined.compute_fid(eye, pictures, pictures)) < 1e-2 < near < far
     with pytest.raises(PerceptError, match="at least two"):
-        combined.fid(eye, pictures[:1], pictures)
+        combined.compute_fid(eye, pictures[:1], pictures)
 
 
 def test_samples_begin_at_the_noise_of_the_true_embedding_and_both_samplers_paint():
-    diffusion, model = generator_for(1, "mini"), tiny(dim=128)
+    diffusion, model = load_generator(1, "mini"), tiny(dim=128)
     voxels, targets, ids = (
         np.random.default_rng(0).normal(size=(2, 60)).astype(np.float32),
         np.ones((2, 128), np.float16),
         np.array([5, 6]),
     )
-    rows = combined.sample_rows(model.eval(), diffusion, voxels, targets, ids, samples=2, steps=2)
+    rows = combined.generate_sample_grid(
+        model.eval(), diffusion, voxels, targets, ids, samples=2, steps=2
+    )
     assert list(rows) == ["true embedding", "brain 1", "brain 2"] and all(
         made.shape == (2, 3, 32, 32) for made in rows.values()
     )
     condition = torch.ones(2, 1, 1, 128)
     expected = generate_images(diffusion, condition, ids, num_inference_steps=2)[:, 0]
     torch.testing.assert_close(rows["true embedding"], expected)
-    other = generate_images(sampled_by(diffusion, "pndms"), condition, ids, num_inference_steps=2)[
+    other = generate_images(set_sampler(diffusion, "pndms"), condition, ids, num_inference_steps=2)[
         :, 0
     ]
     assert (
@@ -345,23 +352,21 @@ def test_samples_begin_at_the_noise_of_the_true_embedding_and_both_samplers_pain
         and not torch.allclose(other, expected)
     )
     with pytest.raises(PerceptError, match="no sampler 'euler'"):
-        sampled_by(diffusion, "euler")
+        set_sampler(diffusion, "euler")
 
 
 def test_an_image_variation_gives_an_embedding_of_another_picture():
     from src.pretrained.clip import Clipper
 
-    clipper, diffusion = Clipper("mini", hidden=False, norm_embs=False), generator_for(1, "mini")
+    clipper, diffusion = Clipper("mini", hidden=False, norm_embs=False), load_generator(1, "mini")
     given = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
-    made = combined.variation_embeddings(
+    made = combined.embed_variations(
         diffusion, clipper, given, torch.tensor([1, 2]), seed=3, steps=2
     )
     assert made.shape == (2, 128) and not torch.allclose(made, given)
     assert torch.equal(
         made,
-        combined.variation_embeddings(
-            diffusion, clipper, given, torch.tensor([1, 2]), seed=3, steps=2
-        ),
+        combined.embed_variations(diffusion, clipper, given, torch.tensor([1, 2]), seed=3, steps=2),
     )
 
 
@@ -400,7 +405,7 @@ def test_the_first_batch_alone_is_trained_on_and_figures_have_their_own_interval
     training.fit(
         torch.nn.Linear(1, 1),
         step,
-        training.FirstSamples(data, 4),
+        Subset(data, range(4)),
         folder=tmp_path,
         draw=lambda model, epoch: drawn.append(epoch) or {},
         **options,
@@ -422,7 +427,7 @@ def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, m
         ),
     )
     run = parameters.Run("toy", "01_train_combined", "", {}, {})
-    logger = training.tracker(
+    logger = training.open_tracker(
         run, True, "project", name="mine", notes="a note", host="https://wandb.example.org"
     )
     logger({"train/loss": 1.0}, 1)
@@ -431,7 +436,7 @@ def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, m
         and asked["name"] == "mine"
         and asked["notes"] == "a note"
     )
-    training.tracker(run, True, "project")({"train/loss": 1.0}, 1)
+    training.open_tracker(run, True, "project")({"train/loss": 1.0}, 1)
     assert asked["name"] == "toy" and asked["notes"] is None
 
 

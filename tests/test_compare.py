@@ -66,8 +66,8 @@ def add_run(
             make_record(
                 metric,
                 each["system"],
-                floors=floors,
-                ceiling=each["ceiling"],
+                baselines=floors,
+                upper_bound=each["ceiling"],
                 better=better,
                 protocol=protocol,
                 test_set=test_set,
@@ -186,7 +186,7 @@ def test_same_pictures_under_other_ids_are_paired_by_place(tmp_path):
     add_run(tmp_path, "ours", 0.8)
     add_run(tmp_path, "foreign", 0.6, test_set="12-pixels-abc", ids=np.arange(12))
     add_run(tmp_path, "other", 0.6, test_set="12-x", pixels="12-pixels-x")
-    kept, alarms = compare.same_pictures(compare.read_runs(tmp_path / "results"))
+    kept, alarms = compare.select_same_images(compare.read_runs(tmp_path / "results"))
     assert {run.name for run in kept} == {"ours", "foreign"} and "Left out: other" in alarms[0]
     found = compare.differences(kept, ["pixcorr"], "ours").iloc[0]
     assert found[["value", "low", "high", "p"]].tolist() == pytest.approx(
@@ -196,9 +196,9 @@ def test_same_pictures_under_other_ids_are_paired_by_place(tmp_path):
 
 def test_test_set_can_be_chosen_and_must_exist(home):
     runs = compare.read_runs(home / "results")
-    assert [run.name for run in compare.same_pictures(runs, "12-other")[0]] == ["another"]
+    assert [run.name for run in compare.select_same_images(runs, "12-other")[0]] == ["another"]
     with pytest.raises(PerceptError, match="No run was scored on the test set 5-no"):
-        compare.same_pictures(runs, "5-no")
+        compare.select_same_images(runs, "5-no")
 
 
 def test_runs_without_scores_and_unknown_names_are_refused(home):
@@ -220,10 +220,10 @@ def test_metrics_are_those_in_common_and_the_others_are_named(tmp_path):
     assert compare.choose_metrics(runs) == ["pixcorr"] and compare.choose_metrics(runs, "ssim") == [
         "ssim"
     ]
-    assert compare.lacking(runs, ["pixcorr"]) == [
+    assert compare.missing_metrics(runs, ["pixcorr"]) == [
         "Not shown, as not every run has them: ssim (b lacks 1)."
     ]
-    assert compare.lacking(runs, ["pixcorr", "ssim"]) == []
+    assert compare.missing_metrics(runs, ["pixcorr", "ssim"]) == []
     table = compare.Table(runs, compare.comparison(runs, ["ssim"]), ["ssim"])
     assert "–" in repr(table) and " -- " in table.latex() + " "
 
@@ -236,10 +236,10 @@ def test_different_resizing_is_an_alarm(tmp_path):
         path.write_text(json.dumps(content))
     runs = compare.read_runs(tmp_path / "results")
     assert (
-        "resized in 2 ways" in compare.unlike(runs)[0]
-        and "straight: a; published: b" in compare.unlike(runs)[0]
+        "resized in 2 ways" in compare.setting_differences(runs)[0]
+        and "straight: a; published: b" in compare.setting_differences(runs)[0]
     )
-    assert compare.unlike(runs[:1]) == []
+    assert compare.setting_differences(runs[:1]) == []
 
 
 def test_other_decoders_have_the_interval_of_bootstrap_mean(home):
@@ -253,7 +253,7 @@ def test_other_decoders_have_the_interval_of_bootstrap_mean(home):
 
 
 def test_latex_is_balanced_and_escaped_and_bold_only_where_clear(home):
-    runs, _ = compare.same_pictures(compare.read_runs(home / "results"))
+    runs, _ = compare.select_same_images(compare.read_runs(home / "results"))
     metrics = ["pixcorr", "mini:EffNet-B1"]
     text = compare.Table(runs, compare.comparison(runs, metrics), metrics).latex()
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
@@ -317,18 +317,18 @@ def test_bottleneck_takes_the_decoder_of_a_run_of_both(tmp_path):
     add_run(tmp_path, "ridge100", 0.75, trained={"decoder": "ridge", "n_components": 100})
     runs = compare.read_runs(tmp_path / "results")
     table = compare.curves(runs, ["pixcorr"], "n_components")
-    assert compare.enough(table, runs).iloc[0].tolist() == [
+    assert compare.smallest_sufficient(table, runs).iloc[0].tolist() == [
         "mindeye/mini, ridge",
         "pixcorr",
         "100 components",
     ]
     assert (
-        compare.enough(
+        compare.smallest_sufficient(
             table[~((table["n_components"] == 100) & (table["row"] == "system"))], runs
         ).iloc[0, 2]
         == "more than 30"
     )
-    assert compare.enough(table[table["n_components"] > 0], runs).empty
+    assert compare.smallest_sufficient(table[table["n_components"] > 0], runs).empty
 
 
 def test_held_out_effect_is_the_difference_of_changes_and_negative_for_a_loss():
@@ -355,12 +355,12 @@ def test_held_out_effect_is_the_difference_of_changes_and_negative_for_a_loss():
 
 def test_recipe_is_run_again_when_there_are_new_scores(home, monkeypatch):
     monkeypatch.setattr(utils, "HOME", home)
-    values = recipes.parameters_of("07_compare", "compare", {"model_name": "compare"})
-    assert recipes.name_of("compare", ["07_compare"], {}) == "compare" and "runs" in values
-    before = stages.fingerprint("07_compare", values, "")
-    assert before == stages.fingerprint("07_compare", values, "")
+    values = recipes.read_stage_parameters("07_compare", "compare", {"model_name": "compare"})
+    assert recipes.name_run("compare", ["07_compare"], {}) == "compare" and "runs" in values
+    before = stages.fingerprint_stage("07_compare", values, "")
+    assert before == stages.fingerprint_stage("07_compare", values, "")
     add_run(home, "new", 0.9)
-    assert before != stages.fingerprint("07_compare", values, "")
+    assert before != stages.fingerprint_stage("07_compare", values, "")
 
 
 def grow(home, sessions=(1, 2, 5, 10, 0)):
@@ -430,7 +430,7 @@ def test_pretraining_is_held_against_the_run_that_is_alike(tmp_path):
         },
     )
     runs = compare.read_runs(tmp_path / "results", "sweep/*,wider")
-    table = compare.pretraining(runs, ["pixcorr", "mini:EffNet-B1"])
+    table = compare.pretraining_gain(runs, ["pixcorr", "mini:EffNet-B1"])
     assert table[["run", "plain", "num_sessions"]].drop_duplicates().values.tolist() == [
         [f"sweep/pretrained{k}", f"sweep/small{k}", k] for k in (1, 2)
     ]
@@ -448,7 +448,7 @@ def test_pretraining_is_held_against_the_run_that_is_alike(tmp_path):
     assert table.set_index("metric").loc["mini:EffNet-B1", "value"].lt(0).all() and set(
         table["verdict"]
     ) <= {"better", "undecided"}
-    assert compare.pretraining(runs[:1], ["pixcorr"]).empty
+    assert compare.pretraining_gain(runs[:1], ["pixcorr"]).empty
 
 
 def test_notebook_shows_sessions_and_pretraining(tmp_path):

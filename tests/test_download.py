@@ -11,9 +11,11 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
+import transformers
 from huggingface_hub import HfApi, hf_hub_download
 from servers import LFS_FROM, hub_server, s3_server
 
@@ -25,14 +27,14 @@ from src.pipeline import download
 from src.pipeline.download import (
     BUNDLES,
     MOVED,
-    RECIPES_NEED,
+    RECIPE_BUNDLES,
     Bundle,
-    Want,
-    describe,
+    FilePattern,
     fetch,
-    listing,
-    live,
-    plan,
+    find_moved_repo,
+    format_downloads,
+    list_files,
+    plan_downloads,
     transfer,
 )
 from src.readers import nsd
@@ -79,7 +81,7 @@ def mini_model(name, *folders):
     """A committed miniature, under the names of the real repository, with files beside it that
     nobody needs.
     """
-    top = pretrained.MINI / name
+    top = pretrained.MINI_MODELS / name
     paths = [
         p
         for p in top.rglob("*")
@@ -128,7 +130,7 @@ def test_the_shards_of_one_subject_and_nothing_else(hub, tmp_path):
         and not (tmp_path / "to").exists()
     )
     fetched = fetch("mindeye", tmp_path / "to", subj=5, mirror=hub.url)
-    assert below(tmp_path / "to") == expected and all(f.there for f in fetched)
+    assert below(tmp_path / "to") == expected and all(f.is_complete for f in fetched)
     for path in expected:
         assert (tmp_path / "to" / path).read_bytes() == hub.repos[NSD][path]
     assert {f.checksum.partition(":")[0] for f in fetched} == {"sha256", "git"}
@@ -240,11 +242,15 @@ def test_a_frozen_model_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
         and not got & {"pytorch_model.bin", "flax_model.msgpack", "README.md"}
     )
     place = hf_hub_download(CLIP[1], "config.json", cache_dir=tmp_path, local_files_only=True)
-    assert Path(place).read_bytes() == (pretrained.MINI / "clip" / "config.json").read_bytes()
-    model = pretrained.CLIPVisionModelWithProjection.from_pretrained(
+    assert (
+        Path(place).read_bytes() == (pretrained.MINI_MODELS / "clip" / "config.json").read_bytes()
+    )
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(
         CLIP[1], cache_dir=tmp_path, local_files_only=True
     )
-    own = pretrained.CLIPVisionModelWithProjection.from_pretrained(pretrained.MINI / "clip")
+    own = transformers.CLIPVisionModelWithProjection.from_pretrained(
+        pretrained.MINI_MODELS / "clip"
+    )
     assert all(
         bool((a == b).all())
         for a, b in zip(model.state_dict().values(), own.state_dict().values(), strict=True)
@@ -256,7 +262,7 @@ def test_of_a_large_model_only_the_named_folders(tmp_path):
         fetch("versatile_diffusion", tmp_path, mirror=hub.url)
     folders = {Path(path).parts[3] for path in below(tmp_path) if "snapshots" in path}
     assert folders == {"vae", "image_unet", "scheduler"}
-    vae = pretrained.AutoencoderKL.from_pretrained(
+    vae = diffusers.AutoencoderKL.from_pretrained(
         VD[1], subfolder="vae", cache_dir=tmp_path, local_files_only=True
     )
     assert utils.count_parameters(vae) > 0
@@ -285,7 +291,7 @@ def test_tables_of_models_agree_with_what_is_loaded():
 
 
 def test_a_withdrawn_id_is_mapped_with_a_message(tmp_path):
-    repo = ("model", live("runwayml/stable-diffusion-v1-5")[0])
+    repo = ("model", find_moved_repo("runwayml/stable-diffusion-v1-5")[0])
     assert repo[1] == pretrained.HUB["stable_diffusion"]
     with hub_server(
         {
@@ -306,7 +312,7 @@ def test_a_withdrawn_id_is_mapped_with_a_message(tmp_path):
         }
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not [f for f in fetch(repo[1], tmp_path, mirror=hub.url) if not f.there]
+            assert not [f for f in fetch(repo[1], tmp_path, mirror=hub.url) if not f.is_complete]
 
 
 # -------------------------------------------------------------------------------- resume and check
@@ -324,8 +330,8 @@ def test_a_later_call_goes_on_with_the_part(hub, tmp_path):
     part.parent.mkdir(parents=True)
     part.write_bytes(hub.repos[NSD][TAR][:4000])
     listed = fetch("mindeye", tmp_path, mirror=hub.url, dry_run=True)
-    assert "4 kB of it are there" in describe(
-        [download.Planned("shards", BUNDLES["mindeye"], tmp_path, listed)]
+    assert "4 kB of it are there" in format_downloads(
+        [download.PlannedDownload("shards", BUNDLES["mindeye"], tmp_path, listed)]
     )
     fetch("mindeye", tmp_path, mirror=hub.url)
     assert (
@@ -387,7 +393,7 @@ def test_a_damaged_or_short_file_that_is_there_is_fetched_again(hub, tmp_path):
 
 def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
     hub.repos[NSD][TAR] = content(1, 4_000_000)
-    files = listing(BUNDLES["mindeye"], tmp_path, mirror=hub.url)
+    files = list_files(BUNDLES["mindeye"], tmp_path, mirror=hub.url)
     append, begun = download._append, threading.Event()
 
     def slow(file, stop, bar):
@@ -494,7 +500,7 @@ def test_unknown_names(hub, tmp_path):
     with pytest.raises(PerceptError, match="neither a folder nor an address"):
         fetch("mindeye", tmp_path, mirror="nowhere")
     with pytest.raises(PerceptError, match="Nothing is known to download for 'digits69'"):
-        plan("digits69")
+        plan_downloads("digits69")
 
 
 def test_a_token_goes_to_the_hub_and_not_to_a_mirror(hub, tmp_path, monkeypatch):
@@ -640,7 +646,9 @@ def test_chosen_sessions_rois_and_the_anatomical_grid(s3, tmp_path):
 
 def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
     (one,) = [
-        f for f in listing(BUNDLES["nsd"], tmp_path, mirror=s3) if f.path.endswith("session02.hdf5")
+        f
+        for f in list_files(BUNDLES["nsd"], tmp_path, mirror=s3)
+        if f.path.endswith("session02.hdf5")
     ]
     asked, opened = [], download._opened
 
@@ -670,13 +678,13 @@ def test_a_bucket_that_is_not_there(s3, tmp_path):
         "bucket",
         "no-such-bucket",
         "data/x",
-        lambda subj: [Want("a file", "a", "a/b")],
+        lambda subj: [FilePattern("a file", "a", "a/b")],
         "",
     )
     with pytest.raises(
         PerceptError, match=r"There is no bucket no-such-bucket on the server \(404\)"
     ):
-        listing(other, tmp_path, mirror=s3)
+        list_files(other, tmp_path, mirror=s3)
 
 
 # ----------------------------------------------------------------------------------------- recipes
@@ -698,8 +706,8 @@ def world():
 def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
     with hub_server(world()) as hub:
         for recipe in ("mindeye", "mindeye_retrieval", "combined"):
-            for one in plan(recipe, mirror=hub.url, to=str(tmp_path)):
-                download.carry_out(one)
+            for one in plan_downloads(recipe, mirror=hub.url, to=str(tmp_path)):
+                download.fetch_planned(one)
     got = below(tmp_path)
     wanted = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
         f"data/teacher/{pretrained.TEACHER_FILE}",
@@ -720,7 +728,7 @@ def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
 
 
 def test_overrides_move_things_and_only_chooses(hub, tmp_path):
-    (planned,) = plan(
+    (planned,) = plan_downloads(
         "mindeye",
         only="shards",
         mirror=hub.url,
@@ -731,23 +739,23 @@ def test_overrides_move_things_and_only_chooses(hub, tmp_path):
         path for path in shards() if "subj05" in path
     }
     with pytest.raises(PerceptError, match="There is no parameter 'subject' .*did you mean 'subj'"):
-        plan("mindeye", mirror=hub.url, overrides={"subject": "5"})
+        plan_downloads("mindeye", mirror=hub.url, overrides={"subject": "5"})
     with pytest.raises(
         PerceptError, match="--only does not know 'shard': choose among shards, checkpoints"
     ):
-        plan("mindeye", only="shard", mirror=hub.url)
+        plan_downloads("mindeye", only="shard", mirror=hub.url)
     with pytest.raises(PerceptError, match="revision belongs to one repository"):
-        plan("mindeye", mirror=hub.url, overrides={"revision": "main"})
+        plan_downloads("mindeye", mirror=hub.url, overrides={"revision": "main"})
 
 
 def test_a_subject_without_released_networks(tmp_path):
     with hub_server(world()) as hub:
-        planned = plan("mindeye", mirror=hub.url, overrides={"subj": 5}, to=str(tmp_path))
+        planned = plan_downloads("mindeye", mirror=hub.url, overrides={"subj": 5}, to=str(tmp_path))
         assert {one.name for one in planned if not one.files} == {
             "checkpoints"
-        } and "(none for this subject)" in describe(planned)
+        } and "(none for this subject)" in format_downloads(planned)
         with pytest.raises(PerceptError, match="has no released checkpoints of subject 5"):
-            plan("mindeye", only="checkpoints", mirror=hub.url, overrides={"subj": 5})
+            plan_downloads("mindeye", only="checkpoints", mirror=hub.url, overrides={"subj": 5})
 
 
 def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
@@ -789,7 +797,7 @@ def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
 
 
 def test_basic_ae_takes_raw_nsd(s3, tmp_path):
-    (one,) = plan(
+    (one,) = plan_downloads(
         "basic_ae", only="nsd", mirror=s3, to=str(tmp_path), overrides={"num_sessions": 1}
     )
     assert {Path(f.path).name for f in one.files} >= {
@@ -808,7 +816,7 @@ def test_roi_voting_takes_the_regions_and_their_names(tmp_path):
         for roi in [*localisers, "Kastner2015"]
     }
     with s3_server(BUCKET, objects) as url:
-        (one,) = plan(
+        (one,) = plan_downloads(
             "roi_voting", only="nsd", mirror=url, to=str(tmp_path), overrides={"num_sessions": 1}
         )
         names = {Path(f.path).name for f in one.files}
@@ -823,31 +831,31 @@ def test_roi_voting_takes_the_regions_and_their_names(tmp_path):
         f"{roi}.mgz.ctab" for roi in localisers
     } and "betas_session01.hdf5" in names
     with s3_server(BUCKET, nsd_objects()) as url, pytest.raises(PerceptError, match="floc-faces"):
-        plan("roi_voting", only="nsd", mirror=url, to=str(tmp_path))
+        plan_downloads("roi_voting", only="nsd", mirror=url, to=str(tmp_path))
 
 
 def test_blip_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
     repo = pretrained.HUB["blip"]
     with hub_server({("model", repo): mini_model("blip")}) as hub:
         fetch("blip", tmp_path, mirror=hub.url)
-    for cls in (pretrained.BlipForConditionalGeneration, pretrained.BlipProcessor):
+    for cls in (transformers.BlipForConditionalGeneration, transformers.BlipProcessor):
         cls.from_pretrained(repo, cache_dir=tmp_path, local_files_only=True)
 
 
 def test_every_bundle_and_recipe_is_described():
-    assert all(name in BUNDLES for parts in RECIPES_NEED.values() for name in parts.values())
+    assert all(name in BUNDLES for parts in RECIPE_BUNDLES.values() for name in parts.values())
     page = (utils.ROOT / "docs" / "downloads.md").read_text()
-    for name in [*BUNDLES, *RECIPES_NEED]:
+    for name in [*BUNDLES, *RECIPE_BUNDLES]:
         assert f"`{name}`" in page, name
     for bundle in BUNDLES.values():
         assert bundle.terms.endswith(".") and bundle.wants(subj=1)
 
 
 def test_places_are_those_of_the_notebooks():
-    default = parameters.read_parameters(
-        parameters.parameters_source(parameters.NOTEBOOKS / "00_prepare_data.ipynb")
+    default = parameters.parse_parameters(
+        parameters.read_parameters_cell(parameters.NOTEBOOKS / "00_prepare_data.ipynb")
     )["data_path"].default
-    for recipe, parts in RECIPES_NEED.items():
+    for recipe, parts in RECIPE_BUNDLES.items():
         if (
             first := parameters.RECIPES / recipe / "00_prepare_data.yaml"
         ).exists():  # what is fetched lies where the recipe reads it

@@ -116,12 +116,12 @@ def test_prediction_is_within_15_percent_of_a_measured_training(step_in_backward
 
 
 def test_the_full_model_is_what_is_published():
-    made = dryrun.plan("01_train_high_level", HIGH)
+    made = dryrun.plan_stage("01_train_high_level", HIGH)
     assert sum(made.parameters.values()) == 1_003_635_088
     assert made.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and made.memory[
         "optimizer state"
     ] == pytest.approx(8.03e9, rel=0.01)
-    early = dryrun.plan("01_train_high_level", HIGH | {"step_in_backward": True})
+    early = dryrun.plan_stage("01_train_high_level", HIGH | {"step_in_backward": True})
     assert (
         early.memory["activations and gradients"]
         < 0.85 * made.memory["activations and gradients"]
@@ -131,7 +131,9 @@ def test_the_full_model_is_what_is_published():
 
 
 def test_networks_are_as_wide_as_the_components():
-    full, few = (dryrun.plan("01_train_high_level", HIGH | {"n_components": k}) for k in (0, 30))
+    full, few = (
+        dryrun.plan_stage("01_train_high_level", HIGH | {"n_components": k}) for k in (0, 30)
+    )
     assert full.parameters["voxel2clip"] - few.parameters["voxel2clip"] == (15724 - 30) * 4096
     assert (
         full.parameters["net"] == few.parameters["net"]
@@ -147,7 +149,7 @@ def test_networks_are_as_wide_as_the_components():
         "batch_size": 2,
         "n_components": 30,
     }
-    made = dryrun.plan("01_train_high_level", small).memory
+    made = dryrun.plan_stage("01_train_high_level", small).memory
     trials = (
         27750 * 8559 // 9841
     )  # the voxels of the training trials in single precision are more than that network needs
@@ -166,7 +168,7 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
     )
     monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
-    warnings = dryrun.plan("01_train_high_level", HIGH).warnings
+    warnings = dryrun.plan_stage("01_train_high_level", HIGH).warnings
     assert (
         len(warnings) == 4
         and "no GPU here" in warnings[0]
@@ -177,17 +179,20 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
         and "set PERCEPT_HOME" in warnings[3]
     )
     source = {"dataset": "absent", "subj": 1, "source": "mindeye", "data_path": "data/nowhere"}
-    assert "There is nothing at data/nowhere" in dryrun.plan("00_prepare_data", source).warnings[0]
+    assert (
+        "There is nothing at data/nowhere"
+        in dryrun.plan_stage("00_prepare_data", source).warnings[0]
+    )
     assert (
         "'clip' is not at nowhere"
-        in dryrun.plan("01_train_high_level", HIGH | {"weights": "nowhere"}).warnings[0]
+        in dryrun.plan_stage("01_train_high_level", HIGH | {"weights": "nowhere"}).warnings[0]
     )
     with pytest.raises(PerceptError, match="no subject 9 in NSD: choose one of 1 to 8"):
-        dryrun.plan("01_train_high_level", HIGH | {"subj": 9})
+        dryrun.plan_stage("01_train_high_level", HIGH | {"subj": 9})
 
 
 def test_the_mini_world_is_known_before_it_is_drawn():
-    made = dryrun.plan(
+    made = dryrun.plan_stage(
         "01_train_high_level",
         HIGH
         | {
@@ -200,7 +205,7 @@ def test_the_mini_world_is_known_before_it_is_drawn():
     )
     assert made.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
     assert made.parameters["voxel2clip"] < 10e6
-    disk = dryrun.plan(
+    disk = dryrun.plan_stage(
         "00_prepare_data", {"dataset": "mini", "subj": 1, "source": "mini", "data_path": ""}
     ).disk
     assert disk == {"betas": 4 * 16800 * 1572, "images": 5600 * 32 * 32 * 3}
@@ -216,20 +221,20 @@ def test_pictures_take_the_disk_that_is_told(tmp_path):
         "img2img_strength": 0.85,
     }
     told |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
-    disk = dryrun.plan("03_reconstruct", told).disk
+    disk = dryrun.plan_stage("03_reconstruct", told).disk
     assert (
         disk["pictures"] == 300 * 3 * 32 * 32 * 2 * 9
         # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image,
         # nearest
     )
-    assert "memory" not in str(dryrun.plan("03_reconstruct", told)) and "trains no network" in str(
-        dryrun.plan("03_reconstruct", told)
-    )
+    assert "memory" not in str(
+        dryrun.plan_stage("03_reconstruct", told)
+    ) and "trains no network" in str(dryrun.plan_stage("03_reconstruct", told))
     assert (
-        dryrun.plan("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"]
+        dryrun.plan_stage("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"]
         == disk["pictures"] * 7 / 9
     )
-    more = dryrun.plan(
+    more = dryrun.plan_stage(
         "03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}
     ).disk
     assert more["pictures"] == disk["pictures"] * (9 + 1 + 2 + 4) / 9
@@ -239,10 +244,10 @@ def test_pictures_take_the_disk_that_is_told(tmp_path):
         ("mindeye_retrieval/mini", 1),
     ):  # the recipe's training says how many
         assert (
-            dryrun.plan("03_reconstruct", told | {"recipe": recipe}).disk["tokens"]
+            dryrun.plan_stage("03_reconstruct", told | {"recipe": recipe}).disk["tokens"]
             == disk["tokens"] * tokens / 17
         )
-    full = dryrun.plan(
+    full = dryrun.plan_stage(
         "03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}
     ).disk
     assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
@@ -282,18 +287,18 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path):
     ],
 )
 def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
-    known = parameters.read_parameters(
-        parameters.parameters_source(parameters.NOTEBOOKS / "01_train_mindeye2.ipynb"),
+    known = parameters.parse_parameters(
+        parameters.read_parameters_cell(parameters.NOTEBOOKS / "01_train_mindeye2.ipynb"),
         "01_train_mindeye2",
     )
     values = {name: p.default for name, p in known.items()}
-    for file in parameters.recipe_files(recipe, "01_train_mindeye2"):
+    for file in parameters.find_recipe_files(recipe, "01_train_mindeye2"):
         values |= parameters.read_recipe(file)
-    made = dryrun.plan("01_train_mindeye2", values | {"dataset": "absent"})
+    made = dryrun.plan_stage("01_train_mindeye2", values | {"dataset": "absent"})
     assert sum(made.parameters.values()) == parameters
     assert made.memory["weights"] == pytest.approx(4 * parameters, rel=1e-3)
     if recipe == "mindeye2_small":
-        everything = dryrun.plan(
+        everything = dryrun.plan_stage(
             "01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0}
         )
         assert (

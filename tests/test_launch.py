@@ -17,7 +17,6 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from test_run import ROOT, project  # noqa: F401  # two tiny stages and a recipe
 
-import run
 from src.pipeline import runs, stages
 from src.utils import PerceptError
 
@@ -71,7 +70,7 @@ def test_the_cpu_config_starts_two_processes(tmp_path):
         "import os, sys, pathlib\npathlib.Path(sys.argv[1],"
         " os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])\n"
     )
-    done = ask(*stages.launcher_of(str(LAUNCH / "cpu.yaml")), script, tmp_path)
+    done = ask(*stages.parse_launcher(str(LAUNCH / "cpu.yaml")), script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
@@ -82,8 +81,8 @@ def test_a_config_or_program_that_is_missing_is_named():
         ("no-such-program --x", "no program no-such-program"),
     ):
         with pytest.raises(PerceptError, match=words):
-            stages.launcher_of(how)
-    assert stages.launcher_of("") == [] and stages.launcher_of(f"{sys.executable} -u") == [
+            stages.parse_launcher(how)
+    assert stages.parse_launcher("") == [] and stages.parse_launcher(f"{sys.executable} -u") == [
         sys.executable,
         "-u",
     ]
@@ -114,7 +113,7 @@ def training(project):  # noqa: F811
 def test_a_training_stage_runs_under_the_launcher_and_then_its_notebook(training, monkeypatch):
     monkeypatch.setenv("NOTES", str(training))
     monkeypatch.setattr(
-        run, "fingerprint", lambda stage, values, before: f"{stage} {values} {before}"
+        stages, "fingerprint_stage", lambda stage, values, before: f"{stage} {values} {before}"
     )  # whoever edits src/ meanwhile
     results = runs.run_recipe("sys/mini", {"subj": "3"}, launch=sys.executable)
     assert "--subj=3" in json.loads((training / "flags.json").read_text())
@@ -136,7 +135,7 @@ def test_sigterm_is_passed_on_and_ends_with_143(training, monkeypatch):
         + "def later():\n    while not note.exists(): time.sleep(.05)\n    os.kill(os.getpid(),"
         " signal.SIGTERM)\nthreading.Thread(target=later).start()\nfrom src import"
         " parameters\nfrom src.pipeline import stages\nparameters.NOTEBOOKS ="
-        f" pathlib.Path({str(training / 'notebooks')!r})\nstages.train_launched('01_second',"
+        f" pathlib.Path({str(training / 'notebooks')!r})\nstages.launch_training('01_second',"
         f" {{'subj': 9}}, [{sys.executable!r}])\n"
     )
     assert ask(sys.executable, "-c", script, cwd=ROOT).returncode == 143

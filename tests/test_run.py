@@ -123,7 +123,7 @@ def test_all_stages_land_in_the_folder_that_one_stage_names(project):
     (project / "recipes" / "sys" / "01_second.yaml").write_text(
         "n_components: 5\n"
     )  # a recipe's own value counts, too
-    assert recipes.asked("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
+    assert recipes.select_stages("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
     with pytest.raises(PerceptError, match="must be at least 0"):
         runs.run_recipe("sys", {"n_components": "-1"})
 
@@ -191,10 +191,10 @@ def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
 
 
 def test_a_right_kernel_is_not_registered_again():
-    stages.use_this_kernel()
+    stages.register_kernel()
     known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
     before = known.stat().st_mtime_ns
-    stages.use_this_kernel()
+    stages.register_kernel()
     assert (
         known.stat().st_mtime_ns == before
         and "--log-level=ERROR" in json.loads(known.read_text())["argv"]

@@ -28,6 +28,7 @@ from src.evaluation import sweeps
 from src.pipeline import grid as grid_file
 from src.pipeline import jobs as job_queue
 from src.pipeline import recipes
+from src.pipeline import stages as stage_running
 from src.pipeline import sweep as sweeping
 from src.utils import PerceptError, save_checkpoint
 
@@ -280,17 +281,17 @@ def test_cores_are_shared_out_and_fewer_threads_hold_for_every_library(
         monkeypatch.delenv(name, raising=False)
     for name, number in asked.items():
         monkeypatch.setenv(name, number)
-    where = job_queue.places(2, ["4", "7"], 8)
+    where = job_queue.assign_devices(2, ["4", "7"], 8)
     assert [p["CUDA_VISIBLE_DEVICES"] for p in where] == ["4", "7"]
     assert all(tuple(int(p[name]) for name in THREADS) == expected for p in where)
     assert (
-        "CUDA_VISIBLE_DEVICES" not in job_queue.places(3, [], 2)[2]
-        and job_queue.places(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
+        "CUDA_VISIBLE_DEVICES" not in job_queue.assign_devices(3, [], 2)[2]
+        and job_queue.assign_devices(3, [], 2)[2]["MKL_NUM_THREADS"] == "1"
     )
 
 
 def test_jobs_share_places_and_failures_are_told(tmp_path):
-    where = job_queue.places(2, ["4", "7"], 8)
+    where = job_queue.assign_devices(2, ["4", "7"], 8)
     script = (
         f"date +%s.%N >> {tmp_path}/times; echo $CUDA_VISIBLE_DEVICES; sleep .3; date +%s.%N >>"
         f" {tmp_path}/times"
@@ -300,7 +301,7 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
         job(tmp_path, "bad", "echo 'run.py: too bad'; exit 1"),
         job(tmp_path, "dead", "kill -9 $$"),
     ]
-    ended = {one.name: one for one in job_queue.work(jobs, where, lambda name: name == "3")}
+    ended = {one.name: one for one in job_queue.run_jobs(jobs, where, lambda name: name == "3")}
     assert {name: one.how for name, one in ended.items()} == {
         "0": "finished",
         "1": "finished",
@@ -314,13 +315,13 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
 
 
 def test_a_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
-    lock = job_queue.take(tmp_path / "lock")
+    lock = job_queue.lock(tmp_path / "lock")
     child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
     lock.close()
-    assert job_queue.take(tmp_path / "lock") is None
+    assert job_queue.lock(tmp_path / "lock") is None
     assert [
         one.how
-        for one in job_queue.work(
+        for one in job_queue.run_jobs(
             [job_queue.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")],
             [{}],
             lambda _: False,
@@ -328,7 +329,7 @@ def test_a_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
     ] == ["elsewhere"]
     child.kill()
     child.wait()
-    job_queue.take(tmp_path / "lock").close()
+    job_queue.lock(tmp_path / "lock").close()
 
 
 def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
@@ -338,7 +339,7 @@ def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
     jobs = [job(tmp_path, "one", script), job(tmp_path, "two", "true")]
     ended = []
     with pytest.raises(SystemExit) as stopped:
-        for one in job_queue.work(jobs, [{}], lambda _: False):
+        for one in job_queue.run_jobs(jobs, [{}], lambda _: False):
             ended.append((one.name, one.how))
     assert (
         stopped.value.code == 143
@@ -371,7 +372,7 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
     assert (
         list(grid.factors) == ["rate", "seed", "wait"]
         and grid.report == {"by": "val/r2"}
-        and grid.run_of(grid.points[4]) == "mine/rate=2,wait=1.5"
+        and grid.name_point_run(grid.points[4]) == "mine/rate=2,wait=1.5"
     )
     assert len(grid_file.file_name("x" * 300)) < 140 and grid_file.file_name(
         "x" * 300
@@ -442,7 +443,7 @@ def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
         said[1].split() == ["1", "missing", "rate=1,seed=1"]
         and said[-1] == f"sbatch --array=0-3 launch/sweep.slurm {tiny}"
     )
-    assert sweeping.in_ranges([5, 0, 1, 2]) == "0-2,5"
+    assert sweeping.format_ranges([5, 0, 1, 2]) == "0-2,5"
 
 
 def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
@@ -464,10 +465,10 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
         command[command.index("--from") + 1] == "02_train_roi_models"
         and command[command.index("--without") + 1] == "06"
     )
-    stages, overrides = recipes.asked(
-        told.grid.recipe, told.overrides_of(point), "02", (), without=["06"]
+    stages, overrides = recipes.select_stages(
+        told.grid.recipe, told.merge_overrides(point), "02", (), without=["06"]
     )
-    for stage, _, stamp, mark in stages.chain(
+    for stage, _, stamp, mark in stage_running.iterate_stages(
         told.grid.recipe, overrides, stages
     ):  # as the point's run goes through them
         if stage >= "02":
@@ -514,9 +515,9 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
     assert run.sweep([str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
     monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: name)
     assert (
-        grid_file.lacks(str(config))
+        grid_file.missing_requirement(str(config))
         == ("" if torch.cuda.is_available() else "deepspeed needs a GPU, and there is none")
-        and grid_file.lacks("python") == ""
+        and grid_file.missing_requirement("python") == ""
     )
     write(tiny, grid={"launch": {"plain": "", "gone": "launch/none.yaml"}})
     with pytest.raises(PerceptError, match="no file launch/none.yaml"):
@@ -633,17 +634,17 @@ def test_levels_and_their_spread_are_those_of_pandas():
     assert alone["low"].isna().all() and np.isnan(
         sweeps.seed_sd(table[table["seed"] == "0"], "rois", "seed")
     )
-    assert len(sweeps.by_seed(table, "rois", "")) == 1
+    assert len(sweeps.average_by_seed(table, "rois", "")) == 1
 
 
 def test_only_cells_that_every_level_has_are_compared():
     table = table_of()
     holes = table.drop(table.query("rois == 'b' and batch == '16' and seed == '1'").index)
-    kept = sweeps.complete(holes, "rois", ["batch", "seed"])
+    kept = sweeps.select_complete_cells(holes, "rois", ["batch", "seed"])
     assert len(kept) == 15 and not len(kept.query("batch == '16' and seed == '1'"))
     assert (
-        sweeps.complete(table, "rois", ["batch", "seed"]).equals(table)
-        and len(sweeps.complete(table[:2], "batch", [])) == 2
+        sweeps.select_complete_cells(table, "rois", ["batch", "seed"]).equals(table)
+        and len(sweeps.select_complete_cells(table[:2], "batch", [])) == 2
     )
 
 
@@ -656,27 +657,27 @@ def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
         "early is best in validation loss, by .012 over all, the next [.0090, .016], paired by"
         " batch and seed; seeds differ by .0030 (sd): more than seed noise"
     )
-    assert sweeps.verdict([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
-    assert sweeps.verdict([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
+    assert sweeps.describe_gaps([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
+    assert sweeps.describe_gaps([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
         "not more than seed noise (cannot be told from all)"
     )
-    assert sweeps.verdict(
+    assert sweeps.describe_gaps(
         [near._replace(low=np.nan, high=np.nan, seeds=1)], np.nan, "x", []
     ).endswith("with one seed it cannot be told from seed noise")
-    assert "changes nothing" in sweeps.verdict(
+    assert "changes nothing" in sweeps.describe_gaps(
         [near], 0.0, "x", []
-    ) and "one level only" in sweeps.verdict([], np.nan, "x", [])
-    assert [sweeps.decimals(x) for x in (0.0, 12.34, -0.5, 0.00456)] == ["0", "12", "-.50", ".0046"]
+    ) and "one level only" in sweeps.describe_gaps([], np.nan, "x", [])
+    assert [sweeps.format_significant(x) for x in (0.0, 12.34, -0.5, 0.00456)] == ["0", "12", "-.50", ".0046"]
 
 
 def test_regions_are_drawn_where_they_are_alone_and_left_out():
-    assert [sweeps.region_of(x) for x in ("V1", " !V1", "-", "")] == [
+    assert [sweeps.parse_region(x) for x in ("V1", " !V1", "-", "")] == [
         ("V1", "alone"),
         ("V1", "left out"),
         ("", "all"),
         ("", "all"),
     ]
-    assert [sweeps.region_of(x) for x in ("V1,V2", "!V1,!V2", "set1", "V1;V2")] == [None] * 4
+    assert [sweeps.parse_region(x) for x in ("V1,V2", "!V1,!V2", "set1", "V1;V2")] == [None] * 4
     rois = {
         "V1": "V1",
         "no V1": "!V1",
@@ -917,8 +918,8 @@ def test_the_notebook_draws_regions_and_refuses_what_does_not_belong_together(tm
 
 
 def test_nothing_to_draw_is_said():
-    for draw in (figures.sweep_look, figures.region_curves):
+    for draw in (figures.plot_sweep_levels, figures.plot_region_curves):
         with pytest.raises(PerceptError, match="to draw"):
-            draw(*([pd.DataFrame()] if draw is figures.region_curves else [[], "x"]))
+            draw(*([pd.DataFrame()] if draw is figures.plot_region_curves else [[], "x"]))
     with pytest.raises(PerceptError, match="to draw"):
-        figures.sweep_curves(pd.DataFrame({"epoch": [1]}), "x")
+        figures.plot_sweep_curves(pd.DataFrame({"epoch": [1]}), "x")

@@ -2,7 +2,7 @@
 resumed and checked.
 
 - BUNDLES says what there is: one subject's shards, released checkpoints, LAION's prior, the frozen
-  models, the minimal part of MindEye2's data, raw NSD. RECIPES_NEED says which of them a recipe
+  models, the minimal part of MindEye2's data, raw NSD. RECIPE_BUNDLES says which of them a recipe
   wants. Files are found by listing the repository, so that no count is written down here.
 - A file is written as <name>.part, which a later call continues, and gets its name when its size
   and its sum are right: the hub tells the SHA-256 of large files and git's SHA-1 of small ones; S3
@@ -89,12 +89,12 @@ MOVED = {
 }
 
 
-class NothingThere(PerceptError):
+class FilesNotFound(PerceptError):
     """A repository that does not have what is wanted."""
 
 
 @dataclass(frozen=True)
-class Want:
+class FilePattern:
     """Files of a repository.
 
     Args:
@@ -134,7 +134,7 @@ class Bundle:
     kind: str
     repo: str
     place: str
-    wants: Callable[..., list[Want]]
+    wants: Callable[..., list[FilePattern]]
     terms: str
     set_by: str = ""
     revision: str = "main"
@@ -181,12 +181,12 @@ class RemoteFile:
     @property
     def arrived(self) -> int:
         """Bytes that need not be fetched any more."""
-        if self.there:
+        if self.is_complete:
             return self.size
         return min(self.part.stat().st_size, self.size) if self.part.exists() else 0
 
     @property
-    def there(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it lies in its place with the right size and, where that takes no time, the right
         sum.
         """
@@ -195,9 +195,9 @@ class RemoteFile:
         return self.size > ALWAYS_CHECKED or _sum_fits(self.local, self.checksum)
 
 
-def _shards(layout: str, subj: int) -> list[Want]:
+def _shards(layout: str, subj: int) -> list[FilePattern]:
     found = [
-        Want(
+        FilePattern(
             f"{split} shards of subject {subj}",
             f"{layout}/{split}",
             rf"{layout}/{split}/{split}_subj{subj:02d}_(?P<n>\d+)\.tar",
@@ -206,16 +206,18 @@ def _shards(layout: str, subj: int) -> list[Want]:
     ]
     return [
         *found,
-        Want(f"metadata of subject {subj}", layout, rf"{layout}/metadata_subj{subj:02d}\.json"),
+        FilePattern(
+            f"metadata of subject {subj}", layout, rf"{layout}/metadata_subj{subj:02d}\.json"
+        ),
     ]
 
 
-def _early_shards(subj: int) -> list[Want]:
+def _early_shards(subj: int) -> list[FilePattern]:
     """Single trials, in two splits; there is no metadata of one subject."""
     return _shards("webdataset", subj)[:2]
 
 
-def _checkpoints(subj: int, names: str = "") -> list[Want]:
+def _checkpoints(subj: int, names: str = "") -> list[FilePattern]:
     """`names`: beginnings of the folders' names, separated by commas; all of the subject by
     default.
 
@@ -224,7 +226,7 @@ def _checkpoints(subj: int, names: str = "") -> list[Want]:
     begins = "|".join(re.escape(name.strip()) for name in names.split(","))
     pattern = rf"(?:[^/]+/)*(?P<run>(?=[^/]*subj{subj:02d})(?:{begins})[^/]*)/(?P<file>last|epoch120)\.pth"
     return [
-        Want(
+        FilePattern(
             f"released checkpoints of subject {subj}",
             "mindeye_models",
             pattern,
@@ -233,29 +235,29 @@ def _checkpoints(subj: int, names: str = "") -> list[Want]:
     ]
 
 
-def _prior(subj: int) -> list[Want]:
+def _prior(subj: int) -> list[FilePattern]:
     folder = "vit-l-14/aesthetic"
     return [
-        Want(f"{folder}/{file}", folder, re.escape(f"{folder}/{file}"), file)
+        FilePattern(f"{folder}/{file}", folder, re.escape(f"{folder}/{file}"), file)
         for file in ("best.pth", "prior_config.json")
     ]
 
 
-def _single(file: str, subj: int) -> list[Want]:
-    return [Want(file, "", re.escape(file))]
+def _single(file: str, subj: int) -> list[FilePattern]:
+    return [FilePattern(file, "", re.escape(file))]
 
 
-def _mindeye2(subj: int, num_sessions: int = 1, checkpoint: str = "") -> list[Want]:
+def _mindeye2(subj: int, num_sessions: int = 1, checkpoint: str = "") -> list[FilePattern]:
     """`num_sessions`: of the training data, 0 for all; `checkpoint`: a folder of train_logs that is
     fetched as well.
     """
     train, numbers = f"wds/subj{subj:02d}/train", range(num_sessions)
     tars = [
-        Want(f"session {n + 1} of subject {subj}", train, re.escape(f"{train}/{n}.tar"))
+        FilePattern(f"session {n + 1} of subject {subj}", train, re.escape(f"{train}/{n}.tar"))
         for n in numbers
     ]
     tars = tars or [
-        Want(f"training sessions of subject {subj}", train, rf"{train}/(?P<n>\d+)\.tar")
+        FilePattern(f"training sessions of subject {subj}", train, rf"{train}/(?P<n>\d+)\.tar")
     ]
     test = f"wds/subj{subj:02d}/new_test"
     top = [
@@ -270,11 +272,11 @@ def _mindeye2(subj: int, num_sessions: int = 1, checkpoint: str = "") -> list[Wa
     log = f"train_logs/{checkpoint}"
     return [
         *tars,
-        Want(f"test data of subject {subj}", test, rf"{test}/\d+\.tar"),
-        *(Want(name, "", re.escape(name)) for name in top),
-        *(Want(name, "evals", re.escape(name)) for name in evals),
+        FilePattern(f"test data of subject {subj}", test, rf"{test}/\d+\.tar"),
+        *(FilePattern(name, "", re.escape(name)) for name in top),
+        *(FilePattern(name, "evals", re.escape(name)) for name in evals),
         *(
-            [Want(f"checkpoint {checkpoint}", log, re.escape(f"{log}/last.pth"))]
+            [FilePattern(f"checkpoint {checkpoint}", log, re.escape(f"{log}/last.pth"))]
             if checkpoint
             else []
         ),
@@ -289,7 +291,7 @@ def _nsd(
     beta_format: str = "hdf5",
     space: str = "func1pt8mm",
     anatomical: bool = False,
-) -> list[Want]:
+) -> list[FilePattern]:
     """`rois`: names, separated by commas; `num_sessions`: 0 for all; `beta_format`: hdf5 or nii.gz;
     `anatomical`: the ROIs on the anatomical grid with the transformation to the functional one,
     too.
@@ -305,11 +307,11 @@ def _nsd(
     )
     betas = f"nsddata_betas/ppdata/subj{subj:02d}/{space}/{beta_version}"
     sessions = [
-        Want(f"session {n}", betas, re.escape(f"{betas}/betas_session{n:02d}.{beta_format}"))
+        FilePattern(f"session {n}", betas, re.escape(f"{betas}/betas_session{n:02d}.{beta_format}"))
         for n in range(1, num_sessions + 1)
     ]
     sessions = sessions or [
-        Want(
+        FilePattern(
             f"betas of subject {subj} as {beta_format}",
             betas,
             rf"{betas}/betas_session\d\d\.{re.escape(beta_format)}",
@@ -331,7 +333,10 @@ def _nsd(
         f"{own}/behav/responses.tsv",
         "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5",
     ]
-    return [*sessions, *(Want(key, key.rpartition("/")[0], re.escape(key)) for key in single)]
+    return [
+        *sessions,
+        *(FilePattern(key, key.rpartition("/")[0], re.escape(key)) for key in single),
+    ]
 
 
 WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
@@ -339,16 +344,16 @@ WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?\.(?:
 MODEL_FILE = rf"(?:{WEIGHTS}|[\w.-]+\.json|merges\.txt|vocab\.txt|spiece\.model)"
 
 
-def _model(folders: tuple[str, ...], subj: int) -> list[Want]:
+def _model(folders: tuple[str, ...], subj: int) -> list[FilePattern]:
     """What `from_pretrained` reads of these folders; of the top level where there are none."""
     return [
-        Want(f"configuration and weights in {folder}/", folder, f"{folder}/{MODEL_FILE}")
+        FilePattern(f"configuration and weights in {folder}/", folder, f"{folder}/{MODEL_FILE}")
         for folder in folders
-    ] or [Want("configuration and weights", "", MODEL_FILE)]
+    ] or [FilePattern("configuration and weights", "", MODEL_FILE)]
 
 
-def _whole_model(subj: int) -> list[Want]:
-    return [Want("configuration and weights", "**", rf"(?:[\w.-]+/)?{MODEL_FILE}")]
+def _whole_model(subj: int) -> list[FilePattern]:
+    return [FilePattern("configuration and weights", "**", rf"(?:[\w.-]+/)?{MODEL_FILE}")]
 
 
 def _frozen(title: str, repo: str, terms: str, *folders: str, revision: str = "main") -> Bundle:
@@ -578,7 +583,7 @@ def _parts_of_mindeye2(clip: str) -> dict[str, str]:
     }
 
 
-RECIPES_NEED: dict[str, dict[str, str]] = {
+RECIPE_BUNDLES: dict[str, dict[str, str]] = {
     "mindeye": {
         "shards": "mindeye",
         "checkpoints": "mindeye_checkpoints",
@@ -626,7 +631,7 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def live(repo: str) -> tuple[str, str]:
+def find_moved_repo(repo: str) -> tuple[str, str]:
     """The id under which a withdrawn hub repository lives on, and a sentence that says so; an id
     that is alive comes back with "".
     """
@@ -638,7 +643,7 @@ def live(repo: str) -> tuple[str, str]:
     )
 
 
-def bundle_named(name: str) -> Bundle:
+def find_bundle(name: str) -> Bundle:
     """The bundle of a name in BUNDLES, or a whole model for a hub id (with a warning where that has
     moved).
 
@@ -646,7 +651,7 @@ def bundle_named(name: str) -> Bundle:
         PerceptError: for another name.
     """
     if "/" in name:
-        repo, sentence = live(name)
+        repo, sentence = find_moved_repo(name)
         if sentence:
             warnings.warn(sentence, stacklevel=2)
         return Bundle(
@@ -753,7 +758,7 @@ def _folder_lister(root: Path) -> Callable[[str], list[Entry]]:
     return below
 
 
-def listing(
+def list_files(
     bundle: Bundle,
     folder: Path,
     *,
@@ -833,7 +838,9 @@ def _mirror_root(mirror: str, bundle: Bundle) -> Path:
     return top / bundle.repo if (top / bundle.repo).is_dir() else top
 
 
-def _matching(want: Want, entries: list[Entry], where: str) -> list[tuple[re.Match[str], int, str]]:
+def _matching(
+    want: FilePattern, entries: list[Entry], where: str
+) -> list[tuple[re.Match[str], int, str]]:
     """Entries that are wanted.
 
     Raises:
@@ -846,7 +853,7 @@ def _matching(want: Want, entries: list[Entry], where: str) -> list[tuple[re.Mat
     ]
     if not found:
         place = want.under if want.under not in ("", "**") else "its top level"
-        raise NothingThere(
+        raise FilesNotFound(
             f"{where} has no {want.what} (sought in {place}): check subject, options and revision,"
             " or what the mirror holds."
         )
@@ -1134,7 +1141,7 @@ def transfer(files: list[RemoteFile], folder: Path) -> None:
         opened = open(folder / ".download.lock", "w")
     with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        missing = [file for file in files if not file.there]
+        missing = [file for file in files if not file.is_complete]
         check_space(missing)
         stop = threading.Event()
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -1174,18 +1181,18 @@ def fetch(
         All files of the bundle, fetched or not.
 
     Raises:
-        PerceptError: see `listing`, `check_space` and `transfer`.
+        PerceptError: see `list_files`, `check_space` and `transfer`.
     """
-    made, place = bundle_named(bundle), utils.resolve(str(folder))
-    files = listing(made, place, subj=subj, mirror=mirror, revision=revision, **options)
-    planned = Planned(bundle, made, place, files, revision)
+    made, place = find_bundle(bundle), utils.resolve(str(folder))
+    files = list_files(made, place, subj=subj, mirror=mirror, revision=revision, **options)
+    planned = PlannedDownload(bundle, made, place, files, revision)
     if not dry_run:
-        carry_out(planned)
+        fetch_planned(planned)
     return planned.files
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedDownload:
     """A bundle with its place and its files."""
 
     name: str
@@ -1195,7 +1202,7 @@ class Planned:
     revision: str = ""
 
 
-def carry_out(planned: Planned) -> None:
+def fetch_planned(planned: PlannedDownload) -> None:
     """Fetch what has been planned, and tell the hub's cache of a model that is whole."""
     transfer(planned.files, planned.folder)
     if not planned.bundle.place:
@@ -1215,18 +1222,18 @@ def _parameters(bundles: Iterable[Bundle], recipe: str) -> dict[str, parameters.
     return {name: parameters.Parameter(name, value, "") for name, value in defaults.items()}
 
 
-def plan(
+def plan_downloads(
     recipe: str,
     *,
     only: str = "",
     to: str = "",
     mirror: str = "",
     overrides: dict[str, Any] | None = None,
-) -> list[Planned]:
+) -> list[PlannedDownload]:
     """What a recipe needs, listed and not yet fetched.
 
     Args:
-        recipe: key of RECIPES_NEED, else a name that `bundle_named` knows.
+        recipe: key of RECIPE_BUNDLES, else a name that `find_bundle` knows.
         only: some of the recipe's parts, separated by commas; "" for all.
         to: folder that stands for HOME, e.g. to carry away; the hub's cache is then <to>/hub.
         mirror: as for `fetch`.
@@ -1234,18 +1241,18 @@ def plan(
             or values.
 
     Raises:
-        PerceptError: for unknown names, and see `listing`.
+        PerceptError: for unknown names, and see `list_files`.
     """
-    if recipe not in RECIPES_NEED and recipe not in BUNDLES and "/" not in recipe:
+    if recipe not in RECIPE_BUNDLES and recipe not in BUNDLES and "/" not in recipe:
         raise PerceptError(
-            f"Nothing is known to download for '{recipe}': choose one of {', '.join(RECIPES_NEED)},"
+            f"Nothing is known to download for '{recipe}': choose one of {', '.join(RECIPE_BUNDLES)},"
             f" a bundle of {', '.join(BUNDLES)}, or a hub id."
         )
-    parts = RECIPES_NEED.get(recipe, {recipe: recipe})
-    chosen = parameters.named(only, list(parts), "--only") or set(parts)
-    bundles = {part: bundle_named(name) for part, name in parts.items() if part in chosen}
+    parts = RECIPE_BUNDLES.get(recipe, {recipe: recipe})
+    chosen = parameters.parse_names(only, list(parts), "--only") or set(parts)
+    bundles = {part: find_bundle(name) for part, name in parts.items() if part in chosen}
     known = _parameters(bundles.values(), recipe)
-    parameters.check_known(overrides or {}, known, "-p")
+    parameters.check_parameter_names(overrides or {}, known, "-p")
     values = {name: p.default for name, p in known.items()} | {
         name: parameters.coerce(known[name], v, "-p") for name, v in (overrides or {}).items()
     }
@@ -1257,12 +1264,14 @@ def plan(
         folder = _place(bundle, str(values.get(bundle.set_by, "")), to)
         options = {name: value for name, value in values.items() if name in bundle.options}
         try:
-            files = listing(bundle, folder, subj=subj, mirror=mirror, revision=revision, **options)
-        except NothingThere:
+            files = list_files(
+                bundle, folder, subj=subj, mirror=mirror, revision=revision, **options
+            )
+        except FilesNotFound:
             if only or not bundle.optional:
                 raise
             files = []
-        made.append(Planned(part, bundle, folder, files, revision))
+        made.append(PlannedDownload(part, bundle, folder, files, revision))
     return made
 
 
@@ -1287,7 +1296,7 @@ def _size(size: float) -> str:
     return f"{size:.2f} GB"
 
 
-def describe(planned: Iterable[Planned]) -> str:
+def format_downloads(planned: Iterable[PlannedDownload]) -> str:
     """A table of what is planned: file, size, whether it is there, and where each bundle goes; with
     the terms and the totals.
     """
@@ -1301,7 +1310,7 @@ def describe(planned: Iterable[Planned]) -> str:
             arrived = file.arrived
             state = (
                 "there"
-                if file.there
+                if file.is_complete
                 else f"{_size(arrived)} of it are there"
                 if arrived
                 else "to fetch"

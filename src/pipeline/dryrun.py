@@ -43,14 +43,14 @@ from src.decoding.configs import (
     low_level_config,
     mindeye2_config,
 )
-from src.decoding.voting import VOTES, voters_of
-from src.losses import combined_loss, info_nce, soft_clip_loss, unit
+from src.decoding.voting import VOTES, parse_voters
+from src.losses import combined_loss, info_nce, l2_normalize, soft_clip_loss
 from src.miniworld.cortex import N_VOXELS
 from src.miniworld.images import IMAGE_SIZE
 from src.networks.released import build_decoder
-from src.parameters import read_recipe, recipe_files
-from src.pretrained.autoencoder import untrained_vae
-from src.pretrained.base import HUB, MINI, locate
+from src.parameters import find_recipe_files, read_recipe
+from src.pretrained.autoencoder import make_untrained_vae
+from src.pretrained.base import HUB, MINI_MODELS, locate_model
 from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
 from src.prior import BrainDiffusionPrior
 from src.utils import HOME, PerceptError, mixed_precision, resolve, to_device
@@ -228,7 +228,7 @@ def training_memory(
     }
 
 
-def sizes(parameters: Mapping[str, Any]) -> Sizes:
+def find_sizes(parameters: Mapping[str, Any]) -> Sizes:
     """Sizes of data and frozen models, read where they are, else known or published."""
     p, sessions = parameters, int(parameters.get("num_sessions", 0))
     voxels, train, trials, everything, test, betas, image = _measured(
@@ -269,7 +269,7 @@ def _measured(
     """
     if not subject_folder(dataset, subj).exists():
         return None
-    subject = open_subject(dataset, subj).first_sessions(sessions)
+    subject = open_subject(dataset, subj).select_first_sessions(sessions)
     trials = int((subject.trials["split"] == "train").sum())
     counts = (
         len(subject.image_ids("train")),
@@ -325,7 +325,7 @@ def _local(
 ) -> tuple[int, int, tuple, dict[str, float]]:
     """Sizes of pretrained models in a folder, from their config files."""
     tokens, dim = clip
-    folder = MINI if weights == "mini" else Path(weights)
+    folder = MINI_MODELS if weights == "mini" else Path(weights)
     clips = PATCH_VARIANTS if patches else CLIP_VARIANTS
     for name, sub in (
         ("CLIP", "clip" if weights == "mini" else clips[variant]),
@@ -365,9 +365,11 @@ def _high_level(
         assert isinstance(model, BrainDiffusionPrior)
         n, network = p["batch_size"], model.voxel2clip
         target = torch.zeros(n, s.tokens, s.dim)
-        backbone, projected = network.tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
+        backbone, projected = network.predict_tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
         total = (
-            soft_clip_loss(unit(projected), unit(target)) if p["v2c"] else backbone.new_zeros(())
+            soft_clip_loss(l2_normalize(projected), l2_normalize(target))
+            if p["v2c"]
+            else backbone.new_zeros(())
         )
         if p["prior"]:
             drop = torch.zeros(2, n, dtype=torch.bool)
@@ -416,12 +418,12 @@ def _combined(
         assert isinstance(model, BrainDiffusionPrior)
         n, network = p["batch_size"], model.voxel2clip
         target, drop = torch.zeros(n, 1, s.dim), torch.zeros(2, n, dtype=torch.bool)
-        brain, _ = network.tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
+        brain, _ = network.predict_tokens(torch.zeros(n, width))  # type: ignore[union-attr, operator]
         mse = model.p_losses(
             target, torch.zeros(n, dtype=torch.long), brain, torch.zeros_like(target), drop
         )[0]
         return (
-            combined_loss(mse, info_nce(unit(brain), unit(target)), p["alpha"])
+            combined_loss(mse, info_nce(l2_normalize(brain), l2_normalize(target)), p["alpha"])
             if p["combine_losses"]
             else mse
         )
@@ -449,7 +451,7 @@ def _mindeye2(
         if p["multi_subject"]
         else []
     )
-    each = [sizes(dict(p) | {"subj": number}) for number in others] or [s]
+    each = [find_sizes(dict(p) | {"subj": number}) for number in others] or [s]
     widths = [size.voxels for size in each] if others else [_of_rois(p) or s.voxels]
     config = mindeye2_config(
         dict(p) | {"prior": p["prior"] and p["use_prior"]}, widths, s.tokens, s.dim, s.latent[1]
@@ -466,7 +468,7 @@ def _mindeye2(
         target = torch.zeros(n, s.tokens, s.dim)
         backbone, clip, blurry = model(torch.zeros(n, trials, widths[0]), 0)
         total = backbone.mean() + (
-            soft_clip_loss(unit(clip), unit(target)) if p["clip_scale"] else 0
+            soft_clip_loss(l2_normalize(clip), l2_normalize(target)) if p["clip_scale"] else 0
         )
         if p["blurry_recon"]:
             total = total + blurry[0].abs().mean() + blurry[1].square().mean()
@@ -545,7 +547,7 @@ def _basic(
     p: Mapping[str, Any], s: Sizes
 ) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     width = p.get("n_components") or _of_rois(p) or s.voxels
-    vae = untrained_vae(p["weights"])
+    vae = make_untrained_vae(p["weights"])
     side = p["image_size"] or vae.config.sample_size
     latent_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
     config = basic_config(
@@ -557,7 +559,7 @@ def _basic(
         return nn.ModuleDict(
             {
                 "encoder": build_decoder(config),
-                "vae": untrained_vae(p["weights"]).requires_grad_(False),
+                "vae": make_untrained_vae(p["weights"]).requires_grad_(False),
             }
         )
 
@@ -585,7 +587,7 @@ def _roi_models(
 ) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     counts: dict[str, int] = {}
     memory: dict[str, float] = {}
-    for voter in voters_of(p["voters"], p["rois"], p["bag_seeds"], p["batch_sizes"], p["seed"]):
+    for voter in parse_voters(p["voters"], p["rois"], p["bag_seeds"], p["batch_sizes"], p["seed"]):
         width = s.voxels if p["masked"] else _of_rois(dict(p) | {"rois": voter.rois}) or s.voxels
         config = low_level_config(dict(p) | {"latent_size": s.latent[1], "use_cont": False}, width)
 
@@ -616,7 +618,7 @@ def _of_rois(p: Mapping[str, Any]) -> int:
         return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the training names the regions that are missing
-        return len(open_subject(p["dataset"], p["subj"]).columns_of(p["rois"])[0])
+        return len(open_subject(p["dataset"], p["subj"]).select_rois(p["rois"])[0])
 
 
 def _prepare(
@@ -688,7 +690,7 @@ TRAININGS = (
 )
 
 
-def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
+def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     """What a stage needs, or None for one that writes little and trains no network.
 
     Args:
@@ -701,7 +703,7 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
         parameters
     )  # which training alone has as a parameter
     base = _base()
-    found = sizes(parameters)
+    found = find_sizes(parameters)
     counts, memory, disk = STAGES[stage](parameters, found)
     if counts:
         width = parameters.get("n_components") or _of_rois(parameters) or found.voxels
@@ -734,11 +736,11 @@ def plan(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
 
 def _all_tokens(recipe: str) -> bool:
     """Whether a recipe trains on all of CLIP's tokens, not on its one final embedding."""
-    if not recipe or recipe_files(recipe, "01_train_combined"):
+    if not recipe or find_recipe_files(recipe, "01_train_combined"):
         return not recipe
     return all(
         read_recipe(file).get("hidden", True)
-        for file in recipe_files(recipe, "01_train_high_level")
+        for file in find_recipe_files(recipe, "01_train_high_level")
     )
 
 
@@ -774,7 +776,7 @@ def _models(stage: str, p: Mapping[str, Any]) -> list[str]:
 
 def _patches(recipe: str) -> str:
     """The model whose patch tokens a recipe's training predicts, "" where it is none of MindEye2's."""
-    files = recipe_files(recipe, "01_train_mindeye2") if recipe else []
+    files = find_recipe_files(recipe, "01_train_mindeye2") if recipe else []
     variants = [read_recipe(file).get("clip_variant", "") for file in files]
     return PATCH_VARIANTS[next((v for v in reversed(variants) if v), "bigG")] if files else ""
 
@@ -797,7 +799,7 @@ def _absent(stage: str, p: Mapping[str, Any]) -> Iterator[str]:
         yield "There is no GPU here: at full size this stage would take weeks."
     for name in models:
         try:
-            place = locate(name, p["weights"])
+            place = locate_model(name, p["weights"])
         except PerceptError as error:
             if name in HUB:  # others come with a package of their own
                 yield str(error)

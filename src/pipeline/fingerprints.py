@@ -7,7 +7,8 @@ libraries that decide numbers, of those that this code imports, belong to it.
 
 Modules that only hand on names of others (the `__init__` of a package, `src/models.py`) are looked
 through: `from src.data import Subject` depends on the module that defines `Subject`, not on its
-siblings.
+siblings. So are packages that import a module when one of its names is first used (PEP 562): a
+table `_EXPORTS` {module of the package: [names]}, and a `__getattr__` that reads it.
 """
 
 from __future__ import annotations
@@ -213,17 +214,36 @@ def _spell_out(node: ast.ImportFrom, package: str) -> str:
 
 
 def _only_hands_on(tree: ast.Module) -> bool:
-    """Whether a module holds nothing but imports, a docstring and `__all__`."""
+    """Whether a module holds nothing but imports, a docstring, `__all__`, and what a package needs
+    that imports its modules late: `_EXPORTS`, `__getattr__`, imports for the type checker.
+    """
+    return all(_is_plain(node) for node in tree.body)
 
-    def is_plain(node: ast.stmt) -> bool:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            return True
-        if isinstance(node, ast.Expr):
-            return isinstance(node.value, ast.Constant)
-        is_assignment = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        return is_assignment and node.targets[0].id == "__all__"  # type: ignore[attr-defined]
 
-    return all(is_plain(node) for node in tree.body)
+def _is_plain(node: ast.stmt) -> bool:
+    """Whether a statement only hands on names."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return True
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "__getattr__"
+    if isinstance(node, ast.If):
+        return _is_for_type_checker(node) and all(_is_plain(inner) for inner in node.body)
+    return _is_assignment_to(node, "__all__") or _is_assignment_to(node, "_EXPORTS")
+
+
+def _is_for_type_checker(node: ast.If) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:` without an else."""
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not node.orelse
+
+
+def _is_assignment_to(node: ast.stmt, name: str) -> bool:
+    """Whether a statement is `name = ...`."""
+    if not isinstance(node, ast.Assign):
+        return False
+    target = node.targets[0]
+    return isinstance(target, ast.Name) and target.id == name
 
 
 def _list_passed_on(tree: ast.Module, package: str) -> dict[str, _Import]:
@@ -237,6 +257,21 @@ def _list_passed_on(tree: ast.Module, package: str) -> dict[str, _Import]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name.split(".")[0]] = _Import(alias.name, "")
+        elif isinstance(node, ast.Assign) and _is_assignment_to(node, "_EXPORTS"):
+            names |= _list_late_names(node.value, package)
+    return names
+
+
+def _list_late_names(table: ast.expr, package: str) -> dict[str, _Import]:
+    """The names of a table {module of the package: [names]}, and where they are defined.
+
+    Raises:
+        ValueError: if the table is not written out in the source.
+    """
+    names: dict[str, _Import] = {}
+    for module, exported in ast.literal_eval(table).items():
+        for name in exported:
+            names[name] = _Import(f"{package}.{module}", name)
     return names
 
 

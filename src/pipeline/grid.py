@@ -56,7 +56,7 @@ class Grid:
     first: str = ""
     without: Sequence[str] = ()
 
-    def run_of(self, point: Point) -> str:
+    def name_point_run(self, point: Point) -> str:
         """Name of the point's run: <sweep>/<label>."""
         return f"{self.name}/{point.label}"
 
@@ -238,7 +238,7 @@ def _check_points(points: Sequence[Point], fixed: Mapping[str, Any], path: Path)
         )
 
 
-def with_levels(
+def fill_levels(
     point: Point, factors: Mapping[str, Mapping[str, Any]], effective: Mapping[str, Any]
 ) -> Point:
     """The point with a level of every varied parameter: of those that it does not name, the
@@ -268,7 +268,7 @@ def with_levels(
     )
 
 
-def lacks(launch: str) -> str:
+def missing_requirement(launch: str) -> str:
     """Why this machine cannot start trainings so, "" where it can: a config of DeepSpeed needs that
     package, and a GPU.
 

@@ -47,7 +47,7 @@ class _Running:
     begun: float
 
 
-def take(path: Path, wait: bool = False) -> TextIO | None:
+def lock(path: Path, wait: bool = False) -> TextIO | None:
     """The lock `path`, to be closed by the caller; None where another process has it, unless
     `wait`.
 
@@ -66,7 +66,7 @@ def take(path: Path, wait: bool = False) -> TextIO | None:
     return None
 
 
-def places(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
+def assign_devices(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
     """Environment of each of `jobs` processes that run side by side: a GPU each, in turn, and their
     share of the cores for OpenMP and BLAS.
 
@@ -147,7 +147,7 @@ def _ended(one: _Running, asked: bool) -> Ended:
     )
 
 
-def work(
+def run_jobs(
     jobs: Sequence[Job], where: Sequence[dict[str, str]], finished: Callable[[str], bool]
 ) -> Iterator[Ended]:
     """Run jobs side by side, one in each place, and yield what became of each as it ends.
@@ -156,7 +156,7 @@ def work(
 
     Args:
         jobs: in order.
-        where: environment of each place, of `places`.
+        where: environment of each place, of `assign_devices`.
         finished: whether the job of that name has been done meanwhile; asked once its lock is held.
 
     Raises:
@@ -167,13 +167,13 @@ def work(
         while running or (waiting and not asked):
             while waiting and free and not asked:
                 job = waiting.popleft()
-                if (lock := take(job.lock)) is None:
+                if (lock_file := lock(job.lock)) is None:
                     yield Ended(job.name, "elsewhere")
                 elif finished(job.name):
-                    lock.close()
+                    lock_file.close()
                     yield Ended(job.name, "before")
                 else:
-                    running.append(_started(job, free.popleft(), lock))
+                    running.append(_started(job, free.popleft(), lock_file))
                     if asked:  # between the two lines above
                         running[-1].process.terminate()
             for one in [one for one in running if one.process.poll() is not None]:

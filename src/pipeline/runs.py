@@ -9,8 +9,14 @@ from typing import Any
 
 from src import parameters, utils
 from src.pipeline.console import show
-from src.pipeline.recipes import asked, cost_of, notebook_of, parameters_of, stages_of
-from src.pipeline.stages import chain, is_finished, launcher_of, run_stage
+from src.pipeline.recipes import (
+    find_notebook,
+    list_stages,
+    read_cost,
+    read_stage_parameters,
+    select_stages,
+)
+from src.pipeline.stages import is_finished, iterate_stages, parse_launcher, run_stage
 
 
 def run_recipe(
@@ -24,11 +30,13 @@ def run_recipe(
     without: Sequence[str] = (),
 ) -> Path:
     """Run every stage of a recipe that is not finished, and return results/<run>/."""
-    launcher = launcher_of(launch)
-    stages, overrides = asked(recipe, overrides, first, files, last, without)
+    launcher = parse_launcher(launch)
+    stages, overrides = select_stages(recipe, overrides, first, files, last, without)
     results = utils.HOME / "results" / overrides["model_name"]
     reached, begun = not first, time.time()
-    for number, (stage, values, stamp, mark) in enumerate(chain(recipe, overrides, stages), 1):
+    for number, (stage, values, stamp, mark) in enumerate(
+        iterate_stages(recipe, overrides, stages), 1
+    ):
         results.mkdir(parents=True, exist_ok=True)
         reached = reached or stage.startswith(first)
         done = is_finished(stamp, mark)
@@ -66,20 +74,22 @@ def dry_run(
     without: Sequence[str] = (),
 ) -> None:
     """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
-    from src.pipeline.dryrun import plan
+    from src.pipeline.dryrun import plan_stage
 
-    stages, overrides = asked(recipe, overrides, first, files, last, without)
+    stages, overrides = select_stages(recipe, overrides, first, files, last, without)
     earlier: dict[str, Any] = {}  # what reconstructs is told by what was trained
     for stage in stages:
-        known = parameters.read_parameters(parameters.parameters_source(notebook_of(stage)), stage)
-        earlier |= {name: p.default for name, p in known.items()} | parameters_of(
+        known = parameters.parse_parameters(
+            parameters.read_parameters_cell(find_notebook(stage)), stage
+        )
+        earlier |= {name: p.default for name, p in known.items()} | read_stage_parameters(
             stage, recipe, overrides
         )
         if first and stage < first:
             continue
-        needed = plan(stage, earlier)
+        needed = plan_stage(stage, earlier)
         show(needed or f"{stage} trains no network and writes little")
-        show(f"  time: {cost_of(stage)}")
+        show(f"  time: {read_cost(stage)}")
         if last and stage.startswith(last):
             break
 
@@ -88,5 +98,5 @@ def list_recipes() -> None:
     """Print recipes, their stages and what these cost."""
     for folder in sorted(path for path in parameters.RECIPES.iterdir() if path.is_dir()):
         show(f"{folder.name}{'  (also --mini)' if (folder / 'mini').is_dir() else ''}")
-        for stage in stages_of(folder.name):
-            show(f"  {stage:24} {cost_of(stage)}")
+        for stage in list_stages(folder.name):
+            show(f"  {stage:24} {read_cost(stage)}")

@@ -17,11 +17,11 @@ from typing import Any
 
 from src import parameters, utils
 from src.pipeline.fingerprints import fingerprint_code
-from src.pipeline.recipes import notebook_of, parameters_of
+from src.pipeline.recipes import find_notebook, read_stage_parameters
 from src.utils import PerceptError
 
 
-def written(values: dict[str, Any], run: str) -> dict[str, int]:
+def list_outputs(values: dict[str, Any], run: str) -> dict[str, int]:
     """Files under HOME that stages hand on to each other (checkpoints, prepared data; not caches),
     and when each was last changed.
     """
@@ -53,7 +53,7 @@ def is_finished(stamp: Path, mark: str) -> bool:
     )
 
 
-def launcher_of(how: str) -> list[str]:
+def parse_launcher(how: str) -> list[str]:
     """The command that --launch stands for: an accelerate config, or what is put before a script.
 
     Raises:
@@ -75,7 +75,7 @@ def launcher_of(how: str) -> list[str]:
     return words
 
 
-def train_launched(stage: str, values: dict[str, Any], launcher: list[str]) -> None:
+def launch_training(stage: str, values: dict[str, Any], launcher: list[str]) -> None:
     """Run a training stage's script under a launcher.
 
     SIGTERM is passed on, so that the training saves its state before it ends.
@@ -84,7 +84,7 @@ def train_launched(stage: str, values: dict[str, Any], launcher: list[str]) -> N
         PerceptError: if the launcher fails; what its processes said is on stderr.
         SystemExit: after SIGTERM.
     """
-    keep_memory()
+    keep_freed_memory()
     flags = [f"--{name}={value}" for name, value in values.items()]
     process = subprocess.Popen(
         [*launcher, str(parameters.NOTEBOOKS / f"{stage}.py"), *flags], cwd=utils.ROOT
@@ -122,18 +122,20 @@ def run_stage(
     stamp = results / ".stages" / f"{stage}.json"
     stamp.unlink(missing_ok=True)
     run = results.relative_to(utils.HOME / "results").as_posix()
-    before, begun = written(values, run), time.time()
-    if launcher and "resume_from_ckpt" in parameters.read_parameters(
-        parameters.parameters_source(notebook_of(stage)), stage
+    before, begun = list_outputs(values, run), time.time()
+    if launcher and "resume_from_ckpt" in parameters.parse_parameters(
+        parameters.read_parameters_cell(find_notebook(stage)), stage
     ):
-        train_launched(stage, values, list(launcher))
-        execute(
+        launch_training(stage, values, list(launcher))
+        execute_stage(
             stage, values | {"resume_from_ckpt": True}, results
         )  # the notebook finds the training finished, and shows it
     else:
-        execute(stage, values, results)
+        execute_stage(stage, values, results)
     seconds = round(time.time() - begun, 1)
-    wrote = [path for path, changed in written(values, run).items() if before.get(path) != changed]
+    wrote = [
+        path for path, changed in list_outputs(values, run).items() if before.get(path) != changed
+    ]
     record = {
         "fingerprint": mark,
         "finished": time.time_ns(),
@@ -145,18 +147,18 @@ def run_stage(
     return seconds
 
 
-def identity(stamp: Path) -> str:
+def read_execution_id(stamp: Path) -> str:
     """What the next stage's fingerprint takes from this one: which execution its files are of."""
     made = utils.read_json(stamp) if stamp.exists() else {}
     return f"{made.get('fingerprint', '')} {made.get('finished', '')}"
 
 
-def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
+def fingerprint_stage(stage: str, values: dict[str, Any], before: str) -> str:
     """Hash of everything that a stage's result depends on: its code, parameters, and the stages
     before.
     """
     digest = hashlib.sha256(before.encode())
-    digest.update(fingerprint_code(notebook_of(stage), utils.ROOT).encode())
+    digest.update(fingerprint_code(find_notebook(stage), utils.ROOT).encode())
     folders = (
         ["*", *(name for part in values["runs"].split(",") if "/" in (name := part.strip(" /")))]
         if "runs" in values
@@ -170,7 +172,7 @@ def fingerprint(stage: str, values: dict[str, Any], before: str) -> str:
     return digest.hexdigest()
 
 
-def execute(stage: str, values: dict[str, Any], results: Path) -> None:
+def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
     """Execute a stage's notebook into results/<run>/; a failed one is kept as <stage>.failed.ipynb.
 
     Raises:
@@ -182,10 +184,10 @@ def execute(stage: str, values: dict[str, Any], results: Path) -> None:
 
     target, running = results / f"{stage}.ipynb", results / f".{stage}.running.ipynb"
     failed = results / f"{stage}.failed.ipynb"
-    use_this_kernel()
+    register_kernel()
     try:
         papermill.execute_notebook(
-            notebook_of(stage),
+            find_notebook(stage),
             running,
             values,
             kernel_name="percept",
@@ -215,7 +217,7 @@ def execute(stage: str, values: dict[str, Any], results: Path) -> None:
         running.unlink(missing_ok=True)
 
 
-def use_this_kernel() -> None:
+def register_kernel() -> None:
     """Register this interpreter as the kernel "percept", so that no other python3 kernel of the
     machine is taken.
 
@@ -233,11 +235,11 @@ def use_this_kernel() -> None:
         utils.write_json(
             folder / "kernel.json", utils.read_json(folder / "kernel.json") | {"argv": wanted}
         )
-    keep_memory()
+    keep_freed_memory()
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let processes that are started from here keep large blocks: glibc gives them back at once and
     asks again in the next step, costly page faults on a CPU.
     """
@@ -251,14 +253,14 @@ def keep_memory() -> None:
     )
 
 
-def chain(
+def iterate_stages(
     recipe: str, overrides: dict[str, Any], stages: Iterable[str], before: str = ""
 ) -> Iterator[tuple[str, dict[str, Any], Path, str]]:
     """Stage, parameters, stamp and fingerprint of each stage of a run, in order; each fingerprint
     is taken when the stage before has been dealt with.
     """
     for stage in stages:
-        values = parameters_of(stage, recipe, overrides)
+        values = read_stage_parameters(stage, recipe, overrides)
         stamp = utils.HOME / "results" / overrides["model_name"] / ".stages" / f"{stage}.json"
-        yield stage, values, stamp, fingerprint(stage, values, before)
-        before = identity(stamp)
+        yield stage, values, stamp, fingerprint_stage(stage, values, before)
+        before = read_execution_id(stamp)

@@ -12,16 +12,22 @@ from typing import Any
 
 from src import parameters, utils
 from src.pipeline.console import show
-from src.pipeline.recipes import check_overrides, left, notebook_of, parameters_of, stages_of
+from src.pipeline.recipes import (
+    check_overrides,
+    drop_stages,
+    find_notebook,
+    list_stages,
+    read_stage_parameters,
+)
 from src.pipeline.runs import run_recipe
 from src.pipeline.stages import (
-    chain,
-    fingerprint,
-    identity,
+    fingerprint_stage,
     is_finished,
-    launcher_of,
+    iterate_stages,
+    parse_launcher,
+    read_execution_id,
+    register_kernel,
     run_stage,
-    use_this_kernel,
 )
 from src.utils import PerceptError
 
@@ -43,13 +49,13 @@ class Sweep:
     """
 
     def __init__(self, path: str | Path):
-        from src.pipeline.grid import read_grid, with_levels
+        from src.pipeline.grid import fill_levels, read_grid
 
         self.path, self.grid = Path(path), read_grid(path)
-        stages = stages_of(self.grid.recipe.split("/")[0])
+        stages = list_stages(self.grid.recipe.split("/")[0])
         self.preparing, self.stages = (
             [s for s in stages if s.startswith("00")],
-            left(stages, ["00"]),
+            drop_stages(stages, ["00"]),
         )
         self._check_names(stages)
         if unknown := [
@@ -61,7 +67,7 @@ class Sweep:
                 f"without: {unknown[0]} in {path} names no stage that comes after the preparation:"
                 f" choose among {', '.join(self.stages)}."
             )
-        self.stages = left(self.stages, self.grid.without)
+        self.stages = drop_stages(self.stages, self.grid.without)
         self.begin = next(
             (i for i, stage in enumerate(self.stages) if stage.startswith(self.grid.first)), -1
         )
@@ -72,7 +78,7 @@ class Sweep:
             )
         effective = [self._effective(point.overrides) for point in self.grid.points]
         for how in dict.fromkeys(point.launch for point in self.grid.points):
-            launcher_of(how)
+            parse_launcher(how)
         seen: dict[str, str] = {}
         for point, values in zip(self.grid.points, effective, strict=True):
             other = seen.setdefault(json.dumps([values, point.launch], sort_keys=True), point.label)
@@ -90,7 +96,7 @@ class Sweep:
             for point, values in zip(self.grid.points, merged, strict=True)
         ]
         points = [
-            with_levels(point, self.grid.factors, values)
+            fill_levels(point, self.grid.factors, values)
             for point, values in zip(self.grid.points, merged, strict=True)
         ]
         self.grid = replace(self.grid, points=points)
@@ -99,8 +105,8 @@ class Sweep:
 
     def _known(self, stages: Iterable[str]) -> dict[str, dict[str, parameters.Parameter]]:
         return {
-            stage: parameters.read_parameters(
-                parameters.parameters_source(notebook_of(stage)), stage
+            stage: parameters.parse_parameters(
+                parameters.read_parameters_cell(find_notebook(stage)), stage
             )
             for stage in stages
         }
@@ -122,7 +128,7 @@ class Sweep:
                     " put it under `fixed`, and make a sweep for each value."
                 )
         known = self._known([REPORT])[REPORT]
-        parameters.check_known(self.grid.report, known, f"report of {self.path}")
+        parameters.check_parameter_names(self.grid.report, known, f"report of {self.path}")
         for name, value in self.grid.report.items():
             parameters.coerce(known[name], value, f"report of {self.path}")
 
@@ -136,18 +142,18 @@ class Sweep:
                 if name in known
             }
             if stage in self.stages:
-                values[stage] = {name: p.default for name, p in known.items()} | parameters_of(
-                    stage, self.grid.recipe, given
-                )
+                values[stage] = {
+                    name: p.default for name, p in known.items()
+                } | read_stage_parameters(stage, self.grid.recipe, given)
         return values
 
-    def overrides_of(self, point: Any) -> dict[str, Any]:
+    def merge_overrides(self, point: Any) -> dict[str, Any]:
         """All overrides of a point's run."""
-        return self.grid.fixed | point.overrides | {"model_name": self.grid.run_of(point)}
+        return self.grid.fixed | point.overrides | {"model_name": self.grid.name_point_run(point)}
 
     def prepared(self) -> list[Path]:
         """The stamp of the preparation, if it is finished."""
-        marks = chain(
+        marks = iterate_stages(
             self.grid.recipe, self.grid.fixed | {"model_name": self.prepare}, self.preparing
         )
         return [stamp for _, _, stamp, mark in marks if is_finished(stamp, mark)]
@@ -155,13 +161,13 @@ class Sweep:
     def is_done(self, point: Any) -> bool:
         """Whether all stages of a point are finished, from their stamps."""
         before = "".join(
-            identity(utils.HOME / "results" / self.prepare / ".stages" / f"{stage}.json")
+            read_execution_id(utils.HOME / "results" / self.prepare / ".stages" / f"{stage}.json")
             for stage in self.preparing
         )
         marks = [
             (stamp, mark)
-            for _, _, stamp, mark in chain(
-                self.grid.recipe, self.overrides_of(point), self.stages, before
+            for _, _, stamp, mark in iterate_stages(
+                self.grid.recipe, self.merge_overrides(point), self.stages, before
             )
         ]
         return all(is_finished(stamp, mark) for stamp, mark in marks[self.begin :])
@@ -170,19 +176,19 @@ class Sweep:
         """One of finished, skipped (what it is launched with is not there), running (somewhere),
         failed, begun, missing.
         """
-        from src.pipeline.grid import lacks
-        from src.pipeline.jobs import take
+        from src.pipeline.grid import missing_requirement
+        from src.pipeline.jobs import lock
 
         results = self.folder / point.label
         if self.is_done(point):
             return "finished"
-        if lacks(point.launch):
+        if missing_requirement(point.launch):
             return "skipped"
         if not (results / ".lock").exists():
             return "missing"
-        if (lock := take(results / ".lock")) is None:
+        if (lock_file := lock(results / ".lock")) is None:
             return "running"
-        lock.close()
+        lock_file.close()
         return "failed" if list(results.glob("*.failed.ipynb")) else "begun"
 
     def write_ledger(self, states: dict[str, str]) -> list[str]:
@@ -206,7 +212,7 @@ class Sweep:
                 "state": states[p.label],
                 "levels": p.levels,
                 "overrides": p.overrides,
-                "run": grid.run_of(p),
+                "run": grid.name_point_run(p),
             }
             for i, p in enumerate(grid.points)
         ]
@@ -248,7 +254,7 @@ class Sweep:
         ]
         return Job(
             point.label,
-            [*command, "-p", "model_name", self.grid.run_of(point), *more],
+            [*command, "-p", "model_name", self.grid.name_point_run(point), *more],
             results / "log.txt",
             results / ".lock",
         )
@@ -258,22 +264,24 @@ def prepare_data(sweep: Sweep) -> None:
     """Run stage 00 of a sweep unless it is finished, one process at a time for a data set: others
     wait for it.
     """
-    from src.pipeline.jobs import take
+    from src.pipeline.jobs import lock
 
     if not sweep.preparing:
         return
     overrides = sweep.grid.fixed | {"model_name": sweep.prepare}
-    dataset = parameters_of(sweep.preparing[0], sweep.grid.recipe, overrides).get("dataset", "nsd")
-    lock = take(utils.HOME / "data" / f".{dataset}.lock", wait=True)
+    dataset = read_stage_parameters(sweep.preparing[0], sweep.grid.recipe, overrides).get(
+        "dataset", "nsd"
+    )
+    lock_file = lock(utils.HOME / "data" / f".{dataset}.lock", wait=True)
     try:
         if not sweep.prepared():
             run_recipe(sweep.grid.recipe, overrides, last=sweep.preparing[-1])
     finally:
-        assert lock is not None
-        lock.close()
+        assert lock_file is not None
+        lock_file.close()
 
 
-def in_ranges(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """Numbers as sbatch takes them: [0, 1, 2, 5] -> "0-2,5"."""
     ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -300,7 +308,7 @@ def run_points(
 
     `states` is kept up to date.
     """
-    from src.pipeline.jobs import places, work
+    from src.pipeline.jobs import assign_devices, run_jobs
 
     by_label = {point.label: point for point in points}
     todo = [
@@ -312,7 +320,7 @@ def run_points(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpus(),
     )
-    where = places(min(jobs or len(devices) or cores, max(1, len(todo))), devices, cores)
+    where = assign_devices(min(jobs or len(devices) or cores, max(1, len(todo))), devices, cores)
     skipped = sum(states[point.label] == "skipped" for point in points)
     before = f"{len(points) - len(todo) - skipped} finished before" + (
         f", {skipped} skipped" if skipped else ""
@@ -320,10 +328,10 @@ def run_points(
     show(
         f"{sweep.grid.name}: {len(points)} points, {before}, {len(where) if todo else 0} at a time",
     )
-    use_this_kernel()  # once, not by all at the same moment
+    register_kernel()  # once, not by all at the same moment
     failed: dict[str, str] = {}
     left = len(todo)
-    for end in work(
+    for end in run_jobs(
         [sweep.job(point, force, launch) for point in todo],
         where,
         lambda label: not force and sweep.is_done(by_label[label]),
@@ -348,22 +356,22 @@ def run_points(
     return failed
 
 
-def report_on(sweep: Sweep, force: bool) -> None:
+def write_report(sweep: Sweep, force: bool) -> None:
     """Execute notebook 07_sweep into results/<sweep>/, and its page without code, unless nothing
     has changed since.
     """
     from nbconvert import HTMLExporter
 
-    from src.pipeline.jobs import take
+    from src.pipeline.jobs import lock
 
-    lock = take(sweep.folder / ".lock", wait=True)
+    lock_file = lock(sweep.folder / ".lock", wait=True)
     values = sweep.grid.report | {"recipe": sweep.grid.recipe, "model_name": sweep.grid.name}
     stamps = [
         sweep.folder / point.label / ".stages" / f"{sweep.stages[-1]}.json"
         for point in sweep.grid.points
     ]
     mark, stamp = (
-        fingerprint(REPORT, values, " ".join(map(identity, stamps))),
+        fingerprint_stage(REPORT, values, " ".join(map(read_execution_id, stamps))),
         sweep.folder / ".stages" / f"{REPORT}.json",
     )
     page = sweep.folder / "report.html"
@@ -380,8 +388,8 @@ def report_on(sweep: Sweep, force: bool) -> None:
         with utils.atomic(page) as temporary:
             temporary.write_text(exporter.from_filename(str(sweep.folder / f"{REPORT}.ipynb"))[0])
     show(f"Look at:\n  {page}\n  {sweep.folder / 'sweep.csv'}")
-    assert lock is not None
-    lock.close()
+    assert lock_file is not None
+    lock_file.close()
 
 
 def show_points(sweep: Sweep) -> None:
@@ -394,4 +402,4 @@ def show_points(sweep: Sweep) -> None:
     if todo := [
         number for number, state in enumerate(states) if state not in ("finished", "running")
     ]:  # skipped is what is not to be had here; a node may
-        show(f"sbatch --array={in_ranges(todo)} launch/sweep.slurm {sweep.path}")
+        show(f"sbatch --array={format_ranges(todo)} launch/sweep.slurm {sweep.path}")
