@@ -18,7 +18,7 @@ import sys
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from src.figures import COLOURS, save, style
+from src.figures import COLOURS, apply_style, save_figure
 from src.utils import HOME, ROOT
 
 FILES = [
@@ -72,7 +72,7 @@ def main(epochs: int = 6) -> None:
         "2 processes": curve("processes-2", 2, epochs),
         "1 process, another seed": curve("processes-1-seed", 1, epochs, seed=7),
     }
-    with plt.rc_context(style()):
+    with apply_style():
         fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
         for ax, column in zip(axes, ("train/loss", "val/loss", "val/token_r2"), strict=True):
             for i, (name, history) in enumerate(runs.items()):
@@ -86,7 +86,7 @@ def main(epochs: int = 6) -> None:
                 )
             ax.set(title=column, xlabel="epoch")
         axes[0].legend(fontsize=8)
-        save(fig, ROOT / "docs" / "processes.png")
+        save_figure(fig, ROOT / "docs" / "processes.png")
     first = runs["1 process"]
     for name, history in list(runs.items())[1:]:
         apart = (history["train/loss"] / first["train/loss"] - 1).abs()

@@ -188,7 +188,7 @@ order = np.argsort(-voxels.noise_ceiling.fillna(0).to_numpy(), kind="stable")[:2
 ids = [trials.image.iloc[rows[0]] for rows in some]
 figure = plot_trials(
     np.moveaxis(subject.images(ids), 3, 1) / 255,
-    [subject.read(rows[:10], normaliser)[:, order] for rows in some],
+    [subject.get_betas(rows[:10], normaliser)[:, order] for rows in some],
 )
 save_figure(figure, run.results / "figures" / "00_trials.png")
 

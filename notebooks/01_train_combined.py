@@ -97,8 +97,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject, subject_folder
+from src.data import BrainDataset, Normaliser, cache_targets, open_subject, subject_folder
 from src.decoding import (
     embed_captions,
     check_combined_parameters,
@@ -113,24 +114,23 @@ from src.decoding import (
 )
 from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import (
-    alpha_at,
+    compute_alpha,
     combined_loss,
     cosine_anneal,
     info_nce,
     mixco,
     mixco_nce,
-    similarity,
+    cosine_similarity,
     soft_clip_loss,
-    unit,
+    l2_normalize,
 )
 from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior, load_voxel2clip
-from src.parameters import named
+from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, FeatureNetwork
 from src.readers import prepare_if_missing
 from src.training import (
-    FirstSamples,
     iterate_batches,
     check_precision,
     build_clip_augmentation,
@@ -147,7 +147,7 @@ from src.utils import PerceptError, count_parameters, peak_memory, resolve, save
 # random repeat of an image, validation the mean of its repeats.
 
 # %%
-published = named(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
+published = parse_names(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
 check_combined_parameters(run.parameters)
 if laion_prior and not resolve(laion_prior).is_file():
     raise PerceptError(
@@ -171,7 +171,7 @@ print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitt
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 print(
-    f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.width})   volume"
+    f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.n_features})   volume"
     f" {subject.volume_shape}"
 )
 
@@ -189,7 +189,7 @@ clipper = Clipper(
     variant=clip_variant,
     clamp_embs=clamp_embs,
 )
-images = cached_targets(
+images = cache_targets(
     dataset,
     "clip_tokens",
     clipper.fingerprint(),
@@ -244,7 +244,7 @@ told += (
     "seed",
 )
 config = {
-    "model": combined_config(run.parameters, normaliser.width, clipper.dim, subject.volume_shape),
+    "model": combined_config(run.parameters, normaliser.n_features, clipper.dim, subject.volume_shape),
     "training": {name: run.parameters[name] for name in told},
     "tokens": [1, clipper.dim],
     "clip": {
@@ -282,7 +282,7 @@ soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 def contrast(brain, image, epoch, mix):
     """Contrastive loss of brain and target embeddings (batch, 1, dim) over all processes."""
-    brain, image = gather(unit(brain)), gather(unit(image))
+    brain, image = gather(l2_normalize(brain)), gather(l2_normalize(image))
     if mix:
         return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
     return (
@@ -359,7 +359,7 @@ def step(model, batch, epoch):
             )
     if not combine_models:
         model.voxel2clip.eval()  # frozen are its dropout and the statistics of its norms, too
-    brain, _ = model.voxel2clip.tokens(voxels)  # (batch, 1, dim)
+    brain, _ = model.voxel2clip.predict_tokens(voxels)  # (batch, 1, dim)
     condition, wanted, changed = varied(model, brain, target, batch)
     mse = model(text_embed=condition, image_embed=wanted, seeds=batch["seed"])[0]
     logs = {"loss_mse": mse.detach()} | (
@@ -368,7 +368,7 @@ def step(model, batch, epoch):
     if not combine_losses:
         return mse, logs
     now, nce = (
-        alpha_at(epoch, num_epochs, alpha_schedule, alpha, alpha_end),
+        compute_alpha(epoch, num_epochs, alpha_schedule, alpha, alpha_end),
         contrast(brain, target, epoch, mix),
     )
     return combined_loss(mse, nce, now, loss_form), logs | {"loss_nce": nce.detach(), "alpha": now}
@@ -385,14 +385,14 @@ def validate(model):
     """Losses and retrieval over the whole validation split."""
     found = []
     for batch in iterate_batches(val, batch_size, next(model.parameters()).device):
-        (brain, _), target = model.voxel2clip.tokens(batch["voxels"]), target_of(batch)
+        (brain, _), target = model.voxel2clip.predict_tokens(batch["voxels"]), target_of(batch)
         guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
         found.append(
             (brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2)))
         )
     brains, targets, errors = (torch.cat(parts).float() for parts in zip(*found, strict=True))
-    brain, image = unit(brains), unit(targets)
-    right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
+    brain, image = l2_normalize(brains), l2_normalize(targets)
+    right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
     mse, nce = errors.mean(), info_nce(brain, image)
     loss = combined_loss(mse, nce, alpha, loss_form) if combine_losses else mse
     values = {
@@ -424,7 +424,7 @@ def draw(model, epoch):
         ids = subject.image_ids(dataset_)[:count]
         if not len(ids):
             continue
-        x = subject.mean_of(subject.rows_by_image(dataset_)[: len(ids)], normaliser)
+        x = subject.average_rows(subject.rows_by_image(dataset_)[: len(ids)], normaliser)
         truth = captions.first(ids) if modality == "text" else images.rows(ids)
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
         rows = generate_sample_grid(model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42)
@@ -457,7 +457,7 @@ if decoder != "ridge":
     history = fit(
         model,
         step,
-        FirstSamples(train, batch_size) if first_batch else train,
+        Subset(train, range(min(batch_size, len(train)))) if first_batch else train,
         folder=run.logs / "high_level",
         config=config,
         epochs=num_epochs,
@@ -492,7 +492,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "ridge":
-    x, ids = subject.averaged("val", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("val", normaliser=normaliser)
     truth = captions.first(ids) if modality == "text" else images.rows(ids)
     truth, steps = torch.from_numpy(truth[:100].astype(np.float32))[:, None], min(100, timesteps)
     tokens, _ = predict_tokens(
@@ -519,7 +519,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(
         x, images.rows(ids).astype(np.float32)[:, None], cv=ridge_folds, seed=seed
     )

@@ -83,14 +83,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
-from src.data import cached_views as make_views
+from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
+from src.data import cache_augmented_targets
 from src.decoding import high_level_config, predict_tokens
 from src.figures import plot_image_grid, plot_training_curves, plot_umap, save_figure
-from src.losses import cosine_anneal, mixco, mixco_nce, similarity, soft_clip_loss, unit
+from src.losses import cosine_anneal, mixco, mixco_nce, cosine_similarity, soft_clip_loss, l2_normalize
 from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior
-from src.parameters import named
+from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper
 from src.readers import prepare_if_missing
@@ -119,7 +119,7 @@ from src.utils import PerceptError, count_parameters, peak_memory, resolve, save
 # test set (docs/sweeps.md): how long has someone to lie in the scanner?
 
 # %%
-published = named(
+published = parse_names(
     faithful,
     ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"),
     "faithful",
@@ -141,7 +141,7 @@ if decoder != "ridge":
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 everything = open_subject(dataset, subj)
-subject = select_images(
+subject = make_training_split(
     everything,
     split,
     run.logs,
@@ -156,7 +156,7 @@ if subject is not everything:
     }
     print(
         f"images kept: {kept}; test images in held-out clusters:"
-        f" {subject.held_out(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
+        f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
     )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
@@ -164,7 +164,7 @@ normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
 print(
     f"(train images, {'components' if n_components else 'voxels'}) ="
-    f" ({len(subject.image_ids(train_split))}, {normaliser.width})"
+    f" ({len(subject.image_ids(train_split))}, {normaliser.n_features})"
 )
 
 # %% [markdown]
@@ -177,8 +177,8 @@ print(
 clipper = Clipper(
     weights, hidden=hidden, norm_embs=norm_embs, device=run.device, variant=clip_variant
 )
-n_tokens, dim = clipper.tokens, clipper.dim
-clip_tokens = cached_targets(
+n_tokens, dim = clipper.n_tokens, clipper.dim
+clip_tokens = cache_targets(
     dataset,
     "clip_tokens",
     clipper.fingerprint(),
@@ -199,7 +199,7 @@ def encode_view(images, view_seed):
 targets = {"tokens": clip_tokens}
 if use_image_aug and cached_views:
     made_by = clipper.fingerprint() | {"augmentation": repr(augment)}
-    views = make_views(
+    views = cache_augmented_targets(
         dataset,
         "clip_tokens",
         made_by,
@@ -243,7 +243,7 @@ told = (
 )
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
-    "model": high_level_config(run.parameters, normaliser.width, n_tokens, dim),
+    "model": high_level_config(run.parameters, normaliser.n_features, n_tokens, dim),
     "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
@@ -270,7 +270,7 @@ soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 def contrast(brain, image, epoch, mix):
     """Contrastive loss of brain and image embeddings (batch, features) over all processes."""
-    brain, image = gather(unit(brain)), gather(unit(image))
+    brain, image = gather(l2_normalize(brain)), gather(l2_normalize(image))
     if mix:
         return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
     return soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
@@ -296,7 +296,7 @@ def step(model, batch, epoch):
         with seeded(int(gather(batch["seed"])[0])):
             voxels, *mix = mixco(gather(voxels))
         voxels = select_local_rows(voxels)
-    backbone, projected = model.voxel2clip.tokens(voxels)  # (batch, tokens, dim) each
+    backbone, projected = model.voxel2clip.predict_tokens(voxels)  # (batch, tokens, dim) each
     losses = {}
     if v2c:
         losses["nce"] = (1.0, contrast(projected, target, epoch, mix))
@@ -327,7 +327,7 @@ def predicted(model):
         val, batch_size, next(model.parameters()).device
     ):  # as large as in training, so that memory does not grow
         target = target_of(batch)
-        backbone, projected = model.voxel2clip.tokens(batch["voxels"])
+        backbone, projected = model.voxel2clip.predict_tokens(batch["voxels"])
         direct = (backbone - target * dim**0.5).square().mean((1, 2))
         guess = (
             model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
@@ -350,8 +350,8 @@ def predicted(model):
 def validate(model):
     """Losses and retrieval over the whole validation split."""
     projected, target, of_prior, of_backbone = predicted(model)
-    brain, image = unit(projected), unit(target)
-    right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
+    brain, image = l2_normalize(projected), l2_normalize(target)
+    right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
     nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
     mse, direct = of_prior.mean() if prior else brain.new_zeros(()), of_backbone.mean()
     values = {
@@ -388,7 +388,7 @@ def draw(model, epoch):
         )
         figures["umap"] = plot_umap(projected, target, labels, seed=seed)
     if n_samples_save:
-        x, ids = subject.averaged("val", normaliser=normaliser)
+        x, ids = subject.get_mean_betas("val", normaliser=normaliser)
         x, ids = x[:n_samples_save], ids[:n_samples_save]
         tokens, _ = predict_tokens(
             model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids
@@ -449,7 +449,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "ridge" and prior:
-    x, ids = subject.averaged("val", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("val", normaliser=normaliser)
     truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32)).view(-1, n_tokens, dim)
     for name, use in (("backbone", False), ("one sample of the prior", True)):
         steps = min(20, model.noise_scheduler.num_timesteps)
@@ -475,7 +475,7 @@ if decoder != "ridge" and prior:
 
 # %%
 if decoder != "network":
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(
         x,
         clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim),

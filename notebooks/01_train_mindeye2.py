@@ -84,23 +84,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
-from src.data import cached_views as make_views
+from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
+from src.data import cache_augmented_targets
 from src.decoding import find_decoder, mindeye2_config
 from src.figures import plot_training_curves, save_figure
 from src.losses import (
     cosine_anneal,
     mixco,
     mixco_nce,
-    places,
-    similarity,
+    normalize_locations,
+    cosine_similarity,
     soft_clip_loss,
     soft_cont_loss,
-    unit,
+    l2_normalize,
 )
 from src.models import RidgeBaseline
 from src.networks import build_decoder
-from src.parameters import named
+from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
 from src.readers import prepare_if_missing
@@ -139,7 +139,7 @@ choices = (
     "resampled_epochs",
     "train_on_val",
 )
-published, prior = named(faithful, choices, "faithful"), prior and use_prior
+published, prior = parse_names(faithful, choices, "faithful"), prior and use_prior
 if not (prior or clip_scale or mse_scale):
     raise PerceptError("Nothing teaches the tokens: leave prior, clip_scale or mse_scale on.")
 if multi_subject and (multisubject_ckpt or num_sessions or decoder != "network"):
@@ -167,8 +167,8 @@ def opened(number):
     )
     subject = open_subject(dataset, number)
     if not multi_subject:
-        subject = select_images(subject, "images", run.logs, PatchClip, num_sessions=num_sessions)
-    return subject.with_neighbours(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
+        subject = make_training_split(subject, "images", run.logs, PatchClip, num_sessions=num_sessions)
+    return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
 people = [opened(number) for number in mine]
@@ -178,7 +178,7 @@ train_split = "train+val" if "train_on_val" in published else "train"
 for number, (subject, normaliser) in zip(mine, people, strict=True):
     print(
         f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
-        f" {normaliser.width})   sessions {num_sessions or 'all'}"
+        f" {normaliser.n_features})   sessions {num_sessions or 'all'}"
     )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 
@@ -197,13 +197,13 @@ if clip_emb_dim not in (0, dim):
         f"clip_emb_dim is {clip_emb_dim}, but the tokens of CLIP {clip_variant} have {dim} numbers:"
         " leave it at 0, or choose another clip_variant."
     )
-tokens = cached_targets(
+tokens = cache_targets(
     dataset, "patch_tokens", clip.fingerprint(), images, clip.encode_pixels, clip.target_shape
 )
 autoencoder = LatentAutoencoder(
     weights, "image_variation", 0 if weights == "mini" else 224, run.device
 )
-latents = cached_targets(
+latents = cache_targets(
     dataset,
     "vae_latents",
     autoencoder.fingerprint(),
@@ -229,7 +229,7 @@ def views_of(name, network, augment, encode):
         return encode(apply_augmentation(augment, x, view_seed)).float().cpu().numpy()
 
     made_by = network.fingerprint() | {"augmentation": repr(augment)}
-    return make_views(
+    return cache_augmented_targets(
         dataset, name, made_by, train_ids, encode_view, network.target_shape, cached_views
     )
 
@@ -240,7 +240,7 @@ if use_image_aug:
     )
 if blurry_recon and use_cont:
     teacher = Teacher(weights, device=run.device)
-    targets["maps"] = cached_targets(
+    targets["maps"] = cache_targets(
         dataset,
         "teacher_maps",
         teacher.fingerprint(),
@@ -249,7 +249,7 @@ if blurry_recon and use_cont:
         teacher.target_shape,
     )
     targets["maps_aug"] = views_of(
-        "teacher_maps", teacher, build_teacher_augmentation(teacher.image_size), teacher.maps
+        "teacher_maps", teacher, build_teacher_augmentation(teacher.image_size), teacher.embed_locations
     )
 
 # %%
@@ -296,7 +296,7 @@ parameters = run.parameters | {"prior": prior, "faithful": published}
 config = {
     "model": mindeye2_config(
         parameters,
-        [normaliser.width for _, normaliser in people],
+        [normaliser.n_features for _, normaliser in people],
         n_tokens,
         dim,
         autoencoder.latent_shape[1],
@@ -325,7 +325,7 @@ if multisubject_ckpt:
         else find_decoder(HOME / "train_logs" / multisubject_ckpt, "high_level")
     )
     fresh = load_pretrained(
-        pretrained, model, "inherited_bias" if "inherited_bias" in published else "ours"
+        pretrained, model, "inherited_bias" if "inherited_bias" in published else "ridge"
     )
     print(f"starts from {multisubject_ckpt}; fresh are {', '.join(fresh)}")
 counts = {name: count_parameters(part) for name, part in model.named_children()}
@@ -357,7 +357,7 @@ def mixed(batch):
 
 def contrast(brain, image, epoch, mix):
     """Contrastive loss of brain and image tokens (batch, tokens, dim) over all processes."""
-    brain, image = gather(unit(brain)), gather(unit(image))
+    brain, image = gather(l2_normalize(brain)), gather(l2_normalize(image))
     if mix:
         return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
     return soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
@@ -371,7 +371,7 @@ def blurry_losses(blurry, batch):
     latent, maps = blurry
     losses = {"blur": (blur_scale, F.l1_loss(latent.float(), batch["latents"]))}
     if use_cont:
-        rows = [gather(places(m, maps)) for m in (maps, batch["maps"], batch["maps_aug"])]
+        rows = [gather(normalize_locations(m, maps)) for m in (maps, batch["maps"], batch["maps_aug"])]
         losses["blur_cont"] = (0.1 * blur_scale, soft_cont_loss(*rows, temp=0.2))
     return losses
 
@@ -412,7 +412,7 @@ def predicted(model, number):
     of the prior and of the blurry latent (images,).
     """
     found, device = [], next(model.parameters()).device
-    for batch in iterate_batches(val.parts[number], batch_size, device):
+    for batch in iterate_batches(val.datasets[number], batch_size, device):
         backbone, projected, blurry = model(batch["voxels"], number)
         target, nothing = batch["tokens"], backbone.new_zeros(len(backbone))
         guess = (
@@ -441,8 +441,8 @@ def predicted(model, number):
 def looked_at(model, number):
     """Losses and retrieval over one subject's validation images."""
     backbone, projected, target, of_prior, blur = predicted(model, number)
-    brain, image = unit(projected), unit(target)
-    right, similar = torch.arange(len(brain), device=brain.device), similarity(brain, image)
+    brain, image = l2_normalize(projected), l2_normalize(target)
+    right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
     direct = F.mse_loss(backbone, target)
     nce = soft_clip_loss(brain, image, 0.006) if clip_scale else brain.new_zeros(())
     loss = (
@@ -486,7 +486,7 @@ if decoder != "ridge":
         enabled=precision != "no",
     ):
         reached = check_gradients(
-            model, step, train.some(min(batch_size, 32)), sorted({0, num_epochs - 1})
+            model, step, train.preview_batch(min(batch_size, 32)), sorted({0, num_epochs - 1})
         )
     print(f"device {run.device}: gradients reach {reached:,} parameters")
 
@@ -531,7 +531,7 @@ if decoder != "ridge":
 # %%
 if decoder != "network":
     subject, normaliser = people[0]
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     for level, target in (("high_level", tokens), ("low_level", latents)):
         ridge = RidgeBaseline.fit(
             x.reshape(len(x), -1), target.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed

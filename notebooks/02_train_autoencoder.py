@@ -62,17 +62,17 @@ import torch
 import torch.nn.functional as F
 from kornia.filters import median_blur
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject, select_images
-from src.data import cached_views as make_views
+from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
+from src.data import cache_augmented_targets
 from src.decoding import low_level_config, predict_latents
-from src.figures import image_grid, save, training_curves
+from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
 from src.models import RidgeBaseline
 from src.networks import build_decoder
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, LatentAutoencoder, Teacher
-from src.training import augmented, fit, gather, teacher_augmentation, tracker
+from src.training import apply_augmentation, fit, gather, build_teacher_augmentation, open_tracker
 from src.utils import PerceptError, count_parameters, mixed_precision, peak_memory, save_checkpoint
 
 # %% [markdown]
@@ -88,7 +88,7 @@ if use_sobel_loss and not use_reconst:
         " too."
     )
 everything = open_subject(dataset, subj)
-subject = select_images(
+subject = make_training_split(
     everything,
     split,
     run.logs,
@@ -96,11 +96,11 @@ subject = select_images(
     n_clusters,
     num_sessions,
 )
-print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
-latents = cached_targets(
+latents = cache_targets(
     dataset,
     "vae_latents",
     autoencoder.fingerprint(),
@@ -119,8 +119,8 @@ if decoder != "ridge" and latent_size != autoencoder.latent_shape[1]:
 targets, train_ids = {"latents": latents}, subject.image_ids("train")
 if use_cont:
     teacher = Teacher(weights, device=run.device)
-    augment, made_by = teacher_augmentation(teacher.image_size), teacher.fingerprint()
-    targets["maps"] = cached_targets(
+    augment, made_by = build_teacher_augmentation(teacher.image_size), teacher.fingerprint()
+    targets["maps"] = cache_targets(
         dataset, "teacher_maps", made_by, train_ids, teacher.encode_pixels, teacher.target_shape
     )
     print(f"(locations, dim) of the teacher = {teacher.target_shape}")
@@ -131,12 +131,12 @@ def encode_view(images, view_seed):
     locations, dim).
     """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return teacher.maps(augmented(augment, x, view_seed)).float().cpu().numpy()
+    return teacher.embed_locations(apply_augmentation(augment, x, view_seed)).float().cpu().numpy()
 
 
 if use_cont and cached_views:
     made_by = made_by | {"augmentation": repr(augment)}
-    targets["maps_aug"] = make_views(
+    targets["maps_aug"] = cache_augmented_targets(
         dataset, "teacher_maps", made_by, train_ids, encode_view, teacher.target_shape, cached_views
     )
 needs_pixels = use_reconst or (use_cont and not cached_views)
@@ -152,7 +152,7 @@ train = BrainDataset(
 val = BrainDataset(subject, "val", {"latents": latents}, normaliser, "mean", seed, pixels=True)
 print(
     f"(train images, {'components' if n_components else 'voxels'}) = ({len(train)},"
-    f" {normaliser.width})   protocol {subject.protocol}"
+    f" {normaliser.n_features})   protocol {subject.protocol}"
 )
 
 # %% [markdown]
@@ -175,7 +175,7 @@ told = (
 )
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 config = {
-    "model": low_level_config(run.parameters, normaliser.width),
+    "model": low_level_config(run.parameters, normaliser.n_features),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
 }
@@ -253,7 +253,7 @@ def step(model, batch, epoch):
         again = (
             batch["maps_aug"]
             if cached_views
-            else teacher.maps(augment(batch["pixels"].float() / 255))
+            else teacher.embed_locations(augment(batch["pixels"].float() / 255))
         )
         rows = [gather(places(m, maps)) for m in (maps, batch["maps"], again)]
         losses["cont"] = (0.1, soft_cont_loss(*rows, temp=0.075))
@@ -301,14 +301,14 @@ def draw(model, epoch):
         name: autoencoder.decode(x[:12].float()).cpu()
         for name, x in (("autoencoder", batch["latents"]), (f"epoch {epoch}", predicted))
     }
-    figure = image_grid({"seen": batch["pixels"][:12].float() / 255} | pictures)
-    save(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
+    figure = plot_image_grid({"seen": batch["pixels"][:12].float() / 255} | pictures)
+    save_figure(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
     return {"samples": figure}
 
 
 # %%
 if decoder != "ridge":
-    logger = tracker(run, wandb_log, wandb_project)
+    logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
         step,
@@ -328,7 +328,7 @@ if decoder != "ridge":
         logger=logger,
         draw=draw if ckpt_interval else None,
     )
-    save(training_curves(history), run.results / "figures" / "02_training.png")
+    save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     if logger is not None:
         logger.finish()
 
@@ -337,7 +337,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
     ridge_config = {
         "model": ridge.config,
@@ -355,7 +355,7 @@ if decoder != "network":
 # Seen, what the autoencoder itself keeps of it, and what is read from the brain.
 
 # %%
-x, ids = subject.averaged("val", normaliser=normaliser)
+x, ids = subject.get_mean_betas("val", normaliser=normaliser)
 x, ids = x[:12], ids[:12]
 seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
 rows = {
@@ -369,7 +369,7 @@ for name, trained in {
     if trained is not None:
         found = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
         rows[name] = autoencoder.decode(found).cpu()
-save(image_grid(rows), run.results / "figures" / "02_validation.png")
+save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

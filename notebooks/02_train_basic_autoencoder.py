@@ -65,14 +65,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.data import BrainDataset, Normaliser, cached_targets, open_subject
+from src.data import BrainDataset, Normaliser, cache_targets, open_subject
 from src.decoding import basic_config, predict_latents
-from src.figures import contact_sheet, image_grid, save, training_curves
+from src.figures import plot_contact_sheet, plot_image_grid, plot_training_curves, save_figure
 from src.models import RidgeBaseline
 from src.networks import build_decoder
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
-from src.training import batches, fit, tracker
+from src.training import iterate_batches, fit, open_tracker
 from src.utils import PerceptError, count_parameters, peak_memory, save_checkpoint
 
 # %% [markdown]
@@ -87,8 +87,8 @@ if warmup_steps and lr_scheduler != "constant_with_warmup":
         " leave them at 0."
     )
 subject = open_subject(dataset, subj)
-subject = subject.limited(n_train, seed) if n_train else subject
-print(plan(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+subject = subject.subsample_train(n_train, seed) if n_train else subject
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", image_size, run.device)
@@ -96,7 +96,7 @@ side, scale = autoencoder.image_size, autoencoder.scale
 targets = {}
 if latent_mult or decoder != "network":
     made_by = autoencoder.fingerprint()
-    targets["latents"] = cached_targets(
+    targets["latents"] = cache_targets(
         dataset,
         "vae_latents",
         made_by,
@@ -107,7 +107,7 @@ if latent_mult or decoder != "network":
 train = BrainDataset(subject, "train", targets, normaliser, repeats, seed, pixels=True)
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed, pixels=True)
 of = (
-    f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.width}"
+    f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.n_features}"
     f" {'components' if n_components else 'voxels'}"
 )
 print(
@@ -137,7 +137,7 @@ told = (
     "seed",
 )
 config = {
-    "model": basic_config(run.parameters, normaliser.width, autoencoder.latent_shape, scale),
+    "model": basic_config(run.parameters, normaliser.n_features, autoencoder.latent_shape, scale),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
     "autoencoder": {"name": "stable_diffusion", "image_size": side},
@@ -197,7 +197,7 @@ def validate(model):
     device = next(model.parameters()).device
     pairs = [
         (autoencoder.model.decode(model(b["voxels"]) / scale).sample.float(), wanted(b["pixels"]))
-        for b in batches(val, 50, device)
+        for b in iterate_batches(val, 50, device)
     ]
     made, seen = (torch.cat(x) for x in zip(*pairs, strict=True))
     mse = F.mse_loss(made, seen)
@@ -211,7 +211,7 @@ def pairs(model, split, n):
     """The first n images of a split, seen and predicted, (n, 3, side, side) in [0, 1] each."""
     ids = subject.image_ids(split)[:n]
     seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2)
-    voxels = subject.mean_of(subject.rows_by_image(split)[:n], normaliser)
+    voxels = subject.average_rows(subject.rows_by_image(split)[:n], normaliser)
     latents = predict_latents(
         model, voxels, autoencoder.latent_shape, device=next(model.parameters()).device
     )
@@ -220,14 +220,14 @@ def pairs(model, split, n):
 
 def draw(model, epoch):
     """The first validation images."""
-    figure = image_grid(pairs(model, "val", 12))
-    save(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
+    figure = plot_image_grid(pairs(model, "val", 12))
+    save_figure(figure, run.results / "figures" / f"02_samples_epoch{epoch:03d}.png")
     return {"samples": figure}
 
 
 # %%
 if decoder != "ridge":
-    logger = tracker(run, wandb_log, wandb_project)
+    logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
         step,
@@ -256,7 +256,7 @@ if decoder != "ridge":
         logger=logger,
         draw=draw if ckpt_interval else None,
     )
-    save(training_curves(history), run.results / "figures" / "02_training.png")
+    save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     print(
         history.iloc[history["val/loss"].argmin()][["epoch", "val/loss", "val/r2"]]
         .round(4)
@@ -271,7 +271,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(
         x, targets["latents"].rows(ids).astype(np.float32), cv=ridge_folds, seed=seed
     )
@@ -300,8 +300,8 @@ trained = {
     if m
 }
 rows = {name: pairs(m, "val", 12) for name, m in trained.items()}
-save(
-    image_grid(
+save_figure(
+    plot_image_grid(
         {"seen": next(iter(rows.values()))["seen"]}
         | {name: row["predicted"] for name, row in rows.items()}
     ),
@@ -311,12 +311,12 @@ save(
 # %%
 if gallery_images:
     shown = pairs(next(iter(trained.values())), "train", gallery_images)
-    sheet = contact_sheet(
+    sheet = plot_contact_sheet(
         {"seen in training": shown["seen"], "predicted (not scored)": shown["predicted"]},
         n=gallery_images,
         blocks=4,
     )
-    save(sheet, run.results / "figures" / "training_images_not_scored.png")
+    save_figure(sheet, run.results / "figures" / "training_images_not_scored.png")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

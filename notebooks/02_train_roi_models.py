@@ -57,14 +57,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, LatentFile, Normaliser, cached_targets, open_subject
-from src.decoding import load_decoder, low_level_config, predict_latents, voters_of
-from src.figures import image_grid, roi_sets, save, training_curves
+from src.data import BrainDataset, LatentFile, Normaliser, cache_targets, open_subject
+from src.decoding import load_decoder, low_level_config, predict_latents, parse_voters
+from src.figures import plot_image_grid, plot_roi_sets, plot_training_curves, save_figure
 from src.models import RidgeBaseline
 from src.networks import build_decoder
-from src.pipeline.dryrun import plan
+from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
-from src.training import batches, fit
+from src.training import iterate_batches, fit
 from src.utils import atomic, count_parameters, peak_memory, resolve, save_checkpoint, write_json
 
 # %% [markdown]
@@ -75,14 +75,14 @@ from src.utils import atomic, count_parameters, peak_memory, resolve, save_check
 
 # %%
 subject = open_subject(dataset, subj)
-bag = voters_of(voters, rois, bag_seeds, batch_sizes, seed)
-print(plan(run.stage, run.parameters) or "The ridge baselines alone are fitted.")
+bag = parse_voters(voters, rois, bag_seeds, batch_sizes, seed)
+print(plan_stage(run.stage, run.parameters) or "The ridge baselines alone are fitted.")
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", device=run.device)
 shape, ids = autoencoder.latent_shape, subject.image_ids("train+val")
 if latents_file:
     latents = LatentFile(resolve(latents_file), shape)
 else:
-    latents = cached_targets(
+    latents = cache_targets(
         dataset,
         "vae_latents",
         autoencoder.fingerprint(),
@@ -102,7 +102,7 @@ def prepared(place, voter):
     """
     folder = run.logs / voter.name
     folder.mkdir(exist_ok=True)
-    mine = subject.bagged(train_share, voter.bag_seed)
+    mine = subject.bootstrap_split(train_share, voter.bag_seed)
     normaliser = Normaliser.fit(mine, rois=voter.rois, masked=masked)
     normaliser.save(folder / "normaliser.safetensors")
     table = (
@@ -113,7 +113,7 @@ def prepared(place, voter):
     found = {
         "regions": list(normaliser.rois),
         "voxels": len(normaliser.mean[0]),
-        "inputs": normaliser.width,
+        "inputs": normaliser.n_features,
         "train_share": train_share,
         "test_set": subject.test_set,
     }
@@ -134,7 +134,7 @@ pd.DataFrame(
             "voter": v.name,
             "rois": v.rois,
             "voxels": len(n.mean[0]),
-            "inputs": n.width,
+            "inputs": n.n_features,
             "bag seed": v.bag_seed,
             "batch": v.batch_size,
             "training images": len(s.image_ids("train")),
@@ -148,8 +148,8 @@ pd.DataFrame(
 # Which voxels each voter is given.
 
 # %%
-save(
-    roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in bag}),
+save_figure(
+    plot_roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in bag}),
     run.results / "figures" / "02_regions.png",
 )
 
@@ -173,7 +173,7 @@ def validation(val):
                 F.l1_loss(model(b["voxels"]), b["latents"], reduction="sum").item(),
                 b["latents"].numel(),
             )
-            for b in batches(val, 100, next(model.parameters()).device)
+            for b in iterate_batches(val, 100, next(model.parameters()).device)
         ]
         return {"val/loss": sum(total for total, _ in sums) / sum(n for _, n in sums)}
 
@@ -188,7 +188,7 @@ def train(voter):
     own = BrainDataset(mine, "val", {"latents": latents}, normaliser, "mean", seed)
     config = {
         "model": low_level_config(
-            run.parameters | {"latent_size": shape[1], "use_cont": False}, normaliser.width
+            run.parameters | {"latent_size": shape[1], "use_cont": False}, normaliser.n_features
         ),
         "latents": list(shape),
         "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
@@ -252,7 +252,7 @@ if decoder != "ridge":
         ],
         axis=1,
     )
-    save(training_curves(curves), run.results / "figures" / "02_training.png")
+    save_figure(plot_training_curves(curves), run.results / "figures" / "02_training.png")
 
 # %% [markdown]
 # ## The ridge baselines
@@ -261,7 +261,7 @@ if decoder != "ridge":
 # %%
 for voter in bag if decoder != "network" else []:
     folder, mine, normaliser = at[voter.name]
-    x, train_ids = mine.averaged("train", normaliser=normaliser)
+    x, train_ids = mine.get_mean_betas("train", normaliser=normaliser)
     ridge = RidgeBaseline.fit(
         x, latents.rows(train_ids).astype(np.float32), cv=ridge_folds, seed=seed
     )
@@ -295,7 +295,7 @@ def errors(voter, file):
         ("not drawn", mine, "val"),
         ("seen by none", subject, "val"),
     ):
-        x, some = of.averaged(split, normaliser=normaliser)
+        x, some = of.get_mean_betas(split, normaliser=normaliser)
         true = torch.from_numpy(latents.rows(some).astype(np.float32))
         found[name] = F.l1_loss(predict_latents(model, x, shape, device=run.device), true).item()
     made = predict_latents(model, x, shape, device=run.device)
@@ -324,12 +324,12 @@ some = subject.image_ids("val")[:12]
 rows = {"seen": torch.from_numpy(subject.images(some)).permute(0, 3, 1, 2) / 255}
 for voter in bag:
     folder, _, normaliser = at[voter.name]
-    x = subject.mean_of(subject.rows_by_image("val")[:12], normaliser)
+    x = subject.average_rows(subject.rows_by_image("val")[:12], normaliser)
     found = predict_latents(
         load_decoder(folder / wanted[0], run.device)[0], x, shape, device=run.device
     )
     rows[f"voter {voter.name}"] = autoencoder.decode(found).cpu()
-save(image_grid(rows), run.results / "figures" / "02_validation.png")
+save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

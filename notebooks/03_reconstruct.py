@@ -63,7 +63,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cached_targets, open_pictures, open_split
+from src.data import Normaliser, cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
     load_encoder,
     find_decoder,
@@ -84,7 +84,7 @@ from src.models import MindEye2
 from src.networks import build_decoder
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import prepare_if_missing
-from src.retrieval import nearest
+from src.retrieval import find_nearest
 from src.training import fit_converter
 from src.utils import HOME, PerceptError, atomic, seed_everything
 
@@ -95,7 +95,7 @@ from src.utils import HOME, PerceptError, atomic, seed_everything
 
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
-subject = open_split(dataset, subj, run.logs)
+subject = open_training_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 files = {
     "network": (
@@ -131,12 +131,12 @@ def measured(path, repeats=0, one=None):
     """Voxels (images, voxels) as the network in a file was trained on them: of some repeats
     averaged (0: all that are asked for), or of `one` alone.
     """
-    scale = Normaliser.beside(path)
+    scale = Normaliser.for_checkpoint(path)
     if one is not None:
-        return subject.mean_of(
+        return subject.average_rows(
             [rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale
         )
-    return subject.averaged("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][
+    return subject.get_mean_betas("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][
         keep
     ]
 
@@ -174,7 +174,7 @@ for name, (network, _) in high.items():  # MindEye2's low level is a branch of t
     if isinstance(network, MindEye2) and network.backbone.blurry_recon:
         files[name] = (files[name][0], files[name][0])
 low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
-subject = subject.with_neighbours(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
+subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
 decoders = {name: with_voxels(name) for name in names}
 for k in map(int, fewer):
     decoders[f"repeats_{k}"] = with_voxels(main, k)
@@ -235,9 +235,9 @@ low_decoder = (
 read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
 converter = None
 if patches and read.target_shape != clipper.target_shape:
-    pictured = open_pictures(dataset, subj, subject)
+    pictured = open_all_sessions(dataset, subj, subject)
     pairs = [
-        cached_targets(
+        cache_targets(
             dataset,
             "patch_tokens",
             c.fingerprint(),
@@ -292,7 +292,7 @@ def paint(tokens, ids, latents, samples):
             else converter(tokens.to(run.device).flatten(0, 1)).unflatten(0, tokens.shape[:2]).cpu()
         )
     if latents is not None and faithful_img2img:
-        latents = diffusion.published_start(
+        latents = diffusion.encode_published_start(
             latents, draw_latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed)
         )
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
@@ -417,7 +417,7 @@ kind, frozen = (
     if has_tokens
     else ("vae_latents", diffusion)
 )
-known = cached_targets(
+known = cache_targets(
     dataset,
     kind,
     frozen.fingerprint(),
@@ -425,7 +425,7 @@ known = cached_targets(
     frozen.encode_pixels,
     frozen.target_shape,
 ).rows(train_ids)
-found = nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
+found = find_nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
 rows["mean_image"] = (
@@ -466,7 +466,7 @@ rows |= compute_in_chunks(
 if has_tokens:
     predicted["true_tokens"] = rows.pop("true_tokens")
     predicted["train_distance"] = (
-        1 - nearest(predicted["true_tokens"], known, k=1)[0][:, 0]
+        1 - find_nearest(predicted["true_tokens"], known, k=1)[0][:, 0]
     )  # of each seen image to the training image most like it
 
 # %% [markdown]
@@ -488,7 +488,7 @@ tensors = {
     **rows,
     **predicted,
     "image_ids": torch.from_numpy(image_ids.astype(np.int64)),
-    "held_out": torch.from_numpy(subject.held_out(image_ids)),
+    "held_out": torch.from_numpy(subject.in_excluded_clusters(image_ids)),
 }
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)

@@ -56,14 +56,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cached_targets, open_subject
+from src.data import Normaliser, cache_targets, open_subject
 from src.decoding import (
     VOTES,
-    Ballot,
+    SelectionInputs,
     find_decoder,
     find_voters,
-    guided_images,
-    in_chunks,
+    repaint_images,
+    compute_in_chunks,
     load_decoder,
     open_voter,
     oracle,
@@ -71,11 +71,11 @@ from src.decoding import (
     predict_tokens,
 )
 from src.decoding import vote as choose
-from src.figures import contact_sheet, save, vote_sheet
+from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 from src.models import TokenMap
 from src.networks import build_decoder
-from src.pretrained import Captioner, Clipper, LatentAutoencoder, stable_diffusion_pipeline, without
-from src.retrieval import nearest
+from src.pretrained import Captioner, Clipper, LatentAutoencoder, load_stable_diffusion_pipeline, without
+from src.retrieval import find_nearest
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
 
 # %% [markdown]
@@ -110,7 +110,7 @@ shape, names = autoencoder.latent_shape, list(folders)
 # %%
 def measured(normaliser):
     """Voxels (images, voxels) of the test images as a model was trained on them, repeats averaged."""
-    return subject.averaged("test", repeats=test_repeats or None, normaliser=normaliser)[0][which]
+    return subject.get_mean_betas("test", repeats=test_repeats or None, normaliser=normaliser)[0][which]
 
 
 def read(decoder_of, normaliser):
@@ -145,7 +145,7 @@ print(
 
 # %%
 # The prepared validation images, which no voter saw either, say which voter is the best one.
-known = cached_targets(
+known = cache_targets(
     dataset,
     "vae_latents",
     autoencoder.fingerprint(),
@@ -157,7 +157,7 @@ of_val = torch.from_numpy(known.rows(subject.image_ids("val")).astype(np.float32
 off = {
     name: (
         (
-            predict_latents(m, subject.averaged("val", normaliser=n)[0], shape, device=run.device)
+            predict_latents(m, subject.get_mean_betas("val", normaliser=n)[0], shape, device=run.device)
             - of_val
         )
         .abs()
@@ -171,7 +171,7 @@ pd.DataFrame(
         {
             "voter": name,
             "rois": config["training"].get("rois", ""),
-            "voxels": n.width,
+            "voxels": n.n_features,
             "bag seed": config["training"].get("bag_seed", ""),
             "error of validation latents": off[name],
             "error of test latents": (
@@ -210,7 +210,7 @@ if path is None and (tokens_from or vote == "agreement"):
     )
 if path is not None:
     model, config = load_decoder(path, run.device)
-    normaliser = Normaliser.beside(path)
+    normaliser = Normaliser.for_checkpoint(path)
     regress = {"token_shape": tuple(config["tokens"]), "use_prior": False, "device": run.device}
     tokens, projected = predict_tokens(model, measured(normaliser), **regress)
     hidden = regress["token_shape"][0] > 1
@@ -267,7 +267,7 @@ if captioner and path is not None and hidden:
         Clipper(weights, device=run.device, **clip_config),
         subject.image_ids("train")[:token_map_images],
     )
-    ours = cached_targets(
+    ours = cache_targets(
         dataset,
         "clip_tokens",
         clipper.fingerprint(),
@@ -275,7 +275,7 @@ if captioner and path is not None and hidden:
         clipper.encode_pixels,
         clipper.target_shape,
     )
-    theirs = cached_targets(
+    theirs = cache_targets(
         dataset,
         "blip_tokens",
         captioner.fingerprint(),
@@ -323,7 +323,7 @@ said.head(12)
 
 # %%
 pipeline = (
-    stable_diffusion_pipeline(
+    load_stable_diffusion_pipeline(
         weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
     )
     if captioner
@@ -344,7 +344,7 @@ def repaint(name, part):
         "num_inference_steps": num_inference_steps,
         "seed": seed,
     }
-    made = guided_images(
+    made = repaint_images(
         pipeline,
         captions[name][part],
         low_level[name][part],
@@ -356,7 +356,7 @@ def repaint(name, part):
 
 
 for name in latents:
-    rows |= in_chunks(
+    rows |= compute_in_chunks(
         lambda part, name=name: repaint(name, part),
         len(seen),
         generator_batch * 4,
@@ -402,7 +402,7 @@ if path is not None:
         ),
         "brain": projected.flatten(1).float(),
     }
-ballot = Ballot(**looks)
+ballot = SelectionInputs(**looks)
 choices = {
     f"vote_{rule}": choose(rule, ballot)
     for rule in VOTES
@@ -429,7 +429,7 @@ pd.DataFrame(
 # %%
 train_ids = subject.image_ids("train")
 of_train = known.rows(train_ids).reshape(len(train_ids), -1)
-found = nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
+found = find_nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
 rows["nearest_train"] = (
     torch.from_numpy(subject.images(train_ids[np.asarray(found)])).permute(0, 3, 1, 2).float() / 255
 ).half()
@@ -490,7 +490,7 @@ shutil.rmtree(folder, ignore_errors=True)
 folder.mkdir()
 tile = 512 if seen.shape[-1] > 64 else 128
 for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
-    sheet = Image.fromarray(vote_sheet(seen[i], rows[main_row][i], candidates[i], tile))
+    sheet = Image.fromarray(draw_vote_sheet(seen[i], rows[main_row][i], candidates[i], tile))
     sheet.save(folder / f"result_{image_from + i}.png")
 sheet
 
@@ -502,8 +502,8 @@ columns = {
     "mean repainted": rows["latent_mean"],
 }
 columns |= {"caption from tokens": rows["brain_caption"]} if "brain_caption" in rows else {}
-save(
-    contact_sheet(
+save_figure(
+    plot_contact_sheet(
         columns | {"nearest training": rows["nearest_train"], "ceiling": rows["ceiling"]}, n=24
     ),
     run.results / "contact_sheet.png",

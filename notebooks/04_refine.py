@@ -58,17 +58,17 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from src.data import cached_targets, open_pictures, open_split
+from src.data import cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
-    decoder_config,
-    encoder_for,
+    read_decoder_config,
+    load_encoder,
     find_decoder,
-    in_chunks,
+    compute_in_chunks,
     load_reconstructions,
     refine_images,
-    refiner,
+    load_refiner,
 )
-from src.figures import contact_sheet, save, training_curves
+from src.figures import plot_contact_sheet, plot_training_curves, save_figure
 from src.metrics import resize
 from src.models import CaptionConverter
 from src.networks import load_published
@@ -90,7 +90,7 @@ from src.utils import (
 # them.
 
 # %%
-subject = open_split(dataset, subj, run.logs)
+subject = open_training_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 main, image_ids = of["main"], made["image_ids"].numpy()
 if f"tokens_{main}" not in made:
@@ -99,8 +99,8 @@ if f"tokens_{main}" not in made:
         " run notebooks 01 and 03 with a high level for it."
     )
 seen, tokens = made["seen"].float(), made[f"tokens_{main}"].float()
-clip = encoder_for(
-    decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
+clip = load_encoder(
+    read_decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
 )
 stored, now = made["true_tokens"][:4].float(), clip.embed_image(seen[:4]).cpu()
 if stored.shape != now.shape or (stored - now).abs().max() > 0.05 * now.abs().max():
@@ -122,8 +122,8 @@ print(
 if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
-    pictured = open_pictures(dataset, subj, subject)
-    ours = cached_targets(
+    pictured = open_all_sessions(dataset, subj, subject)
+    ours = cache_targets(
         dataset,
         kind,
         clip.fingerprint(),
@@ -131,7 +131,7 @@ if caption:
         clip.encode_pixels,
         clip.target_shape,
     )
-    theirs = cached_targets(
+    theirs = cache_targets(
         dataset,
         "git_tokens",
         encoder.fingerprint(),
@@ -169,7 +169,7 @@ elif caption:
         run.device,
         resume_from_ckpt,
     )
-    save(training_curves(history), run.results / "figures" / "04_caption_converter.png")
+    save_figure(plot_training_curves(history), run.results / "figures" / "04_caption_converter.png")
     print(
         f"{count_parameters(converter):,} weights, R2 of the captioner's tokens on {len(val_ids)}"
         f" validation images: {history['val/r2'].max():.3f}"
@@ -272,7 +272,7 @@ rows, wanted = (
     | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in made else {}),
 )
 if refine:
-    pipeline = refiner(refiner_weights or weights, run.device)
+    pipeline = load_refiner(refiner_weights or weights, run.device)
     pipeline.set_progress_bar_config(disable=True)
     options = {
         "steps": refine_steps,
@@ -298,7 +298,7 @@ def repainted(name, part):
 
 
 for name in wanted if refine else ():
-    rows |= in_chunks(
+    rows |= compute_in_chunks(
         lambda part, name=name: repainted(name, part),
         len(seen),
         generator_batch * 8,
@@ -353,7 +353,8 @@ columns = (
 columns |= {"refined": made["refined"]} if "refined" in made else {}
 columns |= {"refined ceiling": made["refined_ceiling"]} if "refined_ceiling" in made else {}
 beneath = {"brain": captions["brain"], "of the image": captions["git_image"]} if captions else {}
-save(contact_sheet(columns, n=sheet_images, sentences=beneath), run.results / "refined_sheet.png")
+sheet = plot_contact_sheet(columns, n=sheet_images, captions=beneath)
+save_figure(sheet, run.results / "refined_sheet.png")
 
 # %% [markdown]
 # ## What to look at

@@ -51,7 +51,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from src.data import cached_targets, open_split
+from src.data import cache_targets, open_training_split
 from src.decoding import find_decoder, load_decoder
 from src.evaluation import attribution
 from src.figures import plot_glass_brain, plot_region_bars, plot_voxel_map, save_figure
@@ -68,7 +68,7 @@ from src.utils import HOME, PerceptError, atomic
 
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
-subject = open_split(dataset, subj, run.logs)
+subject = open_training_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
 if decoder == "network":
     files = {
@@ -104,7 +104,7 @@ if "high_level" in trained:
     frozen["high_level"] = Clipper(weights, device=run.device, **made_for)
 for kind, model in frozen.items():
     name = {"low_level": "vae_latents", "high_level": "clip_tokens"}[kind]
-    targets[kind] = cached_targets(
+    targets[kind] = cache_targets(
         dataset,
         name,
         model.fingerprint(),
@@ -150,7 +150,7 @@ titles = {"low_level": "low level", "high_level": "high level"}
 if {"x", "y", "z"} <= set(voxels):
     named = [
         name
-        for name in attribution.partition(subject.voxels, np.arange(len(voxels)), regions)
+        for name in attribution.partition_voxels(subject.voxels, np.arange(len(voxels)), regions)
         if name != attribution.REST
     ]
     save_figure(
@@ -213,7 +213,7 @@ if "high_level" in levels:
         else {}
     )
     scores["high_level"] |= {
-        c: attribution.naming(probe, of_test[c]) for c, probe in probes.items()
+        c: attribution.naming_score(probe, of_test[c]) for c, probe in probes.items()
     }
     ceilings = {c: f"{scores['high_level'][c](true_tokens).mean():.2f}" for c in probed}
     print(f"labels that a probe names, with its accuracy on true tokens: {ceilings or 'none'}")
@@ -227,10 +227,10 @@ if "high_level" in levels:
 
 # %%
 parts = {
-    kind: attribution.partition(subject.voxels, level.columns, regions)
+    kind: attribution.partition_voxels(subject.voxels, level.columns, regions)
     for kind, level in levels.items()
 }
-groups = {kind: attribution.groups_of(part, early) for kind, part in parts.items()}
+groups = {kind: attribution.group_regions(part, early) for kind, part in parts.items()}
 importance = {
     kind: attribution.permutation_importance(
         level, parts[kind], scores[kind], groups[kind], draws, seed, {"pixcorr": picture_draws}
@@ -252,7 +252,7 @@ shown = table[table["measure"].isin(["intact", "drop"])].pivot_table(
     index=["measure", "region"], columns="score", values="value", sort=False
 )
 print(shown.round(3).to_string())
-for sentence in attribution.in_words(table, shares):
+for sentence in attribution.describe_importance(table, shares):
     print(sentence)
 shares.round(3)
 

@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 
 from src import retrieval
-from src.data import open_split
+from src.data import open_training_split
 from src.decoding import load_reconstructions
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.figures import plot_hits_and_misses, plot_retrieval_curve, plot_umap, save_figure
@@ -51,7 +51,7 @@ from src.utils import HOME, PerceptError, atomic
 
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
-subject = open_split(dataset, subj, run.logs)
+subject = open_training_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 if model_name2 == run.name:
@@ -86,13 +86,13 @@ common = {
     "better": "higher",
     "protocol": of["protocol"],
     "test_set": of["test_set"],
-    "ceiling": "the true image is among the candidates, so 1",
+    "upper_bound": "the true image is among the candidates, so 1",
 }
 records = [
     make_record(
         f"{d}_top1" + ("" if name == names[0] else f" ({name})"),
         each[name, d],
-        floors={
+        baselines={
             "shuffled": np.stack([directions[d](brain[name], clip[order]) for order in shuffles], 1)
         },
         chance=1 / len(clip),
@@ -118,13 +118,13 @@ if size < pool:
     )
 pools = pd.concat(
     [
-        retrieval.published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(
+        retrieval.evaluate_published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(
             decoder=n
         )
         for n in names
     ]
 )
-curve = retrieval.retrieval_by_pool_size(brain[names[0]], clip, draws=draws, seed=seed)
+curve = retrieval.compute_retrieval_by_pool_size(brain[names[0]], clip, n_pools=draws, seed=seed)
 save_figure(plot_retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
@@ -138,14 +138,14 @@ hard_of = {}  # which images have a hard negative
 if hard_negatives:
     for name in names:
         for d in directions:
-            hard = retrieval.hard_negative_top1(brain[name], clip, groups, d)
-            keep = hard_of[name] = np.isfinite(hard.each)
-            each[name, f"hard_{d}"] = hard.each[keep]
+            hard = retrieval.compute_hard_negative_top1(brain[name], clip, groups, d)
+            keep = hard_of[name] = np.isfinite(hard.scores)
+            each[name, f"hard_{d}"] = hard.scores[keep]
             records.append(
                 make_record(
                     f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"),
-                    hard.each[keep],
-                    floors={"chance": hard.chance_each[keep]},
+                    hard.scores[keep],
+                    baselines={"chance": hard.chance_levels[keep]},
                     chance=hard.chance,
                     description=f"top-1 among test images with the same {hard_negatives}, {name}",
                     source="hard negatives",
@@ -164,32 +164,32 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 second = []
 if model_name2:
     first, k = (
-        retrieval.load_embeddings(HOME / "results" / model_name2, image_ids),
+        retrieval.load_run_embeddings(HOME / "results" / model_name2, image_ids),
         min(rerank_k, len(clip)),
     )
     for d in directions:
-        two = retrieval.second_order(brain[names[0]], clip, *first, k=k, direction=d)
-        reached = (two.first <= k).astype(float)
+        two = retrieval.rerank_second_order(brain[names[0]], clip, *first, k=k, direction=d)
+        reached = (two.first_ranks <= k).astype(float)
         records.append(
             make_record(
                 f"second_order_{d}_top1",
-                (two.reranked == 1).astype(float),
-                floors={f"{model_name2} alone": (two.first == 1).astype(float)},
+                (two.final_ranks == 1).astype(float),
+                baselines={f"{model_name2} alone": (two.first_ranks == 1).astype(float)},
                 chance=1 / len(clip),
                 description=(
                     f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens"
                 ),
                 source="MindEye, appendix A.7",
-                **common | {"ceiling": reached},
+                **common | {"upper_bound": reached},
             )
         )
-        for name, other in ((f"{model_name2} alone", two.first), (f"{run.name} alone", two.alone)):
-            change = paired_bootstrap(two.reranked == 1, other == 1)
+        for name, other in ((f"{model_name2} alone", two.first_ranks), (f"{run.name} alone", two.second_ranks)):
+            change = paired_bootstrap(two.final_ranks == 1, other == 1)
             second.append(
                 {
                     "direction": d,
                     "re-ranked against": name,
-                    "re-ranked": (two.reranked == 1).mean(),
+                    "re-ranked": (two.final_ranks == 1).mean(),
                     "alone": (other == 1).mean(),
                     **change._asdict(),
                 }
@@ -256,7 +256,7 @@ add_results(run.results, run.stage, scores, records, about, tables)
 turned = {"image_from_brain": (brain[names[0]], clip), "brain_from_image": (clip, brain[names[0]])}
 first = []
 for d, (queries, candidates) in turned.items():
-    found = image_ids[retrieval.nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()]
+    found = image_ids[retrieval.find_nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()]
     first.append(
         pd.DataFrame(
             {
@@ -286,7 +286,7 @@ for d, (queries, candidates, title) in sides.items():
     figure = plot_hits_and_misses(
         seen,
         seen,
-        retrieval.nearest(queries, candidates, k=8)[1],
+        retrieval.find_nearest(queries, candidates, k=8)[1],
         np.arange(len(seen)),
         ranks,
         n=5,

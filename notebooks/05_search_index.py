@@ -70,28 +70,28 @@ import torch
 from safetensors.torch import save_file
 
 from src import miniworld
-from src.data import cached_targets, open_split
+from src.data import cache_targets, open_training_split
 from src.decoding import (
-    decoder_config,
-    encoder_for,
+    read_decoder_config,
+    load_encoder,
     find_decoder,
-    in_chunks,
+    compute_in_chunks,
     load_reconstructions,
-    pick_best,
+    select_best,
 )
 from src.evaluation import add_results, derangements, make_record, provenance
-from src.figures import contact_sheet, save
+from src.figures import plot_contact_sheet, save_figure
 from src.metrics import resize
 from src.pretrained import Clipper
-from src.retrieval import load_embeddings
+from src.retrieval import load_run_embeddings
 from src.search import (
-    PictureCache,
+    ImageCache,
     QdrantIndex,
     RemoteIndex,
     fetch_images,
-    first_found,
-    parts_of,
-    sent_pictures,
+    select_available_images,
+    iterate_parts,
+    decode_sent_images,
 )
 from src.search import local as indexing
 from src.utils import HOME, PerceptError, atomic, resolve
@@ -102,11 +102,11 @@ from src.utils import HOME, PerceptError, atomic, resolve
 # picture, so that pictures can be looked up by it.
 
 # %%
-subject = open_split(dataset, subj, run.logs)
+subject = open_training_split(dataset, subj, run.logs)
 made, of = load_reconstructions(run.results)
 main, image_ids, seen = of["main"], made["image_ids"].numpy(), made["seen"].float()
-encoder = encoder_for(
-    decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
+encoder = load_encoder(
+    read_decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
 )
 brain = made[f"projected_{main}"].float()
 if not isinstance(encoder, Clipper) or encoder.hidden:
@@ -132,14 +132,14 @@ made_by = {
 folder, source = resolve(index), resolve(pool)
 if pool == "mini":
     source = indexing.write_tars(
-        miniworld.pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images
+        miniworld.generate_pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images
     )
 if pool:
-    indexing.embed(source, folder, encoder.encode_pixels, made_by, encoder.size)
+    indexing.embed_images(source, folder, encoder.encode_pixels, made_by, encoder.size)
 embedded = (folder / "img_emb").is_dir() and not url
 if embedded:
     stored = indexing.Embeddings(folder)
-    plan, table = indexing.choose(len(stored), stored.dim, memory_gb, index_kind, mapped)
+    plan, table = indexing.choose_index(len(stored), stored.dim, memory_gb, index_kind, mapped)
     print(
         f"{len(stored):,} embeddings of {stored.dim} numbers in"
         f" {folder}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}"
@@ -163,10 +163,10 @@ if url:
 elif qdrant:
     searched = QdrantIndex(qdrant if "://" in qdrant else resolve(qdrant), indice_name)
     if embedded:
-        searched.fill(parts_of(folder))
+        searched.fill(iterate_parts(folder))
 else:
     if embedded:
-        indexing.build(folder, plan, shard_rows, jobs, seed)
+        indexing.build_index(folder, plan, shard_rows, jobs, seed)
     searched = indexing.LocalIndex(folder, run.device)
     if searched.encoder and searched.encoder != made_by:
         raise PerceptError(
@@ -183,7 +183,7 @@ searched
 
 # %%
 test_ids = subject.image_ids("test")
-known = cached_targets(
+known = cache_targets(
     dataset,
     "clip_tokens",
     encoder.fingerprint(),
@@ -191,7 +191,7 @@ known = cached_targets(
     encoder.encode_pixels,
     encoder.target_shape,
 )
-twins = indexing.nearly_the_same(
+twins = indexing.find_near_duplicates(
     searched, known.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate
 )
 barred = np.empty(0, int) if keep_test_images else twins["row"].unique()
@@ -216,13 +216,13 @@ print(f"{len(barred)} are left out, {size} pictures are searched. Exact image in
 # there is, which no brain can beat.
 
 # %%
-first = pd.DataFrame() if url else searched.metadata(np.arange(min(8, len(searched))))
+first = pd.DataFrame() if url else searched.get_metadata(np.arange(min(8, len(searched))))
 if not url and not {"image_path", "url", "image"} & set(first):
     raise PerceptError(
         f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
         " beside the index."
     )
-here = not url and indexing.local_pictures(first, 8)[1].any()  # pictures on this machine, or urls
+here = not url and indexing.load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
 wide = k if here else max(k, candidates)
 found = {
     "retrieved": searched.search(brain, wide, barred),
@@ -262,10 +262,10 @@ records = [
     make_record(
         f"pool_top{places}",
         values,
-        floors={
+        baselines={
             "shuffled": np.stack([reached(o, places) for o in derangements(len(brain), 3, seed)], 1)
         },
-        ceiling="the seen picture is put into the pool, so 1",
+        upper_bound="the seen picture is put into the pool, so 1",
         better="higher",
         protocol=of["protocol"],
         test_set=of["test_set"],
@@ -288,12 +288,12 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 # taken. What was seen plays no part.
 
 # %%
-cache = PictureCache(HOME / "data" / "pictures")
+cache = ImageCache(HOME / "data" / "pictures")
 usable = {}
 for name, near in found.items():
     rows = usable[name] = near.row[:, :k]
-    if not here and "url" in (told := searched.metadata(near.row.ravel())) and "image" not in told:
-        at = first_found(
+    if not here and "url" in (told := searched.get_metadata(near.row.ravel())) and "image" not in told:
+        at = select_available_images(
             told["url"].to_numpy().reshape(near.row.shape),
             k,
             cache,
@@ -304,9 +304,9 @@ for name, near in found.items():
         usable[name] = np.where(at < 0, -1, np.take_along_axis(near.row, at.clip(0), 1))
 tokens, chooser = None, None
 if token_run:
-    tokens = load_embeddings(HOME / "results" / token_run, image_ids)[0].float()
-    chooser = encoder_for(
-        decoder_config(find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)),
+    tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
+    chooser = load_encoder(
+        read_decoder_config(find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)),
         weights,
         run.device,
     )
@@ -317,12 +317,12 @@ def pictures(rows):
     """Pictures (images, k, 3, height, width) of rows (images, k), and whether there is one; where
     there is none another one of that image stands.
     """
-    told = searched.metadata(rows.ravel())
+    told = searched.get_metadata(rows.ravel())
     if here or "image" in told:
         pixels, ok = (
-            indexing.local_pictures(told, picture_size)
+            indexing.load_local_images(told, picture_size)
             if here
-            else sent_pictures(told, picture_size)
+            else decode_sent_images(told, picture_size)
         )
         shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     else:
@@ -340,7 +340,7 @@ def chosen(name, part):
     shown, ok = pictures(usable[name][part])
     at = torch.from_numpy(ok.argmax(1))
     if chooser is not None and name == "retrieved":
-        at = pick_best(chooser, tokens[part], shown)[1]
+        at = select_best(chooser, tokens[part], shown)[1]
     picked = shown[torch.arange(len(shown)), at]
     picked[~ok.any(1)] = (
         1.0 if server_failure == "published" else 0.5
@@ -354,7 +354,7 @@ unfinished.mkdir(exist_ok=True)
 rows = {}
 for name in found:
     mark = [name, run.parameters, usable[name].tolist()]
-    rows |= in_chunks(lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark)
+    rows |= compute_in_chunks(lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark)
 places, had = (
     {name: rows.pop(f"{name}_place").numpy() for name in found},
     {name: rows.pop(f"{name}_ok").numpy() for name in found},
@@ -407,7 +407,7 @@ for name, near in found.items():
     )
     tables.append(
         pd.concat(
-            [part, searched.metadata(part["row"]).filter(["url", "image_path", "caption"])], axis=1
+            [part, searched.get_metadata(part["row"]).filter(["url", "image_path", "caption"])], axis=1
         )
     )
 with atomic(run.results / "found.parquet") as path:
@@ -455,7 +455,7 @@ columns = {"seen": resize(seen[:12], side)} | {
 }
 columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)} if token_run else {}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}
-save(contact_sheet(columns, n=12), run.results / "figures" / "found.png")
+save_figure(plot_contact_sheet(columns, n=12), run.results / "figures" / "found.png")
 
 # %% [markdown]
 # ## What to look at

@@ -52,54 +52,54 @@ import pandas as pd
 import torch
 from sklearn.cluster import KMeans
 
-from src.data import Normaliser, open_split
+from src.data import Normaliser, open_training_split
 from src.decoding import load_reconstructions
 from src.evaluation import (
     add_results,
     bootstrap_mean,
     brain_correlation,
-    caption_lines,
-    caption_rows,
+    caption_table,
+    format_caption_table,
     check_alignment,
     check_leak,
     check_outputs,
-    corpus_lines,
+    corpus_bleu_table,
     derangements,
     gallery_widget,
-    load_pictures,
+    load_images,
     make_record,
     make_records,
-    mean_picture,
-    most_alike,
-    most_common,
+    compute_mean_image,
+    find_most_similar,
+    find_most_common_caption,
     noise_ceiling,
-    pixel_hash,
+    hash_pixels,
     provenance,
     read_captions,
-    ready_metrics,
-    retrieval_rows,
+    prepare_caption_metrics,
+    retrieval_records,
     roi_masks,
-    score_lines,
+    published_table,
     score_table,
-    scored_pairings,
-    verdict,
-    worth,
-    write_lines,
+    pair_captions,
+    describe_ensemble_gain,
+    ensemble_gain,
+    gain_table,
+    write_table,
     write_report,
 )
-from src.evaluation import told as voting_table
-from src.figures import abstain_curve, save, score_by_distance, score_dots
+from src.figures import plot_abstention_curve, plot_score_by_distance, plot_score_dots, save_figure
 from src.metrics import (
     METRICS,
     Metric,
     answer_metrics,
-    as_compared,
+    apply_resizing,
     pcc,
-    reordered,
+    reorder_lazily,
     resize,
     two_way_within,
 )
-from src.pretrained import Clipper, FeatureNetwork, Judge, load_gnet
+from src.pretrained import Clipper, FeatureNetwork, CategoryClassifier, load_gnet
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 
 # %% [markdown]
@@ -112,7 +112,7 @@ from src.utils import HOME, PerceptError, atomic, read_json, resolve
 # %%
 ours = not recon_path
 if ours:
-    subject = open_split(dataset, subj, run.logs)
+    subject = open_training_split(dataset, subj, run.logs)
     made, of = load_reconstructions(run.results)
     image_ids, main = made["image_ids"].numpy(), of["main"]
     pictures = {name: made[name] for name in made if made[name].ndim == 4}
@@ -124,13 +124,13 @@ else:
             " for the results)."
         )
     pictures = {
-        "seen": load_pictures(resolve(all_images_path)),
-        "system": load_pictures(resolve(recon_path)),
+        "seen": load_images(resolve(all_images_path)),
+        "system": load_images(resolve(recon_path)),
     }
-    pictures["mean_seen"] = mean_picture(pictures["seen"])
+    pictures["mean_seen"] = compute_mean_image(pictures["seen"])
     image_ids, of, made, subject = (
         np.arange(len(pictures["seen"])),
-        {"protocol": "as given", "test_set": pixel_hash(pictures["seen"])},
+        {"protocol": "as given", "test_set": hash_pixels(pictures["seen"])},
         {},
         None,
     )
@@ -184,7 +184,7 @@ if ours:
         for block in [subject.images(ids)]
     )
     alarms += check_leak(subject.images(image_ids), blocks)
-pictures["other_recon"] = reordered(recons, most_alike(recons))
+pictures["other_recon"] = reorder_lazily(recons, find_most_similar(recons))
 alarms
 
 # %% [markdown]
@@ -205,7 +205,7 @@ if unknown := [name for name in wanted if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
 
 # %%
-at_one_size = partial(as_compared, resizing=resizing)
+at_one_size = partial(apply_resizing, resizing=resizing)
 looked_through = {"CLIP": clipper.fingerprint()}
 
 
@@ -243,13 +243,13 @@ def looking(name):
 clip_seen = clip_features(seen)
 chosen = [looking(name) for name in wanted]
 labels = subject.labels if ours else None
-judge = Judge(weights, run.device) if weights == "mini" and labels is not None else None
-if judge is not None and set(judge.answers) <= set(labels.columns):
+judge = CategoryClassifier(weights, run.device) if weights == "mini" and labels is not None else None
+if judge is not None and set(judge.categories) <= set(labels.columns):
     labels = labels.set_index("image").loc[image_ids]
     chosen += answer_metrics(
-        "mini:judge", judge.ask, {q: labels[q].to_numpy() for q in judge.answers}, judge.chance
+        "mini:judge", judge.classify, {q: labels[q].to_numpy() for q in judge.categories}, judge.chance_accuracy
     )
-    said = judge.ask(seen)
+    said = judge.classify(seen)
     print(
         "the judge is right about the images that were shown:",
         {q: round(float((said[q] == labels[q]).mean()), 3) for q in said},
@@ -265,7 +265,7 @@ chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
 reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
 records = make_records(
-    table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_ceiling=reason
+    table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_upper_bound=reason
 )
 each = {
     key: part["value"].to_numpy()
@@ -351,8 +351,8 @@ if kept.any():
         make_record(
             f"{prefix}CLIP within {kind}{mark}",
             within["system"],
-            floors=floors,
-            ceiling=within.get("ceiling", reason),
+            baselines=floors,
+            upper_bound=within.get("ceiling", reason),
             better="higher",
             protocol=of["protocol"],
             test_set=of["test_set"],
@@ -396,8 +396,8 @@ if "repeat_agreement" in made:
         make_record(
             "token_correlation",
             own,
-            floors={"shuffled": wrong},
-            ceiling="the noise ceiling stands in its place",
+            baselines={"shuffled": wrong},
+            upper_bound="the noise ceiling stands in its place",
             better="higher",
             protocol=of["protocol"],
             test_set=of["test_set"],
@@ -467,7 +467,7 @@ if brain_corr and subject is None:
     )
 if brain_corr:
     encoder, masks = load_gnet(weights, subj, run.device), roi_masks(subject.voxels)
-    measured, order = subject.averaged(
+    measured, order = subject.get_mean_betas(
         "test", normaliser=Normaliser.fit(subject)
     )  # (images, voxels), z-scored
     measured = measured[[list(order).index(image) for image in image_ids]]
@@ -504,8 +504,8 @@ if ours and file.exists() and subject.captions is not None and caption_metrics:
         read_captions(file, image_ids, references),
         subject.captions["image"].isin(train_ids),
     )
-    common = most_common(subject.captions["caption"][trained])
-    speech, unsaid, networks = ready_metrics(caption_metrics, weights, run.device, clipper)
+    common = find_most_common_caption(subject.captions["caption"][trained])
+    speech, unsaid, networks = prepare_caption_metrics(caption_metrics, weights, run.device, clipper)
     looked_through |= networks
     print(
         f"held against every image: '{common}'",
@@ -518,7 +518,7 @@ spoken, spoken_records, said = {}, [], pd.DataFrame()
 if speech:
     on = {"protocol": of["protocol"], "test_set": of["test_set"]}
     endings = {"brain_ref": "", "brain_img": " to image's caption"}
-    for pairing, (wanted_captions, rows) in scored_pairings(captions, common).items():
+    for pairing, (wanted_captions, rows) in pair_captions(captions, common).items():
         spoken[pairing] = score_table(
             wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids
         )
@@ -538,8 +538,8 @@ if speech:
     alarms += beneath_floors(spoken_records)
     said = pd.concat(
         [
-            caption_lines(spoken),
-            corpus_lines(captions, common, next(derangements(len(seen), 1, seed))),
+            caption_table(spoken),
+            corpus_bleu_table(captions, common, next(derangements(len(seen), 1, seed))),
         ],
         ignore_index=True,
     )
@@ -651,13 +651,13 @@ if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
 
 # %%
 if "voters" in of:
-    several = worth(
+    several = ensemble_gain(
         each, {m.name: m.better for m in chosen}, of["voters"].split(","), of["best_voter"], seed
     )
     tables.append(
-        {"title": "What the vote is worth", "note": verdict(several), "rows": voting_table(several)}
+        {"title": "What the vote is worth", "note": describe_ensemble_gain(several), "rows": gain_table(several)}
     )
-    print(verdict(several))
+    print(describe_ensemble_gain(several))
 
 # %%
 if len(said):
@@ -671,7 +671,7 @@ if len(said):
             *(f"{name} is left out. {why}" for name, why in unsaid.items()),
         ]
     )
-    tables.append({"title": "Captions from the brain", "note": note, "rows": caption_rows(said)})
+    tables.append({"title": "Captions from the brain", "note": note, "rows": format_caption_table(said)})
 
 
 # %%
@@ -706,8 +706,8 @@ def drawn(wished):
 
 told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
 if "train_distance" in made and len(seen) >= 5:
-    save(
-        score_by_distance(made["train_distance"], told),
+    save_figure(
+        plot_score_by_distance(made["train_distance"], told),
         run.results / "figures" / "train_distance.png",
     )
 
@@ -718,8 +718,8 @@ if "train_distance" in made and len(seen) >= 5:
 
 # %%
 if "spread" in made:
-    save(
-        abstain_curve(made["spread"], told, {m.name: m.better for m in chosen}),
+    save_figure(
+        plot_abstention_curve(made["spread"], told, {m.name: m.better for m in chosen}),
         run.results / "figures" / "abstain.png",
     )
 
@@ -772,13 +772,13 @@ about = provenance(
     dataset=dataset if ours else recon_path,
     alarms=alarms,
     protocol=of["protocol"],
-    test_set={"id": of["test_set"], "images": len(seen), "pixels": pixel_hash(seen)},
+    test_set={"id": of["test_set"], "images": len(seen), "pixels": hash_pixels(seen)},
     resizing=resizing,
     parameters={key: str(value) for key, value in run.parameters.items()},
     models=looked_through,
 )
 add_results(run.results, run.stage, table, records, about, tables)
-save(score_dots(records), run.results / "figures" / "scores.png")
+save_figure(plot_score_dots(records), run.results / "figures" / "scores.png")
 if speech:
     endless = [t.assign(metric=t["metric"] + endings[pairing]) for pairing, t in spoken.items()]
     add_results(
@@ -812,30 +812,30 @@ def as_system(row, metrics, scored):
         metrics,
         protocol=of["protocol"],
         test_set=of["test_set"],
-        no_ceiling=none,
+        no_upper_bound=none,
     )
 
 
 written_tables, retrieval = (
     run.results / "tables",
-    retrieval_rows(read_json(run.results / "metrics.json")),
+    retrieval_records(read_json(run.results / "metrics.json")),
 )
-write_lines(written_tables / f"{run.name}_all_recons.csv", score_lines([*records, *retrieval]))
+write_table(written_tables / f"{run.name}_all_recons.csv", published_table([*records, *retrieval]))
 if "refined" in pictures:
     refined = as_system("refined", chosen, table) + (
         as_system("refined", regional, table) if regional else []
     )
-    write_lines(
-        written_tables / f"{run.name}_all_enhancedrecons.csv", score_lines([*refined, *retrieval])
+    write_table(
+        written_tables / f"{run.name}_all_enhancedrecons.csv", published_table([*refined, *retrieval])
     )
 if len(said):
     named = said.assign(Metric=said["metric"] + " " + said["pairing"])[
         ["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]
     ]
-    write_lines(
+    write_table(
         written_tables / f"{run.name}_caption_metrics.csv", named.rename(columns={"value": "Value"})
     )
-score_lines([*records, *retrieval])
+published_table([*records, *retrieval])
 
 # %%
 published = {

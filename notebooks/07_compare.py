@@ -51,17 +51,17 @@ if missing and (runs or len(missing) == len(found)):
     raise PerceptError(
         f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs."
     )
-scored, alarms = compare.same_pictures(
+scored, alarms = compare.select_same_images(
     [one for one in found if row in one.rows], test_set, refuse=bool(runs)
 )
-alarms += compare.unlike(scored)
+alarms += compare.setting_differences(scored)
 held_against = baseline or scored[0].name
 shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
 print(
     "\n".join(
         [f"Left out, without scores of '{row}': {name}." for name in missing]
-        + ([] if metrics else compare.lacking(scored, shown, row))
+        + ([] if metrics else compare.missing_metrics(scored, shown, row))
     )
 )
 pd.DataFrame(
@@ -89,8 +89,8 @@ with atomic(run.results / "comparison.tex") as path:
 table
 
 # %%
-figures.save(
-    figures.compare_dots(tidy, row, held_against), run.results / "figures" / "comparison.png"
+figures.save_figure(
+    figures.plot_comparison(tidy, row, held_against), run.results / "figures" / "comparison.png"
 )
 
 # %% [markdown]
@@ -138,8 +138,8 @@ else:
 # %%
 points = compare.curves(scored, shown, "n_components")
 if len(points):
-    figures.save(
-        figures.curves_over(points, "n_components", "components of the voxels"),
+    figures.save_figure(
+        figures.plot_curves_over(points, "n_components", "components of the voxels"),
         run.results / "figures" / "bottleneck.png",
     )
 else:
@@ -149,7 +149,7 @@ else:
     )
 
 # %%
-compare.enough(points, scored, seed) if len(points) else None
+compare.smallest_sufficient(points, scored, seed) if len(points) else None
 
 # %% [markdown]
 # ## How many sessions?
@@ -163,8 +163,8 @@ sessions = compare.curves(scored, shown, "num_sessions")
 if len(sessions):
     with atomic(run.results / "sessions.csv") as path:
         sessions.to_csv(path, index=False)
-    figures.save(
-        figures.curves_over(sessions, "num_sessions", "training sessions"),
+    figures.save_figure(
+        figures.plot_curves_over(sessions, "num_sessions", "training sessions"),
         run.results / "figures" / "sessions.png",
     )
 else:
@@ -183,7 +183,7 @@ def by_sessions(table):
         f"{v:.3f} [{low:.3f}, {high:.3f}]"
         for v, low, high in kept[["value", "low", "high"]].to_numpy()
     ]
-    what = kept["curve"].where(kept["row"] == "system", kept["row"].map(compare.words))
+    what = kept["curve"].where(kept["row"] == "system", kept["row"].map(compare.display_name))
     wide = kept.assign(text=text, what=what).pivot(
         index=["metric", "what"], columns="num_sessions", values="text"
     )
@@ -213,7 +213,7 @@ def by_sessions(table):
 # image by image. Positive is more, for distances worse.
 
 # %%
-added = compare.pretraining(scored, shown, seed)
+added = compare.pretraining_gain(scored, shown, seed)
 if len(added):
     with atomic(run.results / "pretraining.csv") as path:
         added.to_csv(path, index=False)
@@ -268,8 +268,8 @@ for without, its_row, plain, other_row in compare.held_out_pairs(scored):
         )
     )
     title = f"{without.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
-    figures.save(
-        figures.held_out_effect(effects[-1], title),
+    figures.save_figure(
+        figures.plot_held_out_effect(effects[-1], title),
         run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png",
     )
 if effects:

@@ -79,7 +79,7 @@ settings = points[["label", *varied]]  # in the order of the grid
 histories = settings.merge(
     sweeps.read_histories(HOME / "train_logs" / run.name, labels), on="label"
 )
-losses = settings.merge(sweeps.at_best_epoch(histories, by), on="label")
+losses = settings.merge(sweeps.select_best_epoch(histories, by), on="label")
 scores = settings.merge(sweeps.read_scores(run.results, labels, metrics), on="label")
 shown = list(dict.fromkeys(scores["metric"]))
 if len(scores):
@@ -100,7 +100,8 @@ print(
 
 # %%
 if len(histories):
-    figures.save(figures.sweep_curves(histories, factor), run.results / "figures" / "curves.png")
+    figure = figures.plot_sweep_curves(histories, factor)
+    figures.save_figure(figure, run.results / "figures" / "curves.png")
 else:
     print("No point left a history (closed-form decoders have none).")
 
@@ -117,7 +118,7 @@ def tables_of(table, value):
     """Runs that have a pair at every level, the table of levels, and the standard deviation over
     seeds.
     """
-    paired = sweeps.complete(
+    paired = sweeps.select_complete_cells(
         table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])]
     )
     paired = paired.assign(value=paired[value])
@@ -133,7 +134,7 @@ words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
 for kind, part in (
     losses.dropna(subset=by).groupby("kind", sort=False)
-    if by in losses and factor not in sweeps.OTHER_IMAGES
+    if by in losses and factor not in sweeps.VALIDATION_FACTORS
     else ()
 ):
     found[kind] = tables_of(part, by)
@@ -143,7 +144,7 @@ for kind, part in (
         if len(found[kind][0])
         else []
     )
-    verdicts[kind] = sweeps.verdict(
+    verdicts[kind] = sweeps.describe_gaps(
         gaps[kind], found[kind][2], what, [*others, *([seed_name] if seed_name else [])]
     )
     dropped = len(part) - len(found[kind][0])
@@ -155,7 +156,7 @@ for kind, part in (
 if not verdicts:
     why = (
         f"with another {factor} the validation images are others, too"
-        if factor in sweeps.OTHER_IMAGES
+        if factor in sweeps.VALIDATION_FACTORS
         else f"no training left the column {by}"
     )
     print(f"No level is named the best: {why}, and nothing is chosen on test images.")
@@ -204,8 +205,8 @@ for panel in panels[len(found) :] if decides else ():
     )
 title = "; ".join(verdicts.values()) or f"{factor}: no validation score to name a winner by"
 if panels:
-    figures.save(
-        figures.sweep_look(panels, factor, others[0] if others else "", title, decides),
+    figures.save_figure(
+        figures.plot_sweep_levels(panels, factor, others[0] if others else "", title, decides),
         run.results / "figures" / "look.png",
     )
 
@@ -326,7 +327,8 @@ values = {
 drawn = scores[scores["metric"].isin(shown[:3])]
 regions = sweeps.region_table(drawn, values, factor, seed_name)
 if len(regions):
-    figures.save(figures.region_curves(regions), run.results / "figures" / "regions.png")
+    figure = figures.plot_region_curves(regions)
+    figures.save_figure(figure, run.results / "figures" / "regions.png")
 else:
     print(
         'For this figure let `rois` be regions by themselves ("V1"), all but one ("!V1") and all'

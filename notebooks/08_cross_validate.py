@@ -50,7 +50,7 @@ from sklearn.preprocessing import StandardScaler
 from src import metrics, retrieval
 from src.data import open_subject
 from src.evaluation import records, statistics, write_report
-from src.figures import contact_sheet, save
+from src.figures import plot_contact_sheet, save_figure
 from src.models import BrainNetwork
 from src.pretrained import Clipper
 from src.training import fit
@@ -260,7 +260,7 @@ for split, (made, test) in low.items():
         chosen,
         protocol=protocol,
         test_set=f"{len(test)} images, {split}",
-        no_ceiling=reason,
+        no_upper_bound=reason,
     )
     rows += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
 
@@ -357,7 +357,7 @@ columns = {"seen": as_images(pixels[test])} | {
     key.replace("_", " "): as_images(made[key])
     for key in ("ridge", "network", "class_mean", "mean_image")
 }
-save(contact_sheet(columns, n=16, enlarge="nearest"), run.results / "contact_sheet.png")
+save_figure(plot_contact_sheet(columns, n=16, enlarge="nearest"), run.results / "contact_sheet.png")
 print(write_report(run.results))
 
 # %% [markdown]

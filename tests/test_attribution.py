@@ -106,7 +106,7 @@ def drops_of(regions, used):
 
 
 def test_only_the_region_that_the_decoder_reads_matters():
-    regions = attribution.partition(table_of(SIZES), COLUMNS)
+    regions = attribution.partition_voxels(table_of(SIZES), COLUMNS)
     assert {name: at.tolist() for name, at in regions.items()} == {
         "V1": [0, 1, 2, 3],
         "LO": [4, 5, 6],
@@ -135,7 +135,7 @@ def test_wrongly_indexed_regions_are_noticed(wrong):
         "of the subject": np.arange(10),
         "another order": COLUMNS,
     }[wrong]
-    regions = attribution.partition(
+    regions = attribution.partition_voxels(
         table.set_axis(["LO", "PPA", "V1"], axis=1) if wrong == "another order" else table, columns
     )
     drops, _, _ = drops_of(regions, np.array([4, 5, 6]))
@@ -218,20 +218,23 @@ def test_regions_are_disjoint_and_the_first_has_the_voxel():
             "x": range(5),
         }
     )
-    assert {k: v.tolist() for k, v in attribution.partition(table, np.arange(5)).items()} == {
+    assert {
+        k: v.tolist() for k, v in attribution.partition_voxels(table, np.arange(5)).items()
+    } == {
         "A": [0, 1],
         "B": [2],
         "no region": [3, 4],
     }
     assert {
-        k: v.tolist() for k, v in attribution.partition(table, np.array([1, 4]), "B, A").items()
+        k: v.tolist()
+        for k, v in attribution.partition_voxels(table, np.array([1, 4]), "B, A").items()
     } == {"B": [0], "no region": [1]}
     for names, columns, words in (("C", [0], "no region C"), ("", [5], "different subjects")):
         with pytest.raises(PerceptError, match=words):
-            attribution.partition(table, np.array(columns), names)
+            attribution.partition_voxels(table, np.array(columns), names)
     with pytest.raises(PerceptError, match="no Boolean column"):
-        attribution.partition(table[["x"]], np.arange(5))
-    assert attribution.groups_of({"V1": [], "LO": [], "no region": []}) == {
+        attribution.partition_voxels(table[["x"]], np.arange(5))
+    assert attribution.group_regions({"V1": [], "LO": [], "no region": []}) == {
         "early areas": ["V1"],
         "higher areas": ["LO"],
     }
@@ -267,14 +270,14 @@ def test_a_region_is_moved_as_one_and_draws_are_seeded():
 def test_shares_are_those_of_the_sum_and_of_nothing_there_are_none():
     rng = np.random.default_rng(0)
     values = np.stack([rng.normal(m, 0.1, 50) for m in (1.0, 2.0, 1.0)])
-    share = attribution.resampled_share(values, np.array([False, True, False]))
+    share = attribution.bootstrap_share(values, np.array([False, True, False]))
     assert (
         share[0] == pytest.approx(values[1].mean() / values.mean(1).sum())
         and share[1:].std() < 0.02
         and abs(share[1:].mean() - share[0]) < 0.01
     )
     assert np.isnan(
-        attribution.resampled_share(values - values.mean(), np.array([True, False, False]))
+        attribution.bootstrap_share(values - values.mean(), np.array([True, False, False]))
     ).all()
 
 
@@ -316,7 +319,7 @@ def test_the_sentences_say_what_the_table_says():
         and of["kind"] == pytest.approx(0.75, abs=0.04)
         and np.isnan(of["flat"])
     )
-    said = " ".join(attribution.in_words(table, shares))
+    said = " ".join(attribution.describe_importance(table, shares))
     assert (
         "pixcorr falls most without V1" in said
         and "kind falls most without LO" in said
@@ -331,7 +334,7 @@ def test_the_sentences_say_what_the_table_says():
         importance("high_level", {"kind": {"V1": 0.3, "LO": 0.1}}),
     ]
     said = " ".join(
-        attribution.in_words(
+        attribution.describe_importance(
             pd.concat([attribution.importance_table(f) for f in turned]),
             attribution.share_of_higher(turned, groups),
         )
@@ -344,11 +347,11 @@ def test_the_sentences_say_what_the_table_says():
         row["per_100_voxels"] == pytest.approx(row["value"] / 2)
         and row["low"] < row["value"] < row["high"]
     )
-    assert isinstance(figures.region_bars(table), Figure)
+    assert isinstance(figures.plot_region_bars(table), Figure)
     alone = attribution.share_of_higher(both[:1], groups)
     assert (
         set(alone["measure"]) == {"share of higher areas"}
-        and len(attribution.in_words(attribution.importance_table(both[0]), alone)) == 1
+        and len(attribution.describe_importance(attribution.importance_table(both[0]), alone)) == 1
     )
 
 
@@ -357,10 +360,12 @@ def test_a_probe_names_what_can_be_told_apart():
     centres, labels = rng.standard_normal((3, 20)), np.array(["a", "b", "c"])[np.arange(90) % 3]
     tokens = centres[np.arange(90) % 3] + 0.2 * rng.standard_normal((90, 20))
     probe = attribution.fit_probes(tokens[:60], {"letter": labels[:60]})["letter"]
-    right = attribution.naming(probe, labels[60:])(torch.from_numpy(tokens[60:]))
+    right = attribution.naming_score(probe, labels[60:])(torch.from_numpy(tokens[60:]))
     assert right.shape == (30,) and right.mean() > 0.9
     assert (
-        attribution.naming(probe, np.roll(labels[60:], 1))(torch.from_numpy(tokens[60:])).mean()
+        attribution.naming_score(probe, np.roll(labels[60:], 1))(
+            torch.from_numpy(tokens[60:])
+        ).mean()
         < 0.1
     )
     with pytest.raises(PerceptError, match="at least two labels"):
@@ -391,7 +396,7 @@ def world(tmp_path_factory):
         {"high_level": Clipper("mini"), "low_level": LatentAutoencoder("mini")},
     )
     normaliser.save(logs / "normaliser.safetensors")
-    x, ids = subject.averaged("train", normaliser=normaliser)
+    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
     test_ids = subject.image_ids("test")
     targets = {
         kind: {
@@ -453,11 +458,11 @@ def test_higher_areas_carry_the_meaning_and_early_areas_the_look(world):
             )
         },
         "high_level": {
-            c: attribution.naming(probe, labels["test"][c]) for c, probe in probes.items()
+            c: attribution.naming_score(probe, labels["test"][c]) for c, probe in probes.items()
         },
     }
-    regions = attribution.partition(world.subject.voxels, levels["low_level"].columns)
-    groups = attribution.groups_of(regions)
+    regions = attribution.partition_voxels(world.subject.voxels, levels["low_level"].columns)
+    groups = attribution.group_regions(regions)
     assert groups == {
         "early areas": ["V1", "V2", "V3", "hV4"],
         "higher areas": ["LO", "EBA", "FFA", "PPA", "OPA"],
@@ -491,7 +496,7 @@ def test_higher_areas_carry_the_meaning_and_early_areas_the_look(world):
     )
     assert len(table) == len(world.subject.voxels) and table["low_level_mean"].notna().all()
     assert isinstance(
-        figures.voxel_map(
+        figures.plot_voxel_map(
             table, {"low level": table["low_level_mean"], "high level": table["high_level_mean"]}
         ),
         Figure,
@@ -516,7 +521,7 @@ def test_a_level_has_the_voxels_that_its_decoder_was_trained_on(world, tmp_path)
         30,
     )
     np.testing.assert_allclose(some.voxels, plain.voxels[:, some.columns], rtol=1e-5)
-    regions = attribution.partition(world.subject.voxels, some.columns)
+    regions = attribution.partition_voxels(world.subject.voxels, some.columns)
     assert (
         set(regions) == {"V2", "FFA"}
         and world.subject.voxels["FFA"].to_numpy()[some.columns[regions["FFA"]]].all()
@@ -551,7 +556,7 @@ def test_a_level_has_the_voxels_that_its_decoder_was_trained_on(world, tmp_path)
         plain.truth,
         30,
     )
-    projected = world.subject.averaged("test", normaliser=normaliser)[0][:30]
+    projected = world.subject.get_mean_betas("test", normaliser=normaliser)[0][:30]
     np.testing.assert_allclose(few.voxels @ few.components.numpy(), projected, atol=1e-4)
     trained = level_in(world, "low_level", baseline="train").baseline
     assert 0 < np.abs(trained).max() < 1e-3  # z-scored training trials have the mean 0
@@ -564,7 +569,7 @@ def test_a_level_has_the_voxels_that_its_decoder_was_trained_on(world, tmp_path)
         baseline="train",
     )
     np.testing.assert_allclose(
-        released.baseline, world.subject.averaged("train")[0].mean(0), rtol=1e-4
+        released.baseline, world.subject.get_mean_betas("train")[0].mean(0), rtol=1e-4
     )  # of betas as they are
     Normaliser(np.zeros((1, 5), np.float32), np.ones((1, 5), np.float32), None).save(
         tmp_path / "normaliser.safetensors"
@@ -590,12 +595,12 @@ def test_a_glass_brain_is_drawn_by_the_affine_and_charts_need_places():
     voxels = pd.DataFrame(rng.integers(10, 60, (50, 3)), columns=["i", "j", "k"]).assign(V1=True)
     values = rng.standard_normal(50)
     values[:5] = np.nan
-    fig = figures.glass_brain(voxels, values, affine, "native space")
+    fig = figures.plot_glass_brain(voxels, values, affine, "native space")
     assert isinstance(fig, Figure) and any("native space" in text.get_text() for text in fig.texts)
     with pytest.raises(PerceptError, match="indices i, j, k"):
-        figures.glass_brain(voxels[["V1"]], values, affine)
+        figures.plot_glass_brain(voxels[["V1"]], values, affine)
     with pytest.raises(PerceptError, match="no x, y and z"):
-        figures.voxel_map(voxels, {"a": values})
+        figures.plot_voxel_map(voxels, {"a": values})
 
 
 def launch(world, *flags):

@@ -54,7 +54,7 @@ def texts(fig):
 
 def pool_table():
     clip = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    return retrieval.retrieval_by_pool_size(clip + 0.5 * torch.randn_like(clip), clip, (4, 8))
+    return retrieval.compute_retrieval_by_pool_size(clip + 0.5 * torch.randn_like(clip), clip, (4, 8))
 
 
 def voxel_table():
@@ -112,21 +112,23 @@ def effect_table():
 
 
 DRAWN = {
-    "compare_dots": lambda: figures.compare_dots(run_table(), baseline="a_run"),
-    "curves_over": lambda: figures.curves_over(
+    "compare_dots": lambda: figures.plot_comparison(run_table(), baseline="a_run"),
+    "curves_over": lambda: figures.plot_curves_over(
         bottleneck_table(), "n_components", "components of the voxels"
     ),
-    "held_out_effect": lambda: figures.held_out_effect(effect_table(), "a run against another"),
-    "contact_sheet": lambda: figures.contact_sheet(
+    "held_out_effect": lambda: figures.plot_held_out_effect(
+        effect_table(), "a run against another"
+    ),
+    "contact_sheet": lambda: figures.plot_contact_sheet(
         {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
     ),
-    "hits_and_misses": lambda: figures.hits_and_misses(
+    "hits_and_misses": lambda: figures.plot_hits_and_misses(
         pictures(), pictures(), np.tile(np.arange(4), (6, 1)), np.arange(6), np.arange(1, 7), k=4
     ),
-    "training_curves": lambda: figures.training_curves(history()),
-    "score_dots": lambda: figures.score_dots([record(), record("mse", "lower")], "a run"),
-    "retrieval_curve": lambda: figures.retrieval_curve(pool_table()),
-    "roi_figure": lambda: figures.roi_figure(voxel_table()),
+    "training_curves": lambda: figures.plot_training_curves(history()),
+    "score_dots": lambda: figures.plot_score_dots([record(), record("mse", "lower")], "a run"),
+    "retrieval_curve": lambda: figures.plot_retrieval_curve(pool_table()),
+    "roi_figure": lambda: figures.plot_roi_reliability(voxel_table()),
 }
 
 
@@ -134,7 +136,7 @@ DRAWN = {
 def test_figure_is_closed_and_saved_whole(name, tmp_path):
     before = dict(plt.rcParams)
     fig = DRAWN[name]()
-    figures.save(fig, tmp_path / f"{name}.png")
+    figures.save_figure(fig, tmp_path / f"{name}.png")
     with Image.open(tmp_path / f"{name}.png") as image:
         assert min(image.size) > 60 and np.asarray(image.convert("L")).std() > 1
     assert [p.name for p in tmp_path.iterdir()] == [f"{name}.png"]
@@ -143,7 +145,7 @@ def test_figure_is_closed_and_saved_whole(name, tmp_path):
 
 def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
     images = pictures(side=112)
-    fig = figures.contact_sheet(
+    fig = figures.plot_contact_sheet(
         {"seen": images, "low level": pictures(side=8)},
         n=3,
         blocks=1,
@@ -159,7 +161,7 @@ def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
     ]
     assert len(found) == 1
     assert {"seen", "low level", "a", "c"} <= set(texts(fig)) and "d" not in texts(fig)
-    figures.save(fig, tmp_path / "sheet.png")
+    figures.save_figure(fig, tmp_path / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     y, x = found[0]
     assert (saved[y : y + 112, x : x + 112] == first).all()
@@ -173,7 +175,7 @@ def test_enlargement_by_nearest_keeps_whole_pixels():
 
 def test_hits_and_misses_are_the_first_of_each_in_order_with_the_right_image_framed():
     found = np.array([[2, 0, 1], [1, 0, 2], [0, 2, 1], [3, 1, 2], [4, 1, 2]])
-    fig = figures.hits_and_misses(
+    fig = figures.plot_hits_and_misses(
         pictures(5), pictures(5), found, np.arange(5), np.array([2, 1, 2, 1, 1]), n=2, k=2
     )
     shown = texts(fig)
@@ -190,21 +192,23 @@ def test_hits_and_misses_say_when_there_are_none_and_refuse_what_does_not_pair()
     found, right = np.tile(np.arange(3), (3, 1)), np.arange(3)
     assert any(
         t.endswith("there are none")
-        for t in texts(figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3)))
+        for t in texts(
+            figures.plot_hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3))
+        )
     )
     with pytest.raises(PerceptError, match="must pair up"):
-        figures.hits_and_misses(pictures(3), pictures(3), found, right, np.ones(2))
+        figures.plot_hits_and_misses(pictures(3), pictures(3), found, right, np.ones(2))
 
 
 def test_training_curves_mark_the_best_validation_epoch_and_skip_gaps():
-    fig = figures.training_curves(history())
+    fig = figures.plot_training_curves(history())
     assert "best, epoch 2" in texts(fig)
     validation = next(line for line in fig.axes[0].get_lines() if line.get_label() == "val")
     assert validation.get_xdata().tolist() == [0, 2, 4]
 
 
 def test_scores_point_right_when_they_are_better():
-    fig = figures.score_dots(
+    fig = figures.plot_score_dots(
         [
             record(),
             record("mse", "lower"),
@@ -219,13 +223,15 @@ def test_scores_point_right_when_they_are_better():
 
 
 def test_long_names_of_scores_stay_inside_the_figure():
-    fig = figures.score_dots([record("hard_brain_from_image_top1 (ridge)"), record("mse", "lower")])
+    fig = figures.plot_score_dots(
+        [record("hard_brain_from_image_top1 (ridge)"), record("mse", "lower")]
+    )
     FigureCanvasAgg(fig).draw()
     assert all(text.get_window_extent().x0 >= 0 for ax in fig.axes for text in ax.texts)
 
 
 def test_comparison_names_every_run_and_points_right_when_it_is_better():
-    fig = figures.compare_dots(run_table(), baseline="a_run")
+    fig = figures.plot_comparison(run_table(), baseline="a_run")
     shown = texts(fig)
     assert {
         *RUNS,
@@ -246,7 +252,7 @@ def test_comparison_names_every_run_and_points_right_when_it_is_better():
 
 
 def test_bottleneck_curve_ends_with_all_voxels():
-    fig = figures.curves_over(bottleneck_table(), "n_components", "components of the voxels")
+    fig = figures.plot_curves_over(bottleneck_table(), "n_components", "components of the voxels")
     assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["3", "30", "all"]
     assert {
         "mindeye/mini, network, 95 % interval",
@@ -258,7 +264,7 @@ def test_bottleneck_curve_ends_with_all_voxels():
 
 
 def test_held_out_effect_writes_what_is_lost_beyond_the_others():
-    shown = texts(figures.held_out_effect(effect_table(), "a run against another"))
+    shown = texts(figures.plot_held_out_effect(effect_table(), "a run against another"))
     assert shown.count("-0.200  [-0.250, -0.150]") == 2
     assert {
         "a run against another",
@@ -270,7 +276,9 @@ def test_held_out_effect_writes_what_is_lost_beyond_the_others():
 
 def test_umap_shows_brains_filled_and_images_open():
     clip = torch.randn(15, 4, 3, generator=torch.Generator().manual_seed(0))
-    fig = figures.umap_scatter(clip + 0.1, clip, ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2, most=2)
+    fig = figures.plot_umap(
+        clip + 0.1, clip, ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2, max_categories=2
+    )
     filled = [len(c.get_offsets()) for c in fig.axes[0].collections if len(c.get_facecolor())]
     hollow = [len(c.get_offsets()) for c in fig.axes[0].collections if not len(c.get_facecolor())]
     assert filled == hollow == [8, 5, 2]
@@ -279,7 +287,7 @@ def test_umap_shows_brains_filled_and_images_open():
 
 def test_roi_figure_counts_voxels():
     voxels = voxel_table()
-    shown = texts(figures.roi_figure(voxels))
+    shown = texts(figures.plot_roi_reliability(voxels))
     assert {"all voxels", "50", "V1", str(voxels["V1"].sum()), "empty", "0", "-"} <= set(shown)
 
 
@@ -287,26 +295,26 @@ def test_roi_figure_counts_voxels():
     ("draw", "words"),
     [
         (
-            lambda: figures.contact_sheet({"seen": pictures(3), "reconstructed": pictures(2)}),
+            lambda: figures.plot_contact_sheet({"seen": pictures(3), "reconstructed": pictures(2)}),
             "differ in length",
         ),
         (
-            lambda: figures.contact_sheet({"seen": pictures(3)}, enlarge="sharp"),
+            lambda: figures.plot_contact_sheet({"seen": pictures(3)}, enlarge="sharp"),
             "choose one of nearest, bicubic",
         ),
-        (lambda: figures.contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
-        (lambda: figures.training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
-        (lambda: figures.score_dots([]), "no scores"),
-        (lambda: figures.compare_dots(run_table(), row="typo"), "no scores of 'typo'"),
+        (lambda: figures.plot_contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
+        (lambda: figures.plot_training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
+        (lambda: figures.plot_score_dots([]), "no scores"),
+        (lambda: figures.plot_comparison(run_table(), condition="typo"), "no scores of 'typo'"),
         (
-            lambda: figures.curves_over(
+            lambda: figures.plot_curves_over(
                 bottleneck_table().query("row == 'typo'"), "n_components", "components"
             ),
             "no scores by number of components",
         ),
-        (lambda: figures.held_out_effect(effect_table()[:0]), "no changes"),
-        (lambda: figures.umap_scatter(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
-        (lambda: figures.roi_figure(pd.DataFrame({"V1": [True]})), "noise_ceiling"),
+        (lambda: figures.plot_held_out_effect(effect_table()[:0]), "no changes"),
+        (lambda: figures.plot_umap(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
+        (lambda: figures.plot_roi_reliability(pd.DataFrame({"V1": [True]})), "noise_ceiling"),
     ],
 )
 def test_bad_input_is_refused(draw, words):

@@ -20,7 +20,7 @@ from transformers import GitConfig, GitForCausalLM, GitProcessor
 from src import figures, pretrained
 from src.data.images import write_images
 from src.data.subject import open_subject
-from src.data.targets import _ids_file, cached_targets
+from src.data.targets import _ids_file, cache_targets
 from src.networks.linear import CaptionConverter, RidgeBaseline
 from src.networks.released import load_published
 from src.pretrained.captioners import BrainCaptioner
@@ -47,8 +47,8 @@ def shown():
 def library():
     """The library's own model and processor, its image encoder in its place."""
     return GitForCausalLM.from_pretrained(
-        pretrained.MINI / "git"
-    ).float().eval(), GitProcessor.from_pretrained(pretrained.MINI / "git")
+        pretrained.MINI_MODELS / "git"
+    ).float().eval(), GitProcessor.from_pretrained(pretrained.MINI_MODELS / "git")
 
 
 # ------------------------------------------------------------------------- the same as the library
@@ -162,7 +162,7 @@ def test_vague_tokens_still_give_sentences(captioner, shown):
 # ------------------------------------------------------------------------------- as a frozen model
 def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
     write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
-    targets = cached_targets(
+    targets = cache_targets(
         tmp_path,
         "git_tokens",
         captioner.fingerprint(),
@@ -180,7 +180,7 @@ def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
 def test_the_recorded_features_are_checked(captioner, monkeypatch):
     print_of = captioner.fingerprint()
     assert print_of["model"] == "mini:git" and json.loads(
-        (pretrained.MINI / "git" / "golden_features.json").read_text()
+        (pretrained.MINI_MODELS / "git" / "golden_features.json").read_text()
     )
     assert print_of == BrainCaptioner("mini").fingerprint()
     monkeypatch.setattr(captioner, "preprocess", lambda images: torch.zeros(1, 3, 32, 32))
@@ -213,7 +213,7 @@ def test_tokens_that_cannot_be_read_are_refused(captioner):
 
 
 def test_the_committed_config_names_no_folder_of_another_machine():
-    for file in (pretrained.MINI / "git").glob("*.json"):
+    for file in (pretrained.MINI_MODELS / "git").glob("*.json"):
         assert "_name_or_path" not in file.read_text() and "/" not in json.loads(
             file.read_text()
         ).get("_name_or_path", ""), file
@@ -313,11 +313,11 @@ def test_the_stage_trains_and_is_exported_as_the_library_reads_it(tmp_path, monk
 # --------------------------------------------------------------------------------------- the sheet
 def test_sentences_stand_beneath_their_pictures():
     pictures = torch.rand(5, 3, 16, 16)
-    plain = figures.contact_sheet({"seen": pictures, "made": pictures}, n=4)
-    written = figures.contact_sheet(
+    plain = figures.plot_contact_sheet({"seen": pictures, "made": pictures}, n=4)
+    written = figures.plot_contact_sheet(
         {"seen": pictures, "made": pictures},
         n=4,
-        sentences={"brain": ["a red ball"] * 5, "image": ["a very long sentence " * 4] * 5},
+        captions={"brain": ["a red ball"] * 5, "image": ["a very long sentence " * 4] * 5},
     )
     texts = [text.get_text() for text in written.axes[0].texts]
     assert sum(text.startswith("brain: a red ball\nimage: a very long") for text in texts) == 4

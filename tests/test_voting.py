@@ -18,8 +18,16 @@ from src.data.layout import write_subject
 from src.data.normaliser import Normaliser
 from src.data.subject import open_subject
 from src.decoding import voting
-from src.decoding.generate import guided_images
-from src.decoding.voting import VOTES, Ballot, Voter, find_voters, oracle, vote, voters_of
+from src.decoding.generate import repaint_images
+from src.decoding.voting import (
+    VOTES,
+    SelectionInputs,
+    Voter,
+    find_voters,
+    oracle,
+    parse_voters,
+    vote,
+)
 from src.evaluation import votes
 from src.networks.released import build_decoder
 from src.training.optim import SCHEDULERS
@@ -80,7 +88,7 @@ def test_the_published_share_of_steps_is_run():
 
     pipeline, pictures = Pipeline(), torch.rand(3, 3, 4, 4)
     assert int(50 * 0.75) == 37
-    made = guided_images(
+    made = repaint_images(
         pipeline,
         ["a", "b", "c"],
         pictures,
@@ -95,7 +103,7 @@ def test_the_published_share_of_steps_is_run():
         and torch.equal(made, torch.ones(3, 3, 4, 4))
     )
     torch.testing.assert_close(
-        guided_images(
+        repaint_images(
             pipeline, ["a"] * 3, pictures, np.arange(3), strength=0.0, num_inference_steps=50
         ),
         pictures,
@@ -104,14 +112,14 @@ def test_the_published_share_of_steps_is_run():
 
 # ------------------------------------------------------------------------------------------ voters
 def test_voters_are_read_from_parameters():
-    published = voters_of("92,94,97,100", "set3;set1;set3;set3", "3,2423,849,1921", "16,16,32,4")
+    published = parse_voters("92,94,97,100", "set3;set1;set3;set3", "3,2423,849,1921", "16,16,32,4")
     assert published[1] == Voter("94", "set1", 2423, 16) and [v.batch_size for v in published] == [
         16,
         16,
         32,
         4,
     ]
-    assert voters_of("a, b", "V1,V2", "", "8", seed=5) == [
+    assert parse_voters("a, b", "V1,V2", "", "8", seed=5) == [
         Voter("a", "V1,V2", 5, 8),
         Voter("b", "V1,V2", 6, 8),
     ]
@@ -124,7 +132,7 @@ def test_voters_are_read_from_parameters():
         ("a,b", "-", "", "8,-1", "batch_sizes is"),
     ):
         with pytest.raises(PerceptError, match=said):
-            voters_of(names, rois, seeds, sizes)
+            parse_voters(names, rois, seeds, sizes)
 
 
 @pytest.fixture
@@ -161,13 +169,13 @@ def trained(tmp_path):
     )
     subject, logs = open_subject(tmp_path / "toy", 1), tmp_path / "train_logs" / "run"
     for place, (name, rois) in enumerate({"late": "FFA", "early": "V1,V2"}.items()):
-        mine = subject.bagged(0.7, seed=place)
+        mine = subject.bootstrap_split(0.7, seed=place)
         normaliser = Normaliser.fit(mine, rois=rois)
         (logs / name / "low_level").mkdir(parents=True)
         normaliser.save(logs / name / "normaliser.safetensors")
         config = {
             "name": "RidgeBaseline",
-            "kwargs": {"in_dim": normaliser.width, "target_shape": [4, 2, 2]},
+            "kwargs": {"in_dim": normaliser.n_features, "target_shape": [4, 2, 2]},
         }
         save_checkpoint(
             logs / name / "low_level" / "best.safetensors",
@@ -234,7 +242,7 @@ def test_a_wrongly_indexed_set_of_regions_is_refused(trained):
 def ballots(images=6, voters=4, dim=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return Ballot(
+    return SelectionInputs(
         draw(images, voters, dim),
         draw(images, voters, dim),
         draw(images, voters, 7),
@@ -266,14 +274,14 @@ def test_rules_against_the_formula(rule):
 @pytest.mark.parametrize("rule", VOTES)
 def test_rules_follow_the_voters_and_ignore_broken_pictures(rule):
     ballot, order = ballots(), torch.tensor([2, 0, 3, 1])
-    turned = Ballot(
+    turned = SelectionInputs(
         ballot.candidates[:, order],
         ballot.low_level[:, order],
         ballot.tokens[:, order],
         ballot.brain,
     )
     assert torch.equal(order[vote(rule, turned)], vote(rule, ballot))
-    broken = Ballot(
+    broken = SelectionInputs(
         *(x.clone() for x in (ballot.candidates, ballot.low_level, ballot.tokens, ballot.brain))
     )
     chosen = vote(rule, ballot)
@@ -284,7 +292,7 @@ def test_rules_follow_the_voters_and_ignore_broken_pictures(rule):
 
 def test_the_published_rule_favours_the_unchanged_and_the_oracle_does_not():
     ballot = ballots()
-    lazy = Ballot(
+    lazy = SelectionInputs(
         torch.cat([ballot.candidates[:, :3], ballot.low_level[:, 3:]], 1),
         ballot.low_level,
         ballot.tokens,
@@ -304,7 +312,7 @@ def test_rules_that_cannot_be():
         vote("best", ballots())
     without = ballots()
     with pytest.raises(PerceptError, match="needs tokens predicted from the brain"):
-        vote("agreement", Ballot(without.candidates, without.low_level))
+        vote("agreement", SelectionInputs(without.candidates, without.low_level))
 
 
 # -------------------------------------------------------------------------------- what it is worth
@@ -318,7 +326,7 @@ def test_worth_is_told_by_paired_differences():
         ("latent_mean", "up"): hard - 1,
     }
     each |= {(row, "down"): -values for (row, _), values in list(each.items())}
-    up, down = votes.worth(each, {"up": "higher", "down": "lower"}, voters, "voter_a")
+    up, down = votes.ensemble_gain(each, {"up": "higher", "down": "lower"}, voters, "voter_a")
     assert up["gain"].low > 0 and up["share"] == pytest.approx(1.0) and up["mean_gain"].high < -0.9
     assert up["gain"].value == pytest.approx(
         (each["system", "up"] - (each["voter_a", "up"] + each["voter_b", "up"]) / 2).mean()
@@ -326,13 +334,13 @@ def test_worth_is_told_by_paired_differences():
     for key in ("gain", "over_best", "mean_gain"):
         assert down[key] == up[key]  # better is positive, whichever way the metric goes
     assert down["vote"].value == pytest.approx(-up["vote"].value) and up["oracle"] == up["vote"]
-    text = votes.verdict([up, down])
+    text = votes.describe_ensemble_gain([up, down])
     assert (
         "better than its average voter in 2 of 2 scores and worse in 0" in text
         and "better than the vote in 0 of 2 scores and worse in 2" in text
         and "100%" in text
     )
-    rows = votes.told([up, down])
+    rows = votes.gain_table([up, down])
     assert (
         rows[0]["metric"] == "up"
         and rows[0]["latent mean - vote"].startswith("-1.0")
@@ -343,16 +351,16 @@ def test_worth_is_told_by_paired_differences():
 def test_worth_without_difference_claims_nothing():
     values = np.random.default_rng(1).standard_normal(50)
     each = {(row, "m"): values for row in ("system", "voter_a", "voter_b")}
-    row = votes.worth(each, {"m": "higher"}, ["voter_a", "voter_b"])[0]
+    row = votes.ensemble_gain(each, {"m": "higher"}, ["voter_a", "voter_b"])[0]
     assert row["gain"].value == 0 and row["share"] is None and "mean_gain" not in row
-    assert votes.verdict([row]).endswith(
+    assert votes.describe_ensemble_gain([row]).endswith(
         "better than its average voter in 0 of 1 scores and worse in 0."
     )
 
 
 def test_the_sheet_is_as_published():
     picture = torch.rand(3, 512, 512)
-    sheet = figures.vote_sheet(
+    sheet = figures.draw_vote_sheet(
         picture, picture * 0, torch.stack([picture, picture, picture * 0, picture])
     )
     assert sheet.shape == (552, 3272, 3) and sheet.dtype == np.uint8
@@ -371,7 +379,7 @@ def test_the_matrix_of_regions_shows_shares(tmp_path):
     table = pd.DataFrame(
         {name: np.isin(np.arange(V), list(columns)) for name, columns in FLAGS.items()}
     )
-    figure = figures.roi_sets(table, {"all": None, "half of V1": np.array([0, 1])})
+    figure = figures.plot_roi_sets(table, {"all": None, "half of V1": np.array([0, 1])})
     told = [text.get_text() for text in figure.axes[0].texts]
     assert told == ["100%"] * 4 + ["17%", "50%", "0%", "0%"]
 

@@ -1,13 +1,13 @@
 """Figures of a run: plain matplotlib, one style, returned closed so that a notebook shows each
 once.
 
-- Every function returns a `Figure`; `save(fig, path)` writes the PNG and hands the figure back, so
+- Every function returns a `Figure`; `save_figure(fig, path)` writes the PNG and hands the figure back, so
   a cell can end with it.
 - Nothing is told by colour alone: series also differ in marker, line or place, and carry their
   name.
 - Pictures are the first of the test set, never a selection, enlarged by a whole factor to a size at
   which they can be read.
-- In `score_dots` right is always better, also for distances, so that a row is read the same way
+- In `plot_score_dots` right is always better, also for distances, so that a row is read the same way
   everywhere.
 """
 
@@ -60,12 +60,9 @@ CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
 }
 
 
-def style() -> Any:
-    """The matplotlib settings of every figure here.
-
-    In a notebook `plt.rcParams.update(style())` gives your own plots the same look.
-    """
-    return {
+def apply_style() -> Any:
+    """A context in which matplotlib draws in the common style: `with apply_style(): ...`."""
+    settings: dict[str, Any] = {
         "figure.dpi": DPI,
         "savefig.dpi": DPI,
         "figure.facecolor": "white",
@@ -93,6 +90,7 @@ def style() -> Any:
         "legend.frameon": False,
         "lines.linewidth": 1.8,
     }
+    return plt.rc_context(settings)
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -102,7 +100,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def styled(*args: Any, **kwargs: Any) -> Figure:
         already = set(plt.get_fignums())
         try:
-            with plt.rc_context(style()):
+            with apply_style():
                 fig = draw(*args, **kwargs)
                 fig.canvas.draw()  # texts take their style now
         finally:
@@ -113,7 +111,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-def save(fig: Figure, path: str | Path) -> None:
+def save_figure(fig: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically; in a notebook also show it, wherever in a cell this is
     called.
     """

@@ -14,12 +14,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from nibabel import Nifti1Image
 
-from src.figures.base import COLOURS, FAINT, INK, SOFT, _side, _styled, _tiles, style
+from src.figures.base import COLOURS, FAINT, INK, SOFT, _side, _styled, _tiles, apply_style
 from src.utils import PerceptError
 
 
 @_styled
-def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200) -> Figure:
+def plot_trials(images: Any, responses: Sequence[np.ndarray], max_voxels: int = 200) -> Figure:
     """A few images and what the voxels did at each presentation: rows that look alike are a
     reliable measurement.
 
@@ -27,7 +27,7 @@ def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200)
         images: (n, 3, height, width) in [0, 1].
         responses: for each image the z-scores of its presentations (repeats, voxels), voxels in the
             order in which they are to be drawn.
-        most: voxels drawn, the first ones.
+        max_voxels: voxels drawn, the first ones.
     """
     n = len(responses)
     fig, axes = plt.subplots(
@@ -39,13 +39,18 @@ def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200)
         left.imshow(tile)
         left.axis("off")
         shown = right.imshow(
-            x[:, :most], aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest"
+            x[:, :max_voxels],
+            aspect="auto",
+            cmap="RdBu_r",
+            vmin=-3,
+            vmax=3,
+            interpolation="nearest",
         )
         pairs = np.corrcoef(x)[np.triu_indices(len(x), 1)] if len(x) > 1 else np.array([])
         right.set(xticks=[], yticks=range(len(x)), yticklabels=[f"{i + 1}" for i in range(len(x))])
         right.set_ylabel(f"r = {pairs.mean():.2f}" if len(pairs) else "once", fontsize=8)
     axes[0, 1].set_title(
-        f"the {min(most, responses[0].shape[1])} most reliable voxels, a row a presentation; r:"
+        f"the {min(max_voxels, responses[0].shape[1])} most reliable voxels, a row a presentation; r:"
         " mean correlation of the rows",
         fontsize=9,
     )
@@ -54,7 +59,7 @@ def trials_figure(images: Any, responses: Sequence[np.ndarray], most: int = 200)
 
 
 @_styled
-def roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
+def plot_roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
     """Which share of each region's voxels each model is given: a column chosen by mistake shows at
     once.
 
@@ -107,7 +112,7 @@ def roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
 
 
 @_styled
-def roi_figure(
+def plot_roi_reliability(
     voxels: pd.DataFrame, ceiling: str = "noise_ceiling", rois: Sequence[str] | None = None
 ) -> Figure:
     """Size and reliability of each region.
@@ -167,7 +172,7 @@ AXES = {"x": "left - right (mm)", "y": "back - front (mm)", "z": "down - up (mm)
 
 
 @_styled
-def voxel_map(
+def plot_voxel_map(
     voxels: pd.DataFrame, values: dict[str, Any], rois: Sequence[str] | None = None
 ) -> Figure:
     """Voxels at their places, seen from three sides, each a dot in the colour of its value; red
@@ -269,7 +274,7 @@ def _name_regions(ax: Any, voxels: pd.DataFrame, rois: Sequence[str], across: st
 
 
 @_styled
-def region_bars(
+def plot_region_bars(
     table: pd.DataFrame, apart: Sequence[str] = ("early areas", "higher areas")
 ) -> Figure:
     """What each region is worth: its share of the attribution of both levels, and by how much each
@@ -357,7 +362,7 @@ def _bars(
     ax.hlines(y, low, high, color=INK, lw=1.3)
 
 
-def glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "") -> Figure:
+def plot_glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "") -> Figure:
     """Values of voxels in a glass brain: the largest along each line of sight, in an outline of the
     MNI template.
 
@@ -378,13 +383,13 @@ def glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "")
             "These voxels have no indices i, j, k into a volume, so that no brain can be drawn:"
             " look at the flat chart."
         )
-    from nilearn.plotting import plot_glass_brain  # takes seconds to import: only where it is used
+    from nilearn import plotting  # takes seconds to import: only where it is used
 
     at = voxels[["i", "j", "k"]].to_numpy(int)
     volume = np.zeros(at.max(0) + 2, np.float32)
     volume[tuple(at.T)] = np.nan_to_num(np.asarray(values, np.float32))
     limit = max(float(np.nanquantile(np.abs(np.asarray(values, float)), 0.99)), 1e-12)
-    with plt.rc_context(style()):
+    with apply_style():
         fig = plt.figure(figsize=(10, 4.2))
         image = Nifti1Image(volume, np.asarray(affine, float))
         look: dict[str, Any] = {
@@ -395,7 +400,7 @@ def glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "")
             "plot_abs": False,
             "colorbar": True,
         }
-        plot_glass_brain(
+        plotting.plot_glass_brain(
             image, figure=fig, axes=(0.0, 0.0, 0.97, 0.88), display_mode="lyrz", **look
         )
         fig.text(0.012, 0.985, title, va="top", fontweight="bold", fontsize=11)

@@ -15,13 +15,13 @@ from src.utils import PerceptError
 
 
 @_styled
-def contact_sheet(
+def plot_contact_sheet(
     columns: dict[str, Any],
     n: int = 12,
     blocks: int = 2,
     labels: Sequence[Any] | None = None,
     enlarge: str = "bicubic",
-    sentences: dict[str, Sequence[str]] | None = None,
+    captions: dict[str, Sequence[str]] | None = None,
 ) -> Figure:
     """The first n test images beside what was made of them.
 
@@ -36,7 +36,7 @@ def contact_sheet(
         labels: (m,) short names of the rows, e.g. image ids; their places in the test set by
             default.
         enlarge: "bicubic" or "nearest", for small pictures.
-        sentences: (m,) sentences written beneath each row of pictures, by who says them.
+        captions: (m,) sentences written beneath each row of pictures, by who says them.
     """
     lengths = {title: len(images) for title, images in columns.items()}
     if len(set(lengths.values())) != 1:
@@ -51,7 +51,7 @@ def contact_sheet(
     gap, head, between = 6, 40, 26
     margin = 14 + 7 * max(len(str(label)) for label in labels[:n])  # room for the longest label
     width = margin + len(columns) * (side + gap)  # of a block
-    beneath = _beneath(sentences or {}, n, (width - margin) // 7)
+    beneath = _beneath(captions or {}, n, (width - margin) // 7)
     height = (
         side + gap + LINE * max((text.count("\n") + 1 for text in beneath if text), default=0)
     )  # of a row
@@ -100,7 +100,7 @@ def _beneath(sentences: dict[str, Sequence[str]], n: int, width: int) -> list[st
 
 
 @_styled
-def image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> Figure:
+def plot_image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> Figure:
     """One row of pictures a kind, the first n of each: for a quick look.
 
     Args:
@@ -123,7 +123,7 @@ def image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> F
 
 
 @_styled
-def hits_and_misses(
+def plot_hits_and_misses(
     queries: Any,
     gallery: Any,
     found: Any,
@@ -242,7 +242,7 @@ def _candidates(
             canvas.text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
 
 
-def vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) -> np.ndarray:
+def draw_vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) -> np.ndarray:
     """One image as a strip: what was seen, what was chosen, a gap, and the candidates.
 
     Args:

@@ -34,7 +34,7 @@ from src.utils import PerceptError
 
 
 @_styled
-def score_dots(records: Sequence[dict[str, Any]], title: str = "") -> Figure:
+def plot_score_dots(records: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Scores with their intervals between their floors and their ceiling, one strip a metric.
 
     Right is better everywhere.
@@ -132,7 +132,7 @@ def _strip(ax: Any, record: dict[str, Any]) -> None:
 
 
 @_styled
-def score_by_distance(
+def plot_score_by_distance(
     distance: Any,
     scores: dict[str, Any],
     xlabel: str = "distance to the nearest training image",
@@ -172,7 +172,7 @@ def score_by_distance(
 
 
 @_styled
-def abstain_curve(
+def plot_abstention_curve(
     spread: Any, scores: dict[str, Any], better: dict[str, str] | None = None
 ) -> Figure:
     """Mean score of the images that are kept when those whose samples differ most are left out.
@@ -181,7 +181,7 @@ def abstain_curve(
     samples knows what the decoder does not.
 
     Args:
-        spread: (n,) how far apart the samples of an image are (`reconstruct.sample_spread`);
+        spread: (n,) how far apart the samples of an image are (`reconstruct.compute_sample_spread`);
             nothing that was shown enters.
         scores: (n,) by name, at most four are drawn.
         better: "higher" or "lower" by name.
@@ -207,11 +207,11 @@ def abstain_curve(
 
 
 @_styled
-def retrieval_curve(table: pd.DataFrame) -> Figure:
+def plot_retrieval_curve(table: pd.DataFrame) -> Figure:
     """Top-1 by pool size, both directions, with chance.
 
     Args:
-        table: that of `retrieval.retrieval_by_pool_size`.
+        table: that of `retrieval.compute_retrieval_by_pool_size`.
     """
     fig, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for i, (direction, part) in enumerate(table.groupby("direction", sort=False)):
@@ -247,7 +247,7 @@ def retrieval_curve(table: pd.DataFrame) -> Figure:
 
 
 @_styled
-def compare_dots(table: pd.DataFrame, row: str = "system", baseline: str = "") -> Figure:
+def plot_comparison(table: pd.DataFrame, condition: str = "system", baseline: str = "") -> Figure:
     """Runs on the same test images: a panel a metric, a line a run, its score as a dot with its
     interval; right is better everywhere.
 
@@ -257,13 +257,13 @@ def compare_dots(table: pd.DataFrame, row: str = "system", baseline: str = "") -
     Args:
         table: [run, row, metric, value, low, high, better]; rows named in `CONTROL_MARKS` (and
             "chance") are floors and ceiling.
-        row: the row that is drawn as the score of its run.
+        condition: the row that is drawn as the score of its run.
         baseline: run whose interval is drawn as a band over all lines, "" for none.
     """
-    known = {*CONTROL_MARKS, "chance"} - {row}
-    scores, controls = table[table["row"] == row], table[table["row"].isin(known)]
+    known = {*CONTROL_MARKS, "chance"} - {condition}
+    scores, controls = table[table["row"] == condition], table[table["row"].isin(known)]
     if scores.empty:
-        raise PerceptError(f"There are no scores of {row!r} to draw.")
+        raise PerceptError(f"There are no scores of {condition!r} to draw.")
     runs, metrics = list(dict.fromkeys(scores["run"])), list(dict.fromkeys(scores["metric"]))
     margin, head, line = 0.3 + 0.072 * max(map(len, runs)), 0.85, 0.21
     columns = -(-len(metrics) // -(-len(metrics) // 4))
@@ -304,7 +304,7 @@ def compare_dots(table: pd.DataFrame, row: str = "system", baseline: str = "") -
 def _lines_of_runs(
     ax: Any, runs: Sequence[str], mine: pd.DataFrame, beneath: pd.DataFrame, baseline: str
 ) -> None:
-    """One panel of `compare_dots`."""
+    """One panel of `plot_comparison`."""
     lower = mine["better"].iloc[0] == "lower"
     ends = [mine["low"].min(), mine["high"].max()]
     for name, part in beneath.groupby("row", sort=False):
@@ -360,7 +360,7 @@ def _lines_of_runs(
 
 
 @_styled
-def curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
+def plot_curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
     """Scores by how much a training was given, all of it at the right end, between floors and
     ceiling: by the number of voxel components (Mayo et al., arXiv 2411.02783), or of training
     sessions.
@@ -479,7 +479,7 @@ def curves_over(table: pd.DataFrame, by: str, words: str) -> Figure:
 
 
 @_styled
-def held_out_effect(table: pd.DataFrame, title: str = "") -> Figure:
+def plot_held_out_effect(table: pd.DataFrame, title: str = "") -> Figure:
     """What training without some clusters changes: on test images of these clusters (filled) and of
     the others (hollow), a strip a metric.
 
@@ -598,8 +598,8 @@ def _umap_points(brain: Any, clip: Any, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 @_styled
-def umap_scatter(
-    brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0, most: int = 8
+def plot_umap(
+    brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0, max_categories: int = 8
 ) -> Figure:
     """Brain and image embeddings in one UMAP plane (McInnes et al. 2018), by category.
 
@@ -610,7 +610,7 @@ def umap_scatter(
         clip: embeddings of the same images, same shape.
         categories: label of every image (n,).
         seed: of UMAP.
-        most: categories drawn in their own mark, the most frequent ones; the others are grey dots.
+        max_categories: categories drawn in their own mark, the most frequent ones; the others are grey dots.
     """
     if not len(brain) == len(clip) == len(categories):
         raise PerceptError(
@@ -619,7 +619,7 @@ def umap_scatter(
         )
     brains, images = _umap_points(brain, clip, seed)
     labels = pd.Series(list(categories)).astype(str)
-    names = labels.value_counts().index[:most]
+    names = labels.value_counts().index[:max_categories]
     fig, ax = plt.subplots(figsize=(7.2, 5.2))
     fig.subplots_adjust(left=0.02, right=0.77, bottom=0.02, top=0.93)
     for i, name in enumerate([*names, "other"]):

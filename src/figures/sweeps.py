@@ -22,7 +22,7 @@ def _levels(names: Sequence[str]) -> dict[str, str]:
 
 
 @_styled
-def sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
+def plot_sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
     """Training and validation loss by epoch of all runs of a sweep, a row a kind of model: thin
     lines a run, thick ones the mean of a level.
 
@@ -86,7 +86,7 @@ def sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
 
 
 @_styled
-def sweep_look(
+def plot_sweep_levels(
     panels: Sequence[dict[str, Any]],
     factor: str,
     second: str = "",
@@ -179,7 +179,7 @@ def sweep_look(
 
 
 def _behind(ax: Any, gaps: Sequence[Any], levels: Sequence[str], panel: dict[str, Any]) -> None:
-    """The panel of `sweep_look` that decides: paired differences to the best level, and the spread
+    """The panel of `plot_sweep_levels` that decides: paired differences to the best level, and the spread
     of the seeds as a band around none.
     """
     colours = _levels(levels)
@@ -230,7 +230,7 @@ def _look(
     levels: Sequence[str],
     kinds: Sequence[str],
 ) -> None:
-    """One panel of `sweep_look`."""
+    """One panel of `plot_sweep_levels`."""
     colours, table = _levels(levels), panel["levels"].set_index(factor)
     for level, part in panel["runs"].groupby(factor, sort=False):
         x = levels.index(str(level))
@@ -310,7 +310,7 @@ def _look(
 
 
 @_styled
-def region_curves(table: pd.DataFrame) -> Figure:
+def plot_region_curves(table: pd.DataFrame) -> Figure:
     """Scores from each region alone and from all voxels but it, between those of all voxels and the
     shuffled floor; a panel a score, up is better.
 

@@ -16,7 +16,7 @@ from src.utils import PerceptError
 
 
 @_styled
-def training_curves(
+def plot_training_curves(
     history: pd.DataFrame, quantities: Sequence[str] | None = None, x: str = "epoch"
 ) -> Figure:
     """Training (line) and validation (dashed, with dots) by epoch, one panel a quantity.
