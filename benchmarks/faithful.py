@@ -15,7 +15,7 @@ import sys
 import numpy as np
 from mindeye_modes import stage
 
-from src.data import Normaliser, cached_targets, open_subject
+from src.data import Normaliser, cache_targets, open_subject
 from src.decoding import load_decoder, predict_tokens
 from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.pretrained import Clipper
@@ -37,10 +37,10 @@ def scores(run: str) -> dict[str, np.ndarray]:
     both ways, (images,) each.
     """
     subject, clipper, logs = open_subject("mini", 1), Clipper("mini"), HOME / "train_logs" / run
-    voxels, ids = subject.averaged(
+    voxels, ids = subject.get_mean_betas(
         "val", normaliser=Normaliser.load(logs / "normaliser.safetensors")
     )
-    cached = cached_targets(
+    cached = cache_targets(
         "mini",
         "clip_tokens",
         clipper.fingerprint(),

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data import Normaliser, cached_targets, open_subject
-from src.decoding import generate_images, load_decoder, pick_best, predict_tokens
+from src.data import Normaliser, cache_targets, open_subject
+from src.decoding import generate_images, load_decoder, predict_tokens, select_best
 from src.evaluation import bootstrap_mean, paired_bootstrap
-from src.pretrained import Clipper, Judge, VersatileDiffusion
+from src.pretrained import CategoryClassifier, Clipper, VersatileDiffusion
 from src.utils import HOME
 
 SAMPLES = 8
@@ -57,15 +57,15 @@ def main(run: str = "mindeye-mini-subj01", count: int = 300) -> None:
     subject, clipper, judge, diffusion = (
         open_subject("mini", 1),
         Clipper("mini"),
-        Judge("mini"),
+        CategoryClassifier("mini"),
         VersatileDiffusion("mini"),
     )
     logs = HOME / "train_logs" / run
-    voxels, ids = subject.averaged(
+    voxels, ids = subject.get_mean_betas(
         "val", normaliser=Normaliser.load(logs / "normaliser.safetensors")
     )
     voxels, ids = voxels[:count], ids[:count]
-    cached = cached_targets(
+    cached = cache_targets(
         "mini",
         "clip_tokens",
         clipper.fingerprint(),
@@ -83,13 +83,13 @@ def main(run: str = "mindeye-mini-subj01", count: int = 300) -> None:
     )
     reference = None
     for name, tokens in rows.items():
-        made, chosen = pick_best(
+        made, chosen = select_best(
             clipper, projected, generate_images(diffusion, tokens, ids, num_inference_steps=10)
         )
         used = tokens[torch.arange(len(tokens)), chosen]
         right = {
             q: (answers == labels[q].to_numpy()).astype(float)
-            for q, answers in judge.ask(made).items()
+            for q, answers in judge.classify(made).items()
         }
         shares = [bootstrap_mean(r) for r in right.values()]
         reference = right["kind"] if reference is None else reference

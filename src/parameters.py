@@ -109,7 +109,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def parameters_source(path: Path) -> str:
+def read_parameters_cell(path: Path) -> str:
     """Source of the cell tagged `parameters` of a notebook (.ipynb) or of its .py export."""
     if path.suffix == ".ipynb":
         cells = [
@@ -132,7 +132,7 @@ def parameters_source(path: Path) -> str:
     return text
 
 
-def read_parameters(source: str, where: str = "the parameters cell") -> dict[str, Parameter]:
+def parse_parameters(source: str, where: str = "the parameters cell") -> dict[str, Parameter]:
     """Parse `name = literal  # comment` lines.
 
     Raises:
@@ -213,7 +213,7 @@ def coerce(parameter: Parameter, value: Any, origin: str) -> Literal:
     return made
 
 
-def check_known(names: Iterable[str], known: Collection[str], origin: str) -> None:
+def check_parameter_names(names: Iterable[str], known: Collection[str], origin: str) -> None:
     """Refuse names that no parameter has, suggesting the nearest."""
     for name in names:
         if name not in known:
@@ -222,7 +222,7 @@ def check_known(names: Iterable[str], known: Collection[str], origin: str) -> No
             raise PerceptError(f"There is no parameter '{name}' (from {origin}): {hint}")
 
 
-def named(text: str, known: Sequence[str], parameter: str) -> set[str]:
+def parse_names(text: str, known: Sequence[str], parameter: str) -> set[str]:
     """The names in a parameter that takes several, separated by commas.
 
     Raises:
@@ -236,7 +236,7 @@ def named(text: str, known: Sequence[str], parameter: str) -> set[str]:
     return names
 
 
-def recipe_files(recipe: str, stage: str) -> list[Path]:
+def find_recipe_files(recipe: str, stage: str) -> list[Path]:
     """The files of a recipe for a stage, in order: "mindeye/mini" -> recipes/mindeye/<stage>.yaml,
     recipes/mindeye/mini/<stage>.yaml.
 
@@ -339,7 +339,7 @@ def _from_flags(
     parsed, rest = flag_parser(known, stage).parse_known_args(arguments)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
-        check_known(
+        check_parameter_names(
             [name.removeprefix("no-") if name.removeprefix("no-") in known else name], known, origin
         )
         raise PerceptError(
@@ -347,7 +347,7 @@ def _from_flags(
         )
     values = dict(vars(parsed))
     files, pairs = values.pop("_files"), dict(values.pop("_pairs"))
-    check_known(pairs, known, f"-p of {origin}")
+    check_parameter_names(pairs, known, f"-p of {origin}")
     return files, values | pairs
 
 
@@ -365,7 +365,7 @@ def _injected(scope: dict[str, Any], known: dict[str, Parameter]) -> dict[str, A
         if cells
         else []
     )
-    check_known(names, known, "papermill")
+    check_parameter_names(names, known, "papermill")
     return {name: scope[name] for name in names}
 
 
@@ -386,8 +386,8 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
     )
     if script:
         sys.excepthook = _say_plainly
-    known = read_parameters(
-        parameters_source(Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"), stage
+    known = parse_parameters(
+        read_parameters_cell(Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"), stage
     )
     values: dict[str, Any] = {name: scope.get(name, p.default) for name, p in known.items()}
     origins = dict.fromkeys(known, "cell")
@@ -401,10 +401,10 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
     recipe = str(
         flags.get("recipe", overrides.get("recipe", values.get("recipe", "")))
     ) or os.environ.get("PERCEPT_RECIPE", "")
-    named = recipe_files(recipe, stage) if recipe else []
+    named = find_recipe_files(recipe, stage) if recipe else []
     for path in [*named, *(Path(f) if Path(f).exists() else ROOT / f for f in files)]:
         content = read_recipe(path)
-        check_known(content, known, str(path))
+        check_parameter_names(content, known, str(path))
         for name, value in content.items():
             values[name], origins[name] = (
                 coerce(known[name], value, f"{path.name} of {path.parent.name}"),
@@ -459,7 +459,7 @@ def _sessions_of(recipe: str) -> int:
     return int(next((number for number in reversed(told) if number), 0))
 
 
-def run_name(recipe: str, parameters: dict[str, Any]) -> str:
+def make_run_name(recipe: str, parameters: dict[str, Any]) -> str:
     """`model_name`, or <recipe>[-mini]-subj01, followed by -cluster-held-out, -4sessions and -pca30
     where the training differs in these.
 
@@ -480,7 +480,7 @@ def run_name(recipe: str, parameters: dict[str, Any]) -> str:
 
 
 def _start(stage: str, values: dict[str, Any], origins: dict[str, str], recipe: str) -> Run:
-    run = Run(run_name(recipe, values), stage, recipe, values, origins)
+    run = Run(make_run_name(recipe, values), stage, recipe, values, origins)
     if values.get("vd_cache_dir"):
         _keep_hub_in(resolve(str(values["vd_cache_dir"])))
     fetched_or_given = any(values.get(name) for name in ("data_path", "recon_path", "remote_data"))

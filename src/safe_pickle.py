@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.utils import PerceptError, present
+from src.utils import PerceptError, require_file
 
 
-class _Inert:
+class InertObject:
     """Stands for whatever a file holds besides tensors, numbers and containers; takes anything and
     does nothing.
     """
@@ -25,7 +25,7 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+    def __call__(self, *args: Any, **kwargs: Any) -> InertObject:
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -39,7 +39,7 @@ class _Inert:
     )
 
 
-class _InertDtype(_Inert):
+class _InertDtype(InertObject):
     """What numpy pickles of the type of a number: its code, e.g. "f8", and then its byte order."""
 
     def __init__(self, code: Any = "", *flags: Any):
@@ -61,13 +61,15 @@ def _number(dtype: Any = None, data: Any = b"") -> Any:
         and dtype.order != "?"
     )
     if not plain or not isinstance(data, bytes) or len(data) != int(dtype.code[1]):
-        return _Inert()
+        return InertObject()
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
 
 
 def _latin1(text: Any = "", encoding: Any = "") -> Any:
     """Bytes, which older pickles spell as text."""
-    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else _Inert()
+    return (
+        text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else InertObject()
+    )
 
 
 _TRUSTED = {
@@ -82,15 +84,19 @@ _TRUSTED = {
 }
 
 
-class _TensorsOnly(pickle.Unpickler):
+class TensorsOnlyUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _TRUSTED.get((module, name), _Inert)
+        return _TRUSTED.get((module, name), InertObject)
 
 
-_PICKLE = types.ModuleType("tensors_only")
+TENSORS_ONLY_PICKLE = types.ModuleType("tensors_only")
+TENSORS_ONLY_PICKLE.__dict__.update(
+    Unpickler=TensorsOnlyUnpickler,
+    load=lambda file, **options: TensorsOnlyUnpickler(file, **options).load(),
+)
 
 
-def read_content(path: str | Path) -> Any:
+def load_torch_file(path: str | Path) -> Any:
     """The whole of a released file: its containers, numbers and tensors, these mapped and not yet
     read; whatever else it holds is inert.
 
@@ -103,7 +109,11 @@ def read_content(path: str | Path) -> Any:
         )
     try:
         return torch.load(
-            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE
+            path,
+            map_location="cpu",
+            mmap=True,
+            weights_only=False,
+            pickle_module=TENSORS_ONLY_PICKLE,
         )
     except (
         RuntimeError,
@@ -193,7 +203,7 @@ def unpickle_npy(path: str | Path) -> Any:
             and arrays.
     """
     try:
-        with open(present(path, "a pickled .npy"), "rb") as file:
+        with open(require_file(path, "a pickled .npy"), "rb") as file:
             version = np.lib.format.read_magic(file)
             header = (
                 np.lib.format.read_array_header_1_0

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 
-def present(
+def require_file(
     path: str | Path, what: str, remedy: str = "fetch it, or give the folder that holds it"
 ) -> Path:
     """`path`, if it is there.

@@ -22,7 +22,7 @@ from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import basic_config
 from src.networks.low_level import BASIC_SIZES, BasicEncoder
 from src.networks.released import build_decoder
-from src.parameters import NOTEBOOKS, parameters_source, read_parameters
+from src.parameters import NOTEBOOKS, parse_parameters, read_parameters_cell
 from src.training.loop import fit
 from src.training.optim import SCHEDULERS
 from src.utils import PerceptError, count_parameters
@@ -220,7 +220,7 @@ def test_every_published_parameter_has_a_named_counterpart():
     known = {
         name
         for stage in ("00_prepare_data", "02_train_basic_autoencoder")
-        for name in read_parameters(parameters_source(NOTEBOOKS / f"{stage}.ipynb"), stage)
+        for name in parse_parameters(read_parameters_cell(NOTEBOOKS / f"{stage}.ipynb"), stage)
     }
     ours = {
         word
@@ -304,7 +304,7 @@ def test_the_mini_recipe_and_a_users_own_file(tmp_path):
         for name in made
         if name.startswith(("tokens", "projected", "true", "samples", "spread"))
     } and made["network"].shape == (30, 3, 32, 32)
-    voxels, _ = subject.averaged("test", normaliser=normaliser)
+    voxels, _ = subject.get_mean_betas("test", normaliser=normaliser)
     with torch.no_grad():
         latents = encoder(torch.from_numpy(voxels[:30])).flatten(1)
     torch.testing.assert_close(made["latents_network"], latents, atol=1e-4, rtol=1e-3)

@@ -12,9 +12,9 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
 from src import miniworld, pretrained
 from src.data.images import ImageStore
-from src.data.targets import cached_targets
+from src.data.targets import cache_targets
 from src.networks.linear import TokenMap
-from src.pretrained.captioners import Captioner, without
+from src.pretrained.captioners import Captioner, strip_word
 from src.utils import PerceptError
 from tools.train_mini_models import named_share
 
@@ -28,10 +28,10 @@ def captioner():
 
 def scenes(count, split, seed=SEED):
     """uint8 images (count, height, width, 3) and their labels (count, 3): scene, kind, colour."""
-    what = [miniworld.compose(seed, i, split) for i in range(count)]
-    drawn = np.stack([miniworld.render(each, seed) for each in what])
+    what = [miniworld.compose_image(seed, i, split) for i in range(count)]
+    drawn = np.stack([miniworld.render_image(each, seed) for each in what])
     return drawn, np.array(
-        [[each.scene, each.things[-1].kind, each.things[-1].colour] for each in what]
+        [[each.scene, each.objects[-1].category, each.objects[-1].colour] for each in what]
     )
 
 
@@ -46,8 +46,10 @@ def shown():
 
 # ------------------------------------------------------------------------- the same as the library
 def test_captions_are_those_of_the_librarys_own_generate(captioner, shown):
-    model = BlipForConditionalGeneration.from_pretrained(pretrained.MINI / "blip").float().eval()
-    processor = BlipProcessor.from_pretrained(pretrained.MINI / "blip")
+    model = (
+        BlipForConditionalGeneration.from_pretrained(pretrained.MINI_MODELS / "blip").float().eval()
+    )
+    processor = BlipProcessor.from_pretrained(pretrained.MINI_MODELS / "blip")
     inputs = processor(images=list(shown[0]), return_tensors="pt")
     theirs = processor.batch_decode(
         model.generate(**inputs, max_length=pretrained.MAX_LENGTH), skip_special_tokens=True
@@ -65,7 +67,7 @@ def test_captions_are_those_of_the_librarys_own_generate(captioner, shown):
 @pytest.mark.parametrize("side", [32, 20, 75])
 def test_pixels_are_those_of_the_librarys_processor(captioner, side):
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    theirs = BlipProcessor.from_pretrained(pretrained.MINI / "blip")(
+    theirs = BlipProcessor.from_pretrained(pretrained.MINI_MODELS / "blip")(
         images=[image], return_tensors="pt"
     )["pixel_values"]
     ours = captioner.preprocess(as_float(image[None]))
@@ -81,7 +83,9 @@ def test_the_published_pixels_are_not_normalised(captioner, shown):
         captioner.preprocess(images, published_pixels=True),
         torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
     )
-    model = BlipForConditionalGeneration.from_pretrained(pretrained.MINI / "blip").float().eval()
+    model = (
+        BlipForConditionalGeneration.from_pretrained(pretrained.MINI_MODELS / "blip").float().eval()
+    )
     ids = model.generate(
         pixel_values=torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
         max_length=pretrained.MAX_LENGTH,
@@ -117,22 +121,22 @@ def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, s
     assert np.mean(["blurry" in caption for caption in captions]) > 0.9
     assert np.mean(["blurry" in caption for caption in captioner.caption(as_float(shown[0]))]) < 0.1
     assert named_share(captions, shown[1])["scene"] > 0.8
-    cleaned = without(captions)
+    cleaned = strip_word(captions)
     assert not any("blurry" in caption for caption in cleaned) and named_share(
         cleaned, shown[1]
     ) == named_share(captions, shown[1])
 
 
 def test_only_the_named_words_are_left_out():
-    assert without(["there is a blurry picture of a blurry cat", "a red ball"]) == [
+    assert strip_word(["there is a blurry picture of a blurry cat", "a red ball"]) == [
         "there is a picture of a cat",
         "a red ball",
     ]
-    assert without(["a blurry"]) == ["a blurry"]  # the published substring ends with a space
+    assert strip_word(["a blurry"]) == ["a blurry"]  # the published substring ends with a space
     assert (
-        without(["a blurry photo"], "photo") == ["a blurry "]
-        and without([]) == []
-        and without(["a ball"], "") == ["a ball"]
+        strip_word(["a blurry photo"], "photo") == ["a blurry "]
+        and strip_word([]) == []
+        and strip_word(["a ball"], "") == ["a ball"]
     )
 
 
@@ -141,7 +145,7 @@ def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
     from src.data.images import write_images
 
     write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
-    targets = cached_targets(
+    targets = cache_targets(
         tmp_path,
         "blip_tokens",
         captioner.fingerprint(),
@@ -160,7 +164,7 @@ def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
 def test_the_recorded_features_are_checked(captioner, tmp_path):
     print_of = captioner.fingerprint()
     assert print_of["model"] == "mini:blip" and json.loads(
-        (pretrained.MINI / "blip" / "golden_features.json").read_text()
+        (pretrained.MINI_MODELS / "blip" / "golden_features.json").read_text()
     )
     assert print_of == Captioner("mini").fingerprint()
 

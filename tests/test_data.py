@@ -21,11 +21,16 @@ from src.data.batches import BrainDataset
 from src.data.draws import choose_repeats
 from src.data.images import ImageStore, write_images
 from src.data.layout import check_trials, write_image_table, write_subject
-from src.data.normaliser import Normaliser, _moments
+from src.data.normaliser import Normaliser, compute_moments
 from src.data.reliability import estimate_noise_ceiling
-from src.data.splits import image_clusters, open_pictures, open_split, select_images
+from src.data.splits import (
+    cluster_images,
+    make_training_split,
+    open_all_sessions,
+    open_training_split,
+)
 from src.data.subject import open_subject
-from src.data.targets import cached_targets, cached_views
+from src.data.targets import cache_augmented_targets, cache_targets
 from src.utils import PerceptError
 
 ATTRIBUTES = {"source": "test", "units": "a.u.", "normalisation": "none", "protocol": "toy"}
@@ -223,7 +228,7 @@ def test_full_disk_before_and_during_the_write(world, monkeypatch):
     with pytest.raises(PerceptError, match="No space for"):
         write_images(world.folder / "images.h5", world.images[:1], [7])
     with pytest.raises(PerceptError, match="No space for"):
-        cached_targets(world.folder, "x", {}, world.ids, lambda x: x[:, 0, 0], (3,))
+        cache_targets(world.folder, "x", {}, world.ids, lambda x: x[:, 0, 0], (3,))
     monkeypatch.undo()
     np.testing.assert_array_equal(open_subject(world.folder, 1).betas, world.betas)
     np.testing.assert_array_equal(open_subject(world.folder, 1).images(world.ids), world.images)
@@ -340,7 +345,7 @@ def test_image_ids_and_test_set(world):
 
 @pytest.mark.parametrize("repeats", [None, 1, 2])
 def test_averaged_against_a_loop(world, repeats):
-    voxels, ids = world.subject.averaged("val", repeats)
+    voxels, ids = world.subject.get_mean_betas("val", repeats)
     assert voxels.dtype == np.float32
     for row, image in zip(voxels, ids, strict=True):
         mine = world.trials[world.trials["image"] == image].sort_values("repeat").index[:repeats]
@@ -349,12 +354,12 @@ def test_averaged_against_a_loop(world, repeats):
 
 def test_averaged_warns_of_too_few_repeats_and_trials_of(world):
     with pytest.warns(UserWarning, match="3 of 3 test images have fewer than 5"):
-        five, _ = world.subject.averaged("test", 5)
-    np.testing.assert_array_equal(five, world.subject.averaged("test")[0])
+        five, _ = world.subject.get_mean_betas("test", 5)
+    np.testing.assert_array_equal(five, world.subject.get_mean_betas("test")[0])
     with pytest.raises(PerceptError, match="at least 1"):
-        world.subject.averaged("test", 0)
+        world.subject.get_mean_betas("test", 0)
     normaliser = Normaliser.fit(world.subject)
-    voxels, ids = world.subject.trials_of("test", normaliser)
+    voxels, ids = world.subject.get_trials("test", normaliser)
     rows = world.trials.index[world.trials["split"] == "test"]
     assert ids.tolist() == world.trials.loc[rows, "image"].tolist()
     expected = normaliser.apply(world.betas[rows], world.trials.loc[rows, "session"])
@@ -390,7 +395,7 @@ def test_noise_ceiling_by_the_published_recipe(world):
     """With three repeats of every training image: noise variance = mean over images of the variance
     over repeats (ddof 1).
     """
-    x, ids = world.subject.trials_of("train", Normaliser.fit(world.subject))
+    x, ids = world.subject.get_trials("train", Normaliser.fit(world.subject))
     noise = np.mean([x[ids == i].var(0, ddof=1) for i in np.unique(ids)], axis=0)
     ncsnr = np.sqrt(np.maximum(1 - noise, 0)) / np.sqrt(noise)
     np.testing.assert_allclose(
@@ -431,7 +436,7 @@ def test_normaliser_against_numpy_on_training_trials_only(world, by_session):
 def test_moments_are_exact_far_from_zero_and_in_half_precision():
     rng = np.random.default_rng(0)
     betas = (20_000 + 16 * rng.integers(-4, 5, (700, 3))).astype(np.float16)
-    mean, std = _moments(betas, np.arange(700))
+    mean, std = compute_moments(betas, np.arange(700))
     np.testing.assert_allclose(mean, betas.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, betas.astype(np.float64).std(0), rtol=1e-9)
 
@@ -467,7 +472,7 @@ def test_normaliser_refusals(world):
         by_session = Normaliser.fit(subject)
     together, rows = Normaliser.fit(subject, by_session=False), subject.rows_by_image("test")[0]
     np.testing.assert_array_equal(
-        subject.read(rows, by_session), subject.read(rows, together)
+        subject.get_betas(rows, by_session), subject.get_betas(rows, together)
     )  # nothing of the test trials themselves
     write_subject(
         world.folder / "subj02", world.betas, trials.assign(split="test"), None, ATTRIBUTES
@@ -507,13 +512,13 @@ def test_components_are_those_of_an_svd_of_the_z_scored_training_trials(world, b
         Normaliser.fit(world.subject, by_session),
         Normaliser.fit(world.subject, by_session, n_components=3),
     )
-    z, _ = world.subject.trials_of("train", plain)
+    z, _ = world.subject.get_trials("train", plain)
     left, _, _ = np.linalg.svd(z.astype(np.float64), full_matrices=False)
-    scores, ids = world.subject.trials_of("train", normaliser)
+    scores, ids = world.subject.get_trials("train", normaliser)
     assert (
         scores.shape == (len(z), 3)
         and scores.dtype == np.float32
-        and normaliser.width == world.subject.width(normaliser) == 3
+        and normaliser.n_features == world.subject.n_features(normaliser) == 3
     )
     for k in range(3):
         expected = (
@@ -522,7 +527,7 @@ def test_components_are_those_of_an_svd_of_the_z_scored_training_trials(world, b
         np.testing.assert_allclose(scores[:, k], expected, atol=2e-4)
     np.testing.assert_allclose(scores.std(0), 1, rtol=1e-5)
     assert (
-        plain.width == world.subject.width() == V
+        plain.n_features == world.subject.n_features() == V
         and Normaliser.fit(world.subject).components is None
     )
 
@@ -537,7 +542,7 @@ def test_components_keep_nearly_the_most_variance_where_the_spectrum_is_flat(tmp
     )
     write_subject(tmp_path / "subj01", betas, trials, None, ATTRIBUTES)
     subject = open_subject(tmp_path, 1)
-    z, _ = subject.trials_of("train", Normaliser.fit(subject))
+    z, _ = subject.get_trials("train", Normaliser.fit(subject))
     most = (np.linalg.svd(z, compute_uv=False)[:20] ** 2).sum()
     axes, _ = np.linalg.qr(Normaliser.fit(subject, n_components=20).components)
     assert ((z @ axes) ** 2).sum() > 0.9995 * most
@@ -552,8 +557,8 @@ def test_test_and_validation_trials_do_not_move_the_components(world):
 
 def test_averaging_and_projecting_commute(world):
     subject, normaliser = pictured(world, world.betas)
-    plain, _ = subject.averaged("val", normaliser=Normaliser.fit(subject))
-    found, _ = subject.averaged("val", normaliser=normaliser)
+    plain, _ = subject.get_mean_betas("val", normaliser=Normaliser.fit(subject))
+    found, _ = subject.get_mean_betas("val", normaliser=normaliser)
     assert found.shape == (3, 3)
     np.testing.assert_allclose(found, plain @ normaliser.components, atol=1e-5)
     for repeats, shape in (("mean", (2, 3)), ("random", (2, 3)), ("all", (2, 3, 3))):
@@ -569,10 +574,10 @@ def test_components_are_saved_with_the_normaliser(world, tmp_path):
     subject, normaliser = pictured(world, world.betas)
     normaliser.save(tmp_path / "n.safetensors")
     loaded = Normaliser.load(tmp_path / "n.safetensors")
-    assert loaded.width == 3
+    assert loaded.n_features == 3
     np.testing.assert_array_equal(
-        subject.averaged("test", normaliser=loaded)[0],
-        subject.averaged("test", normaliser=normaliser)[0],
+        subject.get_mean_betas("test", normaliser=loaded)[0],
+        subject.get_mean_betas("test", normaliser=normaliser)[0],
     )
 
 
@@ -625,13 +630,14 @@ def test_regions_select_their_own_voxels_and_no_others(world, regions, tmp_path,
             normaliser.apply(world.betas, sessions),
             everything.apply(world.betas, sessions)[:, columns],
         )
-        assert normaliser.columns.tolist() == columns and normaliser.width == regions.width(
-            normaliser
-        ) == len(columns)
+        assert (
+            normaliser.columns.tolist() == columns
+            and normaliser.n_features == regions.n_features(normaliser) == len(columns)
+        )
     assert loaded.rois == tuple(dict.fromkeys(name.strip() for name in rois.split(",")))
     np.testing.assert_array_equal(
-        regions.averaged("test", normaliser=loaded)[0],
-        world.subject.averaged("test", normaliser=everything)[0][:, columns],
+        regions.get_mean_betas("test", normaliser=loaded)[0],
+        world.subject.get_mean_betas("test", normaliser=everything)[0][:, columns],
     )
     assert BrainDataset(regions, "train", {}, loaded, "all").__getitems__([1, 0])[
         "voxels"
@@ -646,7 +652,7 @@ def test_regions_select_their_own_voxels_and_no_others(world, regions, tmp_path,
 
 def test_components_are_of_the_regions_alone(world, regions, tmp_path):
     normaliser = Normaliser.fit(regions, rois="V1,V2", n_components=2)
-    assert normaliser.components.shape == (3, 2) and normaliser.width == 2
+    assert normaliser.components.shape == (3, 2) and normaliser.n_features == 2
     z = Normaliser.fit(regions, rois="V1,V2").apply(world.betas, world.trials["session"])
     np.testing.assert_allclose(
         normaliser.apply(world.betas, world.trials["session"]), z @ normaliser.components, atol=1e-6
@@ -655,8 +661,8 @@ def test_components_are_of_the_regions_alone(world, regions, tmp_path):
         Normaliser.fit(regions, rois="V1,V2", n_components=4)
     normaliser.save(tmp_path / "n.safetensors")
     np.testing.assert_array_equal(
-        regions.averaged("test", normaliser=Normaliser.load(tmp_path / "n.safetensors"))[0],
-        regions.averaged("test", normaliser=normaliser)[0],
+        regions.get_mean_betas("test", normaliser=Normaliser.load(tmp_path / "n.safetensors"))[0],
+        regions.get_mean_betas("test", normaliser=normaliser)[0],
     )
 
 
@@ -683,10 +689,10 @@ def test_regions_that_are_missing_are_named(world, regions):
 )
 def test_sets_of_regions(world, regions, monkeypatch, rois, columns):
     monkeypatch.setitem(data.ROI_SETS, "early", ("V1", "V2"))
-    found, names = regions.columns_of(rois)
+    found, names = regions.select_rois(rois)
     assert found.tolist() == list(columns) and "early" not in names
     normaliser = Normaliser.fit(regions, rois=rois)
-    assert normaliser.width == len(columns)
+    assert normaliser.n_features == len(columns)
     assert (
         normaliser.columns is None if rois == "-" else normaliser.columns.tolist() == list(columns)
     )
@@ -704,17 +710,17 @@ def test_published_sets_are_those_of_the_report():
 
 def test_sets_of_regions_that_cannot_be_taken(world, regions):
     with pytest.raises(PerceptError, match="none of the regions '!V9'"):
-        regions.columns_of(
+        regions.select_rois(
             "!V9"
         )  # all voxels would be another selection than the one that was asked for
     with pytest.raises(PerceptError, match="none of the regions 'V9,!V1'"):
-        regions.columns_of("V9,!V1")
+        regions.select_rois("V9,!V1")
     with pytest.raises(PerceptError, match="no voxel in 'V1,!V1'"):
-        regions.columns_of("V1,!V1")
+        regions.select_rois("V1,!V1")
     with pytest.raises(PerceptError, match="none of the regions 'set3'"):
-        regions.columns_of("set3")
+        regions.select_rois("set3")
     with pytest.warns(UserWarning, match="no region V9: 'V2,!V1' is what is taken"):
-        assert regions.columns_of("V2,!V1,!V9")[0].tolist() == [5]
+        assert regions.select_rois("V2,!V1,!V9")[0].tolist() == [5]
 
 
 def test_masked_regions_keep_their_places(world, regions, tmp_path):
@@ -726,17 +732,17 @@ def test_masked_regions_keep_their_places(world, regions, tmp_path):
     sessions = world.trials["session"].to_numpy()
     for normaliser in (masked, Normaliser.load(tmp_path / "n.safetensors")):
         whole = normaliser.apply(world.betas, sessions)
-        assert normaliser.width == V == whole.shape[1] and normaliser.rois == ("V1", "V2")
+        assert normaliser.n_features == V == whole.shape[1] and normaliser.rois == ("V1", "V2")
         np.testing.assert_array_equal(whole[:, [0, 2, 5]], chosen.apply(world.betas, sessions))
         assert not whole[:, [1, 3, 4, 6]].any()
-    assert regions.averaged("test", normaliser=masked)[0].shape[1] == V
+    assert regions.get_mean_betas("test", normaliser=masked)[0].shape[1] == V
     with pytest.raises(PerceptError, match="masked"):
         Normaliser.fit(regions, rois="V1,V2", masked=True, n_components=2)
 
 
 def test_a_bag_is_a_seeded_share_of_the_training_images(world):
     ids, val, test = (world.subject.image_ids(split) for split in ("train", "val", "test"))
-    bag = world.subject.bagged(0.7, seed=3)
+    bag = world.subject.bootstrap_split(0.7, seed=3)
     assert len(bag.image_ids("train")) == round(0.7 * len(ids))
     np.testing.assert_array_equal(np.union1d(bag.image_ids("train"), bag.image_ids("val")), ids)
     np.testing.assert_array_equal(
@@ -745,16 +751,17 @@ def test_a_bag_is_a_seeded_share_of_the_training_images(world):
     np.testing.assert_array_equal(bag.image_ids("test"), test)
     assert bag.test_set == world.subject.test_set
     np.testing.assert_array_equal(
-        bag.image_ids("train"), world.subject.bagged(0.7, seed=3).image_ids("train")
+        bag.image_ids("train"), world.subject.bootstrap_split(0.7, seed=3).image_ids("train")
     )
     assert any(
-        set(world.subject.bagged(0.7, seed=s).image_ids("train")) != set(bag.image_ids("train"))
+        set(world.subject.bootstrap_split(0.7, seed=s).image_ids("train"))
+        != set(bag.image_ids("train"))
         for s in range(4, 9)
     )
-    np.testing.assert_array_equal(world.subject.bagged(1.0, seed=3).image_ids("val"), val)
+    np.testing.assert_array_equal(world.subject.bootstrap_split(1.0, seed=3).image_ids("val"), val)
     for share in (0.0, 0.01, 1.2):
         with pytest.raises(PerceptError, match="leaves nothing"):
-            world.subject.bagged(share, seed=0)
+            world.subject.bootstrap_split(share, seed=0)
 
 
 def test_latents_that_others_computed(tmp_path):
@@ -775,7 +782,7 @@ def test_latents_that_others_computed(tmp_path):
 
 def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
     ids = world.subject.image_ids("train")
-    kept = world.subject.limited(2, seed=1)
+    kept = world.subject.subsample_train(2, seed=1)
     assert len(kept.image_ids("train")) == 2 and set(kept.image_ids("train")) < set(ids)
     for split in ("val", "test"):
         np.testing.assert_array_equal(kept.image_ids(split), world.subject.image_ids(split))
@@ -783,15 +790,16 @@ def test_a_limited_subject_keeps_a_seeded_draw_of_training_images(world):
         kept.trials["split"] == "exclude"
     ).sum() == 3 * (len(ids) - 2)
     np.testing.assert_array_equal(
-        kept.image_ids("train"), world.subject.limited(2, seed=1).image_ids("train")
+        kept.image_ids("train"), world.subject.subsample_train(2, seed=1).image_ids("train")
     )
     assert any(
-        set(world.subject.limited(2, seed=s).image_ids("train")) != set(kept.image_ids("train"))
+        set(world.subject.subsample_train(2, seed=s).image_ids("train"))
+        != set(kept.image_ids("train"))
         for s in range(2, 9)
     )
-    np.testing.assert_array_equal(world.subject.limited(999).image_ids("train"), ids)
+    np.testing.assert_array_equal(world.subject.subsample_train(999).image_ids("train"), ids)
     with pytest.raises(PerceptError, match="n_train is 0"):
-        world.subject.limited(0)
+        world.subject.subsample_train(0)
 
 
 @pytest.fixture
@@ -815,7 +823,7 @@ def longitudinal(tmp_path):
 
 
 def test_first_sessions_train_alone_and_the_test_set_stays(longitudinal):
-    subject = longitudinal.first_sessions(2)
+    subject = longitudinal.select_first_sessions(2)
     before, after = longitudinal.trials, subject.trials
     seen = after[after["split"].isin(["train", "val"])]
     assert (
@@ -840,16 +848,16 @@ def test_first_sessions_train_alone_and_the_test_set_stays(longitudinal):
         longitudinal.image_ids("train")
     )  # some were first shown later
     check_trials(subject.trials)
-    assert longitudinal.first_sessions(0) is longitudinal
+    assert longitudinal.select_first_sessions(0) is longitudinal
     pd.testing.assert_frame_equal(
-        longitudinal.first_sessions(5).trials, before
+        longitudinal.select_first_sessions(5).trials, before
     )  # all of them, which is the subject as it is
-    sizes = [len(longitudinal.first_sessions(n).trials_of("train")[0]) for n in range(1, 6)]
+    sizes = [len(longitudinal.select_first_sessions(n).get_trials("train")[0]) for n in range(1, 6)]
     assert sizes == sorted(set(sizes))
 
 
 def test_everything_reads_the_first_sessions(longitudinal):
-    subject = longitudinal.first_sessions(2)
+    subject = longitudinal.select_first_sessions(2)
     betas, sessions = longitudinal.betas, longitudinal.trials["session"].to_numpy()
     with pytest.warns(
         UserWarning, match=r"Sessions \[3, 7, 8\] have fewer than two .* with all training trials"
@@ -869,12 +877,12 @@ def test_everything_reads_the_first_sessions(longitudinal):
         assert all(np.isin(sessions[r], [4, 5]).all() and len(r) for r in rows) and len(
             rows
         ) == len(subject.image_ids(split))
-        voxels, ids = subject.averaged(split)
+        voxels, ids = subject.get_mean_betas(split)
         image = longitudinal.trials["image"].to_numpy()
         np.testing.assert_allclose(
             voxels[0], betas[np.isin(sessions, [4, 5]) & (image == ids[0])].mean(0), rtol=1e-5
         )
-    assert subject.averaged("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(
+    assert subject.get_mean_betas("test", normaliser=normaliser)[0].shape == (3, V) and np.isfinite(
         estimate_noise_ceiling(subject, normaliser=normaliser)
     ).all(axis=None)
     expected = longitudinal.images(subject.image_ids("train")).mean(0)
@@ -893,33 +901,35 @@ def test_sessions_that_cannot_be_chosen(longitudinal):
             PerceptError,
             match=f"num_sessions is {n}, but Subject 1 of .* has 5 sessions with training trials",
         ):
-            longitudinal.first_sessions(n)
+            longitudinal.select_first_sessions(n)
     late = (longitudinal.trials["split"] == "val") & (longitudinal.trials["session"] < 6)
     longitudinal.trials = longitudinal.trials.assign(
         split=longitudinal.trials["split"].mask(late, "exclude")
     )
     with pytest.raises(PerceptError, match="first 2 of the 5 sessions .* show no validation image"):
-        longitudinal.first_sessions(2)
+        longitudinal.select_first_sessions(2)
 
 
 def test_a_run_remembers_its_sessions(longitudinal, tmp_path):
-    subject = select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=2)
-    pd.testing.assert_frame_equal(subject.trials, longitudinal.first_sessions(2).trials)
-    pd.testing.assert_frame_equal(open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials)
-    pictured = open_pictures(
+    subject = make_training_split(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=2)
+    pd.testing.assert_frame_equal(subject.trials, longitudinal.select_first_sessions(2).trials)
+    pd.testing.assert_frame_equal(
+        open_training_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials
+    )
+    pictured = open_all_sessions(
         tmp_path, 1, subject
     )  # a brain of two sessions, and the pictures of all
     assert set(pictured.image_ids("train")) > set(subject.image_ids("train")) and set(
         pictured.image_ids("train")
     ) == set(longitudinal.image_ids("train"))
     with pytest.raises(PerceptError, match="num_sessions is 9"):
-        select_images(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=9)
+        make_training_split(longitudinal, "images", tmp_path / "logs", Kinds, num_sessions=9)
     pd.testing.assert_frame_equal(
-        open_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials
+        open_training_split(tmp_path, 1, tmp_path / "logs").trials, subject.trials
     )  # as it was
-    assert select_images(longitudinal, "images", tmp_path / "logs", Kinds) is longitudinal
+    assert make_training_split(longitudinal, "images", tmp_path / "logs", Kinds) is longitudinal
     pd.testing.assert_frame_equal(
-        open_split(tmp_path, 1, tmp_path / "logs").trials, longitudinal.trials
+        open_training_split(tmp_path, 1, tmp_path / "logs").trials, longitudinal.trials
     )
 
 
@@ -961,7 +971,7 @@ def kinds(tmp_path):
 
 
 def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(kinds, tmp_path):
-    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    subject = make_training_split(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
     held = subject.clusters.groupby("cluster")["held_out"].agg(["min", "max"])
     assert (held["min"] == held["max"]).all() and held[
         "max"
@@ -971,10 +981,10 @@ def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(
         kind.groupby(subject.clusters["cluster"]).nunique() == 1
     ).all()
     for split in ("train", "val"):
-        assert not subject.held_out(subject.image_ids(split)).any()
+        assert not subject.in_excluded_clusters(subject.image_ids(split)).any()
         assert (
             set(kinds.image_ids(split)) - set(subject.image_ids(split))
-            == {i for i in kinds.image_ids(split) if subject.held_out([i])[0]}
+            == {i for i in kinds.image_ids(split) if subject.in_excluded_clusters([i])[0]}
             != set()
         )
     assert (subject.test_set, subject.image_ids("test").tolist()) == (
@@ -982,7 +992,7 @@ def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(
         kinds.image_ids("test").tolist(),
     )
     assert (
-        subject.held_out(subject.image_ids("test")).sum() == 6
+        subject.in_excluded_clusters(subject.image_ids("test")).sum() == 6
         and subject.protocol == "toy+cluster-held-out"
     )
     check_trials(subject.trials)
@@ -990,7 +1000,7 @@ def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(
         len(subject.trials) == len(kinds.trials)
         and kinds.clusters is None
         and kinds.protocol == "toy"
-        and not kinds.held_out([100]).any()
+        and not kinds.in_excluded_clusters([100]).any()
     )
     assert (subject.trials["split"] == "exclude").sum() == 3 * (
         len(kinds.all_images) - len(subject.all_images)
@@ -998,7 +1008,7 @@ def test_no_training_image_of_a_held_out_cluster_remains_and_the_test_set_stays(
 
 
 def test_normaliser_and_batches_never_see_what_is_held_out(kinds, tmp_path):
-    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    subject = make_training_split(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
     gone = (
         kinds.trials["image"]
         .isin(subject.clusters["image"][subject.clusters["held_out"]])
@@ -1006,7 +1016,7 @@ def test_normaliser_and_batches_never_see_what_is_held_out(kinds, tmp_path):
     )
     betas = np.where(gone[:, None], np.float32(1e3), kinds.betas)
     write_subject(tmp_path / "subj02", betas, kinds.trials, None, ATTRIBUTES)
-    other = open_subject(tmp_path, 2).holding_out(subject.clusters)
+    other = open_subject(tmp_path, 2).exclude_clusters(subject.clusters)
     one, two = (Normaliser.fit(s, n_components=3) for s in (subject, other))
     np.testing.assert_array_equal(one.mean, two.mean)
     np.testing.assert_array_equal(one.components, two.components)
@@ -1018,12 +1028,12 @@ def test_normaliser_and_batches_never_see_what_is_held_out(kinds, tmp_path):
 
 def test_clusters_are_found_once_and_reopened_from_the_run(kinds, tmp_path):
     encoder = Kinds()
-    first = select_images(
+    first = make_training_split(
         kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8
     )
     (file,) = tmp_path.glob("clusters-*.parquet")
     made = file.stat().st_mtime_ns
-    again = select_images(
+    again = make_training_split(
         kinds, "cluster-held-out", tmp_path / "more", lambda: encoder, n_clusters=8
     )
     pd.testing.assert_frame_equal(again.clusters, first.clusters)
@@ -1033,7 +1043,7 @@ def test_clusters_are_found_once_and_reopened_from_the_run(kinds, tmp_path):
         and first.clusters.attrs["n_clusters"] == 8
         and first.clusters.attrs["fingerprint"] == {"name": "kinds"}
     )
-    opened = open_split(tmp_path, 1, tmp_path / "logs")
+    opened = open_training_split(tmp_path, 1, tmp_path / "logs")
     pd.testing.assert_frame_equal(opened.trials, first.trials)
     assert (
         opened.protocol == first.protocol
@@ -1041,63 +1051,63 @@ def test_clusters_are_found_once_and_reopened_from_the_run(kinds, tmp_path):
     )
     file.unlink()
     pd.testing.assert_frame_equal(
-        select_images(
+        make_training_split(
             kinds, "cluster-held-out", tmp_path / "logs", lambda: encoder, n_clusters=8
         ).clusters,
         first.clusters,
     )
     ids, features = kinds.all_images, np.random.default_rng(0).standard_normal((120, 5))
     for n, made_by in ((8, {"name": "other"}), (9, {"name": "other"}), (9, {"name": "kinds"})):
-        image_clusters(kinds, features, made_by, n)
+        cluster_images(kinds, features, made_by, n)
     assert len(list(tmp_path.glob("clusters-*.parquet"))) == 4 and len(ids) == 120
 
 
 def test_a_plain_training_forgets_the_clusters_of_an_earlier_one(kinds, tmp_path):
-    select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
-    assert select_images(kinds, "images", tmp_path / "logs", Kinds) is kinds
-    assert open_split(tmp_path, 1, tmp_path / "logs").clusters is None
+    make_training_split(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+    assert make_training_split(kinds, "images", tmp_path / "logs", Kinds) is kinds
+    assert open_training_split(tmp_path, 1, tmp_path / "logs").clusters is None
 
 
 def test_clusters_do_not_depend_on_the_sessions(kinds, tmp_path):
-    whole = select_images(kinds, "cluster-held-out", tmp_path / "whole", Kinds, n_clusters=8)
-    both = select_images(
+    whole = make_training_split(kinds, "cluster-held-out", tmp_path / "whole", Kinds, n_clusters=8)
+    both = make_training_split(
         kinds, "cluster-held-out", tmp_path / "both", Kinds, n_clusters=8, num_sessions=1
     )
     pd.testing.assert_frame_equal(both.clusters, whole.clusters)
-    pd.testing.assert_frame_equal(both.trials, whole.first_sessions(1).trials)
-    opened = open_split(tmp_path, 1, tmp_path / "both")
+    pd.testing.assert_frame_equal(both.trials, whole.select_first_sessions(1).trials)
+    opened = open_training_split(tmp_path, 1, tmp_path / "both")
     pd.testing.assert_frame_equal(opened.trials, both.trials)
     assert (
         opened.protocol == "toy+cluster-held-out"
-        and not opened.held_out(opened.image_ids("train")).any()
+        and not opened.in_excluded_clusters(opened.image_ids("train")).any()
     )
-    pictured = open_pictures(tmp_path, 1, opened)
-    assert not pictured.held_out(pictured.image_ids("train")).any()
+    pictured = open_all_sessions(tmp_path, 1, opened)
+    assert not pictured.in_excluded_clusters(pictured.image_ids("train")).any()
 
 
 def test_cluster_refusals(kinds, tmp_path):
     with pytest.raises(
         PerceptError, match="split is 'image': choose one of images, cluster-held-out"
     ):
-        select_images(kinds, "image", tmp_path / "logs", Kinds)
+        make_training_split(kinds, "image", tmp_path / "logs", Kinds)
     with pytest.raises(PerceptError, match="119 features of 120 images"):
-        image_clusters(kinds, np.zeros((119, 5)), {})
+        cluster_images(kinds, np.zeros((119, 5)), {})
     for n in (3, 121):
         with pytest.raises(
             PerceptError, match=f"{n} clusters: .* choose 4 clusters to one an image"
         ):
-            image_clusters(kinds, np.zeros((120, 5)), {}, n)
+            cluster_images(kinds, np.zeros((120, 5)), {}, n)
     with (
         pytest.raises(PerceptError, match="No quarter of the 4 clusters"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # fewer points than clusters
-        image_clusters(kinds, np.ones((120, 5)), {}, 4)
-    subject = select_images(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
+        cluster_images(kinds, np.ones((120, 5)), {}, 4)
+    subject = make_training_split(kinds, "cluster-held-out", tmp_path / "logs", Kinds, n_clusters=8)
     with pytest.raises(PerceptError, match="Image 7 is not in the table of clusters"):
-        subject.held_out([7])
+        subject.in_excluded_clusters([7])
     with pytest.raises(PerceptError, match="no train image is left"):
-        kinds.holding_out(subject.clusters.assign(held_out=True))
+        kinds.exclude_clusters(subject.clusters.assign(held_out=True))
     write_subject(
         tmp_path / "subj01",
         kinds.betas,
@@ -1106,9 +1116,9 @@ def test_cluster_refusals(kinds, tmp_path):
         ATTRIBUTES,
     )
     with pytest.raises(PerceptError, match="is of other test images than"):
-        open_split(tmp_path, 1, tmp_path / "logs")
+        open_training_split(tmp_path, 1, tmp_path / "logs")
     with pytest.raises(PerceptError, match="There is no run at .*absent"):
-        open_split(tmp_path, 1, tmp_path / "absent")
+        open_training_split(tmp_path, 1, tmp_path / "absent")
 
 
 # -------------------------------------------------------------------------------- torch dataset
@@ -1130,7 +1140,7 @@ def test_repeats_are_uniform_and_pure():
 def test_random_repeat_is_a_trial_of_that_image(world):
     normaliser = Normaliser.fit(world.subject)
     dataset = BrainDataset(world.subject, "train", {}, normaliser, "random", seed=3)
-    everything, trial_ids = world.subject.trials_of("train", normaliser)
+    everything, trial_ids = world.subject.get_trials("train", normaliser)
     seen = []
     for epoch in range(12):
         dataset.set_epoch(epoch)
@@ -1152,7 +1162,7 @@ def test_mean_and_all(world):
     write_subject(world.folder / "subj02", world.betas[keep], uneven, None, ATTRIBUTES)
     subject = open_subject(world.folder, 2)
     normaliser = Normaliser.fit(subject)
-    average, ids = subject.averaged("train", normaliser=normaliser)
+    average, ids = subject.get_mean_betas("train", normaliser=normaliser)
     mean = BrainDataset(subject, "train", {}, normaliser, "mean").__getitems__(range(len(ids)))
     np.testing.assert_allclose(mean["voxels"], average, rtol=1e-6)
     batch = BrainDataset(subject, "train", {}, normaliser, "all").__getitems__([1, 0])
@@ -1166,8 +1176,8 @@ def test_mean_and_all(world):
 
 def test_each_trial_is_a_sample_with_its_own_image_and_target(world):
     normaliser = Normaliser.fit(world.subject)
-    everything, ids = world.subject.trials_of("train", normaliser)
-    cached = cached_targets(
+    everything, ids = world.subject.get_trials("train", normaliser)
+    cached = cache_targets(
         world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32"
     )
     dataset = BrainDataset(
@@ -1189,7 +1199,7 @@ def test_each_trial_is_a_sample_with_its_own_image_and_target(world):
 
 def test_targets_follow_their_images_in_a_loader(world):
     ids = world.subject.image_ids("train")
-    cached = cached_targets(
+    cached = cache_targets(
         world.folder, "first", {}, world.ids, lambda x: x[:, 0, 0] / 255, (3,), "float32"
     )
     targets = {"plain": np.stack([ids, -ids], 1), "cached": cached}
@@ -1216,7 +1226,7 @@ def test_dataset_refusals(world):
         BrainDataset(world.subject, "train", {"x": np.zeros((2, 3))}, None)
     with pytest.raises(PerceptError, match="cannot be called voxels"):
         BrainDataset(world.subject, "train", {"voxels": np.zeros((6, 3))}, None)
-    few = cached_targets(world.folder, "few", {}, world.ids[:2], lambda x: x[:, 0, 0], (3,))
+    few = cache_targets(world.folder, "few", {}, world.ids[:2], lambda x: x[:, 0, 0], (3,))
     with pytest.raises(PerceptError, match="lacks the targets of 4 images"):
         BrainDataset(world.subject, "train", {"x": few}, None)
     with pytest.raises(PerceptError, match="no trials in split exclude"):
@@ -1242,9 +1252,9 @@ class Encoder:
 def test_targets_are_computed_once_and_extended(world):
     encoder = Encoder()
     call = {"fingerprint": {"model": "a"}, "encode": encoder, "shape": (4, 18), "batch_size": 2}
-    targets = cached_targets(world.folder, "pixels", image_ids=world.ids[:5], **call)
+    targets = cache_targets(world.folder, "pixels", image_ids=world.ids[:5], **call)
     assert (encoder.asked, len(targets), targets.dtype) == (5, 5, np.float16)
-    again = cached_targets(world.folder, "pixels", image_ids=world.ids[3:], **call)
+    again = cache_targets(world.folder, "pixels", image_ids=world.ids[3:], **call)
     assert encoder.asked == 12
     order = np.array([11, 2, 2, 7, 0])
     np.testing.assert_array_equal(
@@ -1253,9 +1263,9 @@ def test_targets_are_computed_once_and_extended(world):
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(again)).rows(world.ids[:1]), again.rows(world.ids[:1])
     )
-    cached_targets(world.folder, "pixels", image_ids=world.ids, **call)
+    cache_targets(world.folder, "pixels", image_ids=world.ids, **call)
     assert encoder.asked == 12
-    other = cached_targets(
+    other = cache_targets(
         world.folder, "pixels", image_ids=world.ids[:1], **{**call, "fingerprint": {"model": "b"}}
     )
     assert encoder.asked == 13 and other.folder != again.folder
@@ -1266,13 +1276,13 @@ def test_targets_are_computed_once_and_extended(world):
 def test_last_digits_of_golden_features_do_not_matter_and_others_do(world):
     encoder, golden = Encoder(), [0.1234, -2.0]
     call = {"encode": encoder, "image_ids": world.ids, "shape": (4, 18)}
-    first = cached_targets(world.folder, "pixels", {"model": "a", "golden": golden}, **call)
-    other = cached_targets(
+    first = cache_targets(world.folder, "pixels", {"model": "a", "golden": golden}, **call)
+    other = cache_targets(
         world.folder, "pixels", {"model": "a", "golden": [0.1235, -2.001]}, **call
     )  # as another device gives them
     assert other.folder == first.folder and encoder.asked == 12
     with pytest.raises(PerceptError, match="no longer gives the same features: delete it"):
-        cached_targets(world.folder, "pixels", {"model": "a", "golden": [0.5, -2.0]}, **call)
+        cache_targets(world.folder, "pixels", {"model": "a", "golden": [0.5, -2.0]}, **call)
 
 
 def test_categories_are_joined_columns_of_the_labels(tmp_path):
@@ -1291,9 +1301,9 @@ def test_categories_are_joined_columns_of_the_labels(tmp_path):
 def test_interrupted_targets_go_on(world):
     call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18), "batch_size": 1}
     with pytest.raises(RuntimeError):
-        cached_targets(world.folder, "pixels", encode=Encoder(limit=10), **call)
+        cache_targets(world.folder, "pixels", encode=Encoder(limit=10), **call)
     encoder = Encoder()
-    targets = cached_targets(world.folder, "pixels", encode=encoder, **call)
+    targets = cache_targets(world.folder, "pixels", encode=encoder, **call)
     assert encoder.asked == 4  # 8 were safe
     np.testing.assert_array_equal(targets.rows(world.ids), world.images.reshape(12, 4, 18))
     assert (
@@ -1304,13 +1314,13 @@ def test_interrupted_targets_go_on(world):
 
 def test_targets_of_changed_pixels_are_made_again(world):
     call = {"fingerprint": {}, "image_ids": world.ids, "shape": (4, 18)}
-    cached_targets(world.folder, "pixels", encode=Encoder(), **call)
+    cache_targets(world.folder, "pixels", encode=Encoder(), **call)
     changed = world.images.copy()
     changed[3] = 255 - changed[3]
     (world.folder / "images.h5").unlink()
     write_images(world.folder / "images.h5", changed, world.ids)
     encoder = Encoder()
-    targets = cached_targets(world.folder, "pixels", encode=encoder, **call)
+    targets = cache_targets(world.folder, "pixels", encode=encoder, **call)
     assert encoder.asked == 1
     np.testing.assert_array_equal(targets.rows(world.ids), changed.reshape(12, 4, 18))
 
@@ -1325,9 +1335,9 @@ def test_targets_of_changed_pixels_are_made_again(world):
 )
 def test_bad_targets(world, encode, message):
     with pytest.raises(PerceptError, match=message):
-        cached_targets(world.folder, "pixels", {}, world.ids, encode, (4, 18))
+        cache_targets(world.folder, "pixels", {}, world.ids, encode, (4, 18))
     with pytest.raises(PerceptError, match="Image 1 is not in"):
-        cached_targets(world.folder, "pixels", {}, [1], Encoder(), (4, 18))
+        cache_targets(world.folder, "pixels", {}, [1], Encoder(), (4, 18))
 
 
 # --------------------------------------------------------------------- seeds, views, joined splits
@@ -1361,7 +1371,7 @@ def test_a_batch_may_show_one_number_of_repeat(world):
         fits = [
             r
             for r in range(table.shape[1])
-            if np.array_equal(voxels, world.subject.read(table[[2, 0, 1], r]))
+            if np.array_equal(voxels, world.subject.get_betas(table[[2, 0, 1], r]))
         ]
         assert len(fits) == 1
         shown |= set(fits)
@@ -1391,9 +1401,9 @@ def test_views_are_made_once_and_shown_in_turn(world):
         "views": 3,
         "dtype": "float32",
     }
-    views = cached_views(world.folder, "colour", **options)
+    views = cache_augmented_targets(world.folder, "colour", **options)
     assert len(calls) == 3 == len(set(calls))
-    again = cached_views(world.folder, "colour", **options)
+    again = cache_augmented_targets(world.folder, "colour", **options)
     assert len(calls) == 3
     versions = np.stack([v.rows(world.ids) for v in again.versions])  # (versions, images, 3)
     dataset, shown = BrainDataset(world.subject, "train", {"colour": views}, seed=5), set()
@@ -1409,16 +1419,16 @@ def test_views_are_made_once_and_shown_in_turn(world):
         np.testing.assert_array_equal(rows[:1], dataset.__getitems__([0])["colour"].numpy())
     assert shown == {0, 1, 2}
     with pytest.raises(PerceptError, match="choose at least 1"):
-        cached_views(world.folder, "colour", **options | {"views": 0})
+        cache_augmented_targets(world.folder, "colour", **options | {"views": 0})
 
 
 # ----------------------------------------------------------------------------- neighbouring trials
 def test_neighbours_are_of_the_same_session_and_of_no_later_split(world):
     normaliser = Normaliser.fit(world.subject)
-    together, alone = world.subject.with_neighbours(2, 1), world.subject
+    together, alone = world.subject.with_adjacent_trials(2, 1), world.subject
     table, rank = alone.trials, {"train": 0, "val": 1, "test": 2}
     rows = np.arange(len(table))
-    read, own = together.read(rows, normaliser), alone.read(rows, normaliser)
+    read, own = together.get_betas(rows, normaliser), alone.get_betas(rows, normaliser)
     assert read.shape == (len(rows), 4, V)
     seen = 0
     for row in rows:
@@ -1437,12 +1447,12 @@ def test_neighbours_are_of_the_same_session_and_of_no_later_split(world):
 
 
 def test_neighbours_are_averaged_over_repeats_like_the_trial_itself(world):
-    together = world.subject.with_neighbours(1, 0)
-    voxels, ids = together.averaged("test")
-    plain, same = world.subject.averaged("test")
+    together = world.subject.with_adjacent_trials(1, 0)
+    voxels, ids = together.get_mean_betas("test")
+    plain, same = world.subject.get_mean_betas("test")
     assert voxels.shape == (len(ids), 2, V) and np.array_equal(ids, same)
     np.testing.assert_allclose(voxels[:, 0], plain, rtol=1e-6)
     assert BrainDataset(together, "train").__getitems__([0, 1])["voxels"].shape == (2, 2, V)
-    assert world.subject.with_neighbours(0, 0).read(np.arange(2)).shape == (2, V)
+    assert world.subject.with_adjacent_trials(0, 0).get_betas(np.arange(2)).shape == (2, V)
     with pytest.raises(PerceptError, match="seq_past is -1"):
-        world.subject.with_neighbours(-1, 0)
+        world.subject.with_adjacent_trials(-1, 0)

@@ -39,7 +39,7 @@ def test_cells_are_short_and_magics_absent(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_cell_is_well_formed_and_configured(path):
-    known = parameters.read_parameters(parameters.parameters_source(path), path.stem)
+    known = parameters.parse_parameters(parameters.read_parameters_cell(path), path.stem)
     assert {"recipe", "model_name"} <= set(known) and all(p.comment for p in known.values())
     code = "".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "code")
     assert f'configure(globals(), "{path.stem}")' in code

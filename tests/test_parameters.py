@@ -218,7 +218,7 @@ def test_help_lists_every_parameter_with_comment_and_default(project):
 
 def test_lab_chooses_the_recipe_by_environment(project, monkeypatch):
     monkeypatch.setenv("PERCEPT_RECIPE", "sys/mini")
-    scope = {name: p.default for name, p in parameters.read_parameters(CELL).items()} | {
+    scope = {name: p.default for name, p in parameters.parse_parameters(CELL).items()} | {
         "In": [],
         "__name__": "__main__",
     }
@@ -226,7 +226,7 @@ def test_lab_chooses_the_recipe_by_environment(project, monkeypatch):
 
 
 def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
-    scope = {name: p.default for name, p in parameters.read_parameters(CELL).items()}
+    scope = {name: p.default for name, p in parameters.parse_parameters(CELL).items()}
     injected = '# Parameters\nrecipe = "sys/mini"\nsubj = 5\nmax_lr = 2.0e-3\n'
     exec(injected, scope)
     found = parameters.configure(
@@ -242,7 +242,7 @@ def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
 # --------------------------------------------------------------------------------- what is refused
 @pytest.fixture
 def known():
-    return parameters.read_parameters(CELL)
+    return parameters.parse_parameters(CELL)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_wrong_types_and_choices_are_refused_by_name(known, name, value):
     [(0, "must be at least 1"), (5, "must be at most 4"), (-1, "must be at least 1")],
 )
 def test_numbers_out_of_the_range_that_the_comment_gives_are_refused(value, words):
-    share = parameters.read_parameters(
+    share = parameters.parse_parameters(
         '# %% tags=["parameters"]\nsize = 2  # of something, at least 1, at most 4; more\nrate ='
         " 0.1  # more than 0\n"
     )
@@ -310,7 +310,7 @@ def test_unknown_names_in_recipe_and_flags_are_refused(project):
 
 def test_missing_or_broken_recipes_are_named(project, tmp_path):
     with pytest.raises(PerceptError, match="no recipe 'system'.*sys"):
-        parameters.recipe_files("system", "01_stage")
+        parameters.find_recipe_files("system", "01_stage")
     with pytest.raises(PerceptError, match="no recipe file"):
         parameters.read_recipe(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
@@ -326,7 +326,7 @@ def test_missing_or_broken_recipes_are_named(project, tmp_path):
 )
 def test_a_cell_of_another_form_is_refused(line):
     with pytest.raises(PerceptError, match="Line 1"):
-        parameters.read_parameters(line)
+        parameters.parse_parameters(line)
 
 
 def test_without_data_the_first_cell_names_both_ways_on(project, monkeypatch):
@@ -337,7 +337,9 @@ def test_without_data_the_first_cell_names_both_ways_on(project, monkeypatch):
         cells=[nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})]
     )
     nbformat.write(nb, project / "notebooks" / "01_stage.ipynb")
-    scope = {name: p.default for name, p in parameters.read_parameters(source).items()} | {"In": []}
+    scope = {name: p.default for name, p in parameters.parse_parameters(source).items()} | {
+        "In": []
+    }
     with pytest.raises(PerceptError, match='notebook 00.*recipe = "mindeye/mini"') as caught:
         parameters.configure(scope, "01_stage")
     assert caught.value._render_traceback_() == [f"PerceptError: {caught.value}"]

@@ -22,13 +22,13 @@ from src.networks.encoders import BrainNetwork
 from src.networks.linear import RidgeBaseline
 from src.networks.low_level import Voxel2StableDiffusionModel
 from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
-from src.networks.registry import published_state
+from src.networks.registry import rename_published_keys
 from src.networks.released import (
     build_decoder,
-    difference,
+    describe_mismatch,
+    infer_published_config,
     load_laion_prior,
     load_published,
-    published_config,
     read_history,
     read_published,
     write_published,
@@ -227,7 +227,7 @@ def test_the_published_lists_of_keys_make_their_network_at_full_size(
     assert len(state) == len(shapes) and ("013" in name) == (
         set(state) != set(shapes)
     )  # without the stray number; only the old names change
-    config = published_config(state)
+    config = infer_published_config(state)
     brain = config.get("voxel2clip", config)["kwargs"]
     assert config.get("net", config)["name"] == kind and brain["in_dim"] == 15724
     assert size == (brain["use_cont"] if kind.startswith("Voxel") else brain["out_dim"])
@@ -236,24 +236,24 @@ def test_the_published_lists_of_keys_make_their_network_at_full_size(
     assert {k: list(v.shape) for k, v in network.state_dict().items()} == {
         k: list(v.shape) for k, v in state.items()
     }
-    assert not difference(state, network)
+    assert not describe_mismatch(state, network)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_nothing_else_is_forgiven(name, golden):
-    state = published_state(
+    state = rename_published_keys(
         {k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()}
     )
     with torch.device("meta"):
-        network = build_decoder(published_config(state))
+        network = build_decoder(infer_published_config(state))
     for key, value in state.items():
         less = {k: v for k, v in state.items() if k != key}
-        assert difference(less, network) == {"missing": [key]}
-        assert difference(less | {f"ema.{key}": value}, network) == {
+        assert describe_mismatch(less, network) == {"missing": [key]}
+        assert describe_mismatch(less | {f"ema.{key}": value}, network) == {
             "missing": [key],
             "unexpected": [f"ema.{key}"],
         }
-        assert difference(less | {key: value[None]}, network) == {"of another shape": [key]}
+        assert describe_mismatch(less | {key: value[None]}, network) == {"of another shape": [key]}
     for key in list(state)[:: len(state) // 8]:  # and so says what reads them
         for broken in (
             {k: v for k, v in state.items() if k != key},
@@ -263,13 +263,13 @@ def test_nothing_else_is_forgiven(name, golden):
             with pytest.raises(
                 PerceptError, match="^The file (does not fit|is of a released|holds)"
             ):
-                published_config(broken, "The file")
+                infer_published_config(broken, "The file")
 
 
 @pytest.mark.parametrize("name", ["vd_prior_network", "convnext_xl_vicregl"])
 def test_networks_that_are_no_decoder_are_refused(name, golden):
     with pytest.raises(PerceptError, match="holds no released MindEye network"):
-        published_config(
+        infer_published_config(
             {k: torch.empty(v, device="meta") for k, v in published_shapes(golden, name).items()}
         )
 
@@ -368,7 +368,7 @@ def test_the_old_names_are_the_published_ones(golden):
         published_shapes(golden, f"voxel2sd_4x_contTrue_{keys}")
         for keys in ("newdiffuserskeys", "diffusers013_keys")
     )
-    assert {released_files.old_name(key): shape for key, shape in new.items()} == old
+    assert {released_files.to_old_key(key): shape for key, shape in new.items()} == old
 
 
 def test_networks_that_a_released_file_cannot_tell_are_not_written(tmp_path):
@@ -459,9 +459,9 @@ def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, pr
     data = pickle.dumps([*NUMBERS, BigEndian(), *others], protocol)
     if protocol < 4:  # later ones count the letters
         data = data.replace(b"numpy._core.multiarray", module.encode())
-    read = safe_pickle._TensorsOnly(io.BytesIO(data)).load()
+    read = safe_pickle.TensorsOnlyUnpickler(io.BytesIO(data)).load()
     np.testing.assert_array_equal(read[: len(NUMBERS) + 1], [*[float(v) for v in NUMBERS], 1.5])
-    assert all(isinstance(value, safe_pickle._Inert) for value in read[len(NUMBERS) + 1 :])
+    assert all(isinstance(value, safe_pickle.InertObject) for value in read[len(NUMBERS) + 1 :])
 
 
 CHILD = """

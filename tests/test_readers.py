@@ -833,7 +833,7 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
             subject.images(ids), mini.images[np.searchsorted(mini.image_ids, ids)]
         )
         want = np.stack([betas[(trials.image == i).to_numpy()].mean(0) for i in ids])
-        np.testing.assert_allclose(subject.averaged(split)[0], want, atol=2e-6)
+        np.testing.assert_allclose(subject.get_mean_betas(split)[0], want, atol=2e-6)
     if name != "algonauts":  # which holds the mean of an image's repeats
         mine = subject.trials.set_index("trial").loc[trials.trial]
         np.testing.assert_array_equal(mine.image, trials.image)

@@ -16,9 +16,9 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(parameters.RECIPES)))
 def test_keys_are_parameters_of_the_right_type(path):
     notebook = parameters.NOTEBOOKS / f"{path.stem}.ipynb"
-    known = parameters.read_parameters(parameters.parameters_source(notebook), path.stem)
+    known = parameters.parse_parameters(parameters.read_parameters_cell(notebook), path.stem)
     content = parameters.read_recipe(path)
-    parameters.check_known(content, known, str(path))
+    parameters.check_parameter_names(content, known, str(path))
     assert (
         content.get("recipe") == path.parent.relative_to(parameters.RECIPES).as_posix()
     )  # papermill -f tells a notebook no file names

@@ -91,7 +91,10 @@ def test_each_voter_keeps_its_voxels_its_images_and_its_seed(voted):
         assert decoder.lin0[0].in_features == member.sum() == told["inputs"]
         split = pd.read_parquet(folder / "split.parquet").set_index("image")["split"]
         drawn = set(split.index[split == "train"])
-        assert drawn == set(subject.bagged(0.7, seed).image_ids("train")) and len(drawn) == 210
+        assert (
+            drawn == set(subject.bootstrap_split(0.7, seed).image_ids("train"))
+            and len(drawn) == 210
+        )
         assert set(split.index[split == "val"]) == set(subject.image_ids("train")) - drawn
         assert set(split.index[split == "test"]) == set(subject.image_ids("test")) and set(
             split.index[split == "exclude"]

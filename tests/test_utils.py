@@ -80,17 +80,21 @@ def test_paths_hang_on_home_then_on_the_repository(tmp_path, monkeypatch):
 def test_a_run_of_another_training_has_another_name():
     plain = {"model_name": "", "subj": 2, "split": "images", "n_components": 0}
     assert (
-        parameters.run_name("mindeye/mini", plain)
-        == parameters.run_name("mindeye/mini", {"subj": 2})
+        parameters.make_run_name("mindeye/mini", plain)
+        == parameters.make_run_name("mindeye/mini", {"subj": 2})
         == "mindeye-mini-subj02"
     )
     other = plain | {"split": "cluster-held-out", "n_components": 30}
     assert (
-        parameters.run_name("mindeye/mini", other) == "mindeye-mini-subj02-cluster-held-out-pca30"
+        parameters.make_run_name("mindeye/mini", other)
+        == "mindeye-mini-subj02-cluster-held-out-pca30"
     )
     assert (
-        parameters.run_name("mindeye/mini", other | {"num_sessions": 4})
+        parameters.make_run_name("mindeye/mini", other | {"num_sessions": 4})
         == "mindeye-mini-subj02-cluster-held-out-4sessions-pca30"
     )
-    assert parameters.run_name("mindeye/mini", plain | {"num_sessions": 0}) == "mindeye-mini-subj02"
-    assert parameters.run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"
+    assert (
+        parameters.make_run_name("mindeye/mini", plain | {"num_sessions": 0})
+        == "mindeye-mini-subj02"
+    )
+    assert parameters.make_run_name("mindeye/mini", other | {"model_name": "mine"}) == "mine"

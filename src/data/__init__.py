@@ -2,7 +2,7 @@
 
 from src.data.batches import BrainDataset
 from src.data.draws import choose_repeats
-from src.data.files import BLOCK_BYTES, check_space, disk_errors, row_blocks
+from src.data.files import BLOCK_BYTES, check_space, disk_errors, iterate_row_blocks
 from src.data.images import ImageStore, write_images
 from src.data.layout import (
     TRIAL_COLUMNS,
@@ -15,9 +15,20 @@ from src.data.layout import (
 )
 from src.data.normaliser import Normaliser
 from src.data.reliability import estimate_noise_ceiling
-from src.data.splits import image_clusters, open_pictures, open_split, select_images
+from src.data.splits import (
+    cluster_images,
+    make_training_split,
+    open_all_sessions,
+    open_training_split,
+)
 from src.data.subject import ROI_SETS, Subject, open_subject
-from src.data.targets import LatentFile, Targets, Views, cached_targets, cached_views
+from src.data.targets import (
+    AugmentedTargets,
+    LatentFile,
+    TargetCache,
+    cache_augmented_targets,
+    cache_targets,
+)
 
 __all__ = [
     "BLOCK_BYTES",
@@ -28,23 +39,23 @@ __all__ = [
     "ROI_SETS",
     "Subject",
     "TRIAL_COLUMNS",
-    "Targets",
-    "Views",
-    "cached_targets",
-    "cached_views",
+    "TargetCache",
+    "AugmentedTargets",
+    "cache_targets",
+    "cache_augmented_targets",
     "check_space",
     "check_trials",
     "choose_repeats",
     "dataset_folder",
     "disk_errors",
     "estimate_noise_ceiling",
-    "image_clusters",
+    "cluster_images",
     "number_repeats",
-    "open_pictures",
-    "open_split",
+    "open_all_sessions",
+    "open_training_split",
     "open_subject",
-    "row_blocks",
-    "select_images",
+    "iterate_row_blocks",
+    "make_training_split",
     "subject_folder",
     "write_image_table",
     "write_images",

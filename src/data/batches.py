@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from src.data.draws import _hashed, choose_repeats
+from src.data.draws import choose_repeats, hash_images
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
-from src.data.targets import Views
+from src.data.targets import AugmentedTargets
 from src.utils import PerceptError
 
 REPEATS = ("random", "batch", "mean", "all", "each")
@@ -31,7 +31,7 @@ class BrainDataset(Dataset):
     Args:
         subject: from `open_subject`.
         split: train, val or test, or several joined by "+".
-        targets: for each name what `cached_targets` or `cached_views` gives, or an array whose rows
+        targets: for each name what `cache_targets` or `cache_augmented_targets` gives, or an array whose rows
             are in the order of the samples, `dataset.image_ids`.
         normaliser: fitted on training trials, or None for the betas as they are.
         repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one
@@ -95,7 +95,7 @@ class BrainDataset(Dataset):
         """Batch of images by their positions in the split."""
         at = np.asarray(indices, dtype=np.int64)
         ids = self.image_ids[at]
-        seeds = (_hashed(self.seed + 1, self.epoch, ids) >> np.uint64(1)).astype(np.int64)
+        seeds = (hash_images(self.seed + 1, self.epoch, ids) >> np.uint64(1)).astype(np.int64)
         batch = {
             "voxels": torch.from_numpy(self._voxels(at)),
             "image": torch.from_numpy(ids),
@@ -104,7 +104,7 @@ class BrainDataset(Dataset):
         if self.pixels:
             batch["pixels"] = torch.from_numpy(self.subject.images(ids)).permute(0, 3, 1, 2)
         for name, target in self.targets.items():
-            if isinstance(target, Views):
+            if isinstance(target, AugmentedTargets):
                 rows = target.rows(ids, self.seed, self.epoch)
             else:
                 rows = target.rows(ids) if hasattr(target, "rows") else target[at]
@@ -119,10 +119,10 @@ class BrainDataset(Dataset):
 
     def _voxels(self, at: np.ndarray) -> np.ndarray:
         if self.repeats == "mean":
-            return self.subject.mean_of([self._rows[i] for i in at], self.normaliser)
+            return self.subject.average_rows([self._rows[i] for i in at], self.normaliser)
         if self.repeats == "all":
             rows = self._table[at]  # (batch, repeats)
-            read = self.subject.read(rows.ravel(), self.normaliser)
+            read = self.subject.get_betas(rows.ravel(), self.normaliser)
             return read.reshape(*rows.shape, *read.shape[1:])
         ids = (
             self.image_ids[at]
@@ -130,4 +130,4 @@ class BrainDataset(Dataset):
             else np.full(len(at), self.image_ids[at[0]])
         )
         chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[at])
-        return self.subject.read(self._table[at, chosen], self.normaliser)
+        return self.subject.get_betas(self._table[at, chosen], self.normaliser)

@@ -12,7 +12,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _hashed(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+def hash_images(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
     """Well mixed uint64 (batch,), a pure function of (seed, epoch, image)."""
     state = np.zeros(1, np.uint64)
     for value in (seed, epoch):
@@ -33,4 +33,6 @@ def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndar
     Returns:
         int64 (batch,).
     """
-    return (_hashed(seed, epoch, image_ids) % np.asarray(counts).astype(np.uint64)).astype(np.int64)
+    return (hash_images(seed, epoch, image_ids) % np.asarray(counts).astype(np.uint64)).astype(
+        np.int64
+    )

@@ -49,7 +49,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place on success and disappears on
     failure.
     """
@@ -74,7 +74,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def iterate_row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """An array (rows, ...) in blocks of about 64 MB; an iterable of blocks passes through."""
     if not isinstance(rows, np.ndarray):
         yield from rows
@@ -84,7 +84,7 @@ def row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield rows[start : start + step]
 
 
-def _store_rows(
+def write_rows(
     path: Path,
     name: str,
     blocks: Iterable[np.ndarray],
@@ -125,7 +125,7 @@ def _store_rows(
         return file[name].shape
 
 
-def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
+def memory_map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
     """Memory-map a contiguous dataset of an HDF5 file, read-only, with its attributes."""
     try:
         with h5py.File(path, "r") as file:
@@ -148,7 +148,7 @@ def _map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
     return np.memmap(path, dtype, "r", offset, shape), attributes
 
 
-def _positions(
+def find_rows(
     stored: np.ndarray, order: np.ndarray, wanted: Sequence[int] | np.ndarray, where: str
 ) -> np.ndarray:
     ids = np.atleast_1d(np.asarray(wanted, dtype=np.int64))
@@ -162,7 +162,7 @@ def _positions(
     return found
 
 
-def _gather(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows of a memory-mapped array in the order asked for, read in the order of the file."""
     order = np.argsort(rows, kind="stable")
     taken = np.empty((len(rows), *array.shape[1:]), array.dtype)

@@ -13,7 +13,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from src.data.files import _gather, _map_h5, _positions, _store_rows, disk_errors, row_blocks
+from src.data.files import (
+    disk_errors,
+    find_rows,
+    gather_rows,
+    iterate_row_blocks,
+    memory_map_h5,
+    write_rows,
+)
 from src.utils import PerceptError, atomic
 
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -44,18 +51,18 @@ class ImageStore:
     @cached_property
     def pixels(self) -> np.memmap:
         """uint8 (images, height, width, 3)."""
-        return _map_h5(self.path, "images")[0]
+        return memory_map_h5(self.path, "images")[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "pixels"}
 
     def positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Rows at which images are stored. Raises PerceptError for an image that is not."""
-        return _positions(self.image_ids, self._order, image_ids, str(self.path))
+        return find_rows(self.image_ids, self._order, image_ids, str(self.path))
 
     def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Images by id, uint8 (n, height, width, 3), in the order asked for."""
-        return _gather(self.pixels, self.positions(image_ids))
+        return gather_rows(self.pixels, self.positions(image_ids))
 
 
 def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
@@ -76,7 +83,7 @@ def _new_images(
     """Blocks of those images that are not stored yet; those that are must look the same."""
     start, recompressed = 0, 0
     known = np.isin(ids, old.image_ids) if old else np.zeros(len(ids), bool)
-    for block in row_blocks(images):
+    for block in iterate_row_blocks(images):
         _check_image_block(block, tuple(old.shape[1:3]) if old else None)
         part = slice(start, start + len(block))
         start += len(block)
@@ -144,8 +151,8 @@ def write_images(
         crc.extend(zlib.crc32(np.ascontiguousarray(image).data) for image in block)
         return block
 
-    blocks = chain(row_blocks(old.pixels) if old else (), _new_images(images, ids, old))
+    blocks = chain(iterate_row_blocks(old.pixels) if old else (), _new_images(images, ids, old))
     with disk_errors(path.parent), atomic(path) as temporary:
-        _store_rows(temporary, "images", blocks, len(stored_ids), inspect)
+        write_rows(temporary, "images", blocks, len(stored_ids), inspect)
         with h5py.File(temporary, "r+") as file:
             file["image_id"], file["crc"] = stored_ids, np.array(crc, dtype=np.int64)

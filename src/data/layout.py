@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import _replacing, _store_rows, disk_errors, row_blocks
+from src.data.files import disk_errors, iterate_row_blocks, replace_folder, write_rows
 from src.utils import HOME, PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")
@@ -199,9 +199,9 @@ def write_subject(
     _check_attributes(attributes)
     digest = hashlib.blake2b(digest_size=16)
     inspect = _finite_block(trials, None if voxels is None else len(voxels), digest)
-    with disk_errors(folder.parent), _replacing(folder) as temporary:
-        shape = _store_rows(
-            temporary / "betas.h5", "betas", row_blocks(betas), len(trials), inspect
+    with disk_errors(folder.parent), replace_folder(folder) as temporary:
+        shape = write_rows(
+            temporary / "betas.h5", "betas", iterate_row_blocks(betas), len(trials), inspect
         )
         n_voxels = int(np.prod(shape[1:]))
         with h5py.File(temporary / "betas.h5", "r+") as file:

@@ -56,7 +56,7 @@ class Normaliser:
         )
 
     @property
-    def width(self) -> int:
+    def n_features(self) -> int:
         """Columns that `apply` gives: voxels (the selected ones; all if masked) or components."""
         if self.masked:
             return self.n_voxels
@@ -80,7 +80,7 @@ class Normaliser:
             n_components: number of principal components (of the selected voxels), 0 for the voxels
                 themselves.
             seed: of the randomised search for components.
-            rois: regions whose voxels are taken, as for `Subject.columns_of`, "" or "-" for all
+            rois: regions whose voxels are taken, as for `Subject.select_rois`, "" or "-" for all
                 voxels.
             masked: keep all voxels, those of no such region as 0 (the published form of the ROI
                 project), instead of the selected ones alone.
@@ -93,14 +93,14 @@ class Normaliser:
         Warns:
             UserWarning: naming sessions with fewer than two training trials, which are z-scored
                 with the training trials of all sessions; with the number of voxels that are
-                constant in some session, which become 0. Also as `Subject.columns_of`.
+                constant in some session, which become 0. Also as `Subject.select_rois`.
         """
         if masked and n_components:
             raise PerceptError(
                 "Components are made of the selected voxels: leave masked at False, or n_components"
                 " at 0."
             )
-        columns, found = subject.columns_of(rois) if rois.strip() not in ("", "-") else (None, ())
+        columns, found = subject.select_rois(rois) if rois.strip() not in ("", "-") else (None, ())
         trials = subject.trials
         train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
         if not train.any():
@@ -129,7 +129,7 @@ class Normaliser:
                 stacklevel=2,
             )
             groups = [np.flatnonzero(train) if i in few else rows for i, rows in enumerate(groups)]
-        moments = [_moments(subject.betas, rows, columns) for rows in groups]
+        moments = [compute_moments(subject.betas, rows, columns) for rows in groups]
         mean, std = (np.stack(values) for values in zip(*moments, strict=True))
         constant = std <= 1e-7 * np.abs(mean)
         if constant.any():
@@ -215,7 +215,7 @@ class Normaliser:
             save_file(tensors, temporary, metadata=told)
 
     @classmethod
-    def beside(cls, path: str | Path) -> Normaliser | None:
+    def for_checkpoint(cls, path: str | Path) -> Normaliser | None:
         """The normaliser that a decoder was trained with, from the folder of its file or the one
         above (train_logs/<run>/low_level/last.safetensors); None for a released file (.pth), which
         is for betas as they are.
@@ -266,7 +266,7 @@ class Normaliser:
         )
 
 
-def _moments(
+def compute_moments(
     betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and
@@ -291,13 +291,13 @@ def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: i
     Halko, Martinsson & Tropp 2011, with so many iterations that the variance kept is the most there
     is also where the spectrum falls slowly (tests/test_data.py).
     """
-    size = (int((subject.trials["split"] == "train").sum()), zscore.width)
+    size = (int((subject.trials["split"] == "train").sum()), zscore.n_features)
     if not 1 <= n_components <= min(size):
         raise PerceptError(
             f"n_components is {n_components}: choose 0 for all voxels, or at most {min(size)}, as"
             f" there are {size} (training trials, voxels)."
         )
-    z, _ = subject.trials_of("train", zscore)
+    z, _ = subject.get_trials("train", zscore)
     _, _, axes = randomized_svd(
         z, n_components, n_oversamples=n_components + 10, n_iter=10, random_state=seed
     )  # axes (components, voxels)

@@ -61,11 +61,11 @@ def _compute_variances(
     subject: Subject, groups: list[np.ndarray], normaliser: Normaliser
 ) -> tuple[np.ndarray, np.ndarray]:
     """Variance of signal and of noise of each voxel, each float64 (voxels,)."""
-    total, square, within = np.zeros((3, subject.width(normaliser)))
+    total, square, within = np.zeros((3, subject.n_features(normaliser)))
     for start in range(0, len(groups), 64):
         chunk = groups[start : start + 64]
         sizes = np.array([len(rows) for rows in chunk])
-        betas = subject.read(np.concatenate(chunk), normaliser).astype(np.float64)
+        betas = subject.get_betas(np.concatenate(chunk), normaliser).astype(np.float64)
         means = np.add.reduceat(betas, np.cumsum(sizes) - sizes, axis=0) / sizes[:, None]
         total += betas.sum(0)
         square += (betas**2).sum(0)

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 
 from src.data.files import disk_errors
 from src.data.subject import Subject, open_subject
-from src.data.targets import _key, cached_targets
+from src.data.targets import cache_targets, hash_fingerprint
 from src.utils import PerceptError, atomic, read_json, write_json
 
 CLUSTERS, SESSIONS = (
@@ -27,7 +27,7 @@ CLUSTERS, SESSIONS = (
 HELD_OUT = 0.25
 
 
-def image_clusters(
+def cluster_images(
     subject: Subject,
     features: np.ndarray,
     made_by: dict[str, Any],
@@ -63,7 +63,7 @@ def image_clusters(
             f"{len(features)} features of {len(ids)} images for {n_clusters} clusters: give one an"
             " image, and choose 4 clusters to one an image."
         )
-    store = subject._store
+    store = subject.image_store
     shown = hashlib.sha256(np.stack([ids, store.crc[store.positions(ids)]]).tobytes()).hexdigest()[
         :16
     ]
@@ -79,7 +79,7 @@ def image_clusters(
             default=str,
         )
     )
-    path = subject.folder / f"clusters-{_key(meta)}.parquet"
+    path = subject.folder / f"clusters-{hash_fingerprint(meta)}.parquet"
     with open(subject.folder / ".clusters.lock", "w") as lock, disk_errors(subject.folder):
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes that ask at once take turns
         if not path.exists():
@@ -136,7 +136,7 @@ def _quarter(
     return best[1]
 
 
-def select_images(
+def make_training_split(
     subject: Subject,
     split: str,
     logs: str | Path,
@@ -145,7 +145,7 @@ def select_images(
     num_sessions: int = 0,
 ) -> Subject:
     """The subject with the images that a training may see, written down in the run's folder for
-    `open_split`.
+    `open_training_split`.
 
     Args:
         subject: from `open_subject`.
@@ -156,21 +156,21 @@ def select_images(
             sessions alone are used.
         encoder: gives the frozen model whose features are clustered, as `pretrained.Clipper`; not
             called for "images".
-        n_clusters: as for `image_clusters`. Clusters are of the images of all sessions, so that
+        n_clusters: as for `cluster_images`. Clusters are of the images of all sessions, so that
             they are the same however many are used.
-        num_sessions: the first so many sessions, as for `Subject.first_sessions`, 0 for all.
+        num_sessions: the first so many sessions, as for `Subject.select_first_sessions`, 0 for all.
 
     Raises:
-        PerceptError: for an unknown split, and as `image_clusters`, `Subject.holding_out` and
-            `Subject.first_sessions`.
+        PerceptError: for an unknown split, and as `cluster_images`, `Subject.exclude_clusters` and
+            `Subject.select_first_sessions`.
     """
     if split not in ("images", "cluster-held-out"):
         raise PerceptError(f"split is {split!r}: choose one of images, cluster-held-out.")
-    limited = subject.first_sessions(num_sessions)  # refuses before anything is written
+    limited = subject.select_first_sessions(num_sessions)  # refuses before anything is written
     if split == "images":
         (Path(logs) / CLUSTERS).unlink(missing_ok=True)
     else:
-        limited = _without_clusters(subject, logs, encoder(), n_clusters).first_sessions(
+        limited = _without_clusters(subject, logs, encoder(), n_clusters).select_first_sessions(
             num_sessions
         )
     if num_sessions:
@@ -183,21 +183,21 @@ def select_images(
 def _without_clusters(subject: Subject, logs: str | Path, model: Any, n_clusters: int) -> Subject:
     """The subject without a quarter of its clusters, which are written down."""
     ids, made_by = subject.all_images, model.fingerprint()
-    targets = cached_targets(
+    targets = cache_targets(
         subject.folder, "clip_tokens", made_by, ids, model.encode_pixels, model.target_shape
     )
-    clusters = image_clusters(
+    clusters = cluster_images(
         subject, targets.rows(ids).reshape(len(ids), -1).astype(np.float32), made_by, n_clusters
     )
-    made = subject.holding_out(clusters)
+    made = subject.exclude_clusters(clusters)
     with atomic(Path(logs) / CLUSTERS) as temporary:
         clusters.to_parquet(temporary)
     return made
 
 
-def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
+def open_training_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
     """Open a prepared subject as the training of a run saw it: `open_subject`, less what
-    `select_images` has written down in `logs`.
+    `make_training_split` has written down in `logs`.
 
     Args:
         dataset, subj: as for `open_subject`.
@@ -218,22 +218,22 @@ def open_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
         )
     num_sessions = int(read_json(told)["num_sessions"]) if told.exists() else 0
     if not record.exists():
-        return subject.first_sessions(num_sessions)
+        return subject.select_first_sessions(num_sessions)
     clusters = pd.read_parquet(record)
     if clusters.attrs.get("test_set") != subject.test_set:
         raise PerceptError(
             f"{record} is of other test images than {subject.folder.name} has now: run the training"
             " notebook of this run again."
         )
-    return subject.holding_out(clusters).first_sessions(num_sessions)
+    return subject.exclude_clusters(clusters).select_first_sessions(num_sessions)
 
 
-def open_pictures(dataset: str | Path, subj: int, subject: Subject) -> Subject:
+def open_all_sessions(dataset: str | Path, subj: int, subject: Subject) -> Subject:
     """The subject whose pictures teach what needs no brain: with those of all sessions, however few
     of them the decoder saw; clusters held out of training stay out.
 
     Args:
         dataset, subj: as for `open_subject`.
-        subject: of `open_split`.
+        subject: of `open_training_split`.
     """
     return subject if subject.clusters is not None else open_subject(dataset, subj)

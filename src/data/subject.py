@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from src.data.files import _gather, _map_h5, _positions, row_blocks
+from src.data.files import find_rows, gather_rows, iterate_row_blocks, memory_map_h5
 from src.data.images import ImageStore
 from src.data.layout import SPLITS, check_trials, dataset_folder, subject_folder
 from src.utils import PerceptError
@@ -83,7 +83,7 @@ class Subject:
             the reader added.
         protocol: name of the protocol, for every row of results.
         volume_shape: (x, y, z) where the betas are whole volumes, else None.
-        clusters: what `image_clusters` gave, where clusters of images are held out, else None.
+        clusters: what `cluster_images` gave, where clusters of images are held out, else None.
     """
 
     clusters: pd.DataFrame | None = None
@@ -101,7 +101,7 @@ class Subject:
                     " missing: run notebook 00_prepare_data (with the recipe mindeye/mini for the"
                     " embedded mini world, which needs no data)."
                 )
-        stored, self.attributes = _map_h5(self.path / "betas.h5", "betas")
+        stored, self.attributes = memory_map_h5(self.path / "betas.h5", "betas")
         self.volume_shape = stored.shape[1:] if stored.ndim == 4 else None
         self.trials, self.voxels = (
             pd.read_parquet(self.path / "trials.parquet"),
@@ -120,7 +120,7 @@ class Subject:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("betas", "_store")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("betas", "image_store")}
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.image_ids(s))} {s}" for s in SPLITS[:3])
@@ -133,11 +133,11 @@ class Subject:
     @cached_property
     def betas(self) -> np.ndarray:
         """(trials, voxels) float16 or float32, read-only."""
-        stored = _map_h5(self.path / "betas.h5", "betas")[0]
+        stored = memory_map_h5(self.path / "betas.h5", "betas")[0]
         return stored.reshape(len(stored), -1)
 
     @cached_property
-    def _store(self) -> ImageStore:
+    def image_store(self) -> ImageStore:
         return ImageStore(self.folder / "images.h5")
 
     @property
@@ -205,13 +205,13 @@ class Subject:
         """
         return np.unique(self.trials.loc[self._within(split), "image"].to_numpy())
 
-    def holding_out(self, clusters: pd.DataFrame) -> Subject:
+    def exclude_clusters(self, clusters: pd.DataFrame) -> Subject:
         """This subject without the training and validation images of held-out clusters: their
         trials are excluded, the test set stays as it is, and the protocol ends in
         "+cluster-held-out".
 
         Args:
-            clusters: from `image_clusters`: columns image, cluster, held_out.
+            clusters: from `cluster_images`: columns image, cluster, held_out.
 
         Raises:
             PerceptError: if no training image, or none of the validation images, is left.
@@ -228,7 +228,7 @@ class Subject:
                 )
         return made
 
-    def held_out(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def in_excluded_clusters(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Which images are in held-out clusters, bool (n,); none of them where no clusters are held
         out.
 
@@ -240,10 +240,10 @@ class Subject:
             return np.zeros(len(ids), bool)
         stored = self.clusters["image"].to_numpy()
         return self.clusters["held_out"].to_numpy()[
-            _positions(stored, np.argsort(stored), ids, "the table of clusters")
+            find_rows(stored, np.argsort(stored), ids, "the table of clusters")
         ]
 
-    def columns_of(self, rois: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    def select_rois(self, rois: str) -> tuple[np.ndarray, tuple[str, ...]]:
         """Voxels of a set of regions, by the Boolean columns of `voxels`.
 
         Args:
@@ -310,7 +310,7 @@ class Subject:
             )
         return columns.astype(np.int64), found
 
-    def bagged(self, share: float, seed: int) -> Subject:
+    def bootstrap_split(self, share: float, seed: int) -> Subject:
         """This subject with a share of its training images, drawn by seed; the others of them
         become the validation images, and the prepared validation images are excluded, so that
         models with different bags have these and the test images in common, which none of them saw.
@@ -341,7 +341,7 @@ class Subject:
         )
         return made
 
-    def limited(self, n_train: int, seed: int = 42) -> Subject:
+    def subsample_train(self, n_train: int, seed: int = 42) -> Subject:
         """This subject with at most n_train training images, drawn by seed; the trials of the
         others are excluded.
 
@@ -357,7 +357,7 @@ class Subject:
         made.trials = self.trials.assign(split=self.trials["split"].mask(gone, "exclude"))
         return made
 
-    def first_sessions(self, n: int) -> Subject:
+    def select_first_sessions(self, n: int) -> Subject:
         """This subject as its first n sessions alone would have trained it: the training and
         validation trials of later sessions are excluded, and with them images that were not shown
         before.
@@ -395,11 +395,11 @@ class Subject:
             )
         return made
 
-    def width(self, normaliser: Normaliser | None = None) -> int:
-        """Columns that `read` gives: voxels (those of a normaliser's regions, if it has some), or
+    def n_features(self, normaliser: Normaliser | None = None) -> int:
+        """Columns that `get_betas` gives: voxels (those of a normaliser's regions, if it has some), or
         the components of a normaliser that has some.
         """
-        return self.betas.shape[1] if normaliser is None else normaliser.width
+        return self.betas.shape[1] if normaliser is None else normaliser.n_features
 
     def _within(self, split: str) -> pd.Series:
         """Which trials (trials,) belong to a split, or to one of several joined by "+"."""
@@ -412,7 +412,7 @@ class Subject:
 
     def images(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Images by id, uint8 (n, height, width, 3)."""
-        return self._store.rows(image_ids)
+        return self.image_store.rows(image_ids)
 
     def mean_image(self, split: str) -> np.ndarray:
         """Mean picture of a split, float64 (height, width, 3) in 0 to 255, about 500 images in
@@ -435,28 +435,28 @@ class Subject:
             )
         return np.split(table.index.to_numpy(), np.searchsorted(table["image"].to_numpy(), ids[1:]))
 
-    def read(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
+    def get_betas(self, rows: np.ndarray, normaliser: Normaliser | None = None) -> np.ndarray:
         """Rows of betas as float32 (rows, voxels), normalised if asked; here and below (rows,
         components) for a normaliser that has some.
 
-        Of a subject `with_neighbours` (rows, trials, voxels), zeros where there is no such trial.
+        Of a subject `with_adjacent_trials` (rows, trials, voxels), zeros where there is no such trial.
         """
         if self.neighbours is None:
-            return self._read(rows, normaliser)
+            return self._read_rows(rows, normaliser)
         near = self.neighbours[rows]  # (rows, trials)
-        betas = self._read(near.clip(0).ravel(), normaliser).reshape(*near.shape, -1)
+        betas = self._read_rows(near.clip(0).ravel(), normaliser).reshape(*near.shape, -1)
         betas[near < 0] = 0
         return betas
 
-    def _read(self, rows: np.ndarray, normaliser: Normaliser | None) -> np.ndarray:
-        betas = _gather(self.betas, rows)
+    def _read_rows(self, rows: np.ndarray, normaliser: Normaliser | None) -> np.ndarray:
+        betas = gather_rows(self.betas, rows)
         return (
             betas.astype(np.float32)
             if normaliser is None
             else normaliser.apply(betas, self.trials["session"].to_numpy()[rows])
         )
 
-    def with_neighbours(self, past: int, future: int) -> Subject:
+    def with_adjacent_trials(self, past: int, future: int) -> Subject:
         """This subject, each of whose trials is read together with those before and after it in its
         session (MindEye2's past and future tokens).
 
@@ -498,7 +498,7 @@ class Subject:
             made.neighbours[unseen] = -1
         return made
 
-    def averaged(
+    def get_mean_betas(
         self, split: str, repeats: int | None = None, normaliser: Normaliser | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean over the first `repeats` repeats of each image (all when None); an image with fewer
@@ -518,20 +518,20 @@ class Subject:
                 stacklevel=2,
             )
         parts = [
-            self.mean_of([r[:repeats] for r in rows[start : start + 128]], normaliser)
+            self.average_rows([r[:repeats] for r in rows[start : start + 128]], normaliser)
             for start in range(0, len(ids), 128)
         ]
         return np.concatenate(parts), ids
 
-    def mean_of(self, rows: list[np.ndarray], normaliser: Normaliser | None) -> np.ndarray:
+    def average_rows(self, rows: list[np.ndarray], normaliser: Normaliser | None) -> np.ndarray:
         """Mean over each group of rows, float32 (groups, voxels)."""
         sizes = np.array([len(r) for r in rows])
         sums = np.add.reduceat(
-            self.read(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0
+            self.get_betas(np.concatenate(rows), normaliser), np.cumsum(sizes) - sizes, axis=0
         )
         return sums / sizes.reshape(-1, *[1] * (sums.ndim - 1)).astype(np.float32)
 
-    def trials_of(
+    def get_trials(
         self, split: str, normaliser: Normaliser | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """All single trials of a split in the order of the table: voxels float32 (trials, voxels),
@@ -540,7 +540,10 @@ class Subject:
         self.rows_by_image(split)  # refuses an empty split
         rows = np.flatnonzero((self.trials["split"] == split).to_numpy())
         voxels = np.concatenate(
-            [self.read(rows[start : start + 512], normaliser) for start in range(0, len(rows), 512)]
+            [
+                self.get_betas(rows[start : start + 512], normaliser)
+                for start in range(0, len(rows), 512)
+            ]
         )
         return voxels, self.trials["image"].to_numpy()[rows]
 
@@ -550,7 +553,7 @@ class Subject:
         Raises PerceptError if they differ.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for block in row_blocks(self.betas):
+        for block in iterate_row_blocks(self.betas):
             digest.update(np.ascontiguousarray(block).data)
         if digest.hexdigest() != self.attributes["checksum"]:
             raise PerceptError(

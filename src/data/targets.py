@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from src.data.draws import choose_repeats
-from src.data.files import _gather, _positions, check_space, disk_errors
+from src.data.files import check_space, disk_errors, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
 from src.utils import PerceptError, atomic, progress, read_json, same_features, write_json
 
 
-class Targets:
-    """Frozen targets of images, memory-mapped. Made by `cached_targets`.
+class TargetCache:
+    """Frozen targets of images, memory-mapped. Made by `cache_targets`.
 
     Attributes:
         folder: where they are stored.
@@ -67,7 +67,7 @@ class Targets:
         if len(missing):
             raise PerceptError(
                 f"{self.folder} lacks the targets of {len(missing)} images, the first is"
-                f" {missing[0]}: make them with cached_targets."
+                f" {missing[0]}: make them with cache_targets."
             )
 
     def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -76,11 +76,11 @@ class Targets:
         Raises PerceptError for an image without one.
         """
         self.check(image_ids)
-        place = self._place[_positions(self.image_ids, self._order, image_ids, str(self.folder))]
+        place = self._place[find_rows(self.image_ids, self._order, image_ids, str(self.folder))]
         out = np.empty((len(place), *self.shape), self.dtype)
         for number in np.unique(place[:, 0]):
             mine = place[:, 0] == number
-            out[mine] = _gather(self._maps[number], place[mine, 1])
+            out[mine] = gather_rows(self._maps[number], place[mine, 1])
         return out
 
 
@@ -133,16 +133,16 @@ class LatentFile:
         return np.asarray(self._array[np.asarray(image_ids, np.int64)]).reshape(-1, *self.shape)
 
 
-class Views:
+class AugmentedTargets:
     """Several versions of every image's target, of which an epoch shows one.
 
-    Made by `cached_views`.
+    Made by `cache_augmented_targets`.
 
     Attributes:
-        versions: one `Targets` a version.
+        versions: one `TargetCache` a version.
     """
 
-    def __init__(self, versions: Sequence[Targets]):
+    def __init__(self, versions: Sequence[TargetCache]):
         self.versions = list(versions)
 
     def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
@@ -169,7 +169,7 @@ def _ids_file(part: Path) -> Path:
     return part.with_suffix(".ids")
 
 
-def cached_targets(
+def cache_targets(
     dataset: str | Path,
     name: str,
     fingerprint: dict[str, Any],
@@ -178,7 +178,7 @@ def cached_targets(
     shape: Sequence[int],
     dtype: str = "float16",
     batch_size: int = 64,
-) -> Targets:
+) -> TargetCache:
     """Targets of a frozen model, computed once for each image and stored under
     data/<dataset>/targets/<name>-<hash>/.
 
@@ -208,24 +208,24 @@ def cached_targets(
             default=str,
         )
     )
-    folder = dataset_folder(dataset) / "targets" / f"{name}-{_key(meta)}"
+    folder = dataset_folder(dataset) / "targets" / f"{name}-{hash_fingerprint(meta)}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, disk_errors(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
         _check_meta(read_json(folder / "meta.json"), meta, folder)
-        targets = Targets(folder, store)
+        targets = TargetCache(folder, store)
         missing = np.setdiff1d(image_ids, targets.image_ids)
         if len(missing):
             _add_part(
                 folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size
             )
-            targets = Targets(folder, store)
+            targets = TargetCache(folder, store)
     return targets
 
 
-def _key(meta: dict[str, Any]) -> str:
+def hash_fingerprint(meta: dict[str, Any]) -> str:
     """Name of a fingerprint without its golden features, whose last digits differ between devices."""
     fingerprint = {name: value for name, value in meta["fingerprint"].items() if name != "golden"}
     return hashlib.sha256(
@@ -237,7 +237,7 @@ def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> N
     """Refuse targets of another fingerprint, or of a model that gave other features than it gives
     now.
     """
-    if _key(stored) != _key(meta):
+    if hash_fingerprint(stored) != hash_fingerprint(meta):
         raise PerceptError(
             f"{folder} was made with another fingerprint than its name says: delete it."
         )
@@ -248,7 +248,7 @@ def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> N
         )
 
 
-def cached_views(
+def cache_augmented_targets(
     dataset: str | Path,
     name: str,
     fingerprint: dict[str, Any],
@@ -257,22 +257,22 @@ def cached_views(
     shape: Sequence[int],
     views: int,
     **options: Any,
-) -> Views:
+) -> AugmentedTargets:
     """Targets of augmented images: `views` versions of each, computed once.
 
     Args:
-        dataset, name, fingerprint, image_ids, shape, options: as for `cached_targets`; the
+        dataset, name, fingerprint, image_ids, shape, options: as for `cache_targets`; the
             fingerprint says how images are augmented.
         encode: (uint8 images (batch, height, width, 3), seed) -> (batch, *shape); the seed is that
             of the version and of the pixels, so that a version is made again as it was.
         views: number of versions.
     """
 
-    def version(number: int) -> Targets:
+    def version(number: int) -> TargetCache:
         def one(images: np.ndarray) -> np.ndarray:
             return encode(images, zlib.crc32(images.tobytes(), number))
 
-        return cached_targets(
+        return cache_targets(
             dataset, name, fingerprint | {"version": number}, image_ids, one, shape, **options
         )
 
@@ -280,7 +280,7 @@ def cached_views(
         raise PerceptError(
             f"{views} views of the targets {name} were asked for: choose at least 1."
         )
-    return Views([version(number) for number in range(views)])
+    return AugmentedTargets([version(number) for number in range(views)])
 
 
 def _add_part(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from src.data.draws import choose_repeats
 from src.data.layout import dataset_folder
-from src.data.targets import Views
+from src.data.targets import AugmentedTargets
 from src.decoding.generate import generate_images
 from src.decoding.predict import predict_tokens
 from src.networks.encoders import ENCODERS
@@ -33,7 +33,7 @@ from src.prior import BrainDiffusionPrior
 from src.utils import PerceptError, atomic
 
 
-def check_choices(parameters: Mapping[str, Any]) -> None:
+def check_combined_parameters(parameters: Mapping[str, Any]) -> None:
     """Refuse parameters of the notebook that do not go together.
 
     Raises:
@@ -88,7 +88,7 @@ def check_volumes(voxel_dims: int, volume: Sequence[int] | None) -> None:
         )
 
 
-class CaptionTargets(Views):
+class CaptionTargets(AugmentedTargets):
     """Embeddings of the captions of images, as `src.data.BrainDataset` takes them: an epoch shows
     one caption of each image.
 
@@ -98,7 +98,7 @@ class CaptionTargets(Views):
     """
 
     def __init__(self, table: pd.DataFrame, embeddings: np.ndarray):
-        self.table = captions_of(table)
+        self.table = select_captions(table)
         if len(embeddings) != len(self.table):
             raise PerceptError(
                 f"There are {len(embeddings)} embeddings for {len(self.table)} captions: embed them"
@@ -136,7 +136,7 @@ class CaptionTargets(Views):
         return self.embeddings[self._order[self._first[np.searchsorted(self.image_ids, image_ids)]]]
 
 
-def captions_of(table: pd.DataFrame | None) -> pd.DataFrame:
+def select_captions(table: pd.DataFrame | None) -> pd.DataFrame:
     """The captions that are not empty, columns image and caption.
 
     Raises:
@@ -155,7 +155,7 @@ def captions_of(table: pd.DataFrame | None) -> pd.DataFrame:
     return left.reset_index(drop=True)
 
 
-def caption_targets(
+def embed_captions(
     dataset: str | Path, table: pd.DataFrame | None, clipper: Clipper
 ) -> CaptionTargets:
     """The embedding of every caption of a dataset, computed once and stored beside its other
@@ -166,7 +166,7 @@ def caption_targets(
         table: `Subject.captions`.
         clipper: whose text half embeds them.
     """
-    left = captions_of(table)
+    left = select_captions(table)
     made_by = {
         k: v for k, v in clipper.fingerprint().items() if k != "golden"
     }  # whose last digits differ between devices
@@ -185,7 +185,7 @@ def caption_targets(
     return CaptionTargets(left, np.load(path, mmap_mode="r", allow_pickle=False))
 
 
-def variation_embeddings(
+def embed_variations(
     diffusion: ImageVariation,
     clipper: Clipper,
     condition: Tensor,
@@ -204,7 +204,7 @@ def variation_embeddings(
     return clipper.embed_image(pictures).to(condition)
 
 
-def sample_rows(
+def generate_sample_grid(
     model: BrainDiffusionPrior,
     diffusion: ImageVariation,
     voxels: np.ndarray,
@@ -261,7 +261,7 @@ class _Features(nn.Module):
         return torch.from_numpy(np.array(self.network(images)))
 
 
-def fid(network: FeatureNetwork, real: Tensor, made: Tensor) -> float:
+def compute_fid(network: FeatureNetwork, real: Tensor, made: Tensor) -> float:
     """Fréchet distance between the features of real and of generated pictures, (n, 3, height,
     width) each in [0, 1].
 

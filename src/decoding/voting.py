@@ -31,7 +31,7 @@ from src.utils import PerceptError, read_json
 class Voter:
     """What one model of a bag is trained with.
 
-    Attributes: name, of its folder; rois, its set of regions (`Subject.columns_of`); bag_seed, of
+    Attributes: name, of its folder; rois, its set of regions (`Subject.select_rois`); bag_seed, of
     the draw of its training images; batch_size.
     """
 
@@ -41,7 +41,7 @@ class Voter:
     batch_size: int
 
 
-def voters_of(
+def parse_voters(
     names: str, rois: str, bag_seeds: str, batch_sizes: str, seed: int = 0
 ) -> list[Voter]:
     """The voters that a notebook's parameters describe.
@@ -154,7 +154,7 @@ def open_voter(
     columns = (
         np.arange(subject.betas.shape[1])
         if rois.strip() in ("", "-")
-        else subject.columns_of(rois)[0]
+        else subject.select_rois(rois)[0]
     )
     selected = np.arange(normaliser.n_voxels) if normaliser.columns is None else normaliser.columns
     if not np.array_equal(columns, selected):
@@ -167,7 +167,7 @@ def open_voter(
 
 
 @dataclass(frozen=True)
-class Ballot:
+class SelectionInputs:
     """What a rule may look at: embeddings of pictures, and what the brain has told.
 
     Attributes:
@@ -189,7 +189,7 @@ def _alike(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=-1).nan_to_num(-2.0)
 
 
-def published(ballot: Ballot) -> Tensor:
+def published(ballot: SelectionInputs) -> Tensor:
     """The candidate most like its own low-level picture.
 
     It needs no truth, but favours what stays near its blurry beginning: a candidate that the
@@ -198,7 +198,7 @@ def published(ballot: Ballot) -> Tensor:
     return _alike(ballot.candidates, ballot.low_level)
 
 
-def medoid(ballot: Ballot) -> Tensor:
+def medoid(ballot: SelectionInputs) -> Tensor:
     """The candidate most like the other candidates, on average: what the voters agree on."""
     unit = F.normalize(ballot.candidates.float(), dim=-1).nan_to_num()  # (images, voters, dim)
     voters = unit.shape[1]
@@ -206,7 +206,7 @@ def medoid(ballot: Ballot) -> Tensor:
     return alike.masked_fill(ballot.candidates.isnan().any(-1), -2.0)
 
 
-def agreement(ballot: Ballot) -> Tensor:
+def agreement(ballot: SelectionInputs) -> Tensor:
     """The candidate whose tokens are nearest to those that the brain predicts, by a model that took
     no part in making the candidates.
     """
@@ -218,14 +218,14 @@ def agreement(ballot: Ballot) -> Tensor:
     return _alike(ballot.tokens, ballot.brain[:, None])
 
 
-VOTES: dict[str, Callable[[Ballot], Tensor]] = {
+VOTES: dict[str, Callable[[SelectionInputs], Tensor]] = {
     "published": published,
     "medoid": medoid,
     "agreement": agreement,
 }
 
 
-def vote(rule: str, ballot: Ballot) -> Tensor:
+def vote(rule: str, ballot: SelectionInputs) -> Tensor:
     """Which candidate a rule of VOTES chooses, int64 (images,); among equals the first.
 
     Raises:

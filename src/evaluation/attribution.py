@@ -5,7 +5,7 @@ similarity to the truth, and permutation of regions.
   voxels that say the same share the credit.
 - Networks and ridge baselines are treated alike: a `Level` is a decoder as a function of z-scored
   voxels, components included.
-- Regions are disjoint here (`partition`), so that shares add up; both methods index the voxels that
+- Regions are disjoint here (`partition_voxels`), so that shares add up; both methods index the voxels that
   the decoder was given, not those of the subject.
 - Permutation looks at test images in the way that scores do: it measures, and chooses nothing.
 """
@@ -106,7 +106,7 @@ class Level:
         x = voxels if self.components is None else voxels @ self.components.to(voxels)
         if isinstance(self.decoder, BrainDiffusionPrior):
             voxel2clip: Any = self.decoder.voxel2clip
-            return voxel2clip.tokens(x)[1].flatten(1)
+            return voxel2clip.predict_tokens(x)[1].flatten(1)
         out = self.decoder(x)
         return (out[0] if isinstance(out, tuple) else out).flatten(
             1
@@ -135,25 +135,25 @@ def open_level(
     """A trained decoder and the test images' voxels as it was trained on them.
 
     Args:
-        subject: from `open_split`.
+        subject: from `open_training_split`.
         kind: "high_level" or "low_level".
         decoder: from `load_decoder`.
         path: its file; the normaliser.safetensors nearest above it is its own. A released file
             (.pth) is for betas as they are.
         truth: true tokens or latents of the test images (images, ...).
         first: only so many test images, 0 for all.
-        baseline: key of BASELINES.
+        baseline: key of START_POINTS.
         device: torch device.
 
     Raises:
         PerceptError: for an unknown baseline, a missing normaliser, or one of other voxels than the
             subject has.
     """
-    if baseline not in BASELINES:
+    if baseline not in START_POINTS:
         raise PerceptError(
-            f"The baseline '{baseline}' is unknown: choose one of {', '.join(BASELINES)}."
+            f"The baseline '{baseline}' is unknown: choose one of {', '.join(START_POINTS)}."
         )
-    scale = Normaliser.beside(path)
+    scale = Normaliser.for_checkpoint(path)
     if scale is not None and scale.n_voxels != subject.betas.shape[1]:
         raise PerceptError(
             f"{path} was trained on rows of {scale.n_voxels} voxels and the subject has"
@@ -167,12 +167,12 @@ def open_level(
         scale.components = (
             None  # voxels are attributed; the decoder is reached through the components
         )
-    voxels = subject.averaged("test", normaliser=scale)[0][: first or None]
+    voxels = subject.get_mean_betas("test", normaliser=scale)[0][: first or None]
     selected = (
         None if scale is None or scale.masked else scale.columns
     )  # masked: voxels of no such region are 0 here and in the baseline, and add nothing
     columns = np.arange(subject.betas.shape[1]) if selected is None else selected
-    start = BASELINES[baseline](subject, scale, voxels.shape[1])
+    start = START_POINTS[baseline](subject, scale, voxels.shape[1])
     return Level(
         kind,
         decoder,
@@ -187,10 +187,10 @@ def open_level(
 
 def _mean_of_training(subject: Subject, scale: Normaliser | None, width: int) -> np.ndarray:
     """Mean of the training images' voxels, float32 (selected,)."""
-    return subject.averaged("train", normaliser=scale)[0].mean(0)
+    return subject.get_mean_betas("train", normaliser=scale)[0].mean(0)
 
 
-BASELINES: dict[str, Callable[[Subject, Normaliser | None, int], np.ndarray]] = {
+START_POINTS: dict[str, Callable[[Subject, Normaliser | None, int], np.ndarray]] = {
     "zero": lambda subject, scale, width: np.zeros(width, np.float32),
     "train": _mean_of_training,
 }
@@ -288,7 +288,9 @@ def integrated_gradients(level: Level, target: str = "seen", steps: int = 32) ->
     return found
 
 
-def partition(table: pd.DataFrame, columns: np.ndarray, names: str = "") -> dict[str, np.ndarray]:
+def partition_voxels(
+    table: pd.DataFrame, columns: np.ndarray, names: str = ""
+) -> dict[str, np.ndarray]:
     """Disjoint regions of the voxels that a decoder sees: a voxel of several regions belongs to the
     first of them.
 
@@ -328,7 +330,7 @@ def partition(table: pd.DataFrame, columns: np.ndarray, names: str = "") -> dict
     return {name: positions for name, positions in found.items() if len(positions)}
 
 
-def permuted(voxels: np.ndarray, positions: np.ndarray, order: np.ndarray) -> np.ndarray:
+def permute_region(voxels: np.ndarray, positions: np.ndarray, order: np.ndarray) -> np.ndarray:
     """A copy of voxels (images, selected) in which those at `positions` are of the images in
     `order`, the same for all of them.
     """
@@ -365,7 +367,7 @@ class Importance:
         return self.intact[score] - self.without[score, region]
 
 
-def groups_of(regions: Mapping[str, np.ndarray], early: str = EARLY) -> dict[str, list[str]]:
+def group_regions(regions: Mapping[str, np.ndarray], early: str = EARLY) -> dict[str, list[str]]:
     """Names of the regions that are early visual areas, and of the others with a name, by GROUPS; a
     group without a region is left out.
     """
@@ -395,7 +397,7 @@ def permutation_importance(
 
     Args:
         level: from `open_level`.
-        regions: from `partition`.
+        regions: from `partition_voxels`.
         scores: by name, functions of the predictions (images, ...) that give a value an image.
         groups: further sets of regions by name, which are permuted jointly.
         draws: permutations, at least 1.
@@ -435,7 +437,7 @@ def permutation_importance(
         return {score: np.mean(values, 0) for score, values in each.items()}
 
     def without(where: np.ndarray, draw: int) -> np.ndarray:
-        return permuted(level.voxels, where, orders[draw])
+        return permute_region(level.voxels, where, orders[draw])
 
     def alone(where: np.ndarray, draw: int) -> np.ndarray:
         made = level.voxels.copy()
@@ -516,13 +518,13 @@ def _unit(tokens: Any) -> np.ndarray:
     return (flat * flat.shape[1] ** 0.5).numpy()
 
 
-def naming(probe: Callable[[Any], np.ndarray], labels: Any) -> Score:
+def naming_score(probe: Callable[[Any], np.ndarray], labels: Any) -> Score:
     """The score of a probe: for each image 1 if its own label is named, else 0."""
     right = np.asarray(labels).astype(str)
     return lambda found: (probe(found) == right).astype(float)
 
 
-def resampled_share(
+def bootstrap_share(
     values: np.ndarray, chosen: np.ndarray, n_boot: int = 2000, seed: int = 0
 ) -> np.ndarray:
     """Share of the summed mean that chosen rows have, (1 + n_boot,): of the images as they are,
@@ -556,7 +558,7 @@ def _interval(draws: np.ndarray) -> Interval:
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """a - b of two series of `resampled_share`, with the two-sided bootstrap p of no difference."""
+    """a - b of two series of `bootstrap_share`, with the two-sided bootstrap p of no difference."""
     draws = a - b
     if not np.isfinite(draws).all():
         return Difference(np.nan, np.nan, np.nan, np.nan)
@@ -621,7 +623,7 @@ def attribution_table(
     )  # (regions, images)
     rows = []
     for i, (region, positions) in enumerate(regions.items()):
-        share = _interval(resampled_share(sums, np.arange(len(sums)) == i))
+        share = _interval(bootstrap_share(sums, np.arange(len(sums)) == i))
         rows.append(
             {
                 "level": kind,
@@ -649,7 +651,7 @@ def share_of_higher(
 
     Args:
         levels: importance of both levels, or of one, over the same images.
-        groups: by kind of the level, from `groups_of`.
+        groups: by kind of the level, from `group_regions`.
 
     Returns:
         [measure, permuted, score, than, value, low, high, p]: measure "share of higher areas", or
@@ -671,7 +673,7 @@ def share_of_higher(
             }
             for score in level.intact:
                 drops = np.stack([level.drop(score, name) for name in belongs])
-                shares[level.kind][score] = resampled_share(drops, np.array(list(belongs.values())))
+                shares[level.kind][score] = bootstrap_share(drops, np.array(list(belongs.values())))
         for score, draws in {**shares["high_level"], **shares["low_level"]}.items():
             rows.append(
                 {
@@ -722,7 +724,9 @@ def voxel_table(
     return made
 
 
-def in_words(table: pd.DataFrame, shares: pd.DataFrame, low: str = "pixcorr") -> list[str]:
+def describe_importance(
+    table: pd.DataFrame, shares: pd.DataFrame, low: str = "pixcorr"
+) -> list[str]:
     """Plain sentences: which regions carry a score most, and whether higher areas carry more of the
     high-level scores than of a low-level one.
 

@@ -1,4 +1,6 @@
-"""Brain correlation: responses that an encoding model predicts from reconstructions, against measured ones."""
+"""Brain correlation: responses that an encoding model predicts from reconstructions, against
+measured ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from src.utils import PerceptError
 
-EARLY = {  # the published regions, by the columns that readers give them
+REGION_COLUMNS = {  # the published regions, by the columns that readers give them
     "V1": ("V1", "V1v", "V1d"),
     "V2": ("V2", "V2v", "V2d"),
     "V3": ("V3", "V3v", "V3d"),
@@ -32,19 +34,18 @@ def roi_masks(voxels: pd.DataFrame) -> dict[str, np.ndarray]:
     Returns:
         {"nsd_general", "V1", "V2", "V3", "V4", "higher_vis": bool (voxels,)}, in this order.
     """
-    known = set(map(str, voxels.select_dtypes("bool").columns))
-    masks = {
-        name: voxels[[c for c in columns if c in known]].any(axis=1).to_numpy(bool)
-        for name, columns in EARLY.items()
-        if known & set(columns)
-    }
-    masks = {name: mask for name, mask in masks.items() if mask.any()}
-    rest = ~np.any(list(masks.values()), axis=0) if masks else np.zeros(len(voxels), bool)
-    return {
-        "nsd_general": np.ones(len(voxels), bool),
-        **masks,
-        **({"higher_vis": rest} if rest.any() else {}),
-    }
+    flags = set(map(str, voxels.select_dtypes("bool").columns))
+    masks = {"nsd_general": np.ones(len(voxels), bool)}
+    early = np.zeros(len(voxels), bool)
+    for name, columns in REGION_COLUMNS.items():
+        available = [column for column in columns if column in flags]
+        mask = voxels[available].any(axis=1).to_numpy(bool)
+        if mask.any():
+            masks[name] = mask
+            early |= mask
+    if early.any() and not early.all():
+        masks["higher_vis"] = ~early
+    return masks
 
 
 def brain_correlation(
@@ -53,19 +54,17 @@ def brain_correlation(
     """Pearson's correlation of predicted and measured responses across the voxels of each region,
     for each image, as published (MindEye2, Table 1).
 
-    Use it as
+    Show beside it the same for the seen images (the upper bound), for `predicted` in another order
+    and for the mean image (baselines).
 
-        encoder = load_gnet("mini", subj) measured, image_ids = subject.averaged("test",
-        normaliser=Normaliser.fit(subject))  # z-scores: mean over the repeats of each image scores
-        = brain_correlation(encoder.predict(reconstructions), measured, roi_masks(subject.voxels)) #
-        region -> (images,)
-
-    and show beside it the same for the seen images (ceiling), for `predicted` in another order
-    (floor) and for the mean image.
+    Example:
+        encoder = load_gnet("mini", subj)
+        scores = brain_correlation(
+            encoder.predict(reconstructions), measured, roi_masks(subject.voxels)
+        )  # region -> (images,)
 
     Args:
-        predicted: (n, voxels), what the encoder says of each reconstruction
-            (`GNetEncoder.predict`).
+        predicted: (n, voxels), responses to each reconstruction (`GNetEncoder.predict`).
         measured: (n, voxels), what was measured while the subject saw the images, in the same
             order, the mean over repeats, z-scored.
         masks: region -> bool (voxels,), e.g. of `roi_masks`.
@@ -77,22 +76,21 @@ def brain_correlation(
         PerceptError: for shapes that do not fit each other, regions of fewer than two voxels, and
             values that are not finite.
     """
-    predicted, measured = (
-        np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64)
-        for v in (predicted, measured)
-    )
+    predicted = _to_float64(predicted)
+    measured = _to_float64(measured)
     _check_responses(predicted, measured, masks)
-    return {
-        name: _pearson(predicted[:, mask], measured[:, mask])
-        for name, mask in ((n, np.asarray(m)) for n, m in masks.items())
-    }
+    scores = {}
+    for name, region in masks.items():
+        mask = np.asarray(region)
+        scores[name] = _pearson(predicted[:, mask], measured[:, mask])
+    return scores
 
 
 def brain_correlation_centred(
     predicted: Any, measured: Any, masks: Mapping[str, Any], predicted_mean: Any, measured_mean: Any
 ) -> dict[str, np.ndarray]:
-    """`brain_correlation` without what all images have in common: of either side, its mean over
-    training images is taken off first.
+    """`brain_correlation` without what all images have in common: the mean over training images is
+    subtracted from either side first.
 
     The published score is high for any image at all where both sides have a pattern in common
     (betas that are not z-scored, and an encoder of such). Responses that are z-scored with training
@@ -111,22 +109,27 @@ def brain_correlation_centred(
     Raises:
         PerceptError: as `brain_correlation`, and for a mean that is not (voxels,).
     """
-    sides = []
-    for name, values, mean in (
-        ("predicted", predicted, predicted_mean),
-        ("measured", measured, measured_mean),
-    ):
-        values, mean = (
-            np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, np.float64)
-            for v in (values, mean)
+    predicted = _subtract_mean(predicted, predicted_mean, "predicted")
+    measured = _subtract_mean(measured, measured_mean, "measured")
+    return brain_correlation(predicted, measured, masks)
+
+
+def _subtract_mean(values: Any, mean: Any, name: str) -> np.ndarray:
+    """Responses (n, voxels) less their mean over training images (voxels,)."""
+    values = _to_float64(values)
+    mean = _to_float64(mean)
+    if mean.shape != values.shape[1:]:
+        raise PerceptError(
+            f"The mean of the {name} responses is {mean.shape} and they are {values.shape}:"
+            " give its mean over training images, (voxels,)."
         )
-        if mean.shape != values.shape[1:]:
-            raise PerceptError(
-                f"The mean of the {name} responses is {mean.shape} and they are {values.shape}:"
-                " give its mean over training images, (voxels,)."
-            )
-        sides.append(values - mean)
-    return brain_correlation(sides[0], sides[1], masks)
+    return values - mean
+
+
+def _to_float64(values: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    return np.asarray(values, np.float64)
 
 
 def _check_responses(predicted: np.ndarray, measured: np.ndarray, masks: Mapping[str, Any]) -> None:
@@ -141,8 +144,8 @@ def _check_responses(predicted: np.ndarray, measured: np.ndarray, masks: Mapping
             "Predicted or measured responses hold NaN or infinite values: find out why before they"
             " are correlated."
         )
-    for name, mask in masks.items():
-        mask = np.asarray(mask)
+    for name, region in masks.items():
+        mask = np.asarray(region)
         if mask.dtype != bool or mask.shape != predicted.shape[1:] or mask.sum() < 2:
             raise PerceptError(
                 f"The mask of region '{name}' must be Boolean ({predicted.shape[1]},) with at least"
@@ -152,6 +155,7 @@ def _check_responses(predicted: np.ndarray, measured: np.ndarray, masks: Mapping
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Correlation of each row of a (n, voxels) with that of b; 0 for a row without variance."""
-    a, b = (v - v.mean(1, keepdims=True) for v in (a, b))
+    a = a - a.mean(1, keepdims=True)
+    b = b - b.mean(1, keepdims=True)
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return np.divide((a * b).sum(1), norm, out=np.zeros(len(a)), where=norm > 0)

@@ -261,7 +261,7 @@ class TokenMap(Network):
 
         Args:
             source: tokens to map from, (images, tokens, dim), or an object whose `rows(image_ids)`
-                gives them (`data.Targets`).
+                gives them (`data.TargetCache`).
             target: tokens to map to, likewise.
             image_ids: (images,) training images, none of them twice; needed where `rows` gives the
                 tokens.

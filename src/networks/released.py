@@ -9,7 +9,7 @@ they hold, load it strictly, write such files.
   asked for is not read.
 - Sizes are inferred from the weights, so there is nothing to configure and nothing to get wrong.
 - Forgiven are the prefix of data parallelism, the attention's old names and one stray scalar
-  (`src.models.published_state`), and nothing else: a file that does not fit is refused with the
+  (`src.models.rename_published_keys`), and nothing else: a file that does not fit is refused with the
   difference.
 """
 
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from src.networks.low_level import UPS_MODES
 from src.networks.mindeye2 import MindEye2
-from src.networks.registry import build, published_state
+from src.networks.registry import build_network, rename_published_keys
 from src.prior import BrainDiffusionPrior
-from src.safe_pickle import _PICKLE, _TensorsOnly, read_content
+from src.safe_pickle import load_torch_file
 from src.utils import PerceptError, atomic, load_checkpoint
 
 FRESH_IN_LAION = ("net.null_text_encodings", "net.null_text_embeds", "net.null_image_embed")
@@ -41,10 +41,6 @@ STRAY = (
 CURVES = ("train_losses", "val_losses", "lrs")
 
 NAMED = 3  # keys of a difference that are named; the others are counted
-
-_PICKLE.__dict__.update(
-    Unpickler=_TensorsOnly, load=lambda file, **options: _TensorsOnly(file, **options).load()
-)
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
@@ -59,7 +55,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         PerceptError: if the file is missing, damaged, or holds no state dict, or one with a weight
             under two names.
     """
-    content = _deepspeed(Path(path)) if Path(path).is_dir() else read_content(path)
+    content = _deepspeed(Path(path)) if Path(path).is_dir() else load_torch_file(path)
     for key in ("model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -73,7 +69,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
             " take the file with the weights."
         )
     stray = {key: value for key, value in content.items() if key.removeprefix("module.") in STRAY}
-    state = published_state(dict(content)) | {
+    state = rename_published_keys(dict(content)) | {
         key: value for key, value in stray.items() if value.numel() > 1
     }  # only a number is forgiven
     if len(state) + sum(value.numel() == 1 for value in stray.values()) < len(content):
@@ -103,7 +99,7 @@ def _deepspeed(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds {len(models)} files mp_rank_*_model_states.pt, not one: give the"
             " folder of a checkpoint that DeepSpeed's stage 1 or 2 wrote."
         )
-    model = read_content(models[0])
+    model = load_torch_file(models[0])
     state = (
         dict(model["module"])
         if isinstance(model, Mapping) and isinstance(model.get("module"), Mapping)
@@ -114,7 +110,7 @@ def _deepspeed(folder: Path) -> dict[str, Tensor]:
         key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]),
     )
     groups = [
-        read_content(path)["optimizer_state_dict"].get("single_partition_of_fp32_groups", [])
+        load_torch_file(path)["optimizer_state_dict"].get("single_partition_of_fp32_groups", [])
         for path in pieces
     ]
     for number, shapes in enumerate(model.get("param_shapes", []) if pieces else []):
@@ -139,7 +135,7 @@ def read_history(path: str | Path) -> dict[str, Any]:
     Raises:
         PerceptError: if the file is missing or damaged.
     """
-    content = read_content(path)
+    content = load_torch_file(path)
     content = content if isinstance(content, Mapping) else {}
     history: dict[str, Any] = {
         "epoch": content["epoch"] if isinstance(content.get("epoch"), int) else None
@@ -157,7 +153,9 @@ def read_history(path: str | Path) -> dict[str, Any]:
     return history
 
 
-def published_config(state: dict[str, Tensor], origin: str = "This state dict") -> dict[str, Any]:
+def infer_published_config(
+    state: dict[str, Tensor], origin: str = "This state dict"
+) -> dict[str, Any]:
     """What `src.reconstruct.build_decoder` needs to make the network of a released state dict, its
     sizes read from the weights.
 
@@ -232,12 +230,14 @@ def build_decoder(config: dict[str, Any]) -> nn.Module:
     """
     if config["name"] == "MindEye2":
         prior = (
-            BrainDiffusionPrior(build(config["net"]), **config["kwargs"]) if config["net"] else None
+            BrainDiffusionPrior(build_network(config["net"]), **config["kwargs"])
+            if config["net"]
+            else None
         )
-        return MindEye2(build(config["ridge"]), build(config["backbone"]), prior)
+        return MindEye2(build_network(config["ridge"]), build_network(config["backbone"]), prior)
     if config["name"] != "BrainDiffusionPrior":
-        return build(config)
-    net, voxel2clip = build(config["net"]), build(config["voxel2clip"])
+        return build_network(config)
+    net, voxel2clip = build_network(config["net"]), build_network(config["voxel2clip"])
     return BrainDiffusionPrior(net, voxel2clip=voxel2clip, **config["kwargs"])
 
 
@@ -261,7 +261,7 @@ _ADVICE = [  # kind of difference, the keys that it consists of, what to do
 ]
 
 
-def difference(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, list[str]]:
+def describe_mismatch(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, list[str]]:
     """What keeps a state dict from fitting a network: the keys that are "missing", "unexpected" or
     "of another shape", each kind only where there are any.
     """
@@ -278,7 +278,7 @@ def _check_fits(state: Mapping[str, Tensor], network: nn.Module, origin: str) ->
     """Refuse a state dict that is not exactly the network's, naming a few keys of each kind and
     counting the others.
     """
-    found = difference(state, network)
+    found = describe_mismatch(state, network)
     if not found:
         return
     own = network.state_dict()
@@ -395,7 +395,7 @@ def write_published(
         {key: value.detach().cpu() for key, value in decoder.state_dict().items()},
     )
     try:
-        rebuilt = _on_meta(published_config(state, f"This {what}"))
+        rebuilt = _on_meta(infer_published_config(state, f"This {what}"))
     except PerceptError as error:
         raise PerceptError(
             f"This {what} cannot be written as a released file, from whose weights alone a"
@@ -407,14 +407,14 @@ def write_published(
             f"This {what} has {', '.join(unlike)}, which a released file does not tell its reader:"
             " keep it in our own format."
         )
-    state = {old_name(key): value for key, value in state.items()} if old_attention else state
+    state = {to_old_key(key): value for key, value in state.items()} if old_attention else state
     with atomic(path) as temporary:
         torch.save(
             {"epoch": epoch, "model_state_dict": state} | {name: [] for name in CURVES}, temporary
         )
 
 
-def old_name(key: str) -> str:
+def to_old_key(key: str) -> str:
     """A key of today as diffusers 0.13 had it: the attention of an autoencoder's middle block;
     others stay.
     """

@@ -33,12 +33,12 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from src.safe_pickle import read_content
+from src.safe_pickle import load_torch_file
 from src.utils import HOME, ROOT, PerceptError, load_strictly, progress, read_json
 
-MINI = ROOT / "data" / "mini_models" / "gnet"
+MINI_GNET = ROOT / "data" / "mini_models" / "gnet"
 
-RELEASED = "gnet_multisubject.pt"
+GNET_FILE = "gnet_multisubject.pt"
 
 BATCH = 100  # images at once, as published
 
@@ -180,7 +180,7 @@ class GNetTrunk(nn.Module):
         return self.enc(self.pre(images - self.mu))
 
 
-def squash(x: Tensor) -> Tensor:
+def compress(x: Tensor) -> Tensor:
     """log(1 + |x|) * tanh(x): quadratic near 0, logarithmic far from it, odd."""
     return torch.log1p(x.abs()) * torch.tanh(x)
 
@@ -209,7 +209,7 @@ class GNetReadout(nn.Module):
         self.w = nn.Parameter(0.01 * torch.randn(n_voxels, sum(channels)))
         self.b = nn.Parameter(0.01 * torch.randn(n_voxels))
 
-    def fields(self, voxels: Tensor) -> list[Tensor]:
+    def receptive_fields(self, voxels: Tensor) -> list[Tensor]:
         """Receptive fields [(voxels, places)] of some voxels, each of which sums to 1."""
         return [getattr(self, f"rf{k}")[voxels].flatten(1).softmax(1) for k in range(self.n_maps)]
 
@@ -217,12 +217,14 @@ class GNetReadout(nn.Module):
         """Feature maps [(batch, channels, side, side)] -> (batch, voxels), a block of voxels at a
         time; of `voxels` (indices) alone, where these are given.
         """
-        seen = [squash(m.flatten(2)) for m in maps]  # [(batch, channels, places)]
+        seen = [compress(m.flatten(2)) for m in maps]  # [(batch, channels, places)]
         chosen = torch.arange(len(self.b), device=self.b.device) if voxels is None else voxels
         parts = []
         for some in chosen.split(max(1, BLOCK // (len(maps[0]) * self.w.shape[1]))):
-            pooled = squash(
-                torch.cat([s @ g.T for s, g in zip(seen, self.fields(some), strict=True)], 1)
+            pooled = compress(
+                torch.cat(
+                    [s @ g.T for s, g in zip(seen, self.receptive_fields(some), strict=True)], 1
+                )
             )  # (batch, channels of all maps, voxels)
             parts.append((pooled * self.w[some].T).sum(1) + self.b[some])
         return torch.cat(parts, 1)
@@ -246,7 +248,7 @@ class GNetEncoder(nn.Module):
         self.readout = GNetReadout(n_voxels, self.trunk.channels, self.trunk.sides)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Prepared images (batch, 3, side, side), see `gnet_input` -> (batch, voxels)."""
+        """Prepared images (batch, 3, side, side), see `prepare_gnet_images` -> (batch, voxels)."""
         return self.readout(self.trunk(images))
 
     @torch.inference_mode()
@@ -260,7 +262,7 @@ class GNetEncoder(nn.Module):
 
         Args:
             images: (n, 3, height, width) in [0, 1], of any size, uint8 or float; they are brought
-                to the network's size as published (`gnet_input`).
+                to the network's size as published (`prepare_gnet_images`).
             batch: images at once.
             desc: beside the progress bar.
 
@@ -279,7 +281,7 @@ class GNetEncoder(nn.Module):
         self.eval()
         starts = range(0, len(images), batch)
         made = [
-            self(gnet_input(images[i : i + batch], side).to(device)).float().cpu().numpy()
+            self(prepare_gnet_images(images[i : i + batch], side).to(device)).float().cpu().numpy()
             for i in progress(starts, desc)
         ]
         self.train(training)
@@ -294,7 +296,7 @@ def _check_images(images: Any) -> None:
         )
 
 
-def gnet_input(images: Tensor | np.ndarray, side: int = 227) -> Tensor:
+def prepare_gnet_images(images: Tensor | np.ndarray, side: int = 227) -> Tensor:
     """Images as the encoder takes them: bytes, resized by Pillow with Lanczos' filter, divided by
     255; the mean is taken off by the network itself.
 
@@ -326,18 +328,18 @@ def gnet_input(images: Tensor | np.ndarray, side: int = 227) -> Tensor:
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255
 
 
-def gnet_file(weights: str | Path) -> Path:
+def find_gnet_file(weights: str | Path) -> Path:
     """Where an encoder lies: "hub" is gnet_multisubject.pt as `run.py download` leaves it, "mini"
     the mini world's; else that file, or a folder that holds it.
 
     Raises:
         PerceptError: where there is none.
     """
-    given = {"hub": HOME / "data" / "mindeye2_models", "mini": MINI}.get(
+    given = {"hub": HOME / "data" / "mindeye2_models", "mini": MINI_GNET}.get(
         str(weights), Path(weights)
     )
     found = [
-        path for path in (given, given / RELEASED, given / "model.safetensors") if path.is_file()
+        path for path in (given, given / GNET_FILE, given / "model.safetensors") if path.is_file()
     ]
     if not found:
         hint = {
@@ -346,7 +348,7 @@ def gnet_file(weights: str | Path) -> Path:
         }
         raise PerceptError(
             f"There is no GNet encoder at {given}:"
-            f" {hint.get(str(weights), f'give the path of {RELEASED} or of the folder that holds it')}."
+            f" {hint.get(str(weights), f'give the path of {GNET_FILE} or of the folder that holds it')}."
         )
     return found[0]
 
@@ -355,7 +357,7 @@ def load_gnet(weights: str | Path = "hub", subj: int = 1, device: str = "cpu") -
     """The encoder of a subject, ready for `predict`.
 
     Args:
-        weights: as for `gnet_file`. A released file runs no code: only tensors and numbers of it
+        weights: as for `find_gnet_file`. A released file runs no code: only tensors and numbers of it
             are rebuilt, and of them only the subject's are read.
         subj: number of the subject.
         device: where the network goes.
@@ -364,7 +366,7 @@ def load_gnet(weights: str | Path = "hub", subj: int = 1, device: str = "cpu") -
         PerceptError: for a file that is missing, damaged or of something else, and a subject that
             it does not have.
     """
-    path = gnet_file(weights)
+    path = find_gnet_file(weights)
     config, trunk, readouts = (
         _from_mini(path, subj) if path.suffix == ".safetensors" else _from_released(path)
     )
@@ -391,7 +393,7 @@ def _from_released(path: Path) -> tuple[dict[str, Any], Mapping, Mapping]:
     """(config, trunk, readouts by subject) of a released file, whose tensors are mapped and not yet
     read.
     """
-    content = read_content(path)
+    content = load_torch_file(path)
     best = content.get("best_params") if isinstance(content, Mapping) else None
     trunk, readouts = (
         (best.get("enc"), best.get("fwrfs")) if isinstance(best, Mapping) else (None, None)
@@ -402,7 +404,7 @@ def _from_released(path: Path) -> tuple[dict[str, Any], Mapping, Mapping]:
         or not all(isinstance(state, Mapping) for state in readouts.values())
     ):
         raise PerceptError(
-            f"{path} holds no GNet (best_params with enc and fwrfs): take {RELEASED} of the dataset"
+            f"{path} holds no GNet (best_params with enc and fwrfs): take {GNET_FILE} of the dataset"
             " pscotti/mindeyev2."
         )
     return {}, trunk, readouts

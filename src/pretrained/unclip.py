@@ -3,7 +3,7 @@ sampled as published.
 
 - Its classes are diffusers': `UNet2DConditionModel` with a projection of the vector of sizes,
   `AutoencoderKL`, `EulerDiscreteScheduler`. The released checkpoint has the keys of Stability's
-  generative-models; `unclip_from_checkpoint` rewrites it once.
+  generative-models; `convert_unclip_checkpoint` rewrites it once.
 - All randomness is drawn from the noise that a picture begins with, row by row, so that it does not
   depend on the batch it was made in.
 - The sampler is Euler's method over the legacy DDPM discretisation (Karras et al. 2022, arXiv
@@ -31,9 +31,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from src.pretrained.autoencoder import LatentAutoencoder
-from src.pretrained.base import _load
-from src.pretrained.generators import Generator, constant_condition
-from src.safe_pickle import read_content
+from src.pretrained.base import load_pretrained
+from src.pretrained.generators import ImageGenerator, cache_condition
+from src.safe_pickle import load_torch_file
 from src.utils import HOME, PerceptError, load_strictly
 
 CHECKPOINT = "unclip6_epoch0_step110000.ckpt"
@@ -84,14 +84,14 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def euler_timesteps(steps: int) -> list[int]:
+def compute_euler_timesteps(steps: int) -> list[int]:
     """The timesteps of the legacy DDPM discretisation, from noise to image: `steps` of 999 ... 0,
     evenly spaced from the last and rounded down.
     """
     return np.linspace(999, 0, steps, endpoint=False).astype(int).tolist()
 
 
-def size_vector(size: tuple[int, int], crop: tuple[int, int], dim: int) -> Tensor:
+def embed_size_and_crop(size: tuple[int, int], crop: tuple[int, int], dim: int) -> Tensor:
     """SDXL's vector of original size and crop: sinusoidal embeddings of four numbers side by side,
     (1, dim).
 
@@ -126,7 +126,7 @@ def denoise(
         latents: (batch, channels, h, w) under noise as strong as the sigma of the first step.
         condition: (batch, tokens, dim).
         null: what stands for no condition, same shape.
-        vector: (1, dim), see `size_vector`.
+        vector: (1, dim), see `embed_size_and_crop`.
         guidance: scale; 1 for none, at half the cost.
         first: index of the timestep to begin with.
 
@@ -138,7 +138,7 @@ def denoise(
     vectors = vector.to(both).expand(len(both), -1)
     scheduler.set_begin_index(first)
     latents = latents.float()  # the sum of the steps stays in full precision
-    with constant_condition(unet):
+    with cache_condition(unet):
         for t in scheduler.timesteps[first:]:
             x = scheduler.scale_model_input(latents, t).to(both)
             predicted = unet(
@@ -165,7 +165,7 @@ def _own_noise(rows: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
     return torch.stack(draws)
 
 
-class UnclipDecoder(Generator):
+class UnclipDecoder(ImageGenerator):
     """SDXL unCLIP: CLIP's patch tokens, before its projection and without the class token -> image.
 
     Args:
@@ -203,20 +203,20 @@ class UnclipDecoder(Generator):
         )  # not the other generators': they sample by UniPC
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         unet: Any = self._network().eval().requires_grad_(False).to(self.device)
-        self.scheduler: Any = _load(
+        self.scheduler: Any = load_pretrained(
             EulerDiscreteScheduler, self.place, subfolder="scheduler", final_sigmas_type="zero"
         )
         self.squeezed, self.offset_noise = squeezed, offset_noise
         self.unet, self.network = unet, unet.config
         self.image_size = self.network.sample_size * self.factor
-        self.vector = size_vector(
+        self.vector = embed_size_and_crop(
             (self.image_size,) * 2, (0, 0), self.network.projection_class_embeddings_input_dim
         )
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | ({"squeezed": True} if self.squeezed else {})
 
-    def null(self, condition: Tensor, noise: Tensor | None = None) -> Tensor:
+    def get_null_condition(self, condition: Tensor, noise: Tensor | None = None) -> Tensor:
         """What stands for no condition: standard normal noise of the tokens' shape, drawn anew for
         each image, as published.
 
@@ -271,7 +271,7 @@ class UnclipDecoder(Generator):
         if init_latents is not None and first == num_inference_steps:
             return self._corrected(self.decode(init_latents))
         self.scheduler.set_timesteps(
-            timesteps=euler_timesteps(num_inference_steps), device=self.device
+            timesteps=compute_euler_timesteps(num_inference_steps), device=self.device
         )
         begin = (
             _own_noise(noise, tuple(noise.shape[1:]), "begin")
@@ -282,7 +282,7 @@ class UnclipDecoder(Generator):
         latents = begin + self.scheduler.sigmas[first] * (noise.float().cpu() + shared)
         given, null = (
             condition.to(self.device, self.dtype),
-            self.null(condition, noise).to(self.device, self.dtype),
+            self.get_null_condition(condition, noise).to(self.device, self.dtype),
         )
         latents = denoise(
             self.unet,
@@ -300,7 +300,9 @@ class UnclipDecoder(Generator):
         return (0.8 * (2 * images - 1) + 0.2).clamp(0, 1) if self.squeezed else images
 
 
-def convert_unclip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def convert_unclip_weights(
+    state: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The released weights under diffusers' keys; averaged ones are taken where the file has them.
 
     Args:
@@ -342,7 +344,7 @@ def _averaged_name(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def unclip_from_checkpoint(path: str | Path, folder: str | Path) -> None:
+def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
     """Rewrite the released checkpoint as `UnclipDecoder` reads it: folder/unet (half precision),
     folder/vae, folder/scheduler.
 
@@ -357,9 +359,9 @@ def unclip_from_checkpoint(path: str | Path, folder: str | Path) -> None:
     """
     if (folder := Path(folder)).exists():
         raise PerceptError(f"{folder} exists already: remove it to convert {path} again.")
-    content = read_content(path)
+    content = load_torch_file(path)
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    parts = convert_unclip(
+    parts = convert_unclip_weights(
         {key: value for key, value in content.items() if isinstance(value, Tensor)}
     )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -389,5 +391,5 @@ def _released() -> Path:
                 f"The unCLIP decoder is neither at {folder} nor at {source}: run 'python run.py"
                 " download unclip', or set weights to a folder."
             )
-        unclip_from_checkpoint(source, folder)
+        convert_unclip_checkpoint(source, folder)
     return folder

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from src.data.layout import subject_folder
-from src.parameters import check_known
+from src.parameters import check_parameter_names
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
 from src.utils import PerceptError, resolve
 
@@ -84,7 +84,7 @@ def parse_options(source: str, options: str, **given: Any) -> dict[str, Any]:
             f"options is {options!r}: write it as {{name: value, ...}}; {source} knows"
             f" {', '.join(known)}."
         )
-    check_known(chosen, known, f"options for {source}")
+    check_parameter_names(chosen, known, f"options for {source}")
     for name, value in chosen.items():
         wanted = type(known[name])
         if (
@@ -145,6 +145,4 @@ def read_source(
     Returns:
         The folder of the subject.
     """
-    return READERS[source].read(
-        data_path, dataset, subj, **parse_options(source, options, **given)
-    )
+    return READERS[source].read(data_path, dataset, subj, **parse_options(source, options, **given))

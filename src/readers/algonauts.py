@@ -49,16 +49,16 @@ from src.data.layout import (
     write_subject,
 )
 from src.readers.common import (
-    affordable,
+    default_split_size,
     check_rois,
     choose_validation,
     copy_tables,
-    own_split,
-    pictures,
-    roi_columns,
+    load_split_column,
+    load_images,
+    make_roi_columns,
 )
 from src.safe_pickle import unpickle_npy
-from src.utils import PerceptError, present, progress
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "The responses and images are NSD's: agree to the NSD Data Access Agreement"
@@ -175,7 +175,7 @@ def read(
         files = progress(
             [file for part in parts for file in part.files], f"images of subject {subj}"
         )
-        write_images(target / "images.h5", pictures(files, "Image", image_size), ids)
+        write_images(target / "images.h5", load_images(files, "Image", image_size), ids)
         for place in (root, folder):
             copy_tables(place, target, ids)
         return write_subject(
@@ -193,7 +193,7 @@ def _folders(source: Path, subj: int) -> tuple[Path, Path]:
                 f" of {name}, or the one above it."
             )
         return source.parent, source
-    folder = present(
+    folder = require_file(
         source / name, f"subject {subj} of Algonauts 2023", f"give the folder that holds {name}/"
     )
     return source, folder
@@ -227,7 +227,7 @@ def _part(folder: Path, part: str, subj: int) -> _Part:
     )
     maps = []
     for side in HEMISPHERES:
-        path = present(
+        path = require_file(
             place / f"{part}_fmri" / f"{side}_{part}_fmri.npy", f"{part} responses", remedy
         )
         array = _array(path)
@@ -282,7 +282,7 @@ def _image_files(folder: Path, prefix: str) -> tuple[list[Path], list[int], bool
     """Image files in the order of the rows, their ids, and whether these are NSD numbers (else the
     rows).
     """
-    present(folder, "images")
+    require_file(folder, "images")
     official, course = re.compile(rf"{prefix}-(\d+)_nsd-(\d+)\.png"), re.compile(r"(\d+)\.png")
     files = {path.name: path for path in folder.glob("*.png")}
     for pattern, first in ((official, 1), (course, 0)):
@@ -340,7 +340,7 @@ def _voxels(
         }
     )
     regions = _regions(folder / "roi_masks", widths)
-    voxels = pd.concat([sides, roi_columns(regions, n_vertices)], axis=1)
+    voxels = pd.concat([sides, make_roi_columns(regions, n_vertices)], axis=1)
     wanted = list(dict.fromkeys(name.strip() for name in rois.split(",") if name.strip()))
     if not wanted:
         return voxels, None
@@ -393,7 +393,7 @@ def _labels(folder: Path, name: str, width: int) -> np.ndarray:
     path = (
         found[0]
         if found
-        else present(folder / FLAVOURS["official"].format(name), "labels of the vertices")
+        else require_file(folder / FLAVOURS["official"].format(name), "labels of the vertices")
     )
     labels = _array(path)
     if labels.shape != (width,):
@@ -421,7 +421,7 @@ def _split(
 ) -> tuple[pd.Series, str]:
     """The column `split`, and the name of the protocol."""
     for place in places if test == "auto" else ():
-        if (own := own_split(place, trials)) is not None:
+        if (own := load_split_column(place, trials)) is not None:
             return own, f"algonauts-own{(own == 'test').sum()}"
     if "test" in set(trials["split"]):
         return choose_validation(trials, val_images, seed), "algonauts-official"
@@ -446,7 +446,7 @@ def _split(
                 " are drawn at random.",
                 stacklevel=3,
             )
-        test_images = affordable(test_images, len(trials), "test")
+        test_images = default_split_size(test_images, len(trials), "test")
         if not 1 <= test_images <= len(trials) - 2:
             raise PerceptError(
                 f"test_images is {test_images}, but there are {len(trials)} images: choose from 1"
@@ -461,7 +461,7 @@ def _split(
 
 def _shared_ids(path: Path) -> np.ndarray:
     """NSD numbers, from 0, of the images that all subjects were to see."""
-    present(
+    require_file(
         path,
         "the list of NSD's shared images",
         "give nsd_expdesign.mat, or their numbers as text or .npy",

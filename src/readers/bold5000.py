@@ -49,8 +49,8 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import check_rois, copy_tables, pictures, roi_columns, split_of
-from src.utils import PerceptError, present, progress
+from src.readers.common import check_rois, copy_tables, load_images, make_roi_columns, make_split_column
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "BOLD5000 (Chang, Pyles, Marcus, Gupta, Tarr and Aminoff) is published as CC0 on figshare"
@@ -121,13 +121,13 @@ def read(
         PerceptError: for a missing, truncated or unfitting file, an unknown region, or data that
             `write_subject` refuses.
     """
-    name, root = _participant(subj), present(source, "the folder of BOLD5000")
+    name, root = _participant(subj), require_file(source, "the folder of BOLD5000")
     files = _files(root)
     stimuli = _stimuli(files, root)
     wanted = [roi.strip() for roi in rois.split(",") if roi.strip()]
     measured = _volumes(files, name, wanted) or _matrices(files, name, wanted, root)
     trials = _trials(files, name, stimuli, measured, sessions)
-    trials["split"] = split_of(root, trials, val_images, seed)
+    trials["split"] = make_split_column(root, trials, val_images, seed)
     check_trials(trials)
     about: dict[str, Any] = {
         "source": f"BOLD5000 release 2, {name}, {BETAS}",
@@ -153,7 +153,7 @@ def _store_pictures(root: Path, folder: Path, shown: pd.DataFrame, image_size: i
     """Write the pictures, and the tables about them, into the dataset's folder."""
     todo = progress(shown["path"], "pictures", len(shown))
     write_images(
-        folder / "images.h5", pictures(todo, "Picture", image_size), shown["image"].to_numpy()
+        folder / "images.h5", load_images(todo, "Picture", image_size), shown["image"].to_numpy()
     )
     copy_tables(root, folder, set(shown["image"]))
     if not (root / "labels.parquet").exists():
@@ -403,7 +403,7 @@ def _voxels(
         )
     places = np.stack(np.unravel_index(at, grid, order="F"), axis=1)
     xyz = nibabel.affines.apply_affine(nibabel.load(reference).affine, places)  # type: ignore[attr-defined]
-    table = roi_columns({region: mask[at] for region, mask in regions.items()}, len(at))
+    table = make_roi_columns({region: mask[at] for region, mask in regions.items()}, len(at))
     return at, table.assign(x=xyz[:, 0], y=xyz[:, 1], z=xyz[:, 2])
 
 
@@ -493,7 +493,7 @@ def _matrices(files: dict[str, list[Path]], name: str, wanted: list[str], root: 
     column = np.concatenate(
         [np.full(array.shape[1], key[0]) for key, array in zip(chosen, arrays, strict=True)]
     )
-    voxels = roi_columns(
+    voxels = make_roi_columns(
         {region: column == region for region in dict.fromkeys(column.tolist())}, len(column)
     )
 

@@ -50,8 +50,8 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import check_rois, copy_tables, pictures, roi_columns, shrink, split_of
-from src.utils import PerceptError, present, progress
+from src.readers.common import check_rois, copy_tables, load_images, make_roi_columns, center_crop_resize, make_split_column
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "The fMRI data of Generic Object Decoding and Deep Image Reconstruction (Kamitani Lab) are"
@@ -186,7 +186,7 @@ def read(
         PerceptError: for a missing, truncated or unfitting file, an unknown region or picture, or
             data that `write_subject` refuses.
     """
-    root, files = _files(present(source, "the folder of Generic Object Decoding"))
+    root, files = _files(require_file(source, "the folder of Generic Object Decoding"))
     parts = _parts(files, root, subj)
     columns, voxels = _voxels(parts, rois)
     trials = pd.concat(
@@ -281,7 +281,7 @@ def _voxels(parts: list[BData], rois: str) -> tuple[np.ndarray, pd.DataFrame]:
             raise PerceptError(
                 f"{part.path} and {first.path} have other voxels: take the files of one subject."
             )
-    table = roi_columns(
+    table = make_roi_columns(
         {region: member[columns] for region, member in regions.items()}, len(columns)
     )
     return columns, table.assign(**{axis: place[columns] for axis, place in places.items()})
@@ -343,7 +343,7 @@ def _finish(
     trials["repeat"] = number_repeats(
         trials.assign(trial=trials["trial"] + np.where(seen, 0, len(keep)))
     )
-    trials["split"] = split_of(root, trials, val_images, seed).where(seen, "exclude")
+    trials["split"] = make_split_column(root, trials, val_images, seed).where(seen, "exclude")
     check_trials(trials)
     return trials, keep
 
@@ -404,7 +404,7 @@ def _image_ids(part: BData, kind: np.ndarray, files: dict[str, Path]) -> np.ndar
         )
     images = np.zeros(len(index), np.int64)
     for number in np.unique(kind):
-        path = present(
+        path = require_file(
             files.get(TABLES[number], part.path.parent / TABLES[number]),
             "the pictures by image_index",
             "fetch it from the authors' repository, folder data",
@@ -464,7 +464,7 @@ def _store_pictures(
         )
     else:
         paths = (stems[image_name(image)] for image in progress(images, "pictures", len(images)))
-        order, blocks = images, pictures(paths, "Picture", image_size)
+        order, blocks = images, load_images(paths, "Picture", image_size)
     write_images(folder / "images.h5", blocks, order)
     copy_tables(root, folder, set(images))
     if not (root / "labels.parquet").exists():
@@ -504,7 +504,7 @@ def _repacked(
     def blocks() -> Iterator[np.ndarray]:
         for array, rows in wanted.items():
             yield from (
-                shrink(pixels, image_size)[None]
+                center_crop_resize(pixels, image_size)[None]
                 for pixels in _rows(path, array, {row for row, _ in rows})
             )
 

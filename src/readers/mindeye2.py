@@ -43,9 +43,9 @@ from src.data.layout import (
     subject_folder,
     write_subject,
 )
-from src.readers.common import copy_tables, roi_columns, shrink, split_of
+from src.readers.common import copy_tables, make_roi_columns, center_crop_resize, make_split_column
 from src.readers.mindeye import array_of, samples
-from src.utils import PerceptError, present, progress
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "Derived from the Natural Scenes Dataset and under the same terms: agree to them at"
@@ -130,7 +130,7 @@ def read(
             f"shows image {{image}}, which {source / 'image_ids.csv'} does not name",
         )
         trials["image"] = trials["image"].map(ids)
-    trials["split"] = split_of(source, trials, val_images, seed)
+    trials["split"] = make_split_column(source, trials, val_images, seed)
     check_trials(trials)
     folder = dataset_folder(dataset)
     with (
@@ -164,7 +164,7 @@ def _tars(source: Path, subj: int, protocol: str, sessions: int) -> list[tuple[s
     """(split, tar): the first `sessions` training tars (0: all there are, without gaps), then the
     test tar.
     """
-    root = present(
+    root = require_file(
         source / "wds" / f"subj{subj:02d}",
         f"the tars of subject {subj}",
         "fetch it, or give the folder that holds wds/ and the HDF5 files",
@@ -172,12 +172,12 @@ def _tars(source: Path, subj: int, protocol: str, sessions: int) -> list[tuple[s
     numbers = {int(path.stem) for path in (root / "train").glob("*.tar") if path.stem.isdigit()}
     wanted = range(sessions or max(numbers, default=0) + 1)
     train = [
-        present(
+        require_file(
             root / "train" / f"{n}.tar", f"training trials of session {n + 1} of subject {subj}"
         )
         for n in wanted
     ]
-    test = present(
+    test = require_file(
         root / TEST[protocol] / "0.tar", f"test trials of subject {subj} in protocol {protocol}"
     )
     return [("train", path) for path in train] + [("test", test)]
@@ -187,7 +187,7 @@ def _betas_file(source: Path, subj: int) -> Path:
     paths = [source / name.format(subj=subj) for name in NORMALISATION]
     return next(
         (path for path in paths[1:] if path.exists() and not paths[0].exists()), None
-    ) or present(paths[0], f"betas of subject {subj}")
+    ) or require_file(paths[0], f"betas of subject {subj}")
 
 
 def _read_trials(tars: list[tuple[str, Path]], subj: int) -> pd.DataFrame:
@@ -313,7 +313,7 @@ def _refuse(wrong: pd.Series | np.ndarray, trials: pd.DataFrame, why: str) -> No
 
 def _open(path: Path) -> h5py.File:
     try:
-        return h5py.File(present(path, "an HDF5 file"), "r", rdcc_nbytes=BLOCK_BYTES)
+        return h5py.File(require_file(path, "an HDF5 file"), "r", rdcc_nbytes=BLOCK_BYTES)
     except OSError as error:
         raise PerceptError(
             f"{path} is cut off or no HDF5 file ({error}): fetch it again."
@@ -373,7 +373,7 @@ def _voxel_table(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
     if path.exists():
         return pd.read_parquet(path)
     regions = _arrays_of(source / MASKS, f"subj{subj:02d}")
-    return roi_columns(regions, n_voxels) if any(mask.any() for mask in regions.values()) else None
+    return make_roi_columns(regions, n_voxels) if any(mask.any() for mask in regions.values()) else None
 
 
 def _taken(stored: h5py.Dataset, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
@@ -409,4 +409,4 @@ def _pictures(images: h5py.Dataset, rows: np.ndarray, image_size: int) -> Iterat
                 " must be in [0, 1]."
             )
         upright = pixels.astype(np.uint8).transpose(0, 2, 3, 1)
-        yield np.stack([shrink(image, image_size) for image in upright])
+        yield np.stack([center_crop_resize(image, image_size) for image in upright])

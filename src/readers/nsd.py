@@ -44,7 +44,7 @@ import numpy as np
 import pandas as pd
 import scipy.io
 
-from src.data.files import disk_errors, row_blocks
+from src.data.files import disk_errors, iterate_row_blocks
 from src.data.images import write_images
 from src.data.layout import (
     check_trials,
@@ -58,12 +58,12 @@ from src.readers.common import (
     check_rois,
     choose_validation,
     copy_tables,
-    own_split,
-    roi_columns,
-    shrink,
+    load_split_column,
+    make_roi_columns,
+    center_crop_resize,
 )
 from src.readers.volumes import load_anat_roi, load_nifti
-from src.utils import PerceptError, present, progress
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "NSD belongs to its authors (Allen et al. 2022): fill in and accept the NSD Data Access"
@@ -162,7 +162,7 @@ def read(
     Warns:
         UserWarning: with the number of voxels that are constant in every session; they are 0.
     """
-    root = present(source, "the root of NSD")
+    root = require_file(source, "the root of NSD")
     protocol = (attributes or {}).get("protocol", protocol)
     _check_options(subj, space, betas_version, file_format)
     if image_size < 0:
@@ -502,7 +502,7 @@ def _split(
         )
     trials["split"] = np.where(trials["shared"], "test", "train")
     trials["repeat"] = number_repeats(trials)
-    own = own_split(root, trials)
+    own = load_split_column(root, trials)
     if own is not None:
         leaked = trials["shared"] & own.isin(("train", "val"))
         if leaked.any():
@@ -607,7 +607,7 @@ def _voxels(
     places = np.argwhere(mask)[keep]
     narrowed = np.zeros_like(mask)
     narrowed[tuple(places.T)] = True
-    table = roi_columns({name: member[keep] for name, member in labels.items()}, len(places))
+    table = make_roi_columns({name: member[keep] for name, member in labels.items()}, len(places))
     table[["i", "j", "k"]] = places
     table[["x", "y", "z"]] = nibabel.affines.apply_affine(affine, places)
     path = _betas_folder(root, subj, space, version) / "ncsnr.nii.gz"
@@ -805,7 +805,7 @@ def _blocks(files: list[Betas], mask: np.ndarray, voxels: pd.DataFrame) -> Itera
         flat = (rows.max(0) == rows.min(0)) & (len(rows) > 1)
         flat_sessions += flat
         voxels["flat_sessions"] = flat_sessions
-        for block in row_blocks(rows):
+        for block in iterate_row_blocks(rows):
             percent = block.astype(np.float32)
             if rows.dtype == np.int16:
                 percent /= SCALE
@@ -818,7 +818,7 @@ def _images(root: Path, rows: np.ndarray, image_size: int) -> Iterator[np.ndarra
     """Blocks of the images at ascending rows of imgBrick, uint8 (n, height, width, 3), made
     smaller.
     """
-    path = present(_stimuli(root) / "nsd_stimuli.hdf5", "the stimuli")
+    path = require_file(_stimuli(root) / "nsd_stimuli.hdf5", "the stimuli")
     try:
         with h5py.File(path, "r") as file:
             brick = file["imgBrick"]
@@ -828,7 +828,7 @@ def _images(root: Path, rows: np.ndarray, image_size: int) -> Iterator[np.ndarra
                     f" {rows.max()}: fetch it again."
                 )
             for start in progress(range(0, len(rows), 64), "images"):
-                yield np.stack([shrink(brick[row], image_size) for row in rows[start : start + 64]])
+                yield np.stack([center_crop_resize(brick[row], image_size) for row in rows[start : start + 64]])
     except (OSError, RuntimeError, KeyError) as error:
         raise PerceptError(
             f"{path} is damaged, cut off or has no imgBrick ({error}): fetch it again."

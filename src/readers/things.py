@@ -53,8 +53,8 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import check_rois, choose_validation, copy_tables, own_split, pictures
-from src.utils import PerceptError, present, progress
+from src.readers.common import check_rois, choose_validation, copy_tables, load_split_column, load_images
+from src.utils import PerceptError, progress, require_file
 
 TERMS = (
     "The fMRI data of THINGS are CC0. The images are not: they belong to many owners, are for"
@@ -186,7 +186,7 @@ def read(
     with disk_errors(target):
         write_images(
             target / "images.h5",
-            pictures(progress(files, "images", len(files)), "Image", image_size),
+            load_images(progress(files, "images", len(files)), "Image", image_size),
             labels["image"].to_numpy(),
         )
         _write_labels(root, target, labels)
@@ -203,7 +203,7 @@ def _find(source: Path, subj: int) -> tuple[Path, list[Path]]:
             for path, what in zip(
                 paths, ("responses", "stimulus metadata", "voxel metadata"), strict=True
             ):
-                present(path, f"{what} of subject {subj}")
+                require_file(path, f"{what} of subject {subj}")
             return source.parent if source.name == "betas_csv" else source, paths
     raise PerceptError(
         f"There is no sub-{code}_ResponseData.h5 in {source} or its betas_csv/: fetch subject"
@@ -310,7 +310,7 @@ def _trials(
         stimuli["trial_type"],
     )
     trials["repeat"] = number_repeats(trials)
-    own = own_split(root, trials)
+    own = load_split_column(root, trials)
     trials["split"] = trials["split"] if own is None else own
     if zero_shot:
         tested = stimuli["concept"].isin(stimuli.loc[trials["split"] == "test", "concept"])
@@ -462,7 +462,7 @@ def _transposed(
 
 
 def _image_files(folder: Path, names: pd.DataFrame) -> list[Path]:
-    present(
+    require_file(
         folder,
         "the THINGS images",
         "fetch them from osf.io/jum2f, or give their folder as images_path",

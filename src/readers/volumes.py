@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from src.utils import PerceptError, present
+from src.utils import PerceptError, require_file
 
 NOWHERE = 9999
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
@@ -33,7 +33,7 @@ def load_nifti(path: str | Path, what: str) -> tuple[np.ndarray, np.ndarray]:
         PerceptError: if it is missing or damaged; `what` says what it holds.
     """
     try:
-        image = nibabel.load(present(path, what))
+        image = nibabel.load(require_file(path, what))
         return np.asanyarray(image.dataobj), image.affine  # type: ignore[attr-defined]
     except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
         raise PerceptError(

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from src.data.targets import Targets
+from src.data.targets import TargetCache
 from src.networks.linear import CaptionConverter
-from src.training.batches import batches
+from src.training.batches import iterate_batches
 from src.training.loop import fit, load_best
 
 
@@ -22,11 +22,11 @@ class TokenPairs:
     "wanted": (batch, tokens, dim)}.
 
     Args:
-        source, target: what `cached_targets` gave.
+        source, target: what `cache_targets` gave.
         image_ids: (images,).
     """
 
-    def __init__(self, source: Targets, target: Targets, image_ids: np.ndarray):
+    def __init__(self, source: TargetCache, target: TargetCache, image_ids: np.ndarray):
         self.source, self.target, self.image_ids = source, target, image_ids
 
     def __len__(self) -> int:
@@ -45,8 +45,8 @@ class TokenPairs:
 
 
 def fit_converter(
-    source: Targets,
-    target: Targets,
+    source: TargetCache,
+    target: TargetCache,
     train_ids: np.ndarray,
     val_ids: np.ndarray,
     folder: str | Path,
@@ -61,7 +61,7 @@ def fit_converter(
     """Teach a `CaptionConverter` by squared error, on images alone: no brain is in it.
 
     Args:
-        source: tokens that are given, from `cached_targets`.
+        source: tokens that are given, from `cache_targets`.
         target: tokens that are wanted.
         train_ids: (images,) training images.
         val_ids: (images,) validation images, on which the best epoch is chosen.
@@ -90,7 +90,7 @@ def fit_converter(
     def validate(model: nn.Module) -> dict[str, float]:
         pairs = [
             (model(batch["given"]), batch["wanted"])
-            for batch in batches(val, 250, next(model.parameters()).device)
+            for batch in iterate_batches(val, 250, next(model.parameters()).device)
         ]
         predicted, true = (torch.cat(x) for x in zip(*pairs, strict=True))
         mse = (predicted - true).square().mean()

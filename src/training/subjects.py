@@ -23,32 +23,32 @@ from src.networks.released import read_weights
 from src.utils import PerceptError
 
 FRESH = {
-    "ours": ("ridge.",),
+    "ridge": ("ridge.",),
     "inherited_bias": ("ridge.linears.0.weight",),
 }  # what a new subject does not take over; the latter as published
 
 
-class SeveralSubjects:
+class MultiSubjectDataset:
     """The datasets of several subjects as one, for `fit` and `batches`.
 
-    A batch is that of `BrainDataset` with "subject" (batch,), the position in `parts`, and voxels
+    A batch is that of `BrainDataset` with "subject" (batch,), the position in `datasets`, and voxels
     (batch, [trials,] most voxels), zeros beyond a subject's own.
 
     Args:
-        parts: one dataset a subject, with the same targets.
+        datasets: one dataset a subject, with the same targets.
     """
 
-    def __init__(self, parts: Sequence[BrainDataset]):
-        self.parts = list(parts)
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        self.most = max(part.subject.width(part.normaliser) for part in self.parts)
+    def __init__(self, datasets: Sequence[BrainDataset]):
+        self.datasets = list(datasets)
+        self.starts = np.cumsum([0, *(len(part) for part in self.datasets)])
+        self.most = max(part.subject.n_features(part.normaliser) for part in self.datasets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def set_epoch(self, epoch: int) -> None:
         """As `BrainDataset.set_epoch`."""
-        for part in self.parts:
+        for part in self.datasets:
             part.set_epoch(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class SeveralSubjects:
         found, order = [], []
         for number in np.unique(whose):
             mine = np.flatnonzero(whose == number)
-            batch = self.parts[number].__getitems__((at[mine] - self.starts[number]).tolist())
+            batch = self.datasets[number].__getitems__((at[mine] - self.starts[number]).tolist())
             voxels = batch["voxels"]
             batch["voxels"] = torch.nn.functional.pad(voxels, (0, self.most - voxels.shape[-1]))
             found.append(batch | {"subject": torch.full((len(mine),), int(number))})
@@ -66,21 +66,21 @@ class SeveralSubjects:
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
         return {name: torch.cat([batch[name] for batch in found])[back] for name in found[0]}
 
-    def some(self, count: int) -> dict[str, Tensor]:
+    def preview_batch(self, count: int) -> dict[str, Tensor]:
         """A batch of about `count` samples from all subjects alike, at least one of each: to look
         at before training.
         """
-        each = max(1, count // len(self.parts))
+        each = max(1, count // len(self.datasets))
         return self.__getitems__(
             [
                 int(start + i)
-                for start, part in zip(self.starts, self.parts, strict=False)
+                for start, part in zip(self.starts, self.datasets, strict=False)
                 for i in range(min(each, len(part)))
             ]
         )
 
 
-def start_from(path: str | Path, model: MindEye2, fresh: str = "ours") -> list[str]:
+def load_pretrained(path: str | Path, model: MindEye2, fresh: str = "ridge") -> list[str]:
     """Give a model for new subjects what was trained on others: everything but the ridge layers,
     which belong to brains.
 
@@ -88,7 +88,7 @@ def start_from(path: str | Path, model: MindEye2, fresh: str = "ours") -> list[s
         path: a checkpoint of ours (.safetensors), or a released one as
             `src.published.read_published` takes it.
         model: changed in place.
-        fresh: key of FRESH: "ours" leaves weights and biases of the ridge layers as they were
+        fresh: key of FRESH: "ridge" leaves weights and biases of the ridge layers as they were
             initialised; "inherited_bias" is the published defect, by which the new subject starts
             with the bias of another one.
 

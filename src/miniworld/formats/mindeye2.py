@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors, row_blocks
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.data.files import disk_errors, iterate_row_blocks
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.miniworld.formats.mindeye import add_members
 from src.readers.mindeye2 import (
     IMAGES,
@@ -64,7 +64,7 @@ def write(
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
     source, name = Path(source), f"subj{subj:02d}"
-    fitting(
+    check_aligned(
         betas, trials, images, image_ids, ("trial", "image", "session", "run", "repeat", "split")
     )
     if betas.ndim != 2:
@@ -135,7 +135,7 @@ def _write_betas(source: Path, subj: int, betas: np.ndarray, numbers: np.ndarray
         )
         order, start = np.argsort(numbers), 0
         if len(numbers) == len(stored):
-            for block in row_blocks(betas[order]):
+            for block in iterate_row_blocks(betas[order]):
                 stored[start : start + len(block)] = block
                 start += len(block)
         else:
