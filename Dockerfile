@@ -7,7 +7,7 @@ RUN useradd --create-home percept && mkdir /percept /data && chown percept:perce
 USER percept
 WORKDIR /percept
 COPY --chown=percept:percept . .
-RUN UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 bash setup.sh
+RUN UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 bash setup.sh --all
 ENV PATH=/percept/.venv/bin:$PATH PERCEPT_HOME=/data
 VOLUME /data
 EXPOSE 8888

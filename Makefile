@@ -1,30 +1,50 @@
-# make demo: the mini world from nothing to scored reconstructions.  make test: the test suite.  Both set up what is missing.
+# make demo: the mini world from nothing to scored reconstructions.
+# make test: the fast tests; make test-slow: the others.  All set up what is missing.
 PYTHON := .venv/bin/python
 IMAGE ?= percept
+PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes --no-header pyproject.toml
+EXPORT := .venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all
 
-.PHONY: setup demo test lab lint notebooks gallery build push
+.PHONY: setup setup-all demo test test-slow lab lint format notebooks gallery lock build push
 setup:
 	@bash setup.sh
 
-demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world (nine to ten minutes on two cores)
+setup-all:
+	@bash setup.sh --all
+
+demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world
 	@$(PYTHON) run.py mindeye --mini
 
-test: setup  ## a file of tests at a time on each of up to four cores
-	@$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+test: setup-all  ## the fast tests, a file at a time on each of up to four cores
+	@$(PYTEST) -m "not slow"
+
+test-slow: setup-all  ## whole recipes, interrupted runs, browsers, Slurm, DeepSpeed
+	@$(PYTEST) -m slow
 
 lab: setup  ## JupyterLab with the mini recipe selected
 	@PERCEPT_RECIPE=mindeye/mini .venv/bin/jupyter lab notebooks
 
-lint: setup
-	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
+lint: setup-all  ## style, format, types, and how much a reader has to hold in the head
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) tools/readability.py --check
 
-notebooks: setup  ## remake the .py exports from the notebooks
-	@.venv/bin/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all notebooks/*.ipynb
+format: setup-all
+	@$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 
-gallery: demo  ## remake docs/gallery from the executed notebooks of six recipes, of their comparison and of a sweep
+notebooks: setup-all  ## remake the .py exports from the notebooks
+	@$(EXPORT) notebooks/*.ipynb
+
+gallery: demo  ## remake docs/gallery from the executed notebooks of six recipes, a comparison and a sweep
 	@for recipe in combined basic_ae roi_voting mindeye2_small mindeye_retrieval; do $(PYTHON) run.py $$recipe --mini || exit 1; done
 	@$(PYTHON) run.py compare && $(PYTHON) run.py sweep launch/sweeps/roi_sets_mini.yaml
 	@$(PYTHON) tools/make_gallery.py $(addprefix results/,mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 roi_voting-mini-subj01 mindeye2_small-mini-subj01 mindeye_retrieval-mini-subj01 compare roi_sets_mini)
+
+lock:  ## write the exact versions anew, as far as pyproject.toml asks for others
+	@$(COMPILE) --output-file requirements.lock
+	@$(COMPILE) --extra dev --output-file requirements-all.lock
 
 build:
 	docker build -t $(IMAGE) .

@@ -5,6 +5,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from src.readers import READERS, default_options
@@ -27,17 +28,53 @@ def test_environment_yaml_names_what_pyproject_names():
     )
 
 
-def test_lock_pins_everything_and_names_no_host():
-    lines = [
-        line
-        for line in (ROOT / "requirements.lock").read_text().splitlines()
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
-    assert all("==" in line for line in lines) and not any(
-        "://" in line or line.startswith("-") for line in lines
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-all.lock"])
+def test_lock_pins_everything_with_hashes_and_names_no_host(name):
+    text = (ROOT / name).read_text()
+    assert "://" not in text
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    pins = [line for line in lines if not line.startswith(" ")]
+    assert all("==" in line for line in pins)
+    assert all(line.lstrip().startswith("--hash=sha256:") for line in lines if line not in pins)
+    assert all(line.endswith("\\") for line in pins), "every package has a hash"
+
+
+def test_locks_have_what_pyproject_asks_for_in_one_version():
+    core, everything = (
+        dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements.lock", "requirements-all.lock")
     )
-    wanted = names(project()["dependencies"]) | names(project()["optional-dependencies"]["dev"])
-    assert wanted <= names(line.split("==")[0] for line in lines)
+    extras = project()["optional-dependencies"]
+    wanted = names(project()["dependencies"])
+    assert wanted <= names(core)
+    for extra in ("nsd", "search", "captions", "attribution", "tracking", "dev"):
+        wanted |= names(extras[extra])
+    assert wanted - {"percept"} <= names(everything)
+    assert core.items() <= everything.items()
+
+
+def test_the_core_is_small_and_has_what_users_named():
+    core = names(project()["dependencies"])
+    assert len(core) <= 24
+    assert {
+        "torch",
+        "jupyterlab",
+        "papermill",
+        "webdataset",
+        "clip-anytorch",
+        "diffusers",
+        "huggingface-hub",
+        "h5py",
+        "matplotlib",
+        "umap-learn",
+        "scikit-image",
+    } <= core
+
+
+def test_setup_knows_every_extra():
+    text = (ROOT / "setup.sh").read_text()
+    for extra in set(project()["optional-dependencies"]) - {"all", "dev"}:
+        assert f"{extra} " in text or f" {extra})" in text
 
 
 def test_readme_tree_and_links_exist():
@@ -75,7 +112,17 @@ def test_make_targets():
     text = (ROOT / "Makefile").read_text()
     assert all(
         re.search(rf"^{target}:", text, re.MULTILINE)
-        for target in ("demo", "test", "lab", "lint", "gallery", "build", "push")
+        for target in (
+            "demo",
+            "test",
+            "test-slow",
+            "lab",
+            "lint",
+            "gallery",
+            "lock",
+            "build",
+            "push",
+        )
     )
 
 
