@@ -41,7 +41,7 @@ def ask(folder: str, port: int) -> None:
     from src.search import LocalIndex, RemoteIndex
 
     here = LocalIndex(folder)
-    queries = here.embeddings.rows(range(0, len(here), len(here) // 50))[:50]
+    queries = here.embeddings.get_rows(range(0, len(here), len(here) // 50))[:50]
     for deduplicate in (False, True):
         there = RemoteIndex(
             f"http://localhost:{port}/knn-service", "it", deduplicate=deduplicate, num_images=64
@@ -50,11 +50,11 @@ def ask(folder: str, port: int) -> None:
         found = there.search(queries, 16)
         seconds = time.perf_counter() - begun
         own = here.search(queries, 16)
-        urls = [there.metadata(rows)["url"].tolist() for rows in found.row]
+        urls = [there.get_metadata(rows)["url"].tolist() for rows in found.row]
         same = sum(
             a == b
             for rows, some in zip(own.row, urls, strict=True)
-            for a, b in zip(here.metadata(rows)["url"], some, strict=True)
+            for a, b in zip(here.get_metadata(rows)["url"], some, strict=True)
         )
         gap, each = abs(found.similarity - own.similarity).max(), 1e3 * seconds / len(queries)
         print(

@@ -106,9 +106,9 @@ def factories(rows: int) -> tuple[dict[str, str], int]:
     """What src.index builds for so many rows, by kind, and in how many rounds OPQ learns its
     rotation there.
     """
-    from src.search import ROTATIONS, plans
+    from src.search import OPQ_ITERATIONS, list_index_plans
 
-    return {plan.kind: plan.factory for plan in plans(rows, DIM, 1e9)}, ROTATIONS
+    return {plan.kind: plan.factory for plan in list_index_plans(rows, DIM, 1e9)}, OPQ_ITERATIONS
 
 
 def build(folder: Path, kind: str, factory: str, rounds: int) -> dict[str, float]:

@@ -76,11 +76,11 @@ def build(folder: Path, kind: str) -> dict[str, float]:
         if not (place / name).exists():
             (place / name).symlink_to(f"../{name}")
     stored = index.Embeddings(place)
-    plan, _ = index.choose(len(stored), stored.dim, 1e3, kind)
+    plan, _ = index.choose_index(len(stored), stored.dim, 1e3, kind)
     begun, cpu = time.perf_counter(), time.process_time()
-    index.build(place, plan, shard_rows=1_000_000)
+    index.build_index(place, plan, shard_rows=1_000_000)
     shards = [file.stat().st_size for file in (place / "image.index").glob("[0-9]*.index")]
-    whole = index.join(place).stat().st_size if len(shards) == 1 else sum(shards)
+    whole = index.merge_shards(place).stat().st_size if len(shards) == 1 else sum(shards)
     return {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - cpu, "disk": whole}
 
 

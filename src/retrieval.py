@@ -165,11 +165,11 @@ POOLS: dict[str, Callable[[int, int, int, np.random.Generator], Iterator[np.ndar
 }
 
 
-def published_protocol(
+def evaluate_published_protocol(
     brain: Any,
     clip: Any,
-    pool: int = 300,
-    draws: int = 30,
+    pool_size: int = 300,
+    n_pools: int = 30,
     seed: int = 0,
     sampling: str = "random",
     shards: int = 2,
@@ -203,9 +203,9 @@ def published_protocol(
             sampling is unknown.
     """
     brain, clip = _embeddings(brain, clip)
-    if not 1 <= pool <= len(brain):
+    if not 1 <= pool_size <= len(brain):
         raise PerceptError(
-            f"A pool of {pool} was asked for, but the test set has {len(brain)} images; choose a"
+            f"A pool of {pool_size} was asked for, but the test set has {len(brain)} images; choose a"
             " pool up to that."
         )
     if sampling not in POOLS or not 1 <= shards <= len(brain):
@@ -214,9 +214,9 @@ def published_protocol(
             f" {', '.join(POOLS)}, and 1 to {len(brain)} shards."
         )
     similarity = brain @ clip.T  # (n brains, n images)
-    pools = POOLS[sampling](len(brain), pool, shards, np.random.default_rng(seed))
+    pools = POOLS[sampling](len(brain), pool_size, shards, np.random.default_rng(seed))
     hits: dict[str, list[float]] = {direction: [] for direction in REFERENCE_NAMES}
-    for _ in range(draws):
+    for _ in range(n_pools):
         chosen = torch.as_tensor(next(pools), device=similarity.device)
         block = similarity[chosen][:, chosen]  # (pool brains, pool images)
         own = torch.tril(chosen == chosen[:, None])  # itself, and copies of it before it
@@ -225,33 +225,44 @@ def published_protocol(
             hits[direction].append((~lost).double().mean().item())
     rows = []
     for direction, values in hits.items():
-        mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / np.sqrt(draws)
+        mean, half = float(np.mean(values)), 1.96 * float(np.std(values)) / np.sqrt(n_pools)
         interval = (max(mean - half, 0.0), min(mean + half, 1.0))
-        rows.append((direction, REFERENCE_NAMES[direction], pool, draws, mean, *interval, 1 / pool))
+        rows.append(
+            (
+                direction,
+                REFERENCE_NAMES[direction],
+                pool_size,
+                n_pools,
+                mean,
+                *interval,
+                1 / pool_size,
+            )
+        )
     names = ["direction", "reference_name", "pool", "draws", "value", "low", "high", "chance"]
     return pd.DataFrame(rows, columns=names)
 
 
-def retrieval_by_pool_size(
+def compute_retrieval_by_pool_size(
     brain: Any,
     clip: Any,
-    pools: Sequence[int] = (10, 30, 100, 300, 1000),
-    draws: int = 30,
+    pool_sizes: Sequence[int] = (10, 30, 100, 300, 1000),
+    n_pools: int = 30,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """`published_protocol` at every pool size that the test set allows, and at the whole test set.
+    """`evaluate_published_protocol` at every pool size that the test set allows, and at the whole test set.
 
     The same table, longer.
     """
     n = len(brain)
-    sizes = sorted({pool for pool in pools if pool < n} | {n})
+    sizes = sorted({size for size in pool_sizes if size < n} | {n})
     return pd.concat(
-        [published_protocol(brain, clip, pool, draws, seed) for pool in sizes], ignore_index=True
+        [evaluate_published_protocol(brain, clip, size, n_pools, seed) for size in sizes],
+        ignore_index=True,
     )
 
 
 # -------------------------------------------------------------------------------------- two models
-class SecondOrder(NamedTuple):
+class SecondOrderResult(NamedTuple):
     """What re-ranking found.
 
     first, reranked, alone: rank (n,) of the right candidate, 1 the best: by the first embedding,
@@ -259,20 +270,20 @@ class SecondOrder(NamedTuple):
     re-ranked, best first.
     """
 
-    first: np.ndarray
-    reranked: np.ndarray
-    alone: np.ndarray
-    found: np.ndarray
+    first_ranks: np.ndarray
+    final_ranks: np.ndarray
+    second_ranks: np.ndarray
+    candidates: np.ndarray
 
 
-def second_order(
+def rerank_second_order(
     brain: Any,
     clip: Any,
     first_brain: Any,
     first_clip: Any,
     k: int = 16,
     direction: str = "image_from_brain",
-) -> SecondOrder:
+) -> SecondOrderResult:
     """The k nearest candidates by one embedding, re-ranked by another one.
 
     A right candidate that is not among the k keeps its first rank, as re-ranking cannot bring it
@@ -315,7 +326,7 @@ def second_order(
         inside = again == rows[:, None]
         reranked[rows] = np.where(inside.any(1), 1 + inside.argmax(1), first[rows])
         found[rows] = again
-    return SecondOrder(first, reranked, _ranks(queries, candidates), found)
+    return SecondOrderResult(first, reranked, _ranks(queries, candidates), found)
 
 
 def _best_first(scores: Any, own: np.ndarray) -> np.ndarray:
@@ -325,7 +336,7 @@ def _best_first(scores: Any, own: np.ndarray) -> np.ndarray:
     return np.lexsort((own, -np.asarray(torch.as_tensor(scores).cpu())), axis=1)
 
 
-def load_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Tensor]:
+def load_run_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Tensor]:
     """The embeddings that another run predicted for the same test images.
 
     Args:
@@ -368,7 +379,7 @@ def load_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Tensor]
 
 
 # --------------------------------------------------------------------------- hard negatives, index
-class HardNegatives(NamedTuple):
+class HardNegativeScores(NamedTuple):
     """Top-1 among samples of the same group.
 
     value: mean over the queries that have company; chance: mean of 1 / group size over them; each:
@@ -378,14 +389,14 @@ class HardNegatives(NamedTuple):
 
     value: float
     chance: float
-    each: np.ndarray
-    chance_each: np.ndarray
+    scores: np.ndarray
+    chance_levels: np.ndarray
     n: int
 
 
-def hard_negative_top1(
+def compute_hard_negative_top1(
     brain: Any, clip: Any, groups: Any, direction: str = "image_from_brain"
-) -> HardNegatives:
+) -> HardNegativeScores:
     """Retrieval among images that resemble each other: candidates are only those of the query's own
     group.
 
@@ -417,12 +428,12 @@ def hard_negative_top1(
         raise PerceptError(
             "No two images share a group, so there are no hard negatives; use coarser groups."
         )
-    return HardNegatives(
+    return HardNegativeScores(
         float(each[counted].mean()), float(chance[counted].mean()), each, chance, int(counted.sum())
     )
 
 
-def nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tensor]:
+def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tensor]:
     """The k most similar rows of an index by cosine, exactly.
 
     Args:

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from src.search import qdrant as engines
-from src.search.qdrant import QdrantIndex, parts_of
+from src.search.qdrant import QdrantIndex, iterate_parts
 from src.utils import PerceptError
 
 edge = pytest.importorskip(
@@ -301,7 +301,7 @@ def test_metadata_comes_back_as_it_went_in(where):
     with QdrantIndex(where) as index:
         index.fill([(embeddings(40), told)])
         rows = [39, 0, -1, 7, 0]
-        back = index.metadata(rows)
+        back = index.get_metadata(rows)
         assert len(back) == 5 and back.loc[2].isna().all()
         for line, row in zip(back.drop(2).to_dict("records"), [39, 0, 7, 0], strict=True):
             for name in ("image_path", "width", "similarity", "good", "tags"):
@@ -309,9 +309,9 @@ def test_metadata_comes_back_as_it_went_in(where):
             assert (line["url"] == told["url"][row]) if row % 3 else pd.isna(line["url"])
             assert (line["score"] == 0.1 + 0.2) if row % 4 else pd.isna(line["score"])
             assert line["seen"].startswith("2020-01-02")
-        assert len(index.metadata([])) == 0
+        assert len(index.get_metadata([])) == 0
         with pytest.raises(PerceptError, match="no row 40, as it has 40"):
-            index.metadata([3, 40])
+            index.get_metadata([3, 40])
 
 
 def test_a_folder_of_embeddings(tmp_path):
@@ -322,9 +322,10 @@ def test_a_folder_of_embeddings(tmp_path):
         np.save(tmp_path / "img_emb" / f"img_emb_{i:04d}.npy", part)
         lines.to_parquet(tmp_path / "metadata" / f"metadata_{i:04d}.parquet")
     with QdrantIndex(tmp_path / "qdrant") as index:
-        assert index.fill(parts_of(tmp_path)) == 90
+        assert index.fill(iterate_parts(tmp_path)) == 90
         assert (
-            index.metadata([85]).image_path[0] == "85.jpg" and index.search(x[85:86], 1).row == 85
+            index.get_metadata([85]).image_path[0] == "85.jpg"
+            and index.search(x[85:86], 1).row == 85
         )
 
 

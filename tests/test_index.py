@@ -17,15 +17,15 @@ from PIL import Image
 from src import miniworld
 from src.search import local as indexing
 from src.search.local import (
-    KINDS,
+    INDEX_KINDS,
     Embeddings,
     LocalIndex,
-    build,
-    choose,
-    collect,
-    embed,
-    local_pictures,
-    nearly_the_same,
+    build_index,
+    choose_index,
+    embed_images,
+    find_near_duplicates,
+    find_new_parts,
+    load_local_images,
     write_tars,
 )
 from src.utils import ROOT, PerceptError, read_json
@@ -71,11 +71,11 @@ def exact(rows, queries, k, barred=()):
     return np.take_along_axis(scores, order, 1), order
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=INDEX_KINDS)
 def built(request, clusters, tmp_path_factory):
     folder = store(tmp_path_factory.mktemp(request.param), clusters[0])
-    plan, _ = choose(len(clusters[0]), DIM, kind=request.param)
-    return build(folder, plan, shard_rows=4000)
+    plan, _ = choose_index(len(clusters[0]), DIM, kind=request.param)
+    return build_index(folder, plan, shard_rows=4000)
 
 
 def test_each_type_finds_what_numpy_finds(built, clusters):
@@ -102,14 +102,14 @@ def test_excluded_rows_are_never_found_and_others_take_their_place(built, cluste
 
 def test_a_mapped_index_finds_the_same(built, clusters):
     found = built.search(clusters[1], 5)
-    plan, _ = choose(CLUSTERED, DIM, kind=built.kind, mapped=True)
-    mapped = build(built.folder, plan, shard_rows=4000)  # nothing is made anew
+    plan, _ = choose_index(CLUSTERED, DIM, kind=built.kind, mapped=True)
+    mapped = build_index(built.folder, plan, shard_rows=4000)  # nothing is made anew
     np.testing.assert_array_equal(mapped.search(clusters[1], 5).row, found.row)
     assert plan.mapped and read_json(built.folder / "index.json")["index"]["mapped"]
 
 
 def test_the_estimate_is_what_lies_on_disk(built):
-    plan, _ = choose(CLUSTERED, DIM, kind=built.kind)
+    plan, _ = choose_index(CLUSTERED, DIM, kind=built.kind)
     files = [*built.folder.glob("image.index/0*.index"), *built.folder.glob("img_emb/*.npy")]
     centres = 3 if built.kind == "IVF-PQ" else 1  # which every shard has once more
     overhead = (centres - 1) * (plan.disk - CLUSTERED * (2 * DIM + 8 + 4))
@@ -122,7 +122,7 @@ def test_joined_for_clip_retrieval(built, clusters):
     """As its `clip back` opens an index: populated.index of a folder, rows in the order of the
     metadata's files.
     """
-    file = indexing.join(built.folder)
+    file = indexing.merge_shards(built.folder)
     plain = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
     assert plain.ntotal == CLUSTERED
     told = pd.concat(
@@ -133,14 +133,14 @@ def test_joined_for_clip_retrieval(built, clusters):
     scores, rows = plain.search(clusters[1].astype(np.float32), 50)
     best = built.search(clusters[1], 1).row[:, 0]
     assert np.mean([b in found for b, found in zip(best, rows, strict=True)]) > 0.95
-    assert told.iloc[best[0]]["url"] == built.metadata(best)["url"].iloc[0]
+    assert told.iloc[best[0]]["url"] == built.get_metadata(best)["url"].iloc[0]
 
 
 def test_shards_and_processes_change_nothing(built, clusters, tmp_path):
     shutil.copytree(built.folder, tmp_path / "index")
-    plan, _ = choose(CLUSTERED, DIM, kind=built.kind)
+    plan, _ = choose_index(CLUSTERED, DIM, kind=built.kind)
     for rows, jobs, shards in ((3000, 2 if built.kind == "SQ8" else 1, 4), (20_000, 1, 1)):
-        other = build(tmp_path / "index", plan, shard_rows=rows, jobs=jobs)
+        other = build_index(tmp_path / "index", plan, shard_rows=rows, jobs=jobs)
         assert len(other.shards) == shards
         np.testing.assert_array_equal(
             other.search(clusters[1], 8).row, built.search(clusters[1], 8).row
@@ -150,8 +150,8 @@ def test_shards_and_processes_change_nothing(built, clusters, tmp_path):
 def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path):
     rows, queries = clusters
     folder = store(tmp_path / "index", rows[:5000], parts=2)
-    plan, _ = choose(5000, DIM, kind="SQ8")
-    build(folder, plan, shard_rows=2000)
+    plan, _ = choose_index(5000, DIM, kind="SQ8")
+    build_index(folder, plan, shard_rows=2000)
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
     np.save(folder / "img_emb" / "img_emb_2.npy", rows[5000:7000].astype(np.float16))
     pd.DataFrame({"url": [""] * 2000}).to_parquet(folder / "metadata" / "metadata_2.parquet")
@@ -159,7 +159,7 @@ def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path)
         PerceptError, match="7,000 embeddings and an index of 5,000 rows: build the index again"
     ):
         LocalIndex(folder)
-    grown = build(folder, plan, shard_rows=2000)
+    grown = build_index(folder, plan, shard_rows=2000)
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "image.index").iterdir()}
     assert len(grown) == 7000 and {name for name in after if after[name] != before.get(name)} == {
         "0002.index",
@@ -169,7 +169,10 @@ def test_an_index_that_grows_makes_only_the_shards_that_grew(clusters, tmp_path)
 
 
 def test_a_build_that_was_interrupted_goes_on(clusters, tmp_path, monkeypatch):
-    folder, (plan, _) = store(tmp_path / "index", clusters[0]), choose(CLUSTERED, DIM, kind="Flat")
+    folder, (plan, _) = (
+        store(tmp_path / "index", clusters[0]),
+        choose_index(CLUSTERED, DIM, kind="Flat"),
+    )
     fill, made = indexing._build_shard, []
 
     def broken(*arguments):
@@ -180,17 +183,17 @@ def test_a_build_that_was_interrupted_goes_on(clusters, tmp_path, monkeypatch):
 
     monkeypatch.setattr(indexing, "_build_shard", broken)
     with pytest.raises(KeyboardInterrupt):
-        build(folder, plan, shard_rows=4000)
+        build_index(folder, plan, shard_rows=4000)
     made.append("go on")
     assert (
-        len(build(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4
+        len(build_index(folder, plan, shard_rows=4000)) == CLUSTERED and len(made) == 4
     )  # the first shard was not made again
 
 
 KILLED = """
 import os, signal, sys
 import faiss
-from src import index
+from src.search import local as index
 write, written = faiss.write_index, []
 def last(made, path):
     write(made, path)
@@ -198,17 +201,17 @@ def last(made, path):
     if len(written) == 3:  # what was learnt, a shard, and a second one that has not its name yet
         os.kill(os.getpid(), signal.SIGKILL)
 faiss.write_index = last
-index.build(sys.argv[1], index.choose(2000, 32, kind="SQ8")[0], shard_rows=500)
+index.build_index(sys.argv[1], index.choose_index(2000, 32, kind="SQ8")[0], shard_rows=500)
 """
 
 
 def test_a_build_that_was_killed_goes_on_to_the_same_index(clusters, tmp_path):
-    plan = choose(2000, DIM, kind="SQ8")[0]
+    plan = choose_index(2000, DIM, kind="SQ8")[0]
     whole, killed = (
         store(tmp_path / "whole", clusters[0][:2000]),
         store(tmp_path / "killed", clusters[0][:2000]),
     )
-    build(whole, plan, shard_rows=500)
+    build_index(whole, plan, shard_rows=500)
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, capture_output=True, text=True
     )
@@ -219,7 +222,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_index(clusters, tmp_path):
         and "0001.index" not in left
         and any(name.endswith(".tmp") for name in left)
     ), ended.stderr
-    build(killed, plan, shard_rows=500)
+    build_index(killed, plan, shard_rows=500)
     files = [
         {path.name: path.read_bytes() for path in (folder / "image.index").iterdir()}
         for folder in (whole, killed)
@@ -231,7 +234,7 @@ def test_equal_rows_come_in_order_and_what_is_not_there_is_minus_one(tmp_path):
     rows = np.zeros((6, 4))
     rows[:, 0] = 1
     rows[4:] = [0, 1, 0, 0]
-    found = build(store(tmp_path / "index", rows), choose(6, 4)[0]).search(
+    found = build_index(store(tmp_path / "index", rows), choose_index(6, 4)[0]).search(
         np.array([1.0, 0, 0, 0]), 8, exclude=[1]
     )
     assert (
@@ -247,31 +250,31 @@ def test_wrong_queries_are_refused(built):
         (np.zeros((1, DIM)), 3, "zeros"),
         (np.ones((1, DIM)), 0, "at least one"),
     ):
-        for search in (built.search, built.embeddings.scan):
+        for search in (built.search, built.embeddings.search_exact):
             with pytest.raises(PerceptError, match=words):
                 search(queries, k)
 
 
 def test_the_scan_is_exact_and_tells_the_recall(built, clusters):
     rows, queries = clusters
-    found = built.embeddings.scan(queries, 6, exclude=[0, 3])
+    found = built.embeddings.search_exact(queries, 6, exclude=[0, 3])
     np.testing.assert_array_equal(found.row, exact(rows, queries, 6, [0, 3])[1])
-    recall = built.recall(10, queries=50)
+    recall = built.measure_recall(10, queries=50)
     assert recall > (0.8 if built.kind == "IVF-PQ" else 0.999) and recall <= 1
 
 
 # ------------------------------------------------------------------------------------- which index
 def test_the_most_exact_index_that_fits_is_taken():
-    million = [choose(1_000_000, 768, gigabytes)[0].kind for gigabytes in (4, 2, 1, 0.2)]
+    million = [choose_index(1_000_000, 768, gigabytes)[0].kind for gigabytes in (4, 2, 1, 0.2)]
     assert million == ["Flat", "SQfp16", "SQ8", "IVF-PQ"]
-    plan, table = choose(1_000_000_000, 768, 4)
+    plan, table = choose_index(1_000_000_000, 768, 4)
     assert (
         plan.kind == "IVF-PQ" and plan.mapped and plan.memory < 4e9 and table["chosen"].sum() == 1
     )
     with pytest.raises(PerceptError, match="need at least 3.1 GB as Flat, and 1 GB are given"):
-        choose(1_000_000, 768, 1, "Flat")
+        choose_index(1_000_000, 768, 1, "Flat")
     with pytest.raises(PerceptError, match="choose auto or one of Flat"):
-        choose(10, 4, kind="HNSW")
+        choose_index(10, 4, kind="HNSW")
 
 
 # ----------------------------------------------------------------------------------------- sources
@@ -309,14 +312,14 @@ def deep_grey():
 def test_a_folder_of_pictures_with_captions_and_a_broken_one(tmp_path):
     draw(tmp_path / "pictures", ["a/1.png", "a/2.webp", "b/3.JPG", "b/4.png"])
     Image.fromarray(np.full((25, 18), 77, np.uint8)).save(tmp_path / "pictures" / "grey.png")
-    assert (indexing.decode(deep_grey(), SIZE) == 0x40).all()
+    assert (indexing.decode_image(deep_grey(), SIZE) == 0x40).all()
     (tmp_path / "pictures" / "a" / "1.txt").write_text("one\n")
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
-    made = embed(
+    made = embed_images(
         tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE, part_rows=2
     )
-    index = build(tmp_path / "index", choose(len(made), DIM)[0])
-    told = index.metadata(range(5))
+    index = build_index(tmp_path / "index", choose_index(len(made), DIM)[0])
+    told = index.get_metadata(range(5))
     assert [path.rsplit("/", 1)[1] for path in told["image_path"]] == [
         "1.png",
         "2.webp",
@@ -327,35 +330,38 @@ def test_a_folder_of_pictures_with_captions_and_a_broken_one(tmp_path):
     assert read_json(tmp_path / "index" / "index.json")["unread"] == 1 and index.encoder == {
         "model": "toy"
     }
-    pictures, ok = local_pictures(index.metadata([4, -1, 0]), SIZE)
+    pictures, ok = load_local_images(index.get_metadata([4, -1, 0]), SIZE)
     assert (
         ok.tolist() == [True, False, True]
         and (pictures[0] == 77).all()
         and (pictures[1] == 128).all()
     )
     again = unit(Encoder()(pictures[2:]))
-    np.testing.assert_allclose(again[0], index.embeddings.rows([0])[0], atol=2e-3)
+    np.testing.assert_allclose(again[0], index.embeddings.get_rows([0])[0], atol=2e-3)
 
 
 def test_only_what_is_new_is_embedded_and_another_encoder_is_refused(tmp_path):
     draw(tmp_path / "pictures", [f"{i}.png" for i in range(5)])
-    embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
+    embed_images(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
     draw(tmp_path / "pictures", ["new/9.png", "0_first.png"], seed=1)
     encoder = Encoder()
     assert (
-        len(embed(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE)) == 7
+        len(
+            embed_images(tmp_path / "pictures", tmp_path / "index", encoder, {"model": "toy"}, SIZE)
+        )
+        == 7
         and encoder.given == 2
     )
     with pytest.raises(PerceptError, match="another encoder, toy and not other"):
-        embed(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "other"}, SIZE)
+        embed_images(tmp_path / "pictures", tmp_path / "index", Encoder(), {"model": "other"}, SIZE)
     with pytest.raises(PerceptError, match="holds no .tar files and no pictures"):
-        collect(tmp_path / "nothing")
+        find_new_parts(tmp_path / "nothing")
 
 
 def test_embedding_that_was_interrupted_goes_on_with_the_part(tmp_path):
     draw(tmp_path / "pictures", [f"{i}.png" for i in range(9)])
     with pytest.raises(KeyboardInterrupt):
-        embed(
+        embed_images(
             tmp_path / "pictures",
             tmp_path / "index",
             Encoder(fail_after=6),
@@ -365,7 +371,7 @@ def test_embedding_that_was_interrupted_goes_on_with_the_part(tmp_path):
             batch_size=3,
         )
     encoder = Encoder()
-    made = embed(
+    made = embed_images(
         tmp_path / "pictures",
         tmp_path / "index",
         encoder,
@@ -378,38 +384,38 @@ def test_embedding_that_was_interrupted_goes_on_with_the_part(tmp_path):
 
 
 def test_a_webdataset_of_the_mini_world(tmp_path):
-    tars = write_tars(miniworld.pool(30, n_test=4), tmp_path / "tars", 30, rows=12)
-    made = embed(
+    tars = write_tars(miniworld.generate_pool(30, n_test=4), tmp_path / "tars", 30, rows=12)
+    made = embed_images(
         tars,
         tmp_path / "index",
         lambda pixels: Encoder()(pixels[:, ::2, ::2]),
         {"model": "toy"},
         32,
     )
-    index = build(tmp_path / "index", choose(len(made), DIM)[0])
-    samples = list(miniworld.pool(30, n_test=4))
-    told = index.metadata([29, 13, 0])
+    index = build_index(tmp_path / "index", choose_index(len(made), DIM)[0])
+    samples = list(miniworld.generate_pool(30, n_test=4))
+    told = index.get_metadata([29, 13, 0])
     assert [samples[i][1] for i in (29, 13, 0)] == told["caption"].tolist() and told[
         "kind"
     ].tolist() == [samples[i][2]["kind"] for i in (29, 13, 0)]
-    pictures, ok = local_pictures(told, 32)
+    pictures, ok = load_local_images(told, 32)
     assert ok.all() and all((pictures[j] == samples[i][0]).all() for j, i in enumerate((29, 13, 0)))
     write_tars(
-        miniworld.pool(36, n_test=4), tars, 36, rows=12
+        miniworld.generate_pool(36, n_test=4), tars, 36, rows=12
     )  # the last of the tars is kept as it is, so that there is nothing new
-    assert len(embed(tars, tmp_path / "index", Encoder(), {"model": "toy"}, 32)) == 30
+    assert len(embed_images(tars, tmp_path / "index", Encoder(), {"model": "toy"}, 32)) == 30
 
 
 def test_a_tar_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "00007.tar").write_bytes(b"half a download")
     with pytest.raises(PerceptError, match="begins with 00007.tar cannot be read"):
-        embed(tmp_path, tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
+        embed_images(tmp_path, tmp_path / "index", Encoder(), {"model": "toy"}, SIZE)
 
 
 def test_the_pool_begins_with_the_test_images_and_repeats_none():
     world = miniworld.simulate(1, n_train=20, n_val=4, n_test=6)
     test = world.images[np.isin(world.image_ids, miniworld.FIRST_ID["test"] + np.arange(6))]
-    pictures = [pixels for pixels, _, _ in miniworld.pool(40, n_test=6)]
+    pictures = [pixels for pixels, _, _ in miniworld.generate_pool(40, n_test=6)]
     np.testing.assert_array_equal(np.stack(pictures[:6]), test)
     others = {pixels.tobytes() for pixels in world.images}
     assert not any(pixels.tobytes() in others for pixels in pictures[6:])
@@ -430,12 +436,12 @@ def test_an_index_of_clip_retrieval_is_opened_as_it_is(clusters, tmp_path):
         index.search(queries, 4, [1, 2]).row, exact(rows, queries, 4, [1, 2])[1]
     )
     assert (
-        index.metadata([17])["url"][0] == "https://x.org/17.jpg"
+        index.get_metadata([17])["url"][0] == "https://x.org/17.jpg"
         and index.encoder == {}
         and index.embeddings is None
     )
     with pytest.raises(PerceptError, match="no embeddings"):
-        index.recall()
+        index.measure_recall()
     with pytest.raises(PerceptError, match="holds no image.index"):
         LocalIndex(tmp_path / "elsewhere")
 
@@ -443,7 +449,7 @@ def test_an_index_of_clip_retrieval_is_opened_as_it_is(clusters, tmp_path):
 def test_embeddings_and_metadata_that_do_not_belong_together(clusters, tmp_path):
     folder = store(tmp_path / "index", clusters[0][:100])
     with pytest.raises(PerceptError, match="100 images are too few"):
-        build(folder, choose(100, DIM, kind="IVF-PQ")[0])
+        build_index(folder, choose_index(100, DIM, kind="IVF-PQ")[0])
     pd.DataFrame({"url": ["x"]}).to_parquet(folder / "metadata" / "metadata_1.parquet")
     with pytest.raises(PerceptError, match="differ in their rows from part 1 on"):
         Embeddings(folder)
@@ -455,19 +461,19 @@ def test_embeddings_and_metadata_that_do_not_belong_together(clusters, tmp_path)
 @pytest.mark.parametrize("kept", [0.5, 0.0])
 def test_a_file_that_is_cut_short_is_named(clusters, tmp_path, name, kept):
     folder = store(tmp_path / "index", clusters[0][:2000])
-    build(folder, choose(2000, DIM)[0], shard_rows=1000)
+    build_index(folder, choose_index(2000, DIM)[0], shard_rows=1000)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(kept * len(content))])
     with pytest.raises(PerceptError, match=f"{name} cannot be read, as it is cut short"):
         LocalIndex(folder)
     if name.startswith("image.index"):  # as the sentence says
         (folder / name).unlink()
-        assert len(build(folder, choose(2000, DIM)[0], shard_rows=1000)) == 2000
+        assert len(build_index(folder, choose_index(2000, DIM)[0], shard_rows=1000)) == 2000
 
 
 def test_embeddings_of_another_encoder_and_missing_metadata_are_named(clusters, tmp_path):
     folder = store(tmp_path / "index", clusters[0][:90])
-    index = build(folder, choose(90, DIM)[0])
+    index = build_index(folder, choose_index(90, DIM)[0])
     (folder / "metadata" / "metadata_2.parquet").unlink()
     with pytest.raises(PerceptError, match="differ in their rows from part 2 on"):
         LocalIndex(folder)
@@ -487,8 +493,8 @@ def test_copies_of_the_test_images_are_found_however_many(clusters, tmp_path):
         images[1],
         unit(images[1] + 0.04 * rng.standard_normal(DIM)),
     )
-    index = build(store(tmp_path / "index", rows), choose(2000, DIM)[0])
-    twins = nearly_the_same(index, images, [7, 8, 9], near=0.94)
+    index = build_index(store(tmp_path / "index", rows), choose_index(2000, DIM)[0])
+    twins = find_near_duplicates(index, images, [7, 8, 9], near=0.94)
     assert sorted(twins.loc[twins.image == 7, "row"]) == list(range(100, 130)) and set(
         twins.loc[twins.image == 8, "row"]
     ) == {500, 501}

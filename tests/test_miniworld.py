@@ -10,21 +10,21 @@ from src.utils import PerceptError
 
 
 def combinations(split: str, count: int) -> set[tuple[int, int, int]]:
-    made = [world.compose(0, i, split) for i in range(count)]
-    return {(thing.kind, thing.colour, what.scene) for what in made for thing in what.things}
+    made = [world.compose_image(0, i, split) for i in range(count)]
+    return {(thing.category, thing.colour, what.scene) for what in made for thing in what.objects}
 
 
 def test_test_combinations_never_occur_in_training():
     train, val = (
         combinations("train", 4000),
         {
-            (w.things[-1].kind, w.things[-1].colour, w.scene)
-            for w in (world.compose(0, i, "val") for i in range(300))
+            (w.objects[-1].category, w.objects[-1].colour, w.scene)
+            for w in (world.compose_image(0, i, "val") for i in range(300))
         },
     )
     test = {
-        (w.things[-1].kind, w.things[-1].colour, w.scene)
-        for w in (world.compose(0, i, "test") for i in range(300))
+        (w.objects[-1].category, w.objects[-1].colour, w.scene)
+        for w in (world.compose_image(0, i, "test") for i in range(300))
     }
     assert not test & train and not val & train and not test & val
     for pair in ((0, 1), (0, 2), (1, 2)):  # every pair of attributes of a test image has been seen
@@ -34,22 +34,24 @@ def test_test_combinations_never_occur_in_training():
 
 
 def test_there_is_enough_in_the_world():
-    assert len(world.KINDS) >= 16 and len(world.SCENES) >= 8 and len(world.COLOURS) >= 8
+    assert len(world.CATEGORIES) >= 16 and len(world.SCENES) >= 8 and len(world.COLOURS) >= 8
 
 
 def test_images_are_a_pure_function_of_seed_split_and_index():
-    in_blocks = np.concatenate(list(world.image_blocks(3, "test", 260, workers=2)))
-    alone = world.render(world.compose(3, 255, "test"), 3)
+    in_blocks = np.concatenate(list(world.render_blocks(3, "test", 260, workers=2)))
+    alone = world.render_image(world.compose_image(3, 255, "test"), 3)
     assert in_blocks.shape == (260, 32, 32, 3) and in_blocks.dtype == np.uint8
     assert np.array_equal(in_blocks[255], alone)
-    assert not np.array_equal(alone, world.render(world.compose(4, 255, "test"), 4))
+    assert not np.array_equal(alone, world.render_image(world.compose_image(4, 255, "test"), 4))
 
 
-@pytest.mark.parametrize("kind", range(len(world.KINDS)))
+@pytest.mark.parametrize("kind", range(len(world.CATEGORIES)))
 def test_every_kind_is_drawn_large_and_in_its_colour(kind):
     def paint(colour):
-        return world.render(
-            world.Scenery(7, 0, 0.58, 1, (world.Thing(kind, colour, 0, 0.5, 0.53, 0.40, 0.0),))
+        return world.render_image(
+            world.ImageContent(
+                7, 0, 0.58, 1, (world.SceneObject(kind, colour, 0, 0.5, 0.53, 0.40, 0.0),)
+            )
         ).astype(float)
 
     changed = (
@@ -60,14 +62,14 @@ def test_every_kind_is_drawn_large_and_in_its_colour(kind):
 
 def test_captions_are_five_different_sentences_that_name_the_object():
     for i in range(50):
-        what = world.compose(0, i)
-        captions, label = world.caption(what), world.label(what)
+        what = world.compose_image(0, i)
+        captions, label = world.write_captions(what), world.make_label_row(what)
         assert len(set(captions)) == 5
         assert all(label["kind"] in c and label["colour"] in c for c in captions)
 
 
 def test_tables_have_a_row_an_image_and_five_captions():
-    labels, captions = world.tables(0, "val", 20)
+    labels, captions = world.make_tables(0, "val", 20)
     assert len(labels) == 20 and list(captions.groupby("image").size()) == [5] * 20
     assert {"scene", "kind", "colour", "pattern", "place", "light"} <= set(labels)
 
@@ -79,8 +81,8 @@ def cortex():
 
 @pytest.fixture(scope="module")
 def shown():
-    made = [world.compose(0, i) for i in range(120)]
-    return np.stack([world.render(what) for what in made]), made
+    made = [world.compose_image(0, i) for i in range(120)]
+    return np.stack([world.render_image(what) for what in made]), made
 
 
 def test_noise_ceilings_are_those_of_fmri(cortex):

@@ -24,12 +24,12 @@ from servers import serving
 
 from src.search import clip_retrieval as remote
 from src.search.clip_retrieval import (
-    PUBLISHED,
-    PictureCache,
+    PUBLISHED_SETTINGS,
+    ImageCache,
     RemoteIndex,
     fetch_images,
-    first_found,
     is_public,
+    select_available_images,
 )
 from src.utils import PerceptError
 
@@ -153,7 +153,7 @@ def test_every_field_is_sent(service):
         "num_result_ids": 8,
     }
     np.testing.assert_allclose(np.linalg.norm(state["asked"][0]["embedding_input"]), 1, atol=1e-6)
-    index_of(url, "laion5B-L-14", **PUBLISHED).search(queries_of(1), 2)
+    index_of(url, "laion5B-L-14", **PUBLISHED_SETTINGS).search(queries_of(1), 2)
     sent = state["asked"][1]
     assert (sent["num_images"], sent["num_result_ids"], sent["indice_name"]) == (
         300,
@@ -195,7 +195,7 @@ def test_metadata_is_what_the_answers_said(service):
     url, _ = service
     index = index_of(url)
     found = index.search(queries_of(2), 3)
-    told = index.metadata([found.row[1, 2], -1, found.row[0, 0]])
+    told = index.get_metadata([found.row[1, 2], -1, found.row[0, 0]])
     assert list(told.columns) == ["url", "caption"] and len(told) == 3
     assert (
         told["caption"][0] == f"picture {found.row[1, 2]}"
@@ -204,8 +204,8 @@ def test_metadata_is_what_the_answers_said(service):
     )
     unseen = next(row for row in range(ROWS) if row not in found.row)
     with pytest.raises(PerceptError, match=f"row {unseen} of mine"):
-        index.metadata([unseen])
-    assert len(index.metadata([])) == 0 and len(index.metadata([-1, -1])) == 2
+        index.get_metadata([unseen])
+    assert len(index.get_metadata([])) == 0 and len(index.get_metadata([-1, -1])) == 2
     assert index.count is None
 
 
@@ -227,7 +227,7 @@ def test_bad_queries_are_refused_before_anything_is_asked(service):
 def test_a_service_that_is_down_is_one_sentence_at_once(nobody, monkeypatch):
     tries, connect = [], remote._connect
     monkeypatch.setattr(remote, "_connect", lambda *args: (tries.append(args), connect(*args))[1])
-    for options in ({}, PUBLISHED | {"wait": 0.0}):
+    for options in ({}, PUBLISHED_SETTINGS | {"wait": 0.0}):
         with pytest.raises(PerceptError, match="refused the connection") as error:
             RemoteIndex(nobody, "mine", **options).search(queries_of(982), 4)
         assert (
@@ -287,7 +287,7 @@ def test_published_fallback_asks_again_with_aesthetics(service):
         if np.allclose(fields["embedding_input"], bad) and fields["aesthetic_score"] != 5
         else None
     )
-    index = index_of(url, **PUBLISHED | {"wait": 0.05})
+    index = index_of(url, **PUBLISHED_SETTINGS | {"wait": 0.05})
     begin = time.monotonic()
     found = index.search(queries, 3)
     assert time.monotonic() - begin >= 0.05
@@ -311,7 +311,7 @@ def test_published_fallback_counts_what_failed_twice(service):
     state["fault"] = lambda number, fields: (
         (500, b"") if np.isclose(fields["embedding_input"], bad).all(1).any() else None
     )
-    index = index_of(url, **PUBLISHED | {"wait": 0.0})
+    index = index_of(url, **PUBLISHED_SETTINGS | {"wait": 0.0})
     with pytest.warns(UserWarning, match="2 of 4 queries failed twice"):
         found = index.search(queries, 3)
     assert (
@@ -575,7 +575,7 @@ def test_pictures_in_order_and_from_the_cache(host, tmp_path):
 
 def test_a_dead_url_is_asked_once_in_a_session_and_a_broken_file_again(host, tmp_path):
     url, asked = host
-    cache = PictureCache(tmp_path)
+    cache = ImageCache(tmp_path)
     for _ in range(3):
         assert get([f"{url}/gone", f"{url}/1"], cache).ok.tolist() == [False, True]
     assert sorted(asked) == ["/1", "/gone"] and cache.failures == {
@@ -728,8 +728,8 @@ def test_first_found_goes_down_the_lists(host, tmp_path):
         [],
         [f"{url}/gone{i}" for i in range(7)],
     ]
-    cache = PictureCache(tmp_path)
-    found = first_found(lists, 3, cache, size=8, timeout=30.0, allow_private=True)
+    cache = ImageCache(tmp_path)
+    found = select_available_images(lists, 3, cache, size=8, timeout=30.0, allow_private=True)
     assert found.dtype == np.int64
     np.testing.assert_array_equal(
         found, [[0, 1, 2], [0, 2, 4], [2, -1, -1], [-1, -1, -1], [-1, -1, -1]]
@@ -743,7 +743,7 @@ def test_first_found_goes_down_the_lists(host, tmp_path):
         and len(asked) == before
     )
     with pytest.raises(PerceptError, match="at least one"):
-        first_found(lists, 0, cache)
+        select_available_images(lists, 0, cache)
 
 
 def test_interrupting_leaves_what_has_not_begun(tmp_path, monkeypatch):
@@ -839,7 +839,7 @@ def test_pictures_that_the_server_sends_with_its_answers():
             ]
         }
     )
-    pixels, ok = remote.sent_pictures(told, 8)
+    pixels, ok = remote.decode_sent_images(told, 8)
     assert (
         ok.tolist() == [True, False, False]
         and (pixels[0] == [255, 0, 0]).all()

@@ -81,7 +81,7 @@ def test_collapsed_embeddings_do_not_score():
 
 def test_published_protocol_draws_pools():
     brain, clip = embeddings()
-    table = retrieval.published_protocol(brain, clip, pool=20, draws=12, seed=3)
+    table = retrieval.evaluate_published_protocol(brain, clip, pool_size=20, n_pools=12, seed=3)
     similarity, rng, hits = cosines(brain, clip), np.random.default_rng(3), []
     for _ in range(12):
         chosen = rng.choice(60, 20, replace=False)
@@ -91,12 +91,12 @@ def test_published_protocol_draws_pools():
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * np.std(hits) / np.sqrt(12))
     assert row["chance"] == 1 / 20 and set(table["direction"]) == set(retrieval.REFERENCE_NAMES)
     with pytest.raises(PerceptError, match="60 images"):
-        retrieval.published_protocol(brain, clip, pool=300)
+        retrieval.evaluate_published_protocol(brain, clip, pool_size=300)
 
 
 def test_accuracy_falls_with_the_pool():
     brain, clip = embeddings(noise=2.0)
-    table = retrieval.retrieval_by_pool_size(brain, clip, pools=(5, 20, 1000))
+    table = retrieval.compute_retrieval_by_pool_size(brain, clip, pool_sizes=(5, 20, 1000))
     mine = table[table["direction"] == "brain_from_image"]
     assert mine["pool"].tolist() == [5, 20, 60] and mine["value"].is_monotonic_decreasing
     assert mine["value"].iloc[-1] == pytest.approx(retrieval.top1_brain_from_image(brain, clip))
@@ -105,38 +105,41 @@ def test_accuracy_falls_with_the_pool():
 def test_hard_negatives_compare_within_groups_only():
     brain, clip = embeddings(n=12)
     groups = ["a"] * 5 + ["b"] * 4 + ["c"] * 2 + ["alone"]
-    result = retrieval.hard_negative_top1(brain, clip, groups)
+    result = retrieval.compute_hard_negative_top1(brain, clip, groups)
     similarity = cosines(brain, clip)
     for start, stop in ((0, 5), (5, 9), (9, 11)):
         block = similarity[start:stop, start:stop]
         np.testing.assert_array_equal(
-            result.each[start:stop], block.argmax(1) == np.arange(stop - start)
+            result.scores[start:stop], block.argmax(1) == np.arange(stop - start)
         )
-    assert np.isnan(result.each[11]) and result.n == 11
-    assert result.value == pytest.approx(np.nanmean(result.each))
+    assert np.isnan(result.scores[11]) and result.n == 11
+    assert result.value == pytest.approx(np.nanmean(result.scores))
     assert result.chance == pytest.approx((5 / 5 + 4 / 4 + 2 / 2) / 11)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda b, c: retrieval.hard_negative_top1(b, c, range(60)), "No two images"),
-        (lambda b, c: retrieval.hard_negative_top1(b, c, ["a"]), "1 group labels"),
+        (lambda b, c: retrieval.compute_hard_negative_top1(b, c, range(60)), "No two images"),
+        (lambda b, c: retrieval.compute_hard_negative_top1(b, c, ["a"]), "1 group labels"),
         (lambda b, c: retrieval.top1_image_from_brain(b[:5], c), "differ once flattened"),
         (lambda b, c: retrieval.top1_image_from_brain(b * float("nan"), c), "NaN"),
         (lambda b, c: retrieval.rank_each(b, c, "fwd"), "unknown"),
-        (lambda b, c: retrieval.second_order(b, c, b[:, :1], c[:, :1], 61), "61 of 60 candidates"),
         (
-            lambda b, c: retrieval.second_order(b, c, b[:5], c[:5], 3),
+            lambda b, c: retrieval.rerank_second_order(b, c, b[:, :1], c[:, :1], 61),
+            "61 of 60 candidates",
+        ),
+        (
+            lambda b, c: retrieval.rerank_second_order(b, c, b[:5], c[:5], 3),
             "of 5 candidates cannot be re-ranked by embeddings of 60",
         ),
         (
-            lambda b, c: retrieval.published_protocol(b, c, 20, sampling="all"),
+            lambda b, c: retrieval.evaluate_published_protocol(b, c, 20, sampling="all"),
             "choose one of random, consecutive",
         ),
-        (lambda b, c: retrieval.published_protocol(b, c, 20, shards=61), "1 to 60 shards"),
-        (lambda b, c: retrieval.nearest(b, c, 61), "holds 60 rows"),
-        (lambda b, c: retrieval.nearest(b, c[:, :2]), "same encoder"),
+        (lambda b, c: retrieval.evaluate_published_protocol(b, c, 20, shards=61), "1 to 60 shards"),
+        (lambda b, c: retrieval.find_nearest(b, c, 61), "holds 60 rows"),
+        (lambda b, c: retrieval.find_nearest(b, c[:, :2]), "same encoder"),
     ],
 )
 def test_bad_input_is_refused(call, words):
@@ -153,7 +156,9 @@ def test_consecutive_pools_are_runs_of_a_resampled_stream_of_shards():
         tuple(range(30, 60)),
     }  # whole, in order, drawn again and again
     brain, clip = embeddings()
-    table = retrieval.published_protocol(brain, clip, pool=20, draws=400, sampling="consecutive")
+    table = retrieval.evaluate_published_protocol(
+        brain, clip, pool_size=20, n_pools=400, sampling="consecutive"
+    )
     similarity = cosines(brain, clip)
     blocks = [
         np.r_[a : a + 20] % 60 for a in (0, 20, 10, 30, 50, 40)
@@ -168,8 +173,8 @@ def test_consecutive_pools_are_runs_of_a_resampled_stream_of_shards():
 
 def test_a_copy_in_a_consecutive_pool_is_found_once():
     clip = torch.eye(4)
-    table = retrieval.published_protocol(
-        clip, clip, pool=4, draws=50, sampling="consecutive", shards=4
+    table = retrieval.evaluate_published_protocol(
+        clip, clip, pool_size=4, n_pools=50, sampling="consecutive", shards=4
     )
     expected = []
     pools = retrieval._consecutive_pools(4, 4, 4, np.random.default_rng(0))
@@ -187,7 +192,7 @@ def test_second_order_reranks_the_k_nearest(direction, chunk, monkeypatch):
     monkeypatch.setattr(retrieval, "CHUNK", chunk)
     brain, clip = embeddings(noise=1.0)
     one_brain, one_clip = (x[:, :1] for x in embeddings(noise=2.0, seed=1))
-    two = retrieval.second_order(brain, clip, one_brain, one_clip, k=9, direction=direction)
+    two = retrieval.rerank_second_order(brain, clip, one_brain, one_clip, k=9, direction=direction)
     tokens, single = (
         cosines(*pair) if direction == "image_from_brain" else cosines(*pair).T
         for pair in ((brain, clip), (one_brain, one_clip))
@@ -195,24 +200,28 @@ def test_second_order_reranks_the_k_nearest(direction, chunk, monkeypatch):
     for i in range(60):
         near = np.argsort(-single[i])[:9]
         again = near[np.argsort(-tokens[i][near])]
-        assert two.found[i].tolist() == again.tolist()
-        assert two.first[i] == 1 + list(np.argsort(-single[i])).index(i)
-        assert two.reranked[i] == (1 + list(again).index(i) if i in again else two.first[i])
-    np.testing.assert_array_equal(two.alone, retrieval.rank_each(brain, clip, direction))
-    assert (two.reranked == 1).mean() > (two.first == 1).mean()
-    everything = retrieval.second_order(brain, clip, one_brain, one_clip, k=60, direction=direction)
-    np.testing.assert_array_equal(everything.reranked, everything.alone)
+        assert two.candidates[i].tolist() == again.tolist()
+        assert two.first_ranks[i] == 1 + list(np.argsort(-single[i])).index(i)
+        assert two.final_ranks[i] == (
+            1 + list(again).index(i) if i in again else two.first_ranks[i]
+        )
+    np.testing.assert_array_equal(two.second_ranks, retrieval.rank_each(brain, clip, direction))
+    assert (two.final_ranks == 1).mean() > (two.first_ranks == 1).mean()
+    everything = retrieval.rerank_second_order(
+        brain, clip, one_brain, one_clip, k=60, direction=direction
+    )
+    np.testing.assert_array_equal(everything.final_ranks, everything.second_ranks)
 
 
 def test_second_order_does_not_reward_ties():
     _, clip = embeddings()
     same = torch.ones_like(clip)
-    assert (retrieval.second_order(same, same, same, same, k=5).reranked == 1).sum() == 0
+    assert (retrieval.rerank_second_order(same, same, same, same, k=5).final_ranks == 1).sum() == 0
 
 
 def test_embeddings_of_another_run_must_be_of_the_same_images(tmp_path):
     with pytest.raises(PerceptError, match="is missing: run notebook 03 for the run first"):
-        retrieval.load_embeddings(tmp_path / "first", [1, 2])
+        retrieval.load_run_embeddings(tmp_path / "first", [1, 2])
     (tmp_path / "first").mkdir()
     path, content = (
         tmp_path / "first" / "reconstructions.safetensors",
@@ -222,9 +231,9 @@ def test_embeddings_of_another_run_must_be_of_the_same_images(tmp_path):
     with pytest.raises(
         PerceptError, match="has no projected_network: .* decoder = network or both"
     ):
-        retrieval.load_embeddings(tmp_path / "first", [5, 6, 7])
+        retrieval.load_run_embeddings(tmp_path / "first", [5, 6, 7])
     save_file(content | {"projected_network": torch.zeros(3, 1, 4)}, path)
-    brain, clip = retrieval.load_embeddings(tmp_path / "first", [5, 6, 7])
+    brain, clip = retrieval.load_run_embeddings(tmp_path / "first", [5, 6, 7])
     assert not brain.any() and clip.all() and brain.shape == clip.shape == (3, 1, 4)
     for ids, words in (
         ([7, 6, 5], "the same ones in another order"),
@@ -232,12 +241,12 @@ def test_embeddings_of_another_run_must_be_of_the_same_images(tmp_path):
         ([8, 9, 1], "0 of them the same"),
     ):
         with pytest.raises(PerceptError, match=words):
-            retrieval.load_embeddings(tmp_path / "first", ids)
+            retrieval.load_run_embeddings(tmp_path / "first", ids)
 
 
 def test_nearest_is_exact():
     queries, index = embeddings()
-    values, rows = retrieval.nearest(queries[:9], index, k=4)
+    values, rows = retrieval.find_nearest(queries[:9], index, k=4)
     similarity = cosines(queries[:9], index)
     np.testing.assert_array_equal(rows, np.argsort(-similarity, axis=1)[:, :4])
     np.testing.assert_allclose(values, -np.sort(-similarity, axis=1)[:, :4], atol=1e-5)

@@ -24,7 +24,7 @@ from src.data.layout import write_image_table, write_subject
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
 from src.pretrained.clip import Clipper
-from src.search.local import LocalIndex, local_pictures
+from src.search.local import LocalIndex, load_local_images
 from src.utils import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +233,9 @@ class Server(Quiet):
         row, content = int(self.path[1:].split(".")[0]), io.BytesIO()
         if row % 3 == 0:
             return self.send(404)
-        Image.fromarray(local_pictures(self.index.metadata([row]), 32)[0][0]).save(content, "png")
+        Image.fromarray(load_local_images(self.index.get_metadata([row]), 32)[0][0]).save(
+            content, "png"
+        )
         self.send(200, content.getvalue(), Content_Type="image/png")
 
 
@@ -270,8 +272,8 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
             .set_index("image")
             .loc[world.ids, "row"]
         )
-        pixels, _ = local_pictures(
-            LocalIndex(world.home / "data/indices/small").metadata(shown), 32
+        pixels, _ = load_local_images(
+            LocalIndex(world.home / "data/indices/small").get_metadata(shown), 32
         )
         torch.testing.assert_close(
             made["retrieved"].float(),

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from src.miniworld.drawing import KINDS, SCENES
+from src.miniworld.drawing import CATEGORIES, SCENES
 from src.miniworld.images import (
     COLOURS,
     IMAGE_SIZE,
     LIGHTS,
     PATTERNS,
     PLACES,
-    Scenery,
-    _shared,
-    compose,
-    image_blocks,
-    render,
-    tables,
+    ImageContent,
+    compose_image,
+    make_tables,
+    render_blocks,
+    render_image,
+    shared_seed,
 )
 from src.utils import PerceptError
 
@@ -70,17 +70,17 @@ _CENTRES = {
 }
 
 
-def _semantics(everything: list[Scenery]) -> dict[str, np.ndarray]:
+def _semantics(everything: list[ImageContent]) -> dict[str, np.ndarray]:
     """What is in each image, as groups of indicator columns (images, columns)."""
-    main = [what.things[-1] for what in everything]
-    other = np.zeros((len(everything), len(KINDS)))
+    main = [what.objects[-1] for what in everything]
+    other = np.zeros((len(everything), len(CATEGORIES)))
     for row, what in enumerate(everything):
-        if len(what.things) == 2:
-            other[row, what.things[0].kind] = 0.7
+        if len(what.objects) == 2:
+            other[row, what.objects[0].category] = 0.7
     return {
         "scene": np.eye(len(SCENES))[[what.scene for what in everything]],
         "light": np.eye(len(LIGHTS))[[what.light for what in everything]],
-        "kind": np.eye(len(KINDS))[[t.kind for t in main]],
+        "kind": np.eye(len(CATEGORIES))[[t.category for t in main]],
         "colour": np.eye(len(COLOURS))[[t.colour for t in main]],
         "pattern": np.eye(len(PATTERNS))[[t.pattern for t in main]],
         "place": np.eye(len(PLACES))[[what.place for what in everything]],
@@ -192,7 +192,7 @@ class VisualCortex:
         """Random conjunctions: weights (higher voxels, 8, columns of `_semantics`), biases and
         read-out (higher voxels, 8).
         """
-        groups = _semantics([compose(0, 0)])
+        groups = _semantics([compose_image(0, 0)])
         higher = [r for r in self.roi if AREAS[r][1] is None]
         taste = np.array(
             [
@@ -211,13 +211,13 @@ class VisualCortex:
         """Mean and sd of every voxel's signal over 600 images of the training split, so that signal
         has unit variance.
         """
-        everything = [compose(12_345, i) for i in range(600)]
+        everything = [compose_image(12_345, i) for i in range(600)]
         signal = self.respond(
-            np.stack([render(what, 12_345, self.size) for what in everything]), everything
+            np.stack([render_image(what, 12_345, self.size) for what in everything]), everything
         )
         self.mean, self.sd = signal.mean(0), signal.std(0) + 1e-6
 
-    def respond(self, images: np.ndarray, everything: list[Scenery]) -> np.ndarray:
+    def respond(self, images: np.ndarray, everything: list[ImageContent]) -> np.ndarray:
         """Noiseless responses.
 
         Args:
@@ -345,10 +345,10 @@ def simulate(
         number = (
             int(np.random.default_rng([seed, subject]).integers(2**31))
             if name == "train"
-            else _shared(seed)
+            else shared_seed(seed)
         )
-        everything = [compose(number, i, name) for i in range(count)]
-        block = np.concatenate(list(image_blocks(number, name, count, cortex.size)))
+        everything = [compose_image(number, i, name) for i in range(count)]
+        block = np.concatenate(list(render_blocks(number, name, count, cortex.size)))
         images.append(block)
         signals += [
             cortex.respond(block[i : i + 500], everything[i : i + 500])
@@ -357,7 +357,7 @@ def simulate(
         first = FIRST_ID[name] + (subject * 100_000 if name == "train" else 0)
         ids.append(first + np.arange(count))
         parts.append(
-            [table.assign(image=table.image + first) for table in tables(number, name, count)]
+            [table.assign(image=table.image + first) for table in make_tables(number, name, count)]
         )
         split += [name] * count
     scan = cortex.scan(np.concatenate(signals), 3, trials_per_session, seed)

@@ -241,7 +241,7 @@ def _bird(pen: Pen) -> None:
         pen.box(x - 0.05, -0.98, x + 0.05, -0.55, (245, 160, 30))
 
 
-KINDS: dict[str, Callable[[Pen], None]] = {
+CATEGORIES: dict[str, Callable[[Pen], None]] = {
     "ball": _ball,
     "box": _box,
     "star": _star,
@@ -295,7 +295,7 @@ def _gradient(size: int, top: tuple, bottom: tuple) -> Image.Image:
     return Image.fromarray(np.broadcast_to(column, (size, size, 3)).clip(0, 255).astype(np.uint8))
 
 
-def _backdrop(scene: str, horizon: float, size: int, rng: np.random.Generator) -> Image.Image:
+def draw_backdrop(scene: str, horizon: float, size: int, rng: np.random.Generator) -> Image.Image:
     """Sky, ground and the scene's own furniture; `horizon` is the fraction of the height at which
     the ground begins.
     """
@@ -373,7 +373,9 @@ def _ground(
         )
 
 
-def _texture(colour: np.ndarray, pattern: str, size: int, period: float) -> dict[str, Image.Image]:
+def draw_texture(
+    colour: np.ndarray, pattern: str, size: int, period: float
+) -> dict[str, Image.Image]:
     """The object's body, shade and tint as images of the whole canvas, lit from above."""
     ramp = np.linspace(1.12, 0.84, size)[:, None, None]
     body = np.broadcast_to(colour * ramp, (size, size, 3)).copy()

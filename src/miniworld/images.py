@@ -5,7 +5,7 @@ looks at them.
   colours x 8 scenes, with patterns, places, sizes, tilts and light. Everything about image i is a
   pure function of (seed, i), so any subset can be remade anywhere.
 - The test set holds combinations of kind, colour and scene that occur in no training image
-  (`combination_split`); validation has held-out combinations of its own, so that what is chosen on
+  (`assign_split`); validation has held-out combinations of its own, so that what is chosen on
   it is chosen for new combinations too.
 - The cortex is not linear in any embedding a decoder is given: early areas measure Gabor energy in
   a receptive field, higher areas respond to conjunctions of what is in the picture
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import ImageDraw
 
-from src.miniworld.drawing import GROUNDS, KINDS, SCENES, Pen, _backdrop, _texture
+from src.miniworld.drawing import CATEGORIES, GROUNDS, SCENES, Pen, draw_backdrop, draw_texture
 from src.utils import progress
 
 # pixels a side; a large object stays recognisable at this size and everything downstream is quick
@@ -51,7 +51,7 @@ PLACES = ("left", "centre", "right")
 LIGHTS = {"day": (1.0, 1.0, 1.0), "sunset": (1.08, 0.86, 0.72), "night": (0.60, 0.63, 0.84)}
 
 
-def combination_split(kind: int, colour: int, scene: int) -> str:
+def assign_split(kind: int, colour: int, scene: int) -> str:
     """Which split a combination of kind, colour and scene (indices) belongs to: "train", "val" or
     "test".
 
@@ -65,12 +65,12 @@ def combination_split(kind: int, colour: int, scene: int) -> str:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object of an image: indices of kind, colour and pattern; centre and half size in units of
     the image; tilt in radians.
     """
 
-    kind: int
+    category: int
     colour: int
     pattern: int
     x: float
@@ -80,7 +80,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Scenery:
+class ImageContent:
     """Everything that an image shows: the scene index, its light, its horizon (0..1 from the top)
     and one or two things, main last.
     """
@@ -89,18 +89,18 @@ class Scenery:
     light: int
     horizon: float
     place: int
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
 
 
-def compose(seed: int, index: int, split: str = "train") -> Scenery:
+def compose_image(seed: int, index: int, split: str = "train") -> ImageContent:
     """Draw what image `index` of `split` shows, as a pure function of (seed, split, index)."""
     rng = np.random.default_rng([seed, ("train", "val", "test").index(split), index])
-    kinds, colours, scenes = list(KINDS), list(COLOURS), list(SCENES)
+    kinds, colours, scenes = list(CATEGORIES), list(COLOURS), list(SCENES)
 
     def draw_things(scene: int, wanted: str) -> tuple[int, int]:
         while True:
             kind, colour = int(rng.integers(len(kinds))), int(rng.integers(len(colours)))
-            if combination_split(kind, colour, scene) == wanted:
+            if assign_split(kind, colour, scene) == wanted:
                 return kind, colour
 
     scene = int(rng.integers(len(scenes)))
@@ -112,12 +112,12 @@ def compose(seed: int, index: int, split: str = "train") -> Scenery:
     x = 0.5 + (place - 1) * (0.47 - half) * rng.uniform(0.75, 1.0)
     y = 0.93 - half - rng.uniform(0, 0.08)
     pattern = int(rng.choice(3, p=(0.7, 0.15, 0.15)))
-    main = Thing(kind, colour, pattern, x, y, half, rng.uniform(-0.15, 0.15))
-    things: tuple[Thing, ...] = (main,)
+    main = SceneObject(kind, colour, pattern, x, y, half, rng.uniform(-0.15, 0.15))
+    things: tuple[SceneObject, ...] = (main,)
     if two:
         kind2, colour2 = draw_things(scene, "train")
         x2 = np.clip(x + (1 if x < 0.5 else -1) * rng.uniform(0.36, 0.5), 0.2, 0.8)
-        other = Thing(
+        other = SceneObject(
             kind2,
             colour2,
             int(rng.choice(3, p=(0.7, 0.15, 0.15))),
@@ -127,21 +127,23 @@ def compose(seed: int, index: int, split: str = "train") -> Scenery:
             rng.uniform(-0.15, 0.15),
         )
         things = (other, main)
-    return Scenery(scene, int(rng.choice(3, p=(0.7, 0.15, 0.15))), horizon, place, things)
+    return ImageContent(scene, int(rng.choice(3, p=(0.7, 0.15, 0.15))), horizon, place, things)
 
 
-def render(what: Scenery, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Paint a Scenery.
+def render_image(what: ImageContent, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Paint a ImageContent.
 
     Returns:
         uint8 array (height, width, 3), height = width = `size`.
     """
     big = size * SUPERSAMPLE
     rng = np.random.default_rng([seed, int(what.horizon * 1e6)])
-    canvas = _backdrop(SCENES[what.scene], what.horizon, big, rng)
-    for thing in what.things:
+    canvas = draw_backdrop(SCENES[what.scene], what.horizon, big, rng)
+    for thing in what.objects:
         colour = np.array(list(COLOURS.values())[thing.colour], float) + rng.uniform(-8, 8, 3)
-        texture = _texture(colour, PATTERNS[thing.pattern], big, max(2.0, thing.half * big * 0.28))
+        texture = draw_texture(
+            colour, PATTERNS[thing.pattern], big, max(2.0, thing.half * big * 0.28)
+        )
         shadow = [
             (thing.x - 0.9 * thing.half) * big,
             (thing.y + 0.86 * thing.half) * big,
@@ -152,7 +154,7 @@ def render(what: Scenery, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
             shadow, fill=tuple(int(0.72 * c) for c in GROUNDS[SCENES[what.scene]])
         )
         pen = Pen(canvas, texture, (thing.x * big, thing.y * big, thing.half * big, thing.tilt))
-        list(KINDS.values())[thing.kind](pen)
+        list(CATEGORIES.values())[thing.category](pen)
     pixels = np.asarray(canvas.reduce(SUPERSAMPLE), float) * np.array(
         list(LIGHTS.values())[what.light]
     )
@@ -179,11 +181,11 @@ _LIGHT_WORDS = {
 _PLACE_WORDS = {"left": "on the left", "centre": "in the middle", "right": "on the right"}
 
 
-def _phrase(thing: Thing) -> str:
+def _phrase(thing: SceneObject) -> str:
     pattern = PATTERNS[thing.pattern]
     return " ".join(
         ([] if pattern == "plain" else [pattern])
-        + [list(COLOURS)[thing.colour], list(KINDS)[thing.kind]]
+        + [list(COLOURS)[thing.colour], list(CATEGORIES)[thing.category]]
     )
 
 
@@ -191,13 +193,15 @@ def _article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def caption(what: Scenery) -> list[str]:
+def write_captions(what: ImageContent) -> list[str]:
     """Five paraphrases of what an image shows, as five people would have written them for COCO."""
-    main = _phrase(what.things[-1])
-    plain = f"{list(COLOURS)[what.things[-1].colour]} {list(KINDS)[what.things[-1].kind]}"
+    main = _phrase(what.objects[-1])
+    plain = (
+        f"{list(COLOURS)[what.objects[-1].colour]} {list(CATEGORIES)[what.objects[-1].category]}"
+    )
     ground, place = _GROUND_WORDS[SCENES[what.scene]], _PLACE_WORDS[PLACES[what.place]]
     light, long_light = _LIGHT_WORDS[list(LIGHTS)[what.light]]
-    beside = f" next to {_article(_phrase(what.things[0]))}" if len(what.things) == 2 else ""
+    beside = f" next to {_article(_phrase(what.objects[0]))}" if len(what.objects) == 2 else ""
     sentences = (
         f"{_article(main)} {ground} {light}",
         f"{_article(main)}{beside} {place} {ground}",
@@ -208,29 +212,29 @@ def caption(what: Scenery) -> list[str]:
     return [" ".join(sentence.split()) for sentence in sentences]
 
 
-def label(what: Scenery) -> dict[str, str | int | float]:
+def make_label_row(what: ImageContent) -> dict[str, str | int | float]:
     """What an image shows, as one row of a table of categories."""
-    main = what.things[-1]
-    other = what.things[0] if len(what.things) == 2 else None
+    main = what.objects[-1]
+    other = what.objects[0] if len(what.objects) == 2 else None
     return {
         "scene": SCENES[what.scene],
-        "kind": list(KINDS)[main.kind],
+        "kind": list(CATEGORIES)[main.category],
         "colour": list(COLOURS)[main.colour],
         "pattern": PATTERNS[main.pattern],
         "place": PLACES[what.place],
         "light": list(LIGHTS)[what.light],
-        "n_things": len(what.things),
+        "n_things": len(what.objects),
         "size": round(2 * main.half, 3),
-        "other_kind": list(KINDS)[other.kind] if other else "",
+        "other_kind": list(CATEGORIES)[other.category] if other else "",
         "other_colour": list(COLOURS)[other.colour] if other else "",
     }
 
 
 def _render_block(seed: int, split: str, indices: range, size: int) -> np.ndarray:
-    return np.stack([render(compose(seed, i, split), seed, size) for i in indices])
+    return np.stack([render_image(compose_image(seed, i, split), seed, size) for i in indices])
 
 
-def image_blocks(
+def render_blocks(
     seed: int, split: str, count: int, size: int = IMAGE_SIZE, workers: int = 2
 ) -> Iterator[np.ndarray]:
     """Images 0..count-1 of a split, in order, as uint8 blocks (n, height, width, 3), drawn by
@@ -246,18 +250,18 @@ def image_blocks(
             yield future.result()
 
 
-def tables(seed: int, split: str, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def make_tables(seed: int, split: str, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Labels (one row an image) and captions (five rows an image, columns image and caption) of
     images 0..count-1 of a split.
     """
-    everything = [compose(seed, i, split) for i in range(count)]
-    labels = pd.DataFrame([label(what) for what in everything])
+    everything = [compose_image(seed, i, split) for i in range(count)]
+    labels = pd.DataFrame([make_label_row(what) for what in everything])
     labels.insert(0, "image", np.arange(count))
-    captions = [(i, text) for i, what in enumerate(everything) for text in caption(what)]
+    captions = [(i, text) for i, what in enumerate(everything) for text in write_captions(what)]
     return labels, pd.DataFrame(captions, columns=["image", "caption"])
 
 
-def pool(
+def generate_pool(
     count: int, n_test: int = 300, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, str, dict[str, str | int | float]]]:
     """A pool to search in: (height, width, 3) uint8, a caption and the labels of one image after
@@ -275,14 +279,14 @@ def pool(
     others = ("train", "train", "train", "val", "test")
     for i in range(count):
         number, index, split = (
-            (_shared(seed), i, "test")
+            (shared_seed(seed), i, "test")
             if i < n_test
             else (POOL_SEED + seed, i, others[i % len(others)])
         )
-        what = compose(number, index, split)
-        yield render(what, number), caption(what)[0], label(what)
+        what = compose_image(number, index, split)
+        yield render_image(what, number), write_captions(what)[0], make_label_row(what)
 
 
-def _shared(seed: int) -> int:
+def shared_seed(seed: int) -> int:
     """Seed of the validation and test images, which are the same for every subject."""
     return int(np.random.default_rng([seed, 0]).integers(2**31))

@@ -3,7 +3,7 @@ names are fetched from wherever they lie.
 
 - `RemoteIndex` is searched as any index of `src.index`; what goes wrong with the service is said in
   one sentence, after seconds and not hours.
-- `fetch_images` and `first_found` get pictures by their urls, which strangers wrote: only http and
+- `fetch_images` and `select_available_images` get pictures by their urls, which strangers wrote: only http and
   https, only from public addresses (the address that is connected to is the one that was checked,
   for every redirect anew), within a time that holds for a picture as a whole, of limited size, and
   only what is a picture by its type and by its content. A picture that was had once is in a cache.
@@ -41,7 +41,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.search.local import Found, best, check_queries, decode, stacked
+from src.search.local import SearchResult, check_queries, decode_image, select_top_k, stack_images
 from src.utils import PerceptError, atomic, progress
 
 AGENT = "Mozilla/5.0 (compatible; Percept)"  # some hosts refuse all that is not called a browser
@@ -60,7 +60,7 @@ FORMATS = (
 
 ON_FAILURE = ("stop", "published")
 
-PUBLISHED: dict[str, Any] = {
+PUBLISHED_SETTINGS: dict[str, Any] = {
     "num_images": 300,
     "use_safety_model": False,
     "use_violence_detector": False,
@@ -327,8 +327,8 @@ class RemoteIndex:
             search all the same.
         wait: seconds before the second request.
 
-    `PUBLISHED` has the settings of MindEye's scripts: RemoteIndex(url, "laion5B-L-14",
-    **PUBLISHED).
+    `PUBLISHED_SETTINGS` has the settings of MindEye's scripts: RemoteIndex(url, "laion5B-L-14",
+    **PUBLISHED_SETTINGS).
 
     Attributes:
         count: None, as a server does not say how many rows it has.
@@ -339,7 +339,7 @@ class RemoteIndex:
         PerceptError: an unknown modality or on_failure.
 
     Source: clip-retrieval's clip_client.py and clip_back.py for the fields; MindEye (arXiv
-    2305.18274), appendix A.7 and src/utils.py, for `PUBLISHED`.
+    2305.18274), appendix A.7 and src/utils.py, for `PUBLISHED_SETTINGS`.
     """
 
     count: None = None
@@ -400,7 +400,7 @@ class RemoteIndex:
     def __repr__(self) -> str:
         return f"{self.indice_name} at {self.url}"
 
-    def search(self, queries: Any, k: int, exclude: Any = None) -> Found:
+    def search(self, queries: Any, k: int, exclude: Any = None) -> SearchResult:
         """The k most similar rows, with one request a query (more where excluded rows left too
         few).
 
@@ -442,7 +442,7 @@ class RemoteIndex:
         for q, answer in enumerate(answers):
             similarity[q, : len(answer.lines)] = [line["similarity"] for line in answer.lines]
             row[q, : len(answer.lines)] = [line["id"] for line in answer.lines]
-        found = best(similarity, row, k)
+        found = select_top_k(similarity, row, k)
         for answer, rows in zip(
             answers, found.row.tolist(), strict=True
         ):  # of all the others nothing is kept: an answer may hold 300 pictures
@@ -454,7 +454,7 @@ class RemoteIndex:
             }
         return found
 
-    def metadata(self, rows: Any) -> pd.DataFrame:
+    def get_metadata(self, rows: Any) -> pd.DataFrame:
         """What the answers said of some rows (n,), a line each in that order: url, caption, ...; of
         row -1 nothing.
 
@@ -546,7 +546,7 @@ def _is_line(line: Any) -> bool:
     return type(line.get("similarity")) in (int, float) and math.isfinite(line["similarity"])
 
 
-class PictureCache:
+class ImageCache:
     """Files of pictures by the sha256 of their url, as they were received, and what could not be
     had in this session.
 
@@ -565,7 +565,7 @@ class PictureCache:
         return self.folder / name[:2] / name
 
 
-class Fetched(NamedTuple):
+class FetchedImages(NamedTuple):
     """Pictures by their urls.
 
     images: (n, 3, size, size) float32 in [0, 1], grey (0.5) where there is none; ok: (n,) bool;
@@ -581,7 +581,7 @@ class Fetched(NamedTuple):
 class _Fetcher:
     """Pictures within limits, from the cache or from where they lie."""
 
-    cache: PictureCache
+    cache: ImageCache
     size: int
     max_pixels: float
     workers: int
@@ -661,7 +661,7 @@ class _Fetcher:
                         " narrow"
                     )
                 picture.verify()
-            made = decode(content, self.size)
+            made = decode_image(content, self.size)
         except Image.DecompressionBombError as error:
             raise _Failed("holds a picture that is far too large") from error
         except _Failed:
@@ -676,7 +676,7 @@ class _Fetcher:
 
 
 def _fetcher(
-    cache: PictureCache | str | Path,
+    cache: ImageCache | str | Path,
     size: int,
     timeout: float,
     max_bytes: float,
@@ -684,7 +684,7 @@ def _fetcher(
     workers: int,
     allow_private: bool,
 ) -> _Fetcher:
-    kept = cache if isinstance(cache, PictureCache) else PictureCache(cache)
+    kept = cache if isinstance(cache, ImageCache) else ImageCache(cache)
     return _Fetcher(
         kept, size, max_pixels, workers, _Limits(timeout, max_bytes, allow_private, "image/")
     )
@@ -692,20 +692,20 @@ def _fetcher(
 
 def fetch_images(
     urls: Sequence[Any],
-    cache: PictureCache | str | Path,
+    cache: ImageCache | str | Path,
     size: int = 512,
     timeout: float = 5.0,
     max_bytes: float = 20e6,
     max_pixels: float = 50e6,
     workers: int = 16,
     allow_private: bool = False,
-) -> Fetched:
+) -> FetchedImages:
     """Pictures by their urls, in their order.
 
     Args:
         urls: n; what is no text counts as a url that cannot be had, and one that is there twice is
             fetched once.
-        cache: folder, or a `PictureCache`, which also knows between two calls what could not be
+        cache: folder, or a `ImageCache`, which also knows between two calls what could not be
             had.
         size: shorter side and centre crop, pixels (512 in MindEye's scripts).
         timeout: seconds that one picture may take in all, with its redirects. Only the look-up of a
@@ -727,10 +727,10 @@ def fetch_images(
                 torch.from_numpy(np.array(good[url])).permute(2, 0, 1).float() / 255
             )  # PIL's array cannot be written to
     reasons = [bad.get(url, "") if isinstance(url, str) else "is no url" for url in urls]
-    return Fetched(images, np.array([not reason for reason in reasons], bool), reasons)
+    return FetchedImages(images, np.array([not reason for reason in reasons], bool), reasons)
 
 
-def sent_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
+def decode_sent_images(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures that a server sent with its answers, in base64, as clip-retrieval does where the
     pictures lie on its own disk.
 
@@ -741,19 +741,19 @@ def sent_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.nda
     Returns:
         (rows, size, size, 3) uint8, grey where there is none, and (rows,) whether there is one.
     """
-    return stacked(
+    return stack_images(
         [
-            decode(base64.b64decode(text), size) if isinstance(text, str) else None
+            decode_image(base64.b64decode(text), size) if isinstance(text, str) else None
             for text in metadata["image"]
         ],
         size,
     )
 
 
-def first_found(
+def select_available_images(
     urls_by_query: Sequence[Sequence[Any]],
     n: int,
-    cache: PictureCache | str | Path,
+    cache: ImageCache | str | Path,
     size: int = 512,
     timeout: float = 5.0,
     max_bytes: float = 20e6,

@@ -15,7 +15,7 @@ serve it:
 - Whatever the type of the index, what it finds is scored again with the embeddings themselves, so
   that similarities are cosines, and candidates that a compressed index put in the wrong order
   change places.
-- `nearly_the_same` finds the rows that show a test image, or nearly so: they are kept out of every
+- `find_near_duplicates` finds the rows that show a test image, or nearly so: they are kept out of every
   search unless somebody asks for them.
 """
 
@@ -50,23 +50,23 @@ BLOCK = 65_536  # rows read at a time
 
 # cosine from which two embeddings are of the same picture, half precision and another resizing
 # forgiven
-EXACTLY = 0.999
+SAME_IMAGE_COSINE = 0.999
 
 # rows up to which near duplicates are searched for in every row, and not with a compressed index
-LOOKED_THROUGH = 5_000_000
+MAX_EXACT_ROWS = 5_000_000
 
-ROTATIONS = (
+OPQ_ITERATIONS = (
     10  # steps in which a compressed index turns its axes (OPQ); faiss's 50 take five times as long
 )
 
-LEAST = (
+MIN_TRAINING_ROWS = (
     10_000  # rows that a compressed index is learnt from: 39 for each of the 256 centres of a code
 )
 
-KINDS = ("Flat", "SQfp16", "SQ8", "IVF-PQ")
+INDEX_KINDS = ("Flat", "SQfp16", "SQ8", "IVF-PQ")
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search found.
 
     similarity: (queries, k) float32, cosine, best first; -inf where there are fewer than k. row:
@@ -100,24 +100,28 @@ def check_queries(queries: Any, dim: int, k: int) -> np.ndarray:
     return queries / length
 
 
-def best(similarity: np.ndarray, row: np.ndarray, k: int) -> Found:
+def select_top_k(similarity: np.ndarray, row: np.ndarray, k: int) -> SearchResult:
     """The k best of candidates (queries, candidates), equal ones in the order of their rows; row -1
     is no candidate.
     """
     similarity = np.where(row < 0, -np.inf, similarity).astype(np.float32)
     order = np.lexsort((row, -similarity), axis=1)[:, :k]
-    found = Found(np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1))
+    found = SearchResult(
+        np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
+    )
     if (short := k - found.row.shape[1]) > 0:
-        found = Found(
+        found = SearchResult(
             *(
                 np.pad(x, ((0, 0), (0, short)), constant_values=fill)
                 for x, fill in zip(found, (-np.inf, -1), strict=True)
             )
         )
-    return Found(found.similarity, np.where(np.isneginf(found.similarity), -1, found.row))
+    return SearchResult(found.similarity, np.where(np.isneginf(found.similarity), -1, found.row))
 
 
-def _whole(path: Path, remedy: str, read: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def read_checked(
+    path: Path, remedy: str, read: Callable[..., Any], *arguments: Any, **named: Any
+) -> Any:
     """What `read` reads from a file, or a sentence where that is cut short or is something else."""
     try:
         return read(str(path), *arguments, **named)
@@ -144,7 +148,7 @@ class Metadata:
     def __init__(self, folder: str | Path, parts: int | None = None):
         self.tables = sorted((Path(folder) / "metadata").glob("*.parquet"))[:parts]
         self.lengths = [
-            _whole(table, "make that part again", pq.read_metadata).num_rows
+            read_checked(table, "make that part again", pq.read_metadata).num_rows
             for table in self.tables
         ]
         self.start = np.cumsum([0, *self.lengths])
@@ -152,7 +156,7 @@ class Metadata:
     def __len__(self) -> int:
         return int(self.start[-1])
 
-    def of(self, rows: Any) -> pd.DataFrame:
+    def get_rows(self, rows: Any) -> pd.DataFrame:
         """A line for each of some rows (n,), in that order; of row -1, and where there are no
         files, nothing is known.
         """
@@ -189,7 +193,7 @@ class Embeddings:
                 " or notebook 05_search_index, wrote embeddings into."
             )
         self.parts = [
-            _whole(file, "make that part again", np.load, mmap_mode="r", allow_pickle=False)
+            read_checked(file, "make that part again", np.load, mmap_mode="r", allow_pickle=False)
             for file in files
         ]
         if {part.ndim for part in self.parts} != {2} or len(
@@ -219,7 +223,7 @@ class Embeddings:
     def __len__(self) -> int:
         return int(self.start[-1])
 
-    def rows(self, rows: Any) -> np.ndarray:
+    def get_rows(self, rows: Any) -> np.ndarray:
         """Some rows (n,) as (n, dim) float32 of length one."""
         rows = np.asarray(rows, np.int64)
         out = np.empty((len(rows), self.dim), np.float32)
@@ -236,9 +240,11 @@ class Embeddings:
         """(first row, (rows, dim) float32 of length one) from one row to another, in pieces."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, BLOCK):
-            yield first, self.rows(np.arange(first, min(first + BLOCK, stop)))
+            yield first, self.get_rows(np.arange(first, min(first + BLOCK, stop)))
 
-    def scan(self, queries: Any, k: int, exclude: Any = None, device: str = "cpu") -> Found:
+    def search_exact(
+        self, queries: Any, k: int, exclude: Any = None, device: str = "cpu"
+    ) -> SearchResult:
         """The k nearest by looking at every row: exact, and what a GPU does best.
 
         Arguments as `LocalIndex.search`.
@@ -246,7 +252,9 @@ class Embeddings:
         queries = check_queries(queries, self.dim, k)
         asked = torch.from_numpy(queries).to(device)
         barred = np.unique(np.asarray([] if exclude is None else exclude, np.int64))
-        near = Found(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
+        near = SearchResult(
+            np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        )
         for first, block in self.blocks():
             scores = asked @ torch.from_numpy(block).to(device).T  # (queries, rows)
             scores[
@@ -256,7 +264,7 @@ class Embeddings:
                 ).to(device),
             ] = -torch.inf
             values, places = (x.cpu().numpy() for x in scores.topk(min(k, len(block)), dim=1))
-            near = best(
+            near = select_top_k(
                 np.concatenate([near.similarity, values], 1),
                 np.concatenate([near.row, places + first], 1),
                 k,
@@ -265,7 +273,7 @@ class Embeddings:
 
 
 @dataclass
-class Part:
+class SourcePart:
     """Images that are embedded together: paths of files, or all pictures of a tar file.
 
     Attributes: files; tar (None for files); name, by which it is known to be done.
@@ -276,7 +284,9 @@ class Part:
     name: str
 
 
-def collect(source: str | Path, part_rows: int = 10_000, known: Iterable[str] = ()) -> list[Part]:
+def find_new_parts(
+    source: str | Path, part_rows: int = 10_000, known: Iterable[str] = ()
+) -> list[SourcePart]:
     """What a folder holds that is not known yet: its tar files one by one (a webdataset, as
     img2dataset writes it), else its pictures.
 
@@ -299,13 +309,13 @@ def collect(source: str | Path, part_rows: int = 10_000, known: Iterable[str] = 
         )
     if tars:
         return [
-            Part([], path, name)
+            SourcePart([], path, name)
             for path in tars
             if (name := str(path.relative_to(source))) not in known
         ]
     new = [path for path in pictures if str(path.relative_to(source)) not in known]
     return [
-        Part(new[i : i + part_rows], None, str(new[i].relative_to(source)))
+        SourcePart(new[i : i + part_rows], None, str(new[i].relative_to(source)))
         for i in range(0, len(new), part_rows)
     ]
 
@@ -363,7 +373,7 @@ def _described(text: dict[str, bytes]) -> dict[str, Any]:
     return told
 
 
-def _samples(part: Part) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _samples(part: SourcePart) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(bytes of a picture, what is known of it) for every picture of a part."""
     if part.tar is None:
         for path in part.files:
@@ -402,7 +412,7 @@ def _samples(part: Part) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     text[suffix] = content
 
 
-def decode(content: bytes, size: int) -> np.ndarray | None:
+def decode_image(content: bytes, size: int) -> np.ndarray | None:
     """Bytes of a picture -> (size, size, 3) uint8: shorter side resized bicubically, centre crop;
     None where it is no picture.
     """
@@ -424,7 +434,11 @@ def decode(content: bytes, size: int) -> np.ndarray | None:
 
 
 def _embed_part(
-    part: Part, size: int, encode: Callable[[np.ndarray], np.ndarray], batch_size: int, bar: Any
+    part: SourcePart,
+    size: int,
+    encode: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    bar: Any,
 ) -> tuple[np.ndarray, pd.DataFrame, int]:
     """Embeddings (rows, dim) of a part's pictures, their metadata, and how many could not be read."""
     embeddings, told, unread = [], [], 0
@@ -433,7 +447,7 @@ def _embed_part(
         while more:
             batch = [sample for _, sample in zip(range(batch_size), samples, strict=False)]
             more = len(batch) == batch_size
-            pictures = list(pool.map(lambda sample: decode(sample[0], size), batch))
+            pictures = list(pool.map(lambda sample: decode_image(sample[0], size), batch))
             good = [
                 (picture, about)
                 for picture, (_, about) in zip(pictures, batch, strict=True)
@@ -458,7 +472,7 @@ def _embed_part(
     )
 
 
-def embed(
+def embed_images(
     source: str | Path,
     folder: str | Path,
     encode: Callable[[np.ndarray], np.ndarray],
@@ -494,7 +508,7 @@ def embed(
             f"{folder} holds embeddings of another encoder, {before} and not {now}: give another"
             " folder, or the weights that made it."
         )
-    parts = collect(source, part_rows, [*state["done"], *_paths(folder, Path(source))])
+    parts = find_new_parts(source, part_rows, [*state["done"], *_paths(folder, Path(source))])
     _tidy(folder / "img_emb")
     _tidy(folder / "metadata")
     with tqdm(
@@ -559,7 +573,7 @@ def _paths(folder: Path, source: Path) -> Iterator[str]:
             )
 
 
-def local_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
+def load_local_images(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of some rows that lie on this machine.
 
     Args:
@@ -577,14 +591,14 @@ def local_pictures(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, np.nd
         with open(place, "rb") as file:
             if place != line.get("image_path"):
                 file.seek(int(line["tar_offset"]))
-                return decode(file.read(int(line["tar_size"])), size)
-            return decode(file.read(), size)
+                return decode_image(file.read(int(line["tar_size"])), size)
+            return decode_image(file.read(), size)
 
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        return stacked(list(pool.map(one, metadata.to_dict("records"))), size)
+        return stack_images(list(pool.map(one, metadata.to_dict("records"))), size)
 
 
-def stacked(pictures: Sequence[np.ndarray | None], size: int) -> tuple[np.ndarray, np.ndarray]:
+def stack_images(pictures: Sequence[np.ndarray | None], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (size, size, 3) uint8 as one array, grey where there is none, and (pictures,)
     whether there is one.
     """
@@ -595,10 +609,10 @@ def stacked(pictures: Sequence[np.ndarray | None], size: int) -> tuple[np.ndarra
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """A type of index for so many rows, and what it will take.
 
-    Attributes: kind, one of KINDS; factory, the same for faiss.index_factory; mapped, whether
+    Attributes: kind, one of INDEX_KINDS; factory, the same for faiss.index_factory; mapped, whether
     searches read it from disk; memory and disk, in
         bytes (metadata apart); candidates, how many rows are scored again with their embeddings for
         each one asked for; lists, of IVF-PQ, and probes, how many of them a query looks into; fits,
@@ -616,7 +630,7 @@ class Plan:
     fits: bool
 
 
-def plans(rows: int, dim: int, memory_gb: float) -> list[Plan]:
+def list_index_plans(rows: int, dim: int, memory_gb: float) -> list[IndexPlan]:
     """What each type of index takes, the most exact one first.
 
     Bytes a row are faiss's: 4 dim (Flat), 2 dim (SQfp16), dim (SQ8), and a code of about dim / 12
@@ -638,13 +652,13 @@ def plans(rows: int, dim: int, memory_gb: float) -> list[Plan]:
         ("SQ8", "SQ8", 1.0 * dim * rows, 4),
     ]
     made = [
-        Plan(kind, name, False, size, size + stored, again, 0, 0, size <= memory_gb * 1e9)
+        IndexPlan(kind, name, False, size, size + stored, again, 0, 0, size <= memory_gb * 1e9)
         for kind, name, size, again in rough
     ]
     probes = int(np.clip(lists // 64, 8, 256))
     for mapped, memory in ((False, packed + centres), (True, float(centres))):
         made.append(
-            Plan(
+            IndexPlan(
                 "IVF-PQ",
                 factory,
                 mapped,
@@ -659,9 +673,9 @@ def plans(rows: int, dim: int, memory_gb: float) -> list[Plan]:
     return made
 
 
-def choose(
+def choose_index(
     rows: int, dim: int, memory_gb: float = 4.0, kind: str = "auto", mapped: bool = False
-) -> tuple[Plan, pd.DataFrame]:
+) -> tuple[IndexPlan, pd.DataFrame]:
     """The most exact index that fits, or the one that was asked for, and the table of all with what
     each takes.
 
@@ -669,17 +683,17 @@ def choose(
         rows: images.
         dim: of an embedding.
         memory_gb: for the index, in GB (10^9 bytes).
-        kind: auto or one of KINDS.
+        kind: auto or one of INDEX_KINDS.
         mapped: read it from disk while searching, whatever its type.
 
     Raises:
         PerceptError: an unknown kind, or nothing fits.
     """
-    if kind != "auto" and kind not in KINDS:
+    if kind != "auto" and kind not in INDEX_KINDS:
         raise PerceptError(
-            f"There is no index of the kind {kind!r}: choose auto or one of {', '.join(KINDS)}."
+            f"There is no index of the kind {kind!r}: choose auto or one of {', '.join(INDEX_KINDS)}."
         )
-    known = plans(rows, dim, memory_gb)
+    known = list_index_plans(rows, dim, memory_gb)
     fitting = [
         plan
         for plan in known
@@ -722,25 +736,25 @@ def choose(
         ],
     )
     return (
-        taken if taken.mapped or not mapped else Plan(**{**taken.__dict__, "mapped": True})
+        taken if taken.mapped or not mapped else IndexPlan(**{**taken.__dict__, "mapped": True})
     ), table
 
 
-def _train(embeddings: Embeddings, plan: Plan, seed: int) -> Any:
+def _train(embeddings: Embeddings, plan: IndexPlan, seed: int) -> Any:
     """An empty index that knows its centres and codes, from a sample of the rows."""
-    if plan.kind == "IVF-PQ" and len(embeddings) < LEAST:
+    if plan.kind == "IVF-PQ" and len(embeddings) < MIN_TRAINING_ROWS:
         raise PerceptError(
             f"{len(embeddings):,} images are too few to learn {plan.factory} from, which takes"
-            f" {LEAST:,}: choose Flat."
+            f" {MIN_TRAINING_ROWS:,}: choose Flat."
         )
     index: Any = faiss.index_factory(embeddings.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         if plan.kind == "IVF-PQ":
             rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
-            rotation.niter = ROTATIONS
+            rotation.niter = OPQ_ITERATIONS
         n = min(len(embeddings), 1_000_000, max(48 * plan.lists, 20_000))
         index.train(
-            embeddings.rows(
+            embeddings.get_rows(
                 np.sort(np.random.default_rng(seed).choice(len(embeddings), n, replace=False))
             )
         )
@@ -758,8 +772,8 @@ def _build_shard(folder: str, trained: str, start: int, stop: int, path: str, th
     return stop - start
 
 
-def build(
-    folder: str | Path, plan: Plan, shard_rows: int = 1_000_000, jobs: int = 1, seed: int = 0
+def build_index(
+    folder: str | Path, plan: IndexPlan, shard_rows: int = 1_000_000, jobs: int = 1, seed: int = 0
 ) -> LocalIndex:
     """The shards of an index that are missing or have grown; finished ones are kept, so that an
     interrupted call goes on.
@@ -864,7 +878,7 @@ def _run(
             done(running[future], future.result())
 
 
-def join(folder: str | Path) -> Path:
+def merge_shards(folder: str | Path) -> Path:
     """All shards in one file for `clip-retrieval back`: image.index/populated.index, with lists
     that stay on disk (merged_index.ivfdata) for IVF-PQ.
 
@@ -951,7 +965,7 @@ class LocalIndex:
         if shards[0].name == "populated.index":
             flags |= faiss.IO_FLAG_ONDISK_SAME_DIR
         self.shards = [
-            _whole(shard, "delete it, and build the index again", faiss.read_index, flags)
+            read_checked(shard, "delete it, and build the index again", faiss.read_index, flags)
             for shard in shards
         ]
         self._pool = ThreadPoolExecutor(
@@ -981,7 +995,7 @@ class LocalIndex:
             f" {len(self.shards)} shard{'s' * (len(self.shards) > 1)}"
         )
 
-    def search(self, queries: Any, k: int, exclude: Any = None) -> Found:
+    def search(self, queries: Any, k: int, exclude: Any = None) -> SearchResult:
         """The k most similar rows.
 
         Args:
@@ -993,7 +1007,7 @@ class LocalIndex:
             PerceptError: another dim, numbers that are not finite, or k below 1.
         """
         if self.device != "cpu" and self.embeddings is not None:
-            return self.embeddings.scan(queries, k, exclude, self.device)
+            return self.embeddings.search_exact(queries, k, exclude, self.device)
         queries = check_queries(queries, self.dim, k)
         barred = np.unique(np.asarray([] if exclude is None else exclude, np.int64))
         more = k * (self.candidates if self.embeddings is not None else 1)
@@ -1005,23 +1019,27 @@ class LocalIndex:
                 lambda i: self._search_shard(i, queries, more, barred), range(len(self.shards))
             )
         )
-        near = best(
+        near = select_top_k(
             np.concatenate([part.similarity for part in found], 1),
             np.concatenate([part.row for part in found], 1),
             more,
         )
         return (
-            near if self.embeddings is None else best(self._cosines(queries, near.row), near.row, k)
+            near
+            if self.embeddings is None
+            else select_top_k(self._cosines(queries, near.row), near.row, k)
         )
 
-    def _search_shard(self, i: int, queries: np.ndarray, k: int, barred: np.ndarray) -> Found:
+    def _search_shard(
+        self, i: int, queries: np.ndarray, k: int, barred: np.ndarray
+    ) -> SearchResult:
         """The k nearest of one shard, numbered as rows of the whole index."""
         shard, first = self.shards[i], self.start[i]
         own = barred[(barred >= first) & (barred < self.start[i + 1])] - first
         values, rows = shard.search(
             queries, min(k, shard.ntotal), params=_options(shard, own, self.probes)
         )
-        return Found(values, np.where(rows < 0, -1, rows + first))
+        return SearchResult(values, np.where(rows < 0, -1, rows + first))
 
     def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Cosines (queries, candidates) of candidates with their own query, from the embeddings;
@@ -1031,14 +1049,14 @@ class LocalIndex:
         for q in range(len(rows)):
             there = rows[q] >= 0
             # only called with embeddings
-            out[q, there] = self.embeddings.rows(rows[q, there]) @ queries[q]  # type: ignore[union-attr]
+            out[q, there] = self.embeddings.get_rows(rows[q, there]) @ queries[q]  # type: ignore[union-attr]
         return out
 
-    def metadata(self, rows: Any) -> pd.DataFrame:
+    def get_metadata(self, rows: Any) -> pd.DataFrame:
         """What is known of some rows (n,), a line each in that order; of row -1 nothing."""
-        return self._metadata.of(rows)
+        return self._metadata.get_rows(rows)
 
-    def recall(self, k: int = 16, queries: int = 200, seed: int = 0) -> float:
+    def measure_recall(self, k: int = 16, queries: int = 200, seed: int = 0) -> float:
         """Share of the k truly nearest rows that a search finds, with embeddings of the index
         itself as queries, each without itself.
 
@@ -1051,18 +1069,20 @@ class LocalIndex:
                 " nearest: keep img_emb/ beside the index."
             )
         rows = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
-        asked, hits = self.embeddings.rows(rows), 0
+        asked, hits = self.embeddings.get_rows(rows), 0
         k = min(k, len(self) - 1)
         found, true = (
             np.asarray(near.row)
-            for near in (self.search(asked, k + 1), self.embeddings.scan(asked, k + 1))
+            for near in (self.search(asked, k + 1), self.embeddings.search_exact(asked, k + 1))
         )
         for row, a, b in zip(rows, found, true, strict=True):
             hits += len((set(a[a != row][:k])) & set(b[b != row][:k]))
         return hits / (k * len(rows))
 
 
-def nearly_the_same(index: Any, images: Any, image_ids: Any, near: float = 0.94) -> pd.DataFrame:
+def find_near_duplicates(
+    index: Any, images: Any, image_ids: Any, near: float = 0.94
+) -> pd.DataFrame:
     """Rows of an index that show one of some images, or nearly so.
 
     Args:
@@ -1072,12 +1092,16 @@ def nearly_the_same(index: Any, images: Any, image_ids: Any, near: float = 0.94)
         near: cosine from which a row counts as nearly the same.
 
     Returns:
-        [image, row, similarity, exact], a line for every pair; exact: from `EXACTLY` on.
+        [image, row, similarity, exact], a line for every pair; exact: from `SAME_IMAGE_COSINE` on.
     """
     images, ids, k = np.asarray(images, np.float32), np.asarray(image_ids), 16
     pairs, left = [], np.arange(len(images))
     stored = getattr(index, "embeddings", None)
-    search = stored.scan if stored is not None and len(stored) <= LOOKED_THROUGH else index.search
+    search = (
+        stored.search_exact
+        if stored is not None and len(stored) <= MAX_EXACT_ROWS
+        else index.search
+    )
     while len(left):
         found = search(images[left], k)
         full = (found.similarity >= near).all(1) & (found.row >= 0).all(
@@ -1091,4 +1115,4 @@ def nearly_the_same(index: Any, images: Any, image_ids: Any, near: float = 0.94)
             ]
         left, k = left[full], k * 4
     table = pd.DataFrame(pairs, columns=["image", "row", "similarity"])
-    return table.assign(exact=table["similarity"] >= EXACTLY)
+    return table.assign(exact=table["similarity"] >= SAME_IMAGE_COSINE)

@@ -25,7 +25,14 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from src.search.local import EXACTLY, Embeddings, Found, Metadata, best, check_queries
+from src.search.local import (
+    SAME_IMAGE_COSINE,
+    Embeddings,
+    Metadata,
+    SearchResult,
+    check_queries,
+    select_top_k,
+)
 from src.utils import PerceptError, read_json
 
 BATCH = 256  # rows sent at a time: 4 MB of JSON at 768 numbers a row, where a server takes 32 MB
@@ -366,7 +373,7 @@ class QdrantIndex:
         """Let go of the folder, or of the server."""
         self._engine.close()
 
-    def search(self, queries: Any, k: int, exclude: Any = None) -> Found:
+    def search(self, queries: Any, k: int, exclude: Any = None) -> SearchResult:
         """The k most similar rows.
 
         A search that is not exact may miss some: recall is a matter of `ef` and of the
@@ -395,7 +402,7 @@ class QdrantIndex:
         for i, found in enumerate(hits):
             if found:
                 row[i, : len(found)], similarity[i, : len(found)] = zip(*found, strict=True)
-        return best(similarity, row, k)
+        return select_top_k(similarity, row, k)
 
     def _nearest(self, queries: list[list[float]], k: int, barred: list[int]) -> Hits:
         """At least k hits a query, and all that are as similar as the k-th, as of equal ones the
@@ -409,7 +416,7 @@ class QdrantIndex:
                 hits[i] = self._engine.nearest([query], limit, barred, self.exact, self.ef)[0]
         return hits
 
-    def metadata(self, rows: Any) -> pd.DataFrame:
+    def get_metadata(self, rows: Any) -> pd.DataFrame:
         """What is known of some rows (n,), a line each in that order; row -1 has no entries.
 
         Raises:
@@ -442,7 +449,7 @@ class QdrantIndex:
 
         Args:
             parts: (embeddings (rows, dim) float16 or float32, metadata with a line a row or None),
-                all of them, from row 0 on and always in the same order; `parts_of` gives those of a
+                all of them, from row 0 on and always in the same order; `iterate_parts` gives those of a
                 folder.
             total: rows in all, for the progress bar.
 
@@ -523,7 +530,7 @@ class QdrantIndex:
         )
         if (
             there.shape != vector.shape
-            or there @ vector < EXACTLY * np.linalg.norm(there) * np.linalg.norm(vector)
+            or there @ vector < SAME_IMAGE_COSINE * np.linalg.norm(there) * np.linalg.norm(vector)
             or not there.any()
         ):
             raise PerceptError(
@@ -548,7 +555,7 @@ def _payloads(table: pd.DataFrame) -> list[dict[str, Any]]:
     )
 
 
-def parts_of(folder: str | Path) -> Iterator[tuple[np.ndarray, pd.DataFrame | None]]:
+def iterate_parts(folder: str | Path) -> Iterator[tuple[np.ndarray, pd.DataFrame | None]]:
     """The parts of a folder of embeddings (clip-retrieval's layout, or an index of `src.index`),
     for `QdrantIndex.fill`.
 
@@ -558,4 +565,7 @@ def parts_of(folder: str | Path) -> Iterator[tuple[np.ndarray, pd.DataFrame | No
     embeddings = Embeddings(folder)
     metadata = Metadata(folder, len(embeddings.parts))
     for part, start in zip(embeddings.parts, embeddings.start, strict=False):
-        yield part, metadata.of(np.arange(start, start + len(part))) if len(metadata) else None
+        yield (
+            part,
+            metadata.get_rows(np.arange(start, start + len(part))) if len(metadata) else None,
+        )
