@@ -180,7 +180,7 @@ def combined_loss(mse: Tensor, nce: Tensor, alpha: float, form: str = "run") -> 
     return LOSS_FORMS[form](mse, nce, alpha)
 
 
-def alpha_at(
+def compute_alpha(
     epoch: int, epochs: int, schedule: str = "constant", first: float = 0.01, last: float = 0.05
 ) -> float:
     """Weight of the squared error in an epoch (counted from 0) out of `epochs`; `schedule` is a key
@@ -255,7 +255,7 @@ def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
     ]
 
 
-def places(maps: Tensor, like: Tensor | None = None) -> Tensor:
+def normalize_locations(maps: Tensor, like: Tensor | None = None) -> Tensor:
     """Local embeddings of a batch as unit rows, for `soft_cont_loss`.
 
     Args:
@@ -273,12 +273,12 @@ def places(maps: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 @_exact
-def similarity(brain: Tensor, image: Tensor) -> Tensor:
+def cosine_similarity(brain: Tensor, image: Tensor) -> Tensor:
     """Dot products (brains, images) of embeddings (brains, features) and (images, features)."""
     return brain @ image.T
 
 
 @_exact
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Flatten all but the batch axis and L2-normalise: (batch, ...) -> (batch, features)."""
     return F.normalize(x.flatten(1), dim=-1)

@@ -4,7 +4,7 @@
   subjects, the low-level networks (voxels -> latents), ridge regression, and maps from one frozen
   model's tokens to another's. They are defined in `src.networks`.
 - Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so that a
-  checkpoint can rebuild its model. `published_state` brings the keys of released files to ours.
+  checkpoint can rebuild its model. `rename_published_keys` brings the keys of released files to ours.
 """
 
 from src.networks.base import Network
@@ -18,7 +18,7 @@ from src.networks.priors import (
     PriorNetwork,
     VersatileDiffusionPriorNetwork,
 )
-from src.networks.registry import MODELS, build, published_state
+from src.networks.registry import MODELS, build_network, rename_published_keys
 from src.networks.transformer import (
     Attention,
     CausalTransformer,
@@ -60,6 +60,6 @@ __all__ = [
     "VersatileDiffusionPriorNetwork",
     "VolumeEncoder",
     "Voxel2StableDiffusionModel",
-    "build",
-    "published_state",
+    "build_network",
+    "rename_published_keys",
 ]

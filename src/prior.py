@@ -265,7 +265,7 @@ class BrainDiffusionPrior(nn.Module):
             )
         x = _randn(text_embed, generator)
         loop = SOLVERS[solver](self, steps)
-        with self.net.kept_positions():
+        with self.net.cache_positions():
             return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
 
     def _ddpm(

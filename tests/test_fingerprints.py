@@ -15,6 +15,24 @@ from src.pipeline.fingerprints import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+LATE = '''"""Names that are imported when they are first used."""
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from src.frozen.clip import SIZE
+    from src.frozen.vae import SCALE
+
+_EXPORTS = {"clip": ["SIZE"], "vae": ["SCALE"]}
+__all__ = ["SCALE", "SIZE"]
+
+
+def __getattr__(name):
+    for module, names in _EXPORTS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(name)
+'''
 FILES = {
     "src/__init__.py": "",
     "src/models.py": (
@@ -28,6 +46,9 @@ FILES = {
     "src/networks/decoder.py": "import scipy\n\nclass Decoder:\n    pass\n",
     "src/networks/layers.py": "def width():\n    from src import shapes\n    return shapes.WIDTH\n",
     "src/shapes.py": "WIDTH = 4\n",
+    "src/frozen/__init__.py": LATE,
+    "src/frozen/clip.py": "SIZE = 224\n",
+    "src/frozen/vae.py": "SCALE = 0.18\n",
     "src/report.py": "from pathlib import Path\nPAGE = Path(__file__).with_name('page.html')\n",
     "src/page.html": "<p>",
     "src/remote.py": "PORT = 80\n",
@@ -102,6 +123,24 @@ def test_what_changes_no_result_keeps_the_stage_finished(house, name, old, new):
 def test_changed_code_that_is_imported_makes_the_stage_old(house, name, old, new):
     before = fingerprint(house)
     edit(house / name, old, new)
+    assert fingerprint(house) != before
+
+
+def test_a_package_that_imports_late_is_looked_through(house):
+    write_notebook(house / "stage.ipynb", "from src.frozen import SIZE")
+    before = fingerprint(house)
+    edit(house / "src/frozen/vae.py", "0.18", "0.13")
+    edit(house / "src/frozen/__init__.py", "raise AttributeError(name)", "raise AttributeError")
+    assert fingerprint(house) == before
+    edit(house / "src/frozen/clip.py", "224", "336")
+    assert fingerprint(house) != before
+
+
+def test_a_package_with_code_of_its_own_is_not_looked_through(house):
+    write_notebook(house / "stage.ipynb", "from src.frozen import SIZE")
+    edit(house / "src/frozen/__init__.py", "__all__", "RATE = 3\n__all__")
+    before = fingerprint(house)
+    edit(house / "src/frozen/vae.py", "0.18", "0.13")
     assert fingerprint(house) != before
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from src import miniworld
 from src.evaluation.brain_correlation import brain_correlation, brain_correlation_centred, roi_masks
 from src.pretrained import gnet
-from src.pretrained.gnet import GNetEncoder, GNetReadout, GNetTrunk, gnet_input, load_gnet
+from src.pretrained.gnet import GNetEncoder, GNetReadout, GNetTrunk, load_gnet, prepare_gnet_images
 from src.utils import PerceptError
 from tools import train_mini_models as tool
 
@@ -126,7 +126,7 @@ def readout_by_hand(state, maps):
     """Voxel by voxel and image by image: softmax field, squashed features, squashed pooling,
     weights.
     """
-    squash = lambda v: np.log(1 + np.abs(v)) * np.tanh(v)  # noqa: E731
+    compress = lambda v: np.log(1 + np.abs(v)) * np.tanh(v)  # noqa: E731
     state, maps = (
         {k: v.double().numpy() for k, v in state.items()},
         [m.double().numpy() for m in maps],
@@ -137,7 +137,7 @@ def readout_by_hand(state, maps):
         for k, features in enumerate(maps):
             field = np.exp(state[f"rf{k}"][v] - state[f"rf{k}"][v].max())
             field /= field.sum()
-            pooled += [squash((field * squash(channel)).sum()) for channel in features[i]]
+            pooled += [compress((field * compress(channel)).sum()) for channel in features[i]]
         made[i, v] = np.dot(pooled, state["w"][v]) + state["b"][v]
     return made
 
@@ -164,7 +164,7 @@ def test_the_readout_is_the_feature_weighted_receptive_field(monkeypatch, block)
 @pytest.mark.parametrize("side", [227, 96])
 def test_images_are_prepared_as_published(side):
     images = torch.rand(2, 3, 60, 60)
-    made = gnet_input(images, side)
+    made = prepare_gnet_images(images, side)
     for image, one in zip(images, made, strict=True):
         cut = np.floor(image.numpy().transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
         expected = (
@@ -176,13 +176,13 @@ def test_images_are_prepared_as_published(side):
         np.testing.assert_array_equal(one.numpy().transpose(1, 2, 0), expected)
     stored = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     torch.testing.assert_close(
-        gnet_input(stored, side), gnet_input(stored / 255, side), rtol=0, atol=0
+        prepare_gnet_images(stored, side), prepare_gnet_images(stored / 255, side), rtol=0, atol=0
     )
 
 
 def test_prediction_goes_in_batches_and_leaves_the_network_as_it_was():
     encoder, images = randomised(GNetEncoder(9, **TINY)), torch.rand(5, 3, 32, 32)
-    expected = encoder(gnet_input(images, 47)).numpy()
+    expected = encoder(prepare_gnet_images(images, 47)).numpy()
     for batch in (1, 2, 100):
         np.testing.assert_allclose(encoder.predict(images, batch), expected, rtol=1e-4, atol=1e-5)
     encoder.train()
@@ -244,7 +244,7 @@ def released(path, encoder, subjects=(1, 2)):
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """An encoder of the published size but for its voxels, which are five, and its file."""
-    encoder, path = randomised(GNetEncoder(5)), tmp_path_factory.mktemp("gnet") / gnet.RELEASED
+    encoder, path = randomised(GNetEncoder(5)), tmp_path_factory.mktemp("gnet") / gnet.GNET_FILE
     released(path, encoder)
     return encoder, path
 
@@ -290,7 +290,7 @@ def test_what_the_tool_exports_is_what_it_trained(tmp_path, monkeypatch):
     tool.export_gnet()
     made = load_gnet(tmp_path / "out" / "gnet", 3)
     x = torch.rand(4, 3, 32, 32)
-    expected = trained.readouts["3"](trained.trunk(gnet_input(x, tool.GNET["input_size"]))).numpy()
+    expected = trained.readouts["3"](trained.trunk(prepare_gnet_images(x, tool.GNET["input_size"]))).numpy()
     np.testing.assert_allclose(made.predict(x), expected, rtol=0.02, atol=0.02 * expected.std())
     with pytest.raises(PerceptError, match="no encoder of subject 2: it has subjects 1, 3"):
         load_gnet(tmp_path / "out" / "gnet", 2)
@@ -371,8 +371,8 @@ def mini_world():
     """60 test images, what subject 1's cortex says to them (a measurement of three repeats), and
     what the mini encoder predicts.
     """
-    everything = [miniworld.compose(77, i, "test") for i in range(60)]
-    images = np.stack([miniworld.render(what, 77) for what in everything])
+    everything = [miniworld.compose_image(77, i, "test") for i in range(60)]
+    images = np.stack([miniworld.render_image(what, 77) for what in everything])
     cortex, rng = miniworld.VisualCortex(1), np.random.default_rng(5)
     signal, ceiling = cortex.respond(images, everything), cortex.voxels.noise_ceiling.to_numpy()
     measured = np.sqrt(ceiling) * signal + np.sqrt((1 - ceiling) / 3) * rng.standard_normal(
@@ -401,11 +401,11 @@ def test_seen_images_score_above_a_shuffled_pairing_in_every_region(mini_world):
 
 
 def test_the_mini_encoders_are_the_same_network_at_half_precision():
-    config = json.loads((gnet.MINI / "config.json").read_text())
+    config = json.loads((gnet.MINI_GNET / "config.json").read_text())
     assert config["trunk"] == tool.GNET and config["subjects"] == list(tool.GNET_SUBJECTS)
     for subj in config["subjects"]:
         encoder = load_gnet("mini", subj)
         assert len(encoder.readout.b) == miniworld.N_VOXELS[subj] and isinstance(
             encoder.trunk.enc.conv4a.drop1, nn.Dropout2d
         )
-    assert sum(path.stat().st_size for path in gnet.MINI.iterdir()) < 2.6 * 2**20
+    assert sum(path.stat().st_size for path in gnet.MINI_GNET.iterdir()) < 2.6 * 2**20

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from src.losses import (
     cosine_anneal,
+    cosine_similarity,
+    l2_normalize,
     mixco,
     mixco_nce,
-    similarity,
     sobel_loss,
     soft_clip_loss,
     soft_cont_loss,
-    unit,
 )
 from src.utils import PerceptError
 
@@ -96,10 +96,10 @@ def test_mixed_precision_does_not_touch_the_losses(dtype):
     preds, targs, again = (x.to(dtype) for x in _vectors(16))
     wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, again)]
     for loss in (
-        lambda p, t, a: mixco_nce(unit(p), unit(t), 0.006),
-        lambda p, t, a: soft_clip_loss(preds=unit(p), targs=unit(t), temp=0.004),
-        lambda p, t, a: soft_cont_loss(unit(p), unit(t), unit(a), temp=0.075),
-        lambda p, t, a: similarity(unit(p), unit(t)).sum(),
+        lambda p, t, a: mixco_nce(l2_normalize(p), l2_normalize(t), 0.006),
+        lambda p, t, a: soft_clip_loss(preds=l2_normalize(p), targs=l2_normalize(t), temp=0.004),
+        lambda p, t, a: soft_cont_loss(l2_normalize(p), l2_normalize(t), l2_normalize(a), temp=0.075),
+        lambda p, t, a: cosine_similarity(l2_normalize(p), l2_normalize(t)).sum(),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = loss(preds, targs, again)
@@ -214,7 +214,7 @@ def test_cosine_anneal_runs_from_start_to_end():
 def test_unit_flattens_and_normalises():
     x = torch.randn(3, 4, 5)
     torch.testing.assert_close(
-        unit(x), x.reshape(3, 20) / x.reshape(3, 20).pow(2).sum(1, keepdim=True).sqrt()
+        l2_normalize(x), x.reshape(3, 20) / x.reshape(3, 20).pow(2).sum(1, keepdim=True).sqrt()
     )
 
 

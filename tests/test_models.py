@@ -18,7 +18,7 @@ from src.networks.encoders import BrainNetwork
 from src.networks.linear import RidgeBaseline, TokenMap
 from src.networks.low_level import UPS_MODES, Voxel2StableDiffusionModel
 from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
-from src.networks.registry import MODELS, build, published_state
+from src.networks.registry import MODELS, build_network, rename_published_keys
 from src.networks.transformer import CausalTransformer, RelativePositionBias
 from src.pipeline.dryrun import NSD_VOXELS
 from src.prior import BrainDiffusionPrior
@@ -159,7 +159,7 @@ def test_keys_shapes_and_counts_are_the_published_ones(published, name):
     state = {key: list(value.shape) for key, value in network.state_dict().items()}
     expected = {
         key: list(value.shape)
-        for key, value in published_state(
+        for key, value in rename_published_keys(
             {k: torch.empty(v, device="meta") for k, v in wanted["state"].items()}
         ).items()
     }
@@ -306,7 +306,7 @@ def test_parts_of_the_prior_network_compute_the_published_values(prior_network, 
 def test_relative_position_buckets_are_the_published_ones(golden):
     arrays = _tensors(golden / "mindeye" / "relpos_buckets.npz")
     bias = RelativePositionBias(1)
-    assert torch.equal(bias.bucket(torch.arange(515)), arrays["bucket_of_distance_0_to_514"])
+    assert torch.equal(bias.assign_buckets(torch.arange(515)), arrays["bucket_of_distance_0_to_514"])
     bias.relative_attention_bias.weight.data = torch.arange(32.0)[:, None]
     assert bias(515).double().sum() == arrays["full_515x516_sum"]
 
@@ -451,7 +451,7 @@ def test_kept_positions_give_the_same_output_and_do_not_outlive_their_context():
         _inputs("VersatileDiffusionPriorNetwork"),
     )
     expected = network(*inputs)
-    with torch.no_grad(), network.kept_positions():
+    with torch.no_grad(), network.cache_positions():
         for _ in range(2):
             torch.testing.assert_close(network(*inputs), expected)
         assert list(network.causal_transformer._kept) == [11]
@@ -550,7 +550,7 @@ def test_old_keys_are_renamed_and_nothing_else():
         f"{old}group_norm.weight": 3,
         "lin0.key.weight": 5,
     }
-    assert published_state(state) == expected
+    assert rename_published_keys(state) == expected
 
 
 # ---------------------------------------------------------------------------------- ridge baseline
@@ -610,7 +610,7 @@ def test_ridge_is_repeatable_and_round_trips_through_a_checkpoint(tmp_path):
     assert torch.equal(one.weight, two.weight)
     save_checkpoint(tmp_path / "ridge.safetensors", one.state_dict(), one.config)
     state, config = load_checkpoint(tmp_path / "ridge.safetensors")
-    again = build(config)
+    again = build_network(config)
     load_strictly(again, state, "ridge")
     assert torch.equal(again(torch.from_numpy(x)), one(torch.from_numpy(x))) and torch.equal(
         again.alphas, one.alphas
@@ -722,7 +722,7 @@ def test_every_network_is_rebuilt_from_its_config_and_checkpoint(name, tmp_path)
     assert network.config["name"] == name and TINY[name].items() <= network.config["kwargs"].items()
     save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), network.config)
     state, config = load_checkpoint(tmp_path / "net.safetensors")
-    again = build(config).eval()
+    again = build_network(config).eval()
     load_strictly(again, state, name)
     copied = copy.deepcopy(network)
     assert copied.config == network.config
@@ -753,9 +753,9 @@ def test_arguments_by_position_are_in_the_config():
 
 def test_build_refusals():
     with pytest.raises(PerceptError, match="No network is called 'Nonsense'"):
-        build({"name": "Nonsense", "kwargs": {}})
+        build_network({"name": "Nonsense", "kwargs": {}})
     with pytest.raises(PerceptError, match="cannot be built from its config.*'n_layers'"):
-        build({"name": "BrainNetwork", "kwargs": {"n_layers": 3}})
+        build_network({"name": "BrainNetwork", "kwargs": {"n_layers": 3}})
     with pytest.raises(PerceptError, match="norm_type 'gn'"):
         BrainNetwork(11, norm_type="gn")
     with pytest.raises(PerceptError, match="learned_query_mode"):

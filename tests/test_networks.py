@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from src import metrics, miniworld
 from src.pretrained import metric_networks as networks
-from src.pretrained.metric_networks import NETWORKS, RESIZING, FeatureNetwork, weight_file
+from src.pretrained.metric_networks import METRIC_NETWORKS, RESIZING, FeatureNetwork, locate_weights
 from src.utils import PerceptError
 
 FILES = {  # what torchvision and SwAV's authors call their files
@@ -105,7 +105,7 @@ def originals(hub):
 
 @pytest.fixture(scope="module")
 def scenes():
-    blocks = np.concatenate(list(miniworld.image_blocks(31, "test", 40, workers=1)))
+    blocks = np.concatenate(list(miniworld.render_blocks(31, "test", 40, workers=1)))
     return torch.from_numpy(blocks).permute(0, 3, 1, 2)  # uint8
 
 
@@ -113,9 +113,9 @@ def twin(name="AlexNet(2)", **options):
     return FeatureNetwork(name, weights="mini", **options)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", METRIC_NETWORKS)
 def test_features_are_those_of_the_published_calls(name, hub, originals):
-    network = NETWORKS[name]
+    network = METRIC_NETWORKS[name]
     images = torch.rand(2, 3, 300, 270, generator=torch.Generator().manual_seed(1))
     x = TF.resize(images, [256, 256], antialias=False)  # bilinear
     x = TF.resize(x, [network.size, network.size], antialias=False)
@@ -159,8 +159,8 @@ def test_a_folder_gives_what_the_downloads_give(hub):
 
 
 def test_the_files_of_the_downloads_have_the_names_that_a_folder_is_searched_for():
-    for name, network in NETWORKS.items():
-        assert weight_file(name, "/weights") == Path("/weights") / FILES[network.architecture]
+    for name, network in METRIC_NETWORKS.items():
+        assert locate_weights(name, "/weights") == Path("/weights") / FILES[network.architecture]
 
 
 def test_swavs_file_must_fit(tmp_path):
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_had_are_said_plainly(tmp_path, monkeypatch):
         with pytest.raises(
             PerceptError,
             match=(
-                rf"could not be downloaded from https://.*{FILES[NETWORKS[name].architecture]}.*no"
+                rf"could not be downloaded from https://.*{FILES[METRIC_NETWORKS[name].architecture]}.*no"
                 r" route.*by hand"
             ),
         ):
@@ -205,7 +205,7 @@ def test_weights_that_cannot_be_had_are_said_plainly(tmp_path, monkeypatch):
     (tmp_path / FILES["alexnet"]).write_bytes(b"<html>not found</html>")
     with pytest.raises(PerceptError, match=f"could not be read from .*{FILES['alexnet']}.*again"):
         FeatureNetwork("AlexNet(2)", weights=str(tmp_path))
-    monkeypatch.setattr(networks, "MINI", tmp_path)
+    monkeypatch.setattr(networks, "MINI_METRIC_NETWORKS", tmp_path)
     with pytest.raises(PerceptError, match="no twin of SwAV"):
         twin("SwAV")
 
@@ -247,7 +247,7 @@ def test_neither_chunks_nor_the_type_of_the_images_matter(scenes, monkeypatch):
     whole = made(scenes)
     for images in (scenes.float() / 255, scenes.numpy(), (scenes.double() / 255).numpy()):
         np.testing.assert_allclose(made(images), whole, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(FeatureNetwork, "_at_once", 7)
+    monkeypatch.setattr(FeatureNetwork, "_batch_size", 7)
     np.testing.assert_allclose(made(scenes), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_the_cache_computes_once_and_knows_its_images(scenes, tmp_path, monkeypa
     calls, embed = [], FeatureNetwork._embed
     made = twin()
     wanted, _ = made(scenes), made.dim
-    monkeypatch.setattr(FeatureNetwork, "_at_once", 16)
+    monkeypatch.setattr(FeatureNetwork, "_batch_size", 16)
     monkeypatch.setattr(
         FeatureNetwork,
         "_embed",
@@ -304,17 +304,17 @@ def test_an_interrupted_computation_leaves_nothing(scenes, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return embed(self, images)
 
-    monkeypatch.setattr(FeatureNetwork, "_at_once", 16)
+    monkeypatch.setattr(FeatureNetwork, "_batch_size", 16)
     monkeypatch.setattr(FeatureNetwork, "_embed", stopped)
     with pytest.raises(KeyboardInterrupt):
         made.features(scenes, tmp_path / "cache")
     assert len(calls) == 2 and not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", METRIC_NETWORKS)
 def test_twins_prefer_the_image_that_was_seen(name, scenes):
     made = twin(name)
-    config = json.loads((weight_file(name, "mini").parent / "config.json").read_text())
+    config = json.loads((locate_weights(name, "mini").parent / "config.json").read_text())
     assert made.size == config["size"] and made.fingerprint()["weights"].startswith("mini:")
     x = scenes.float() / 255
     noisy = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
@@ -328,7 +328,7 @@ def test_twins_prefer_the_image_that_was_seen(name, scenes):
 
 
 def test_the_twins_are_small():
-    files = list(networks.MINI.rglob("*.safetensors"))
+    files = list(networks.MINI_METRIC_NETWORKS.rglob("*.safetensors"))
     assert {file.parent.name for file in files} == set(networks.ARCHITECTURES) and sum(
         file.stat().st_size for file in files
     ) < 2.5 * 2**20

@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import CLIPModel
 
 from src import miniworld, pretrained
-from src.pretrained import teacher
+from src.pretrained import generators, teacher
 from src.utils import PerceptError
 
 
 @pytest.fixture(scope="module")
 def images():
-    drawn = [miniworld.render(miniworld.compose(0, i, "test")) for i in range(24)]
+    drawn = [miniworld.render_image(miniworld.compose_image(0, i, "test")) for i in range(24)]
     return np.stack(drawn)
 
 
@@ -34,7 +34,7 @@ def diffusion():
 
 
 def test_hidden_tokens_are_the_librarys_projection_of_every_token(images):
-    clip = CLIPModel.from_pretrained(pretrained.MINI / "clip").float().eval()
+    clip = CLIPModel.from_pretrained(pretrained.MINI_MODELS / "clip").float().eval()
     tokens = pretrained.Clipper("mini", hidden=True, norm_embs=False).embed_image(as_float(images))
     pixels = pretrained.Clipper("mini").preprocess(as_float(images))
     pooled = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
@@ -61,10 +61,10 @@ def test_preprocess_resizes_crops_and_normalises():
 
 
 def test_captions_find_their_images():
-    made = [miniworld.compose(5, i, "val") for i in range(100)]
+    made = [miniworld.compose_image(5, i, "val") for i in range(100)]
     clipper = pretrained.Clipper("mini", hidden=False)
-    image = clipper.embed_image(as_float(np.stack([miniworld.render(what, 5) for what in made])))
-    text = clipper.embed_text([miniworld.caption(what)[1] for what in made])
+    image = clipper.embed_image(as_float(np.stack([miniworld.render_image(what, 5) for what in made])))
+    text = clipper.embed_text([miniworld.write_captions(what)[1] for what in made])
     found = (text @ image.T).argmax(1) == torch.arange(100)
     assert found.float().mean() > 0.5  # chance .01
 
@@ -81,8 +81,8 @@ def test_autoencoder_round_trip_keeps_the_image(images):
 def test_few_images_at_a_time_give_the_same(images, monkeypatch):
     vae = pretrained.LatentAutoencoder("mini")
     latents, pictures = vae.encode(as_float(images)), vae.decode(vae.encode(as_float(images)))
-    assert vae._at_once == 1024
-    monkeypatch.setattr(pretrained.LatentAutoencoder, "_at_once", 7)
+    assert vae._batch_size == 1024
+    monkeypatch.setattr(pretrained.LatentAutoencoder, "_batch_size", 7)
     torch.testing.assert_close(vae.encode(as_float(images)), latents)
     torch.testing.assert_close(vae.decode(latents), pictures)
 
@@ -91,7 +91,7 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
     """The published way: the dual network, mix ratio 0, text condition of zeros before the image
     tokens.
     """
-    pipeline = pretrained.versatile_pipeline("mini", dual=True)
+    pipeline = pretrained.load_versatile_pipeline("mini", dual=True)
     for module in pipeline.image_unet.modules():
         if isinstance(module, DualTransformer2DModel):
             module.mix_ratio, module.condition_lengths, module.transformer_index_for_condition = (
@@ -113,7 +113,7 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
 
 
 def test_the_librarys_own_dual_pipeline_runs_on_the_miniature(images):
-    pipeline = pretrained.versatile_pipeline("mini", dual=True)
+    pipeline = pretrained.load_versatile_pipeline("mini", dual=True)
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(
         prompt="a red ball on the sea",
@@ -147,7 +147,7 @@ def noise_for(generator, n, seed=0):
 
 def test_text_flow_equals_the_librarys_text_to_image_pipeline():
     ours = pretrained.VersatileDiffusionText("mini")
-    theirs = quiet(pretrained.versatile_pipeline("mini"), ours.scheduler)
+    theirs = quiet(pretrained.load_versatile_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
     made = drawn(
         theirs.text_to_image,
@@ -163,7 +163,7 @@ def test_text_flow_equals_the_librarys_text_to_image_pipeline():
 
 
 def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(images, diffusion):
-    theirs = quiet(pretrained.versatile_pipeline("mini"), diffusion.scheduler)
+    theirs = quiet(pretrained.load_versatile_pipeline("mini"), diffusion.scheduler)
     noise = noise_for(diffusion, 2)
     options = {"num_inference_steps": 6, "guidance_scale": 4.0}
     # the library's null image is a mid-grey one's tokens, ours zeros as in MindEye: without
@@ -184,7 +184,7 @@ def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(i
 
 def test_image_variation_equals_the_librarys_pipeline(images):
     ours = pretrained.ImageVariation("mini")
-    theirs = quiet(pretrained.image_variation_pipeline("mini"), ours.scheduler)
+    theirs = quiet(pretrained.load_image_variation_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
     made = drawn(
         theirs,
@@ -206,7 +206,7 @@ def test_image_variation_equals_the_librarys_pipeline(images):
 
 def test_stable_diffusion_equals_the_librarys_img2img_pipeline(images):
     ours = pretrained.StableDiffusion("mini")
-    theirs = quiet(pretrained.stable_diffusion_pipeline("mini"), ours.scheduler)
+    theirs = quiet(pretrained.load_stable_diffusion_pipeline("mini"), ours.scheduler)
     start = ours.encode(as_float(images[:2]))
     options = {"strength": 0.75, "guidance_scale": 4.0, "num_inference_steps": 8}
     made = drawn(
@@ -223,12 +223,12 @@ def test_stable_diffusion_equals_the_librarys_img2img_pipeline(images):
 @pytest.fixture(scope="module")
 def held_out():
     """Forty images of test combinations with their labels and captions, and the judge."""
-    what = [miniworld.compose(5, i, "test") for i in range(40)]
-    seen = as_float(np.stack([miniworld.render(w, 5) for w in what]))
+    what = [miniworld.compose_image(5, i, "test") for i in range(40)]
+    seen = as_float(np.stack([miniworld.render_image(w, 5) for w in what]))
     labels = {
-        q: np.array([miniworld.label(w)[q] for w in what]) for q in ("scene", "kind", "colour")
+        q: np.array([miniworld.make_label_row(w)[q] for w in what]) for q in ("scene", "kind", "colour")
     }
-    return seen, labels, [miniworld.caption(w)[1] for w in what], pretrained.Judge("mini")
+    return seen, labels, [miniworld.write_captions(w)[1] for w in what], pretrained.CategoryClassifier("mini")
 
 
 def true_condition(generator, seen, captions):
@@ -243,10 +243,10 @@ def test_the_judge_is_right_about_images_and_about_their_round_trip(held_out):
     seen, labels, _, judge = held_out
     vae = pretrained.LatentAutoencoder("mini")
     for pictures in (seen, vae.decode(vae.encode(seen))):
-        answers = judge.ask(pictures)
+        answers = judge.classify(pictures)
         assert all((answers[q] == truth).mean() >= 0.95 for q, truth in labels.items())
-    assert judge.chance == {"scene": 1 / 8, "kind": 1 / 20, "colour": 1 / 8}
-    assert (judge.ask(torch.full((4, 3, 32, 32), 0.5))["kind"] == "car").mean() in (
+    assert judge.chance_accuracy == {"scene": 1 / 8, "kind": 1 / 20, "colour": 1 / 8}
+    assert (judge.classify(torch.full((4, 3, 32, 32), 0.5))["kind"] == "car").mean() in (
         0,
         1,
     )  # alike pictures, alike answers
@@ -281,7 +281,7 @@ def test_every_generator_shows_what_its_true_condition_says(cls, strength, held_
         strength,
         num_inference_steps=12,
     )
-    answers = judge.ask(made)
+    answers = judge.classify(made)
     share = {q: (answers[q] == truth).mean() for q, truth in labels.items()}
     assert share["scene"] >= 0.9 and share["kind"] >= 0.6 and share["colour"] >= 0.6, (
         share
@@ -290,7 +290,7 @@ def test_every_generator_shows_what_its_true_condition_says(cls, strength, held_
 
 def test_the_judge_is_for_the_mini_world():
     with pytest.raises(PerceptError, match="mini world alone"):
-        pretrained.Judge("hub")
+        pretrained.CategoryClassifier("hub")
 
 
 def test_true_tokens_give_images_nearer_to_their_own_than_to_others(images, diffusion):
@@ -352,8 +352,8 @@ def test_schedule_and_img2img_start_are_the_published_ones(golden, diffusion):
 
 def test_fingerprint_tells_drift(tmp_path, monkeypatch):
     clipper = pretrained.Clipper("mini")
-    assert clipper.fingerprint()["model"] == "mini:clip" and len(clipper.golden_features()) == 8
-    shutil.copytree(pretrained.MINI / "clip", tmp_path / "clip")
+    assert clipper.fingerprint()["model"] == "mini:clip" and len(clipper.compute_golden_features()) == 8
+    shutil.copytree(pretrained.MINI_MODELS / "clip", tmp_path / "clip")
     recorded = json.loads((tmp_path / "clip" / "golden_features.json").read_text())
     spoiled = {key: [v + 1 for v in values] for key, values in recorded.items()}
     (tmp_path / "clip" / "golden_features.json").write_text(json.dumps(spoiled))
@@ -365,7 +365,7 @@ def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(PerceptError, match="is not at"):
         pretrained.Clipper(str(tmp_path / "nowhere"))
     with pytest.raises(PerceptError, match="choose one of"):
-        pretrained.locate("resnet", "mini")
+        pretrained.locate_model("resnet", "mini")
     (tmp_path / "clip").mkdir()
     with pytest.raises(PerceptError, match="Could not load"):
         pretrained.Clipper(str(tmp_path))
@@ -388,7 +388,7 @@ def resnet_folder(tmp_path_factory):
 def test_a_resnet_clip_is_openais_own(resnet_folder):
     folder, made = resnet_folder
     clipper = pretrained.Clipper(str(folder), hidden=False, norm_embs=False, variant="RN50")
-    images = pretrained.fixed_image(256)
+    images = pretrained.make_fixed_image(256)
     mean, std = (
         torch.tensor(v).view(1, 3, 1, 1)
         for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -399,7 +399,7 @@ def test_a_resnet_clip_is_openais_own(resnet_folder):
     assert clipper.embed_image(images).shape == (1, 1024) and (
         clipper.size,
         clipper.dim,
-        clipper.tokens,
+        clipper.n_tokens,
     ) == (224, 1024, 1)
     assert torch.allclose(
         clipper.embed_image(images), wanted, atol=1e-2 * wanted.abs().max()
@@ -432,7 +432,7 @@ def test_vit_b_32_lies_under_its_own_name(tmp_path):
     )
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip-ViT-B-32")
     clipper = pretrained.Clipper(str(tmp_path), variant="ViT-B/32")
-    assert clipper.embed_image(pretrained.fixed_image(224)).shape == (
+    assert clipper.embed_image(pretrained.make_fixed_image(224)).shape == (
         1,
         50,
         12,
@@ -446,7 +446,7 @@ def test_embeddings_can_be_limited_before_they_are_normalised():
         pretrained.Clipper("mini", hidden=False, norm_embs=False, clamp_embs=clamp)
         for clamp in (False, True)
     )
-    x = pretrained.fixed_image(32)
+    x = pretrained.make_fixed_image(32)
     assert (
         torch.equal(limited.embed_image(x), free.embed_image(x).clamp(-1.5, 1.5))
         and free.embed_image(x).abs().max() > 1.5
@@ -499,12 +499,12 @@ def released_teacher(tmp_path):
 
 def test_the_teacher_reads_its_authors_file(released_teacher):
     folder, network, _ = released_teacher
-    teacher, x = pretrained.Teacher(str(folder)), pretrained.fixed_image(64)
+    teacher, x = pretrained.Teacher(str(folder)), pretrained.make_fixed_image(64)
     mean, std = (
         torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))
     )
     with torch.no_grad():
-        torch.testing.assert_close(teacher.maps(x), network((x - mean) / std))
+        torch.testing.assert_close(teacher.embed_locations(x), network((x - mean) / std))
     assert teacher.target_shape == (4, 6) and teacher.encode_pixels(
         np.zeros((2, 32, 32, 3), np.uint8)
     ).shape == (2, 4, 6)
@@ -537,21 +537,21 @@ def test_the_mini_teacher_looks_at_each_place():
     corner most.
     """
     teacher = pretrained.Teacher("mini")
-    x = pretrained.fixed_image(32)
-    plain = teacher.maps(x)
+    x = pretrained.make_fixed_image(32)
+    plain = teacher.embed_locations(x)
     assert plain.shape == (1, 16, 512) == (1, *teacher.target_shape)
     for place, (row, column) in {0: (0, 0), 3: (0, 24), 12: (24, 0), 15: (24, 24)}.items():
         changed = x.clone()
         changed[:, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.1, 0.1]).view(
             1, 3, 1, 1
         )
-        assert int((teacher.maps(changed) - plain).square().sum(-1).argmax()) == place
+        assert int((teacher.embed_locations(changed) - plain).square().sum(-1).argmax()) == place
 
 
 # ------------------------------------------------------------- what does not change over the steps
 def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(monkeypatch):
     diffusion = pretrained.VersatileDiffusion("mini")
-    condition = pretrained.Clipper("mini").embed_image(pretrained.fixed_image(32)).expand(2, -1, -1)
+    condition = pretrained.Clipper("mini").embed_image(pretrained.make_fixed_image(32)).expand(2, -1, -1)
     noise = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
     layers = [
         module for name, module in diffusion.unet.named_modules() if name.endswith("attn2.to_k")
@@ -564,12 +564,12 @@ def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(m
     )
     once = diffusion.generate(condition, noise, num_inference_steps=5)
     assert layers and len(calls) == len(layers)
-    monkeypatch.setattr(pretrained, "constant_condition", lambda unet: contextlib.nullcontext())
+    monkeypatch.setattr(generators, "cache_condition", lambda unet: contextlib.nullcontext())
     assert torch.equal(once, diffusion.generate(condition, noise, num_inference_steps=5)) and len(
         calls
     ) == 6 * len(layers)
     monkeypatch.undo()
-    with pretrained.constant_condition(diffusion.unet):
+    with pretrained.cache_condition(diffusion.unet):
         first, second = (
             diffusion.unet(noise, 10, encoder_hidden_states=c).sample
             for c in (condition, 2 * condition)
@@ -580,7 +580,7 @@ def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(m
 
 def test_without_guidance_the_null_half_is_not_run():
     diffusion, seen = pretrained.VersatileDiffusion("mini"), []
-    condition = pretrained.Clipper("mini").embed_image(pretrained.fixed_image(32))
+    condition = pretrained.Clipper("mini").embed_image(pretrained.make_fixed_image(32))
     noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
     diffusion.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     alone = diffusion.generate(condition, noise, guidance_scale=1.0, num_inference_steps=3)
@@ -596,7 +596,7 @@ def test_guidance_is_the_published_one_unless_said_otherwise():
     )
     diffusion = pretrained.ImageVariation("mini")
     condition = pretrained.Clipper("mini", hidden=False, norm_embs=False).embed_image(
-        pretrained.fixed_image(32)
+        pretrained.make_fixed_image(32)
     )[:, None]
     noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
     made = [
@@ -609,7 +609,7 @@ def test_guidance_is_the_published_one_unless_said_otherwise():
 def test_the_published_start_takes_its_detour():
     """Decode, normalise as for CLIP, encode, draw: against the autoencoder's own calls."""
     diffusion = pretrained.VersatileDiffusion("mini")
-    latents = diffusion.encode(pretrained.fixed_image(32))
+    latents = diffusion.encode(pretrained.make_fixed_image(32))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         picture = diffusion.model.decode(latents / diffusion.scale).sample / 2 + 0.5
@@ -619,7 +619,7 @@ def test_the_published_start_takes_its_detour():
         )
         posterior = diffusion.model.encode((picture - mean) / std).latent_dist
     torch.testing.assert_close(
-        diffusion.published_start(latents, noise),
+        diffusion.encode_published_start(latents, noise),
         (posterior.mean + posterior.std * noise) * diffusion.scale,
     )
-    assert (diffusion.published_start(latents, noise) - latents).abs().mean() > 0.1
+    assert (diffusion.encode_published_start(latents, noise) - latents).abs().mean() > 0.1

@@ -155,7 +155,7 @@ class _Oracle(Denoiser):
         self.calls += 1
         return self.clean + 0 * self.weight
 
-    def kept_positions(self):
+    def cache_positions(self):
         return torch.no_grad()
 
 
@@ -311,7 +311,7 @@ class _Gaussian(Denoiser):
         gain = bar.sqrt() * self.spread**2 / (bar * self.spread**2 + 1 - bar)
         return condition + gain * (x - bar.sqrt() * condition)
 
-    def kept_positions(self):
+    def cache_positions(self):
         return torch.no_grad()
 
 

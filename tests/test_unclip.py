@@ -46,7 +46,7 @@ def test_the_schedule_is_the_published_one():
     for steps in (38, 25, 10):
         times, sigmas = reference_sigmas(steps)
         scheduler = EulerDiscreteScheduler(**unclip.SCHEDULER)
-        scheduler.set_timesteps(timesteps=unclip.euler_timesteps(steps))
+        scheduler.set_timesteps(timesteps=unclip.compute_euler_timesteps(steps))
         assert scheduler.timesteps.tolist() == times and len(scheduler.sigmas) == steps + 1
         np.testing.assert_allclose(scheduler.sigmas.numpy(), sigmas, rtol=1e-4)
         assert scheduler.sigmas[0] == pytest.approx(14.6146, abs=1e-3)
@@ -62,7 +62,7 @@ def test_sampling_is_eulers_method_with_guidance(guidance, first):
         torch.randn(1, 8),
     )
     scheduler = EulerDiscreteScheduler(**unclip.SCHEDULER)
-    scheduler.set_timesteps(timesteps=unclip.euler_timesteps(10))
+    scheduler.set_timesteps(timesteps=unclip.compute_euler_timesteps(10))
     made = unclip.denoise(Toy(), scheduler, 10 * x, condition, null, vector, guidance, first)
     y, (times, sigmas) = 10 * x.double().numpy(), reference_sigmas(10)
     shifts = [
@@ -79,7 +79,7 @@ def test_sampling_is_eulers_method_with_guidance(guidance, first):
 
 
 def test_the_vector_tells_size_and_crop():
-    vector = unclip.size_vector((768, 512), (0, 5), 32)[0].double().numpy()
+    vector = unclip.embed_size_and_crop((768, 512), (0, 5), 32)[0].double().numpy()
     frequencies = 10000.0 ** (-np.arange(4) / 4)
     expected = np.concatenate(
         [
@@ -88,7 +88,7 @@ def test_the_vector_tells_size_and_crop():
         ]
     )
     np.testing.assert_allclose(vector, expected, atol=1e-3)
-    assert unclip.size_vector((768, 768), (0, 0), 1024).shape == (1, 1024)
+    assert unclip.embed_size_and_crop((768, 768), (0, 0), 1024).shape == (1, 1024)
 
 
 # ----------------------------------------------------------------------------------- the miniature
@@ -98,12 +98,12 @@ def decoder():
 
 
 def shown(count, split="val", seed=5):
-    made = [miniworld.compose(seed, i, split) for i in range(count)]
-    pictures = np.stack([miniworld.render(what, seed) for what in made])
+    made = [miniworld.compose_image(seed, i, split) for i in range(count)]
+    pictures = np.stack([miniworld.render_image(what, seed) for what in made])
     labels = [
         (
-            list(miniworld.KINDS)[what.things[-1].kind],
-            list(miniworld.COLOURS)[what.things[-1].colour],
+            list(miniworld.CATEGORIES)[what.objects[-1].category],
+            list(miniworld.COLOURS)[what.objects[-1].colour],
             miniworld.SCENES[what.scene],
         )
         for what in made
@@ -115,7 +115,7 @@ def shown(count, split="val", seed=5):
 def patch_tokens(images):
     vision = pretrained.Clipper("mini").model.model.vision_model
     return vision.post_layernorm(
-        vision(pixel_values=pretrained.clip_normalise(images)).last_hidden_state[:, 1:]
+        vision(pixel_values=pretrained.normalise_for_clip(images)).last_hidden_state[:, 1:]
     )
 
 
@@ -131,7 +131,7 @@ def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
     assert (
         pictures.shape == images.shape and 0 <= float(pictures.min()) and float(pictures.max()) <= 1
     )
-    said = pretrained.Judge("mini").ask(pictures)
+    said = pretrained.CategoryClassifier("mini").classify(pictures)
     shares = {
         question: float((said[question] == labels[:, i]).mean())
         for i, question in enumerate(("kind", "colour", "scene"))
@@ -166,15 +166,15 @@ def test_a_picture_does_not_depend_on_its_batch_but_on_its_noise(decoder):
 
 def test_no_condition_is_noise_of_each_images_own(decoder):
     tokens, noise = torch.zeros(40, 16, 128), noise_for(decoder, 40)
-    null = decoder.null(tokens, noise)
+    null = decoder.get_null_condition(tokens, noise)
     assert (
         null.shape == tokens.shape
         and abs(float(null.mean())) < 0.02
         and float(null.std()) == pytest.approx(1, abs=0.02)
     )
     assert len({float(row[0, 0]) for row in null}) == 40
-    torch.testing.assert_close(decoder.null(tokens[5:6], noise[5:6])[0], null[5])
-    torch.testing.assert_close(decoder.null(tokens + 1), decoder.null(tokens + 1))
+    torch.testing.assert_close(decoder.get_null_condition(tokens[5:6], noise[5:6])[0], null[5])
+    torch.testing.assert_close(decoder.get_null_condition(tokens + 1), decoder.get_null_condition(tokens + 1))
 
 
 def test_it_begins_as_published(decoder, monkeypatch):
@@ -425,7 +425,7 @@ def released(unet_rows, vae_rows, weights=None):
 def test_the_converter_fits_the_full_networks_key_for_key():
     rows = network_keys((320, 640, 1280), (0, 2, 10), 1664, 1024), vae_keys((128, 256, 512, 512))
     state = released(*rows)
-    converted = unclip.convert_unclip(state)
+    converted = unclip.convert_unclip_weights(state)
     with torch.device("meta"):
         models = UNet2DConditionModel(**unclip.UNET), AutoencoderKL(**unclip.VAE)
     assert 2.4e9 < sum(p.numel() for p in models[0].parameters()) < 2.7e9
@@ -450,15 +450,15 @@ def test_averaged_weights_are_preferred_and_gaps_are_named():
         for key, value in state.items()
         if key.startswith("model.")
     }
-    unet, _ = unclip.convert_unclip(state | mean)
+    unet, _ = unclip.convert_unclip_weights(state | mean)
     assert unet["conv_in.weight"] is mean["model_ema.diffusion_modelinput_blocks00weight"]
     assert {id(value) for value in unet.values()} == {id(value) for value in mean.values()}
     with pytest.raises(PerceptError, match="of no unCLIP network"):
-        unclip.convert_unclip(
+        unclip.convert_unclip_weights(
             {key: value for key, value in state.items() if not key.startswith("first_stage")}
         )
     with pytest.raises(PerceptError, match="lack"):
-        unclip.convert_unclip(
+        unclip.convert_unclip_weights(
             {key: value for key, value in state.items() if "label_emb" not in key}
         )
 
@@ -526,4 +526,4 @@ def test_a_file_that_does_not_fit_leaves_nothing_behind(tiny_file, tmp_path):
         unclip.UnclipDecoder("hub")
     (tmp_path / "there").mkdir()
     with pytest.raises(PerceptError, match="exists already"):
-        unclip.unclip_from_checkpoint(path, tmp_path / "there")
+        unclip.convert_unclip_checkpoint(path, tmp_path / "there")

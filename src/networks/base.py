@@ -27,7 +27,7 @@ class Network(nn.Module):
         return network
 
 
-def _flat_voxels(x: Tensor, first: nn.Module) -> Tensor:
+def flatten_voxels(x: Tensor, first: nn.Module) -> Tensor:
     """Voxels (batch, ...) as (batch, voxels), refused when they are not as many as the layer
     `first` was made for.
     """

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from src.networks.base import Network, _flat_voxels
+from src.networks.base import Network, flatten_voxels
 from src.utils import PerceptError
 
 
 class Encoder(Network):
-    """What the networks from voxels to CLIP share: `tokens`."""
+    """What the networks from voxels to CLIP share: `predict_tokens`."""
 
     clip_size: int
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without
         a projector both are the same.
         """
@@ -70,7 +70,7 @@ class BrainNetwork(Encoder):
         self.lin0 = block(in_dim, 0.5)
         self.mlp = nn.ModuleList(block(h, 0.15) for _ in range(n_blocks))
         self.lin1 = nn.Linear(h, out_dim)
-        self.projector = _projector(clip_size, projector_dim) if use_projector else None
+        self.projector = make_projector(clip_size, projector_dim) if use_projector else None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Voxels (batch, voxels), or a volume (batch, X, Y, Z), to tokens.
@@ -83,7 +83,7 @@ class BrainNetwork(Encoder):
             PerceptError: if the number of voxels is not in_dim.
         """
         batch = x.shape[0]
-        x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
+        x = self.lin0(flatten_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
         x = self.lin1(x)  # (batch, tokens * dim)
@@ -98,7 +98,7 @@ NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {
 }
 
 
-def _projector(dim: int, width: int) -> nn.Sequential:
+def make_projector(dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.GELU(),

@@ -9,7 +9,7 @@ from itertools import pairwise
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
-from src.networks.base import Network, _flat_voxels
+from src.networks.base import Network, flatten_voxels
 from src.utils import PerceptError
 
 UPS_MODES = {
@@ -89,7 +89,7 @@ class Voxel2StableDiffusionModel(Network):
             block_out_channels=widths,
             layers_per_block=1,
         )
-        self.maps_projector = _maps_projector(channels) if use_cont else nn.Identity()
+        self.maps_projector = make_maps_projector(channels) if use_cont else nn.Identity()
         self.use_cont = use_cont
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Voxel2StableDiffusionModel(Network):
         locations, 512).
         """
         batch = len(x)
-        x = self.lin0(_flat_voxels(x, self.lin0[0]))  # (batch, h)
+        x = self.lin0(flatten_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
         x = self.norm(
@@ -109,7 +109,7 @@ class Voxel2StableDiffusionModel(Network):
         return latent, self.maps_projector(x).flatten(2).transpose(1, 2)  # (batch, locations, 512)
 
 
-def _maps_projector(channels: int, width: int = 512) -> nn.Sequential:
+def make_maps_projector(channels: int, width: int = 512) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, width, 1, bias=False),
         nn.GroupNorm(1, width),
@@ -185,5 +185,5 @@ class BasicEncoder(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Voxels (batch, voxels) -> latent (batch, channels, h, w)."""
-        x = self.mlp(_flat_voxels(x, self.mlp[0]))  # (batch, 16 * side * side)
+        x = self.mlp(flatten_voxels(x, self.mlp[0]))  # (batch, 16 * side * side)
         return self.factor * self.upsampler(x.view(len(x), 16, self.side, self.side))

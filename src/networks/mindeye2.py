@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
 from src.networks.base import Network
-from src.networks.encoders import _projector
-from src.networks.low_level import _maps_projector
+from src.networks.encoders import make_projector
+from src.networks.low_level import make_maps_projector
 from src.utils import PerceptError
 
 
@@ -132,7 +132,7 @@ class MixerBrainNetwork(Network):
         self.mixer_blocks1 = nn.ModuleList(_mixer_block(h, drop) for _ in range(n_blocks))
         self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len, drop) for _ in range(n_blocks))
         self.backbone_linear = nn.Linear(h * seq_len, out_dim)
-        self.clip_proj = _projector(clip_size, clip_size)
+        self.clip_proj = make_projector(clip_size, clip_size)
         if blurry_recon:
             self.side = latent_size // 4
             self.blin1 = nn.Linear(h * seq_len, 64 * self.side**2)
@@ -146,7 +146,7 @@ class MixerBrainNetwork(Network):
                 block_out_channels=widths,
                 layers_per_block=1,
             )
-            self.b_maps_projector = _maps_projector(64)
+            self.b_maps_projector = make_maps_projector(64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Shared space (batch, seq_len, h) to tokens.
@@ -193,7 +193,7 @@ class MixerBrainNetwork(Network):
             total = total + leave(gelu(enter(0 * norm.weight + norm.bias)))
         return total
 
-    def dead_parameters(self) -> list[nn.Parameter]:
+    def unused_parameters(self) -> list[nn.Parameter]:
         """Weights that cannot reach the output and are only kept for the checkpoint: nothing to
         optimise.
         """
@@ -250,7 +250,7 @@ class MindEye2(nn.Module):
             cast(MixerBrainNetwork, backbone),
             diffusion_prior,
         )
-        for parameter in self.backbone.dead_parameters():
+        for parameter in self.backbone.unused_parameters():
             parameter.requires_grad_(False)
 
     def forward(
@@ -261,7 +261,7 @@ class MindEye2(nn.Module):
         """
         return self.backbone(self.ridge(voxels, subject_index))
 
-    def tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
         """Backbone and projected tokens, (batch, tokens, dim) each, of the first subject's voxels."""
         backbone, clip, _ = self(voxels)
         return backbone, clip if clip.ndim == 3 else backbone

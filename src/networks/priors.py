@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.networks.base import Network
-from src.networks.transformer import CausalTransformer, SinusoidalTime, _TimeMLP
+from src.networks.transformer import CausalTransformer, SinusoidalTime, TimeMLP
 from src.utils import PerceptError
 
 
@@ -40,9 +40,9 @@ class Denoiser(Network):
         without = self(*args, **kwargs, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
         return without + (given - without) * cond_scale
 
-    def kept_positions(self) -> Any:
+    def cache_positions(self) -> Any:
         """Context in which what only depends on positions and weights is computed once."""
-        return self.causal_transformer.kept_positions()
+        return self.causal_transformer.cache_positions()
 
 
 class VersatileDiffusionPriorNetwork(Denoiser):
@@ -91,7 +91,7 @@ class VersatileDiffusionPriorNetwork(Denoiser):
             )
         self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
         self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
-        self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), _TimeMLP(dim)))
+        self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), TimeMLP(dim)))
         self.causal_transformer = CausalTransformer(dim, depth, dim_head, heads, causal)
 
     def forward(

@@ -36,7 +36,7 @@ MODELS: dict[str, type[Network]] = {
 }
 
 
-def build(config: dict[str, Any]) -> Network:
+def build_network(config: dict[str, Any]) -> Network:
     """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that
     every network keeps.
 
@@ -58,7 +58,7 @@ def build(config: dict[str, Any]) -> Network:
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_published_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released state dict under today's keys; the values are untouched, and nothing else is
     forgiven.
 

@@ -81,7 +81,7 @@ class RelativePositionBias(nn.Module):
         self.buckets, self.max_distance = buckets, max_distance
         self.relative_attention_bias = nn.Embedding(buckets, heads)
 
-    def bucket(self, distance: Tensor) -> Tensor:
+    def assign_buckets(self, distance: Tensor) -> Tensor:
         """Bucket of each distance: exact up to half the buckets, then logarithmic; the future is
         distance 0.
         """
@@ -98,7 +98,7 @@ class RelativePositionBias(nn.Module):
         distance = (
             torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)[None, :]
         )
-        return self.relative_attention_bias(self.bucket(distance)).permute(2, 0, 1)
+        return self.relative_attention_bias(self.assign_buckets(distance)).permute(2, 0, 1)
 
 
 class Attention(nn.Module):
@@ -253,7 +253,7 @@ class CausalTransformer(nn.Module):
         self._kept: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     @contextmanager
-    def kept_positions(self) -> Iterator[None]:
+    def cache_positions(self) -> Iterator[None]:
         """Within this context the weights stay as they are, so bias and rotary table are computed
         once (the steps of sampling).
         """
@@ -304,7 +304,7 @@ class SinusoidalTime(nn.Module):
         return torch.cat((angle.sin(), angle.cos()), -1)
 
 
-class _TimeMLP(nn.Module):
+class TimeMLP(nn.Module):
     """Two SiLU layers of twice the width, then a linear one, under the published keys."""
 
     def __init__(self, dim: int):

@@ -1,36 +1,112 @@
-"""Everything that is frozen."""
+"""Everything that is frozen.
 
-from src.pretrained.autoencoder import LatentAutoencoder, untrained_vae
-from src.pretrained.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    HUB,
-    REVISIONS,
-    Frozen,
-    clip_normalise,
-    fixed_image,
-    locate,
-)
-from src.pretrained.captioners import MAX_LENGTH, BrainCaptioner, Captioner, GivenTokens, without
-from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, Clipper, PatchClip
-from src.pretrained.generators import (
-    Generator,
-    ImageVariation,
-    StableDiffusion,
-    TextGenerator,
-    VersatileDiffusion,
-    VersatileDiffusionText,
-    constant_condition,
-    image_variation_pipeline,
-    stable_diffusion_pipeline,
-    take_transformers,
-    versatile_pipeline,
-)
-from src.pretrained.gnet import GNetEncoder, GNetReadout, GNetTrunk, gnet_input, load_gnet
-from src.pretrained.judge import Judge, judge_input
-from src.pretrained.metric_networks import NETWORKS, RESIZING, FeatureNetwork, weight_file
-from src.pretrained.teacher import TEACHER_FILE, TEACHER_MEAN, TEACHER_STD, ConvNeXtMaps, Teacher
-from src.pretrained.unclip import UnclipDecoder, euler_timesteps
+The names below are looked up when they are first used, so that a program loads only the libraries
+of the models that it uses (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from src.pretrained.autoencoder import LatentAutoencoder, make_untrained_vae
+    from src.pretrained.base import (
+        CLIP_MEAN,
+        CLIP_STD,
+        HUB,
+        MINI_MODELS,
+        REVISIONS,
+        FrozenModel,
+        locate_model,
+        make_fixed_image,
+        normalise_for_clip,
+    )
+    from src.pretrained.captioners import (
+        MAX_LENGTH,
+        BrainCaptioner,
+        Captioner,
+        PrecomputedTokens,
+        strip_word,
+    )
+    from src.pretrained.category_classifier import CategoryClassifier, prepare_classifier_input
+    from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, Clipper, PatchClip
+    from src.pretrained.generators import (
+        ImageGenerator,
+        ImageVariation,
+        StableDiffusion,
+        TextGenerator,
+        VersatileDiffusion,
+        VersatileDiffusionText,
+        cache_condition,
+        load_image_variation_pipeline,
+        load_stable_diffusion_pipeline,
+        load_versatile_pipeline,
+        replace_transformer_blocks,
+    )
+    from src.pretrained.gnet import (
+        GNetEncoder,
+        GNetReadout,
+        GNetTrunk,
+        load_gnet,
+        prepare_gnet_images,
+    )
+    from src.pretrained.metric_networks import (
+        METRIC_NETWORKS,
+        RESIZING,
+        FeatureNetwork,
+        locate_weights,
+    )
+    from src.pretrained.teacher import (
+        TEACHER_FILE,
+        TEACHER_MEAN,
+        TEACHER_STD,
+        ConvNeXtMaps,
+        Teacher,
+    )
+    from src.pretrained.unclip import UnclipDecoder, compute_euler_timesteps
+
+# module of this package -> the names that it hands on
+_EXPORTS = {
+    "autoencoder": ["LatentAutoencoder", "make_untrained_vae"],
+    "base": [
+        "CLIP_MEAN",
+        "CLIP_STD",
+        "HUB",
+        "MINI_MODELS",
+        "REVISIONS",
+        "FrozenModel",
+        "locate_model",
+        "make_fixed_image",
+        "normalise_for_clip",
+    ],
+    "captioners": [
+        "MAX_LENGTH",
+        "BrainCaptioner",
+        "Captioner",
+        "PrecomputedTokens",
+        "strip_word",
+    ],
+    "category_classifier": ["CategoryClassifier", "prepare_classifier_input"],
+    "clip": ["CLIP_VARIANTS", "PATCH_VARIANTS", "Clipper", "PatchClip"],
+    "generators": [
+        "ImageGenerator",
+        "ImageVariation",
+        "StableDiffusion",
+        "TextGenerator",
+        "VersatileDiffusion",
+        "VersatileDiffusionText",
+        "cache_condition",
+        "load_image_variation_pipeline",
+        "load_stable_diffusion_pipeline",
+        "load_versatile_pipeline",
+        "replace_transformer_blocks",
+    ],
+    "gnet": ["GNetEncoder", "GNetReadout", "GNetTrunk", "load_gnet", "prepare_gnet_images"],
+    "metric_networks": ["METRIC_NETWORKS", "RESIZING", "FeatureNetwork", "locate_weights"],
+    "teacher": ["TEACHER_FILE", "TEACHER_MEAN", "TEACHER_STD", "ConvNeXtMaps", "Teacher"],
+    "unclip": ["UnclipDecoder", "compute_euler_timesteps"],
+}
 
 __all__ = [
     "BrainCaptioner",
@@ -38,23 +114,24 @@ __all__ = [
     "CLIP_STD",
     "CLIP_VARIANTS",
     "Captioner",
+    "CategoryClassifier",
     "Clipper",
     "ConvNeXtMaps",
     "FeatureNetwork",
-    "Frozen",
+    "FrozenModel",
     "GNetEncoder",
     "GNetReadout",
     "GNetTrunk",
-    "Generator",
-    "GivenTokens",
     "HUB",
+    "ImageGenerator",
     "ImageVariation",
-    "Judge",
     "LatentAutoencoder",
     "MAX_LENGTH",
-    "NETWORKS",
+    "METRIC_NETWORKS",
+    "MINI_MODELS",
     "PATCH_VARIANTS",
     "PatchClip",
+    "PrecomputedTokens",
     "RESIZING",
     "REVISIONS",
     "StableDiffusion",
@@ -66,19 +143,27 @@ __all__ = [
     "UnclipDecoder",
     "VersatileDiffusion",
     "VersatileDiffusionText",
-    "clip_normalise",
-    "constant_condition",
-    "euler_timesteps",
-    "fixed_image",
-    "gnet_input",
-    "image_variation_pipeline",
-    "judge_input",
+    "cache_condition",
+    "compute_euler_timesteps",
     "load_gnet",
-    "locate",
-    "stable_diffusion_pipeline",
-    "take_transformers",
-    "untrained_vae",
-    "versatile_pipeline",
-    "weight_file",
-    "without",
+    "load_image_variation_pipeline",
+    "load_stable_diffusion_pipeline",
+    "load_versatile_pipeline",
+    "locate_model",
+    "locate_weights",
+    "make_fixed_image",
+    "make_untrained_vae",
+    "normalise_for_clip",
+    "prepare_classifier_input",
+    "prepare_gnet_images",
+    "replace_transformer_blocks",
+    "strip_word",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines `name`, when the name is first asked for."""
+    for module, names in _EXPORTS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from src.pretrained.base import Frozen, _load, _resized, locate
+from src.pretrained.base import FrozenModel, load_pretrained, locate_model, resize_images
 
 
-class LatentAutoencoder(Frozen):
+class LatentAutoencoder(FrozenModel):
     """The frozen VAE of a diffusion model; latents are the posterior's mode times the scaling
     factor.
 
@@ -35,7 +35,7 @@ class LatentAutoencoder(Frozen):
     ):
         super().__init__(name, weights, device)
         self.model = (
-            _load(AutoencoderKL, self.place, subfolder="vae")
+            load_pretrained(AutoencoderKL, self.place, subfolder="vae")
             .float()
             .eval()
             .requires_grad_(False)
@@ -67,8 +67,8 @@ class LatentAutoencoder(Frozen):
     def encode(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
         parts = []
-        for some in images.split(self._at_once):
-            x = _resized(some.to(self.device), self.image_size)
+        for some in images.split(self._batch_size):
+            x = resize_images(some.to(self.device), self.image_size)
             parts.append(self.model.encode(2 * x - 1).latent_dist.mode() * self.scale)
         return torch.cat(parts)
 
@@ -79,25 +79,25 @@ class LatentAutoencoder(Frozen):
         """
         parts = [
             self.model.decode(some.to(self.device) / self.scale).sample
-            for some in latents.split(self._at_once)
+            for some in latents.split(self._batch_size)
         ]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     @property
-    def _at_once(self) -> int:
+    def _batch_size(self) -> int:
         """Images that the network sees at a time: 4 of 512 pixels a side, each of whose activations
         take half a gigabyte.
         """
         return max(1, 2**20 // self.image_size**2)
 
 
-def untrained_vae(weights: str = "hub", name: str = "stable_diffusion") -> Any:
+def make_untrained_vae(weights: str = "hub", name: str = "stable_diffusion") -> Any:
     """The VAE of a diffusion model without its weights, for planning: the folder's own, or as those
     of the hub are.
     """
     if weights != "hub":
         return AutoencoderKL.from_config(
-            AutoencoderKL.load_config(locate(name, weights), subfolder="vae")
+            AutoencoderKL.load_config(locate_model(name, weights), subfolder="vae")
         )
     widths = (128, 256, 512, 512)
     types = {

@@ -46,12 +46,12 @@ REVISIONS = {HUB["image_variation"]: "v2.0"}  # others: what their authors have 
 
 MINI_ONLY = ("judge", "teacher", "unclip")
 
-MINI = ROOT / "data" / "mini_models"
+MINI_MODELS = ROOT / "data" / "mini_models"
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def locate(name: str, weights: str) -> str:
+def locate_model(name: str, weights: str) -> str:
     """Where a pretrained model lies: a hub id for "hub", else a folder.
 
     Raises:
@@ -69,7 +69,7 @@ def locate(name: str, weights: str) -> str:
                 " folder that holds it."
             )
         return HUB[name]
-    folder = (MINI if weights == "mini" else Path(weights)) / name
+    folder = (MINI_MODELS if weights == "mini" else Path(weights)) / name
     if not folder.is_dir():
         hint = (
             "restore data/mini_models from git"
@@ -81,7 +81,7 @@ def locate(name: str, weights: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Without the libraries' progress bars and their reports of weights that another part of the
     same file holds.
     """
@@ -100,10 +100,10 @@ def _quiet() -> Iterator[None]:
         diffusers.utils.logging.enable_progress_bar()
 
 
-def _load(cls: Any, place: str, **options: Any) -> Any:
+def load_pretrained(cls: Any, place: str, **options: Any) -> Any:
     """`from_pretrained` with a plain sentence when a file is missing or the hub cannot be reached."""
     try:
-        with _quiet():
+        with silence_libraries():
             return cls.from_pretrained(
                 place, **({"revision": REVISIONS[place]} if place in REVISIONS else {}), **options
             )
@@ -116,7 +116,7 @@ def _load(cls: Any, place: str, **options: Any) -> Any:
         ) from error
 
 
-def _resized(images: Tensor, side: int) -> Tensor:
+def resize_images(images: Tensor, side: int) -> Tensor:
     """Images (batch, 3, height, width) -> (batch, 3, side, side); those that have that size stay as
     they are.
     """
@@ -127,7 +127,7 @@ def _resized(images: Tensor, side: int) -> Tensor:
     )
 
 
-def _token_ids(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
+def tokenize_captions(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
     """Token ids (captions, positions) of sentences, filled up to the positions that the text model
     has, where it lives.
     """
@@ -142,7 +142,7 @@ def _token_ids(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
     return ids.to(model.device)
 
 
-def clip_normalise(images: Tensor) -> Tensor:
+def normalise_for_clip(images: Tensor) -> Tensor:
     """(batch, 3, height, width) in [0, 1], with the mean and spread of CLIP's training images taken
     out.
     """
@@ -153,7 +153,7 @@ def clip_normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def fixed_image(size: int = 224) -> Tensor:
+def make_fixed_image(size: int = 224) -> Tensor:
     """One image that never changes, (1, 3, size, size): smooth waves of three frequencies, for
     comparing features between versions.
     """
@@ -165,12 +165,12 @@ def fixed_image(size: int = 224) -> Tensor:
     return (torch.stack(waves)[None] + 1) / 2
 
 
-class Frozen:
+class FrozenModel:
     """What the frozen models share: a place, a device, and a fingerprint."""
 
     def __init__(self, name: str, weights: str, device: str):
         self.name, self.weights, self.device = name, weights, torch.device(device)
-        self.place = locate(name, weights)
+        self.place = locate_model(name, weights)
 
     def _options(self) -> dict[str, Any]:
         return {}
@@ -190,9 +190,9 @@ class Frozen:
     def _encode(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def golden_features(self) -> list[float]:
-        """Eight numbers from the features of `fixed_image`, rounded to four decimals."""
-        flat = self._encode(fixed_image()).float().flatten().cpu()
+    def compute_golden_features(self) -> list[float]:
+        """Eight numbers from the features of `make_fixed_image`, rounded to four decimals."""
+        flat = self._encode(make_fixed_image()).float().flatten().cpu()
         return [round(float(v), 4) for v in flat[:: max(1, len(flat) // 8)][:8]]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class Frozen:
             PerceptError: if the folder records golden features and these differ: a library computes
                 something else than it did.
         """
-        golden = self.golden_features()
+        golden = self.compute_golden_features()
         recorded = Path(self.place) / "golden_features.json"
         key = json.dumps([type(self).__name__, self._options()], sort_keys=True)
         if recorded.exists() and key in (known := json.loads(recorded.read_text())):

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.pretrained.base import Frozen, _load
+from src.pretrained.base import FrozenModel, load_pretrained
 from src.utils import PerceptError, progress
 
 # tokens of a caption, the one that begins it counted: the library's default when the ROI project
@@ -24,7 +24,7 @@ from src.utils import PerceptError, progress
 MAX_LENGTH = 20
 
 
-class Captioner(Frozen):
+class Captioner(FrozenModel):
     """BLIP, which writes a sentence about a picture; nothing but the picture tells it what to
     write.
 
@@ -44,12 +44,12 @@ class Captioner(Frozen):
         super().__init__("blip", weights, device)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.model: Any = (
-            _load(BlipForConditionalGeneration, self.place, dtype=self.dtype)
+            load_pretrained(BlipForConditionalGeneration, self.place, dtype=self.dtype)
             .eval()
             .requires_grad_(False)
             .to(self.device)
         )
-        self.processor: Any = _load(BlipProcessor, self.place)
+        self.processor: Any = load_pretrained(BlipProcessor, self.place)
         self.config = self.model.config
         self.size = int(self.config.vision_config.image_size)
 
@@ -162,7 +162,7 @@ class Captioner(Frozen):
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-class GivenTokens(nn.Module):
+class PrecomputedTokens(nn.Module):
     """Stands where GIT has its image encoder: what it is called with, (batch, 1, tokens, dim), are
     the hidden states already.
     """
@@ -174,7 +174,7 @@ class GivenTokens(nn.Module):
         return BaseModelOutput(last_hidden_state=pixel_values[:, 0])
 
 
-class BrainCaptioner(Frozen):
+class BrainCaptioner(FrozenModel):
     """GIT, which writes a sentence after the tokens of its image encoder, be they a picture's or
     predicted from a brain's.
 
@@ -195,15 +195,15 @@ class BrainCaptioner(Frozen):
         super().__init__("git", weights, device)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.model: Any = (
-            _load(GitForCausalLM, self.place, dtype=self.dtype)
+            load_pretrained(GitForCausalLM, self.place, dtype=self.dtype)
             .eval()
             .requires_grad_(False)
             .to(self.device)
         )
-        self.processor: Any = _load(GitProcessor, self.place)
+        self.processor: Any = load_pretrained(GitProcessor, self.place)
         self.config = self.model.config
         self.size = int(self.config.vision_config.image_size)
-        self.encoder, self.model.git.image_encoder = self.model.git.image_encoder, GivenTokens()
+        self.encoder, self.model.git.image_encoder = self.model.git.image_encoder, PrecomputedTokens()
 
     @property
     def target_shape(self) -> tuple[int, int]:
@@ -298,7 +298,7 @@ class BrainCaptioner(Frozen):
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def without(captions: Sequence[str], word: str = "blurry ") -> list[str]:
+def strip_word(captions: Sequence[str], word: str = "blurry ") -> list[str]:
     """Captions with a substring left out ("" for none): what BLIP says of a decoder's picture, as
     the ROI project did, lest the generator paints it blurry.
     """

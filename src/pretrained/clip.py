@@ -17,7 +17,13 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from src.pretrained.base import Frozen, _load, _token_ids, clip_normalise, locate
+from src.pretrained.base import (
+    FrozenModel,
+    load_pretrained,
+    locate_model,
+    normalise_for_clip,
+    tokenize_captions,
+)
 from src.utils import PerceptError
 
 CLIP_VARIANTS = {
@@ -85,7 +91,7 @@ class _VisionClip(nn.Module):
 
     def __init__(self, place: str):
         super().__init__()
-        self.place, self.model = place, _load(CLIPVisionModelWithProjection, place).float()
+        self.place, self.model = place, load_pretrained(CLIPVisionModelWithProjection, place).float()
         self.config = self.model.config
         self.size, self.dim = self.config.image_size, self.config.projection_dim
         self._text: tuple[Any, Any] | None = None
@@ -116,18 +122,18 @@ class _VisionClip(nn.Module):
         """Captions -> (batch, dim)."""
         if self._text is None:
             model = (
-                _load(CLIPTextModelWithProjection, self.place)
+                load_pretrained(CLIPTextModelWithProjection, self.place)
                 .float()
                 .eval()
                 .requires_grad_(False)
                 .to(self.model.device)
             )
-            self._text = _load(CLIPTokenizer, self.place), model
+            self._text = load_pretrained(CLIPTokenizer, self.place), model
         tokenizer, model = self._text
-        return model(input_ids=_token_ids(tokenizer, captions, model)).text_embeds
+        return model(input_ids=tokenize_captions(tokenizer, captions, model)).text_embeds
 
 
-class Clipper(Frozen):
+class Clipper(FrozenModel):
     """CLIP as these systems use it.
 
     Args:
@@ -180,12 +186,12 @@ class Clipper(Frozen):
         )
         self.hidden, self.norm_embs, self.clamp_embs = hidden, norm_embs, clamp_embs
         network = (
-            _ResNetClip(variant, weights) if resnet else _VisionClip(locate(self.name, weights))
+            _ResNetClip(variant, weights) if resnet else _VisionClip(locate_model(self.name, weights))
         )
         self.model: Any = network.eval().requires_grad_(False).to(self.device)
         self.place, self.config = network.place, getattr(network, "config", None)
         self.size, self.dim = network.size, network.dim
-        self.tokens = (
+        self.n_tokens = (
             (self.size // self.config.patch_size) ** 2 + 1
             if hidden and self.config is not None
             else 1
@@ -202,7 +208,7 @@ class Clipper(Frozen):
     @property
     def target_shape(self) -> tuple[int, ...]:
         """(tokens, dim) or (dim,)."""
-        return (self.tokens, self.dim) if self.hidden else (self.dim,)
+        return (self.n_tokens, self.dim) if self.hidden else (self.dim,)
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.embed_image(images)
@@ -218,7 +224,7 @@ class Clipper(Frozen):
             images = F.interpolate(images, target, mode="bicubic", antialias=False)
             top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
             images = images[..., top : top + self.size, left : left + self.size]
-        return clip_normalise(images)
+        return normalise_for_clip(images)
 
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ class Clipper(Frozen):
         return F.normalize(embeds, dim=-1) if self.norm_embs else embeds
 
 
-class PatchClip(Frozen):
+class PatchClip(FrozenModel):
     """CLIP's patch tokens as MindEye2 predicts them: the last layer's, normalised, without the
     class token and not projected.
 
@@ -313,7 +319,7 @@ class PatchClip(Frozen):
         x = images.to(self.device)
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
-        tokens = self.model.embed_patches(clip_normalise((x + 1) / 2 if self.squeezed else x))
+        tokens = self.model.embed_patches(normalise_for_clip((x + 1) / 2 if self.squeezed else x))
         if self.kept == self.side:
             return tokens
         grid = tokens.mT.unflatten(2, (self.side, self.side))  # (batch, dim, h, w)

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from src.pretrained.autoencoder import LatentAutoencoder
-from src.pretrained.base import _load, _token_ids, clip_normalise, locate
+from src.pretrained.base import load_pretrained, locate_model, normalise_for_clip, tokenize_captions
 from src.utils import PerceptError
 
 # The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage
@@ -42,7 +42,7 @@ from src.utils import PerceptError
 TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
 
 
-def take_transformers(taker: nn.Module, donor: nn.Module) -> None:
+def replace_transformer_blocks(taker: nn.Module, donor: nn.Module) -> None:
     """Put the transformer blocks of one flow's network in the place of another's: all by which
     Versatile Diffusion's flows differ in use.
     """
@@ -52,7 +52,7 @@ def take_transformers(taker: nn.Module, donor: nn.Module) -> None:
 
 
 @contextmanager
-def constant_condition(unet: nn.Module) -> Iterator[None]:
+def cache_condition(unet: nn.Module) -> Iterator[None]:
     """Within this context the keys and values of a condition are computed once, and found again at
     every step that passes the same tensor.
     """
@@ -81,7 +81,7 @@ def _remembering(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
     return found
 
 
-class Generator(LatentAutoencoder):
+class ImageGenerator(LatentAutoencoder):
     """A frozen latent diffusion model that turns a condition (and optionally a low-level latent)
     into an image.
 
@@ -108,14 +108,14 @@ class Generator(LatentAutoencoder):
             "final_sigmas_type": "sigma_min",
             "timestep_spacing": "linspace",
         }
-        self.scheduler = _load(UniPCMultistepScheduler, self.place, **options)
+        self.scheduler = load_pretrained(UniPCMultistepScheduler, self.place, **options)
 
     def _network(self) -> nn.Module:
-        return _load(
+        return load_pretrained(
             UNet2DConditionModel, self.place, subfolder=self.unet_folder, torch_dtype=self.dtype
         )
 
-    def null(self, condition: Tensor) -> Tensor:
+    def get_null_condition(self, condition: Tensor) -> Tensor:
         """The condition that stands for none in classifier-free guidance, same shape as
         `condition`: zeros.
         """
@@ -163,9 +163,9 @@ class Generator(LatentAutoencoder):
         guidance_scale = guidance_scale or self.guidance
         guided = guidance_scale != 1.0
         both = (
-            torch.cat([self.null(condition), condition]) if guided else condition
+            torch.cat([self.get_null_condition(condition), condition]) if guided else condition
         )  # (2 * batch, tokens, dim)
-        with constant_condition(self.unet):
+        with cache_condition(self.unet):
             for t in timesteps:
                 x = self.scheduler.scale_model_input(
                     torch.cat([latents, latents]) if guided else latents, t
@@ -178,7 +178,7 @@ class Generator(LatentAutoencoder):
         return self.decode(latents.float())
 
     @torch.no_grad()
-    def published_start(self, latents: Tensor, noise: Tensor) -> Tensor:
+    def encode_published_start(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Where the published img2img starts: not at the predicted latents, but at those of their
         picture, after a detour.
 
@@ -195,17 +195,17 @@ class Generator(LatentAutoencoder):
         """
         parts = []
         for some, draw in zip(
-            latents.split(self._at_once), noise.split(self._at_once), strict=True
+            latents.split(self._batch_size), noise.split(self._batch_size), strict=True
         ):
             picture = (
                 self.model.decode(some.to(self.device) / self.scale).sample / 2 + 0.5
             )  # not clamped, as published
-            posterior = self.model.encode(clip_normalise(picture)).latent_dist
+            posterior = self.model.encode(normalise_for_clip(picture)).latent_dist
             parts.append((posterior.mean + posterior.std * draw.to(self.device)) * self.scale)
         return torch.cat(parts)
 
 
-class VersatileDiffusion(Generator):
+class VersatileDiffusion(ImageGenerator):
     """Versatile Diffusion's image flow: all projected CLIP tokens, divided by the norm of the CLS
     token -> image.
 
@@ -216,7 +216,7 @@ class VersatileDiffusion(Generator):
     model_name, unet_folder = "versatile_diffusion", "image_unet"
 
 
-class ImageVariation(Generator):
+class ImageVariation(ImageGenerator):
     """Stable Diffusion image variations: one CLIP image embedding (batch, 1, dim), not normalised
     -> image (MindEye's 1x768 models).
     """
@@ -225,19 +225,19 @@ class ImageVariation(Generator):
     guidance = 7.5
 
 
-class TextGenerator(Generator):
+class TextGenerator(ImageGenerator):
     """A generator that is guided by sentences; its null condition is that of an empty sentence."""
 
     encoder_class: Any = CLIPTextModelWithProjection
 
     def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
         super().__init__(weights, device, dtype)
-        self.tokenizer = _load(CLIPTokenizer, self.place, subfolder="tokenizer")
-        encoder = _load(self.encoder_class, self.place, subfolder="text_encoder")
+        self.tokenizer = load_pretrained(CLIPTokenizer, self.place, subfolder="tokenizer")
+        encoder = load_pretrained(self.encoder_class, self.place, subfolder="text_encoder")
         self.text_encoder = encoder.float().eval().requires_grad_(False).to(self.device)
         self._empty = self.embed_text([""])
 
-    def null(self, condition: Tensor) -> Tensor:
+    def get_null_condition(self, condition: Tensor) -> Tensor:
         """The condition of an empty sentence, as often as `condition` has rows."""
         return self._empty.to(condition).expand_as(condition)
 
@@ -245,7 +245,7 @@ class TextGenerator(Generator):
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> the condition that `generate` takes, (captions, tokens, dim)."""
         return self._condition(
-            self.text_encoder(input_ids=_token_ids(self.tokenizer, captions, self.text_encoder))
+            self.text_encoder(input_ids=tokenize_captions(self.tokenizer, captions, self.text_encoder))
         )
 
     def _condition(self, encoded: Any) -> Tensor:
@@ -265,11 +265,11 @@ class VersatileDiffusionText(TextGenerator):
     model_name = "versatile_diffusion"
 
     def _network(self) -> nn.Module:
-        unet = _load(
+        unet = load_pretrained(
             UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype
         )
-        take_transformers(
-            unet, _load(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET)
+        replace_transformer_blocks(
+            unet, load_pretrained(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET)
         )
         return unet
 
@@ -290,7 +290,7 @@ class StableDiffusion(TextGenerator):
         return encoded.last_hidden_state
 
 
-def versatile_pipeline(
+def load_versatile_pipeline(
     weights: str = "hub",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -302,7 +302,7 @@ def versatile_pipeline(
     by `text_to_image_strength`. Put together from its parts, because the library no longer finds
     the class of the text network by the name in the saved pipeline.
     """
-    place = locate("versatile_diffusion", weights)
+    place = locate_model("versatile_diffusion", weights)
     parts: dict[str, tuple[type, dict[str, Any]]] = {
         "tokenizer": (CLIPTokenizer, {}),
         "image_feature_extractor": (CLIPImageProcessor, {}),
@@ -314,7 +314,7 @@ def versatile_pipeline(
         "scheduler": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
     }
     loaded = {
-        name: _load(cls, place, **{"subfolder": name} | options)
+        name: load_pretrained(cls, place, **{"subfolder": name} | options)
         for name, (cls, options) in parts.items()
     }
     pipeline: Any = (VersatileDiffusionDualGuidedPipeline if dual else VersatileDiffusionPipeline)(
@@ -339,23 +339,23 @@ def _without_mask(
     return forward(*args, **kwargs)
 
 
-def image_variation_pipeline(
+def load_image_variation_pipeline(
     weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
     """The library's `StableDiffusionImageVariationPipeline`, which is conditioned on one CLIP
     embedding (the 1x768 model's generator).
     """
-    return _load(
-        StableDiffusionImageVariationPipeline, locate("image_variation", weights), dtype=dtype
+    return load_pretrained(
+        StableDiffusionImageVariationPipeline, locate_model("image_variation", weights), dtype=dtype
     ).to(device)
 
 
-def stable_diffusion_pipeline(
+def load_stable_diffusion_pipeline(
     weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
     """The library's `StableDiffusionImg2ImgPipeline`, which repaints an image after a sentence (the
     ROI project's last step).
     """
-    return _load(
-        StableDiffusionImg2ImgPipeline, locate("stable_diffusion", weights), dtype=dtype
+    return load_pretrained(
+        StableDiffusionImg2ImgPipeline, locate_model("stable_diffusion", weights), dtype=dtype
     ).to(device)

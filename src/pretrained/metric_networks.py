@@ -1,7 +1,7 @@
 """The frozen networks through which the field compares pictures: AlexNet, InceptionV3,
 EfficientNet-B1 and SwAV's ResNet-50.
 
-- `NETWORKS` lists them by the names that tables use. CLIP, the eighth of the published scores, is
+- `METRIC_NETWORKS` lists them by the names that tables use. CLIP, the eighth of the published scores, is
   `pretrained.Clipper`.
 - `weights` is "hub" (torchvision's own downloads, and the file of SwAV's authors), a folder that
   holds those files under their own names, or "mini": the small twins of the mini world, which the
@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from src.safe_pickle import UnpicklingError
 from src.utils import ROOT, PerceptError, atomic, load_strictly
 
-MINI = ROOT / "data" / "mini_models" / "metric_networks"
+MINI_METRIC_NETWORKS = ROOT / "data" / "mini_models" / "metric_networks"
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -48,9 +48,9 @@ SWAV_URL = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.t
 
 # pixels a side to which the published evaluation brings every picture, before any network's own
 # size
-FIRST = 256
+INTERMEDIATE_SIZE = 256
 
-RESIZING = {  # how pictures come to a network's size: (by way of FIRST, antialias)
+RESIZING = {  # how pictures come to a network's size: (by way of INTERMEDIATE_SIZE, antialias)
     "published": (
         True,
         False,
@@ -71,7 +71,7 @@ HUB_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Network:
+class MetricNetwork:
     """Where one score looks.
 
     Attributes:
@@ -90,12 +90,12 @@ class Network:
 # a ReLU and before a max-pool, which works on a copy: no later layer changes them in place. At 256
 # px: 192 x 31 x 31 = 184,512 and
 # 256 x 15 x 15 = 57,600 features. The other networks are read after their global average pool.
-NETWORKS = {
-    "AlexNet(2)": Network("alexnet", "features.4", 256),
-    "AlexNet(5)": Network("alexnet", "features.11", 256),
-    "InceptionV3": Network("inception_v3", "avgpool", 342),
-    "EffNet-B1": Network("efficientnet_b1", "avgpool", 255),
-    "SwAV": Network("swav_resnet50", "avgpool", 224),
+METRIC_NETWORKS = {
+    "AlexNet(2)": MetricNetwork("alexnet", "features.4", 256),
+    "AlexNet(5)": MetricNetwork("alexnet", "features.11", 256),
+    "InceptionV3": MetricNetwork("inception_v3", "avgpool", 342),
+    "EffNet-B1": MetricNetwork("efficientnet_b1", "avgpool", 255),
+    "SwAV": MetricNetwork("swav_resnet50", "avgpool", 224),
 }
 
 
@@ -161,7 +161,7 @@ def _headless(model: nn.Module, head: str) -> nn.Module:
     return model
 
 
-TWINS: dict[
+MINI_NETWORKS: dict[
     str, Callable[..., nn.Module]
 ] = {  # torchvision's class -> the network of some settings, giving features (n, dim)
     "AlexNet": _narrow_alexnet,
@@ -183,40 +183,40 @@ TWINS: dict[
 }
 
 
-def new_twin(config: dict[str, Any]) -> nn.Module:
-    """The network that a twin's config.json describes ("class" of `TWINS`, its "settings"), with
+def build_mini_network(config: dict[str, Any]) -> nn.Module:
+    """The network that a twin's config.json describes ("class" of `MINI_NETWORKS`, its "settings"), with
     random weights and without a head.
     """
-    return TWINS[config["class"]](**config["settings"])
+    return MINI_NETWORKS[config["class"]](**config["settings"])
 
 
-def weight_file(name: str, weights: str) -> Path:
-    """Where the weights of a network of `NETWORKS` lie, or will lie once downloaded ("hub").
+def locate_weights(name: str, weights: str) -> Path:
+    """Where the weights of a network of `METRIC_NETWORKS` lie, or will lie once downloaded ("hub").
 
     Raises:
         PerceptError: for an unknown network.
     """
-    if name not in NETWORKS:
+    if name not in METRIC_NETWORKS:
         raise PerceptError(
-            f"No network of the metrics is called '{name}': choose one of {', '.join(NETWORKS)}."
+            f"No network of the metrics is called '{name}': choose one of {', '.join(METRIC_NETWORKS)}."
         )
-    architecture = NETWORKS[name].architecture
+    architecture = METRIC_NETWORKS[name].architecture
     if weights == "mini":
-        return MINI / architecture / "model.safetensors"
+        return MINI_METRIC_NETWORKS / architecture / "model.safetensors"
     folder = Path(torch.hub.get_dir()) / "checkpoints" if weights == "hub" else Path(weights)
     return folder / Path(ARCHITECTURES[architecture].url).name
 
 
 def _present(name: str, weights: str) -> Path:
-    """The file of `weight_file`, refused where it must be there and is not."""
-    file = weight_file(name, weights)
+    """The file of `locate_weights`, refused where it must be there and is not."""
+    file = locate_weights(name, weights)
     if weights == "mini" and not file.is_file():
         raise PerceptError(
             f"The mini world has no twin of {name} at {file.parent}: restore data/mini_models from"
             f" git, or leave {name} out."
         )
     if weights != "hub" and not file.is_file():
-        url = ARCHITECTURES[NETWORKS[name].architecture].url
+        url = ARCHITECTURES[METRIC_NETWORKS[name].architecture].url
         raise PerceptError(
             f"The weights of {name} are not at {file}: put the file of {url} there, or set weights"
             " to 'hub' or 'mini'."
@@ -290,7 +290,7 @@ def _loaded(
     """
     if weights == "mini":
         config = json.loads((file.parent / "config.json").read_text())
-        model, size = new_twin(config), int(config["size"])
+        model, size = build_mini_network(config), int(config["size"])
         load_strictly(
             model,
             {
@@ -326,8 +326,8 @@ class FeatureNetwork:
     """A frozen network cut at the node that one score reads: images -> features.
 
     Args:
-        name: key of `NETWORKS`.
-        weights: "hub", "mini", or a folder that holds the published files (`weight_file` says under
+        name: key of `METRIC_NETWORKS`.
+        weights: "hub", "mini", or a folder that holds the published files (`locate_weights` says under
             what names).
         device: torch device.
         resizing: key of `RESIZING`, or "auto": "published", and "straight" for the twins.
@@ -360,7 +360,7 @@ class FeatureNetwork:
             torch.device(device),
             resizing,
         )
-        self.network = NETWORKS[name]
+        self.network = METRIC_NETWORKS[name]
         stamp = file.stat().st_mtime if file.is_file() else 0.0
         model, size, self._digest = _loaded(self.network.architecture, weights, file, stamp, device)
         self.size = size or self.network.size
@@ -369,7 +369,7 @@ class FeatureNetwork:
         self.model: Any = model.features[: int(last) + 1] if last else model  # type: ignore[index]
 
     @property
-    def _at_once(self) -> int:
+    def _batch_size(self) -> int:
         """Images that the network sees at a time: 16 of 256 pixels a side."""
         return max(1, 2**20 // self.size**2)
 
@@ -423,7 +423,7 @@ class FeatureNetwork:
         if cache is None and len(images) * self.dim * 4 <= IN_MEMORY:
             found = np.empty((len(images), self.dim), np.float32)
             for i, part in enumerate(self._parts(images)):
-                found[i * self._at_once : i * self._at_once + len(part)] = part
+                found[i * self._batch_size : i * self._batch_size + len(part)] = part
             return found
         try:
             return (
@@ -481,9 +481,9 @@ class FeatureNetwork:
 
     def _parts(self, images: Any) -> Iterator[np.ndarray]:
         """Features of a few images at a time, (chunk, features) each."""
-        starts = range(0, len(images), self._at_once)
+        starts = range(0, len(images), self._batch_size)
         for start in tqdm(starts, desc=f"{self.name} looks", leave=False, delay=5, mininterval=1):
-            yield self._embed(images[start : start + self._at_once])
+            yield self._embed(images[start : start + self._batch_size])
 
     @torch.inference_mode()
     def _embed(self, images: Any) -> np.ndarray:
@@ -496,7 +496,7 @@ class FeatureNetwork:
                 " clamp reconstructions, or pass uint8."
             )
         first, antialias = RESIZING[self.resizing]
-        for side in (FIRST, self.size) if first else (self.size,):
+        for side in (INTERMEDIATE_SIZE, self.size) if first else (self.size,):
             if x.shape[-2:] != (side, side):
                 x = F.interpolate(
                     x, (side, side), mode="bilinear", align_corners=False, antialias=antialias

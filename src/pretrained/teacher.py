@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from src.pretrained.base import Frozen, _resized, locate
+from src.pretrained.base import FrozenModel, locate_model, resize_images
 from src.utils import HOME, PerceptError, load_strictly
 
 
@@ -101,7 +101,7 @@ TEACHER_MEAN, TEACHER_STD = (
 )  # .228 for ImageNet's .229: a slip of the published code, kept with its weights
 
 
-class Teacher(Frozen):
+class Teacher(FrozenModel):
     """The network whose local embeddings the low level's contrastive loss compares with: VICRegL's
     ConvNeXt-XL, or its miniature.
 
@@ -116,7 +116,7 @@ class Teacher(Frozen):
     def __init__(self, weights: str = "hub", device: str = "cpu"):
         self.name, self.weights, self.device = "teacher", weights, torch.device(device)
         self.place = (
-            str(HOME / "data" / "teacher") if weights == "hub" else locate("teacher", weights)
+            str(HOME / "data" / "teacher") if weights == "hub" else locate_model("teacher", weights)
         )
         described = Path(self.place) / "config.json"
         config = json.loads(described.read_text()) if described.exists() else {}
@@ -155,14 +155,14 @@ class Teacher(Frozen):
         return {"image_size": self.image_size}
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self.maps(images)
+        return self.embed_locations(images)
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> Tensor:
+    def embed_locations(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> local embeddings (batch, locations, dim), row by
         row from the upper left.
         """
-        x = _resized(images.to(self.device), self.image_size)
+        x = resize_images(images.to(self.device), self.image_size)
         mean, std = (
             torch.tensor(values, device=x.device).view(1, 3, 1, 1)
             for values in (TEACHER_MEAN, TEACHER_STD)

@@ -10,17 +10,17 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from src.pretrained.base import _load, locate
+from src.pretrained.base import load_pretrained, locate_model
 
 
-def judge_input(images: Tensor) -> Tensor:
+def prepare_classifier_input(images: Tensor) -> Tensor:
     """Images (batch, 3, 32, 32) in [0, 1] as the judge takes them, in training as in use: 64 pixels
     a side, in [-1, 1].
     """
     return 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
 
 
-class Judge:
+class CategoryClassifier:
     """The classifier that says what a picture of the mini world shows: scene, kind and colour of
     the main object.
 
@@ -36,7 +36,7 @@ class Judge:
     def __init__(self, weights: str = "mini", device: str = "cpu"):
         self.device = torch.device(device)
         self.model = (
-            _load(ResNetForImageClassification, locate("judge", weights))
+            load_pretrained(ResNetForImageClassification, locate_model("judge", weights))
             .float()
             .eval()
             .requires_grad_(False)
@@ -57,7 +57,7 @@ class Judge:
         """(images, 3, 32, 32) in [0, 1] -> answers (images,) by question."""
         starts = range(0, len(images), batch_size)
         parts = [
-            self.model(judge_input(images[i : i + batch_size].float().to(self.device))).logits
+            self.model(prepare_classifier_input(images[i : i + batch_size].float().to(self.device))).logits
             for i in starts
         ]
         by_question = (
