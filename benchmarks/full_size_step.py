@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from src.decoding import high_level_config
-from src.losses import mixco, mixco_nce, unit
+from src.losses import l2_normalize, mixco, mixco_nce
 from src.models import GainNorm, Rotary
 from src.networks import build_decoder
 from src.prior import NoiseScheduler
@@ -128,8 +128,8 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
         updates.append(0.0)
         with clock.phase("voxel2clip, forward"):
             voxels, *mix = mixco(batch["voxels"])
-            backbone, projected = model.voxel2clip.tokens(voxels)
-            nce = mixco_nce(unit(projected), unit(batch["tokens"]), 0.006, *mix)
+            backbone, projected = model.voxel2clip.predict_tokens(voxels)
+            nce = mixco_nce(l2_normalize(projected), l2_normalize(batch["tokens"]), 0.006, *mix)
         with clock.phase("prior, forward"):
             loss, _ = model(text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"])
         starts[-1:] = [starts[-1], clock.now()]

@@ -24,10 +24,10 @@ from torch import nn
 
 from src import models
 from src.decoding import mindeye2_config
-from src.losses import mixco, mixco_nce, unit
+from src.losses import l2_normalize, mixco, mixco_nce
 from src.networks import build_decoder, transformer
 from src.pipeline.dryrun import training_memory
-from src.training import parameter_groups
+from src.training import group_parameters
 
 VOXELS = 15724
 PARAMETERS = {
@@ -93,7 +93,7 @@ def measure(way: str, threads: int, steps: int, batch: int = 4) -> dict[str, flo
         )
     )
     model.diffusion_prior.net.causal_transformer.checkpointing = bool(told.get("checkpointing"))
-    groups = parameter_groups(model, 1e-2, "published")
+    groups = group_parameters(model, 1e-2, "published")
     make = lambda which: torch.optim.AdamW(
         which,
         lr=1e-5,
@@ -120,7 +120,7 @@ def measure(way: str, threads: int, steps: int, batch: int = 4) -> dict[str, flo
             mixed, perm, betas, select = mixco(voxels)
             backbone, clip, _ = model(mixed, 0)
             loss = (
-                mixco_nce(unit(clip), unit(tokens), 0.006, perm, betas, select)
+                mixco_nce(l2_normalize(clip), l2_normalize(tokens), 0.006, perm, betas, select)
                 + 30 * model.diffusion_prior(text_embed=backbone, image_embed=tokens)[0]
             )
         forward = time.perf_counter()

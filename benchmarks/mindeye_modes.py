@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from src.data import open_subject
 from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.metrics import pixcorr
-from src.pretrained import Judge
+from src.pretrained import CategoryClassifier
 from src.retrieval import top1_image_from_brain_each
 from src.utils import HOME, ROOT, progress
 
@@ -96,7 +96,7 @@ def scores(results: Path, truth) -> dict[str, np.ndarray]:
     table = truth.loc[made["image_ids"].numpy()]
     right = {
         q: (a == table[q].to_numpy()).astype(float)
-        for q, a in Judge("mini").ask(made["network"]).items()
+        for q, a in CategoryClassifier("mini").classify(made["network"]).items()
     }
     found = top1_image_from_brain_each(made["projected_network"], made["true_tokens"]).astype(float)
     return right | {"pixcorr": pixcorr(made["seen"], made["network"]), "top-1": found}

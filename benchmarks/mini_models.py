@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import miniworld, pretrained
-from src.decoding import latent_noise
+from src.decoding import draw_latent_noise
 from src.evaluation import bootstrap_mean, derangements
 
 SEED = 11_000
@@ -29,17 +29,17 @@ def seen(count: int) -> tuple[Tensor, dict[str, np.ndarray], list[str]]:
     """Images (count, 3, 32, 32) in [0, 1], labels by question, and one caption an image that names
     the scene.
     """
-    drawn = [miniworld.compose(SEED, i, "test") for i in range(count)]
-    images = np.stack([miniworld.render(what, SEED) for what in drawn])
-    labels = [miniworld.label(what) for what in drawn]
-    captions = [miniworld.caption(what)[(0, 1, 3, 4)[i % 4]] for i, what in enumerate(drawn)]
+    drawn = [miniworld.compose_image(SEED, i, "test") for i in range(count)]
+    images = np.stack([miniworld.render_image(what, SEED) for what in drawn])
+    labels = [miniworld.make_label_row(what) for what in drawn]
+    captions = [miniworld.write_captions(what)[(0, 1, 3, 4)[i % 4]] for i, what in enumerate(drawn)]
     by_question = {q: np.array([label[q] for label in labels]) for q in ("scene", "kind", "colour")}
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, by_question, captions
 
 
 def conditions(
     images: Tensor, captions: list[str]
-) -> dict[str, tuple[pretrained.Generator, Tensor]]:
+) -> dict[str, tuple[pretrained.ImageGenerator, Tensor]]:
     """Each generator with the true condition of every image, (images, tokens, dim)."""
     text, stable = pretrained.VersatileDiffusionText("mini"), pretrained.StableDiffusion("mini")
     return {
@@ -56,9 +56,11 @@ def conditions(
     }
 
 
-def row(name: str, judge: pretrained.Judge, images: Tensor, labels: dict[str, np.ndarray]) -> str:
+def row(
+    name: str, judge: pretrained.CategoryClassifier, images: Tensor, labels: dict[str, np.ndarray]
+) -> str:
     """One line of the table: share right with its interval, and the shuffled floor."""
-    cells, answers = [], judge.ask(images)
+    cells, answers = [], judge.classify(images)
     for question, truth in labels.items():
         share = bootstrap_mean((answers[question] == truth).astype(float))
         floor = np.mean(
@@ -80,10 +82,10 @@ def main(count: int = 300) -> None:
             pretrained.StableDiffusion,
         )
     ]
-    loaded += [pretrained.Clipper("mini"), pretrained.Judge("mini")]
+    loaded += [pretrained.Clipper("mini"), pretrained.CategoryClassifier("mini")]
     print(f"all mini models loaded in {time.time() - started:.1f} s\n")
     images, labels, captions = seen(count)
-    judge, vae = pretrained.Judge("mini"), pretrained.LatentAutoencoder("mini")
+    judge, vae = pretrained.CategoryClassifier("mini"), pretrained.LatentAutoencoder("mini")
     latents = vae.encode(images)
     psnr = -10 * torch.log10(((vae.decode(latents) - images) ** 2).mean((1, 2, 3)))
     print(f"VAE round trip: PSNR {psnr.mean():.1f} dB over {count} images\n")
@@ -96,7 +98,7 @@ def main(count: int = 300) -> None:
     print(row("VAE round trip", judge, vae.decode(latents), labels))
     blurred = F.interpolate(F.avg_pool2d(images, 4), images.shape[-2:], mode="bilinear")
     print(row("blurred to 8 x 8, the start of img2img", judge, blurred, labels))
-    start, noise = vae.encode(blurred), latent_noise(np.arange(count), vae.latent_shape)
+    start, noise = vae.encode(blurred), draw_latent_noise(np.arange(count), vae.latent_shape)
     for name, (generator, condition) in conditions(images, captions).items():
         begun = time.time()
         made = generator.generate(condition, noise)

@@ -466,14 +466,14 @@ def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, pr
 
 CHILD = """
 import sys, torch
-from src.models import build
-from src.networks.released import load_published, published_config, read_history, read_published
+from src.models import build_network
+from src.networks.released import load_published, infer_published_config, read_history, read_published
 
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 def load(path):
-    network = build(published_config(read_published(path), path))
+    network = build_network(infer_published_config(read_published(path), path))
     load_published(path, network)
     return network
 
