@@ -43,7 +43,7 @@ def make(folder: Path, images: int) -> None:
     pictures = np.concatenate(
         [
             np.stack([np.asarray(Image.fromarray(p).resize((SIZE, SIZE))) for p in block])
-            for block in miniworld.image_blocks(0, "train", images)
+            for block in miniworld.render_blocks(0, "train", images)
         ]
     )
     trials = pd.DataFrame(

@@ -74,7 +74,7 @@ from src.decoding import vote as choose
 from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 from src.models import TokenMap
 from src.networks import build_decoder
-from src.pretrained import Captioner, Clipper, LatentAutoencoder, load_stable_diffusion_pipeline, without
+from src.pretrained import Captioner, Clipper, LatentAutoencoder, load_stable_diffusion_pipeline, strip_word
 from src.retrieval import find_nearest
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
 
@@ -246,7 +246,7 @@ def kept(name, say):
     """Captions by `say`, kept until the notebook is done, so that an interrupted run goes on."""
     file = unfinished / f"captions_{name}.json"
     if not file.exists() or read_json(file)["mark"] != json.loads(json.dumps(mark)):
-        write_json(file, {"mark": mark, "captions": without(say(), without_word)})
+        write_json(file, {"mark": mark, "captions": strip_word(say(), without_word)})
     return read_json(file)["captions"]
 
 

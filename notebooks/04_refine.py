@@ -91,18 +91,18 @@ from src.utils import (
 
 # %%
 subject = open_training_split(dataset, subj, run.logs)
-made, of = load_reconstructions(run.results)
-main, image_ids = of["main"], made["image_ids"].numpy()
-if f"tokens_{main}" not in made:
+tensors, metadata = load_reconstructions(run.results)
+main, image_ids = metadata["main"], tensors["image_ids"].numpy()
+if f"tokens_{main}" not in tensors:
     raise PerceptError(
         f"The reconstructions of {run.name} come without tokens, from which captions are written:"
         " run notebooks 01 and 03 with a high level for it."
     )
-seen, tokens = made["seen"].float(), made[f"tokens_{main}"].float()
+seen, tokens = tensors["seen"].float(), tensors[f"tokens_{main}"].float()
 clip = load_encoder(
     read_decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
 )
-stored, now = made["true_tokens"][:4].float(), clip.embed_image(seen[:4]).cpu()
+stored, now = tensors["true_tokens"][:4].float(), clip.embed_image(seen[:4]).cpu()
 if stored.shape != now.shape or (stored - now).abs().max() > 0.05 * now.abs().max():
     raise PerceptError(
         f"The true tokens stored for {run.name} are not those that {type(clip).__name__} gives for"
@@ -110,7 +110,7 @@ if stored.shape != now.shape or (stored - now).abs().max() > 0.05 * now.abs().ma
     )
 print(
     f"(test images, tokens, dim) = {tuple(tokens.shape)} from {type(clip).__name__}, (test images,"
-    f" channels, height, width) = {tuple(made[main].shape)}"
+    f" channels, height, width) = {tuple(tensors[main].shape)}"
 )
 
 # %% [markdown]
@@ -205,7 +205,7 @@ if caption:
     with torch.no_grad():
         predicted, best = (
             torch.cat([converter(x.to(run.device)).cpu() for x in some.split(64)])
-            for some in (tokens, made["true_tokens"].float())
+            for some in (tokens, tensors["true_tokens"].float())
         )
     own = torch.from_numpy(theirs.rows(image_ids)).float()
     writer = BrainCaptioner(weights, device=to_device(text_model_device))
@@ -269,7 +269,7 @@ said.drop(columns="references").head(12)
 rows, wanted = (
     {},
     {"refined": (main, "brain")}
-    | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in made else {}),
+    | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in tensors else {}),
 )
 if refine:
     pipeline = load_refiner(refiner_weights or weights, run.device)
@@ -289,7 +289,7 @@ def repainted(name, part):
     pictures = refine_images(
         pipeline,
         captions[told][part],
-        made[picture][part].float(),
+        tensors[picture][part].float(),
         image_ids[part],
         batch_size=generator_batch,
         **options,
@@ -313,14 +313,14 @@ for name in wanted if refine else ():
 
 # %%
 if rows:
-    about = of | {
+    about = metadata | {
         "refined": json.dumps({"of": main, "captions": "captions_brain.parquet", **options})
     }
     with atomic(run.results / "reconstructions.safetensors") as path:
         save_file(
-            {key: value.contiguous() for key, value in (made | rows).items()}, path, metadata=about
+            {key: value.contiguous() for key, value in (tensors | rows).items()}, path, metadata=about
         )
-    made |= rows
+    tensors |= rows
 shutil.rmtree(unfinished)
 
 # %% [markdown]
@@ -329,11 +329,11 @@ shutil.rmtree(unfinished)
 # 1], tokens and captions in the order of the test images.
 
 # %%
-blurry = made.get(f"low_level_{main}")
-pictures = {"recons": made[main], "blurryrecons": blurry, "enhancedrecons": made.get("refined")}
+blurry = tensors.get(f"low_level_{main}")
+pictures = {"recons": tensors[main], "blurryrecons": blurry, "enhancedrecons": tensors.get("refined")}
 files = {name: resize(x.float(), 256) for name, x in pictures.items() if x is not None}
-files |= {"clipvoxels": made[f"projected_{main}"].float(), "prior_out": tokens}
-files |= {"backbones": made[f"backbone_{main}"].float()} if f"backbone_{main}" in made else {}
+files |= {"clipvoxels": tensors[f"projected_{main}"].float(), "prior_out": tokens}
+files |= {"backbones": tensors[f"backbone_{main}"].float()} if f"backbone_{main}" in tensors else {}
 files |= {"predcaptions": np.array(captions["brain"])} if captions else {}
 for name, content in files.items():
     with atomic(run.results / f"{run.name}_all_{name}.pt") as path:
@@ -348,10 +348,10 @@ for name, content in files.items():
 columns = (
     {"seen": seen}
     | ({"blurry": blurry} if blurry is not None else {})
-    | {"reconstructed": made[main]}
+    | {"reconstructed": tensors[main]}
 )
-columns |= {"refined": made["refined"]} if "refined" in made else {}
-columns |= {"refined ceiling": made["refined_ceiling"]} if "refined_ceiling" in made else {}
+columns |= {"refined": tensors["refined"]} if "refined" in tensors else {}
+columns |= {"refined ceiling": tensors["refined_ceiling"]} if "refined_ceiling" in tensors else {}
 beneath = {"brain": captions["brain"], "of the image": captions["git_image"]} if captions else {}
 sheet = plot_contact_sheet(columns, n=sheet_images, captions=beneath)
 save_figure(sheet, run.results / "refined_sheet.png")

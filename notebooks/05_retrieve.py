@@ -52,15 +52,15 @@ from src.utils import HOME, PerceptError, atomic
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
-made, of = load_reconstructions(run.results)
+tensors, metadata = load_reconstructions(run.results)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 if model_name2 == run.name:
     raise PerceptError(
         f"model_name2 is this very run, '{run.name}': name another run, whose single embedding"
         " finds the candidates."
     )
-brain = {name: made[f"projected_{name}"] for name in names}
-clip, image_ids = made["true_tokens"], made["image_ids"].numpy()
+brain = {name: tensors[f"projected_{name}"] for name in names}
+clip, image_ids = tensors["true_tokens"], tensors["image_ids"].numpy()
 groups = subject.categories(image_ids, hard_negatives) if hard_negatives else None
 categories = subject.categories(image_ids, umap_label) if umap_label else ["test image"] * len(clip)
 print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
@@ -84,8 +84,8 @@ each = {
 }
 common = {
     "better": "higher",
-    "protocol": of["protocol"],
-    "test_set": of["test_set"],
+    "protocol": metadata["protocol"],
+    "test_set": metadata["test_set"],
     "upper_bound": "the true image is among the candidates, so 1",
 }
 records = [
@@ -276,7 +276,7 @@ with atomic(run.results / "retrieved.parquet") as path:
 # recorded for.
 
 # %%
-seen, main = made["seen"].float(), brain[names[0]]
+seen, main = tensors["seen"].float(), brain[names[0]]
 sides = {
     "image_from_brain": (main, clip, "Image from brain"),
     "brain_from_image": (clip, main, "Brain from image"),

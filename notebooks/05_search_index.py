@@ -103,18 +103,18 @@ from src.utils import HOME, PerceptError, atomic, resolve
 
 # %%
 subject = open_training_split(dataset, subj, run.logs)
-made, of = load_reconstructions(run.results)
-main, image_ids, seen = of["main"], made["image_ids"].numpy(), made["seen"].float()
+tensors, metadata = load_reconstructions(run.results)
+main, image_ids, seen = metadata["main"], tensors["image_ids"].numpy(), tensors["seen"].float()
 encoder = load_encoder(
     read_decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
 )
-brain = made[f"projected_{main}"].float()
+brain = tensors[f"projected_{main}"].float()
 if not isinstance(encoder, Clipper) or encoder.hidden:
     raise PerceptError(
         f"{run.name} predicts {tuple(brain.shape[1:])} tokens an image, and an index is searched by"
         " one embedding: train the recipe mindeye_retrieval."
     )
-brain, true = brain.flatten(1).numpy(), made["true_tokens"].float().flatten(1).numpy()
+brain, true = brain.flatten(1).numpy(), tensors["true_tokens"].float().flatten(1).numpy()
 print(f"(test images, dim) = {brain.shape} of {encoder.fingerprint()['model']}")
 
 # %% [markdown]
@@ -267,8 +267,8 @@ records = [
         },
         upper_bound="the seen picture is put into the pool, so 1",
         better="higher",
-        protocol=of["protocol"],
-        test_set=of["test_set"],
+        protocol=metadata["protocol"],
+        test_set=metadata["test_set"],
         chance=places / many if many else 0.0,
         description=(
             f"the seen picture, put into a pool of {others} others, is among the {places} nearest"
@@ -380,9 +380,9 @@ about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file(
-        {key: value.contiguous() for key, value in (made | rows).items()},
+        {key: value.contiguous() for key, value in (tensors | rows).items()},
         path,
-        metadata=of | {"retrieved": json.dumps(about)},
+        metadata=metadata | {"retrieved": json.dumps(about)},
     )
 shutil.rmtree(unfinished)
 with atomic(run.results / f"{run.name}_laion_retrievals_top16.pt") as path:

@@ -113,9 +113,9 @@ from src.utils import HOME, PerceptError, atomic, read_json, resolve
 ours = not recon_path
 if ours:
     subject = open_training_split(dataset, subj, run.logs)
-    made, of = load_reconstructions(run.results)
-    image_ids, main = made["image_ids"].numpy(), of["main"]
-    pictures = {name: made[name] for name in made if made[name].ndim == 4}
+    tensors, metadata = load_reconstructions(run.results)
+    image_ids, main = tensors["image_ids"].numpy(), metadata["main"]
+    pictures = {name: tensors[name] for name in tensors if tensors[name].ndim == 4}
     pictures = {"system": pictures.pop(main)} | pictures
 else:
     if not (all_images_path and model_name):
@@ -128,7 +128,7 @@ else:
         "system": load_images(resolve(recon_path)),
     }
     pictures["mean_seen"] = compute_mean_image(pictures["seen"])
-    image_ids, of, made, subject = (
+    image_ids, metadata, tensors, subject = (
         np.arange(len(pictures["seen"])),
         {"protocol": "as given", "test_set": hash_pixels(pictures["seen"])},
         {},
@@ -265,7 +265,7 @@ chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
 reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
 records = make_records(
-    table, chosen, protocol=of["protocol"], test_set=of["test_set"], no_upper_bound=reason
+    table, chosen, protocol=metadata["protocol"], test_set=metadata["test_set"], no_upper_bound=reason
 )
 each = {
     key: part["value"].to_numpy()
@@ -354,8 +354,8 @@ if kept.any():
             baselines=floors,
             upper_bound=within.get("ceiling", reason),
             better="higher",
-            protocol=of["protocol"],
-            test_set=of["test_set"],
+            protocol=metadata["protocol"],
+            test_set=metadata["test_set"],
             chance=0.5,
             description=f"two-way identification among test images of the same {kind}",
             source="hard distractors",
@@ -383,12 +383,12 @@ print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 # repeats could correlate with anything, from how these agree with each other (Spearman-Brown).
 
 # %%
-if "repeat_agreement" in made:
+if "repeat_agreement" in tensors:
     true, said = (
         x.flatten(1) - x.flatten(1).mean(0)
-        for x in (made["true_tokens"].float(), made[of["compared"]].float())
+        for x in (tensors["true_tokens"].float(), tensors[metadata["compared"]].float())
     )
-    own, noise = pcc(true, said), noise_ceiling(made["repeat_agreement"], int(of["repeats"]))
+    own, noise = pcc(true, said), noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"]))
     wrong = np.stack(
         [pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1
     )
@@ -399,8 +399,8 @@ if "repeat_agreement" in made:
             baselines={"shuffled": wrong},
             upper_bound="the noise ceiling stands in its place",
             better="higher",
-            protocol=of["protocol"],
-            test_set=of["test_set"],
+            protocol=metadata["protocol"],
+            test_set=metadata["test_set"],
             chance=0.0,
             description="correlation of predicted and true CLIP tokens, image by image",
             source="docs/metrics.md",
@@ -483,7 +483,7 @@ if brain_corr:
     answers = score_table(seen, rows, regional, draws=shuffles, seed=seed, image_ids=image_ids)
     records += (
         answered := make_records(
-            answers, regional, protocol=of["protocol"], test_set=of["test_set"]
+            answers, regional, protocol=metadata["protocol"], test_set=metadata["test_set"]
         )
     )
     alarms += beneath_floors(answered)
@@ -516,7 +516,7 @@ if ours and file.exists() and subject.captions is not None and caption_metrics:
 # %%
 spoken, spoken_records, said = {}, [], pd.DataFrame()
 if speech:
-    on = {"protocol": of["protocol"], "test_set": of["test_set"]}
+    on = {"protocol": metadata["protocol"], "test_set": metadata["test_set"]}
     endings = {"brain_ref": "", "brain_img": " to image's caption"}
     for pairing, (wanted_captions, rows) in pair_captions(captions, common).items():
         spoken[pairing] = score_table(
@@ -573,7 +573,7 @@ if repeats:
             + (" repeat" if row == "repeats_1" else " repeats"): written(each[row, m.name])
             for row in repeats
         }
-        | {f"{of['repeats']} repeats": written(each["system", m.name])}
+        | {f"{metadata['repeats']} repeats": written(each["system", m.name])}
         for m in chosen
     ]
     tables.append(
@@ -599,7 +599,7 @@ for record in records:
                 f" {max(gain[1:]):+.3f}])"
             )
     others += [{"metric": record["name"]} | cells] if cells else []
-pool = json.loads(of["retrieved"]) if "retrieved" in of else {}
+pool = json.loads(metadata["retrieved"]) if "retrieved" in metadata else {}
 if others:
     note = (
         f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. "
@@ -610,8 +610,8 @@ if others:
     tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
 
 # %%
-if "train_distance" in made and len(seen) >= 5:
-    fifths = np.array_split(np.argsort(made["train_distance"].numpy(), kind="stable"), 5)
+if "train_distance" in tensors and len(seen) >= 5:
+    fifths = np.array_split(np.argsort(tensors["train_distance"].numpy(), kind="stable"), 5)
     names = ("nearest fifth", "second", "third", "fourth", "farthest fifth")
     rows = [
         {"metric": m.name}
@@ -628,8 +628,8 @@ if "train_distance" in made and len(seen) >= 5:
             "rows": rows,
         }
     )
-if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
-    out = made["held_out"].numpy()
+if "held_out" in tensors and 0 < tensors["held_out"].sum() < len(seen):
+    out = tensors["held_out"].numpy()
     rows = [
         {
             "metric": m.name,
@@ -650,9 +650,9 @@ if "held_out" in made and 0 < made["held_out"].sum() < len(seen):
 # line.
 
 # %%
-if "voters" in of:
+if "voters" in metadata:
     several = ensemble_gain(
-        each, {m.name: m.better for m in chosen}, of["voters"].split(","), of["best_voter"], seed
+        each, {m.name: m.better for m in chosen}, metadata["voters"].split(","), metadata["best_voter"], seed
     )
     tables.append(
         {"title": "What the vote is worth", "note": describe_ensemble_gain(several), "rows": gain_table(several)}
@@ -705,9 +705,9 @@ def drawn(wished):
 
 
 told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
-if "train_distance" in made and len(seen) >= 5:
+if "train_distance" in tensors and len(seen) >= 5:
     save_figure(
-        plot_score_by_distance(made["train_distance"], told),
+        plot_score_by_distance(tensors["train_distance"], told),
         run.results / "figures" / "train_distance.png",
     )
 
@@ -717,9 +717,9 @@ if "train_distance" in made and len(seen) >= 5:
 # samples differ most; where it is flat, the spread says nothing.
 
 # %%
-if "spread" in made:
+if "spread" in tensors:
     save_figure(
-        plot_abstention_curve(made["spread"], told, {m.name: m.better for m in chosen}),
+        plot_abstention_curve(tensors["spread"], told, {m.name: m.better for m in chosen}),
         run.results / "figures" / "abstain.png",
     )
 
@@ -738,8 +738,8 @@ def choices():
                 "split": "unknown",
             }
         ]
-    if "choices" in of:
-        return json.loads(of["choices"])
+    if "choices" in metadata:
+        return json.loads(metadata["choices"])
     told = {
         name: entry["value"]
         for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()
@@ -771,8 +771,8 @@ about = provenance(
     subject=subj if ours else "unknown",
     dataset=dataset if ours else recon_path,
     alarms=alarms,
-    protocol=of["protocol"],
-    test_set={"id": of["test_set"], "images": len(seen), "pixels": hash_pixels(seen)},
+    protocol=metadata["protocol"],
+    test_set={"id": metadata["test_set"], "images": len(seen), "pixels": hash_pixels(seen)},
     resizing=resizing,
     parameters={key: str(value) for key, value in run.parameters.items()},
     models=looked_through,
@@ -810,8 +810,8 @@ def as_system(row, metrics, scored):
     return make_records(
         both[both["metric"].isin([m.name for m in metrics])],
         metrics,
-        protocol=of["protocol"],
-        test_set=of["test_set"],
+        protocol=metadata["protocol"],
+        test_set=metadata["test_set"],
         no_upper_bound=none,
     )
 
@@ -884,10 +884,10 @@ names = {
 }
 names |= {"nearest_train": "nearest training image", "ceiling": "ceiling"}
 shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
-print(f"Report: {write_report(run.results, shown, details, made.get('samples'))}")
+print(f"Report: {write_report(run.results, shown, details, tensors.get('samples'))}")
 
 # %%
-gallery_widget(shown, details, made.get("samples"))
+gallery_widget(shown, details, tensors.get("samples"))
 
 # %% [markdown]
 # ## What to look at

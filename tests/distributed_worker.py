@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.decoding.configs import high_level_config
-from src.losses import cosine_anneal, mixco, mixco_nce, soft_clip_loss, unit
+from src.losses import cosine_anneal, l2_normalize, mixco, mixco_nce, soft_clip_loss
 from src.networks.released import build_decoder
 from src.training.loop import PATIENCE, fit
-from src.training.processes import gather, own_rows
+from src.training.processes import gather, select_local_rows
 from src.utils import PerceptError, seeded
 
 torch.set_num_threads(1)
@@ -158,9 +158,9 @@ def notebook_step():
         "mixco": mixco,
         "mixco_nce": mixco_nce,
         "soft_clip_loss": soft_clip_loss,
-        "unit": unit,
+        "unit": l2_normalize,
         "gather": gather,
-        "own_rows": own_rows,
+        "select_local_rows": select_local_rows,
         "seeded": seeded,
     }
     for cell in cells:

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from src.pretrained.base import fixed_image
-from src.training.augment import augmented, clip_augmentation, teacher_augmentation
+from src.pretrained.base import make_fixed_image
+from src.training.augment import (
+    apply_augmentation,
+    build_clip_augmentation,
+    build_teacher_augmentation,
+)
 
-BOTH = {"clip": clip_augmentation, "teacher": teacher_augmentation}
+BOTH = {"clip": build_clip_augmentation, "teacher": build_teacher_augmentation}
 
 
 @pytest.fixture(params=BOTH, scope="module")
@@ -17,11 +21,11 @@ def augmentation(request):
 
 @pytest.fixture(scope="module")
 def images():
-    return fixed_image(64).repeat(300, 1, 1, 1)
+    return make_fixed_image(64).repeat(300, 1, 1, 1)
 
 
 def test_size_and_range(augmentation, images):
-    out = augmented(augmentation, images, 0)
+    out = apply_augmentation(augmentation, images, 0)
     assert (
         out.shape == (300, 3, 48, 48)
         and out.min() >= 0
@@ -32,17 +36,17 @@ def test_size_and_range(augmentation, images):
 
 def test_the_same_seed_gives_the_same_views_and_leaves_the_generator_alone(augmentation, images):
     torch.manual_seed(5)
-    first = augmented(augmentation, images[:8], 1)
+    first = apply_augmentation(augmentation, images[:8], 1)
     after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), after)
-    assert torch.equal(first, augmented(augmentation, images[:8], 1)) and not torch.equal(
-        first, augmented(augmentation, images[:8], 2)
+    assert torch.equal(first, apply_augmentation(augmentation, images[:8], 1)) and not torch.equal(
+        first, apply_augmentation(augmentation, images[:8], 2)
     )
 
 
 def test_samples_differ_from_each_other(augmentation, images):
-    out = augmented(augmentation, images, 3)
+    out = apply_augmentation(augmentation, images, 3)
     assert len({row.numpy().tobytes() for row in out}) > 100
 
 
@@ -50,8 +54,8 @@ def test_shares_of_grey_and_flipped_images_are_the_published_ones():
     """Grey with probability .3, mirrored with .5, changed in neither crop nor colour with .7 * .7 *
     .7.
     """
-    image = fixed_image(48)
-    out = augmented(clip_augmentation(48), image.repeat(2000, 1, 1, 1), 0)
+    image = make_fixed_image(48)
+    out = apply_augmentation(build_clip_augmentation(48), image.repeat(2000, 1, 1, 1), 0)
     grey = (out.amax(1) - out.amin(1)).amax((1, 2)) < 1e-4
     assert grey.float().mean().item() == pytest.approx(0.3, abs=0.04)
     same = (out - image).abs().amax((1, 2, 3)) < 1e-3

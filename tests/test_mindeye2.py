@@ -16,7 +16,7 @@ from src.data.normaliser import Normaliser
 from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import mindeye2_config
-from src.decoding.generate import encoder_for
+from src.decoding.generate import load_encoder
 from src.decoding.predict import predict_latents, predict_tokens
 from src.losses import mixco
 from src.networks.linear import CaptionConverter
@@ -24,15 +24,15 @@ from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetw
 from src.networks.priors import PriorNetwork
 from src.networks.released import (
     build_decoder,
+    infer_published_config,
     load_published,
-    published_config,
     read_published,
     write_published,
 )
 from src.pretrained.clip import PatchClip
 from src.prior import BrainDiffusionPrior
 from src.training.converter import fit_converter
-from src.training.subjects import SeveralSubjects, check_gradients, start_from
+from src.training.subjects import MultiSubjectDataset, check_gradients, load_pretrained
 from src.utils import PerceptError, save_checkpoint
 from tests.test_data import prepare
 
@@ -261,8 +261,8 @@ def test_folded_and_unfolded_are_the_same_network():
     for mine, theirs in zip(folded(x)[:2], unfolded(x)[:2], strict=True):
         assert (mine - theirs).abs().max() < 1e-6
     assert (
-        folded.dead_parameters() == list(folded.mixer_blocks1.parameters())
-        and not unfolded.dead_parameters()
+        folded.unused_parameters() == list(folded.mixer_blocks1.parameters())
+        and not unfolded.unused_parameters()
     )
 
 
@@ -306,7 +306,7 @@ def test_dead_weights_stay_out_of_the_optimizer_and_in_the_checkpoint():
 
 def test_with_two_tokens_the_mixer_mixes():
     network, x = backbone(seq_len=2), torch.randn(3, 2, 12)
-    assert not network.dead_parameters()
+    assert not network.unused_parameters()
     first, second = x, x.transpose(1, 2)
     y = x
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_the_residual_backbone_uses_its_blocks():
     with torch.no_grad():
         network.mixer_blocks1[0][1][3].weight.normal_()
     assert (network(x)[0] - before).abs().max() > 1e-2
-    assert network.dead_parameters() == list(network.mixer_blocks2.parameters())
+    assert network.unused_parameters() == list(network.mixer_blocks2.parameters())
     assert network.state_dict().keys() == backbone().state_dict().keys()
 
 
@@ -448,7 +448,7 @@ def people(tmp_path):
 
 
 def test_batches_mix_subjects_in_the_order_asked_for(people):
-    both = SeveralSubjects(people)
+    both = MultiSubjectDataset(people)
     n = len(people[0])
     assert len(both) == 2 * n
     batch = both.__getitems__([n + 1, 0, n, 2])
@@ -458,13 +458,13 @@ def test_batches_mix_subjects_in_the_order_asked_for(people):
         assert torch.equal(batch["voxels"][row], alone["voxels"][0]) and torch.equal(
             batch["tokens"][row], alone["tokens"][0]
         )
-    assert set(both.some(2)["subject"].tolist()) == {0, 1}
+    assert set(both.preview_batch(2)["subject"].tolist()) == {0, 1}
 
 
 def test_smaller_brains_are_filled_up_with_zeros(people):
     columns = copy.copy(people[1])
     columns.normaliser = Normaliser.fit(columns.subject, n_components=3)
-    both = SeveralSubjects([people[0], columns])
+    both = MultiSubjectDataset([people[0], columns])
     batch = both.__getitems__([len(people[0])])
     assert (
         batch["voxels"].shape[1] == people[0].subject.betas.shape[1]
@@ -486,19 +486,19 @@ def test_a_new_subject_starts_from_others_without_their_ridge(tmp_path):
     others, new = small((9, 7)), small((6,))
     before = copy.deepcopy(new.state_dict())
     save_checkpoint(tmp_path / "last.safetensors", others.state_dict(), {"model": {}})
-    assert start_from(tmp_path / "last.safetensors", new) == [
+    assert load_pretrained(tmp_path / "last.safetensors", new) == [
         "ridge.linears.0.weight",
         "ridge.linears.0.bias",
     ]
     for name, value in new.state_dict().items():
         expected = before[name] if name.startswith("ridge.") else others.state_dict()[name]
         assert torch.equal(value, expected), name
-    start_from(tmp_path / "last.safetensors", new, "inherited_bias")
+    load_pretrained(tmp_path / "last.safetensors", new, "inherited_bias")
     assert torch.equal(new.ridge.linears[0].bias, others.ridge.linears[0].bias)
     with pytest.raises(PerceptError, match="pretrain with the same networks"):
-        start_from(tmp_path / "last.safetensors", small((6,), n_blocks=3))
+        load_pretrained(tmp_path / "last.safetensors", small((6,), n_blocks=3))
     with pytest.raises(PerceptError, match="which has no backbone.b"):
-        start_from(tmp_path / "last.safetensors", small((6,), blurry_recon=False))
+        load_pretrained(tmp_path / "last.safetensors", small((6,), blurry_recon=False))
 
 
 # -------------------------------------------------------------------------------- before long work
@@ -579,7 +579,7 @@ def test_patch_tokens_of_the_mini_clip():
     kinds = {json.dumps(encoder.fingerprint()) for encoder in (clip, squeezed, fewer)}
     assert len(kinds) == 3
     assert isinstance(
-        encoder_for(
+        load_encoder(
             {"tokens": [4, 128], "clip": {"patch_tokens": True, "variant": "bigG", "patches": 4}},
             "mini",
         ),
@@ -613,7 +613,7 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
 
 def test_config_is_read_back_from_weights():
     model = small((9, 7), seq_past=1, seq_future=2)
-    config = published_config(model.state_dict())
+    config = infer_published_config(model.state_dict())
     assert config["backbone"]["kwargs"]["seq_len"] == 4 and config["ridge"]["kwargs"][
         "input_sizes"
     ] == [9, 7]

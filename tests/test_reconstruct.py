@@ -114,12 +114,12 @@ def test_ridge_is_a_decoder_like_any_other(voxels):
 
 def test_noise_is_a_function_of_seed_image_and_sample():
     ids = np.array([7, 8])
-    noise = generate.latent_noise(ids, (4, 8, 8))
-    assert torch.equal(noise[1], generate.latent_noise(ids[1:], (4, 8, 8))[0])
+    noise = generate.draw_latent_noise(ids, (4, 8, 8))
+    assert torch.equal(noise[1], generate.draw_latent_noise(ids[1:], (4, 8, 8))[0])
     assert not torch.equal(noise[0], noise[1]) and not torch.equal(
-        noise, generate.latent_noise(ids, (4, 8, 8), sample=1)
+        noise, generate.draw_latent_noise(ids, (4, 8, 8), sample=1)
     )
-    same = generate.latent_noise(ids, (4, 8, 8), same=True)
+    same = generate.draw_latent_noise(ids, (4, 8, 8), same=True)
     assert torch.equal(same[0], same[1])
 
 
@@ -143,7 +143,7 @@ def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     projected = torch.stack(
         [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)]
     )
-    chosen, index = generate.pick_best(clipper, projected, candidates)
+    chosen, index = generate.select_best(clipper, projected, candidates)
     assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
 
 
@@ -159,7 +159,7 @@ def test_samples_are_made_in_one_batch_as_they_would_be_one_by_one():
     )
     assert together.shape == (2, 3, 3, 32, 32)
     for s in range(3):
-        noise = generate.latent_noise(ids, diffusion.latent_shape, 42, s)
+        noise = generate.draw_latent_noise(ids, diffusion.latent_shape, 42, s)
         alone = diffusion.generate(tokens[:, s], noise, latents, 0.7, num_inference_steps=4)
         torch.testing.assert_close(together[:, s], alone, atol=1e-4, rtol=1e-4)
     shared = generate.generate_images(
@@ -216,13 +216,13 @@ def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
     assert (
         tokens.norm(dim=-1) - 1
     ).abs().min() > 1e-3  # not normalised, as the generator was trained
-    diffusion = generate.generator_for(1, "mini")
+    diffusion = generate.load_generator(1, "mini")
     assert (
         type(diffusion).__name__ == "ImageVariation"
-        and type(generate.generator_for(17, "mini")).__name__ == "VersatileDiffusion"
+        and type(generate.load_generator(17, "mini")).__name__ == "VersatileDiffusion"
     )
     candidates = generate.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
-    chosen, index = generate.pick_best(Clipper("mini", hidden=False), projected, candidates)
+    chosen, index = generate.select_best(Clipper("mini", hidden=False), projected, candidates)
     assert chosen.shape == (5, 3, 32, 32) and set(index.tolist()) <= {0, 1}
 
 
@@ -237,8 +237,8 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         return {"image": torch.arange(rows.start, rows.stop)}
 
     with pytest.raises(KeyboardInterrupt):
-        generate.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    found = generate.in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+        generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    found = generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
     assert found["image"].tolist() == list(range(7)) and made == [
         (0, 2),
         (2, 4),
@@ -246,5 +246,5 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         (4, 6),
         (6, 7),
     ]
-    generate.in_chunks(make, 7, 2, tmp_path, {"seed": 2})
+    generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 2})
     assert len(made) == 9  # made of something else: nothing is taken over

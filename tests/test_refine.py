@@ -24,7 +24,9 @@ def tiny_sdxl():
     six numbers of sizes.
     """
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(pretrained.MINI / "stable_diffusion" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(
+        pretrained.MINI_MODELS / "stable_diffusion" / "tokenizer"
+    )
     ids = {
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -79,7 +81,7 @@ def tiny_sdxl():
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     tiny_sdxl().save_pretrained(folder)
-    made = refine.refiner(str(folder))
+    made = refine.load_refiner(str(folder))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -116,7 +118,9 @@ def test_the_published_settings_reach_sdxl(pipeline, seen):
         and float(made.max()) <= 1
         and float((made - pictures).abs().mean()) > 0.01
     )
-    assert [call["t"] for call in seen] == unclip.euler_timesteps(25)[13:] and len(seen) == 12
+    assert [call["t"] for call in seen] == unclip.compute_euler_timesteps(25)[13:] and len(
+        seen
+    ) == 12
     assert seen[0]["sigma"] == pytest.approx(1.5092, abs=1e-4) and seen[0]["batch"] == 6  # guidance
     assert seen[0]["time_ids"].tolist() == [[16, 16, 0, 0, 1024, 1024]] * 6
     assert (refine.STEPS, refine.RUN, refine.SIZE) == (25, 12, 768)
@@ -145,11 +149,11 @@ def test_few_steps_stay_near_and_all_steps_leave_the_picture(pipeline, seen):
     for run in (1, 5):
         seen.clear()
         refine.refine_images(pipeline, CAPTIONS[:1], pictures, IDS[:1], size=16, steps=5, run=run)
-        assert [call["t"] for call in seen] == unclip.euler_timesteps(5)[5 - run :]
+        assert [call["t"] for call in seen] == unclip.compute_euler_timesteps(5)[5 - run :]
 
 
 def test_the_miniature_repaints_after_its_caption():
-    pipeline = refine.refiner("mini")
+    pipeline = refine.load_refiner("mini")
     pipeline.set_progress_bar_config(disable=True)
     flat = torch.full((2, 3, 32, 32), 0.5)
     made = refine.refine_images(
@@ -178,10 +182,10 @@ def test_refusals(pipeline, tmp_path, monkeypatch):
         refine.refine_images(pipeline, CAPTIONS[:2], pictures, IDS[:2], run=0)
     monkeypatch.setattr(refine, "HOME", tmp_path)
     with pytest.raises(PerceptError, match="download refiner"):
-        refine.refiner("hub")
+        refine.load_refiner("hub")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"none")
     with pytest.raises(PerceptError, match="cannot be read as an SDXL model"):
-        refine.refiner(str(broken), base=str(tmp_path))
+        refine.load_refiner(str(broken), base=str(tmp_path))
     with pytest.raises(PerceptError, match="Could not load"):
-        refine.refiner(str(tmp_path / "absent"))
+        refine.load_refiner(str(tmp_path / "absent"))

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from src import parameters, training, utils
-from src.training.batches import batches, epoch_order, evaluate
+from src.training.batches import draw_epoch_order, evaluate, iterate_batches
 from src.training.loop import fit, load_best
-from src.training.optim import DECAYS, SCHEDULERS, parameter_groups
+from src.training.optim import DECAYS, SCHEDULERS, group_parameters
 from src.training.processes import gather
 from src.utils import PerceptError, load_checkpoint, peak_memory
 
@@ -205,10 +205,11 @@ def test_each_epoch_shows_each_sample_at_most_once_in_an_order_of_its_own(tmp_pa
     }
     assert all(len(set(ids)) == len(ids) == STEPS * BATCH for ids in shown.values())
     assert (
-        shown[0] != shown[1] and shown[0] == epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
+        shown[0] != shown[1]
+        and shown[0] == draw_epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
     )
-    assert sorted(epoch_order(100, 1, 2)) == list(range(100))
-    assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 2, 2))
+    assert sorted(draw_epoch_order(100, 1, 2)) == list(range(100))
+    assert not np.array_equal(draw_epoch_order(100, 1, 2), draw_epoch_order(100, 2, 2))
 
 
 def test_workers_change_nothing(tmp_path):
@@ -321,7 +322,7 @@ def test_weight_decay_spares_biases_and_norms(decay):
     model["frozen"].requires_grad_(False)
     of = {id(p): name for name, p in model.named_parameters()}
     decayed, spared = (
-        {of[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.3, decay)
+        {of[id(p)] for p in group["params"]} for group in group_parameters(model, 0.3, decay)
     )
     gains = {"norms.0.weight", "norms.1.weight", "norms.2.g"}
     assert decayed == {"lin.weight", "null.0"} | (gains if decay == "published" else set())
@@ -331,7 +332,7 @@ def test_weight_decay_spares_biases_and_norms(decay):
         "norms.1.bias",
         "relative_attention_bias.weight",
     } | (set() if decay == "published" else gains)
-    assert [g["weight_decay"] for g in parameter_groups(model, 0.3, decay)] == [0.3, 0.0]
+    assert [g["weight_decay"] for g in group_parameters(model, 0.3, decay)] == [0.3, 0.0]
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -586,7 +587,7 @@ def test_it_gives_up_in_a_sentence(tmp_path, save_steps):
 
 def test_spoiled_batch_norms_go_back(tmp_path):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    data, bad = Data(), epoch_order(SAMPLES, 42, 1)[BATCH + 1]
+    data, bad = Data(), draw_epoch_order(SAMPLES, 42, 1)[BATCH + 1]
 
     class Spoiled(Data):
         def __getitems__(self, indices):
@@ -686,7 +687,7 @@ def test_evaluate_counts_every_sample(tmp_path):
     assert found["val/loss"] == pytest.approx(
         plain_step(model.eval(), whole, 0)[0].item(), rel=1e-6
     ) and found["val/index"] == pytest.approx(4.5)
-    assert torch.equal(torch.cat([b["image"] for b in batches(data, 3)]), torch.arange(10))
+    assert torch.equal(torch.cat([b["image"] for b in iterate_batches(data, 3)]), torch.arange(10))
     with pytest.raises(PerceptError, match="empty"):
         evaluate(model, plain_step, Data(0), 4)
 
@@ -797,7 +798,7 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(utils, "HOME", tmp_path)
     started = parameters.Run("toy", "01_train_high_level", "", {"seed": 1}, {"seed": "cell"})
-    logger = training.tracker(started, True, "a project")
+    logger = training.open_tracker(started, True, "a project")
     _, history = train(
         tmp_path / "run",
         epochs=2,
@@ -820,10 +821,10 @@ def test_weights_and_biases_gets_history_and_figures_offline(tmp_path, monkeypat
         and b"a project" in stored
         and len(list(written[0].rglob("*.png"))) == 2
     )
-    assert training.tracker(started, False, "a project") is None
+    assert training.open_tracker(started, False, "a project") is None
     monkeypatch.setenv("RANK", "1")
     assert (
-        training.tracker(started, True, "a project") is None
+        training.open_tracker(started, True, "a project") is None
     )  # the main process alone opens a run
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from src.decoding.configs import PATCHES
-from src.networks.released import build_decoder, published_config, read_published
+from src.networks.released import build_decoder, infer_published_config, read_published
 from src.utils import PerceptError, load_checkpoint, load_strictly
 
 
@@ -43,7 +43,7 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     return decoder.to(device).eval().requires_grad_(False), config
 
 
-def decoder_config(path: str | Path) -> dict[str, Any]:
+def read_decoder_config(path: str | Path) -> dict[str, Any]:
     """The config that comes with a decoder's file, without its weights; as `load_decoder` gives it.
 
     Raises:
@@ -74,7 +74,7 @@ def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Pa
 def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and config of a released file, the config as `fit` would have stored it."""
     state = read_published(path)
-    model = published_config(state, str(path))
+    model = infer_published_config(state, str(path))
     if model["name"] == "MindEye2":
         kwargs = model["backbone"]["kwargs"]
         variant = next(

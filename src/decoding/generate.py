@@ -28,16 +28,16 @@ from tqdm.auto import tqdm
 from src.decoding.predict import _seed
 from src.pretrained.clip import Clipper, PatchClip
 from src.pretrained.generators import (
-    Generator,
+    ImageGenerator,
     ImageVariation,
     VersatileDiffusion,
-    constant_condition,
+    cache_condition,
 )
 from src.pretrained.unclip import UnclipDecoder
 from src.utils import PerceptError, atomic
 
 
-def latent_noise(
+def draw_latent_noise(
     image_ids: np.ndarray,
     shape: tuple[int, int, int],
     seed: int = 42,
@@ -60,7 +60,7 @@ SAMPLERS = {
 }  # of the diffusion library, by the name that the early system gave them
 
 
-def sampled_by(diffusion: Generator, sampler: str) -> Generator:
+def set_sampler(diffusion: ImageGenerator, sampler: str) -> ImageGenerator:
     """The generator, sampling from now on by a key of SAMPLERS; it is loaded with "unipcm". "pndms"
     begins at noise alone (no img2img).
     """
@@ -81,7 +81,7 @@ def sampled_by(diffusion: Generator, sampler: str) -> Generator:
     return diffusion
 
 
-def encoder_for(
+def load_encoder(
     config: Mapping[str, Any], weights: str, device: str = "cpu"
 ) -> Clipper | PatchClip:
     """The CLIP whose tokens a checkpoint predicts, from the config that it carries."""
@@ -96,9 +96,9 @@ def encoder_for(
     )
 
 
-def generator_for(
+def load_generator(
     tokens: int, weights: str, device: str = "cpu", clip: Clipper | PatchClip | None = None
-) -> Generator:
+) -> ImageGenerator:
     """The generator that the published systems feed with such tokens: one goes to image variations,
     all of them to Versatile Diffusion, and patch tokens alone to MindEye2's unCLIP.
     """
@@ -112,7 +112,7 @@ def generator_for(
 
 
 def generate_images(
-    diffusion: Generator,
+    diffusion: ImageGenerator,
     tokens: Tensor,
     image_ids: np.ndarray,
     init_latents: Tensor | None = None,
@@ -130,7 +130,7 @@ def generate_images(
         tokens: (images, samples, tokens, dim).
         image_ids: (images,), from which the noise is drawn.
         init_latents: scaled latents (images, channels, h, w) to start from, or None.
-        strength: as `Generator.generate`.
+        strength: as `ImageGenerator.generate`.
         seed: of the noise.
         batch_size: pictures at a time, images times samples.
         same: the same noise for all images, as published.
@@ -144,7 +144,11 @@ def generate_images(
     images, samples = len(tokens), n_samples or tokens.shape[1]
     condition = tokens.expand(-1, samples, -1, -1).flatten(0, 1)  # (images * samples, tokens, dim)
     noise = torch.stack(
-        [latent_noise(image_ids, diffusion.latent_shape, seed, s, same) for s in range(samples)], 1
+        [
+            draw_latent_noise(image_ids, diffusion.latent_shape, seed, s, same)
+            for s in range(samples)
+        ],
+        1,
     ).flatten(0, 1)
     init = None if init_latents is None else init_latents.repeat_interleave(samples, 0)
     made = []
@@ -162,7 +166,7 @@ def generate_images(
     return torch.cat(made).unflatten(0, (images, samples))
 
 
-def guided_images(
+def repaint_images(
     pipeline: Any,
     captions: Sequence[str],
     pictures: Tensor,
@@ -175,7 +179,7 @@ def guided_images(
     """Repaint pictures after sentences with the library's `StableDiffusionImg2ImgPipeline`.
 
     Args:
-        pipeline: from `pretrained.stable_diffusion_pipeline`.
+        pipeline: from `pretrained.load_stable_diffusion_pipeline`.
         captions: (images,), one sentence a picture.
         pictures: (images, 3, height, width) in [0, 1], from which it begins.
         image_ids: (images,), from which each picture's noise is drawn, whatever batch it is in.
@@ -198,7 +202,7 @@ def guided_images(
         generator = [
             torch.Generator().manual_seed(_seed(seed, int(image))) for image in image_ids[part]
         ]
-        with constant_condition(pipeline.unet):
+        with cache_condition(pipeline.unet):
             out = pipeline(
                 prompt=list(captions[part]),
                 image=pictures[part].float(),
@@ -211,7 +215,7 @@ def guided_images(
     return torch.cat(made)
 
 
-def pick_best(
+def select_best(
     clipper: Clipper | PatchClip, projected: Tensor, candidates: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Second-order selection: of each image's candidates, the one whose CLIP tokens are nearest to
@@ -243,7 +247,7 @@ def pick_best(
 
 
 @torch.no_grad()
-def sample_spread(clipper: Clipper | PatchClip, candidates: Tensor) -> Tensor:
+def compute_sample_spread(clipper: Clipper | PatchClip, candidates: Tensor) -> Tensor:
     """How far apart the samples of an image are, (images,): mean distance (1 - cosine) of the CLIP
     tokens of every two of them.
 
@@ -263,7 +267,7 @@ def sample_spread(clipper: Clipper | PatchClip, candidates: Tensor) -> Tensor:
     )  # of all pairs at once
 
 
-def in_chunks(
+def compute_in_chunks(
     make: Callable[[slice], dict[str, Tensor]], n: int, size: int, folder: Path, mark: Any
 ) -> dict[str, Tensor]:
     """Call `make` for slices of n images and join what it gives; finished slices are kept, so that
@@ -314,7 +318,7 @@ def load_reconstructions(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 (the file is no dict)
 
 
-def load_row(folder: str | Path, row: str, image_ids: np.ndarray) -> Tensor:
+def load_condition(folder: str | Path, row: str, image_ids: np.ndarray) -> Tensor:
     """One row of pictures of another run, of the same test images or of more.
 
     Args:

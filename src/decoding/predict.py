@@ -66,7 +66,7 @@ def predict_tokens(
             tokens = decoder(x).view(len(x), 1, *token_shape)
             projected.append(tokens[:, 0].cpu())
         else:
-            backbone, projection = network.tokens(x)
+            backbone, projection = network.predict_tokens(x)
             tokens = backbone[:, None] / (1.0 if prior is None else prior.image_embed_scale)
             if use_prior and prior is not None:
                 mine = ids[start : start + batch_size]
@@ -117,7 +117,7 @@ def predict_latents(
     return torch.cat(parts)
 
 
-def repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:
+def compute_repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:
     """How alike the predictions from single repeats are, (images,): mean correlation over every two
     repeats.
 

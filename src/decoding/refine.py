@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
-from src.decoding.generate import guided_images
-from src.pretrained.base import _load, _quiet
-from src.pretrained.generators import stable_diffusion_pipeline
-from src.pretrained.unclip import euler_timesteps
+from src.decoding.generate import repaint_images
+from src.pretrained.base import load_pretrained, silence_libraries
+from src.pretrained.generators import load_stable_diffusion_pipeline
+from src.pretrained.unclip import compute_euler_timesteps
 from src.utils import HOME, PerceptError, progress
 
 CHECKPOINT = "zavychromaxl_v30.safetensors"
@@ -47,7 +47,7 @@ NEGATIVE_PROMPT = (
 )
 
 
-def refiner(
+def load_refiner(
     weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None, base: str = BASE
 ) -> Any:
     """The pipeline that repaints.
@@ -67,12 +67,12 @@ def refiner(
     """
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
     if weights == "mini":
-        return stable_diffusion_pipeline("mini", device, dtype)
+        return load_stable_diffusion_pipeline("mini", device, dtype)
     place = str(HOME / "data" / "mindeye2_models" / CHECKPOINT) if weights == "hub" else weights
     made = (
         _from_file(place, base, dtype)
         if place.endswith(".safetensors")
-        else _load(StableDiffusionXLImg2ImgPipeline, place, torch_dtype=dtype)
+        else load_pretrained(StableDiffusionXLImg2ImgPipeline, place, torch_dtype=dtype)
     )
     made.scheduler = EulerDiscreteScheduler.from_config(
         made.scheduler.config, use_karras_sigmas=False, final_sigmas_type="zero"
@@ -88,7 +88,7 @@ def _from_file(place: str, base: str, dtype: torch.dtype) -> Any:
             " weights to a file or folder."
         )
     try:
-        with _quiet():
+        with silence_libraries():
             return StableDiffusionXLImg2ImgPipeline.from_single_file(
                 place, config=base, torch_dtype=dtype
             )
@@ -149,7 +149,7 @@ def refine_images(
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     if isinstance(pipeline, StableDiffusionXLImg2ImgPipeline):
         size = size or SIZE
-        options |= {"timesteps": euler_timesteps(steps), "negative_prompt": negative_prompt}
+        options |= {"timesteps": compute_euler_timesteps(steps), "negative_prompt": negative_prompt}
         options |= {
             "original_size": (size, size),
             "crops_coords_top_left": (0, 0),
@@ -163,7 +163,7 @@ def refine_images(
     )  # half a step more, because the library rounds down
     for start in progress(range(0, len(pictures), batch_size), "refining"):
         rows = slice(start, start + batch_size)
-        large = guided_images(
+        large = repaint_images(
             pipeline,
             captions[rows],
             _resized(pictures[rows], (size, size)),

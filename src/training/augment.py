@@ -30,7 +30,7 @@ class _Crop(nn.Module):
         return torch.where(chosen.to(images.device)[:, None, None, None], self.crop(images), images)
 
 
-def clip_augmentation(size: int) -> nn.Module:
+def build_clip_augmentation(size: int) -> nn.Module:
     """Augmentation of the images whose CLIP tokens are learnt: (batch, 3, height, width) -> (batch,
     3, size, size).
 
@@ -49,7 +49,7 @@ def clip_augmentation(size: int) -> nn.Module:
     )
 
 
-def teacher_augmentation(size: int) -> nn.Module:
+def build_teacher_augmentation(size: int) -> nn.Module:
     """Augmentation of the images that the low level's teacher sees a second time: (batch, 3,
     height, width) -> (batch, 3, size, size).
 
@@ -65,7 +65,7 @@ def teacher_augmentation(size: int) -> nn.Module:
     )
 
 
-def tinted(images: Tensor) -> Tensor:
+def jitter_images(images: Tensor) -> Tensor:
     """Images changed a little in light, sharpness and noise, every place of a picture staying where
     it was: (batch, 3, height, width) -> same shape.
     """
@@ -79,7 +79,7 @@ _TINT = nn.Sequential(
 )
 
 
-def augmented(augmentation: nn.Module, images: Tensor, seed: int) -> Tensor:
+def apply_augmentation(augmentation: nn.Module, images: Tensor, seed: int) -> Tensor:
     """Images changed with all random numbers drawn from `seed`: the same seed and images give the
     same result.
     """

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 from src.training.state import _Means
 from src.training.types import Batch, Step
 from src.utils import PerceptError
 
 
-def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+def draw_epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """Order of the samples (samples,) in an epoch: a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
@@ -26,7 +26,7 @@ def _resampled_order(samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 ORDERS: dict[str, Callable[[int, int, int], np.ndarray]] = {
-    "shuffled": epoch_order,
+    "shuffled": draw_epoch_order,
     # with replacement, as the published loader draws its shards: about a third of the images is
     # missed in an epoch
     "resampled": _resampled_order,
@@ -37,23 +37,16 @@ def _collate(batch: Any) -> Batch:
     return batch if isinstance(batch, dict) else default_collate(batch)
 
 
-class FirstSamples:
-    """The first n samples of a dataset, as `fit` takes them: whoever cannot overfit these has a
-    fault elsewhere.
-    """
-
-    def __init__(self, dataset: Any, n: int):
-        self.dataset, self.n, self.set_epoch = dataset, min(n, len(dataset)), dataset.set_epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """As the dataset's."""
-        return self.dataset.__getitems__(indices)
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a dataset, or the one that a `torch.utils.data.Subset` is of, which epoch begins."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    dataset.set_epoch(epoch)
 
 
-def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+def iterate_batches(
+    dataset: Any, batch_size: int, device: str | torch.device = "cpu"
+) -> Iterator[Batch]:
     """Every sample of a dataset once, in order; the last batch may be smaller.
 
     Args:
@@ -91,7 +84,7 @@ def evaluate(
         raise PerceptError("There is nothing to evaluate: the dataset is empty.")
     means, was_training = _Means(), model.training
     model.eval()
-    for batch in batches(dataset, batch_size, next(model.parameters()).device):
+    for batch in iterate_batches(dataset, batch_size, next(model.parameters()).device):
         loss, logs = step(model, batch, epoch)
         means.add({"loss": loss, **logs}, weight=len(next(iter(batch.values()))))
     model.train(was_training)

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from src.training.batches import ORDERS, _collate, _parts
-from src.training.optim import SCHEDULERS, _adamw, _choose, parameter_groups
+from src.training.batches import ORDERS, _collate, _parts, set_epoch
+from src.training.optim import SCHEDULERS, _adamw, _choose, group_parameters
 from src.training.processes import _accelerator, _Sharded, _share_norms, _shared_batch, _Stepper
 from src.training.state import (
     _check_same,
@@ -92,7 +92,7 @@ class _Training:
         _choose(ORDERS, settings.order, "order")
         self.steps = self._steps_per_epoch()
         self.model = _share_norms(model.to(self.device), self.accelerator)
-        groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
+        groups = group_parameters(self.model, settings.weight_decay, settings.decay)
         self.raw_optimizer = _adamw(groups, settings.max_lr, settings.betas, settings.eps)
         make = _choose(SCHEDULERS, settings.scheduler, "scheduler")
         if settings.warmup_steps and settings.scheduler != "warmup":
@@ -479,7 +479,7 @@ class _Training:
     def train_epoch(self, workers: int) -> None:
         """Train for the rest of the present epoch."""
         self.model.train()
-        self.dataset.set_epoch(self.at.epoch)
+        set_epoch(self.dataset, self.at.epoch)
         for batch in self._loader(workers):
             save, stop = self._train_step(send_to_device(batch, self.device, non_blocking=True))
             if stop:

@@ -62,7 +62,7 @@ DECAYS: dict[
 }
 
 
-def parameter_groups(
+def group_parameters(
     model: nn.Module, weight_decay: float, decay: str = "no_norms"
 ) -> list[dict[str, Any]]:
     """Trainable parameters with weight decay, and those without: names that contain "bias", and

@@ -69,7 +69,7 @@ def _shared_batch(processes: int) -> Iterator[None]:
         _Gather.active = False
 
 
-def own_rows(x: Tensor) -> Tensor:
+def select_local_rows(x: Tensor) -> Tensor:
     """The rows of this process in a tensor of the whole batch, (batch, ...) -> (batch / processes,
     ...): undoes `gather`.
     """

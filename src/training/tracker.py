@@ -61,7 +61,7 @@ class Tracker:
             self._open.finish()
 
 
-def tracker(run: Run, wandb_log: bool, project: str, **options: str) -> Tracker | None:
+def open_tracker(run: Run, wandb_log: bool, project: str, **options: str) -> Tracker | None:
     """A `Tracker` (with its `options`) for `fit`'s `logger`, or None where none is wanted: not at
     all, or not in this one of several processes.
     """
