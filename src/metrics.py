@@ -150,12 +150,12 @@ class _View:
         return resize(pictures, self.size, self.antialias) if self.size else pictures
 
 
-def reordered(images: Any, order: Any) -> Any:
+def reorder_lazily(images: Any, order: Any) -> Any:
     """Pictures (n, 3, height, width) in another order (n,), read one by one when they are needed."""
     return _View(images, order=np.asarray(order))
 
 
-def as_compared(images: Any, resizing: str = "published") -> Any:
+def apply_resizing(images: Any, resizing: str = "published") -> Any:
     """Pictures (n, 3, height, width) as an evaluation first brings them to one size: a key of
     `RESIZING`.
 

@@ -66,8 +66,8 @@ def page_file(tmp_path_factory, details):
             records.make_record(
                 name,
                 values,
-                floors=floors,
-                ceiling=values - step,
+                baselines=floors,
+                upper_bound=values - step,
                 better=better,
                 stage=stage,
                 chance=0.4,

@@ -13,7 +13,12 @@ import torch
 
 from src import miniworld
 from src.evaluation import captions, tables
-from src.evaluation.captions import CAPTION_METRICS, SentenceEncoder, by_text, ready_metrics
+from src.evaluation.captions import (
+    CAPTION_METRICS,
+    SentenceEncoder,
+    embed_each_text,
+    prepare_caption_metrics,
+)
 from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
 from src.evaluation.statistics import derangements
 from src.utils import PerceptError, read_json
@@ -23,7 +28,7 @@ BY_WORDS = [
     name for name, metric in CAPTION_METRICS.items() if not metric.network and name != "METEOR"
 ]
 needs_wordnet = pytest.mark.skipif(
-    captions.wordnet_folder() is None,
+    captions.find_wordnet_folder() is None,
     reason="WordNet is not installed (apt-get install wordnet-base)",
 )
 PAIRS = [
@@ -44,13 +49,13 @@ SAID, WANTED = [said for said, _ in PAIRS], [wanted for _, wanted in PAIRS]
 @pytest.fixture(scope="module")
 def written():
     """Captions (120, 5) of test images of the mini world."""
-    return [miniworld.caption(miniworld.compose(SEED, i, "test")) for i in range(120)]
+    return [miniworld.write_captions(miniworld.compose_image(SEED, i, "test")) for i in range(120)]
 
 
 @pytest.fixture(scope="module")
 def ready():
     """Every metric that can be computed here, with the mini networks."""
-    return ready_metrics(",".join(CAPTION_METRICS), "mini")[0]
+    return prepare_caption_metrics(",".join(CAPTION_METRICS), "mini")[0]
 
 
 def grams(text, n):
@@ -231,13 +236,13 @@ def test_meteor_takes_the_reference_that_fits_best(written):
 
 @needs_wordnet
 def test_wordnet_is_found_where_it_is_said_to_be(monkeypatch, tmp_path):
-    found = captions.wordnet_folder()
+    found = captions.find_wordnet_folder()
     (tmp_path / "elsewhere").symlink_to(found)
     monkeypatch.setenv("PERCEPT_WORDNET", str(tmp_path / "elsewhere"))
-    assert captions.wordnet_folder() == tmp_path / "elsewhere"
+    assert captions.find_wordnet_folder() == tmp_path / "elsewhere"
     names = {
         lemma.name()
-        for synset in captions.find_wordnet().synsets("car")
+        for synset in captions.load_wordnet().synsets("car")
         for lemma in synset.lemmas()
     }
     assert {"auto", "automobile"} <= names
@@ -249,7 +254,7 @@ def test_without_wordnet_meteor_is_left_out_and_nothing_takes_its_place(monkeypa
     monkeypatch.delenv("PERCEPT_WORDNET", raising=False)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(captions, "WORDNET", tmp_path / "nowhere")
-    made, missing, _ = ready_metrics("METEOR,ROUGE-1", "mini")
+    made, missing, _ = prepare_caption_metrics("METEOR,ROUGE-1", "mini")
     assert [m.name for m in made] == ["ROUGE-1"] and "apt-get install wordnet-base" in missing[
         "METEOR"
     ]
@@ -257,11 +262,11 @@ def test_without_wordnet_meteor_is_left_out_and_nothing_takes_its_place(monkeypa
         CAPTION_METRICS["METEOR"].each(WANTED, SAID)
     monkeypatch.setenv("PERCEPT_WORDNET", str(tmp_path))
     with pytest.raises(PerceptError, match="holds no WordNet"):
-        captions.wordnet_folder()
+        captions.find_wordnet_folder()
 
 
 def test_words():
-    assert captions.sentence_words("A man's dog. It barks, twice!") == [
+    assert captions.tokenize_words("A man's dog. It barks, twice!") == [
         "A",
         "man",
         "'s",
@@ -273,7 +278,7 @@ def test_words():
         "twice",
         "!",
     ]
-    assert captions.spoken_words("A man's dog. It barks, twice!") == [
+    assert captions.tokenize_lowercase("A man's dog. It barks, twice!") == [
         "a",
         "man",
         "'s",
@@ -282,13 +287,13 @@ def test_words():
         "barks",
         "twice",
     ]
-    assert captions.spoken_words("") == []
+    assert captions.tokenize_lowercase("") == []
 
 
 # ----------------------------------------------------------------------------- what all of them do
 def test_every_metric_is_there(ready):
     expected = {*BY_WORDS, "mini:Sentence", "mini:CLIP-L text"} | (
-        {"METEOR"} if captions.wordnet_folder() else set()
+        {"METEOR"} if captions.find_wordnet_folder() else set()
     )
     assert {m.name for m in ready} == expected and all(
         m.better == "higher" and m.description and m.source for m in ready
@@ -342,15 +347,15 @@ def test_what_does_not_pair_up_is_refused(name):
         with pytest.raises(PerceptError, match=words):
             metric.each(wanted, said)
     with pytest.raises(PerceptError, match="pairing of 2"):
-        metric.compare(WANTED, captions.as_lists(SAID), pairing=[0, 1])
+        metric.compare(WANTED, captions.to_text_lists(SAID), pairing=[0, 1])
 
 
 def test_a_metric_without_its_network_says_so_and_names_are_checked():
     with pytest.raises(PerceptError, match="CLIP ViT-B/32, which it was not given"):
         CAPTION_METRICS["CLIP-B text"].each(SAID, SAID)
     with pytest.raises(PerceptError, match="caption_metrics names SPICE"):
-        ready_metrics("SPICE", "mini")
-    assert "one CLIP" in ready_metrics("CLIP-B text", "mini")[1]["CLIP-B text"]
+        prepare_caption_metrics("SPICE", "mini")
+    assert "one CLIP" in prepare_caption_metrics("CLIP-B text", "mini")[1]["CLIP-B text"]
     with pytest.raises(PerceptError, match="no sentence embeddings at"):
         SentenceEncoder("nowhere")
 
@@ -362,7 +367,7 @@ def test_cosines_take_the_nearest_reference_and_look_at_each_sentence_once():
         asked.extend(texts)
         return np.array([vectors[text] for text in texts])
 
-    metric = CAPTION_METRICS["Sentence"].through(by_text(embed), "mini:")
+    metric = CAPTION_METRICS["Sentence"].through(embed_each_text(embed), "mini:")
     half = math.sqrt(0.5)
     np.testing.assert_allclose(
         metric.each([["a", "b"], "b", "a"], ["c", "a", "a"]), [half, 0, 1], atol=1e-12
@@ -388,7 +393,7 @@ def test_the_twin_is_read_by_the_library_and_tells_contents_apart(written):
         encoder.fingerprint()["model"] == "mini:sentence"
         and encoder.fingerprint() == SentenceEncoder("mini").fingerprint()
     )
-    metric = CAPTION_METRICS["Sentence"].through(by_text(encoder.embed))
+    metric = CAPTION_METRICS["Sentence"].through(embed_each_text(encoder.embed))
     said = [
         "there is a red ball in the middle of the picture in a forest",
         "a blue ball in a forest",
@@ -396,10 +401,10 @@ def test_the_twin_is_read_by_the_library_and_tells_contents_apart(written):
     ]
     near, far, farther = metric.each(["a red ball in a forest"] * 3, said)
     assert near > 0.9 > far > farther + 0.2
-    what = [miniworld.compose(SEED, i, "test") for i in range(len(written))]
-    labels = np.array([[w.scene, w.things[-1].kind, w.things[-1].colour] for w in what])
+    what = [miniworld.compose_image(SEED, i, "test") for i in range(len(written))]
+    labels = np.array([[w.scene, w.objects[-1].category, w.objects[-1].colour] for w in what])
     first, second = (
-        np.stack([row[0] for row in by_text(encoder.embed)([five[k] for five in written])])
+        np.stack([row[0] for row in embed_each_text(encoder.embed)([five[k] for five in written])])
         for k in (0, 4)
     )
     cosine, shared = first @ second.T, (labels[:, None] == labels).sum(-1)
@@ -452,9 +457,9 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
         [CAPTION_METRICS[name] for name in ("ROUGE-L", "CIDEr")],
     )
     table = captions.read_captions(stored, ids)
-    common = captions.most_common(["b", "a ball", "a ball", "b", "c"])
+    common = captions.find_most_common_caption(["b", "a ball", "a ball", "b", "c"])
     assert common == "a ball"
-    pairings = captions.scored_pairings(table, common)
+    pairings = captions.pair_captions(table, common)
     scored = {
         name: score_table(wanted, rows, metrics, draws=2, image_ids=ids)
         for name, (wanted, rows) in pairings.items()
@@ -469,7 +474,7 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
     assert set(read["CIDEr"]["floors"]) == {"shuffled", "common_caption"} and set(
         read["CIDEr"]["others"]
     ) == {"true_tokens"}
-    lines = captions.caption_lines(scored).set_index(["metric", "pairing"])
+    lines = captions.caption_table(scored).set_index(["metric", "pairing"])
     rouge = {
         pairing: lines.loc["ROUGE-L", pairing]
         for pairing in ("img_ref", "brain_ref", "brain_img", "relative")
@@ -493,8 +498,8 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
     )
     assert rouge["relative"]["low"] < rouge["relative"]["value"] < rouge["relative"]["high"]
     assert rouge["brain_ref"]["shuffled"] < rouge["brain_ref"]["value"] < rouge["img_ref"]["value"]
-    corpus = captions.corpus_lines(table, common, next(derangements(len(ids), 1, 0)))
-    shown = captions.caption_rows(pd.concat([lines.reset_index(), corpus], ignore_index=True))
+    corpus = captions.corpus_bleu_table(table, common, next(derangements(len(ids), 1, 0)))
+    shown = captions.format_caption_table(pd.concat([lines.reset_index(), corpus], ignore_index=True))
     assert [row["metric"] for row in shown] == [
         "ROUGE-L",
         "CIDEr",
@@ -513,8 +518,8 @@ def test_tables_hold_the_published_metrics_first_under_their_names(tmp_path):
         return make_record(
             name,
             np.linspace(0, 1, 9),
-            floors=floors,
-            ceiling=ceiling,
+            baselines=floors,
+            upper_bound=ceiling,
             better="higher",
             protocol="p",
             test_set="t",
@@ -548,9 +553,9 @@ def test_tables_hold_the_published_metrics_first_under_their_names(tmp_path):
         for m in ("network", "ridge")
         for d, v in (("image_from_brain", 0.7), ("brain_from_image", 0.8))
     ]
-    found = tables.retrieval_rows({"tables": [{"title": "Retrieval in pools", "rows": pools}]})
-    path = tables.write_lines(
-        tmp_path / "tables" / "run_all_recons.csv", tables.score_lines([*records, *found])
+    found = tables.retrieval_records({"tables": [{"title": "Retrieval in pools", "rows": pools}]})
+    path = tables.write_table(
+        tmp_path / "tables" / "run_all_recons.csv", tables.published_table([*records, *found])
     )
     read = pd.read_csv(path, sep="\t")
     assert read["Metric"].tolist() == [
@@ -588,4 +593,4 @@ def test_tables_hold_the_published_metrics_first_under_their_names(tmp_path):
         tables.published_name("mini:CLIP, blend 0.25") == (5, "mini:CLIP, blend 0.25")
         and tables.published_name("pixcorr, blend 0.25")[1] == "PixCorr, blend 0.25"
     )
-    assert tables.retrieval_rows({"tables": []}) == []
+    assert tables.retrieval_records({"tables": []}) == []

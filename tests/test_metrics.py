@@ -150,18 +150,18 @@ def test_bytes_and_views_are_compared_as_floats_are():
         np.testing.assert_allclose(METRICS[name].each(as_bytes, recons.numpy()), exact)
         np.testing.assert_allclose(
             METRICS[name].each(
-                metrics.as_compared(as_bytes, "straight"), metrics.reordered(recons, np.arange(5))
+                metrics.apply_resizing(as_bytes, "straight"), metrics.reorder_lazily(recons, np.arange(5))
             ),
             exact,
         )
         small = [torchvision_resize(x, [256, 256], antialias=False) for x in (images, recons)]
         np.testing.assert_allclose(
-            METRICS[name].each(*(metrics.as_compared(x, "published") for x in (images, recons))),
+            METRICS[name].each(*(metrics.apply_resizing(x, "published") for x in (images, recons))),
             METRICS[name].each(*small),
             atol=1e-6,
         )
     with pytest.raises(PerceptError, match="no resizing 'mine'"):
-        metrics.as_compared(images, "mine")
+        metrics.apply_resizing(images, "mine")
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,12 @@ class Checked(HTMLParser):
 
 def score(values, floors, name="pixcorr", **change):
     options = {
-        "ceiling": np.ones(len(values)),
+        "upper_bound": np.ones(len(values)),
         "better": "higher",
         "protocol": "mini",
         "test_set": "20-ab",
     }
-    return records.make_record(name, values, floors=floors, **(options | change))
+    return records.make_record(name, values, baselines=floors, **(options | change))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def run(tmp_path):
             values[:15],
             {"nearest_train": values[:15] + 0.2, "mean_image": values[:15]},
             "top1",
-            ceiling="<b>no generator</b>",
+            upper_bound="<b>no generator</b>",
             stage="05_retrieve",
             chance=0.05,
         ),
@@ -206,7 +206,7 @@ def test_right_is_better_in_the_chart(better):
     record = score(
         np.linspace(0.4, 0.6, 20),
         {"mean_image": np.full(20, 0.5 - 0.2 * sign)},
-        ceiling=np.full(20, 0.5 + 0.3 * sign),
+        upper_bound=np.full(20, 0.5 + 0.3 * sign),
         better=better,
         chance=0.5,
     )

@@ -11,10 +11,10 @@ from PIL import Image
 from test_metrics import embed, pictures
 
 from src import metrics
-from src.evaluation import alarms as sanity
 from src.evaluation import records as recording
+from src.evaluation import sanity_checks as sanity
 from src.evaluation import statistics
-from src.evaluation.pictures import load_pictures, mean_picture, most_alike, pixel_hash
+from src.evaluation.images import compute_mean_image, find_most_similar, hash_pixels, load_images
 from src.evaluation.records import make_records, score_table
 from src.evaluation.statistics import bootstrap_mean
 from src.metrics import METRICS, two_way_metric
@@ -147,7 +147,7 @@ def test_records_carry_floors_ceiling_and_p(table):
     with pytest.raises(PerceptError, match="no ceiling row"):
         make_records(without, chosen, protocol="test", test_set="8-abc")
     records = make_records(
-        without, chosen, protocol="test", test_set="8-abc", no_ceiling="retrieval has no generator"
+        without, chosen, protocol="test", test_set="8-abc", no_upper_bound="retrieval has no generator"
     )
     assert records[0]["ceiling"] == {"not_applicable": "retrieval has no generator"}
 
@@ -276,15 +276,15 @@ def test_misaligned_rows_raise_an_alarm():
     metric = two_way_metric("two_way", embed)
     good, ceiling = metric.each(images, recons), metric.each(images, images)
     assert sanity.check_alignment(good, metrics.pixcorr(images, recons)) == []
-    assert sanity.check_alignment(good, metrics.pixcorr(images, recons), ceiling=ceiling) == []
+    assert sanity.check_alignment(good, metrics.pixcorr(images, recons), oracle=ceiling) == []
     shuffled = recons[order]
     scores = metric.each(images, shuffled), metrics.pixcorr(images, shuffled)
     assert "misaligned" in sanity.check_alignment(*scores)[0]
     assert (
         "while true latents reach 100.0%: your rows are probably misaligned"
-        in sanity.check_alignment(*scores, ceiling=ceiling)[0]
+        in sanity.check_alignment(*scores, oracle=ceiling)[0]
     )
-    broken = sanity.check_alignment(*scores, ceiling=metric.each(images, shuffled))
+    broken = sanity.check_alignment(*scores, oracle=metric.each(images, shuffled))
     assert len(broken) == 1 and "generator" in broken[0] and "misaligned" not in broken[0]
 
 
@@ -330,13 +330,13 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
             tmp_path / "folder" / f"recon_{i}.png"
         )  # 10 comes after 9, not after 1
     for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
-        found = load_pictures(tmp_path / name)
+        found = load_images(tmp_path / name)
         assert torch.allclose(
             found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6
         ), name
-        assert torch.allclose(mean_picture(found), floats.mean(0).expand_as(floats), atol=1e-6)
-        assert pixel_hash(found) == pixel_hash(floats)
-    assert pixel_hash(floats) != pixel_hash(floats.flip(0)) and pixel_hash(floats).startswith(
+        assert torch.allclose(compute_mean_image(found), floats.mean(0).expand_as(floats), atol=1e-6)
+        assert hash_pixels(found) == hash_pixels(floats)
+    assert hash_pixels(floats) != hash_pixels(floats.flip(0)) and hash_pixels(floats).startswith(
         "12-pixels-"
     )
 
@@ -344,9 +344,9 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("missing.pt", None, "no pictures at"),
+        ("missing.pt", None, "no images at"),
         ("bad.pt", b"nothing", "cannot be read"),
-        ("notes.txt", b"text", "cannot be read as pictures"),
+        ("notes.txt", b"text", "cannot be read as images"),
         ("two.npz", {"a": np.zeros(3), "b": np.zeros(3)}, "2 entries"),
         ("flat.npz", {"a": np.zeros((4, 5))}, "shape .4, 5."),
     ],
@@ -357,20 +357,20 @@ def test_what_is_no_picture_is_refused(tmp_path, name, content, words):
     elif content:
         np.savez(tmp_path / name, **content)
     with pytest.raises(PerceptError, match=words) as error:
-        load_pictures(tmp_path / name)
+        load_images(tmp_path / name)
     assert name in str(error.value)
 
 
 def test_a_pickled_file_runs_no_code(tmp_path):
     torch.save({"recons": print}, tmp_path / "evil.pt")
     with pytest.raises(PerceptError, match="no Python objects"):
-        load_pictures(tmp_path / "evil.pt")
+        load_images(tmp_path / "evil.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PerceptError, match="no PNG or JPEG files"):
-        load_pictures(tmp_path / "empty")
+        load_images(tmp_path / "empty")
 
 
 def test_most_alike_is_never_oneself():
     images, _ = pictures(10)
     twins = torch.cat([images, (images * 0.97 + 0.01)])
-    assert most_alike(twins).tolist() == [*range(10, 20), *range(10)]
+    assert find_most_similar(twins).tolist() == [*range(10, 20), *range(10)]

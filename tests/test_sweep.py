@@ -192,7 +192,10 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         assert (
             tiny.parent / "home/train_logs" / name / "weights"
         ).read_text() == f"{ {'low': 0.1, 'high': 0.2}[rate] } {luck}"
-    assert run.sweep([str(tiny)]) == 0 and "4 points, 4 finished before" in capsys.readouterr().out
+    assert (
+        run.main(["sweep", str(tiny)]) == 0
+        and "4 points, 4 finished before" in capsys.readouterr().out
+    )
     ledger = json.loads((tiny.parent / "home/results/tiny/points.json").read_text())
     assert [p["state"] for p in ledger["points"]] == ["finished"] * 4 and ledger["points"][1][
         "levels"
@@ -201,7 +204,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         tiny.parent / "home/results/tiny/07_sweep.ipynb"
     ).exists()
     made = notes(tiny)
-    assert run.sweep([str(tiny)]) == 0 and notes(tiny) == made  # no kernel at all
+    assert run.main(["sweep", str(tiny)]) == 0 and notes(tiny) == made  # no kernel at all
     write(
         tiny,
         fixed={"wait": 0.4},
@@ -209,7 +212,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         points=[{"label": "slow", "rate": 1}],
     )
     changed = sweeping.Sweep(tiny)
-    assert [changed.state(point) for point in changed.grid.points] == [
+    assert [changed.find_state(point) for point in changed.grid.points] == [
         "finished",
         "finished",
         "missing",
@@ -219,7 +222,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     ) == ["rate=low,seed=1", "rate=high,seed=1"]
     assert changed.grid.points[2].levels == {"rate": "1", "seed": "0"}
     write(tiny, fixed={"wait": 0.5}, grid={"seed": [0]})
-    assert sweeping.Sweep(tiny).state(sweeping.Sweep(tiny).grid.points[0]) == "missing"
+    assert sweeping.Sweep(tiny).find_state(sweeping.Sweep(tiny).grid.points[0]) == "missing"
 
 
 def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
@@ -247,7 +250,9 @@ def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
         and "s: Stage 02_train stopped: ValueError: on purpose" in said
     )
     assert "ValueError: on purpose" in (tiny.parent / "home/results/tiny/bad/log.txt").read_text()
-    assert [sweeping.Sweep(tiny).state(point) for point in sweeping.Sweep(tiny).grid.points] == [
+    assert [
+        sweeping.Sweep(tiny).find_state(point) for point in sweeping.Sweep(tiny).grid.points
+    ] == [
         "failed",
         "begun",
         "missing",
@@ -302,7 +307,7 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
         job(tmp_path, "dead", "kill -9 $$"),
     ]
     ended = {one.name: one for one in job_queue.run_jobs(jobs, where, lambda name: name == "3")}
-    assert {name: one.how for name, one in ended.items()} == {
+    assert {name: one.outcome for name, one in ended.items()} == {
         "0": "finished",
         "1": "finished",
         "2": "finished",
@@ -310,7 +315,7 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
         "bad": "failed",
         "dead": "failed",
     }
-    assert ended["bad"].sentence == "too bad" and "code -9" in ended["dead"].sentence
+    assert ended["bad"].message == "too bad" and "code -9" in ended["dead"].message
     assert {(tmp_path / name / "log.txt").read_text().strip() for name in "01"} == {"4", "7"}
 
 
@@ -320,7 +325,7 @@ def test_a_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
     lock.close()
     assert job_queue.lock(tmp_path / "lock") is None
     assert [
-        one.how
+        one.outcome
         for one in job_queue.run_jobs(
             [job_queue.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")],
             [{}],
@@ -340,7 +345,7 @@ def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
     ended = []
     with pytest.raises(SystemExit) as stopped:
         for one in job_queue.run_jobs(jobs, [{}], lambda _: False):
-            ended.append((one.name, one.how))
+            ended.append((one.name, one.outcome))
     assert (
         stopped.value.code == 143
         and ended == [("one", "stopped")]
@@ -374,9 +379,9 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         and grid.report == {"by": "val/r2"}
         and grid.name_point_run(grid.points[4]) == "mine/rate=2,wait=1.5"
     )
-    assert len(grid_file.file_name("x" * 300)) < 140 and grid_file.file_name(
+    assert len(grid_file.make_folder_name("x" * 300)) < 140 and grid_file.make_folder_name(
         "x" * 300
-    ) != grid_file.file_name("x" * 301)
+    ) != grid_file.make_folder_name("x" * 301)
     assert sweeping.Sweep(tiny).grid.points[0].levels["wait"] == "0.0"  # what the recipe has
 
 
@@ -422,22 +427,22 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
 def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, content, words):
     write(tiny, **content)
     with pytest.raises(PerceptError, match=words):
-        run.sweep([str(tiny)])
+        run.main(["sweep", str(tiny)])
     assert not list((tiny.parent / "home").iterdir())
 
 
 def test_a_missing_file_and_numbers_that_no_point_has(tiny):
     with pytest.raises(PerceptError, match="no grid file"):
-        run.sweep(["nothing.yaml"])
+        run.main(["sweep", "nothing.yaml"])
     write(tiny, grid={"rate": [1, 2]})
     for only in ("2", "a", "-1"):
         with pytest.raises(PerceptError, match="0 to 1"):
-            run.sweep([str(tiny), f"--only={only}"])
+            run.main(["sweep", str(tiny), f"--only={only}"])
 
 
 def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
     write(tiny, grid={"rate": [1, 2], "seed": [0, 1]})
-    assert run.sweep([str(tiny), "--list"]) == 0
+    assert run.main(["sweep", str(tiny), "--list"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert (
         said[1].split() == ["1", "missing", "rate=1,seed=1"]
@@ -455,26 +460,27 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
     path.write_text("recipe: roi_voting/mini\nfrom: 02\nwithout: [06]\ngrid: {num_epochs: [1]}\n")
     told = sweeping.Sweep(path)
     assert (
-        told.stages[told.begin] == "02_train_roi_models"
+        told.stages[told.first] == "02_train_roi_models"
         and told.stages[0].startswith("01")
         and "06_metrics" not in told.stages
     )
     point = told.grid.points[0]
-    command = told.job(point, False, "").command
+    command = told.make_job(point, False, "").command
     assert (
         command[command.index("--from") + 1] == "02_train_roi_models"
         and command[command.index("--without") + 1] == "06"
     )
     stages, overrides = recipes.select_stages(
-        told.grid.recipe, told.merge_overrides(point), "02", (), without=["06"]
+        told.grid.recipe, told.merge_overrides(point), first="02", skip=["06"]
     )
-    for stage, _, stamp, mark in stage_running.iterate_stages(
+    for step in stage_running.iterate_stages(
         told.grid.recipe, overrides, stages
     ):  # as the point's run goes through them
-        if stage >= "02":
+        if step.stage >= "02":
             assert not told.is_done(point)
-            (stamp.parents[1] / f"{stage}.ipynb").write_text("{}")
-            utils.write_json(stamp, {"fingerprint": mark, "finished": 1, "wrote": []})
+            (step.results / f"{step.stage}.ipynb").write_text("{}")
+            record = {"fingerprint": step.fingerprint, "finished": 1, "wrote": []}
+            utils.write_json(step.stamp, record)
     assert told.is_done(point)
 
 
@@ -494,25 +500,27 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
     assert [p.levels["launch"] for p in told.grid.points] == ["plain", "offload"] * 2 + [
         "plain"
     ] and told.grid.points[1].overrides == {"rate": 1}
-    commands = [told.job(point, False, "python").command for point in told.grid.points]
+    commands = [told.make_job(point, False, "python").command for point in told.grid.points]
     assert [command[command.index("--launch") + 1] for command in commands] == [
         "python",
         f"{config} --num_processes 1",
     ] * 2 + ["python"]
     monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: None)
     assert (
-        told.state(told.grid.points[0]) == "missing"
-        and told.state(told.grid.points[1]) == "skipped"
+        told.find_state(told.grid.points[0]) == "missing"
+        and told.find_state(told.grid.points[1]) == "skipped"
     )
-    monkeypatch.setattr(run, "prepare_data", lambda told: None)
-    assert run.sweep([str(tiny), "--only", "1,3"]) == 0 and not notes(tiny)
+    monkeypatch.setattr(sweeping, "prepare_data", lambda sweep: None)
+    assert run.main(["sweep", str(tiny), "--only", "1,3"]) == 0 and not notes(tiny)
     said = capsys.readouterr().out
     assert (
         "Skipped, as deepspeed is not installed" in said
         and "): rate=1,launch=offload, rate=2,launch=offload" in said
     )
     assert "2 points, 0 finished before, 2 skipped" in said
-    assert run.sweep([str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
+    assert (
+        run.main(["sweep", str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
+    )
     monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: name)
     assert (
         grid_file.missing_requirement(str(config))
@@ -657,7 +665,9 @@ def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
         "early is best in validation loss, by .012 over all, the next [.0090, .016], paired by"
         " batch and seed; seeds differ by .0030 (sd): more than seed noise"
     )
-    assert sweeps.describe_gaps([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
+    assert (
+        sweeps.describe_gaps([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
+    )
     assert sweeps.describe_gaps([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
         "not more than seed noise (cannot be told from all)"
     )
@@ -667,7 +677,12 @@ def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
     assert "changes nothing" in sweeps.describe_gaps(
         [near], 0.0, "x", []
     ) and "one level only" in sweeps.describe_gaps([], np.nan, "x", [])
-    assert [sweeps.format_significant(x) for x in (0.0, 12.34, -0.5, 0.00456)] == ["0", "12", "-.50", ".0046"]
+    assert [sweeps.format_significant(x) for x in (0.0, 12.34, -0.5, 0.00456)] == [
+        "0",
+        "12",
+        "-.50",
+        ".0046",
+    ]
 
 
 def test_regions_are_drawn_where_they_are_alone_and_left_out():

@@ -1,25 +1,25 @@
-"""From reconstructions to scores with their baselines and intervals: records, statistics, comparison, report."""
+"""From reconstructions to scores with baselines and intervals: records, statistics, reports."""
 
-from src.evaluation.alarms import check_alignment, check_leak, check_outputs
 from src.evaluation.brain_correlation import brain_correlation, brain_correlation_centred, roi_masks
 from src.evaluation.captions import (
     CAPTION_METRICS,
     SentenceEncoder,
-    by_text,
-    caption_lines,
-    caption_rows,
-    corpus_lines,
-    most_common,
+    caption_table,
+    corpus_bleu_table,
+    embed_each_text,
+    find_most_common_caption,
+    format_caption_table,
+    pair_captions,
+    prepare_caption_metrics,
     read_captions,
-    ready_metrics,
-    scored_pairings,
 )
-from src.evaluation.pictures import load_pictures, mean_picture, most_alike, pixel_hash
+from src.evaluation.images import compute_mean_image, find_most_similar, hash_pixels, load_images
 from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
 from src.evaluation.report import gallery_widget, write_report
+from src.evaluation.sanity_checks import check_alignment, check_leak, check_outputs
 from src.evaluation.statistics import bootstrap_mean, derangements, noise_ceiling, paired_bootstrap
-from src.evaluation.tables import retrieval_rows, score_lines, write_lines
-from src.evaluation.votes import told, verdict, worth
+from src.evaluation.tables import published_table, retrieval_records, write_table
+from src.evaluation.votes import describe_ensemble_gain, ensemble_gain, gain_table
 
 __all__ = [
     "CAPTION_METRICS",
@@ -28,35 +28,35 @@ __all__ = [
     "bootstrap_mean",
     "brain_correlation",
     "brain_correlation_centred",
-    "by_text",
-    "caption_lines",
-    "caption_rows",
+    "caption_table",
     "check_alignment",
     "check_leak",
     "check_outputs",
-    "corpus_lines",
+    "compute_mean_image",
+    "corpus_bleu_table",
     "derangements",
+    "describe_ensemble_gain",
+    "embed_each_text",
+    "ensemble_gain",
+    "find_most_common_caption",
+    "find_most_similar",
+    "format_caption_table",
+    "gain_table",
     "gallery_widget",
-    "load_pictures",
+    "hash_pixels",
+    "load_images",
     "make_record",
     "make_records",
-    "mean_picture",
-    "most_alike",
-    "most_common",
     "noise_ceiling",
+    "pair_captions",
     "paired_bootstrap",
-    "pixel_hash",
+    "prepare_caption_metrics",
     "provenance",
+    "published_table",
     "read_captions",
-    "ready_metrics",
-    "retrieval_rows",
+    "retrieval_records",
     "roi_masks",
-    "score_lines",
     "score_table",
-    "scored_pairings",
-    "told",
-    "verdict",
-    "worth",
-    "write_lines",
     "write_report",
+    "write_table",
 ]

@@ -77,7 +77,7 @@ PAIRINGS = {  # as published: what is scored against what
 }
 
 
-def as_lists(texts: Any) -> list[list[str]]:
+def to_text_lists(texts: Any) -> list[list[str]]:
     """Captions (n,), or several for each image, as n lists.
 
     Raises:
@@ -117,7 +117,7 @@ def _pairs(references: Any, captions: Any, pairing: Any = None) -> Iterator[tupl
         yield references[order[i]], some[0]
 
 
-def sentence_words(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Tokens of the Penn Treebank, marks and capitals kept, as METEOR's published evaluation takes
     them.
 
@@ -132,14 +132,14 @@ def sentence_words(text: str) -> list[str]:
     ]
 
 
-def spoken_words(text: str) -> list[str]:
+def tokenize_lowercase(text: str) -> list[str]:
     """Tokens of the Penn Treebank in lower case without marks: what COCO's evaluation gives BLEU
     and CIDEr (there by a Java program).
     """
-    return [word for word in sentence_words(text.lower()) if word not in UNSPOKEN]
+    return [word for word in tokenize_words(text.lower()) if word not in UNSPOKEN]
 
 
-def wordnet_folder() -> Path | None:
+def find_wordnet_folder() -> Path | None:
     """Where WordNet 3.0 lies: the environment variable PERCEPT_WORDNET, nltk's own data
     (NLTK_DATA), Debian's package; None where it is not.
     """
@@ -186,13 +186,13 @@ def _wordnet(folder: Path) -> Any:
         return Reader(nltk.data.FileSystemPathPointer(str(folder)), None)
 
 
-def find_wordnet() -> Any:
+def load_wordnet() -> Any:
     """nltk's reader of the WordNet that is installed.
 
     Raises:
         PerceptError: there is none.
     """
-    folder = wordnet_folder()
+    folder = find_wordnet_folder()
     if folder is None:
         raise PerceptError(
             "METEOR needs WordNet, which is not here: install Debian's package wordnet-base"
@@ -208,7 +208,7 @@ def meteor(references: Any, captions: Any, pairing: Any = None) -> np.ndarray:
     """
     from nltk.translate.meteor_score import meteor_score
 
-    reader, words = find_wordnet(), lru_cache(maxsize=None)(sentence_words)
+    reader, words = load_wordnet(), lru_cache(maxsize=None)(tokenize_words)
     return np.array(
         [
             meteor_score([words(text) for text in some], words(said), wordnet=reader)
@@ -239,7 +239,7 @@ def _bleu(n: int) -> Callable[..., np.ndarray]:
         smooth, weights, words = (
             SmoothingFunction().method2,
             (1 / n,) * n,
-            lru_cache(maxsize=None)(spoken_words),
+            lru_cache(maxsize=None)(tokenize_lowercase),
         )
         pairs = _pairs(references, captions, pairing)
         return np.array(
@@ -270,9 +270,9 @@ def corpus_bleu(references: Any, captions: Any, pairing: Any = None) -> dict[str
 
     scorer, words = (
         BleuScorer(n=4),
-        lru_cache(maxsize=None)(lambda text: " ".join(spoken_words(text))),
+        lru_cache(maxsize=None)(lambda text: " ".join(tokenize_lowercase(text))),
     )
-    for some, said in _pairs(as_lists(references), as_lists(captions), pairing):
+    for some, said in _pairs(to_text_lists(references), to_text_lists(captions), pairing):
         scorer.cook_append(words(said), [words(text) for text in some])
     return {
         f"BLEU-{n}": float(score)
@@ -299,7 +299,7 @@ def cider(references: Any, captions: Any, pairing: Any = None) -> np.ndarray:
         )
     scorer, words = (
         CiderScorer(),
-        lru_cache(maxsize=None)(lambda text: " ".join(spoken_words(text))),
+        lru_cache(maxsize=None)(lambda text: " ".join(tokenize_lowercase(text))),
     )
     for some, said in _pairs(references, captions, pairing):
         scorer.cook_append(words(said), [words(text) for text in some])
@@ -307,7 +307,7 @@ def cider(references: Any, captions: Any, pairing: Any = None) -> np.ndarray:
         return np.asarray(scorer.compute_score()[1], np.float64)
 
 
-def by_text(embed: Callable[[list[str]], Any]) -> Callable[[Any], list[np.ndarray]]:
+def embed_each_text(embed: Callable[[list[str]], Any]) -> Callable[[Any], list[np.ndarray]]:
     """What `Metric.through` takes, from a function that embeds sentences: texts (n,) or n lists ->
     n arrays (texts, dim) of unit length.
 
@@ -315,7 +315,7 @@ def by_text(embed: Callable[[list[str]], Any]) -> Callable[[Any], list[np.ndarra
     """
 
     def prepare(texts: Any) -> list[np.ndarray]:
-        lists = as_lists(texts)
+        lists = to_text_lists(texts)
         known = {
             text: i for i, text in enumerate(dict.fromkeys(text for some in lists for text in some))
         }
@@ -415,7 +415,7 @@ def _through_network(name: str, network: str, source: str) -> Metric:
     def embed(texts: Any) -> Any:
         raise PerceptError(
             f"The metric {name} looks through {network}, which it was not given: use"
-            f" CAPTION_METRICS['{name}'].through(by_text(embed))."
+            f" CAPTION_METRICS['{name}'].through(embed_each_text(embed))."
         )
 
     return Metric(
@@ -434,7 +434,13 @@ def _by_words(
     name: str, compare: Callable[..., np.ndarray], library: str, text: str, source: str
 ) -> Metric:
     return Metric(
-        name, compare, "higher", None, f"{text} ({library} {version(library)})", source, as_lists
+        name,
+        compare,
+        "higher",
+        None,
+        f"{text} ({library} {version(library)})",
+        source,
+        to_text_lists,
     )
 
 
@@ -493,7 +499,7 @@ CAPTION_METRICS: dict[str, Metric] = {
 }
 
 
-def ready_metrics(
+def prepare_caption_metrics(
     names: str, weights: str, device: str = "cpu", clipper: Clipper | None = None
 ) -> tuple[list[Metric], dict[str, str], dict[str, Any]]:
     """The metrics of some names, with their networks.
@@ -523,7 +529,7 @@ def ready_metrics(
         metric = CAPTION_METRICS[name]
         if name == "METEOR":
             try:
-                find_wordnet()
+                load_wordnet()
             except PerceptError as error:
                 missing[name] = str(error)
                 continue
@@ -533,7 +539,7 @@ def ready_metrics(
         if metric.network:
             network, embed = _network(name, weights, device, clipper)
             networks[name] = network.fingerprint()
-            metric = metric.through(by_text(embed), "mini:" if weights == "mini" else "")
+            metric = metric.through(embed_each_text(embed), "mini:" if weights == "mini" else "")
         ready.append(metric)
     return ready, missing, networks
 
@@ -593,13 +599,13 @@ def read_captions(path: str | Path, image_ids: Any, references: str = "one") -> 
     )
 
 
-def most_common(captions: Sequence[str]) -> str:
+def find_most_common_caption(captions: Sequence[str]) -> str:
     """The caption that occurs most often, of several the first in alphabetical order."""
     counts = pd.Series(list(captions)).value_counts()
     return str(min(counts.index[counts == counts.max()]))
 
 
-def scored_pairings(
+def pair_captions(
     captions: pd.DataFrame, common: str
 ) -> dict[str, tuple[list[Any], dict[str, Any]]]:
     """What `results.score_table` takes, for the captions from the brain: {pairing: (references,
@@ -611,7 +617,7 @@ def scored_pairings(
 
     Args:
         captions: of `read_captions`.
-        common: of `most_common`, of training captions.
+        common: of `find_most_common_caption`, of training captions.
     """
     written = {
         "system": list(captions["brain"]),
@@ -646,11 +652,11 @@ def relative(brain_img: Any, img_ref: Any, n_boot: int = 2000, seed: int = 0) ->
     return Interval(float(a.mean() / b.mean()), float(low), float(high))
 
 
-def caption_lines(scored: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def caption_table(scored: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What captions score in the published pairings, beside their floors.
 
     Args:
-        scored: `score_table` of each entry of `scored_pairings`.
+        scored: `score_table` of each entry of `pair_captions`.
 
     Returns: [metric, pairing, value, low, high, n, shuffled, common_caption], for each metric the
     lines img_ref (what the captioner says of the image itself,
@@ -698,8 +704,8 @@ def caption_lines(scored: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def corpus_lines(captions: pd.DataFrame, common: str, order: Any) -> pd.DataFrame:
-    """`corpus_bleu` in the published pairings as `caption_lines` gives the other scores, without
+def corpus_bleu_table(captions: pd.DataFrame, common: str, order: Any) -> pd.DataFrame:
+    """`corpus_bleu` in the published pairings as `caption_table` gives the other scores, without
     intervals; `order` (n,) is the shuffled pairing.
     """
     lines = []
@@ -722,8 +728,8 @@ def corpus_lines(captions: pd.DataFrame, common: str, order: Any) -> pd.DataFram
     return pd.DataFrame(lines).sort_values("metric", kind="stable", ignore_index=True)
 
 
-def caption_rows(lines: pd.DataFrame) -> list[dict[str, str]]:
-    """`caption_lines` and `corpus_lines` for a reader: a row a metric, a column a pairing, the
+def format_caption_table(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """`caption_table` and `corpus_bleu_table` for a reader: a row a metric, a column a pairing, the
     floors of the captions from the brain at the end.
     """
     heads = {

@@ -1,6 +1,6 @@
 """Results of several runs on the same test images, held against each other.
 
-- Only what was scored on the same pictures is compared (`same_pictures`); differences are taken
+- Only what was scored on the same pictures is compared (`select_same_images`); differences are taken
   image by image.
 - One tidy table of all scores (`comparison`), from which the table for a reader, LaTeX and the
   figures are made.
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.evaluation.alarms import check_same_test
-from src.evaluation.records import CONTROLS, FLOORS
+from src.evaluation.records import BASELINES, CONTROLS
+from src.evaluation.sanity_checks import check_same_test
 from src.evaluation.statistics import CONFIDENCE, Difference, bootstrap_mean, paired_bootstrap
 from src.utils import PerceptError, read_json
 
@@ -195,7 +195,7 @@ def read_runs(results: str | Path, runs: str = "") -> list[Scored]:
     return list(found.values())
 
 
-def same_pictures(
+def select_same_images(
     runs: Sequence[Scored], test_set: str = "", refuse: bool = False
 ) -> tuple[list[Scored], list[str]]:
     """The runs that were scored on one test set, with images numbered alike.
@@ -290,7 +290,9 @@ def choose_metrics(runs: Sequence[Scored], metrics: str = "", row: str = "system
     return common
 
 
-def lacking(runs: Sequence[Scored], metrics: Sequence[str], row: str = "system") -> list[str]:
+def missing_metrics(
+    runs: Sequence[Scored], metrics: Sequence[str], row: str = "system"
+) -> list[str]:
     """A sentence for each run that has fewer metrics than others, so that a run that was not
     finished does not shorten the table unseen.
     """
@@ -309,7 +311,7 @@ def lacking(runs: Sequence[Scored], metrics: Sequence[str], row: str = "system")
     )
 
 
-def unlike(runs: Sequence[Scored]) -> list[str]:
+def setting_differences(runs: Sequence[Scored]) -> list[str]:
     """A sentence where runs were scored under different settings, e.g. of resizing, which moves
     scores by itself; else none.
     """
@@ -356,7 +358,7 @@ def is_paired(a: pd.Series, b: pd.Series) -> bool:
     return len(a) > 0 and len(a) == len(b) and set(a.index) == set(b.index)
 
 
-def difference(a: pd.Series, b: pd.Series, seed: int = 0) -> Difference:
+def paired_difference(a: pd.Series, b: pd.Series, seed: int = 0) -> Difference:
     """`results.paired_bootstrap` of a - b, both (n,) indexed by image, over the same images in the
     order of their ids.
     """
@@ -364,7 +366,7 @@ def difference(a: pd.Series, b: pd.Series, seed: int = 0) -> Difference:
     return paired_bootstrap(a.to_numpy(), b.loc[a.index].to_numpy(), seed=seed)
 
 
-def verdict(found: Difference, better: str) -> str:
+def classify_difference(found: Difference, better: str) -> str:
     """ "better", "worse", or "undecided" where the interval includes 0."""
     if found.low <= 0 <= found.high:
         return "undecided"
@@ -398,7 +400,7 @@ def differences(
         for metric in metrics:
             mine, other = run.values(metric, row), by_name[baseline].values(metric, row)
             if is_paired(mine, other):
-                found = difference(mine, other, seed)
+                found = paired_difference(mine, other, seed)
                 lines.append(
                     [
                         run.name,
@@ -407,7 +409,7 @@ def differences(
                         metric,
                         *found,
                         len(mine),
-                        verdict(found, run.records[metric]["better"]),
+                        classify_difference(found, run.records[metric]["better"]),
                     ]
                 )
     return pd.DataFrame(
@@ -435,11 +437,11 @@ def clear_best(
     found.sort(key=lambda entry: entry[2].mean(), reverse=higher)
     if len(found) < 2 or not is_paired(found[0][2], found[1][2]):
         return None
-    told = difference(found[0][2], found[1][2], seed)
+    told = paired_difference(found[0][2], found[1][2], seed)
     return None if told.low <= 0 <= told.high else found[0][:2]
 
 
-def words(name: str) -> str:
+def display_name(name: str) -> str:
     """A row's name for a reader."""
     return name.replace("_", " ")
 
@@ -493,10 +495,10 @@ class Table:
         ] = []  # label, whether it is a run's first line, cells, bold
         for run in runs:
             for w in rows[run.name]:
-                mark = ("" if row == "system" else f" ({words(row)})") + (
+                mark = ("" if row == "system" else f" ({display_name(row)})") + (
                     " †" if run.protocol.endswith(HELD_OUT) else ""
                 )
-                label = run.name + mark if w == row else words(w)
+                label = run.name + mark if w == row else display_name(w)
                 self.body.append(
                     (
                         label,
@@ -510,15 +512,17 @@ class Table:
         if any(set(BESIDE) & set(run.rows) for run in runs):
             self.caption += " Autoencoder: the true low-level latents, decoded."
         self.controls = [
-            (words(w), [self._strongest(cells, runs, w, m) for m in metrics])
-            for w in (*FLOORS, "chance", *BESIDE, "ceiling")
+            (display_name(w), [self._strongest(cells, runs, w, m) for m in metrics])
+            for w in (*BASELINES, "chance", *BESIDE, "ceiling")
             if w != row
         ]
         reasons: dict[str, list[str]] = {}
         for metric in metrics:
             for run in (run for run in runs if metric in run.records):
                 if why := run.records[metric]["ceiling"].get("not_applicable"):
-                    reasons[why] = list(dict.fromkeys([*reasons.get(why, []), words(metric)]))
+                    reasons[why] = list(
+                        dict.fromkeys([*reasons.get(why, []), display_name(metric)])
+                    )
         self.caption += "".join(
             f" No ceiling of {', '.join(names)}: {why}." for why, names in reasons.items()
         )
@@ -539,16 +543,16 @@ class Table:
 
     def _heads(self, part: slice) -> list[str]:
         return [
-            words(name) + (" ↓" if self.better[name] == "lower" else "")
+            display_name(name) + (" ↓" if self.better[name] == "lower" else "")
             for name in self.metrics[part]
         ]
 
     def __repr__(self) -> str:
         lines = [
-            [label if head else f"  {label}", *map(written, cells)]
+            [label if head else f"  {label}", *map(format_cell, cells)]
             for label, head, cells, _ in self.body
         ]
-        lines += [[label, *map(written, cells)] for label, cells in self._beneath(slice(None))]
+        lines += [[label, *map(format_cell, cells)] for label, cells in self._beneath(slice(None))]
         return (
             pd.DataFrame(lines, columns=["", *self._heads(slice(None))]).to_string(index=False)
             + f"\n{self.caption}"
@@ -611,7 +615,7 @@ class Table:
         for part in self._blocks():
             count = len(self.metrics[part])
             heads = [
-                tex(words(name)) + (r" $\downarrow$" if self.better[name] == "lower" else "")
+                tex(display_name(name)) + (r" $\downarrow$" if self.better[name] == "lower" else "")
                 for name in self.metrics[part]
             ]
             lines += [
@@ -640,7 +644,7 @@ class Table:
         return "\n".join([*lines[:-2], rf"\caption{{{tex(caption)}}}", r"\end{table*}", ""])
 
 
-def written(cell: Any) -> str:
+def format_cell(cell: Any) -> str:
     """ "0.844 [0.839, 0.850]", or a dash."""
     return f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]" if cell else "–"
 
@@ -718,7 +722,7 @@ def curves(runs: Sequence[Scored], metrics: Sequence[str], by: str) -> pd.DataFr
             told = comparison([run], metrics)
             told = told[
                 (told["row"] == row)
-                | (told["row"].isin([*FLOORS, "chance", "ceiling"]) & (row == "system"))
+                | (told["row"].isin([*BASELINES, "chance", "ceiling"]) & (row == "system"))
             ]
             lines.append(
                 told.assign(curve=curve, row=told["row"].replace(row, "system")).assign(**{by: k})
@@ -740,7 +744,9 @@ def curves(runs: Sequence[Scored], metrics: Sequence[str], by: str) -> pd.DataFr
     ].reset_index(drop=True)
 
 
-def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.DataFrame:
+def smallest_sufficient(
+    points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0
+) -> pd.DataFrame:
     """The fewest components from which on no number of them is worse than all voxels, in paired
     differences.
 
@@ -766,7 +772,12 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
         )
         least = 0
         for k in few:
-            if verdict(difference(each[k], each[0], seed), part["better"].iloc[0]) == "worse":
+            if (
+                classify_difference(
+                    paired_difference(each[k], each[0], seed), part["better"].iloc[0]
+                )
+                == "worse"
+            ):
                 break
             least = k
         if few:
@@ -776,7 +787,7 @@ def enough(points: pd.DataFrame, runs: Sequence[Scored], seed: int = 0) -> pd.Da
     )
 
 
-def pretraining(runs: Sequence[Scored], metrics: Sequence[str], seed: int = 0) -> pd.DataFrame:
+def pretraining_gain(runs: Sequence[Scored], metrics: Sequence[str], seed: int = 0) -> pd.DataFrame:
     """What a start from weights that were pretrained on other subjects adds: paired differences, on
     the same images, to the run that is alike in all but that.
 

@@ -1,20 +1,20 @@
-"""What stands beside a score, and how scores are stored: intervals, floors, ceilings, provenance
-and alarms.
+"""Score records: every score with its interval, its baselines and its upper bound, and how scores
+are stored.
 
-- Statistics are taken over images: a mean with its bootstrap interval, paired differences,
-  permutations.
-- One format for all scores (`add_results`): `scores.parquet`, a row per stage, metric, row of the
-  table, image, sample and draw, and `metrics.json`, a record a metric. Every stage that scores adds
-  its own part and leaves the others'.
-- A score is not written without its floors and its ceiling.
-- Alarms are sentences: what looks wrong, and why it matters.
+- `score_table` scores a system and its controls on the same images; `make_records` summarises the
+  table.
+- One format for all scores (`add_results`): `scores.parquet`, a row per stage, metric, condition,
+  image, sample and draw, and `metrics.json`, a record a metric. Every stage that scores adds its own
+  part and leaves that of the others.
+- A score is not written without its baselines ("floors" in metrics.json) and its upper bound
+  ("ceiling").
 """
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from src.evaluation.statistics import (
-    _values,
     bootstrap_mean,
+    check_values,
     derangements,
     paired_bootstrap,
     permutation_p,
@@ -32,18 +32,18 @@ from src.evaluation.statistics import (
 from src.metrics import RESIZING, SIZE, Metric
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
-FLOORS = {
+BASELINES = {  # what a score has to beat; the floors of metrics.json
     "shuffled": (
-        "the same reconstructions against other test images: what any plausible pictures score"
+        "the same reconstructions against other test images: what any plausible images score"
     ),
-    "mean_image": "the mean training image for every test image: what one blurred picture scores",
+    "mean_image": "the mean training image for every test image: what one blurred image scores",
     "mean_seen": (
-        "the mean of the seen images themselves for every test image: one blurred picture that"
+        "the mean of the seen images themselves for every test image: one blurred image that"
         " knows the truth"
     ),
     "other_recon": (
         "for each image the other reconstruction that looks most like its own: what knowing the"
-        " sort of picture scores"
+        " sort of image scores"
     ),
     "untrained": (
         "the same networks before any training: what their build and the generator give without"
@@ -59,142 +59,172 @@ FLOORS = {
     ),
 }
 
-CONTROLS = (
-    {"system": "the reconstructions themselves"}
-    | FLOORS
-    | {
-        "ceiling": (
-            "the generator fed with the true latents: the most this generator could score (brain"
-            " correlation: the seen images; captions: those of the seen images)"
-        ),
-    }
+UPPER_BOUND = (
+    "the generator fed with the true latents: the most this generator could score (brain"
+    " correlation: the seen images; captions: those of the seen images)"
 )
+
+CONTROLS = {
+    "system": "the reconstructions themselves",
+    **BASELINES,
+    "ceiling": UPPER_BOUND,
+}
 
 COLUMNS = ["stage", "metric", "row", "image", "sample", "draw", "value"]  # of scores.parquet
 
+REQUIRED = ("name", "value", "low", "high", "n", "better", "protocol", "test_set")  # of a record
 
+PACKAGES = (  # whose versions the provenance records
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "torch",
+    "torchvision",
+    "transformers",
+    "diffusers",
+)
+
+
+# ------------------------------------------------------------------------------------------ scoring
 def score_table(
     images: Any,
-    rows: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     metrics: Sequence[Metric],
     draws: int = 5,
     seed: int = 0,
     image_ids: Any = None,
 ) -> pd.DataFrame:
-    """Score a system, its controls and whatever else on the same images, one line an image.
+    """Score a system, its controls and other decoders on the same images, one line an image.
 
-    The pictures of a row are prepared once for all metrics that look through the same network, and
-    the true images once for all rows.
+    The images of a condition are prepared once for all metrics that look through the same network,
+    and the true images once for all conditions.
 
     Args:
         images: true images (n, 3, height, width) in [0, 1].
-        rows: pictures (n, 3, height, width) by name, "system" among them; those named in `FLOORS`
-            are its floors, "ceiling" is its ceiling.
+        conditions: images (n, 3, height, width) by name, "system" among them; those named in
+            `BASELINES` are its baselines, "ceiling" is its upper bound.
         metrics: e.g. of `METRICS`.
-        draws: random pairings of the "shuffled" floor, which is always computed from "system".
+        draws: random pairings of the baseline "shuffled", which is always computed from "system".
         seed: of these pairings.
         image_ids: (n,), by default the position.
 
     Returns:
-        Tidy table [metric, row, image, draw, value]. In the row "shuffled", `image` names the
-        reconstruction, so that its scores stand beside the one against its own image.
+        Tidy table [metric, row, image, draw, value], row being the condition. In the condition
+        "shuffled", `image` names the reconstruction, so that its scores stand beside the one
+        against its own image.
 
     Raises:
-        PerceptError: no row "system", one called "shuffled", or rows that do not pair up with the
-            images.
+        PerceptError: no condition "system", one called "shuffled", or conditions that do not pair
+            up with the images.
     """
-    if "system" not in rows or "shuffled" in rows:
-        raise PerceptError(
-            "The rows to score need one called 'system'; 'shuffled' is made from it and cannot be"
-            " given."
-        )
-    for name, pictures in rows.items():
-        if len(pictures) != len(images):
-            raise PerceptError(
-                f"{len(pictures)} pictures of '{name}' were given for {len(images)} true images:"
-                " give one each, in the same order."
-            )
+    _check_conditions(images, conditions)
     ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
-    pairings = [(0, None), *enumerate(derangements(len(images), draws, seed))]
+    pairings = list(derangements(len(images), draws, seed))
     truth: dict[Any, Any] = {}
     for metric in metrics:
         if metric.prepare not in truth:
             truth[metric.prepare] = metric.prepare_true(images)
     tables: dict[str, list[pd.DataFrame]] = {metric.name: [] for metric in metrics}
-    for name, pictures in progress(rows.items(), "scoring"):
-        made: dict[Any, Any] = {}
+
+    for condition, recons in progress(conditions.items(), "scoring"):
+        prepared: dict[Any, Any] = {}
         for metric in metrics:
-            if metric.prepare not in made:
-                made = {metric.prepare: metric.prepare(pictures)}  # that of the network before goes
-            for i, (draw, pairing) in enumerate(pairings if name == "system" else pairings[:1]):
-                options = {} if pairing is None else {"pairing": pairing}
-                try:
-                    values = metric.compare(truth[metric.prepare], made[metric.prepare], **options)
-                except PerceptError as error:
-                    raise PerceptError(f"{metric.name} of the row '{name}': {error}") from None
-                tables[metric.name].append(
-                    pd.DataFrame(
-                        {
-                            "metric": metric.name,
-                            "row": "shuffled" if i else name,
-                            "image": ids,
-                            "draw": draw,
-                            "value": values,
-                        }
-                    )
-                )
+            if metric.prepare not in prepared:
+                # only the newest is stored: features of the network before are released
+                prepared = {metric.prepare: metric.prepare(recons)}
+            true_side, recon_side = truth[metric.prepare], prepared[metric.prepare]
+            values = _compare(metric, condition, true_side, recon_side)
+            parts = tables[metric.name]
+            parts.append(_tidy(metric.name, condition, ids, 0, values))
+            if condition != "system":
+                continue
+            for draw, pairing in enumerate(pairings):
+                values = _compare(metric, condition, true_side, recon_side, pairing=pairing)
+                parts.append(_tidy(metric.name, "shuffled", ids, draw, values))
     return pd.concat([part for parts in tables.values() for part in parts], ignore_index=True)
 
 
+def _check_conditions(images: Any, conditions: Mapping[str, Any]) -> None:
+    if "system" not in conditions or "shuffled" in conditions:
+        raise PerceptError(
+            "The rows to score need one called 'system'; 'shuffled' is made from it and cannot be"
+            " given."
+        )
+    for name, recons in conditions.items():
+        if len(recons) != len(images):
+            raise PerceptError(
+                f"{len(recons)} images of '{name}' were given for {len(images)} true images:"
+                " give one each, in the same order."
+            )
+
+
+def _compare(
+    metric: Metric, condition: str, true_side: Any, recon_side: Any, **options: Any
+) -> np.ndarray:
+    """Scores (n,) of one metric; an error names the metric and the condition."""
+    try:
+        return metric.compare(true_side, recon_side, **options)
+    except PerceptError as error:
+        raise PerceptError(f"{metric.name} of the row '{condition}': {error}") from None
+
+
+def _tidy(metric: str, condition: str, ids: Any, draw: int, values: Any) -> pd.DataFrame:
+    columns = {"metric": metric, "row": condition, "image": ids, "draw": draw, "value": values}
+    return pd.DataFrame(columns)
+
+
+# ------------------------------------------------------------------------------------------ records
 def make_record(
     name: str,
     values: Any,
     *,
-    floors: dict[str, Any],
-    ceiling: Any,
+    baselines: dict[str, Any],
+    upper_bound: Any,
     better: str,
     protocol: str,
     test_set: str,
-    **more: Any,
+    **entries: Any,
 ) -> dict[str, Any]:
     """One record of metrics.json from per-image values.
 
     Args:
         name: the metric.
         values: (n,) of the system.
-        floors: per-image values (n,) by control; "shuffled" may be (n, draws), and then gives
+        baselines: per-image values (n,) by control; "shuffled" may be (n, draws), and then gives
             `p_shuffled`.
-        ceiling: per-image values (n,), or a sentence saying why there is no ceiling.
+        upper_bound: per-image values (n,), or a sentence saying why there is none.
         better: "higher" or "lower".
         protocol: name of the data protocol, e.g. "nsd-1000".
         test_set: id of the test images, `Subject.test_set`.
-        **more: further entries, e.g. description, source, chance.
+        **entries: further entries, e.g. description, source, chance.
 
-    Returns: {name, value, low, high, n, better, protocol, test_set, floors: {control: {value, low,
-    high, p}},
-        ceiling, p_shuffled, ...}; the p of a floor is that of `paired_bootstrap` against the
+    Returns:
+        {name, value, low, high, n, better, protocol, test_set, floors: {control: {value, low, high,
+        p}}, ceiling, p_shuffled, ...}; the p of a floor is that of `paired_bootstrap` against the
         system.
     """
-    values = _values(values)
+    values = check_values(values)
     record: dict[str, Any] = {
         "name": name,
         **bootstrap_mean(values)._asdict(),
         "n": len(values),
         "better": better,
+        "protocol": protocol,
+        "test_set": test_set,
+        "floors": {},
     }
-    record |= {"protocol": protocol, "test_set": test_set, "floors": {}}
-    for control, scores in floors.items():
-        scores = np.asarray(scores, dtype=np.float64)
+    for control, control_scores in baselines.items():
+        scores = np.asarray(control_scores, dtype=np.float64)
         if control == "shuffled" and scores.ndim == 2:
             record["p_shuffled"] = permutation_p(values, scores, better)
             scores = scores.mean(1)
         p = paired_bootstrap(values, scores).p
         record["floors"][control] = {**bootstrap_mean(scores)._asdict(), "p": p}
-    has_reason = isinstance(ceiling, str)
-    record["ceiling"] = (
-        {"not_applicable": ceiling} if has_reason else bootstrap_mean(ceiling)._asdict()
-    )
-    return record | more
+    if isinstance(upper_bound, str):
+        record["ceiling"] = {"not_applicable": upper_bound}
+    else:
+        record["ceiling"] = bootstrap_mean(upper_bound)._asdict()
+    return record | entries
 
 
 def make_records(
@@ -203,7 +233,7 @@ def make_records(
     *,
     protocol: str,
     test_set: str,
-    no_ceiling: str = "",
+    no_upper_bound: str = "",
 ) -> list[dict[str, Any]]:
     """Summarise a `score_table` into the records of metrics.json.
 
@@ -212,51 +242,44 @@ def make_records(
         metrics: those of the table.
         protocol: name of the data protocol.
         test_set: id of the test images.
-        no_ceiling: why the table has no "ceiling" row, where it has none.
+        no_upper_bound: why the table has no condition "ceiling", where it has none.
 
     Returns:
-        Records as `make_record`; rows that are neither the system, nor a floor, nor the ceiling
-        stand under "others", with the paired difference of the system to them.
+        Records as of `make_record`; conditions that are neither the system, nor a baseline, nor the
+        upper bound stand under "others", with the paired difference of the system to them.
 
     Raises:
-        PerceptError: there is neither a ceiling nor a reason.
+        PerceptError: there is neither an upper bound nor a reason.
     """
     records = []
     for metric in metrics:
-        mine = table[table["metric"] == metric.name]
-        rows = {
-            str(row): part.pivot(index="image", columns="draw", values="value").to_numpy()
-            for row, part in mine.groupby("row", sort=False)
-        }
-        if "ceiling" not in rows and not no_ceiling:
+        scores = _pivot_conditions(table[table["metric"] == metric.name])
+        if "ceiling" not in scores and not no_upper_bound:
             raise PerceptError(
                 f"{metric.name} has no ceiling row; give one to score_table, or the reason in"
-                " no_ceiling."
+                " no_upper_bound."
             )
-        system = rows.pop("system")[:, 0]
-        ceiling = rows.pop("ceiling")[:, 0] if "ceiling" in rows else no_ceiling
-        floors = {
-            row: rows[row] if row == "shuffled" else rows[row][:, 0]
-            for row in FLOORS
-            if row in rows
-        }
-        others = {
-            row: (
-                bootstrap_mean(scores[:, 0])._asdict()
-                | {"difference": paired_bootstrap(system, scores[:, 0])._asdict()}
-            )
-            for row, scores in rows.items()
-            if row not in FLOORS
-        }
+        system = scores.pop("system")[:, 0]
+        upper_bound: Any = no_upper_bound
+        if "ceiling" in scores:
+            upper_bound = scores.pop("ceiling")[:, 0]
+        baselines = {}
+        for name in BASELINES:
+            if name in scores:
+                baselines[name] = scores[name] if name == "shuffled" else scores[name][:, 0]
+        others = {}
+        for name, values in scores.items():
+            if name not in BASELINES:
+                others[name] = _compare_with_system(system, values[:, 0])
         records.append(
             make_record(
                 metric.name,
                 system,
-                floors=floors,
+                baselines=baselines,
+                upper_bound=upper_bound,
                 better=metric.better,
                 protocol=protocol,
                 test_set=test_set,
-                ceiling=ceiling,
                 chance=metric.chance,
                 description=metric.description,
                 source=metric.source,
@@ -266,8 +289,23 @@ def make_records(
     return records
 
 
+def _pivot_conditions(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Scores (n, draws) of one metric by condition."""
+    scores = {}
+    for condition, part in table.groupby("row", sort=False):
+        wide = part.pivot(index="image", columns="draw", values="value")
+        scores[str(condition)] = wide.to_numpy()
+    return scores
+
+
+def _compare_with_system(system: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """The score of another decoder, and the paired difference of the system to it."""
+    score = bootstrap_mean(values)._asdict()
+    return score | {"difference": paired_bootstrap(system, values)._asdict()}
+
+
 def provenance(
-    recipe: str, seeds: dict[str, int], selection: Sequence[dict[str, Any]], **more: Any
+    recipe: str, seeds: dict[str, int], selection: Sequence[dict[str, Any]], **entries: Any
 ) -> dict[str, Any]:
     """What a reader must know to repeat a table.
 
@@ -276,73 +314,36 @@ def provenance(
         seeds: seed by purpose.
         selection: one dict a choice that was made, e.g. {"what": "epoch", "chosen": 37, "split":
             "val", "candidates": 60}.
-        **more: further entries, e.g. parameters, subject, alarms.
+        **entries: further entries, e.g. parameters, subject, alarms.
     """
-    packages = (
-        "numpy",
-        "scipy",
-        "scikit-image",
-        "torch",
-        "torchvision",
-        "transformers",
-        "diffusers",
-    )
     versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: installed_version(package) for package in PACKAGES}
     settings = {
         "pixel metrics": f"compared at {SIZE} pixels, bilinear",
         "grey": ".2125 red + .7154 green + .0721 blue",
         "intervals": "95 % percentile bootstrap over test images, 2000 resamples",
     }
-    if more.get("resizing") in RESIZING:
-        settings["resizing"] = f"{more['resizing']}: {RESIZING[more.pop('resizing')]}"
+    if entries.get("resizing") in RESIZING:
+        settings["resizing"] = f"{entries['resizing']}: {RESIZING[entries.pop('resizing')]}"
     return {
         "recipe": recipe,
         "seeds": dict(seeds),
         "selection": list(selection),
         "versions": versions,
         "settings": settings,
-        **more,
+        **entries,
     }
 
 
-def _is_score(entry: Any) -> bool:
-    """Whether an entry of a record holds a finite value and interval."""
-    numbers = (
-        [entry.get(key) for key in ("value", "low", "high")] if isinstance(entry, dict) else [None]
-    )
-    return all(isinstance(number, float | int) and math.isfinite(number) for number in numbers)
+def installed_version(package: str) -> str:
+    """The version of an installed package, "not installed" where it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
-def _check_record(record: dict[str, Any]) -> None:
-    needed = ("name", "value", "low", "high", "n", "better", "protocol", "test_set")
-    missing = [key for key in needed if record.get(key) in (None, "")]
-    if missing:
-        raise PerceptError(
-            f"The record of {record.get('name', 'a metric')!r} lacks {', '.join(missing)}; make it"
-            " with make_record."
-        )
-
-    name, floors, ceiling = record["name"], record.get("floors"), record.get("ceiling")
-    if not _is_score(record):
-        raise PerceptError(f"The score {name!r} is not finite; it is not written.")
-    if not floors or not all(_is_score(floor) for floor in floors.values()):
-        raise PerceptError(
-            f"The score {name!r} has no floor; a score is only shown beside what no decoding would"
-            " give (score_table adds a shuffled pairing, pass mean_image and nearest_train as"
-            " rows)."
-        )
-    if not _is_score(ceiling) and not (isinstance(ceiling, dict) and ceiling.get("not_applicable")):
-        raise PerceptError(
-            f"The score {name!r} has no ceiling; score the generator on the true latents, "
-            'or say why there is none with {"not_applicable": "the reason"}.'
-        )
-
-
+# ------------------------------------------------------------------------------------------ writing
 def write_metrics(
     path: str | Path,
     records: Sequence[dict[str, Any]],
@@ -358,27 +359,59 @@ def write_metrics(
     for record in records:
         _check_record(record)
     _check_provenance(provenance)
-    write_json(
-        Path(path),
-        _plain({"metrics": list(records), "tables": list(tables), "provenance": provenance}),
-    )
+    content = {"metrics": list(records), "tables": list(tables), "provenance": provenance}
+    write_json(Path(path), _to_json(content))
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    missing = [key for key in REQUIRED if record.get(key) in (None, "")]
+    if missing:
+        raise PerceptError(
+            f"The record of {record.get('name', 'a metric')!r} lacks {', '.join(missing)}; make it"
+            " with make_record."
+        )
+
+    name, floors, ceiling = record["name"], record.get("floors"), record.get("ceiling")
+    if not _is_score(record):
+        raise PerceptError(f"The score {name!r} is not finite; it is not written.")
+    if not floors or not all(_is_score(floor) for floor in floors.values()):
+        raise PerceptError(
+            f"The score {name!r} has no floor; a score is only shown beside what no decoding would"
+            " give (score_table adds a shuffled pairing, pass mean_image and nearest_train as"
+            " conditions)."
+        )
+    has_reason = isinstance(ceiling, dict) and ceiling.get("not_applicable")
+    if not _is_score(ceiling) and not has_reason:
+        raise PerceptError(
+            f"The score {name!r} has no ceiling; score the generator on the true latents, "
+            'or say why there is none with {"not_applicable": "the reason"}.'
+        )
+
+
+def _is_score(entry: Any) -> bool:
+    """Whether an entry of a record holds a finite value and interval."""
+    if not isinstance(entry, dict):
+        return False
+    numbers = [entry.get(key) for key in ("value", "low", "high")]
+    return all(isinstance(number, float | int) and math.isfinite(number) for number in numbers)
 
 
 def _check_provenance(provenance: dict[str, Any]) -> None:
     missing = [key for key in ("recipe", "seeds", "selection") if key not in provenance]
     if missing:
         raise PerceptError(
-            f"The provenance lacks {', '.join(missing)}; make it with results.provenance(...)."
+            f"The provenance lacks {', '.join(missing)}; make it with records.provenance(...)."
         )
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """A value as JSON knows it: numpy's numbers as Python's, and null for what is no number."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(key): _to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
+        return [_to_json(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -399,57 +432,80 @@ def add_results(
         scores: [metric, row, image, value] and optionally [sample, draw], one line an image; images
             by id.
         records: of `make_record`.
-        provenance: of `provenance`; its selection log and seeds are kept by stage.
+        provenance: of `provenance`; its selection log and seeds are stored by stage.
         tables: further tables for a reader, each {"title", "note", "rows": [one dict a row]}.
 
     Raises:
         PerceptError: as `write_metrics`, or a stage before was scored on other test images.
     """
-    folder, marked = Path(folder), [record | {"stage": stage} for record in records]
-    old = (
-        read_json(folder / "metrics.json")
-        if (folder / "metrics.json").exists()
-        else {"metrics": [], "tables": [], "provenance": {}}
-    )
-    kept = [record for record in old["metrics"] if record.get("stage") not in (stage, None)]
-    for record in marked:
+    folder = Path(folder)
+    stored: dict[str, Any] = {"metrics": [], "tables": [], "provenance": {}}
+    if (folder / "metrics.json").exists():
+        stored = read_json(folder / "metrics.json")
+    new_records = _mark_stage(records, stage)
+    old_records = _drop_stage(stored["metrics"], stage)
+    for record in new_records:
         _check_record(record)
     _check_provenance(provenance)
-    before, now = ({r["test_set"] for r in some} for some in (kept, marked))
-    if kept and before != now:
+    _check_test_sets(folder, old_records, new_records)
+
+    all_records = [*old_records, *new_records]
+    all_tables = [*_drop_stage(stored.get("tables", []), stage), *_mark_stage(tables, stage)]
+    _add_scores(folder / "scores.parquet", stage, scores)
+    write_metrics(
+        folder / "metrics.json",
+        _sort_by_stage(all_records),
+        _merge_provenance(stored["provenance"], provenance, stage),
+        _sort_by_stage(all_tables),
+    )
+
+
+def _check_test_sets(
+    folder: Path, old_records: Iterable[dict[str, Any]], new_records: Iterable[dict[str, Any]]
+) -> None:
+    before = {record["test_set"] for record in old_records}
+    now = {record["test_set"] for record in new_records}
+    if before and before != now:
         raise PerceptError(
             f"{folder} has scores on the test set {', '.join(sorted(before))}, these are on"
             f" {', '.join(sorted(now))}: scores of different test images do not belong together;"
             " run all stages of the run again, or give this run another model_name."
         )
-    earlier = old["provenance"]
-    both = earlier | provenance
-    both["seeds"] = {
-        **earlier.get("seeds", {}),
-        **{f"{stage}: {k}": v for k, v in provenance["seeds"].items()},
+
+
+def _merge_provenance(old: dict[str, Any], new: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The provenance of a run with that of a stage: seeds and choices by stage, else the newest."""
+    seeds = {f"{stage}: {purpose}": seed for purpose, seed in new["seeds"].items()}
+    choices = _drop_stage(old.get("selection", []), stage)
+    choices += [{**choice, "stage": stage} for choice in new["selection"]]
+    return {
+        **old,
+        **new,
+        "seeds": {**old.get("seeds", {}), **seeds},
+        "selection": _sort_by_stage(choices),
     }
-    others = [c for c in earlier.get("selection", []) if c.get("stage") not in (stage, None)]
-    both["selection"] = sorted(
-        [*others, *({**choice, "stage": stage} for choice in provenance["selection"])],
-        key=lambda c: c["stage"],
-    )
-    more = [t for t in old.get("tables", []) if t.get("stage") not in (stage, None)] + [
-        {**table, "stage": stage} for table in tables
-    ]
-    everything = sorted([*kept, *marked], key=lambda r: r["stage"])
-    _add_scores(folder / "scores.parquet", stage, scores)
-    write_metrics(folder / "metrics.json", everything, both, sorted(more, key=lambda t: t["stage"]))
+
+
+def _mark_stage(entries: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    return [{**entry, "stage": stage} for entry in entries]
+
+
+def _drop_stage(entries: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """Entries of other stages; those without a stage are of an earlier format and go."""
+    return [entry for entry in entries if entry.get("stage") not in (stage, None)]
+
+
+def _sort_by_stage(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(entries, key=lambda entry: entry["stage"])
 
 
 def _add_scores(path: Path, stage: str, scores: pd.DataFrame) -> None:
     """Put a stage's per-image scores into the parquet file, in place of its old ones."""
-    mine = scores.assign(
-        stage=stage, **{name: 0 for name in ("sample", "draw") if name not in scores}
-    )[COLUMNS]
-    others = pd.read_parquet(path) if path.exists() else None
-    if (
-        others is not None and list(others.columns) == COLUMNS
-    ):  # else it is of an earlier format, which had no stages
-        mine = pd.concat([others[others["stage"] != stage], mine], ignore_index=True)
+    missing = {name: 0 for name in ("sample", "draw") if name not in scores}
+    table = scores.assign(stage=stage, **missing)[COLUMNS]
+    stored = pd.read_parquet(path) if path.exists() else None
+    # a table with other columns is of an earlier format, which had no stages
+    if stored is not None and list(stored.columns) == COLUMNS:
+        table = pd.concat([stored[stored["stage"] != stage], table], ignore_index=True)
     with atomic(path) as temporary:
-        mine.sort_values("stage", kind="stable").to_parquet(temporary, index=False)
+        table.sort_values("stage", kind="stable").to_parquet(temporary, index=False)

@@ -29,7 +29,12 @@ class Difference(NamedTuple):
     p: float
 
 
-def _values(values: Any) -> np.ndarray:
+def check_values(values: Any) -> np.ndarray:
+    """Per-image values as float64 (n,).
+
+    Raises:
+        PerceptError: there are none, they have another shape, or some are not finite.
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise PerceptError(
@@ -43,21 +48,26 @@ def _values(values: Any) -> np.ndarray:
     return values
 
 
-def _bootstrap(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+def percentile_interval(draws: Any) -> tuple[float, float]:
+    """Ends of the 95 % percentile interval of bootstrap draws (n_boot,)."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _draw_means(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """Means (n_boot,) of resamples of the images."""
-    return values[np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))].mean(
-        1
-    )
+    picks = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    return values[picks].mean(1)
 
 
 def bootstrap_mean(values: Any, n_boot: int = 2000, seed: int = 0) -> Interval:
     """Mean of per-image values (n,) with its 95 % percentile interval over resamples of the images
     (Efron & Tibshirani 1993).
     """
-    values = _values(values)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(_bootstrap(values, n_boot, seed), [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    values = check_values(values)
+    low, high = percentile_interval(_draw_means(values, n_boot, seed))
+    return Interval(float(values.mean()), low, high)
 
 
 def paired_bootstrap(a: Any, b: Any, n_boot: int = 2000, seed: int = 0) -> Difference:
@@ -66,22 +76,26 @@ def paired_bootstrap(a: Any, b: Any, n_boot: int = 2000, seed: int = 0) -> Diffe
 
     The p is twice the smaller share of resampled means on either side of 0, counting the observed
     one, so it is never 0.
+
+    Raises:
+        PerceptError: the two sides have different numbers of values.
     """
-    a, b = _values(a), _values(b)
+    a = check_values(a)
+    b = check_values(b)
     if a.shape != b.shape:
         raise PerceptError(
             f"A paired difference needs the same images on both sides; got {len(a)} and {len(b)}"
             " values."
         )
-    means = _bootstrap(a - b, n_boot, seed)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    p = 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + n_boot)
-    return Difference(float((a - b).mean()), float(low), float(high), float(min(p, 1.0)))
+    means = _draw_means(a - b, n_boot, seed)
+    low, high = percentile_interval(means)
+    fewer = min((means <= 0).sum(), (means >= 0).sum())
+    p = 2 * (1 + fewer) / (1 + n_boot)
+    return Difference(float((a - b).mean()), low, high, float(min(p, 1.0)))
 
 
 def permutation_p(
-    own: Any, others: Any, better: str = "higher", n_permutations: int = 2000, seed: int = 0
+    matched: Any, mismatched: Any, better: str = "higher", n_permutations: int = 2000, seed: int = 0
 ) -> float:
     """One-sided p that reconstructions fit their own images better than other ones.
 
@@ -90,23 +104,28 @@ def permutation_p(
     scores at random. The smallest p is 1 / (1 + n_permutations).
 
     Args:
-        own: (n,) scores against the own image.
-        others: (n, draws) scores of the same reconstructions against other images.
+        matched: (n,) scores against the own image.
+        mismatched: (n, draws) scores of the same reconstructions against other images.
         better: "higher" or "lower".
         n_permutations: random draws from the null.
         seed: of these draws.
+
+    Raises:
+        PerceptError: the mismatched scores are not (n, draws).
     """
     sign = {"higher": 1.0, "lower": -1.0}[better]
-    own, others = sign * _values(own), sign * np.asarray(others, dtype=np.float64)
-    if others.ndim != 2 or len(others) != len(own):
+    matched = sign * check_values(matched)
+    mismatched = sign * np.asarray(mismatched, dtype=np.float64)
+    n = len(matched)
+    if mismatched.ndim != 2 or len(mismatched) != n:
         raise PerceptError(
-            f"Expected shuffled scores (n, draws) for n = {len(own)} images, got shape"
-            f" {others.shape}."
+            f"Expected shuffled scores (n, draws) for n = {n} images, got shape {mismatched.shape}."
         )
-    scores = np.column_stack([own, others])  # (n, 1 + draws)
-    pick = np.random.default_rng(seed).integers(0, scores.shape[1], (n_permutations, len(own)))
-    null = scores[np.arange(len(own)), pick].mean(1)  # (n_permutations,)
-    return float((1 + (null >= own.mean() - 1e-12).sum()) / (1 + n_permutations))
+    scores = np.column_stack([matched, mismatched])  # (n, 1 + draws)
+    pick = np.random.default_rng(seed).integers(0, scores.shape[1], (n_permutations, n))
+    null = scores[np.arange(n), pick].mean(1)  # (n_permutations,)
+    n_as_good = (null >= matched.mean() - 1e-12).sum()
+    return float((1 + n_as_good) / (1 + n_permutations))
 
 
 def derangements(n: int, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -125,7 +144,7 @@ def noise_ceiling(
     between_repeats: Any, repeats: int, n_boot: int = 2000, seed: int = 0
 ) -> Interval:
     """The most that a prediction from the mean of some repeats can correlate with the truth, from
-    how repeats agree with each other.
+    how well single repeats agree with each other.
 
     With r the correlation of predictions from two single repeats, the mean of k has reliability k r
     / (1 + (k - 1) r) (Spearman 1910, Brown 1910), and its correlation with anything is at most the
@@ -138,12 +157,11 @@ def noise_ceiling(
         n_boot: resamples of the images.
         seed: of these.
     """
-    values = _values(between_repeats)
+    values = check_values(between_repeats)
 
     def ceiling(r: Any) -> np.ndarray:
         r = np.clip(r, 0, 1)
         return np.sqrt(repeats * r / (1 + (repeats - 1) * r))
 
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ceiling(_bootstrap(values, n_boot, seed)), [tail, 1 - tail])
-    return Interval(float(ceiling(values.mean())), float(low), float(high))
+    low, high = percentile_interval(ceiling(_draw_means(values, n_boot, seed)))
+    return Interval(float(ceiling(values.mean())), low, high)

@@ -26,7 +26,7 @@ from src.utils import PerceptError, read_json
 
 SEEDS = ("seed", "bag_seeds")  # parameters that are the luck of a run
 
-OTHER_IMAGES = (
+VALIDATION_FACTORS = (
     "num_sessions",
     "split",
     # parameters with which the validation images change, so that no level can be named the best by
@@ -83,7 +83,7 @@ def read_histories(logs: Path, labels: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def at_best_epoch(histories: pd.DataFrame, by: str) -> pd.DataFrame:
+def select_best_epoch(histories: pd.DataFrame, by: str) -> pd.DataFrame:
     """Of each training the epoch with the least validation loss, the one that is used later, and of
     several models of a point their mean.
 
@@ -122,7 +122,7 @@ def read_scores(folder: Path, labels: Sequence[str], metrics: str = "") -> pd.Da
     from src.evaluation.compare import (  # seconds of imports, which `run.py sweep` need not wait for
         choose_metrics,
         read_runs,
-        same_pictures,
+        select_same_images,
     )
 
     runs = (
@@ -151,7 +151,7 @@ def read_scores(folder: Path, labels: Sequence[str], metrics: str = "") -> pd.Da
             f"The points of {folder} were scored under different protocols"
             f" ({', '.join(protocols)}): they cannot be compared."
         )
-    runs, _ = same_pictures(runs, refuse=True)
+    runs, _ = select_same_images(runs, refuse=True)
     rows = []
     for run in runs:
         for metric in choose_metrics(runs, metrics):
@@ -260,7 +260,7 @@ def t_interval(values: Any) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
-def complete(table: pd.DataFrame, factor: str, cell: Sequence[str]) -> pd.DataFrame:
+def select_complete_cells(table: pd.DataFrame, factor: str, cell: Sequence[str]) -> pd.DataFrame:
     """The rows of the cells (same other factors, same seed) that every level of the factor has, so
     that levels differ in nothing else.
 
@@ -275,7 +275,9 @@ def complete(table: pd.DataFrame, factor: str, cell: Sequence[str]) -> pd.DataFr
     return table[counts == table[factor].nunique()]
 
 
-def by_seed(table: pd.DataFrame, factor: str, seed: str, value: str = "value") -> pd.DataFrame:
+def average_by_seed(
+    table: pd.DataFrame, factor: str, seed: str, value: str = "value"
+) -> pd.DataFrame:
     """Means over the other factors: (seeds, levels), levels in order of appearance; without a seed
     parameter there is one row.
     """
@@ -293,7 +295,7 @@ def level_table(table: pd.DataFrame, factor: str, seed: str, value: str = "value
     of the means over the other factors; sd that of these means.
     """
     means, runs, rows = (
-        by_seed(table, factor, seed, value),
+        average_by_seed(table, factor, seed, value),
         table.groupby(factor)[value].count().to_dict(),
         [],
     )
@@ -309,11 +311,11 @@ def gaps_to_best(
 ) -> list[Gap]:
     """What each other level lacks to the best one, the nearest first.
 
-    Differences are taken within cells (`table` must be `complete`), averaged over the other factors
+    Differences are taken within cells (`table` must be `select_complete_cells`), averaged over the other factors
     to one a seed, and a t interval is put over the seeds, which are the only independent
     repetitions.
     """
-    means = by_seed(table, factor, seed, value).dropna()
+    means = average_by_seed(table, factor, seed, value).dropna()
     sign = -1 if better == "higher" else 1
     best = str((sign * means.mean()).idxmin())
     gaps = [
@@ -328,11 +330,11 @@ def seed_sd(table: pd.DataFrame, factor: str, seed: str, value: str = "value") -
     """Standard deviation over seeds of a level's mean, pooled over the levels; not a number with
     one seed.
     """
-    variances = by_seed(table, factor, seed, value).var(ddof=1)
+    variances = average_by_seed(table, factor, seed, value).var(ddof=1)
     return float(np.sqrt(variances.mean())) if variances.notna().any() else float("nan")
 
 
-def decimals(number: float) -> str:
+def format_significant(number: float) -> str:
     """Two digits that count, without the zero before the point: .012, -.0031, 1.3."""
     places = (
         0
@@ -342,7 +344,7 @@ def decimals(number: float) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{number:.{places}f}")
 
 
-def verdict(gaps: Sequence[Gap], sd: float, what: str, paired_by: Sequence[str]) -> str:
+def describe_gaps(gaps: Sequence[Gap], sd: float, what: str, paired_by: Sequence[str]) -> str:
     """The sentence: which level is best by how much over the next, and whether the seed's luck
     could have done it.
 
@@ -359,10 +361,10 @@ def verdict(gaps: Sequence[Gap], sd: float, what: str, paired_by: Sequence[str])
         return f"there is one level only, and no other one to hold its {what} against"
     near = gaps[0]
     paired = f", paired by {' and '.join(paired_by)}" if paired_by else ""
-    head = f"{near.best} is best in {what}, by {decimals(near.value)} over {near.other}"
+    head = f"{near.best} is best in {what}, by {format_significant(near.value)} over {near.other}"
     if near.seeds < 2:
         return f"{head}{paired}; with one seed it cannot be told from seed noise"
-    head += f", the next [{decimals(near.low)}, {decimals(near.high)}]{paired}"
+    head += f", the next [{format_significant(near.low)}, {format_significant(near.high)}]{paired}"
     if sd == 0:
         return f"{head}; the seed changes nothing here, so nothing is said of luck"
     unclear = [gap.other for gap in gaps if not gap.clear]
@@ -371,10 +373,10 @@ def verdict(gaps: Sequence[Gap], sd: float, what: str, paired_by: Sequence[str])
         if not unclear
         else f"not more than seed noise (cannot be told from {', '.join(unclear)})"
     )
-    return f"{head}; seeds differ by {decimals(sd)} (sd): {words}"
+    return f"{head}; seeds differ by {format_significant(sd)} (sd): {words}"
 
 
-def region_of(rois: str) -> tuple[str, str] | None:
+def parse_region(rois: str) -> tuple[str, str] | None:
     """("V1", "alone") of "V1", ("V1", "left out") of "!V1", ("", "all") of "-" and of "", None of a
     set of several.
     """
@@ -400,7 +402,7 @@ def region_table(
 
     Returns: empty unless at least two regions are there both alone and left out.
     """
-    known = {level: found for level, value in rois.items() if (found := region_of(value))}
+    known = {level: found for level, value in rois.items() if (found := parse_region(value))}
     kinds: dict[str, set[str]] = {}
     for region, kind in known.values():
         kinds.setdefault(region, set()).add(kind)
