@@ -1,13 +1,11 @@
-"""Small helpers that everything else relies on: paths, errors, files, checkpoints, and the
-parameters of a stage.
+"""Small helpers that everything else relies on: paths, errors, files, checkpoints, devices.
 
 - Every path hangs on ROOT (the repository) or HOME (where data/, train_logs/ and results/ lie:
   PERCEPT_HOME, by default ROOT).
 - Files are written under a temporary name and renamed. Bad input raises PerceptError with one
   sentence.
-- The parameters of a stage have one source, the notebook's cell tagged `parameters`, and one
-  precedence everywhere: cell < recipe files in order < single overrides (papermill, flags of the
-  exported script, PERCEPT_ARGS).
+- Importing this module is fast: heavy libraries such as torch are imported by the functions that
+  use them, so that a command line answers at once.
 """
 
 from __future__ import annotations
@@ -19,50 +17,74 @@ import random
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from tqdm.auto import tqdm
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-
-def require_file(
-    path: str | Path, what: str, remedy: str = "fetch it, or give the folder that holds it"
-) -> Path:
-    """`path`, if it is there.
-
-    Raises:
-        PerceptError: naming the file, what it holds and what to do.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise PerceptError(f"{path} ({what}) is missing: {remedy}.")
-    return path
-
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 HOME = Path(os.environ.get("PERCEPT_HOME", ROOT)).expanduser().resolve()
+
+FEATURE_TOLERANCE = 0.02  # of the largest feature, see `same_features`
 
 
 class PerceptError(Exception):
     """Bad input, in one sentence."""
 
     def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows in place of a traceback."""
         return [f"PerceptError: {self}"]
 
 
+# ------------------------------------------------------------------------------------------- paths
+def require_file(
+    path: str | Path, description: str, remedy: str = "fetch it, or give the folder that holds it"
+) -> Path:
+    """Return `path` if there is such a file or folder.
+
+    Args:
+        path: file or folder.
+        description: what it holds, for the message.
+        remedy: what to do where it is missing, for the message.
+
+    Raises:
+        PerceptError: naming the file, what it holds and what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PerceptError(f"{path} ({description}) is missing: {remedy}.")
+    return path
+
+
+def resolve(path: str) -> Path:
+    """Resolve a path that is a parameter.
+
+    An absolute path stays as it is. A relative one hangs on HOME, or on the repository where it
+    exists only there.
+    """
+    expanded = Path(path).expanduser()
+    if expanded.is_absolute():
+        return expanded
+    in_home, in_repository = HOME / expanded, ROOT / expanded
+    if in_repository.exists() and not in_home.exists():
+        return in_repository
+    return in_home
+
+
+# ------------------------------------------------------------------------------------------- files
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is renamed to `path` on success and removed on
-    failure.
+    """Yield a temporary path in the folder of `path`.
+
+    The file is renamed to `path` on success and removed on failure.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,55 +96,34 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text())
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within this context torch's CPU generator starts from `seed`; afterwards it is as it was
-    before.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def peak_memory(device: str = "auto") -> float:
-    """The most memory that this process has had so far, in bytes: on the GPU where there is one
-    (device "auto"), else resident (or with "cpu").
-    """
-    if to_device(device).startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated())
-    if (
-        status := Path("/proc/self/status")
-    ).exists():  # on Linux, ru_maxrss also holds what the process that started this one had
-        return 1024.0 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1.0 if sys.platform == "darwin" else 1024.0
-    )
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
+# ------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(
-    path: str | Path, state_dict: dict[str, torch.Tensor], config: dict[str, Any]
+    path: str | Path, state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Write a state dict and its config into one safetensors file; of tensors, only those that
-    share memory with others are copied.
+    """Write a state dict and its config into one safetensors file.
+
+    Of the tensors, only those that share memory with others are copied.
     """
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
-    places: set[int] = set()
+    storages: set[int] = set()
     for key, value in state_dict.items():
-        plain = value.detach().cpu().contiguous()
-        tensors[key] = plain.clone() if plain.untyped_storage().data_ptr() in places else plain
-        places.add(plain.untyped_storage().data_ptr())
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"config": json.dumps(config)})
 
@@ -131,85 +132,134 @@ def load_checkpoint(
     path: str | Path, device: str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a file of `save_checkpoint`: state dict and config."""
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt", device=str(device)) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, json.loads(
-            (file.metadata() or {}).get("config", "{}")
-        )  # noqa: SIM118
+        state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    return state_dict, json.loads(metadata.get("config", "{}"))
 
 
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Load a state dict that must fit exactly."""
-    own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in own
-        if k in state and own[k].shape != state[k].shape
+def load_strictly(module: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Args:
+        module: receives the weights.
+        state_dict: the weights, under the keys of the module.
+        origin: where they come from, for the message.
+
+    Raises:
+        PerceptError: naming keys that are missing or unexpected, and weights of another shape.
+    """
+    expected = module.state_dict()
+    missing = sorted(set(expected) - set(state_dict))
+    unexpected = sorted(set(state_dict) - set(expected))
+    misshapen = [
+        f"{key} {tuple(state_dict[key].shape)} for {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
     ]
-    if missing or extra or wrong:
-        differs = f"missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+    if missing or unexpected or misshapen:
         raise PerceptError(
-            f"{origin} does not fit {type(module).__name__}: {differs}; take the checkpoint of this"
-            " very model."
+            f"{origin} does not fit {type(module).__name__}: missing {missing[:5]}, unexpected"
+            f" {unexpected[:5]}, wrong shape {misshapen[:5]}; take the checkpoint of this very"
+            " model."
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state_dict)
 
 
-def progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:
-    """tqdm for a notebook and for a log."""
-    return tqdm(iterable, desc=desc, total=total, mininterval=0.5 if sys.stderr.isatty() else 5)
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text())
+def same_features(recorded: Sequence[float], current: Sequence[float]) -> bool:
+    """Whether a frozen model still gives the features that were recorded of it.
+
+    No feature may be off by more than 2 % of the largest one (of 1, if that is more).
+    """
+    if len(recorded) != len(current):
+        return False
+    largest = max(map(abs, recorded), default=0.0)
+    tolerance = FEATURE_TOLERANCE * max(1.0, largest)
+    return all(abs(a - b) <= tolerance for a, b in zip(recorded, current, strict=True))
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+# --------------------------------------------------------------------------- devices and randomness
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's CPU generator start from `seed` within this context.
+
+    Afterwards the generator is as it was before.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def to_device(device: str = "auto") -> str:
-    """ "auto" -> "cuda" where there is one (of several processes, the GPU of this one, e.g.
-    "cuda:1"), else "cpu".
+    """Device that "auto" stands for: "cuda" where there is one, else "cpu".
+
+    Of several processes each has a GPU, e.g. "cuda:1". Any other device is returned as it is.
     """
     if device != "auto":
         return device
+    import torch
+
     if not torch.cuda.is_available():
         return "cpu"
     rank = os.environ.get("LOCAL_RANK", "")  # set by torchrun and accelerate launch
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank else "cuda"
 
 
-def same_features(recorded: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether a frozen model still gives what it gave: no feature is off by more than 2 % of the
-    largest (of 1, if that is more).
-    """
-    most = 0.02 * max(1.0, max(map(abs, recorded), default=0.0))
-    return len(recorded) == len(now) and all(
-        abs(a - b) <= most for a, b in zip(recorded, now, strict=True)
-    )
-
-
 def mixed_precision(use_mp: bool, precision: str, device: str = "auto") -> str:
-    """The precision that `use_mp` stands for where none is named: "fp16" on a GPU, "bf16" on a CPU."""
-    return (
-        ("fp16" if to_device(device).startswith("cuda") else "bf16")
-        if use_mp and precision == "no"
-        else precision
-    )
+    """Precision of a training: `precision`, or where it is "no" the one that `use_mp` stands for.
 
-
-def resolve(path: str) -> Path:
-    """A path of a parameter: absolute as it is, else relative to HOME, else (if only there) to the
-    repository.
+    That is "fp16" on a GPU and "bf16" on a CPU.
     """
-    given = Path(path).expanduser()
-    if given.is_absolute():
-        return given
-    return ROOT / given if not (HOME / given).exists() and (ROOT / given).exists() else HOME / given
+    if not use_mp or precision != "no":
+        return precision
+    return "fp16" if to_device(device).startswith("cuda") else "bf16"
+
+
+def peak_memory(device: str = "auto") -> float:
+    """Largest memory that this process has used so far, in bytes.
+
+    Of the GPU where there is one (device "auto"), else resident memory (also with "cpu").
+    """
+    if to_device(device).startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    # on Linux, ru_maxrss also holds what the process that started this one had
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    if peak is not None:
+        return 1024.0 * int(peak[1])
+    unit = 1.0 if sys.platform == "darwin" else 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --------------------------------------------------------------------------------- notebook and log
+def progress(iterable: Iterable[T], desc: str = "", total: int | None = None) -> Iterable[T]:
+    """Show the progress of a loop, in a notebook and in a log."""
+    from tqdm.auto import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 5.0
+    bar: Iterable[T] = tqdm(iterable, desc=desc, total=total, mininterval=interval)
+    return bar
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
