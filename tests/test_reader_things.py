@@ -13,7 +13,7 @@ from src.data import subject as data
 from src.data.subject import open_subject
 from src.miniworld.formats import things as things_format
 from src.readers import things
-from src.readers.common import pictures
+from src.readers.common import load_images
 from src.utils import PerceptError
 
 V = 9
@@ -392,7 +392,7 @@ def test_many_pictures_keep_their_order(tmp_path):
     for number in range(40):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray(np.full((9, 5 + number, 3), number, np.uint8)).save(files[-1])
-    blocks = list(pictures(files, "Image", 8))
+    blocks = list(load_images(files, "Image", 8))
     assert [int(block[0, 0, 0, 0]) for block in blocks] == list(range(40)) and blocks[4].shape == (
         1,
         8,
@@ -400,7 +400,7 @@ def test_many_pictures_keep_their_order(tmp_path):
         3,
     )
     files[30].write_bytes(files[30].read_bytes()[:40])
-    made = pictures(files, "Image", 8)
+    made = load_images(files, "Image", 8)
     assert all(next(made).shape[0] == 1 for _ in range(30))
     with pytest.raises(PerceptError, match="Image .*30.png cannot be decoded"):
         next(made)

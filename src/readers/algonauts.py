@@ -49,12 +49,12 @@ from src.data.layout import (
     write_subject,
 )
 from src.readers.common import (
-    default_split_size,
     check_rois,
     choose_validation,
     copy_tables,
-    load_split_column,
+    default_split_size,
     load_images,
+    load_split_column,
     make_roi_columns,
 )
 from src.safe_pickle import unpickle_npy

@@ -49,7 +49,13 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import check_rois, copy_tables, load_images, make_roi_columns, make_split_column
+from src.readers.common import (
+    check_rois,
+    copy_tables,
+    load_images,
+    make_roi_columns,
+    make_split_column,
+)
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (

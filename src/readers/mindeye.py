@@ -57,7 +57,7 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import choose_validation, copy_tables, own_split, picture
+from src.readers.common import choose_validation, copy_tables, load_image, load_split_column
 from src.safe_pickle import unpickle_npy
 from src.utils import PerceptError, progress, read_json
 
@@ -384,7 +384,7 @@ def _image_id(
 
 
 def _early_split(root: Path, trials: pd.DataFrame, val_images: int, seed: int) -> pd.Series:
-    own = own_split(root, trials)
+    own = load_split_column(root, trials)
     if own is not None:
         return own
     test = trials["split"] == "test"
@@ -428,7 +428,7 @@ def _decoded(wanted: list[Member], shape: tuple[int, ...] | None) -> np.ndarray:
     """Images uint8 (images, height, width, 3), all of `shape`."""
     images = []
     for member, content in zip(wanted, _contents(wanted), strict=True):
-        images.append(picture(io.BytesIO(content), f"The image of {member.what}"))
+        images.append(load_image(io.BytesIO(content), f"The image of {member.what}"))
         if shape and images[-1].shape != shape:
             raise PerceptError(
                 f"The image of {member.what} is {images[-1].shape}, the first is {shape}: all must"

@@ -43,7 +43,7 @@ from src.data.layout import (
     subject_folder,
     write_subject,
 )
-from src.readers.common import copy_tables, make_roi_columns, center_crop_resize, make_split_column
+from src.readers.common import center_crop_resize, copy_tables, make_roi_columns, make_split_column
 from src.readers.mindeye import array_of, samples
 from src.utils import PerceptError, progress, require_file
 
@@ -373,7 +373,11 @@ def _voxel_table(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
     if path.exists():
         return pd.read_parquet(path)
     regions = _arrays_of(source / MASKS, f"subj{subj:02d}")
-    return make_roi_columns(regions, n_voxels) if any(mask.any() for mask in regions.values()) else None
+    return (
+        make_roi_columns(regions, n_voxels)
+        if any(mask.any() for mask in regions.values())
+        else None
+    )
 
 
 def _taken(stored: h5py.Dataset, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:

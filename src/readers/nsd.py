@@ -55,12 +55,12 @@ from src.data.layout import (
     write_subject,
 )
 from src.readers.common import (
+    center_crop_resize,
     check_rois,
     choose_validation,
     copy_tables,
     load_split_column,
     make_roi_columns,
-    center_crop_resize,
 )
 from src.readers.volumes import load_anat_roi, load_nifti
 from src.utils import PerceptError, progress, require_file
@@ -828,7 +828,9 @@ def _images(root: Path, rows: np.ndarray, image_size: int) -> Iterator[np.ndarra
                     f" {rows.max()}: fetch it again."
                 )
             for start in progress(range(0, len(rows), 64), "images"):
-                yield np.stack([center_crop_resize(brick[row], image_size) for row in rows[start : start + 64]])
+                yield np.stack(
+                    [center_crop_resize(brick[row], image_size) for row in rows[start : start + 64]]
+                )
     except (OSError, RuntimeError, KeyError) as error:
         raise PerceptError(
             f"{path} is damaged, cut off or has no imgBrick ({error}): fetch it again."

@@ -53,7 +53,13 @@ from src.data.layout import (
     write_image_table,
     write_subject,
 )
-from src.readers.common import check_rois, choose_validation, copy_tables, load_split_column, load_images
+from src.readers.common import (
+    check_rois,
+    choose_validation,
+    copy_tables,
+    load_images,
+    load_split_column,
+)
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.algonauts import FLAVOURS, HEMISPHERES, REGIONS
 from src.utils import PerceptError
 
@@ -99,7 +99,7 @@ def _averaged(
     """Ids in the order of their first showing, mean responses (images, vertices), pictures, and the
     split of each image.
     """
-    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "split"))
+    ordered = check_aligned(betas, trials, images, image_ids, ("trial", "image", "split"))
     place = {int(image): row for row, image in enumerate(image_ids)}
     kept = ordered.query("split != 'exclude'")
     table = kept.drop_duplicates("image")[["image", "split"]]

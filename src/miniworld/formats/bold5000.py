@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.bold5000 import BETAS, PRESENTED, _participant
 from src.utils import PerceptError, atomic
 
@@ -52,7 +52,7 @@ def write(
         PerceptError: for arrays and tables that do not fit each other, or a full disk.
     """
     name, root = _participant(subj), Path(source)
-    ordered = fitting(
+    ordered = check_aligned(
         betas, trials, images, image_ids, ("trial", "image", "session", "split"), voxels
     )
     session = ordered["session"].to_numpy()

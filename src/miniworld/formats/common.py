@@ -13,7 +13,7 @@ from src.utils import PerceptError, atomic
 
 
 def write_split(source: Path, trials: pd.DataFrame) -> None:
-    """Write <source>/splits.csv for `own_split`; images of other subjects already in it are kept."""
+    """Write <source>/splits.csv for `load_split_column`; images of other subjects already in it are kept."""
     path, table = source / "splits.csv", trials.drop_duplicates("image")[["image", "split"]]
     if path.exists():
         old = pd.read_csv(path)
@@ -22,7 +22,7 @@ def write_split(source: Path, trials: pd.DataFrame) -> None:
         table.sort_values("image").to_csv(temporary, index=False)
 
 
-def fitting(
+def check_aligned(
     betas: np.ndarray,
     trials: pd.DataFrame,
     images: np.ndarray,

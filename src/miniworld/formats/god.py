@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.god import UNIT, image_name
 from src.utils import PerceptError, atomic
 
@@ -61,7 +61,7 @@ def write(
         )
     root, ordered = (
         Path(source),
-        fitting(
+        check_aligned(
             betas, trials, images, image_ids, ("trial", "image", "session", "run", "split"), voxels
         ),
     )

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.mindeye import BETAS, EARLY, LAYOUTS, PAPER, SPLITS
 from src.utils import PerceptError, atomic, write_json
 
@@ -67,7 +67,7 @@ def write(
             f" samples_per_shard={samples_per_shard} at least 1, layout={layout!r} one of"
             f" {', '.join(LAYOUTS)}."
         )
-    ordered = fitting(betas, trials, images, image_ids, ("trial", "image", "split"))
+    ordered = check_aligned(betas, trials, images, image_ids, ("trial", "image", "split"))
     root, early = Path(source) / layout, layout == EARLY
     place = {int(image): row for row, image in enumerate(image_ids)}
     repeats = 0 if early else repeats or int(ordered.groupby("image").size().max())

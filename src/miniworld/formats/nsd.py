@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.io
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.nsd import (
     SHARED,
     _betas_folder,
@@ -119,7 +119,7 @@ def _check_arrays(
     betas: np.ndarray, trials: pd.DataFrame, images: np.ndarray, image_ids: np.ndarray
 ) -> pd.DataFrame:
     """The trials in their order; the index says the row of betas."""
-    ordered = fitting(
+    ordered = check_aligned(
         betas, trials, images, image_ids, ("trial", "image", "session", "run", "split")
     )
     if betas.ndim != 2:

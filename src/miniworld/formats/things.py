@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import BLOCK_BYTES, disk_errors
-from src.miniworld.formats.common import fitting, write_split, write_tables
+from src.miniworld.formats.common import check_aligned, write_split, write_tables
 from src.readers.things import FIGSHARE
 from src.utils import atomic
 
@@ -55,7 +55,7 @@ def write(
     """
     root, ordered = (
         Path(source),
-        fitting(
+        check_aligned(
             betas, trials, images, image_ids, ("trial", "image", "session", "run", "split"), voxels
         ),
     )
