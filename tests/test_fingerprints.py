@@ -1,6 +1,9 @@
 """src.pipeline.fingerprints: what makes a finished stage old, and what does not."""
 
+import ast
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -174,13 +177,113 @@ def test_docstrings_are_not_code_but_other_texts_are():
     assert normalise_code("x = 'a'") != normalise_code("x = 'b'")
 
 
-@pytest.mark.parametrize(
-    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
-)
-def test_real_notebooks_depend_on_their_own_code(notebook):
-    import ast
+def test_libraries_and_modules_that_are_imported_by_name_count(house):
+    code = (
+        "from importlib import import_module\n"
+        "from src.utils import require_extra\n"
+        "faiss = require_extra('faiss', 'search')\n"
+        "shapes = import_module('src.shapes')\n"
+    )
+    closure = find_import_closure(code, house)
+    assert "faiss" in closure.libraries
+    assert closure.modules == {house / "src/shapes.py"}
 
-    closure = find_import_closure(ast.parse(read_notebook_code(notebook)), ROOT)
+
+def test_what_only_type_checkers_import_does_not_count(house):
+    code = "if TYPE_CHECKING:\n    import scipy\n    from src.shapes import WIDTH\n"
+    closure = find_import_closure(code, house)
+    assert not closure.modules and not closure.libraries
+
+
+def test_a_package_that_is_imported_as_a_whole_depends_on_all_of_it(house):
+    for code in ("from src import frozen", "import src.frozen as frozen"):
+        closure = find_import_closure(code, house)
+        names = {path.name for path in closure.modules}
+        assert names == {"__init__.py", "clip.py", "vae.py"}
+
+
+def test_what_a_training_will_need_does_not_make_it_old(house):
+    write_notebook(house / "stage.ipynb", "from src.pipeline.dryrun import plan_stage")
+    plan = house / "src/pipeline/dryrun.py"
+    plan.parent.mkdir()
+    plan.write_text("def plan_stage():\n    return 1\n")
+    before = fingerprint(house)
+    edit(plan, "return 1", "return 2")
+    assert fingerprint(house) == before
+
+
+# ------------------------------------------------------------------------------ the real notebooks
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def closure_of(stage: str) -> set[str]:
+    source = read_notebook_code(ROOT / "notebooks" / f"{stage}.ipynb")
+    closure = find_import_closure(source, ROOT)
+    return {path.relative_to(ROOT).as_posix() for path in closure.modules}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_real_notebooks_depend_on_their_own_code(notebook):
+    closure = find_import_closure(read_notebook_code(notebook), ROOT)
     names = {path.relative_to(ROOT).as_posix() for path in closure.modules}
     assert "src/utils.py" in names and "torch" in closure.libraries
     assert not any(name.startswith("src/pipeline/fingerprints") for name in names)
+    assert not any(name.startswith("src/pipeline/dryrun") for name in names)
+
+
+def test_reconstructing_does_not_depend_on_search_downloads_or_reports():
+    names = closure_of("03_reconstruct")
+    others = ("src/search", "src/pipeline", "src/evaluation/report", "src/miniworld/formats")
+    assert not [name for name in names if name.startswith(others)]
+    assert {"src/data/subject.py", "src/decoding/generate.py", "src/prior.py"} <= names
+
+
+@pytest.mark.parametrize("stage", ["01_train_high_level", "03_reconstruct"])
+def test_packages_that_hand_on_names_are_looked_through(stage):
+    names = closure_of(stage)
+    for package in ("data", "networks", "training", "decoding", "pretrained"):
+        assert f"src/{package}/__init__.py" not in names
+        assert any(name.startswith(f"src/{package}/") for name in names)
+    assert "src/pretrained/captioners.py" not in names
+
+
+def test_preparing_depends_on_every_reader_that_can_be_chosen():
+    from src.readers import READERS
+
+    names = closure_of("00_prepare_data")
+    readers = {Path(module.__file__).relative_to(ROOT).as_posix() for module in READERS.values()}
+    assert len(readers) >= 9 and readers <= names
+    assert "src/readers/common.py" in names
+
+
+def test_a_change_makes_only_those_real_stages_old_that_run_it(tmp_path):
+    for folder in ("src", "notebooks"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    stages = ("00_prepare_data", "03_reconstruct", "05_search_index")
+
+    def change(name: str) -> set[str]:
+        """The stages that a change of one module makes old."""
+
+        def hash_all():
+            return {
+                s: fingerprint_code(tmp_path / f"notebooks/{s}.ipynb", tmp_path) for s in stages
+            }
+
+        before, path = hash_all(), tmp_path / name
+        path.write_text(path.read_text() + "\nCHANGED = True\n")
+        after = hash_all()
+        return {stage for stage in stages if before[stage] != after[stage]}
+
+    assert change("src/search/qdrant.py") == {"05_search_index"}
+    assert "00_prepare_data" not in change("src/decoding/generate.py")
+    assert "00_prepare_data" in change("src/readers/npz.py")
+    assert change("src/utils.py") == set(stages)
+    assert change("src/evaluation/report.py") == set()
+
+
+def test_the_fingerprints_of_a_recipe_are_quick():
+    start = time.process_time()
+    for stage in sorted((ROOT / "recipes" / "mindeye").glob("*.yaml")):
+        fingerprint_code(ROOT / "notebooks" / f"{stage.stem}.ipynb", ROOT)
+    assert time.process_time() - start < 3  # 1.2 s, and as much again for slow machines

@@ -123,7 +123,7 @@ def test_all_stages_land_in_the_folder_that_one_stage_names(project):
     (project / "recipes" / "sys" / "01_second.yaml").write_text(
         "n_components: 5\n"
     )  # a recipe's own value counts, too
-    assert recipes.select_stages("sys", {}, "", [])[1] == {"model_name": "sys-subj01-pca5"}
+    assert recipes.select_stages("sys", {})[1] == {"model_name": "sys-subj01-pca5"}
     with pytest.raises(PerceptError, match="must be at least 0"):
         runs.run_recipe("sys", {"n_components": "-1"})
 
@@ -183,11 +183,11 @@ def test_to_ends_with_a_stage_and_the_same_without_it_goes_on(project, capsys):
 
 
 def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
-    results = runs.run_recipe("sys", {}, without=["01"])
+    results = runs.run_recipe("sys", {}, skip=["01"])
     assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
     assert "[1/1] 00_first ..." in capsys.readouterr().out
     with pytest.raises(PerceptError, match="--without 07 names no stage"):
-        runs.run_recipe("sys", {}, without=["01", "07"])
+        runs.run_recipe("sys", {}, skip=["01", "07"])
 
 
 def test_a_right_kernel_is_not_registered_again():
@@ -238,6 +238,28 @@ def command(*arguments):
         timeout=120,
         env=os.environ,
     )
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["download", "--help"]])
+def test_what_needs_no_network_does_not_import_torch(arguments):
+    script = (
+        "import sys, run\n"
+        "try:\n"
+        "    run.main(sys.argv[1:])\n"
+        "except SystemExit:\n"  # --help
+        "    pass\n"
+        "slow = {'torch', 'transformers', 'diffusers', 'h5py', 'pandas', 'papermill', 'boto3'}\n"
+        "sys.exit(', '.join(slow & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_list_shows_recipes_stages_and_cost():

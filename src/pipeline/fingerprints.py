@@ -9,6 +9,9 @@ Modules that only hand on names of others (the `__init__` of a package, `src/mod
 through: `from src.data import Subject` depends on the module that defines `Subject`, not on its
 siblings. So are packages that import a module when one of its names is first used (PEP 562): a
 table `_EXPORTS` {module of the package: [names]}, and a `__getattr__` that reads it.
+
+Each module is parsed and walked through once in a process, whatever the number of stages: the
+fingerprints of a whole recipe take about a second.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import ast
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,6 +61,16 @@ NUMERIC_LIBRARIES = {
     "umap": "umap-learn",
 }
 
+# Modules that tell what a stage will need and decide nothing of what it does.
+INFORMATIVE_MODULES = ("src.pipeline.dryrun",)
+
+# Functions that import the module that their first argument names.
+IMPORT_FUNCTIONS = ("import_module", "require_extra")
+
+IMPORTING_NODES = {ast.Import, ast.ImportFrom, ast.Call}
+
+FILE_NAME = re.compile(r"[\w-]+\.(?!py$)\w+")  # of what may be a template beside a module
+
 
 @dataclass
 class ImportClosure:
@@ -79,6 +93,23 @@ class _Import:
     name: str
 
 
+@dataclass(frozen=True)
+class _Code:
+    """What one walk through a piece of code finds.
+
+    Attributes:
+        normalised: the syntax tree as text.
+        imports: all that it imports, wherever that stands, but for type checkers.
+        exports: where the names come from that it hands on, if it does nothing else.
+        file_names: string constants that may name a file beside it.
+    """
+
+    normalised: str
+    imports: tuple[_Import, ...]
+    exports: dict[str, _Import]
+    file_names: tuple[str, ...]
+
+
 def fingerprint_code(notebook: Path, root: Path) -> str:
     """Hash of all code that a notebook runs.
 
@@ -90,12 +121,14 @@ def fingerprint_code(notebook: Path, root: Path) -> str:
         A sha256 in hexadecimal digits.
     """
     source = read_notebook_code(notebook)
-    closure = find_import_closure(ast.parse(source), root)
+    modules = _Modules(root)
+    closure = _find_closure(source, modules)
     digest = hashlib.sha256(normalise_code(source).encode())
     for path in sorted(closure.modules):
+        code = modules.read(path)
         digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(normalise_code(path.read_text()).encode())
-        for template in _find_templates(path):
+        digest.update(code.normalised.encode())
+        for template in _find_templates(path, code):
             digest.update(template.read_bytes())
     digest.update(json.dumps(list_versions(closure.libraries), sort_keys=True).encode())
     return digest.hexdigest()
@@ -115,34 +148,14 @@ def normalise_code(source: str) -> str:
     Raises:
         SyntaxError: if the source is not Python.
     """
-    return _normalise_cached(source)
+    return _read_code(source, package="").normalised
 
 
-@lru_cache(maxsize=1024)
-def _normalise_cached(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
-
-
-def find_import_closure(tree: ast.AST, root: Path) -> ImportClosure:
+def find_import_closure(source: str, root: Path) -> ImportClosure:
     """Follow the imports of a piece of code, wherever in it they stand, through the modules of
     `src`.
     """
-    closure = ImportClosure()
-    waiting = list(_list_imports(tree, package=""))
-    seen = set(waiting)
-    while waiting:
-        step = waiting.pop()
-        for further in _follow(step, root, closure):
-            if further not in seen:
-                seen.add(further)
-                waiting.append(further)
-    return closure
+    return _find_closure(source, _Modules(root))
 
 
 def list_versions(libraries: Iterable[str]) -> dict[str, str]:
@@ -156,52 +169,164 @@ def list_versions(libraries: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def _follow(step: _Import, root: Path, closure: ImportClosure) -> Iterator[_Import]:
-    """Add what one import leads to; yields the imports that have to be followed in turn."""
-    if step.module.split(".")[0] != "src":
-        closure.libraries.add(step.module.split(".")[0])
-        return
+class _Modules:
+    """The modules of `src` below a folder, each read from disk at most once.
+
+    Attributes:
+        root: folder that holds the package `src`.
+        paths: the files of the modules, by their full names.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.paths: dict[str, Path] = {}
+        self._codes: dict[Path, _Code] = {}
+        for path in (root / "src").rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            self.paths[".".join(parts).removesuffix(".__init__")] = path
+
+    def read(self, path: Path) -> _Code:
+        """The code of one of the files."""
+        if path not in self._codes:
+            package = ".".join(path.relative_to(self.root).parent.parts)
+            self._codes[path] = _read_code(path.read_text(), package)
+        return self._codes[path]
+
+
+def _find_closure(source: str, modules: _Modules) -> ImportClosure:
+    """As `find_import_closure`, through modules that are read already."""
+    closure = ImportClosure()
+    waiting = list(_read_code(source, package="").imports)
+    seen = set(waiting)
+    while waiting:
+        step = waiting.pop()
+        for further in _follow(step, modules, closure):
+            if further not in seen:
+                seen.add(further)
+                waiting.append(further)
+    return closure
+
+
+def _follow(step: _Import, modules: _Modules, closure: ImportClosure) -> Iterable[_Import]:
+    """Add what one import leads to; returns the imports that have to be followed in turn."""
+    package = step.module.split(".")[0]
+    if package != "src":
+        closure.libraries.add(package)
+        return []
     submodule = f"{step.module}.{step.name}"
-    if step.name and _find_module(submodule, root):
-        yield _Import(submodule, "")
-        return
-    path = _find_module(step.module, root)
-    if path is None:
-        return
-    tree = _parse(path.read_text())
-    package = step.module if path.name == "__init__.py" else step.module.rpartition(".")[0]
-    passed_on = _list_passed_on(tree, package) if step.name and _only_hands_on(tree) else {}
-    if step.name in passed_on:
-        yield passed_on[step.name]
-        return
+    if submodule in modules.paths:
+        return [_Import(submodule, "")]
+    if step.module not in modules.paths or step.module.startswith(INFORMATIVE_MODULES):
+        return []
+    path = modules.paths[step.module]
+    code = modules.read(path)
+    if step.name in code.exports:
+        return [code.exports[step.name]]
+    if path in closure.modules:
+        return []
     closure.modules.add(path)
-    yield from _list_imports(tree, package)
+    return code.imports
 
 
-def _find_module(name: str, root: Path) -> Path | None:
-    """The file of a module, None if there is none."""
-    place = root.joinpath(*name.split("."))
-    for path in (place / "__init__.py", place.with_suffix(".py")):
-        if path.exists():
-            return path
-    return None
+def _find_templates(path: Path, code: _Code) -> list[Path]:
+    """Files beside a module that its code names, such as the template of the report."""
+    templates = [path.with_name(name) for name in code.file_names]
+    return [template for template in templates if template.is_file()]
 
 
-@lru_cache(maxsize=1024)
-def _parse(source: str) -> ast.Module:
-    return ast.parse(source)
+@cache
+def _read_code(source: str, package: str) -> _Code:
+    """Parse a source and walk through it; `package` is what relative imports begin at."""
+    tree = ast.parse(source)
+    walk = _Walk(package)
+    walk.visit(tree)
+    late_exports = _list_late_exports(tree, package)
+    imports = (*walk.imports, *late_exports.values())
+    exports: dict[str, _Import] = {}
+    if all(_is_plain(node) for node in tree.body):
+        exports = _list_exports(tree, package) | late_exports
+    file_names = sorted(text for text in walk.texts if FILE_NAME.fullmatch(text))
+    return _Code(" ".join(walk.tokens), imports, exports, tuple(file_names))
 
 
-def _list_imports(tree: ast.AST, package: str) -> Iterator[_Import]:
-    """All imports of a syntax tree; relative ones are spelt out from `package`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield _Import(alias.name, "")
-        elif isinstance(node, ast.ImportFrom):
-            module = _spell_out(node, package)
-            for alias in node.names:
-                yield _Import(module, alias.name)
+class _Walk:
+    """One walk through a syntax tree that collects everything that is needed of it.
+
+    The tree is written as text by hand, as `ast.dump` and further walks would take three times as
+    long.
+
+    Attributes:
+        tokens: classes of the nodes and values of their fields, in order, without docstrings.
+        imports: what is imported, but for type checkers.
+        texts: the string constants.
+    """
+
+    def __init__(self, package: str):
+        self.package = package
+        self.tokens: list[str] = []
+        self.imports: list[_Import] = []
+        self.texts: set[str] = set()
+
+    def visit(self, node: ast.AST) -> None:
+        """Add a node and all below it."""
+        kind = type(node)
+        if kind in IMPORTING_NODES:
+            self.imports.extend(_list_imports(node, self.package))
+        elif kind is ast.Constant and isinstance(node.value, str):  # type: ignore[attr-defined]
+            self.texts.add(node.value)  # type: ignore[attr-defined]
+        elif kind is ast.If and _is_for_type_checker(node):
+            return
+        self.tokens.append(kind.__name__)
+        for name in kind._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, ast.AST):
+                self.visit(value)
+            elif isinstance(value, list):
+                self._visit_list(value[1:] if name == "body" and _has_docstring(node) else value)
+            else:
+                self.tokens.append(repr(value))
+        self.tokens.append(")")
+
+    def _visit_list(self, items: list) -> None:
+        self.tokens.append("[")
+        for item in items:
+            if isinstance(item, ast.AST):
+                self.visit(item)
+            else:
+                self.tokens.append(repr(item))
+        self.tokens.append("]")
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    """Whether a module, class or function begins with a docstring."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    first = node.body[0] if node.body else None
+    if not isinstance(first, ast.Expr) or not isinstance(first.value, ast.Constant):
+        return False
+    return isinstance(first.value.value, str)
+
+
+def _list_imports(node: ast.AST, package: str) -> Iterator[_Import]:
+    """What a statement, or a call of one of IMPORT_FUNCTIONS, imports."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield _Import(alias.name, "")
+    elif isinstance(node, ast.ImportFrom):
+        module = _spell_out(node, package)
+        for alias in node.names:
+            yield _Import(module, alias.name)
+    elif isinstance(node, ast.Call) and _is_import_function(node.func) and node.args:
+        argument = node.args[0]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+            yield _Import(argument.value, "")
+
+
+def _is_import_function(function: ast.expr) -> bool:
+    """Whether a called function imports a module: `require_extra`, `importlib.import_module`."""
+    if isinstance(function, ast.Attribute):
+        return function.attr in IMPORT_FUNCTIONS
+    return isinstance(function, ast.Name) and function.id in IMPORT_FUNCTIONS
 
 
 def _spell_out(node: ast.ImportFrom, package: str) -> str:
@@ -213,15 +338,10 @@ def _spell_out(node: ast.ImportFrom, package: str) -> str:
     return ".".join([*base, *filter(None, [node.module])])
 
 
-def _only_hands_on(tree: ast.Module) -> bool:
-    """Whether a module holds nothing but imports, a docstring, `__all__`, and what a package needs
-    that imports its modules late: `_EXPORTS`, `__getattr__`, imports for the type checker.
-    """
-    return all(_is_plain(node) for node in tree.body)
-
-
 def _is_plain(node: ast.stmt) -> bool:
-    """Whether a statement only hands on names."""
+    """Whether a statement only hands on names: it is an import, a docstring, `__all__`, or what a
+    package needs that imports its modules late.
+    """
     if isinstance(node, ast.Import | ast.ImportFrom):
         return True
     if isinstance(node, ast.Expr):
@@ -233,9 +353,11 @@ def _is_plain(node: ast.stmt) -> bool:
     return _is_assignment_to(node, "__all__") or _is_assignment_to(node, "_EXPORTS")
 
 
-def _is_for_type_checker(node: ast.If) -> bool:
+def _is_for_type_checker(node: ast.AST) -> bool:
     """Whether a statement is `if TYPE_CHECKING:` without an else."""
-    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not node.orelse
+    if not isinstance(node, ast.If) or node.orelse:
+        return False
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _is_assignment_to(node: ast.stmt, name: str) -> bool:
@@ -246,7 +368,7 @@ def _is_assignment_to(node: ast.stmt, name: str) -> bool:
     return isinstance(target, ast.Name) and target.id == name
 
 
-def _list_passed_on(tree: ast.Module, package: str) -> dict[str, _Import]:
+def _list_exports(tree: ast.Module, package: str) -> dict[str, _Import]:
     """The names that a module hands on, and where it has them from."""
     names: dict[str, _Import] = {}
     for node in tree.body:
@@ -257,36 +379,19 @@ def _list_passed_on(tree: ast.Module, package: str) -> dict[str, _Import]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name.split(".")[0]] = _Import(alias.name, "")
-        elif isinstance(node, ast.Assign) and _is_assignment_to(node, "_EXPORTS"):
-            names |= _list_late_names(node.value, package)
     return names
 
 
-def _list_late_names(table: ast.expr, package: str) -> dict[str, _Import]:
-    """The names of a table {module of the package: [names]}, and where they are defined.
+def _list_late_exports(tree: ast.Module, package: str) -> dict[str, _Import]:
+    """The names of a table `_EXPORTS` {module of the package: [names]}, and where they are defined.
 
     Raises:
         ValueError: if the table is not written out in the source.
     """
     names: dict[str, _Import] = {}
-    for module, exported in ast.literal_eval(table).items():
-        for name in exported:
-            names[name] = _Import(f"{package}.{module}", name)
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and _is_assignment_to(node, "_EXPORTS"):
+            for module, exported in ast.literal_eval(node.value).items():
+                for name in exported:
+                    names[name] = _Import(f"{package}.{module}", name)
     return names
-
-
-def _find_templates(path: Path) -> list[Path]:
-    """Files beside a module that its code names, such as the template of the report."""
-    others = [
-        other
-        for other in sorted(path.parent.iterdir())
-        if other.is_file() and other.suffix != ".py"
-    ]
-    if not others:
-        return []
-    texts = {
-        node.value
-        for node in ast.walk(_parse(path.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    return [other for other in others if other.name in texts]

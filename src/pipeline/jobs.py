@@ -15,171 +15,238 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+POLL_SECONDS = 0.1
+
+LOCK_ATTEMPTS = 5  # `sweep --list` holds a point's lock for a moment
+
 
 @dataclass(frozen=True)
 class Job:
-    """A command of one point, the file that its output is added to, and its lock."""
+    """The command of one point.
+
+    Attributes:
+        name: label of the point.
+        command: program and arguments.
+        log: file that the output is added to.
+        lock_path: file that is locked while the command runs.
+    """
 
     name: str
     command: list[str]
     log: Path
-    lock: Path
+    lock_path: Path
 
 
-class Ended(NamedTuple):
-    """What became of a job: "finished", "failed", "stopped" (by a signal that was passed on), or
-    not begun as another process has it ("elsewhere") or had ("before").
+class JobResult(NamedTuple):
+    """How a job ended.
+
+    Attributes:
+        name: label of the point.
+        outcome: "finished"; "failed"; "stopped", by a signal that was passed on; or not started,
+            because another process is running the job ("elsewhere") or has finished it ("before").
+        seconds: how long it ran.
+        message: for a failed job, one sentence that says why.
     """
 
     name: str
-    how: str
+    outcome: str
     seconds: float = 0.0
-    sentence: str = ""
+    message: str = ""
 
 
 @dataclass
-class _Running:
+class _RunningJob:
+    """A job whose process has been started.
+
+    Attributes:
+        job: the job.
+        process: its process.
+        environment: what `assign_devices` gave to it.
+        lock_file: the lock, open.
+        log_offset: length of the log before the job, in bytes.
+        start_time: by the monotonic clock, in seconds.
+    """
+
     job: Job
     process: subprocess.Popen
-    place: dict[str, str]
-    lock: TextIO
-    offset: int
-    begun: float
+    environment: dict[str, str]
+    lock_file: TextIO
+    log_offset: int
+    start_time: float
 
 
 def lock(path: Path, wait: bool = False) -> TextIO | None:
-    """The lock `path`, to be closed by the caller; None where another process has it, unless
-    `wait`.
+    """Lock a file; the caller closes what comes back, which frees it.
 
-    It belongs to the open file, which a child inherits: it is free when this process and the child
-    have both ended, however they ended.
+    The lock belongs to the open file, which a child process inherits. So it is free when this
+    process and the child have both ended, however they ended.
+
+    Args:
+        path: the lock file; it and its folder are made where they are missing.
+        wait: whether to wait until it is free.
+
+    Returns:
+        The open file; None if another process has the lock, and `wait` is not set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")  # noqa: SIM115
-    for attempt in range(5):  # `sweep --list` holds it for a moment
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
+    for attempt in range(LOCK_ATTEMPTS):
+        if attempt:
+            time.sleep(POLL_SECONDS)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, operation)
             return file
         except BlockingIOError:
-            time.sleep(0.1 * (attempt < 4))
+            continue
     file.close()
     return None
 
 
 def assign_devices(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
-    """Environment of each of `jobs` processes that run side by side: a GPU each, in turn, and their
-    share of the cores for OpenMP and BLAS.
+    """Share GPUs and cores among processes that run side by side.
 
     A smaller OMP_NUM_THREADS of the caller's holds for BLAS, too: torch takes MKL's number for all
     of its threads.
+
+    Args:
+        jobs: number of processes.
+        gpus: names of the GPUs, as CUDA_VISIBLE_DEVICES has them; processes take them in turn.
+        cores: number of cores, shared out evenly.
+
+    Returns:
+        For each process, the environment variables that tell it its share.
     """
     share = max(1, cores // jobs)
     share = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
-    threads = {
-        name: str(min(share, int(os.environ.get(name) or share)))
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    return [
-        threads | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
-        for i in range(jobs)
-    ]
+    threads = {}
+    for name in THREAD_VARIABLES:
+        limit = int(os.environ.get(name) or share)
+        threads[name] = str(min(share, limit))
+    environments = []
+    for number in range(jobs):
+        environment = dict(threads)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        environments.append(environment)
+    return environments
 
 
 @contextmanager
-def _passing_on(running: list[_Running]) -> Iterator[list[int]]:
+def _pass_on_signals(running: list[_RunningJob]) -> Iterator[list[int]]:
     """Within this context SIGINT, SIGTERM and SIGHUP ask the running processes to end (the second
-    time, at once); yields the signals that came.
+    time, at once); yields the list of the signals that came.
     """
-    asked: list[int] = []
-    since = [0.0]
+    received: list[int] = []
+    last_time = 0.0
 
     def pass_on(number: int, frame: Any) -> None:
-        if asked and time.monotonic() - since[0] < 1:  # a terminal and a launcher may both send it
+        nonlocal last_time
+        # a terminal and a launcher may both send the same signal
+        if received and time.monotonic() - last_time < 1:
             return
-        for one in running:
-            one.process.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
-        asked.append(number)
-        since[0] = time.monotonic()
+        signal_to_send = signal.SIGKILL if received else signal.SIGTERM
+        for entry in running:
+            entry.process.send_signal(signal_to_send)
+        received.append(number)
+        last_time = time.monotonic()
 
-    before = {
-        number: signal.signal(number, pass_on)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    handlers = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield asked
+        yield received
     finally:
-        for one in running:  # left by an error here
-            one.process.terminate()
-        for number, handler in before.items():
+        for entry in running:  # still there after an error in this process
+            entry.process.terminate()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _started(job: Job, place: dict[str, str], lock: TextIO) -> _Running:
+def _start(job: Job, environment: dict[str, str], lock_file: TextIO) -> _RunningJob:
+    """Start the process of a job, its output added to the job's log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
-        offset = log.tell()
+        log_offset = log.tell()
         process = subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **place},
-            pass_fds=[lock.fileno()],
+            env=os.environ | environment,
+            pass_fds=[lock_file.fileno()],
         )
-    return _Running(job, process, place, lock, offset, time.monotonic())
+    return _RunningJob(job, process, environment, lock_file, log_offset, time.monotonic())
 
 
-def _ended(one: _Running, asked: bool) -> Ended:
-    one.lock.close()
-    code, seconds = one.process.returncode, time.monotonic() - one.begun
+def _collect_result(entry: _RunningJob, is_stopping: bool) -> JobResult:
+    """Free the lock of a process that has ended, and say how it ended."""
+    entry.lock_file.close()
+    name = entry.job.name
+    code = entry.process.returncode
+    seconds = time.monotonic() - entry.start_time
     if not code:
-        return Ended(one.job.name, "finished", seconds)
-    if asked:
-        return Ended(one.job.name, "stopped", seconds)
-    with open(one.job.log, "rb") as log:
-        log.seek(one.offset)
-        said = re.findall(r"^run\.py: (.*)$", log.read().decode(errors="replace"), re.MULTILINE)
-    return Ended(
-        one.job.name,
-        "failed",
-        seconds,
-        said[-1] if said else f"its process ended with code {code}; {one.job.log} says more",
-    )
+        return JobResult(name, "finished", seconds)
+    if is_stopping:
+        return JobResult(name, "stopped", seconds)
+    return JobResult(name, "failed", seconds, _read_error(entry))
+
+
+def _read_error(entry: _RunningJob) -> str:
+    """The last sentence that run.py wrote to the log of a job that failed."""
+    with open(entry.job.log, "rb") as log:
+        log.seek(entry.log_offset)
+        output = log.read().decode(errors="replace")
+    messages = re.findall(r"^run\.py: (.*)$", output, re.MULTILINE)
+    if messages:
+        return messages[-1]
+    return f"its process ended with code {entry.process.returncode}; {entry.job.log} says more"
 
 
 def run_jobs(
-    jobs: Sequence[Job], where: Sequence[dict[str, str]], finished: Callable[[str], bool]
-) -> Iterator[Ended]:
-    """Run jobs side by side, one in each place, and yield what became of each as it ends.
+    jobs: Sequence[Job],
+    environments: Sequence[dict[str, str]],
+    is_finished: Callable[[str], bool],
+) -> Iterator[JobResult]:
+    """Run jobs side by side, one in each environment, and yield how each ended as it ends.
 
-    Asked to stop by a signal, it passes that on, starts no more and yields those that it stopped.
+    A signal that asks this process to stop is passed on: no more jobs are started, and those that
+    it stopped are yielded.
 
     Args:
         jobs: in order.
-        where: environment of each place, of `assign_devices`.
-        finished: whether the job of that name has been done meanwhile; asked once its lock is held.
+        environments: of the processes that may run at the same time, from `assign_devices`.
+        is_finished: whether another process has finished the job of that name meanwhile; called
+            once the job's lock is ours.
 
     Raises:
-        SystemExit: with 128 + its number, after a signal.
+        SystemExit: with 128 + the number of the signal, after a signal.
     """
-    waiting, free, running = deque(jobs), deque(where), list[_Running]()
-    with _passing_on(running) as asked:
-        while running or (waiting and not asked):
-            while waiting and free and not asked:
+    waiting, free = deque(jobs), deque(environments)
+    running: list[_RunningJob] = []
+    with _pass_on_signals(running) as received:
+        while running or (waiting and not received):
+            while waiting and free and not received:
                 job = waiting.popleft()
-                if (lock_file := lock(job.lock)) is None:
-                    yield Ended(job.name, "elsewhere")
-                elif finished(job.name):
+                lock_file = lock(job.lock_path)
+                if lock_file is None:
+                    yield JobResult(job.name, "elsewhere")
+                elif is_finished(job.name):
                     lock_file.close()
-                    yield Ended(job.name, "before")
+                    yield JobResult(job.name, "before")
                 else:
-                    running.append(_started(job, free.popleft(), lock_file))
-                    if asked:  # between the two lines above
+                    running.append(_start(job, free.popleft(), lock_file))
+                    if received:  # between the check above and the start
                         running[-1].process.terminate()
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                free.append(one.place)
-                yield _ended(one, bool(asked))
-            time.sleep(0.1)
-    if asked:
-        raise SystemExit(128 + asked[0])
+            for entry in list(running):
+                if entry.process.poll() is not None:
+                    running.remove(entry)
+                    free.append(entry.environment)
+                    yield _collect_result(entry, bool(received))
+            time.sleep(POLL_SECONDS)
+    if received:
+        raise SystemExit(128 + received[0])

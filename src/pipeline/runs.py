@@ -1,4 +1,4 @@
-"""Running all stages of a recipe."""
+"""Running all stages of a recipe, and saying what they will need."""
 
 from __future__ import annotations
 
@@ -7,96 +7,111 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src import parameters, utils
+from src import utils
 from src.pipeline.console import show
 from src.pipeline.recipes import (
-    find_notebook,
+    list_recipes,
     list_stages,
     read_cost,
+    read_defaults,
     read_stage_parameters,
     select_stages,
 )
 from src.pipeline.stages import is_finished, iterate_stages, parse_launcher, run_stage
+
+# what a finished run points to, where it has made them
+HIGHLIGHTS = (
+    "contact_sheet.png",
+    "report.html",
+    "metrics.json",
+    "comparison.csv",
+    "figures/comparison.png",
+)
 
 
 def run_recipe(
     recipe: str,
     overrides: dict[str, Any],
     first: str = "",
-    force: bool = False,
+    last: str = "",
+    skip: Sequence[str] = (),
     files: Sequence[str] = (),
     launch: str = "",
-    last: str = "",
-    without: Sequence[str] = (),
+    force: bool = False,
 ) -> Path:
-    """Run every stage of a recipe that is not finished, and return results/<run>/."""
+    """Run every stage of a recipe that is not finished.
+
+    Args:
+        recipe, overrides, first, last, skip, files: as `select_stages`.
+        launch: how stages that train are started, as --launch of run.py.
+        force: whether to run finished stages again, from `first` on.
+
+    Returns:
+        results/<run>/.
+
+    Raises:
+        PerceptError: for what the recipe does not have, and with the sentence of a stage that
+            fails.
+    """
     launcher = parse_launcher(launch)
-    stages, overrides = select_stages(recipe, overrides, first, files, last, without)
+    stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     results = utils.HOME / "results" / overrides["model_name"]
-    reached, begun = not first, time.time()
-    for number, (stage, values, stamp, mark) in enumerate(
-        iterate_stages(recipe, overrides, stages), 1
-    ):
+    has_begun, start_time = not first, time.time()
+    for number, run in enumerate(iterate_stages(recipe, overrides, stages), 1):
         results.mkdir(parents=True, exist_ok=True)
-        reached = reached or stage.startswith(first)
-        done = is_finished(stamp, mark)
-        if (done and not (force and reached)) or not reached:
-            show(
-                f"[{number}/{len(stages)}] {stage}:"
-                f" {'finished before, skipped' if done else 'skipped, as --from asks'}",
-            )
+        has_begun = has_begun or run.stage.startswith(first)
+        title = f"[{number}/{len(stages)}] {run.stage}"
+        finished = is_finished(run.stamp, run.fingerprint)
+        if has_begun and (force or not finished):
+            show(f"{title} ...")
+            seconds = run_stage(run, launcher)
+            show(f"{title}: {seconds:.0f} s")
+        elif finished:
+            show(f"{title}: finished before, skipped")
         else:
-            show(f"[{number}/{len(stages)}] {stage} ...")
-            seconds = run_stage(stage, values, results, mark, launcher)
-            show(f"[{number}/{len(stages)}] {stage}: {seconds:.0f} s")
-        if last and stage.startswith(last):
+            show(f"{title}: skipped, as --from asks")
+        if last and run.stage.startswith(last):
             break
-    show(f"Finished in {time.time() - begun:.0f} s. Look at:")
-    for name in (
-        "contact_sheet.png",
-        "report.html",
-        "metrics.json",
-        "comparison.csv",
-        "figures/comparison.png",
-    ):
+    show(f"Finished in {time.time() - start_time:.0f} s. Look at:")
+    for name in HIGHLIGHTS:
         if (results / name).exists():
             show(f"  {results / name}")
     show(f"  {results}/*.ipynb (the executed notebooks)")
     return results
 
 
-def dry_run(
+def print_plan(
     recipe: str,
     overrides: dict[str, Any],
     first: str = "",
-    files: Sequence[str] = (),
     last: str = "",
-    without: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> None:
-    """Print what the stages of a recipe will need; nothing is loaded, downloaded or written."""
+    """Print what the stages of a recipe will need; nothing is loaded, downloaded or written.
+
+    Args:
+        recipe, overrides, first, last, skip, files: as `select_stages`.
+    """
+    stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     from src.pipeline.dryrun import plan_stage
 
-    stages, overrides = select_stages(recipe, overrides, first, files, last, without)
-    earlier: dict[str, Any] = {}  # what reconstructs is told by what was trained
+    values: dict[str, Any] = {}  # of all stages so far: decoding depends on what was trained
     for stage in stages:
-        known = parameters.parse_parameters(
-            parameters.read_parameters_cell(find_notebook(stage)), stage
-        )
-        earlier |= {name: p.default for name, p in known.items()} | read_stage_parameters(
-            stage, recipe, overrides
-        )
+        values |= read_defaults(stage) | read_stage_parameters(stage, recipe, overrides)
         if first and stage < first:
             continue
-        needed = plan_stage(stage, earlier)
-        show(needed or f"{stage} trains no network and writes little")
+        plan = plan_stage(stage, values)
+        show(str(plan or f"{stage} trains no network and writes little"))
         show(f"  time: {read_cost(stage)}")
         if last and stage.startswith(last):
             break
 
 
-def list_recipes() -> None:
-    """Print recipes, their stages and what these cost."""
-    for folder in sorted(path for path in parameters.RECIPES.iterdir() if path.is_dir()):
-        show(f"{folder.name}{'  (also --mini)' if (folder / 'mini').is_dir() else ''}")
+def print_recipes() -> None:
+    """Print the recipes, their stages and what these cost."""
+    for folder in list_recipes():
+        suffix = "  (also --mini)" if (folder / "mini").is_dir() else ""
+        show(f"{folder.name}{suffix}")
         for stage in list_stages(folder.name):
             show(f"  {stage:24} {read_cost(stage)}")

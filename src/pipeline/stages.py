@@ -1,4 +1,8 @@
-"""One stage: executing its notebook, and the stamp of a finished one."""
+"""One stage of a run: executing its notebook, and the stamp that says it is finished.
+
+A stamp is results/<run>/.stages/<stage>.json. It holds the fingerprint of the stage (of its code,
+parameters and earlier stages), when it ended, and the files that it wrote for later stages.
+"""
 
 from __future__ import annotations
 
@@ -12,168 +16,176 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src import parameters, utils
 from src.pipeline.fingerprints import fingerprint_code
-from src.pipeline.recipes import find_notebook, read_stage_parameters
+from src.pipeline.recipes import (
+    find_notebook,
+    read_declared_parameters,
+    read_stage_parameters,
+)
 from src.utils import PerceptError
 
+# glibc's allocator gives large blocks back at once and asks for them again in the next step, which
+# costs page faults on a CPU: it shall keep them. Huge pages take a step of the full-size model from
+# 11 s to 6 s (benchmarks/full_size_step.py).
+ALLOCATOR_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
-def list_outputs(values: dict[str, Any], run: str) -> dict[str, int]:
-    """Files under HOME that stages hand on to each other (checkpoints, prepared data; not caches),
-    and when each was last changed.
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage of a run, finished or not.
+
+    Attributes:
+        stage: name of the notebook.
+        parameters: what papermill passes to it.
+        stamp: the file that says that it is finished.
+        fingerprint: hash of all that its result depends on.
     """
-    folders = [
-        utils.HOME / "train_logs" / run,
-        *([utils.HOME / "data" / str(values["dataset"])] if values.get("dataset") else []),
-    ]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    kept = [
-        path
-        for path in files
-        if not any(
-            part.startswith(".") or part == "targets" for part in path.relative_to(utils.HOME).parts
-        )
-    ]
-    return {str(path.relative_to(utils.HOME)): path.stat().st_mtime_ns for path in kept}
+
+    stage: str
+    parameters: dict[str, Any]
+    stamp: Path
+    fingerprint: str
+
+    @property
+    def results(self) -> Path:
+        """results/<run>/."""
+        return self.stamp.parents[1]
 
 
-def is_finished(stamp: Path, mark: str) -> bool:
-    """Whether the stamp is of this very work, and all that the stage wrote is still there."""
-    if not stamp.exists():
-        return False
-    made = utils.read_json(stamp)
-    notebook = stamp.parents[1] / f"{stamp.stem}.ipynb"
-    return (
-        made["fingerprint"] == mark
-        and notebook.exists()
-        and all((utils.HOME / path).exists() for path in made.get("wrote", []))
-    )
+def find_stamp(run: str, stage: str) -> Path:
+    """The place of a stage's stamp."""
+    return utils.HOME / "results" / run / ".stages" / f"{stage}.json"
 
 
-def parse_launcher(how: str) -> list[str]:
-    """The command that --launch stands for: an accelerate config, or what is put before a script.
+def iterate_stages(
+    recipe: str, overrides: dict[str, Any], stages: Iterable[str], previous: str = ""
+) -> Iterator[StageRun]:
+    """The stages of a run in order; each fingerprint is taken when the stage before it has been
+    dealt with, as it depends on that.
 
-    Raises:
-        PerceptError: for a config or a program that is not there.
+    Args:
+        recipe: e.g. "mindeye/mini".
+        overrides: of `select_stages`, with `model_name`.
+        stages: names of the notebooks.
+        previous: execution of what came before the first of them (`read_execution_id`).
     """
-    words = shlex.split(how)
-    if words and words[0].endswith((".yaml", ".yml")):
-        if not Path(words[0]).exists():
-            raise PerceptError(
-                f"--launch {how}: there is no file {words[0]}: choose a config of launch/, or give"
-                " the path of your own."
-            )
-        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *words]
-    if words and not shutil.which(words[0]):
-        raise PerceptError(
-            f"--launch {how}: there is no program {words[0]}: give an accelerate config (.yaml), or"
-            " activate .venv and give a command."
-        )
-    return words
+    for stage in stages:
+        values = read_stage_parameters(stage, recipe, overrides)
+        stamp = find_stamp(overrides["model_name"], stage)
+        yield StageRun(stage, values, stamp, fingerprint_stage(stage, values, previous))
+        previous = read_execution_id(stamp)
 
 
-def launch_training(stage: str, values: dict[str, Any], launcher: list[str]) -> None:
-    """Run a training stage's script under a launcher.
-
-    SIGTERM is passed on, so that the training saves its state before it ends.
-
-    Raises:
-        PerceptError: if the launcher fails; what its processes said is on stderr.
-        SystemExit: after SIGTERM.
+def fingerprint_stage(stage: str, values: dict[str, Any], previous: str) -> str:
+    """Hash of everything that a stage's result depends on: its code, its parameters, and the
+    execution of the stage before it (`read_execution_id`). Of a comparison, also the scores that it
+    reads.
     """
-    keep_freed_memory()
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    process = subprocess.Popen(
-        [*launcher, str(parameters.NOTEBOOKS / f"{stage}.py"), *flags], cwd=utils.ROOT
-    )
-    asked = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        asked.append(number)
-        process.send_signal(number)
-
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:  # a terminal has sent it to the processes, too: they save and end
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if asked:
-        raise SystemExit(128 + signal.SIGTERM)
-    if code:
-        raise PerceptError(
-            f"Stage {stage} stopped under `{shlex.join(launcher)}` (exit code {code}): the lines"
-            " above say why."
-        )
-
-
-def run_stage(
-    stage: str, values: dict[str, Any], results: Path, mark: str, launcher: Sequence[str] = ()
-) -> float:
-    """Execute a stage and stamp it; return the seconds.
-
-    The old stamp goes first: a stage that fails half-way has changed its files.
-    """
-    stamp = results / ".stages" / f"{stage}.json"
-    stamp.unlink(missing_ok=True)
-    run = results.relative_to(utils.HOME / "results").as_posix()
-    before, begun = list_outputs(values, run), time.time()
-    if launcher and "resume_from_ckpt" in parameters.parse_parameters(
-        parameters.read_parameters_cell(find_notebook(stage)), stage
-    ):
-        launch_training(stage, values, list(launcher))
-        execute_stage(
-            stage, values | {"resume_from_ckpt": True}, results
-        )  # the notebook finds the training finished, and shows it
-    else:
-        execute_stage(stage, values, results)
-    seconds = round(time.time() - begun, 1)
-    wrote = [
-        path for path, changed in list_outputs(values, run).items() if before.get(path) != changed
-    ]
-    record = {
-        "fingerprint": mark,
-        "finished": time.time_ns(),
-        "seconds": seconds,
-        "parameters": values,
-        "wrote": wrote,
-    }
-    utils.write_json(stamp, record)
-    return seconds
-
-
-def read_execution_id(stamp: Path) -> str:
-    """What the next stage's fingerprint takes from this one: which execution its files are of."""
-    made = utils.read_json(stamp) if stamp.exists() else {}
-    return f"{made.get('fingerprint', '')} {made.get('finished', '')}"
-
-
-def fingerprint_stage(stage: str, values: dict[str, Any], before: str) -> str:
-    """Hash of everything that a stage's result depends on: its code, parameters, and the stages
-    before.
-    """
-    digest = hashlib.sha256(before.encode())
+    digest = hashlib.sha256(previous.encode())
     digest.update(fingerprint_code(find_notebook(stage), utils.ROOT).encode())
-    folders = (
-        ["*", *(name for part in values["runs"].split(",") if "/" in (name := part.strip(" /")))]
-        if "runs" in values
-        else []
-    )
-    for path in sorted(
-        path for name in folders for path in (utils.HOME / "results").glob(f"{name}/metrics.json")
-    ):  # of a comparison, the scores it reads
+    for path in _find_compared_scores(values):
         digest.update(path.parent.name.encode() + path.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 
 
+def _find_compared_scores(values: dict[str, Any]) -> list[Path]:
+    """The metrics.json of all runs that a comparison may read: all in results/, and those in a
+    folder of runs that its parameter `runs` names.
+    """
+    if "runs" not in values:
+        return []
+    names = [part.strip(" /") for part in values["runs"].split(",")]
+    patterns = ["*", *(name for name in names if "/" in name)]
+    paths: list[Path] = []
+    for pattern in patterns:
+        paths.extend((utils.HOME / "results").glob(f"{pattern}/metrics.json"))
+    return sorted(paths)
+
+
+def read_execution_id(stamp: Path) -> str:
+    """What the next stage's fingerprint takes from this one: which execution its files are of."""
+    record = utils.read_json(stamp) if stamp.exists() else {}
+    return f"{record.get('fingerprint', '')} {record.get('finished', '')}"
+
+
+def is_finished(stamp: Path, fingerprint: str) -> bool:
+    """Whether a stamp has this fingerprint, and all that the stage wrote is still there."""
+    if not stamp.exists():
+        return False
+    record = utils.read_json(stamp)
+    if record["fingerprint"] != fingerprint:
+        return False
+    outputs = [stamp.parents[1] / f"{stamp.stem}.ipynb"]
+    outputs += [utils.HOME / path for path in record.get("wrote", [])]
+    return all(path.exists() for path in outputs)
+
+
+def list_outputs(values: dict[str, Any], run: str) -> dict[str, int]:
+    """The files that stages hand on to each other (checkpoints, prepared data; not caches).
+
+    Returns:
+        When each was last changed, in nanoseconds, by its path below HOME.
+    """
+    folders = [utils.HOME / "train_logs" / run]
+    if values.get("dataset"):
+        folders.append(utils.HOME / "data" / str(values["dataset"]))
+    outputs = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            relative = path.relative_to(utils.HOME)
+            if path.is_file() and not _is_cache(relative):
+                outputs[str(relative)] = path.stat().st_mtime_ns
+    return outputs
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether a path is hidden, or lies among the cached targets."""
+    return any(part.startswith(".") or part == "targets" for part in path.parts)
+
+
+def run_stage(run: StageRun, launcher: Sequence[str] = ()) -> float:
+    """Execute a stage and stamp it; return the seconds.
+
+    The old stamp is removed first: a stage that fails half-way has changed its files.
+
+    Args:
+        run: what to execute.
+        launcher: command that a stage that trains is started with, from `parse_launcher`.
+    """
+    run.stamp.unlink(missing_ok=True)
+    name = run.results.relative_to(utils.HOME / "results").as_posix()
+    before, start_time = list_outputs(run.parameters, name), time.time()
+    values = run.parameters
+    if launcher and "resume_from_ckpt" in read_declared_parameters(run.stage):
+        launch_training(run.stage, values, launcher)
+        # the notebook then loads the finished training, and shows it
+        values = values | {"resume_from_ckpt": True}
+    execute_stage(run.stage, values, run.results)
+    seconds = round(time.time() - start_time, 1)
+    after = list_outputs(run.parameters, name)
+    record = {
+        "fingerprint": run.fingerprint,
+        "finished": time.time_ns(),
+        "seconds": seconds,
+        "parameters": run.parameters,
+        "wrote": [path for path, changed in after.items() if before.get(path) != changed],
+    }
+    utils.write_json(run.stamp, record)
+    return seconds
+
+
 def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
-    """Execute a stage's notebook into results/<run>/; a failed one is kept as <stage>.failed.ipynb.
+    """Execute a stage's notebook into results/<run>/; a failed one is left as <stage>.failed.ipynb.
 
     Raises:
         PerceptError: with the sentence of the stage, or its last line.
@@ -182,8 +194,7 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    target, running = results / f"{stage}.ipynb", results / f".{stage}.running.ipynb"
-    failed = results / f"{stage}.failed.ipynb"
+    running, failed = results / f".{stage}.running.ipynb", results / f"{stage}.failed.ipynb"
     register_kernel()
     try:
         papermill.execute_notebook(
@@ -195,15 +206,13 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
             log_output=False,
             cwd=str(utils.ROOT),
         )
-        os.replace(running, target)
+        os.replace(running, results / f"{stage}.ipynb")
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
         os.replace(running, failed)
-        reason = (
-            str(error.evalue).strip()
-            if error.ename == "PerceptError"
-            else f"{error.ename}: {error.evalue}"
-        )
+        reason = f"{error.ename}: {error.evalue}"
+        if error.ename == "PerceptError":
+            reason = str(error.evalue).strip()
         raise PerceptError(
             f"Stage {stage} stopped: {reason} (the notebook with its traceback is {failed})"
         ) from None
@@ -219,48 +228,87 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
 
 def register_kernel() -> None:
     """Register this interpreter as the kernel "percept", so that no other python3 kernel of the
-    machine is taken.
+    machine is used.
 
     A registration that is right is left alone: another process may be about to start a kernel from
     it.
     """
     from ipykernel.kernelspec import get_kernel_dict, install
 
-    wanted = get_kernel_dict()["argv"] + [
-        "--log-level=ERROR"
-    ]  # no lines of the kernel's own between ours
-    known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
-    if not known.exists() or utils.read_json(known)["argv"] != wanted:
+    jupyter = Path(sys.prefix) / "share" / "jupyter"
+    registered = jupyter / "kernels" / "percept" / "kernel.json"
+    # the kernel's own log lines would stand between ours
+    command = [*get_kernel_dict()["argv"], "--log-level=ERROR"]
+    if not registered.exists() or utils.read_json(registered)["argv"] != command:
         folder = Path(install(kernel_name="percept", display_name="Percept", prefix=sys.prefix))
-        utils.write_json(
-            folder / "kernel.json", utils.read_json(folder / "kernel.json") | {"argv": wanted}
+        content = utils.read_json(folder / "kernel.json")
+        utils.write_json(folder / "kernel.json", content | {"argv": command})
+    set_allocator()
+    os.environ["JUPYTER_PATH"] = str(jupyter)
+
+
+def set_allocator() -> None:
+    """Let processes that are started from here keep large blocks of memory (ALLOCATOR_SETTINGS)."""
+    for name, value in ALLOCATOR_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def parse_launcher(launch: str) -> list[str]:
+    """The command that --launch stands for: an accelerate config, or what is put before a script.
+
+    Raises:
+        PerceptError: for a config or a program that is not there.
+    """
+    command = shlex.split(launch)
+    if not command:
+        return []
+    program = command[0]
+    if program.endswith((".yaml", ".yml")):
+        if not Path(program).exists():
+            raise PerceptError(
+                f"--launch {launch}: there is no file {program}: choose a config of launch/, or"
+                " give the path of your own."
+            )
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *command]
+    if not shutil.which(program):
+        raise PerceptError(
+            f"--launch {launch}: there is no program {program}: give an accelerate config (.yaml),"
+            " or activate .venv and give a command."
         )
-    keep_freed_memory()
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+    return command
 
 
-def keep_freed_memory() -> None:
-    """Let processes that are started from here keep large blocks: glibc gives them back at once and
-    asks again in the next step, costly page faults on a CPU.
+def launch_training(stage: str, values: dict[str, Any], launcher: Sequence[str]) -> None:
+    """Run a training stage's script under a launcher.
+
+    SIGTERM is passed on, so that the training saves its state before it ends.
+
+    Raises:
+        PerceptError: if the launcher fails; what its processes said is on stderr.
+        SystemExit: after SIGTERM.
     """
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE",
-        "1",
-        # huge pages: a step of the full-size model in 6 s instead of 11
-        # (benchmarks/full_size_step.py)
-    )
+    set_allocator()
+    script = parameters.NOTEBOOKS / f"{stage}.py"
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    process = subprocess.Popen([*launcher, str(script), *flags], cwd=utils.ROOT)
+    received = []
 
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        process.send_signal(number)
 
-def iterate_stages(
-    recipe: str, overrides: dict[str, Any], stages: Iterable[str], before: str = ""
-) -> Iterator[tuple[str, dict[str, Any], Path, str]]:
-    """Stage, parameters, stamp and fingerprint of each stage of a run, in order; each fingerprint
-    is taken when the stage before has been dealt with.
-    """
-    for stage in stages:
-        values = read_stage_parameters(stage, recipe, overrides)
-        stamp = utils.HOME / "results" / overrides["model_name"] / ".stages" / f"{stage}.json"
-        yield stage, values, stamp, fingerprint_stage(stage, values, before)
-        before = read_execution_id(stamp)
+    handler = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # a terminal sent it to the processes, too: they save and end
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if received:
+        raise SystemExit(128 + signal.SIGTERM)
+    if code:
+        raise PerceptError(
+            f"Stage {stage} stopped under `{shlex.join(launcher)}` (exit code {code}): the lines"
+            " above say why."
+        )
