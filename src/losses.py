@@ -1,5 +1,4 @@
-"""Losses of the high and the low level: MixCo, SoftCLIP and their relatives, as short pure
-functions.
+"""Losses of the high and the low level, as short pure functions: MixCo, SoftCLIP and others.
 
 - Predictions and targets are (batch, dim), L2-normalised by the caller; what is random comes from
   torch's CPU generator, so that a seed gives the published draws.
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import median_blur, sobel
 from torch import Tensor
 
 from src.utils import PerceptError
@@ -27,20 +25,21 @@ from src.utils import PerceptError
 def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compute outside of mixed precision; half precision becomes single, double stays."""
 
-    def given(x: Any) -> Any:
-        return (
-            x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
-        )
-
     @wraps(function)
-    def computed(*args: Any, **kwargs: Any) -> Tensor:
-        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(
-                *map(given, args), **{name: given(value) for name, value in kwargs.items()}
-            )
+    def compute(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        exact_kwargs = {name: _raise_precision(value) for name, value in kwargs.items()}
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*map(_raise_precision, args), **exact_kwargs)
 
-    return computed
+    return compute
+
+
+def _raise_precision(x: Any) -> Any:
+    """Tensors of half precision in single; anything else as it is."""
+    if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
 
 
 def mixco(
@@ -52,9 +51,9 @@ def mixco(
         voxels: (batch, ...), left as it is.
         beta: both parameters of the Beta distribution that the weights are drawn from.
         s_thresh: share of the samples that are mixed.
-        groups: (batch,), e.g. subjects; where given, a sample is mixed with one of its own group.
-            The partners are numbers of rows of the whole batch: MindEye2 counts them within each
-            subject and so points the labels of all but the first subject at wrong images.
+        groups: (batch,), e.g. subjects; a sample is then mixed with one of the same group.
+            `perm` indexes rows of the whole batch: MindEye2 counts within each subject and so
+            points the labels of all but the first subject at wrong images.
 
     Returns:
         Mixed voxels (batch, ...), perm (batch,), betas (batch,) with 1 where nothing was mixed, and
@@ -63,18 +62,19 @@ def mixco(
     Source: MixCo (Kim et al. 2020, arXiv 2010.06300), as in MindEye, section 2.2.
     """
     batch = len(voxels)
-    perm = torch.randperm(batch) if groups is None else _within_groups(groups.cpu())
+    perm = torch.randperm(batch) if groups is None else _permute_within_groups(groups.cpu())
     betas = torch.distributions.Beta(beta, beta).sample([batch]).to(voxels.device, voxels.dtype)
     select = (torch.rand(batch) <= s_thresh).to(voxels.device)
     perm = perm.to(voxels.device)
-    weight = betas.view(-1, *[1] * (voxels.ndim - 1))  # (batch, 1, ...)
-    mixed = torch.where(
-        select.view_as(weight), weight * voxels + (1 - weight) * voxels[perm], voxels
-    )
-    return mixed, perm, torch.where(select, betas, torch.ones_like(betas)), select
+    trailing = [1] * (voxels.ndim - 1)
+    weight = betas.view(-1, *trailing)  # (batch, 1, ...)
+    blended = weight * voxels + (1 - weight) * voxels[perm]
+    mixed = torch.where(select.view_as(weight), blended, voxels)
+    betas = torch.where(select, betas, torch.ones_like(betas))
+    return mixed, perm, betas, select
 
 
-def _within_groups(groups: Tensor) -> Tensor:
+def _permute_within_groups(groups: Tensor) -> Tensor:
     """A permutation (batch,) that keeps every row in its group (batch,)."""
     perm = torch.arange(len(groups))
     for group in groups.unique():
@@ -83,10 +83,8 @@ def _within_groups(groups: Tensor) -> Tensor:
     return perm
 
 
-def _mixed_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
-    """Target matrix (batch, batch): betas on the diagonal, the rest of each row at its partner's
-    column.
-    """
+def _mix_labels(perm: Tensor, betas: Tensor, faithful: bool) -> Tensor:
+    """Target matrix (batch, batch): betas on the diagonal, 1 - beta in the partner's column."""
     rows = torch.arange(len(perm), device=perm.device)
     labels = torch.diag(betas)
     if faithful:  # overwrites the diagonal where a sample is its own partner
@@ -106,8 +104,9 @@ def mixco_nce(
     bidirectional: bool = True,
     faithful: bool = False,
 ) -> Tensor:
-    """(Bi)MixCo: cross-entropy between similarities and mixed labels; without `perm`, plain
-    (symmetric) InfoNCE.
+    """(Bi)MixCo: cross-entropy between similarities and mixed labels.
+
+    Without `perm` it is plain (symmetric) InfoNCE.
 
     Args:
         preds: predictions (batch, dim), L2-normalised.
@@ -117,8 +116,8 @@ def mixco_nce(
         betas: weights (batch,) from `mixco`.
         select: which samples were mixed (batch,); not needed, as betas are 1 elsewhere.
         bidirectional: average over rows and columns.
-        faithful: the published label matrix, in which a sample that is its own partner loses its
-            own weight.
+        faithful: the published label matrix, in which a sample that is mixed with itself loses
+            its weight.
 
     Returns:
         Scalar.
@@ -134,40 +133,55 @@ def mixco_nce(
     if perm is None or betas is None:
         labels = torch.eye(len(preds), device=preds.device, dtype=logits.dtype)
     else:
-        labels = _mixed_labels(perm, betas.to(logits.dtype), faithful)
-    loss = -(logits.log_softmax(-1) * labels).sum(-1).mean()
+        labels = _mix_labels(perm, betas.to(logits.dtype), faithful)
+    loss = -_mean_log_likelihood(logits, labels)
     if not bidirectional:
         return loss
-    return (loss - (logits.T.log_softmax(-1) * labels.T).sum(-1).mean()) / 2
+    return (loss - _mean_log_likelihood(logits.T, labels.T)) / 2
+
+
+def _mean_log_likelihood(logits: Tensor, weights: Tensor) -> Tensor:
+    """Mean over rows of the log-softmax of logits (rows, columns), weighted over columns."""
+    return (logits.log_softmax(-1) * weights).sum(-1).mean()
 
 
 def info_nce(preds: Tensor, targs: Tensor, temp: float = 0.1) -> Tensor:
-    """InfoNCE from brain to image alone: predictions (batch, dim) find their targets (batch, dim),
-    both L2-normalised -> scalar.
+    """InfoNCE from brain to image alone, the direction of the early combined system.
 
-    Source: van den Oord et al. 2018, arXiv 1807.03748; the early combined system took it in this
-    direction.
+    Args:
+        preds: predictions (batch, dim), L2-normalised.
+        targs: targets (batch, dim), L2-normalised.
+        temp: temperature.
+
+    Returns:
+        Scalar.
+
+    Source: van den Oord et al. 2018, arXiv 1807.03748.
     """
     return mixco_nce(preds, targs, temp, bidirectional=False)
 
 
-LOSS_FORMS: dict[
-    str, Callable[[Any, Any, float], Any]
-] = {  # of the combined system: (mse, nce, alpha) -> loss
+# of the combined system: (mse, nce, alpha) -> loss
+LOSS_FORMS: dict[str, Callable[[Any, Any, float], Any]] = {
     "run": lambda mse, nce, alpha: alpha * mse + (1 - alpha) * nce,  # what its code ran
     "stated": lambda mse, nce, alpha: alpha * mse + nce,  # what its documentation said
 }
-ALPHA_SCHEDULES: dict[
-    str, Callable[[float, float, float], float]
-] = {  # (first, last, share of the epochs that is over) -> alpha
+
+# (first, last, share of the epochs that is over) -> alpha
+ALPHA_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "constant": lambda first, last, share: first,
     "linear": lambda first, last, share: first + (last - first) * share,
 }
 
 
 def combined_loss(mse: Tensor, nce: Tensor, alpha: float, form: str = "run") -> Tensor:
-    """The prior's squared error and the contrastive loss (scalars) as one; `form` is a key of
-    LOSS_FORMS.
+    """The prior's squared error and the contrastive loss as one.
+
+    Args:
+        mse: squared error, scalar.
+        nce: contrastive loss, scalar.
+        alpha: weight of the squared error.
+        form: key of LOSS_FORMS.
 
     Raises:
         PerceptError: for an unknown form.
@@ -183,8 +197,14 @@ def combined_loss(mse: Tensor, nce: Tensor, alpha: float, form: str = "run") -> 
 def compute_alpha(
     epoch: int, epochs: int, schedule: str = "constant", first: float = 0.01, last: float = 0.05
 ) -> float:
-    """Weight of the squared error in an epoch (counted from 0) out of `epochs`; `schedule` is a key
-    of ALPHA_SCHEDULES.
+    """Weight of the squared error in an epoch.
+
+    Args:
+        epoch: counted from 0.
+        epochs: number of epochs.
+        schedule: key of ALPHA_SCHEDULES.
+        first: weight in the first epoch.
+        last: weight in the last epoch, for a schedule that changes it.
 
     Raises:
         PerceptError: for an unknown schedule.
@@ -194,30 +214,39 @@ def compute_alpha(
             f"There is no schedule '{schedule}' of alpha: choose one of"
             f" {', '.join(ALPHA_SCHEDULES)}."
         )
-    return ALPHA_SCHEDULES[schedule](first, last, epoch / max(1, epochs - 1))
+    share = epoch / max(1, epochs - 1)
+    return ALPHA_SCHEDULES[schedule](first, last, share)
 
 
 def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
-    return -(logits.log_softmax(-1) * target_logits.softmax(-1)).sum(-1).mean()
+    """Cross-entropy of two distributions over columns, the mean over rows."""
+    return -_mean_log_likelihood(logits, target_logits.softmax(-1))
 
 
 @_exact
 def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float = 0.125) -> Tensor:
-    """SoftCLIP: similarities of predictions to targets (batch, dim) should be as those of the
-    targets among themselves.
+    """SoftCLIP: predictions should be as similar to the targets as the targets to one another.
+
+    Args:
+        preds: predictions (batch, dim), L2-normalised.
+        targs: targets (batch, dim), L2-normalised.
+        temp: temperature.
 
     Source: MindEye, equation 3; after Gao et al. 2023.
     """
-    among, across = targs @ targs.T / temp, preds @ targs.T / temp  # (batch, batch)
-    return (_soft_cross_entropy(across, among) + _soft_cross_entropy(across.T, among)) / 2
+    targets_to_targets = targs @ targs.T / temp  # (batch, batch)
+    preds_to_targets = preds @ targs.T / temp  # (batch, batch)
+    forward = _soft_cross_entropy(preds_to_targets, targets_to_targets)
+    return (forward + _soft_cross_entropy(preds_to_targets.T, targets_to_targets)) / 2
 
 
 @_exact
 def soft_cont_loss(
     student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float = 0.125
 ) -> Tensor:
-    """Soft contrastive loss of the low level: the student's similarities to augmented teacher
-    features should be the teacher's.
+    """Soft contrastive loss of the low level.
+
+    The student should be as similar to augmented teacher features as the teacher is.
 
     Args:
         student: (locations, dim), L2-normalised.
@@ -227,54 +256,65 @@ def soft_cont_loss(
 
     Source: MindEye, section 2.5.
     """
-    wanted, given = (
-        teacher @ teacher_aug.T / temp,
-        student @ teacher_aug.T / temp,
-    )  # (locations, locations)
-    return (_soft_cross_entropy(given, wanted) + _soft_cross_entropy(given.T, wanted.T)) / 2
+    teacher_to_aug = teacher @ teacher_aug.T / temp  # (locations, locations)
+    student_to_aug = student @ teacher_aug.T / temp  # (locations, locations)
+    forward = _soft_cross_entropy(student_to_aug, teacher_to_aug)
+    return (forward + _soft_cross_entropy(student_to_aug.T, teacher_to_aug.T)) / 2
 
 
 @_exact
 def sobel_loss(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean absolute difference of edges: those of `images` and those of median-filtered `targets`,
-    both (batch, 3, height, width) in [0, 1].
+    """Mean absolute difference of edges: of images, and of median-filtered targets.
+
+    Args:
+        images: (batch, 3, height, width) in [0, 1].
+        targets: same shape.
 
     Source: MindEye (arXiv 2305.18274), its script for the autoencoder.
     """
-    return F.l1_loss(sobel(images), sobel(median_blur(targets, (3, 3))))
+    from kornia.filters import median_blur, sobel
+
+    edges = sobel(median_blur(targets, (3, 3)))
+    return F.l1_loss(sobel(images), edges)
 
 
 def cosine_anneal(start: float, end: float, steps: int) -> list[float]:
-    """`steps` values from start to end along half a cosine (the temperatures of SoftCLIP over its
-    epochs).
+    """`steps` values from start to end along half a cosine.
+
+    The temperatures of SoftCLIP over its epochs follow it.
     """
     if steps < 2:
         return [start] * steps
-    return [
-        end + (start - end) / 2 * (1 + math.cos(math.pi * k / (steps - 1))) for k in range(steps)
-    ]
+    angles = [math.pi * k / (steps - 1) for k in range(steps)]
+    return [end + (start - end) / 2 * (1 + math.cos(angle)) for angle in angles]
 
 
-def normalize_locations(maps: Tensor, like: Tensor | None = None) -> Tensor:
-    """Local embeddings of a batch as unit rows, for `soft_cont_loss`.
+def normalize_locations(maps: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Local embeddings of a batch as rows of norm 1, for `soft_cont_loss`.
 
     Args:
         maps: (batch, locations, dim), the locations a square row by row.
-        like: other embeddings (batch, locations, dim); where they have fewer locations, `maps` are
-            averaged over neighbours to as many.
+        reference: other embeddings (batch, locations, dim); if they have fewer locations, `maps`
+            are averaged over neighbours to as many.
 
     Returns:
         (batch * locations, dim), in single precision.
     """
-    if like is not None and like.shape[1] < maps.shape[1]:
-        side, fewer = math.isqrt(maps.shape[1]), math.isqrt(like.shape[1])
-        maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), fewer).flatten(2).mT
+    if reference is not None and reference.shape[1] < maps.shape[1]:
+        side, target_side = math.isqrt(maps.shape[1]), math.isqrt(reference.shape[1])
+        grid = maps.mT.unflatten(2, (side, side))  # (batch, dim, h, w)
+        maps = F.adaptive_avg_pool2d(grid, target_side).flatten(2).mT
     return F.normalize(maps.flatten(0, 1).float(), dim=-1)
 
 
 @_exact
 def cosine_similarity(brain: Tensor, image: Tensor) -> Tensor:
-    """Dot products (brains, images) of embeddings (brains, features) and (images, features)."""
+    """Cosine similarities (brains, images) of L2-normalised embeddings.
+
+    Args:
+        brain: (brains, features), L2-normalised.
+        image: (images, features), L2-normalised.
+    """
     return brain @ image.T
 
 

@@ -3,8 +3,9 @@
 - `BrainNetwork` (voxels -> CLIP tokens), the networks of the prior, MindEye2's networks for several
   subjects, the low-level networks (voxels -> latents), ridge regression, and maps from one frozen
   model's tokens to another's. They are defined in `src.networks`.
-- Every network keeps `config` = {"name", "kwargs"}; `build(config)` makes it again, so that a
-  checkpoint can rebuild its model. `rename_published_keys` brings the keys of released files to ours.
+- Every network has `config` = {"name", "kwargs"}, and `build_network(config)` makes it again, so
+  that a checkpoint can rebuild its model.
+- `rename_published_keys` brings the keys of released files to ours.
 """
 
 from src.networks.base import Network

@@ -1,7 +1,7 @@
 """The diffusion prior: denoises CLIP tokens, given tokens that were predicted from the brain.
 
-- The wrapper around a prior network (src/models.py): cosine noise schedule, prediction of x0, mean
-  squared error, ancestral (DDPM) and DDIM sampling.
+- `BrainDiffusionPrior` wraps a prior network (src/models.py): cosine noise schedule, prediction of
+  x0, mean squared error, ancestral (DDPM), DDIM and DPM-Solver++ sampling.
 - State-dict keys are the published ones: noise_scheduler.*, net.*, voxel2clip.*; random numbers are
   drawn in the published order.
 - Source: Ramesh et al. 2022 (arXiv 2204.06125), as MindEye uses it (section 2.3).
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from src.utils import PerceptError
 
 
 def noise_schedule(timesteps: int) -> dict[str, Tensor]:
-    """The 13 buffers (timesteps,) of a cosine schedule, computed in double precision and kept in
-    single (Nichol & Dhariwal 2021).
+    """The 13 buffers (timesteps,) of a cosine schedule (Nichol & Dhariwal 2021).
+
+    They are computed in double precision and returned in single.
     """
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     levels = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -61,41 +63,51 @@ class NoiseScheduler(nn.Module):
         for name, value in noise_schedule(timesteps).items():
             self.register_buffer(name, value)
 
-    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Buffer `name` at timesteps t (batch,), shaped to multiply `like` (batch, ...)."""
-        return getattr(self, name)[t].view(-1, *[1] * (like.ndim - 1))
+    def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """Buffer `name` at timesteps t (batch,), in a shape that multiplies x (batch, ...)."""
+        trailing = [1] * (x.ndim - 1)
+        return getattr(self, name)[t].view(-1, *trailing)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x0 (batch, tokens, dim) with the noise of timesteps t (batch,)."""
-        return (
-            self.at("sqrt_alphas_cumprod", t, x0) * x0
-            + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
-        )
+        signal = self.gather("sqrt_alphas_cumprod", t, x0) * x0
+        return signal + self.gather("sqrt_one_minus_alphas_cumprod", t, x0) * noise
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def _randn(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal of the shape of `like`, drawn where the generator lives (so one seed gives
-    the same numbers on any device).
+def _randn_like(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal of the shape of x, drawn on the generator's device and moved to that of x.
+
+    So a seed gives the same numbers wherever x is.
     """
     if isinstance(generator, Sequence):
-        if len(like) % len(generator):
+        if len(x) % len(generator):
             raise PerceptError(
-                f"{len(generator)} generators cannot share {len(like)} samples evenly: pass one, or"
+                f"{len(generator)} generators cannot share {len(x)} samples evenly: pass one, or"
                 " one for each group of samples."
             )
-        return torch.cat(
-            [
-                _randn(part, one)
-                for part, one in zip(like.chunk(len(generator)), generator, strict=True)
-            ]
-        )
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, device=device, dtype=like.dtype, generator=generator).to(
-        like.device
-    )
+        chunks = zip(x.chunk(len(generator)), generator, strict=True)
+        return torch.cat([_randn_like(chunk, source) for chunk, source in chunks])
+    device = x.device if generator is None else generator.device
+    noise = torch.randn(x.shape, device=device, dtype=x.dtype, generator=generator)
+    return noise.to(x.device)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What `p_losses` draws for each sample.
+
+    Attributes:
+        times: timesteps (batch,).
+        noise: standard normal (batch, tokens, dim).
+        drop: whether the brain's and the image's condition are dropped, Boolean (2, batch).
+    """
+
+    times: Tensor
+    noise: Tensor
+    drop: Tensor
 
 
 class BrainDiffusionPrior(nn.Module):
@@ -104,7 +116,7 @@ class BrainDiffusionPrior(nn.Module):
     Args:
         net: prior network (`src.models.Denoiser`): predicts clean tokens from noisy ones, the
             timestep and the condition.
-        voxel2clip: optional backbone that is kept, trained and saved with the prior.
+        voxel2clip: optional backbone that is trained and saved with the prior.
         image_embed_dim: dim of a token.
         timesteps: noise levels T.
         cond_drop_prob: probability of dropping the brain condition, and independently the image
@@ -126,9 +138,26 @@ class BrainDiffusionPrior(nn.Module):
         self.net: Any = net
         self.voxel2clip = voxel2clip
         self.cond_drop_prob = cond_drop_prob
-        self.image_embed_scale = (
-            math.sqrt(image_embed_dim) if image_embed_scale is None else image_embed_scale
-        )
+        self.image_embed_dim = image_embed_dim
+        if image_embed_scale is None:
+            image_embed_scale = math.sqrt(image_embed_dim)
+        self.image_embed_scale = image_embed_scale
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How it was made, of which `src.networks.build_decoder` makes it again."""
+        kwargs = {
+            "image_embed_dim": self.image_embed_dim,
+            "timesteps": self.noise_scheduler.num_timesteps,
+            "cond_drop_prob": self.cond_drop_prob,
+            "image_embed_scale": self.image_embed_scale,
+        }
+        return {
+            "name": type(self).__name__,
+            "kwargs": kwargs,
+            "net": self.net.config,
+            "voxel2clip": getattr(self.voxel2clip, "config", None),
+        }
 
     def p_losses(
         self,
@@ -145,40 +174,39 @@ class BrainDiffusionPrior(nn.Module):
             times: timesteps (batch,).
             text_embed: condition, same shape as image_embed.
             noise: standard normal, same shape; drawn if absent.
-            drop: where the brain's and where the image's tokens give way to the learned null ones,
-                Boolean (2, batch); drawn if absent.
+            drop: where the learned null tokens replace the brain's and the image's, Boolean
+                (2, batch); drawn if absent.
 
         Returns:
             loss (scalar) and prediction of the scaled tokens (same shape as image_embed).
         """
         noise = torch.randn_like(image_embed) if noise is None else noise
         noisy = self.noise_scheduler.q_sample(image_embed, times, noise)
-        brain, image = (self.cond_drop_prob, self.cond_drop_prob) if drop is None else drop
+        drop_brain: float | Tensor = self.cond_drop_prob
+        drop_image: float | Tensor = self.cond_drop_prob
+        if drop is not None:
+            drop_brain, drop_image = drop
         pred = self.net(
-            noisy, times, text_embed, brain_cond_drop_prob=brain, image_cond_drop_prob=image
+            noisy,
+            times,
+            text_embed,
+            brain_cond_drop_prob=drop_brain,
+            image_cond_drop_prob=drop_image,
         )
         return F.mse_loss(pred, image_embed), pred
 
-    def _draws(self, like: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """What `p_losses` needs, each sample's drawn from its own seed (batch,): timesteps, noise
-        like `like`, and what to drop.
-        """
-        sources = [torch.Generator(like.device).manual_seed(seed) for seed in seeds.tolist()]
-        total, device = self.noise_scheduler.num_timesteps, like.device
-        times = torch.stack(
-            [torch.randint(0, total, (), device=device, generator=g) for g in sources]
-        )
-        noise = torch.stack(
-            [
-                torch.randn(like.shape[1:], device=device, dtype=like.dtype, generator=g)
-                for g in sources
-            ]
-        )
-        drop = (
-            torch.stack([torch.rand(2, device=device, generator=g) for g in sources], 1)
-            < self.cond_drop_prob
-        )  # (2, batch)
-        return {"times": times, "noise": noise, "drop": drop}
+    def _draw_from_seeds(self, x: Tensor, seeds: Tensor) -> _Draws:
+        """Timesteps, noise and dropped conditions of the samples x, each from its seed (batch,)."""
+        total = self.noise_scheduler.num_timesteps
+        times, noise, chances = [], [], []
+        for seed in seeds.tolist():
+            source = torch.Generator(x.device).manual_seed(seed)
+            options: Any = {"device": x.device, "generator": source}
+            times.append(torch.randint(0, total, (), **options))
+            noise.append(torch.randn(x.shape[1:], dtype=x.dtype, **options))
+            chances.append(torch.rand(2, **options))
+        drop = torch.stack(chances, 1) < self.cond_drop_prob
+        return _Draws(torch.stack(times), torch.stack(noise), drop)
 
     def forward(
         self,
@@ -194,8 +222,9 @@ class BrainDiffusionPrior(nn.Module):
             image_embed: CLIP tokens, unscaled; left as they are.
             voxel: (batch, voxels) instead of text_embed, run through voxel2clip.
             seeds: (batch,) integers from which timestep, noise and dropped conditions of each
-                sample are drawn, so that a loss does not depend on who else is in the batch, or in
-                which process; without them torch's own generator is used, in the published order.
+                sample are drawn, so that a loss depends neither on the other samples of the batch
+                nor on the number of processes; without them torch's own generator is used, in the
+                published order.
 
         Raises:
             PerceptError: if there is no target, or not exactly one condition.
@@ -211,15 +240,16 @@ class BrainDiffusionPrior(nn.Module):
                     "The prior was given voxels but has no voxel2clip: make it with one, or pass"
                     " text_embed."
                 )
-            out = self.voxel2clip(voxel)
-            text_embed = (out[0] if isinstance(out, tuple) else out).view_as(image_embed)
+            output = self.voxel2clip(voxel)
+            backbone = output[0] if isinstance(output, tuple) else output
+            text_embed = backbone.view_as(image_embed)
         assert text_embed is not None
         scaled = image_embed * self.image_embed_scale
         if seeds is not None:
-            return self.p_losses(scaled, text_embed=text_embed, **self._draws(scaled, seeds))
-        times = torch.randint(
-            0, self.noise_scheduler.num_timesteps, (len(image_embed),), device=image_embed.device
-        )
+            draws = self._draw_from_seeds(scaled, seeds)
+            return self.p_losses(scaled, draws.times, text_embed, draws.noise, draws.drop)
+        total, batch = self.noise_scheduler.num_timesteps, len(image_embed)
+        times = torch.randint(0, total, (batch,), device=image_embed.device)
         return self.p_losses(scaled, times, text_embed)
 
     @torch.no_grad()
@@ -237,11 +267,11 @@ class BrainDiffusionPrior(nn.Module):
             text_embed: condition (batch, tokens, dim) or (batch, dim).
             timesteps: steps; None or 0: all T.
             cond_scale: classifier-free guidance.
+            generator: source of all random numbers, drawn on its own device (T + 1 draws of the
+                condition's shape for ancestral sampling). Of several, each draws for its share of
+                the batch, in order, so that a sample does not depend on its neighbours.
             solver: key of SOLVERS. "published": ancestral sampling with all steps, DDIM with eta 1
                 with fewer; "dpm++": DPM-Solver++(2M), for few steps, random in its start alone.
-            generator: source of all random numbers, drawn on its own device (T + 1 draws of the
-                condition's shape for ancestral sampling); of several, each draws for its share of
-                the batch, in order, so that a sample does not depend on its neighbours.
 
         Returns:
             Tokens of the same shape, already divided by the scale.
@@ -263,82 +293,90 @@ class BrainDiffusionPrior(nn.Module):
                 f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose"
                 f" timesteps from 2 to {total}."
             )
-        x = _randn(text_embed, generator)
-        loop = SOLVERS[solver](self, steps)
+        x = _randn_like(text_embed, generator)
+        denoise = SOLVERS[solver](self, steps)
         with self.net.cache_positions():
-            return loop(x, text_embed, steps, cond_scale, generator) / self.image_embed_scale
+            tokens = denoise(x, text_embed, steps, cond_scale, generator)
+        return tokens / self.image_embed_scale
 
-    def _ddpm(
+    def _predict_x0(self, x: Tensor, t: Tensor, condition: Tensor, cond_scale: float) -> Tensor:
+        """Clean tokens, predicted from noisy ones x at timesteps t (batch,)."""
+        return self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
+
+    def _sample_ddpm(
         self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
     ) -> Tensor:
-        s = self.noise_scheduler
+        """Ancestral sampling: Ho et al. 2020, algorithm 2."""
+        schedule = self.noise_scheduler
         for step in reversed(range(steps)):
             t = torch.full((len(x),), step, device=x.device)
-            x0 = self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
-            mean = s.at("posterior_mean_coef1", t, x) * x0 + s.at("posterior_mean_coef2", t, x) * x
-            noise = _randn(x, generator)  # drawn in the last step too, as published
-            x = (
-                mean
-                + (step > 0) * (0.5 * s.at("posterior_log_variance_clipped", t, x)).exp() * noise
-            )
+            x0 = self._predict_x0(x, t, condition, cond_scale)
+            x0_part = schedule.gather("posterior_mean_coef1", t, x) * x0
+            mean = x0_part + schedule.gather("posterior_mean_coef2", t, x) * x
+            noise = _randn_like(x, generator)  # drawn in the last step too, as published
+            std = (0.5 * schedule.gather("posterior_log_variance_clipped", t, x)).exp()
+            x = mean + std * noise if step > 0 else mean
         return x
 
-    def _ddim(
+    def _sample_ddim(
         self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
     ) -> Tensor:
-        s, total = self.noise_scheduler, self.noise_scheduler.num_timesteps
-        grid = [int(v) for v in torch.linspace(-1, total, steps + 1)[:-1]][::-1]
+        """DDIM with eta 1: Song et al. 2021, equation 12."""
+        schedule = self.noise_scheduler
+        levels = torch.linspace(-1, schedule.num_timesteps, steps + 1)[:-1]
+        grid = [int(level) for level in levels][::-1]
         x0 = x
-        for now, then in zip(grid[:-1], grid[1:], strict=True):
-            alpha, alpha_next = s.alphas_cumprod_prev[now], s.alphas_cumprod_prev[then]
-            t = torch.full((len(x),), now, device=x.device)
-            x0 = self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
-            noise_pred = (s.at("sqrt_recip_alphas_cumprod", t, x) * x - x0) / s.at(
-                "sqrt_recipm1_alphas_cumprod", t, x
-            )
-            if then < 0:
+        for step, next_step in zip(grid[:-1], grid[1:], strict=True):
+            alpha = schedule.alphas_cumprod_prev[step]
+            alpha_next = schedule.alphas_cumprod_prev[next_step]
+            t = torch.full((len(x),), step, device=x.device)
+            x0 = self._predict_x0(x, t, condition, cond_scale)
+            scaled = schedule.gather("sqrt_recip_alphas_cumprod", t, x) * x
+            noise_pred = (scaled - x0) / schedule.gather("sqrt_recipm1_alphas_cumprod", t, x)
+            if next_step < 0:
                 return x0
             sigma = ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-            noise = _randn(x, generator)
-            x = (
-                x0 * alpha_next.sqrt()
-                + sigma * noise
-                + (1 - alpha_next - sigma**2).sqrt() * noise_pred
-            )
+            noise = _randn_like(x, generator)
+            direction = (1 - alpha_next - sigma**2).sqrt() * noise_pred
+            x = x0 * alpha_next.sqrt() + sigma * noise + direction
         return x0
 
-    def _dpm(
+    def _sample_dpm(
         self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
     ) -> Tensor:
+        """DPM-Solver++(2M): Lu et al. 2022, arXiv 2211.01095, algorithm 2."""
         bar = self.noise_scheduler.alphas_cumprod.double().cpu()
         alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
-        snr = (alpha / sigma).log()
-        grid = (
-            torch.linspace(0, len(bar) - 1, steps + 1).round().long()[1:].flip(0)
-        )  # from noise to the level next to clean
-        before = x
-        for i, now in enumerate(grid):
-            x0 = self.net.forward_with_cond_scale(
-                x, now.expand(len(x)).to(x.device), condition, cond_scale=cond_scale
-            )
+        log_snr = (alpha / sigma).log()
+        # from noise to the level next to clean
+        grid = torch.linspace(0, len(bar) - 1, steps + 1).round().long()[1:].flip(0)
+        previous_x0 = x
+        for i, step in enumerate(grid):
+            t = torch.full((len(x),), int(step), device=x.device)
+            x0 = self._predict_x0(x, t, condition, cond_scale)
             if i == steps - 1:
                 return x0
-            then = grid[i + 1]
-            width, slope = snr[then] - snr[now], x0
-            if i:  # straight line through this prediction and the one before
-                ratio = (snr[now] - snr[grid[i - 1]]) / width
-                slope = x0 + float(1 / (2 * ratio)) * (x0 - before)
-            x = (
-                float(sigma[then] / sigma[now]) * x
-                - float(alpha[then] * torch.expm1(-width)) * slope
-            )
-            before = x0
+            next_step = grid[i + 1]
+            width = log_snr[next_step] - log_snr[step]
+            slope = x0
+            if i:  # straight line through this prediction and the previous one
+                ratio = (log_snr[step] - log_snr[grid[i - 1]]) / width
+                slope = x0 + float(1 / (2 * ratio)) * (x0 - previous_x0)
+            shrinkage = float(sigma[next_step] / sigma[step])
+            x = shrinkage * x - float(alpha[next_step] * torch.expm1(-width)) * slope
+            previous_x0 = x0
         return x
 
 
+def _choose_published_solver(prior: BrainDiffusionPrior, steps: int) -> Callable[..., Tensor]:
+    """Ancestral sampling with all steps, DDIM with fewer."""
+    if steps == prior.noise_scheduler.num_timesteps:
+        return prior._sample_ddpm
+    return prior._sample_ddim
+
+
+# solver -> the loop that it runs for a prior and a number of steps
 SOLVERS: dict[str, Callable[[BrainDiffusionPrior, int], Callable[..., Tensor]]] = {
-    "published": lambda prior, steps: (
-        prior._ddpm if steps == prior.noise_scheduler.num_timesteps else prior._ddim
-    ),
-    "dpm++": lambda prior, steps: prior._dpm,
+    "published": _choose_published_solver,
+    "dpm++": lambda prior, steps: prior._sample_dpm,
 }

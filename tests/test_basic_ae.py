@@ -21,11 +21,12 @@ from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import basic_config
 from src.networks.low_level import BASIC_SIZES, BasicEncoder
-from src.networks.released import build_decoder
+from src.networks.rebuild import build_decoder
 from src.parameters import NOTEBOOKS, parse_parameters, read_parameters_cell
 from src.training.loop import fit
 from src.training.optim import SCHEDULERS
 from src.utils import PerceptError, count_parameters
+from training_options import group_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,7 @@ def test_the_encoder_is_linear_layers_with_gelu_and_transposed_convolutions():
             k.removesuffix(".weight") for k in w if k.startswith("mlp") and k.endswith("weight")
         ]:
             y = nn.functional.gelu(y @ w[f"{key}.weight"].T + w[f"{key}.bias"])
-        y = y.view(2, 16, 8 // 2 ** BASIC_SIZES[size][1], -1)
+        y = y.view(2, 16, 8 // 2 ** BASIC_SIZES[size].doublings, -1)
         ups = [
             k.removesuffix(".weight")
             for k in w
@@ -124,7 +125,7 @@ def trained(model, folder, **options):
         "scheduler": "fixed",
         "device": "cpu",
     } | options
-    history = fit(model, square, Pairs(), folder=folder, config={}, **options)
+    history = fit(model, square, Pairs(), folder=folder, config={}, **group_options(**options))
     return model, history
 
 
@@ -167,10 +168,7 @@ def test_betas_and_eps_reach_the_optimizer(linear, tmp_path):
         data,
         folder=tmp_path,
         config={},
-        epochs=4,
-        batch_size=8,
-        max_lr=1e-2,
-        **given,
+        **group_options(epochs=4, batch_size=8, max_lr=1e-2, **given),
     )
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b)

@@ -294,7 +294,7 @@ def test_parts_of_the_prior_network_compute_the_published_values(prior_network, 
     torch.testing.assert_close(transformer.rel_pos_bias(11), a["rel_pos_bias_11x12"], **CLOSE)
     attention, feed_forward = transformer.layers[0]
     torch.testing.assert_close(
-        attention(a["tokens_in"], *transformer._positions(11)),
+        attention(a["tokens_in"], *transformer._compute_positions(11)),
         a["layer0_attn_out_noresid"],
         **CLOSE,
     )
@@ -366,7 +366,7 @@ def test_attention_is_that_of_the_specification(causal, dim_head):
     with torch.no_grad():
         expected = _attention_by_loops(attention, x, transformer.rel_pos_bias(6), causal)
         torch.testing.assert_close(
-            attention(x, *transformer._positions(6)), expected, rtol=1e-6, atol=1e-6
+            attention(x, *transformer._compute_positions(6)), expected, rtol=1e-6, atol=1e-6
         )
 
 
@@ -454,8 +454,8 @@ def test_kept_positions_give_the_same_output_and_do_not_outlive_their_context():
     with torch.no_grad(), network.cache_positions():
         for _ in range(2):
             torch.testing.assert_close(network(*inputs), expected)
-        assert list(network.causal_transformer._kept) == [11]
-    assert not network.causal_transformer._kept
+        assert list(network.causal_transformer._positions) == [11]
+    assert not network.causal_transformer._positions
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -487,7 +487,7 @@ def test_gain_norm_has_the_published_epsilons():
 @pytest.mark.parametrize("mode", UPS_MODES)
 @pytest.mark.parametrize("use_cont", [False, True])
 def test_low_level_network_at_a_small_size(mode, use_cont):
-    widths = [32] * len(UPS_MODES[mode][2])
+    widths = [32] * len(UPS_MODES[mode].widths)
     network = Voxel2StableDiffusionModel(
         11,
         h=12,
@@ -500,7 +500,7 @@ def test_low_level_network_at_a_small_size(mode, use_cont):
     out = network(torch.randn(2, 11))
     if use_cont:
         out, maps = out
-        assert maps.shape == (2, (32 // UPS_MODES[mode][1]) ** 2, 512)
+        assert maps.shape == (2, (32 // UPS_MODES[mode].factor) ** 2, 512)
     assert out.shape == (2, 4, 32, 32)
     out.square().mean().backward()
     assert network.lin0[0].weight.grad.abs().sum() > 0

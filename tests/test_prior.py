@@ -204,7 +204,7 @@ def test_sampling_sees_weights_that_changed_since_the_last_sample():
     table.data = torch.randn_like(table) * 5
     after = prior.sample(condition, generator=torch.Generator().manual_seed(5))
     assert not torch.allclose(before, after)
-    assert not prior.net.causal_transformer._kept
+    assert not prior.net.causal_transformer._positions
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction():
@@ -407,10 +407,10 @@ def test_draws_from_seeds_do_not_depend_on_the_batch():
 
 def test_draws_from_seeds_are_spread_as_they_should_be():
     prior = _tiny(timesteps=50, drop=0.3)
-    draws = prior._draws(torch.zeros(4000, 2, 3), torch.arange(4000))
-    assert abs(draws["noise"].mean()) < 0.03 and abs(draws["noise"].std() - 1) < 0.03
+    draws = prior._draw_from_seeds(torch.zeros(4000, 2, 3), torch.arange(4000))
+    assert abs(draws.noise.mean()) < 0.03 and abs(draws.noise.std() - 1) < 0.03
     assert (
-        set(draws["times"].tolist()) == set(range(50))
-        and abs(draws["drop"].float().mean(1) - 0.3).max() < 0.03
+        set(draws.times.tolist()) == set(range(50))
+        and abs(draws.drop.float().mean(1) - 0.3).max() < 0.03
     )
-    assert abs(np.corrcoef(draws["drop"].numpy())[0, 1]) < 0.06
+    assert abs(np.corrcoef(draws.drop.numpy())[0, 1]) < 0.06

@@ -21,12 +21,11 @@ from src.networks import released as released_files
 from src.networks.encoders import BrainNetwork
 from src.networks.linear import RidgeBaseline
 from src.networks.low_level import Voxel2StableDiffusionModel
+from src.networks.mismatch import describe_mismatch
 from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
+from src.networks.rebuild import build_decoder, infer_published_config
 from src.networks.registry import rename_published_keys
 from src.networks.released import (
-    build_decoder,
-    describe_mismatch,
-    infer_published_config,
     load_laion_prior,
     load_published,
     read_history,
@@ -467,7 +466,8 @@ def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, pr
 CHILD = """
 import sys, torch
 from src.models import build_network
-from src.networks.released import load_published, infer_published_config, read_history, read_published
+from src.networks.rebuild import infer_published_config
+from src.networks.released import load_published, read_history, read_published
 
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

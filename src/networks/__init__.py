@@ -5,18 +5,16 @@ from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, Volume
 from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.mismatch import FRESH_IN_LAION, describe_mismatch
 from src.networks.priors import (
     Denoiser,
     DiffusionPriorNetwork,
     PriorNetwork,
     VersatileDiffusionPriorNetwork,
 )
+from src.networks.rebuild import build_decoder, infer_published_config
 from src.networks.registry import MODELS, build_network, rename_published_keys
 from src.networks.released import (
-    FRESH_IN_LAION,
-    build_decoder,
-    describe_mismatch,
-    infer_published_config,
     load_laion_prior,
     load_published,
     load_voxel2clip,

@@ -11,8 +11,10 @@ from src.utils import PerceptError
 
 
 class Network(nn.Module):
-    """A module that remembers how it was made: `config` = {"name": its class, "kwargs": all
-    arguments, defaults included}.
+    """A module that remembers its arguments.
+
+    `config` is {"name": name of the class, "kwargs": all arguments, defaults included};
+    `src.networks.registry.build_network` makes the same network of it.
     """
 
     config: dict[str, Any]
@@ -22,16 +24,19 @@ class Network(nn.Module):
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(network, *args, **kwargs)
         bound.apply_defaults()
-        made_of = {name: value for name, value in bound.arguments.items() if name != "self"}
-        network.__dict__["config"] = {"name": cls.__name__, "kwargs": made_of}
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        network.__dict__["config"] = {"name": cls.__name__, "kwargs": arguments}
         return network
 
 
-def flatten_voxels(x: Tensor, first: nn.Module) -> Tensor:
-    """Voxels (batch, ...) as (batch, voxels), refused when they are not as many as the layer
-    `first` was made for.
+def flatten_voxels(x: Tensor, layer: nn.Module) -> Tensor:
+    """Voxels (batch, ...) as (batch, voxels), for the layer that reads them.
+
+    Raises:
+        PerceptError: if there are not as many voxels as the layer was made for.
     """
-    x, expected = x.flatten(1), first.in_features
+    x = x.flatten(1)
+    expected = layer.in_features
     if x.shape[1] != expected:
         raise PerceptError(
             f"The network reads {expected} voxels but was given {x.shape[1]}: use the subject and"

@@ -13,17 +13,19 @@ from src.utils import PerceptError
 
 
 class Encoder(Network):
-    """What the networks from voxels to CLIP share: `predict_tokens`."""
+    """Base class of the networks from voxels to CLIP embeddings."""
 
     clip_size: int
 
     def predict_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Voxels (batch, ...) to backbone and projected tokens, (batch, tokens, dim) each; without
-        a projector both are the same.
+        """Backbone and projected tokens, (batch, tokens, dim) each, of voxels (batch, ...).
+
+        Without a projector both are the same.
         """
-        out = self(x)
-        backbone, projected = out if isinstance(out, tuple) else (out, out)
-        return backbone.view(len(x), -1, self.clip_size), projected.view(len(x), -1, self.clip_size)
+        output = self(x)
+        backbone, projected = output if isinstance(output, tuple) else (output, output)
+        shape = (len(x), -1, self.clip_size)
+        return backbone.view(shape), projected.view(shape)
 
 
 class BrainNetwork(Encoder):
@@ -63,14 +65,18 @@ class BrainNetwork(Encoder):
         norm, activation = NORMS[norm_type]
 
         def block(width_in: int, dropout: float) -> nn.Sequential:
-            pair = [activation(), norm(h)] if act_first else [norm(h), activation()]
-            return nn.Sequential(nn.Linear(width_in, h), *pair, nn.Dropout(dropout))
+            linear, layers = nn.Linear(width_in, h), [norm(h), activation()]
+            if act_first:
+                layers.reverse()
+            return nn.Sequential(linear, *layers, nn.Dropout(dropout))
 
         self.clip_size = clip_size
         self.lin0 = block(in_dim, 0.5)
         self.mlp = nn.ModuleList(block(h, 0.15) for _ in range(n_blocks))
         self.lin1 = nn.Linear(h, out_dim)
-        self.projector = make_projector(clip_size, projector_dim) if use_projector else None
+        self.projector = None
+        if use_projector:
+            self.projector = make_projector(clip_size, projector_dim)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Voxels (batch, voxels), or a volume (batch, X, Y, Z), to tokens.
@@ -92,6 +98,7 @@ class BrainNetwork(Encoder):
         return x, self.projector(x.view(batch, -1, self.clip_size))  # (batch, tokens, dim)
 
 
+# norm_type -> (norm, activation)
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {
     "ln": (nn.LayerNorm, nn.GELU),
     "bn": (nn.BatchNorm1d, nn.ReLU),
@@ -99,6 +106,7 @@ NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], nn.Module]]] = {
 
 
 def make_projector(dim: int, width: int) -> nn.Sequential:
+    """The token-wise head of the contrastive losses, (..., dim) -> (..., dim)."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.GELU(),
@@ -113,9 +121,7 @@ def make_projector(dim: int, width: int) -> nn.Sequential:
 
 
 class _Mixing(nn.Module):
-    """Every place of a feature map looks at all others: one residual self-attention over (batch,
-    places, width).
-    """
+    """A residual self-attention over the locations of a feature map, (batch, locations, width)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -128,8 +134,7 @@ class _Mixing(nn.Module):
 
 
 class VolumeEncoder(Encoder):
-    """3-D convolutions from a whole volume to a CLIP embedding, with an attention over the places
-    that are left (or none).
+    """3-D convolutions from a whole volume to a CLIP embedding, then attention over locations.
 
     Args:
         dims: (x, y, z) of the volume; NSD's func1pt8mm of subject 1 has (81, 104, 83).
@@ -142,15 +147,15 @@ class VolumeEncoder(Encoder):
         dilation: of the convolutions.
         attention_width: width of the attention's tokens, 0 for no attention.
         heads: of the attention.
-        average_output: average over the places before the last linear map, instead of one weight
-            for each place.
+        average_output: average over the locations before the last linear map, instead of one
+            weight for each location.
 
     Raises:
         PerceptError: for channels and strides of different number, or a volume that is too small
             for them.
 
-    The figures are those of the published configuration; what stands between them is ours, as
-    nothing else of this network is documented.
+    The sizes are those of the published configuration. Nothing else of this network is documented,
+    so what stands between the convolutions is our choice.
     """
 
     def __init__(
@@ -173,34 +178,39 @@ class VolumeEncoder(Encoder):
                 "A volume encoder needs one stride a convolution, but has channels"
                 f" {list(channels)} and strides {list(strides)}."
             )
-        places, layers = [int(side) for side in dims], []
-        for before, width, stride in zip((1, *channels), channels, strides, strict=False):
-            layers += [
-                nn.Conv3d(before, width, kernel, stride, padding, dilation),
-                nn.BatchNorm3d(width),
-                nn.ReLU(True),
-            ]
-            places = [
-                (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in places
-            ]
-        if min(places) < 1:
+        layers: list[nn.Module] = []
+        sides = [int(side) for side in dims]
+        reach = dilation * (kernel - 1)
+        width_in = 1
+        for width, stride in zip(channels, strides, strict=True):
+            layers.append(nn.Conv3d(width_in, width, kernel, stride, padding, dilation))
+            layers += [nn.BatchNorm3d(width), nn.ReLU(True)]
+            sides = [(side + 2 * padding - reach - 1) // stride + 1 for side in sides]
+            width_in = width
+        if min(sides) < 1:
             raise PerceptError(
                 f"A volume of {list(dims)} voxels is too small for {len(channels)} convolutions"
                 f" with strides {list(strides)}."
             )
-        self.dims, self.clip_size, self.average_output = tuple(dims), clip_size, average_output
+        self.dims = tuple(dims)
+        self.clip_size = clip_size
+        self.average_output = average_output
         self.convolutions = nn.Sequential(*layers)
         width = attention_width or channels[-1]
-        self.mixing = (
-            nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads))
-            if attention_width
-            else nn.Identity()
-        )
-        self.lin1 = nn.Linear(width if average_output else width * math.prod(places), out_dim)
+        self.mixing: nn.Module = nn.Identity()
+        if attention_width:
+            self.mixing = nn.Sequential(nn.Linear(channels[-1], width), _Mixing(width, heads))
+        features = width if average_output else width * math.prod(sides)
+        self.lin1 = nn.Linear(features, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z), to
-        (batch, tokens * dim).
+        """Predict embeddings (batch, tokens * dim).
+
+        Args:
+            x: volumes (batch, x, y, z), or flattened as the data keep them (batch, x * y * z).
+
+        Raises:
+            PerceptError: for volumes of another size.
         """
         if x[0].numel() != math.prod(self.dims):
             raise PerceptError(
@@ -208,13 +218,13 @@ class VolumeEncoder(Encoder):
                 " voxels: give it the volumes that it was made for."
             )
         x = self.convolutions(x.reshape(len(x), 1, *self.dims))  # (batch, channels, x, y, z)
-        x = self.mixing(x.flatten(2).transpose(1, 2))  # (batch, places, width)
-        return self.lin1(x.mean(1) if self.average_output else x.flatten(1))
+        x = self.mixing(x.flatten(2).transpose(1, 2))  # (batch, locations, width)
+        x = x.mean(1) if self.average_output else x.flatten(1)
+        return self.lin1(x)
 
 
-ENCODERS: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # voxel2clip of the combined system, by its parameter `arch`: network, what sets it apart
+# voxel2clip of the combined system by its parameter `arch`: network, and what sets it apart
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "brainnet": (
         "BrainNetwork",
         {"norm_type": "bn", "act_first": True, "use_projector": False},

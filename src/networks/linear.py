@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from himalaya.backend import get_backend, set_backend
-from himalaya.ridge import RidgeCV
-from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
 from src.networks.base import Network
@@ -20,14 +17,15 @@ from src.utils import PerceptError, progress
 
 
 class CaptionConverter(Network):
-    """Tokens of one image encoder as those of another: one linear map along the tokens, then one
-    along the features.
+    """Tokens of one image encoder to those of another.
+
+    One linear map along the tokens, then one along the features.
 
     Args:
-        tokens_in: tokens that are given.
-        tokens_out: tokens that are wanted.
-        dim_in: dim of a token that is given.
-        dim_out: dim of a token that is wanted.
+        tokens_in: number of input tokens.
+        tokens_out: number of output tokens.
+        dim_in: dim of an input token.
+        dim_out: dim of an output token.
 
     Source: MindEye2 (arXiv 2403.11207), appendix A.6 (from CLIP bigG to the image tokens of GIT).
     """
@@ -41,15 +39,17 @@ class CaptionConverter(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens_in, dim_in) -> (batch, tokens_out, dim_out)."""
-        return self.linear2(self.linear1(x.transpose(1, 2)).transpose(1, 2))
+        x = self.linear1(x.transpose(1, 2))  # (batch, dim_in, tokens_out)
+        return self.linear2(x.transpose(1, 2))
 
 
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(1, 6, 11))
 
 
 class RidgeBaseline(Network):
-    """One linear map from voxels to targets of any shape, with a penalty a target chosen by
-    cross-validation.
+    """One linear map from voxels to targets of any shape.
+
+    The penalty of each target is chosen by cross-validation.
 
     Args:
         in_dim: number of voxels.
@@ -114,40 +114,37 @@ class RidgeBaseline(Network):
 
         Source: Hoerl & Kennard 1970; solved by himalaya (Dupré la Tour et al. 2022).
         """
-        x, y = (
-            np.asarray(voxels, np.float32),
-            np.asarray(targets, np.float32).reshape(len(targets), -1),
-        )  # (images, voxels), (images, targets)
-        splits = _folds(x, y, cv, groups, seed)
-        batches = {
+        from himalaya.ridge import RidgeCV
+
+        x = np.asarray(voxels, np.float32)  # (images, voxels)
+        y = np.asarray(targets, np.float32).reshape(len(targets), -1)  # (images, targets)
+        _check_rows(x, y, groups)
+        solver_params = {
             "n_targets_batch": chunk,
             "n_targets_batch_refit": chunk,
-            "n_alphas_batch": 1,
+            "n_alphas_batch": 1,  # one at a time: as fast, with half the memory
             "warn": False,
-        }  # as quick, with half the memory
+        }
         with _himalaya_backend(backend):
             solver = RidgeCV(
                 alphas=np.asarray(alphas, np.float32),
-                cv=splits,
+                cv=_split_into_folds(x, y, cv, groups, seed),
                 fit_intercept=True,
-                solver_params=batches,
+                solver_params=solver_params,
             )
             solver.fit(x, y)
-            weight, bias, best = (
+            weight, bias, best_alphas = (
                 torch.as_tensor(value).float().cpu()
                 for value in (solver.coef_, solver.intercept_, solver.best_alphas_)
             )
-        made = cls(x.shape[1], targets.shape[1:])
-        made.load_state_dict({"weight": weight, "bias": bias, "alphas": best.expand(y.shape[1])})
-        return made
+        alphas_by_target = best_alphas.expand(y.shape[1])
+        ridge = cls(x.shape[1], targets.shape[1:])
+        ridge.load_state_dict({"weight": weight, "bias": bias, "alphas": alphas_by_target})
+        return ridge
 
 
-def _folds(
-    x: np.ndarray, y: np.ndarray, cv: int, groups: np.ndarray | None, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Shuffled folds over rows, or over groups of rows; x (rows, voxels) and y (rows, targets) are
-    checked on the way.
-    """
+def _check_rows(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None) -> None:
+    """Refuse x (rows, voxels) and y (rows, targets) that do not match or are not finite."""
     if len(x) != len(y) or (groups is not None and len(groups) != len(x)):
         raise PerceptError(
             f"A ridge needs one row of voxels a target, but there are {len(x)} and {len(y)} (groups"
@@ -158,22 +155,29 @@ def _folds(
             "Voxels or targets for the ridge hold values that are not finite: clean or drop these"
             " rows first."
         )
+
+
+def _split_into_folds(
+    x: np.ndarray, y: np.ndarray, cv: int, groups: np.ndarray | None, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled folds over rows, or over groups of rows: (training rows, test rows) of each."""
+    from sklearn.model_selection import GroupKFold, KFold
+
     independent = len(x) if groups is None else len(np.unique(groups))
     if independent < cv:
         raise PerceptError(
             f"{independent} independent rows do not make {cv} folds: give more, or lower cv."
         )
-    splitter = (
-        KFold(cv, shuffle=True, random_state=seed)
-        if groups is None
-        else GroupKFold(cv, shuffle=True, random_state=seed)
-    )
+    splitter_class = KFold if groups is None else GroupKFold
+    splitter = splitter_class(cv, shuffle=True, random_state=seed)
     return list(splitter.split(x, y, groups))
 
 
 @contextmanager
 def _himalaya_backend(name: str) -> Iterator[None]:
     """Set himalaya's global backend, and set the former one back."""
+    from himalaya.backend import get_backend, set_backend
+
     if name == "auto":
         name = "torch_cuda" if torch.cuda.is_available() else "torch"
     before = get_backend().name
@@ -185,16 +189,16 @@ def _himalaya_backend(name: str) -> Iterator[None]:
 
 
 class TokenMap(Network):
-    """Image tokens of one frozen model as another model would give them: a linear map of the class
-    token, and one that all patches share.
+    """Image tokens of one frozen model as another model would give them.
 
-    The grid of patches is resampled (bilinear) to that of the other model. Fitted on images alone:
-    no brain data are needed to say with BLIP what tokens of CLIP show, true or predicted ones.
+    A linear map of the class token, and another one that all patches share. The grid of patches is
+    first resampled (bilinear) to that of the other model. The map is fitted on images alone: BLIP
+    can then describe tokens of CLIP, true or predicted ones, without any brain data.
 
     Args:
-        shape_in: (tokens, dim) of the tokens that are given: the class token, then a square grid of
-            patches row by row.
-        shape_out: (tokens, dim) of those that are wanted.
+        shape_in: (tokens, dim) of the input: the class token, then a square grid of patches row by
+            row.
+        shape_out: (tokens, dim) of the output.
 
     Raises:
         PerceptError: if the patches of either are no square.
@@ -208,39 +212,36 @@ class TokenMap(Network):
 
     def __init__(self, shape_in: Sequence[int], shape_out: Sequence[int]):
         super().__init__()
-        self.shape_in, self.shape_out = tuple(shape_in), tuple(shape_out)
-        self.sides = tuple(math.isqrt(max(0, tokens - 1)) for tokens in (shape_in[0], shape_out[0]))
-        for side, (tokens, _) in zip(self.sides, (self.shape_in, self.shape_out), strict=True):
-            if side < 1 or side**2 + 1 != tokens:
-                raise PerceptError(
-                    f"{tokens} tokens are not a class token and a square grid of patches: give the"
-                    " tokens of a vision transformer."
-                )
-        self.token, self.patch = (nn.Linear(shape_in[1], shape_out[1]) for _ in range(2))
+        self.shape_in = tuple(shape_in)
+        self.shape_out = tuple(shape_out)
+        self.side_in = _grid_side(shape_in[0])
+        self.side_out = _grid_side(shape_out[0])
+        self.token = nn.Linear(shape_in[1], shape_out[1])
+        self.patch = nn.Linear(shape_in[1], shape_out[1])
         self.register_buffer("alphas", torch.zeros(2))
         self.register_buffer("r2", torch.zeros(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens, dim) of the one model -> (batch, tokens, dim) of the other."""
+        """(batch, tokens, dim) of the one model -> (batch, tokens, dim) of the other.
+
+        Raises:
+            PerceptError: for tokens of another shape.
+        """
         if tokens.shape[1:] != self.shape_in:
             raise PerceptError(
                 f"The map reads tokens (batch, {', '.join(map(str, self.shape_in))}) but was given"
                 f" {tuple(tokens.shape)}: use those it was fitted on."
             )
-        token, patches = self._parts(tokens)
+        token, patches = self._split(tokens)
         return torch.cat([self.token(token), self.patch(patches)], dim=1)
 
-    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens (batch, tokens, dim) the class token (batch, 1, dim), and the patches on the
-        grid that is wanted (batch, patches, dim).
-        """
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Class token (batch, 1, dim), and patches (batch, patches, dim) on the output's grid."""
         token, patches = tokens[:, :1], tokens[:, 1:]
-        here, there = self.sides
-        if here != there:
-            grid = patches.transpose(1, 2).unflatten(2, (here, here))  # (batch, dim, h, w)
-            patches = (
-                F.interpolate(grid, (there, there), mode="bilinear").flatten(2).transpose(1, 2)
-            )
+        if self.side_in != self.side_out:
+            grid = patches.transpose(1, 2).unflatten(2, (self.side_in, self.side_in))
+            grid = F.interpolate(grid, (self.side_out, self.side_out), mode="bilinear")
+            patches = grid.flatten(2).transpose(1, 2)
         return token, patches
 
     @classmethod
@@ -251,23 +252,24 @@ class TokenMap(Network):
         target: Any,
         image_ids: Sequence[int] | np.ndarray | None = None,
         alphas: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-        held_out: float = 0.1,
+        validation_share: float = 0.1,
         seed: int = 0,
         batch_size: int = 64,
         device: str = "cpu",
     ) -> TokenMap:
-        """Ridge regression in closed form, over all images and places; a block of images is in
-        memory at a time.
+        """Ridge regression in closed form, over all images and locations.
+
+        One block of images is in memory at a time.
 
         Args:
             source: tokens to map from, (images, tokens, dim), or an object whose `rows(image_ids)`
-                gives them (`data.TargetCache`).
+                gives them (`src.data.TargetCache`).
             target: tokens to map to, likewise.
             image_ids: (images,) training images, none of them twice; needed where `rows` gives the
                 tokens.
-            alphas: candidate penalties, in units of the mean variance of the tokens that are given.
-            held_out: share of these images on which the penalty is chosen; then it is fitted on all
-                of them.
+            alphas: candidate penalties, in units of the mean variance of the input tokens.
+            validation_share: share of these images on which the penalty is chosen; the map is then
+                fitted on all of them.
             seed: of that choice.
             batch_size: images in a block.
             device: torch device.
@@ -282,64 +284,87 @@ class TokenMap(Network):
         Source: Hoerl & Kennard 1970.
         """
         ids = np.arange(len(source)) if image_ids is None else np.asarray(image_ids)
-        count = round(held_out * len(ids))
+        count = round(validation_share * len(ids))
         if len(ids) < 10 or not 0 < count < len(ids):
             raise PerceptError(
                 f"{len(ids)} images of which {count} are held out are too few to fit a map of"
                 " tokens: give at least 10, and hold some of them out."
             )
-        first, wanted = (_token_rows(tokens, ids[:1]) for tokens in (source, target))
-        made = cls(first.shape[1:], wanted.shape[1:]).to(device)
-        sums = [
-            made._moments(source, target, np.array_split(part, math.ceil(len(part) / batch_size)))
-            for part in np.split(np.random.default_rng(seed).permutation(ids), [count])
-        ]
-        for i, (linear, held, rest) in enumerate(zip((made.token, made.patch), *sums, strict=True)):
-            scores = [held.r2(*rest.ridge(alpha)) for alpha in alphas]
+        shape_in = _read_tokens(source, ids[:1]).shape[1:]
+        shape_out = _read_tokens(target, ids[:1]).shape[1:]
+        token_map = cls(shape_in, shape_out).to(device)
+        shuffled = np.random.default_rng(seed).permutation(ids)
+        validation, training = (
+            token_map._sum_moments(source, target, _split_into_blocks(part, batch_size))
+            for part in np.split(shuffled, [count])
+        )
+        for i, linear in enumerate((token_map.token, token_map.patch)):
+            scores = [validation[i].compute_r2(*training[i].solve_ridge(alpha)) for alpha in alphas]
             best = int(np.argmax(scores))
-            weight, bias = (rest + held).ridge(alphas[best])
+            weight, bias = (training[i] + validation[i]).solve_ridge(alphas[best])
             linear.weight.copy_(weight.T)
             linear.bias.copy_(bias)
-            made.alphas[i], made.r2[i] = alphas[best], scores[best]
-        return made.cpu().eval()
+            token_map.alphas[i] = alphas[best]
+            token_map.r2[i] = scores[best]
+        return token_map.cpu().eval()
 
-    def _moments(
+    def _sum_moments(
         self, source: Any, target: Any, blocks: Sequence[np.ndarray]
     ) -> tuple[_Moments, _Moments]:
         """Sums over blocks of images: of their class tokens, and of their patches."""
-        of_token, of_patches = _Moments(), _Moments()
+        token_moments, patch_moments = _Moments(), _Moments()
+        device = self.alphas.device
         for block in progress(blocks, "fitting the map of tokens"):
-            x, y = (
-                _token_rows(tokens, block).to(self.alphas.device) for tokens in (source, target)
-            )
+            x = _read_tokens(source, block).to(device)
+            y = _read_tokens(target, block).to(device)
             if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
                 raise PerceptError(
                     "The tokens to map from or to hold values that are not finite: make them again."
                 )
-            token, patches = self._parts(x)
-            of_token.add(token.flatten(0, 1), y[:, :1].flatten(0, 1))
-            of_patches.add(patches.flatten(0, 1), y[:, 1:].flatten(0, 1))
-        return of_token, of_patches
+            token, patches = self._split(x)
+            token_moments.add(token.flatten(0, 1), y[:, :1].flatten(0, 1))
+            patch_moments.add(patches.flatten(0, 1), y[:, 1:].flatten(0, 1))
+        return token_moments, patch_moments
 
 
-def _token_rows(tokens: Any, image_ids: np.ndarray) -> Tensor:
-    """Tokens (images, tokens, dim) of some images, from an array or from what gives rows by image."""
-    return torch.as_tensor(
-        np.asarray(tokens.rows(image_ids) if hasattr(tokens, "rows") else tokens[image_ids])
-    ).float()
+def _grid_side(tokens: int) -> int:
+    """Side of the square of patches behind a class token.
+
+    Raises:
+        PerceptError: if the patches are no square.
+    """
+    side = math.isqrt(max(0, tokens - 1))
+    if side < 1 or side**2 + 1 != tokens:
+        raise PerceptError(
+            f"{tokens} tokens are not a class token and a square grid of patches: give the"
+            " tokens of a vision transformer."
+        )
+    return side
+
+
+def _split_into_blocks(ids: np.ndarray, size: int) -> list[np.ndarray]:
+    """Parts of about the same length, of at most `size` each."""
+    return np.array_split(ids, math.ceil(len(ids) / size))
+
+
+def _read_tokens(tokens: Any, image_ids: np.ndarray) -> Tensor:
+    """Tokens (images, tokens, dim) of some images, of an array or of a cache of targets."""
+    rows = tokens.rows(image_ids) if hasattr(tokens, "rows") else tokens[image_ids]
+    return torch.as_tensor(np.asarray(rows)).float()
 
 
 class _Moments:
-    """Sums over rows from which a ridge regression is solved and scored: of 1, x, y, xx', xy' and
-    y^2, in double precision.
+    """Sums over rows from which a ridge regression is solved and scored, in double precision.
+
+    The sums are those of 1, x, y, xx', xy' and y^2.
     """
 
-    def __init__(self, parts: Sequence[Any] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)):
-        self.parts = list(parts)
+    def __init__(self, sums: Sequence[Any] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)):
+        self.sums = list(sums)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (rows, dim_in) and y (rows, dim_out)."""
-        new = (
+        new_sums = (
             len(x),
             x.double().sum(0),
             y.double().sum(0),
@@ -347,26 +372,29 @@ class _Moments:
             (x.T @ y).double(),
             y.double().square().sum(),
         )
-        self.parts = [old + more for old, more in zip(self.parts, new, strict=True)]
+        self.sums = [old + new for old, new in zip(self.sums, new_sums, strict=True)]
 
     def __add__(self, other: _Moments) -> _Moments:
-        return _Moments([a + b for a, b in zip(self.parts, other.parts, strict=True)])
+        return _Moments([a + b for a, b in zip(self.sums, other.sums, strict=True)])
 
-    def ridge(self, alpha: float) -> tuple[Tensor, Tensor]:
-        """Weight (dim_in, dim_out) and bias (dim_out,), the penalty being in units of the mean
-        variance of x.
+    def solve_ridge(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Weight (dim_in, dim_out) and bias (dim_out,).
+
+        The penalty `alpha` is in units of the mean variance of x.
         """
-        n, x, y, xx, xy, _ = self.parts
-        centred = xx / n - torch.outer(x, x) / n**2
-        penalty = (
-            alpha * centred.diagonal().mean() * torch.eye(len(x), dtype=x.dtype, device=x.device)
-        )
-        weight = torch.linalg.solve(centred + penalty, xy / n - torch.outer(x, y) / n**2)
+        n, x, y, xx, xy, _ = self.sums
+        covariance = xx / n - torch.outer(x, x) / n**2
+        identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        penalty = alpha * covariance.diagonal().mean() * identity
+        cross_covariance = xy / n - torch.outer(x, y) / n**2
+        weight = torch.linalg.solve(covariance + penalty, cross_covariance)
         return weight, (y - x @ weight) / n
 
-    def r2(self, weight: Tensor, bias: Tensor) -> float:
+    def compute_r2(self, weight: Tensor, bias: Tensor) -> float:
         """Share of the variance of y that a map explains."""
-        n, x, y, xx, xy, yy = self.parts
+        n, x, y, xx, xy, yy = self.sums
         cross = (weight * xy).sum() + bias @ y
-        square = (weight * (xx @ weight)).sum() + 2 * (x @ weight) @ bias + n * bias @ bias
-        return float(1 - (yy - 2 * cross + square) / (yy - y @ y / n))
+        quadratic = (weight * (xx @ weight)).sum()
+        square = quadratic + 2 * (x @ weight) @ bias + n * bias @ bias
+        residual = yy - 2 * cross + square
+        return float(1 - residual / (yy - y @ y / n))

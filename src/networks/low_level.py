@@ -4,19 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from diffusers.models.autoencoders.vae import Decoder
+import torch
 from torch import Tensor, nn
 
 from src.networks.base import Network, flatten_voxels
 from src.utils import PerceptError
 
+
+@dataclass(frozen=True)
+class UpsMode:
+    """How much of a latent's size the upsampler of the low-level network makes.
+
+    Attributes:
+        channels: of the feature map that it starts from.
+        factor: by which it enlarges height and width.
+        widths: of its levels as published, the finest first.
+    """
+
+    channels: int
+    factor: int
+    widths: tuple[int, ...]
+
+
 UPS_MODES = {
-    "4x": (64, 4, (64, 128, 256)),
-    "8x": (256, 8, (64, 128, 256, 256)),
-    "16x": (512, 16, (64, 128, 256, 256, 512)),
+    "4x": UpsMode(64, 4, (64, 128, 256)),
+    "8x": UpsMode(256, 8, (64, 128, 256, 256)),
+    "16x": UpsMode(512, 16, (64, 128, 256, 256, 512)),
 }
+
+
+def make_upsampler(in_channels: int, out_channels: int, widths: Sequence[int]) -> nn.Module:
+    """diffusers' VAE decoder with one layer a level: feature map -> latent, the finest width first.
+
+    The library is imported here, because it takes seconds and few programs need it.
+    """
+    with torch.device("cpu"):  # a caller on "meta" must not move what the import creates
+        from diffusers.models.autoencoders.vae import Decoder
+    return Decoder(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+    )
 
 
 class Voxel2StableDiffusionModel(Network):
@@ -59,8 +92,9 @@ class Voxel2StableDiffusionModel(Network):
             raise PerceptError(
                 f"ups_mode '{ups_mode}' is unknown: choose one of {', '.join(UPS_MODES)}."
             )
-        channels, factor, widths = UPS_MODES[ups_mode]
-        widths = tuple(block_out_channels or widths)
+        mode = UPS_MODES[ups_mode]
+        channels, factor = mode.channels, mode.factor
+        widths = tuple(block_out_channels or mode.widths)
         if 2 ** (len(widths) - 1) != factor or latent_size % factor:
             raise PerceptError(
                 f"ups_mode '{ups_mode}' needs {int(math.log2(factor)) + 1} block_out_channels and a"
@@ -71,45 +105,43 @@ class Voxel2StableDiffusionModel(Network):
                 f"block_out_channels {list(widths)} do not divide into 32 groups: use multiples"
                 " of 32."
             )
-        self.channels, self.side = channels, latent_size // factor
+        self.channels = channels
+        self.side = latent_size // factor
 
         def block(width_in: int, dropout: float) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Linear(width_in, h, bias=False), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout)
-            )
+            linear = nn.Linear(width_in, h, bias=False)
+            return nn.Sequential(linear, nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout))
 
         self.lin0 = block(in_dim, 0.5)
         self.mlp = nn.ModuleList(block(h, dropout) for _ in range(n_blocks))
         self.lin1 = nn.Linear(h, channels * self.side**2, bias=False)
         self.norm = nn.GroupNorm(1, channels)
-        self.upsampler = Decoder(
-            in_channels=channels,
-            out_channels=latent_channels,
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=widths,
-            layers_per_block=1,
-        )
-        self.maps_projector = make_maps_projector(channels) if use_cont else nn.Identity()
+        self.upsampler = make_upsampler(channels, latent_channels, widths)
+        self.maps_projector: nn.Module = nn.Identity()
+        if use_cont:
+            self.maps_projector = make_maps_projector(channels)
         self.use_cont = use_cont
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Voxels (batch, voxels) -> latent (batch, channels, h, w), with use_cont also maps (batch,
-        locations, 512).
+        """Voxels (batch, voxels) -> latent (batch, channels, h, w).
+
+        With use_cont also maps (batch, locations, 512).
         """
         batch = len(x)
         x = self.lin0(flatten_voxels(x, self.lin0[0]))  # (batch, h)
         for layer in self.mlp:
             x = layer(x) + x
-        x = self.norm(
-            self.lin1(x).view(batch, self.channels, self.side, self.side)
-        )  # (batch, channels, side, side)
+        x = self.lin1(x).view(batch, self.channels, self.side, self.side)
+        x = self.norm(x)  # (batch, channels, side, side)
         latent = self.upsampler(x)
         if not self.use_cont:
             return latent
-        return latent, self.maps_projector(x).flatten(2).transpose(1, 2)  # (batch, locations, 512)
+        maps = self.maps_projector(x).flatten(2).transpose(1, 2)  # (batch, locations, 512)
+        return latent, maps
 
 
 def make_maps_projector(channels: int, width: int = 512) -> nn.Sequential:
+    """Head of the low level's contrastive loss: (batch, channels, h, w) -> (batch, width, h, w)."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 1, bias=False),
         nn.GroupNorm(1, width),
@@ -121,10 +153,20 @@ def make_maps_projector(channels: int, width: int = 512) -> nn.Sequential:
     )
 
 
-BASIC_SIZES = {
-    "2048": ((2048, 2048), 1),
-    "512": ((512,), 2),
-}  # by width: hidden layers, and transposed convolutions after the last linear one
+@dataclass(frozen=True)
+class BasicSize:
+    """Layers of a basic encoder.
+
+    Attributes:
+        hidden: widths of the hidden linear layers.
+        doublings: transposed convolutions after the last linear layer.
+    """
+
+    hidden: tuple[int, ...]
+    doublings: int
+
+
+BASIC_SIZES = {"2048": BasicSize((2048, 2048), 1), "512": BasicSize((512,), 2)}  # by width
 
 
 class BasicEncoder(Network):
@@ -135,7 +177,7 @@ class BasicEncoder(Network):
 
     Args:
         in_dim: number of voxels.
-        size: "2048" (the published code as it is now) or "512" (an earlier one, whose pictures its
+        size: "2048" (the published code as it is now) or "512" (an earlier one, whose images its
             authors show).
         latent_size: height and width of the latent.
         latent_channels: its channels.
@@ -165,25 +207,33 @@ class BasicEncoder(Network):
             raise PerceptError(
                 f"The basic encoder has no size '{size}': choose one of {', '.join(BASIC_SIZES)}."
             )
-        widths, doublings = BASIC_SIZES[size]
+        doublings = BASIC_SIZES[size].doublings
         if latent_size % 2**doublings or latent_size < 1:
             raise PerceptError(
                 f"A basic encoder of size '{size}' makes latents whose side is a multiple of"
                 f" {2**doublings}, not {latent_size}: choose the other size."
             )
-        self.factor, self.side = factor, latent_size // 2**doublings
+        self.factor = factor
+        self.side = latent_size // 2**doublings
+        widths = [in_dim, *BASIC_SIZES[size].hidden, 16 * self.side**2]
+        linear = [nn.Linear(width_in, width) for width_in, width in pairwise(widths)]
+        self.mlp = _alternate_with_gelu(linear)
         channels = [16] * doublings + [latent_channels]
-        linear = [nn.Linear(a, b) for a, b in pairwise([in_dim, *widths, 16 * self.side**2])]
-        self.mlp = nn.Sequential(*(layer for each in linear for layer in (each, nn.GELU())))
         doubling = [
-            nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1)
-            for a, b in pairwise(channels)
+            nn.ConvTranspose2d(width_in, width, kernel_size=4, stride=2, padding=1)
+            for width_in, width in pairwise(channels)
         ]
-        self.upsampler = nn.Sequential(
-            *(layer for each in doubling for layer in (each, nn.GELU()))
-        )[:-1]
+        self.upsampler = _alternate_with_gelu(doubling)[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Voxels (batch, voxels) -> latent (batch, channels, h, w)."""
         x = self.mlp(flatten_voxels(x, self.mlp[0]))  # (batch, 16 * side * side)
         return self.factor * self.upsampler(x.view(len(x), 16, self.side, self.side))
+
+
+def _alternate_with_gelu(layers: Sequence[nn.Module]) -> nn.Sequential:
+    """The layers in a row, a GELU after each."""
+    modules: list[nn.Module] = []
+    for layer in layers:
+        modules += [layer, nn.GELU()]
+    return nn.Sequential(*modules)

@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
 from src.networks.base import Network
 from src.networks.encoders import make_projector
-from src.networks.low_level import make_maps_projector
+from src.networks.low_level import make_maps_projector, make_upsampler
 from src.utils import PerceptError
 
 
 class RidgeRegression(Network):
     """One linear layer a subject, from its voxels into the space that all subjects share.
 
-    The name is the published one: it is no ridge solver, its penalty is the optimizer's weight
+    The name is the published one. It is no ridge solver: its penalty is the optimizer's weight
     decay.
 
     Args:
@@ -56,45 +55,47 @@ class RidgeRegression(Network):
                     f" {x.shape[-1]}: use the subject that it was made for."
                 )
             return layer(x)
-        out, rows = [], []
+        outputs, rows = [], []
         for number in subject_index.unique().tolist():
             layer = cast(nn.Linear, self.linears[number])
-            rows.append((subject_index == number).nonzero()[:, 0])
-            out.append(layer(x[rows[-1], :, : layer.in_features]))
-        return torch.cat(out)[torch.cat(rows).argsort()]
+            subject_rows = (subject_index == number).nonzero()[:, 0]
+            rows.append(subject_rows)
+            outputs.append(layer(x[subject_rows, :, : layer.in_features]))
+        return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 def _mixer_block(width: int, drop: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Dropout(drop), nn.Linear(width, width)
-        ),
+    mlp = nn.Sequential(
+        nn.Linear(width, width),
+        nn.GELU(),
+        nn.Dropout(drop),
+        nn.Linear(width, width),
     )
+    return nn.Sequential(nn.LayerNorm(width), mlp)
 
 
 class MixerBrainNetwork(Network):
-    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens, and beside it
-    to a blurry picture.
+    """MindEye2's backbone as published: from the shared space to CLIP's patch tokens.
+
+    A second branch predicts the latent of a blurry image.
 
     With one token (`seq_len` 1: every released configuration) the mixer adds one number to its
-    input, whatever its widest matrices hold: the second branch normalises an axis of length 1 and
-    keeps a residual of its own, so `mixer_blocks1` never reaches the output (docs/mindeye2.md
-    derives it). `folded` computes that number and skips the rest; the weights stay in the state
-    dict. Unlike the published code, no dropout falls upon that number.
+    input, whatever its widest matrices hold. The second branch of a block normalises an axis of
+    length 1 and has a residual connection of its own, so `mixer_blocks1` never reaches the output
+    (docs/mindeye2.md derives it). `folded` computes that number and skips the rest; the weights
+    stay in the state dict. The published code applies dropout to that number, this class does not.
 
     Args:
         h: width of the shared space.
         out_dim: tokens * dim.
-        seq_len: trials that are read together, the past and the future ones with it.
+        seq_len: number of trials read together: one, and past and future ones.
         n_blocks: pairs of mixer blocks.
         clip_size: dim of a token.
-        blurry_recon: add the branch for the blurry picture.
+        blurry_recon: add the branch for the blurry image.
         drop: dropout in the mixer blocks.
-        clip_scale: 0 leaves out the head of the contrastive loss (its weights are there all the
-            same, as published).
-        latent_size: height and width of the blurry picture's latent, a multiple of 4.
-        folded: with one token, compute what the mixer amounts to instead of the mixer.
+        clip_scale: 0 skips the head of the contrastive loss, whose weights stay, as published.
+        latent_size: height and width of the blurry image's latent, a multiple of 4.
+        folded: with one token, compute the number that the mixer adds instead of the mixer.
 
     Raises:
         PerceptError: for tokens that do not fit out_dim, or a latent size that the upsampler cannot
@@ -122,13 +123,11 @@ class MixerBrainNetwork(Network):
                 f"A backbone needs an out_dim ({out_dim}) of whole tokens ({clip_size}) and a"
                 f" latent_size ({latent_size}) divisible by 4."
             )
-        self.seq_len, self.clip_size, self.blurry_recon, self.clip_scale, self.folded = (
-            seq_len,
-            clip_size,
-            blurry_recon,
-            clip_scale,
-            folded,
-        )
+        self.seq_len = seq_len
+        self.clip_size = clip_size
+        self.blurry_recon = blurry_recon
+        self.clip_scale = clip_scale
+        self.folded = folded
         self.mixer_blocks1 = nn.ModuleList(_mixer_block(h, drop) for _ in range(n_blocks))
         self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len, drop) for _ in range(n_blocks))
         self.backbone_linear = nn.Linear(h * seq_len, out_dim)
@@ -138,24 +137,18 @@ class MixerBrainNetwork(Network):
             self.blin1 = nn.Linear(h * seq_len, 64 * self.side**2)
             self.bdropout = nn.Dropout(0.3)
             self.bnorm = nn.GroupNorm(1, 64)
-            widths = (32, 64, 128)
-            self.bupsampler = Decoder(
-                64,
-                4,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                block_out_channels=widths,
-                layers_per_block=1,
-            )
+            self.bupsampler = make_upsampler(64, 4, (32, 64, 128))
             self.b_maps_projector = make_maps_projector(64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Shared space (batch, seq_len, h) to tokens.
 
         Returns:
-            backbone (batch, tokens, dim), the prior's condition; clip (batch, tokens, dim), for the
-            contrastive loss and retrieval (a single 0 where clip_scale is 0); blurry: scaled latent
-            (batch, 4, h, w) and maps (batch, locations, 512) for its contrastive loss (two 0, as
-            published, without the branch).
+            backbone (batch, tokens, dim), the prior's condition.
+            clip (batch, tokens, dim), for the contrastive loss and retrieval; a single 0 where
+                clip_scale is 0.
+            blurry: scaled latent (batch, 4, h, w), and maps (batch, locations, 512) for its
+                contrastive loss; two 0, as published, without that branch.
 
         Raises:
             PerceptError: if the trials are not `seq_len`.
@@ -165,28 +158,29 @@ class MixerBrainNetwork(Network):
                 f"The backbone reads {self.seq_len} trials together but was given {x.shape[1]}: use"
                 " as many past and future trials as in training."
             )
-        x = self._mixed(x).flatten(1)  # (batch, seq_len * h)
+        x = self._mix(x).flatten(1)  # (batch, seq_len * h)
         backbone = self.backbone_linear(x).view(len(x), -1, self.clip_size)  # (batch, tokens, dim)
         clip = self.clip_proj(backbone) if self.clip_scale else x.new_zeros(1)
-        return backbone, clip, self._blurry(x) if self.blurry_recon else x.new_zeros(2, 1)
+        blurry: Any = self._predict_blurry(x) if self.blurry_recon else x.new_zeros(2, 1)
+        return backbone, clip, blurry
 
-    def _mixed(self, x: Tensor) -> Tensor:
+    def _mix(self, x: Tensor) -> Tensor:
         """(batch, seq_len, h) -> the same shape."""
         if self.folded and self.seq_len == 1:
-            return x + self._constant()
-        first, second = (
-            x,
-            x.transpose(1, 2),
-        )  # each branch keeps a residual of its own: this is what is wrong with it
+            return x + self._compute_mixer_constant()
+        # The published defect: each branch has a residual of its own, instead of one for both.
+        first, second = x, x.transpose(1, 2)
         for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
             first = along_width(x) + first
             second = along_time(first.transpose(1, 2)) + second  # (batch, h, seq_len)
             x = second.transpose(1, 2)
         return x
 
-    def _constant(self) -> Tensor:
-        """What the mixer adds to one token: the second branch's answer to its norm's bias, which is
-        all that a norm over one number lets pass.
+    def _compute_mixer_constant(self) -> Tensor:
+        """The number that the mixer adds to one token.
+
+        It is the second branch's answer to its norm's bias: a norm over one number lets nothing
+        else pass.
         """
         total = self.backbone_linear.weight.new_zeros(1)
         for norm, (enter, gelu, _, leave) in cast(Any, self.mixer_blocks2):
@@ -194,41 +188,48 @@ class MixerBrainNetwork(Network):
         return total
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Weights that cannot reach the output and are only kept for the checkpoint: nothing to
-        optimise.
+        """Weights that cannot reach the output; they stay for the checkpoint, not to be trained."""
+        parameters = self._unused_mixer_parameters()
+        if not self.clip_scale:
+            parameters += self.clip_proj.parameters()
+        return parameters
+
+    def _unused_mixer_parameters(self) -> list[nn.Parameter]:
+        if self.folded and self.seq_len == 1:
+            return list(self.mixer_blocks1.parameters())
+        return []
+
+    def _predict_blurry(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent (batch, 4, h, w) and maps (batch, locations, 512), from x (batch, seq_len * h).
+
+        In single precision, as half precision is known to blow up here.
         """
-        return self._idle_mixer() + ([] if self.clip_scale else list(self.clip_proj.parameters()))
-
-    def _idle_mixer(self) -> list[nn.Parameter]:
-        return list(self.mixer_blocks1.parameters()) if self.folded and self.seq_len == 1 else []
-
-    def _blurry(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """In single precision, as half precision is known to blow up here."""
         with torch.autocast(x.device.type, enabled=False):
             x = self.bdropout(self.blin1(x.to(self.blin1.weight.dtype)))
             x = self.bnorm(x.view(len(x), 64, self.side, self.side))
-            return self.bupsampler(x), self.b_maps_projector(x).flatten(2).transpose(
-                1, 2
-            )  # (batch, 4, h, w), (batch, locations, 512)
+            latent = self.bupsampler(x)
+            maps = self.b_maps_projector(x).flatten(2).transpose(1, 2)
+            return latent, maps
 
 
 class ResidualBrainNetwork(MixerBrainNetwork):
-    """The backbone with a mixer as it was probably meant, under the same keys: each block is added
-    to what came before it.
+    """The backbone with a mixer as it was probably meant: each block is added to its input.
 
-    With one token there is nothing to mix along time: what is left is a residual MLP of
-    `mixer_blocks1`, and `mixer_blocks2` is idle.
+    The keys of the state dict are those of `MixerBrainNetwork`. With one token there is nothing to
+    mix along time: the mixer is a residual MLP of `mixer_blocks1`, and `mixer_blocks2` is unused.
     """
 
-    def _mixed(self, x: Tensor) -> Tensor:
+    def _mix(self, x: Tensor) -> Tensor:
         for along_width, along_time in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
             x = x + along_width(x)
             if self.seq_len > 1:
                 x = x + along_time(x.transpose(1, 2)).transpose(1, 2)
         return x
 
-    def _idle_mixer(self) -> list[nn.Parameter]:
-        return list(self.mixer_blocks2.parameters()) if self.seq_len == 1 else []
+    def _unused_mixer_parameters(self) -> list[nn.Parameter]:
+        if self.seq_len == 1:
+            return list(self.mixer_blocks2.parameters())
+        return []
 
 
 class MindEye2(nn.Module):
@@ -236,8 +237,8 @@ class MindEye2(nn.Module):
 
     Args:
         ridge: `RidgeRegression`, from each subject's voxels to the shared space.
-        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; those of its
-            weights that cannot reach the output are not trained.
+        backbone: `MixerBrainNetwork` or `ResidualBrainNetwork`, from there to tokens; its
+            `unused_parameters` are not trained.
         diffusion_prior: `src.prior.BrainDiffusionPrior`, or None for a model without one.
     """
 
@@ -245,23 +246,35 @@ class MindEye2(nn.Module):
         self, ridge: nn.Module, backbone: nn.Module, diffusion_prior: nn.Module | None = None
     ):
         super().__init__()
-        self.ridge, self.backbone, self.diffusion_prior = (
-            ridge,
-            cast(MixerBrainNetwork, backbone),
-            diffusion_prior,
-        )
+        self.ridge = ridge
+        self.backbone = cast(MixerBrainNetwork, backbone)
+        self.diffusion_prior = diffusion_prior
         for parameter in self.backbone.unused_parameters():
             parameter.requires_grad_(False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How it was made, of which `build_decoder` makes it again; "net" is that of its prior."""
+        prior: Any = getattr(self.diffusion_prior, "config", {})
+        return {
+            "name": "MindEye2",
+            "kwargs": prior.get("kwargs", {}),
+            "ridge": self.ridge.config,
+            "backbone": self.backbone.config,
+            "net": prior.get("net"),
+        }
 
     def forward(
         self, voxels: Tensor, subject_index: int | Tensor = 0
     ) -> tuple[Tensor, Tensor, Any]:
-        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry, as `MixerBrainNetwork`
-        gives them.
-        """
+        """Voxels as `RidgeRegression` takes them -> backbone, clip, blurry of the backbone."""
         return self.backbone(self.ridge(voxels, subject_index))
 
     def predict_tokens(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
-        """Backbone and projected tokens, (batch, tokens, dim) each, of the first subject's voxels."""
+        """Backbone and projected tokens of the first subject's voxels, (batch, tokens, dim) each.
+
+        Without the head of the contrastive loss both are the same.
+        """
         backbone, clip, _ = self(voxels)
-        return backbone, clip if clip.ndim == 3 else backbone
+        projected = clip if clip.ndim == 3 else backbone
+        return backbone, projected

@@ -12,42 +12,46 @@ from src.networks.transformer import CausalTransformer, SinusoidalTime, TimeMLP
 from src.utils import PerceptError
 
 
-def _keep(batch: int, drop_prob: float | Tensor, device: torch.device) -> Tensor:
-    """Which samples keep a condition (batch,); no random number is drawn for probabilities 0 and 1,
-    as published, or where it is decided already.
+def _draw_keep_mask(batch: int, drop_prob: float | Tensor, device: torch.device) -> Tensor:
+    """Which samples keep a condition, Boolean (batch, 1, 1).
+
+    No random number is drawn for the probabilities 0 and 1, as published, nor where `drop_prob`
+    says already which samples (batch,) lose it.
     """
     if isinstance(drop_prob, Tensor):
-        return ~drop_prob
-    if drop_prob in (0.0, 1.0):
-        return torch.full((batch,), drop_prob == 0.0, device=device)
-    return torch.rand(batch, device=device) < 1 - drop_prob
+        keep = ~drop_prob
+    elif drop_prob in (0.0, 1.0):
+        keep = torch.full((batch,), drop_prob == 0.0, device=device)
+    else:
+        keep = torch.rand(batch, device=device) < 1 - drop_prob
+    return keep[:, None, None]
 
 
 class Denoiser(Network):
-    """What the prior networks share, and `src.prior` relies on: guidance, and a context for the
-    steps of sampling.
-    """
+    """Base class of the prior networks, with what `src.prior` needs for sampling."""
 
     causal_transformer: CausalTransformer
 
     def forward_with_cond_scale(self, *args: Any, cond_scale: float = 1.0, **kwargs: Any) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022): unless the scale is 1, a second pass with
-        both conditions dropped.
+        """Classifier-free guidance (Ho & Salimans 2022).
+
+        Unless the scale is 1, it takes a second pass with both conditions dropped.
         """
-        given = self(*args, **kwargs)
+        conditional = self(*args, **kwargs)
         if cond_scale == 1.0:
-            return given
-        without = self(*args, **kwargs, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
-        return without + (given - without) * cond_scale
+            return conditional
+        null = self(*args, **kwargs, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
+        return null + (conditional - null) * cond_scale
 
     def cache_positions(self) -> Any:
-        """Context in which what only depends on positions and weights is computed once."""
+        """Context in which the transformer's position biases are computed once."""
         return self.causal_transformer.cache_positions()
 
 
 class VersatileDiffusionPriorNetwork(Denoiser):
-    """Prior network for all CLIP tokens (257 x 768): [brain tokens, time, noisy image tokens] ->
-    image tokens.
+    """Prior network for all CLIP tokens (257 x 768).
+
+    It reads [brain tokens, time, noisy image tokens] and predicts the image tokens.
 
     Args:
         dim: dim of a token.
@@ -85,10 +89,9 @@ class VersatileDiffusionPriorNetwork(Denoiser):
                 f" {', '.join(lengths)}."
             )
         self.num_tokens, self.mode = num_tokens, learned_query_mode
-        if lengths[learned_query_mode]:
-            self.learned_query = nn.Parameter(
-                torch.randn(lengths[learned_query_mode], dim) * dim**-0.5
-            )
+        length = lengths[learned_query_mode]
+        if length:
+            self.learned_query = nn.Parameter(torch.randn(length, dim) * dim**-0.5)
         self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
         self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
         self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), TimeMLP(dim)))
@@ -110,8 +113,8 @@ class VersatileDiffusionPriorNetwork(Denoiser):
             timesteps: (batch,).
             brain_embed: condition (batch, tokens, dim); `text_embed` is another name for it.
             text_embed: see brain_embed.
-            brain_cond_drop_prob: probability of putting the learned null tokens in its place, a
-                sample; or where to do so, Boolean (batch,).
+            brain_cond_drop_prob: probability, for each sample, of replacing the condition by the
+                learned null tokens; or which samples to do so for, Boolean (batch,).
             image_cond_drop_prob: the same for the noisy tokens.
 
         Returns:
@@ -127,19 +130,11 @@ class VersatileDiffusionPriorNetwork(Denoiser):
                 "The prior network needs brain_embed (or text_embed): pass the tokens predicted"
                 " from the brain."
             )
-        batch, (tokens_each, dim) = len(image_embed), self.null_image_embed.shape
-        for name, given in (("image_embed", image_embed), ("brain_embed", brain_embed)):
-            if given.shape[0] != batch or given[0].numel() != tokens_each * dim:
-                raise PerceptError(
-                    f"The prior network needs {name} of shape ({batch}, {tokens_each}, {dim}), not"
-                    f" {tuple(given.shape)}."
-                )
-        image, brain = (
-            image_embed.reshape(batch, -1, dim),
-            brain_embed.reshape(batch, -1, dim),
-        )  # (batch, tokens, dim)
-        keep_brain = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
-        keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
+        batch = len(image_embed)
+        image = self._as_tokens("image_embed", image_embed, batch)  # (batch, tokens, dim)
+        brain = self._as_tokens("brain_embed", brain_embed, batch)
+        keep_brain = _draw_keep_mask(batch, brain_cond_drop_prob, image.device)
+        keep_image = _draw_keep_mask(batch, image_cond_drop_prob, image.device)
         brain = torch.where(keep_brain, brain, self.null_brain_embeds.to(brain.dtype))
         image = torch.where(keep_image, image, self.null_image_embed.to(image.dtype))
         time = self.to_time_embeds(timesteps)[:, None].to(image.dtype)  # (batch, 1, dim)
@@ -153,10 +148,19 @@ class VersatileDiffusionPriorNetwork(Denoiser):
             tokens = tokens + self.learned_query
         return self.causal_transformer(tokens, last=self.num_tokens)
 
+    def _as_tokens(self, name: str, embed: Tensor, batch: int) -> Tensor:
+        """An input in the shape (batch, tokens, dim), refused where it is not as many numbers."""
+        tokens, dim = self.null_image_embed.shape
+        if embed.shape[0] != batch or embed[0].numel() != tokens * dim:
+            raise PerceptError(
+                f"The prior network needs {name} of shape ({batch}, {tokens}, {dim}), not"
+                f" {tuple(embed.shape)}."
+            )
+        return embed.reshape(batch, -1, dim)
+
 
 class PriorNetwork(VersatileDiffusionPriorNetwork):
-    """MindEye2's prior network: MindEye's at other sizes, [brain tokens, time, noisy image tokens]
-    -> image tokens.
+    """MindEye2's prior network: MindEye's at other sizes.
 
     Args:
         dim: dim of a token.
@@ -180,14 +184,14 @@ class PriorNetwork(VersatileDiffusionPriorNetwork):
         causal: bool = False,
         learned_query_mode: str = "pos_emb",
     ):
-        super().__init__(
-            dim, depth, dim_head, heads or dim // dim_head, num_tokens, causal, learned_query_mode
-        )
+        heads = heads or dim // dim_head
+        super().__init__(dim, depth, dim_head, heads, num_tokens, causal, learned_query_mode)
 
 
 class DiffusionPriorNetwork(Denoiser):
-    """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior: [text slots,
-    condition, time, image, query] -> image.
+    """Prior network for one CLIP embedding (1 x 768), as LAION's text -> image prior.
+
+    It reads [text slots, condition, time, noisy image, query] and predicts the image embedding.
 
     Args:
         dim: dim of the embedding.
@@ -229,19 +233,27 @@ class DiffusionPriorNetwork(Denoiser):
         brain_cond_drop_prob: float | Tensor = 0.0,
         image_cond_drop_prob: float | Tensor = 0.0,
     ) -> Tensor:
-        """Denoise embeddings (batch, dim) or (batch, 1, dim) at timesteps (batch,), given
-        text_embed of the same shape -> same shape.
+        """Denoise embeddings.
+
+        Args:
+            image_embed: noisy embeddings (batch, dim) or (batch, 1, dim).
+            timesteps: (batch,).
+            text_embed: condition, same shape.
+            brain_cond_drop_prob: as `VersatileDiffusionPriorNetwork.forward`.
+            image_cond_drop_prob: as there.
+
+        Returns:
+            The shape of image_embed.
         """
-        batch, dim, shape = len(image_embed), self.learned_query.shape[0], image_embed.shape
-        image, text = image_embed.reshape(batch, 1, dim), text_embed.reshape(batch, 1, dim)
-        keep_text = _keep(batch, brain_cond_drop_prob, image.device)[:, None, None]
-        keep_image = _keep(batch, image_cond_drop_prob, image.device)[:, None, None]
+        batch, dim = len(image_embed), self.learned_query.shape[0]
+        image = image_embed.reshape(batch, 1, dim)
+        text = text_embed.reshape(batch, 1, dim)
+        keep_text = _draw_keep_mask(batch, brain_cond_drop_prob, image.device)
+        keep_image = _draw_keep_mask(batch, image_cond_drop_prob, image.device)
         text = torch.where(keep_text, text, self.null_text_embeds)
         image = torch.where(keep_image, image, self.null_image_embed[None])
         time = self.to_time_embeds(timesteps)[:, None]  # (batch, 1, dim)
-        slots, query = (
-            self.null_text_encodings.expand(batch, -1, -1),
-            self.learned_query.expand(batch, 1, -1),
-        )
+        slots = self.null_text_encodings.expand(batch, -1, -1)
+        query = self.learned_query.expand(batch, 1, -1)
         tokens = torch.cat((slots, text, time, image, query), 1)  # (batch, max_text_len + 4, dim)
-        return self.causal_transformer(tokens, last=1).view(shape)
+        return self.causal_transformer(tokens, last=1).view(image_embed.shape)

@@ -37,30 +37,33 @@ MODELS: dict[str, type[Network]] = {
 
 
 def build_network(config: dict[str, Any]) -> Network:
-    """Make a network from {"name": key of MODELS, "kwargs": arguments}, such as the `config` that
-    every network keeps.
+    """Make a network from its config.
+
+    Args:
+        config: {"name": key of MODELS, "kwargs": arguments}, as every network has in `config`.
 
     Raises:
         PerceptError: for an unknown name or argument.
     """
-    name = config.get("name", "")
+    name, kwargs = config.get("name", ""), config.get("kwargs", {})
     if name not in MODELS:
         raise PerceptError(f"No network is called '{name}': choose one of {', '.join(MODELS)}.")
     try:
-        inspect.signature(MODELS[name]).bind(**config.get("kwargs", {}))
+        inspect.signature(MODELS[name]).bind(**kwargs)
     except TypeError as error:
         raise PerceptError(
             f"{name} cannot be built from its config: {error}; correct the kwargs."
         ) from error
-    return MODELS[name](**config.get("kwargs", {}))
+    return MODELS[name](**kwargs)
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def rename_published_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released state dict under today's keys; the values are untouched, and nothing else is
-    forgiven.
+    """A released state dict under today's keys, its values untouched.
+
+    Three things differ in released files, and nothing else is forgiven:
 
     - the attention of an autoencoder's middle block was called query, key, value, proj_attn before
       diffusers 0.15;

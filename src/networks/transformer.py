@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+RotaryTable = tuple[Tensor, Tensor]  # cosine and sine (n, width) of the rotary embedding
+
 
 class GainNorm(nn.Module):
-    """LayerNorm with a gain and no bias; `stable` first divides by the signed maximum. eps is 1e-5
-    in single, 1e-3 in lower precision.
+    """LayerNorm with a gain and no bias; `stable` first divides by the signed maximum.
 
-    Training takes the fused kernel. Without gradient the operations stand in the published order:
-    sampling repeats the network, each time on what it gave before, and so blows one unit of
-    rounding up to 3e-4; like this, samples are the published ones to the bit.
+    eps is 1e-5 in single, 1e-3 in lower precision. Training takes the fused kernel. Without
+    gradient the operations stand in the published order, so that samples are the published ones to
+    the bit: sampling applies the network to its own output, step after step, and turns one unit of
+    rounding into 3e-4.
     """
 
     def __init__(self, dim: int, stable: bool = False):
@@ -35,75 +37,80 @@ class GainNorm(nn.Module):
         x = x.to(self.g.dtype)
         if torch.is_grad_enabled():
             return F.layer_norm(x, self.g.shape, weight=self.g, eps=eps)
-        return (
-            (x - x.mean(-1, keepdim=True))
-            * (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
-            * self.g
-        )
+        centred = x - x.mean(-1, keepdim=True)
+        inverse_std = (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
+        return centred * inverse_std * self.g
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding of interleaved pairs on the first `dim` features (Su et al. 2021)."""
+    """Rotary position embedding of interleaved pairs (Su et al. 2021).
+
+    It acts on the first `dim` features.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.freqs = nn.Parameter(
-            1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim), requires_grad=False
-        )
+        freqs = 1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)
+        self.freqs = nn.Parameter(freqs, requires_grad=False)
 
-    def table(self, n: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (n, dim), each frequency twice."""
-        angle = (
-            torch.arange(n, device=self.freqs.device, dtype=self.freqs.dtype)[:, None] * self.freqs
-        ).repeat_interleave(2, -1)
+    def compute_table(self, n: int) -> RotaryTable:
+        """Cosine and sine (n, dim) of all positions, each frequency twice."""
+        freqs = self.freqs
+        positions = torch.arange(n, device=freqs.device, dtype=freqs.dtype)
+        angle = (positions[:, None] * freqs).repeat_interleave(2, -1)
         return angle.cos(), angle.sin()
 
     @staticmethod
-    def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (..., n, features) with its first pairs turned by position."""
+    def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+        """x (..., n, features), its first pairs rotated by an angle that grows with position."""
         cos, sin = table
         width = cos.shape[-1]
-        turned, rest = x[..., :width], x[..., width:]
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(
-            -2
-        )  # (a, b) -> (-b, a)
-        turned = turned * cos + partner * sin
-        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+        pairs, rest = x[..., :width], x[..., width:]
+        first, second = pairs[..., ::2], pairs[..., 1::2]
+        partners = torch.stack((-second, first), -1).flatten(-2)  # (a, b) -> (-b, a)
+        rotated = pairs * cos + partners * sin
+        if not rest.shape[-1]:
+            return rotated
+        return torch.cat((rotated, rest), -1)
 
 
 class RelativePositionBias(nn.Module):
-    """One bias a head and distance bucket, shared by all the layers; column 0 is the null key, so
-    real key m stands at column m + 1.
+    """One bias for each head and distance bucket, shared by all layers.
+
+    Column 0 is the null key, so real key m is column m + 1.
     """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128):
         super().__init__()
-        self.buckets, self.max_distance = buckets, max_distance
+        self.buckets = buckets
+        self.max_distance = max_distance
         self.relative_attention_bias = nn.Embedding(buckets, heads)
 
     def assign_buckets(self, distance: Tensor) -> Tensor:
-        """Bucket of each distance: exact up to half the buckets, then logarithmic; the future is
-        distance 0.
+        """Bucket of each distance: exact up to half the buckets, then logarithmic.
+
+        The future counts as distance 0.
         """
-        distance, exact = distance.clamp(min=0), self.buckets // 2
-        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(
-            self.max_distance / exact
-        )
-        large = (exact + (ratio * (self.buckets - exact)).long()).clamp(max=self.buckets - 1)
-        return torch.where(distance < exact, distance, large)
+        distance = distance.clamp(min=0)
+        exact = self.buckets // 2
+        log_distance = torch.log(distance.clamp(min=1).float() / exact)
+        ratio = log_distance / math.log(self.max_distance / exact)
+        large = exact + (ratio * (self.buckets - exact)).long()
+        return torch.where(distance < exact, distance, large.clamp(max=self.buckets - 1))
 
     def forward(self, n: int) -> Tensor:
         """Bias (heads, n, n + 1)."""
         device = self.relative_attention_bias.weight.device
-        distance = (
-            torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)[None, :]
-        )
+        queries = torch.arange(n, device=device)[:, None]
+        keys = torch.arange(n + 1, device=device)[None, :]
+        distance = queries - keys
         return self.relative_attention_bias(self.assign_buckets(distance)).permute(2, 0, 1)
 
 
 class Attention(nn.Module):
-    """Multi-query attention with L2-normalised queries and keys (logits 16 * cosine), a learned
-    null key and value, and rotary positions.
+    """Multi-query attention with rotary positions, and a learned null key and value.
+
+    Queries and keys are L2-normalised, so that the logits are 16 * cosine.
     """
 
     def __init__(self, dim: int, dim_head: int, heads: int, rotary_emb: Rotary):
@@ -114,10 +121,11 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
         self.rotary_emb = rotary_emb
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), GainNorm(dim))
+        to_dim = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_out = nn.Sequential(to_dim, GainNorm(dim))
 
     def forward(
-        self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None
+        self, x: Tensor, bias: Tensor, table: RotaryTable, last: int | None = None
     ) -> Tensor:
         """Attend.
 
@@ -131,22 +139,24 @@ class Attention(nn.Module):
             (batch, last or n, dim).
         """
         batch, n, _ = x.shape
-        asked = last or n
+        rows = last or n
         x = self.norm(x)
-        q = (
-            self.to_q(x[:, -asked:]).view(batch, asked, self.heads, -1).transpose(1, 2)
-        )  # (batch, heads, asked, dim_head)
-        k, v = self.to_kv(x).chunk(
-            2, -1
-        )  # (batch, n, dim_head) each: one head of keys and values for all queries
-        q, k = Rotary.rotate(q, (table[0][-asked:], table[1][-asked:])), Rotary.rotate(k, table)
-        null_k, null_v = (null.to(k.dtype).expand(batch, 1, -1) for null in self.null_kv)
-        k, v = torch.cat((null_k, k), 1), torch.cat((null_v, v), 1)  # (batch, n + 1, dim_head)
-        q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        q = self.to_q(x[:, -rows:])
+        q = q.view(batch, rows, self.heads, -1).transpose(1, 2)  # (batch, heads, rows, dim_head)
+        # one head of keys and values for all queries, (batch, n, dim_head) each
+        k, v = self.to_kv(x).chunk(2, -1)
+        cos, sin = table
+        q = Rotary.rotate(q, (cos[-rows:], sin[-rows:]))
+        k = Rotary.rotate(k, table)
+        null_k, null_v = self.null_kv.to(k.dtype)
+        k = torch.cat((null_k.expand(batch, 1, -1), k), 1)  # (batch, n + 1, dim_head)
+        v = torch.cat((null_v.expand(batch, 1, -1), v), 1)
+        q = F.normalize(q, dim=-1).to(v.dtype)
+        k = F.normalize(k, dim=-1).to(v.dtype)
         attend = _attend_fused if torch.is_grad_enabled() else _attend
-        return self.to_out(
-            attend(q, k, v, bias[:, -asked:].to(v.dtype)).transpose(1, 2).reshape(batch, asked, -1)
-        )
+        bias = bias[:, -rows:].to(v.dtype)
+        heads = attend(q, k, v, bias)
+        return self.to_out(heads.transpose(1, 2).reshape(batch, rows, -1))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -156,27 +166,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     columns) -> (batch, heads, rows, dim_head).
     """
     logits = torch.einsum("bhid,bjd->bhij", 4 * q, 4 * k) + bias
-    return torch.einsum(
-        "bhij,bjd->bhid",
-        logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype),
-        v,
-    )
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.softmax(-1, dtype=precision).to(v.dtype)
+    return torch.einsum("bhij,bjd->bhid", weights, v)
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The same in one kernel that keeps no logits; as there is one head of keys, the heads are laid
-    along the query axis, without copies.
+    """`_attend` in one kernel that stores no logits.
+
+    As there is one head of keys, the heads are laid along the query axis, without copies.
     """
-    batch, heads, asked, width = q.shape
-    mask = bias.reshape(1, 1, heads * asked, -1)
-    out = F.scaled_dot_product_attention(
-        q.reshape(batch, 1, heads * asked, width),
-        k[:, None],
-        v[:, None],
-        attn_mask=mask,
-        scale=16.0,
+    batch, heads, rows, width = q.shape
+    queries = q.reshape(batch, 1, heads * rows, width)
+    mask = bias.reshape(1, 1, heads * rows, -1)
+    attended = F.scaled_dot_product_attention(
+        queries, k[:, None], v[:, None], attn_mask=mask, scale=16.0
     )
-    return out.view(q.shape)
+    return attended.view(q.shape)
 
 
 class SwiGLU(nn.Module):
@@ -202,8 +208,9 @@ def _feed_forward(dim: int, mult: int = 4, normformer: bool = False) -> nn.Seque
 
 
 class _Layer(nn.ModuleList):
-    """Attention and feed-forward block, each with its residual; a list, as the published keys are
-    layers.L.0 and layers.L.1.
+    """Attention and feed-forward block, each with its residual.
+
+    It is a list because the published keys are layers.L.0 and layers.L.1.
     """
 
     @property
@@ -212,17 +219,31 @@ class _Layer(nn.ModuleList):
         return cast(Attention, self[0]).rotary_emb
 
     def forward(
-        self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], last: int | None = None
+        self, x: Tensor, bias: Tensor, table: RotaryTable, last: int | None = None
     ) -> Tensor:
         """As `Attention.forward`."""
         attention, feed_forward = self
-        x = attention(x, bias, table, last) + (x[:, -last:] if last else x)
+        residual = x[:, -last:] if last else x
+        x = attention(x, bias, table, last) + residual
         return feed_forward(x) + x
 
 
 class CausalTransformer(nn.Module):
-    """The prior's transformer (causal or not): attention and SwiGLU blocks with residuals, a stable
-    norm and a projection.
+    """The prior's transformer, causal or not.
+
+    Attention and SwiGLU blocks with residuals, then a stable norm and a projection.
+
+    Args:
+        dim: dim of a token.
+        depth: layers.
+        dim_head: width of a head.
+        heads: heads.
+        causal: causal attention.
+        normformer: a further norm inside the feed-forward blocks.
+
+    Attributes:
+        checkpointing: compute activations again on the way back instead of storing them: less
+            memory, a third more time.
     """
 
     def __init__(
@@ -238,55 +259,60 @@ class CausalTransformer(nn.Module):
         self.causal = causal
         self.rel_pos_bias = RelativePositionBias(heads)
         rotary = Rotary(min(32, dim_head))
-        self.layers = nn.ModuleList(
-            _Layer(
-                [Attention(dim, dim_head, heads, rotary), _feed_forward(dim, normformer=normformer)]
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = Attention(dim, dim_head, heads, rotary)
+            feed_forward = _feed_forward(dim, normformer=normformer)
+            self.layers.append(_Layer([attention, feed_forward]))
         self.norm = GainNorm(dim, stable=True)
         self.project_out = nn.Linear(dim, dim, bias=False)
-        # compute activations again on the way back instead of keeping them: less memory, a third
-        # more time
         self.checkpointing = False
-        self._keeping = False
-        self._kept: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self._caching = False
+        self._positions: dict[int, tuple[Tensor, RotaryTable]] = {}  # by length
 
     @contextmanager
     def cache_positions(self) -> Iterator[None]:
-        """Within this context the weights stay as they are, so bias and rotary table are computed
-        once (the steps of sampling).
+        """Context in which bias and rotary table are computed once: the steps of sampling.
+
+        The weights must not change within it.
         """
-        self._keeping = True
+        self._caching = True
         try:
             yield
         finally:
-            self._keeping, self._kept = False, {}
+            self._caching = False
+            self._positions = {}
 
-    def _positions(self, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _compute_positions(self, n: int) -> tuple[Tensor, RotaryTable]:
         """Bias (heads, n, n + 1), with the causal mask in it, and rotary table."""
-        if n in self._kept:
-            return self._kept[n]
-        bias, table = self.rel_pos_bias(n), cast(_Layer, self.layers[0]).rotary.table(n)
+        if n in self._positions:
+            return self._positions[n]
+        bias = self.rel_pos_bias(n)
+        table = cast(_Layer, self.layers[0]).rotary.compute_table(n)
         if self.causal:
-            future = torch.ones(n, n + 1, dtype=torch.bool, device=bias.device).triu(2)
-            bias = bias.masked_fill(future, -torch.finfo(bias.dtype).max)
-        if self._keeping:
-            self._kept[n] = bias, table
+            everywhere = torch.ones(n, n + 1, dtype=torch.bool, device=bias.device)
+            bias = bias.masked_fill(everywhere.triu(2), -torch.finfo(bias.dtype).max)
+        if self._caching:
+            self._positions[n] = bias, table
         return bias, table
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """(batch, n, dim) -> (batch, n, dim), or only the `last` positions, whose neighbours the
-        last layer then leaves out.
+        """(batch, n, dim) -> (batch, n, dim), or only the `last` positions.
+
+        The last layer then computes nothing for the others.
         """
-        bias, table = self._positions(x.shape[1])
-        for i, layer in enumerate(self.layers):
-            asked = last if i == len(self.layers) - 1 else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, x, bias, table, asked, use_reentrant=False))
-            else:
-                x = layer(x, bias, table, asked)
+        bias, table = self._compute_positions(x.shape[1])
+        *inner, final = self.layers
+        for layer in inner:
+            x = self._run_layer(layer, x, bias, table)
+        x = self._run_layer(final, x, bias, table, last)
         return self.project_out(self.norm(x))
+
+    def _run_layer(self, layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
+        """One layer, whose activations are stored unless `checkpointing` is set."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(layer, x, *context, use_reentrant=False))
+        return layer(x, *context)
 
 
 class SinusoidalTime(nn.Module):
@@ -299,7 +325,8 @@ class SinusoidalTime(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(batch,) -> (batch, dim)."""
         half = self.dim // 2
-        freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+        steps = torch.arange(half, device=t.device)
+        freqs = torch.exp(steps * (-math.log(10000) / (half - 1)))
         angle = t.float()[:, None] * freqs
         return torch.cat((angle.sin(), angle.cos()), -1)
 
@@ -309,10 +336,10 @@ class TimeMLP(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        layer = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.SiLU())  # noqa: E731
-        self.net = nn.Sequential(
-            layer(dim, 2 * dim), layer(2 * dim, 2 * dim), nn.Linear(2 * dim, dim)
-        )
+        enter = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU())
+        inner = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.SiLU())
+        self.net = nn.Sequential(enter, inner, nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim), in the precision of the weights."""
         return self.net(x.to(next(self.parameters()).dtype))
