@@ -15,20 +15,24 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # name of the prepared dataset, a folder under data/
-source = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things, digits69, npz, mini
-source_format = "mindeye"  # one of mindeye, mindeye2, nsd, algonauts, bold5000, god, things; what the mini world is written as and read from
-data_path = "data/nsd_source"  # where the source's files lie
-remote_data = False  # fetch what data_path lacks first, of mindeye, mindeye2 or nsd; docs/downloads.md has more ways
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+source = "mindeye"  # one of mindeye,mindeye2,nsd,algonauts,bold5000,god,things,digits69,npz,mini
+source_format = "mindeye"  # one of mindeye,mindeye2,nsd,algonauts,bold5000,god,things; of mini
+data_path = "data/nsd_source"  # files of the source, read here if they are not prepared yet
+remote_data = False  # fetch what data_path lacks first (docs/downloads.md)
 subj = 1  # subject, at least 1
 also = ""  # further subjects that are prepared, separated by commas, e.g. 2,3,4 to pretrain on
-options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982, rois: "V1v,V1d"}; docs/data.md lists them
-folds = ""  # digits69 only, the official split by default, or e.g. fold-3-of-10
-trials_per_session = 750  # of the mini world, and needed to know the session of a trial in MindEye's shards, at least 1
+options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982}; docs/data.md lists them
+digits_fold = ""  # digits69 only, by default the official split, or e.g. fold-3-of-10
+trials_per_session = 750  # of the mini world and of MindEye's shards, at least 1
 mini_images = 5000  # mini world only, training images of this subject, at least 1
 overwrite = False  # prepare again although the prepared data are there
-seed = 42  # of splits that the source leaves open
+
+# optimisation
+seed = 42  # of everything random here
 
 # %%
 from src.miniworld.formats import WRITERS
@@ -100,7 +104,7 @@ print(
     f"options of the reader '{played}' and their defaults: {default_options(played)}\n\nterms of use:"
     f" {READERS[played].TERMS}"
 )
-given = {"trials_per_session": trials_per_session, "seed": seed, "split": folds or "official"}
+given = {"trials_per_session": trials_per_session, "seed": seed, "split": digits_fold or "official"}
 if source == "mini":
     given["attributes"] = {
         "source": "mini world (simulated)",

@@ -20,68 +20,76 @@
 # Source: the combined model that preceded MindEye (arXiv 2305.18274); its code, February to May 2023.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. combined/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
-remote_data = False  # fetch the published shards first, where the dataset has not been prepared
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
+remote_data = False  # fetch what data_path lacks first (docs/downloads.md)
 data_commit = "9947586218b6b7c8cab804009ddca5045249a38d"  # their revision
 cache_dir = ""  # where they are kept, by default percept-shards in the system's temporary folder
 subj = 1  # subject, at least 1
+modality = "image"  # one of image, text; text learns the embeddings of captions instead of images
+voxel_dims = 1  # 1 for (trials, voxels), 3 for whole volumes, at least 1, at most 3
+use_image_aug = False  # targets of randomly augmented images
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-modality = "image"  # one of image, text; text learns the embeddings of captions instead of images
-clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
+clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 clamp_embs = False  # limit CLIP's embeddings to [-1.5, 1.5]
-voxel_dims = 1  # 1 for (trials, voxels), 3 for whole volumes, at least 1, at most 3
 arch = "brainnet"  # voxel2clip, one of brainnet, 3dconv, 3dconv-simple; the last two read volumes
-h = 4096  # width of brainnet, at least 1
-n_blocks = 4  # its residual blocks, at least 0
-conv_channels = ""  # channels of the convolutions, by default the published ones, e.g. 64,128,256,64
+h = 4096  # width of the hidden layers, at least 1
+n_blocks = 4  # residual or mixer blocks, at least 0
+conv_channels = ""  # channels of the convolutions, e.g. 64,128,256,64, by default as published
 conv_strides = ""  # their strides, by default 1,2,3,3
-combine_models = True  # train voxel2clip with the prior, otherwise it is frozen and read from voxel2clip_path
+combine_models = True  # train voxel2clip with the prior, otherwise it is frozen (voxel2clip_path)
 voxel2clip_path = ""  # weights of voxel2clip, a released .pth or a checkpoint of ours
-laion_prior = ""  # checkpoint of LAION's text to image prior, from which the prior starts
-prior_depth = 12  # layers of the prior's transformer, at least 1
-prior_heads = 12  # its attention heads, at least 1
-prior_dim_head = 64  # width of a head, at least 1
-timesteps = 1000  # its noise levels, at least 2
-max_text_len = 256  # its slots for text encodings, at least 1
-prior_scale = 0.0  # factor on embeddings before noise is added, 0 for the published sqrt(dim), at least 0
+laion_prior = ""  # checkpoint of LAION's text-to-image prior, from which the 1x768 prior starts
+prior_depth = 12  # layers of the prior's transformer, at least 0
+prior_heads = 12  # attention heads of the prior, at least 1
+prior_dim_head = 64  # width of an attention head of the prior, at least 1
+timesteps = 1000  # noise levels of the prior, at least 0
+max_text_len = 256  # slots for text encodings of the 1x768 prior, at least 1
+image_embed_scale = 0.0  # factor on embeddings before noise, 0 for sqrt(dim), at least 0
+num_inference_steps = 50  # steps of the image generator's schedule, at least 1
+
+# optimisation
 combine_losses = True  # add the contrastive loss, otherwise the prior's squared error alone
-loss_form = "run"  # one of run, stated; alpha * mse + (1 - alpha) * nce as the published code ran, or alpha * mse + nce as it was described
+loss_form = "run"  # one of run, stated; how the two losses are weighed (docs/combined.md)
 alpha = 0.01  # weight of the squared error, at least 0, at most 1
 alpha_schedule = "constant"  # one of constant, linear
 alpha_end = 0.05  # what the linear schedule ends with, at least 0, at most 1
 use_mixco = False  # MixCo, then SoftCLIP, instead of InfoNCE
-mixup_pct = 0.5  # share of the epochs with MixCo, at most 1
-use_image_aug = False  # targets of augmented images, made at every step
-clip_aug_mode = "none"  # one of none, x, y; now and then an image variation in place of the condition (x) or of the target (y)
-clip_aug_prob = 0.03  # how often, a batch, at least 0, at most 1
-faithful = ""  # published behaviours instead of ours, any of mixed_targets, mixco_labels, norm_decay
-batch_size = 64  # images a step over all processes, at least 1
+mixup_pct = 0.5  # share of the epochs that mix voxels of two images, negative for none, at most 1
+clip_aug_mode = "none"  # one of none, x, y; image variations as conditions (x) or targets (y)
+clip_aug_prob = 0.03  # share of the batches in which clip_aug_mode acts, at least 0, at most 1
+faithful = ""  # published behaviours instead of ours, separated by commas (docs/faithful.md)
+batch_size = 64  # images or samples a step over all processes, at least 1
 num_epochs = 60  # passes over the training images, at least 1
-lr_scheduler = "cycle"  # one of cycle, fixed
-max_lr = 3.0e-4  # peak learning rate of cycle, more than 0
-initial_lr = 1.0e-3  # learning rate of fixed, more than 0
+lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
+max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
+initial_lr = 1.0e-3  # learning rate of the schedule fixed, more than 0
 precision = "no"  # one of no, bf16, fp16
 first_batch = False  # train on the first batch alone, which must then be learnt by heart
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_saving = True  # write checkpoints
-ckpt_interval = 0  # epochs between kept checkpoints, 0 for none, at least 0
-save_at_end = False  # choose no best epoch, keep the last one only
-n_samples_save = 8  # validation images that are painted, and half as many of training, 0 for none, at least 0; FID from 2 on
-sample_interval = 1  # epochs between them, at least 1
-sd_scheduler = "unipcm"  # how these are sampled, one of pndms, unipcm
-num_inference_steps = 50  # in so many steps, at least 1
-wandb_log = False  # send history and samples to Weights & Biases
-wandb_project = "fMRI-reconstruction-NSD"  # its project
-wandb_run_name = ""  # name there, by default the run's
-wandb_notes = ""  # notes there
-wandb_host = ""  # address of a server of one's own, by default that of the login
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
-seed = 0  # of everything random
+seed = 0  # of everything random here
+
+# logging
+ckpt_saving = True  # write checkpoints
+ckpt_interval = 0  # epochs between figures and kept checkpoints, 0 for none, at least 0
+save_at_end = False  # choose no best epoch, keep the last one only
+n_samples_save = 8  # validation images reconstructed for monitoring, 0 for none, at least 0
+sample_interval = 1  # epochs between these reconstructions, at least 1
+sd_scheduler = "unipcm"  # how these are sampled, one of pndms, unipcm
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "fMRI-reconstruction-NSD"  # project of Weights & Biases
+wandb_run_name = ""  # name of the run there, by default the run's
+wandb_notes = ""  # notes on the run there
+wandb_host = ""  # address of a server of one's own, by default that of the login
 
 # %%
 from src.parameters import configure
@@ -244,7 +252,9 @@ told += (
     "seed",
 )
 config = {
-    "model": combined_config(run.parameters, normaliser.n_features, clipper.dim, subject.volume_shape),
+    "model": combined_config(
+        run.parameters, normaliser.n_features, clipper.dim, subject.volume_shape
+    ),
     "training": {name: run.parameters[name] for name in told},
     "tokens": [1, clipper.dim],
     "clip": {
@@ -321,9 +331,7 @@ def varied(model, brain, target, batch):
     if (
         clip_aug_mode == "x"
     ):  # what the image looks like to CLIP, in place of what the brain says of it
-        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], begun)[
-            :, None
-        ]
+        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], begun)[:, None]
         return (
             other / other.norm(dim=-1, keepdim=True) * brain.norm(dim=-1, keepdim=True),
             target,
@@ -427,7 +435,9 @@ def draw(model, epoch):
         x = subject.average_rows(subject.rows_by_image(dataset_)[: len(ids)], normaliser)
         truth = captions.first(ids) if modality == "text" else images.rows(ids)
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        rows = generate_sample_grid(model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42)
+        rows = generate_sample_grid(
+            model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42
+        )
         figures[f"{dataset_}/samples"] = plot_image_grid({"seen": seen} | rows, n=len(ids))
         save_figure(
             figures[f"{dataset_}/samples"],
@@ -462,10 +472,10 @@ if decoder != "ridge":
         config=config,
         epochs=num_epochs,
         batch_size=batch_size,
-        max_lr=max_lr if lr_scheduler == "cycle" else initial_lr,
+        max_lr=max_lr if lr_scheduler_type == "cycle" else initial_lr,
         validate=validate,
         seed=seed,
-        scheduler=lr_scheduler,
+        scheduler=lr_scheduler_type,
         decay="published" if "norm_decay" in published else "no_norms",
         precision=precision,
         resume=resume_from_ckpt,

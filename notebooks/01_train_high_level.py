@@ -21,56 +21,66 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
+split = "images"  # one of images, cluster-held-out; docs/overlap.md explains the latter
+n_clusters = 20  # clusters of which a quarter is held out, at least 4
+num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
+rois = ""  # regions whose voxels are used, by default all (docs/roi_voting.md)
+n_components = 0  # principal components in place of voxels, 0 for the voxels, at least 0
+use_image_aug = True  # targets of randomly augmented images
+cached_views = 0  # augmented versions of an image made once, 0 augments every step, at least 0
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
-n_clusters = 20  # clusters of which a quarter is held out, at least 4
-num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
-n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
-clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64
+clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
-use_image_aug = True  # targets of augmented images
-cached_views = 0  # augmented versions an image that are computed once, 0 augments anew at every step, at least 0
-batch_size = 32  # images a step over all processes, at least 1
-num_epochs = 240  # passes over the training images, at least 1
-mixup_pct = 0.33  # share of the epochs with BiMixCo before SoftCLIP, at most 1
-max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
-lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
-prior = True  # train the diffusion prior
+prior = True  # use the diffusion prior
 v2c = True  # train with the contrastive losses
 use_projector = True  # a separate head for the contrastive losses
-h = 4096  # width of the residual MLP, at least 1
-n_blocks = 4  # its residual blocks, at least 0
+h = 4096  # width of the hidden layers, at least 1
+n_blocks = 4  # residual or mixer blocks, at least 0
 projector_dim = 2048  # width of the projector, at least 1
-prior_depth = 0  # layers of the prior's transformer, 0 for the published 6 (hidden) or 12, at least 0
-prior_heads = 12  # its attention heads, at least 1
-prior_dim_head = 64  # width of a head, at least 1
-timesteps = 0  # noise levels of the prior, 0 for the published 100 (hidden) or 1000, at least 0
+prior_depth = 0  # layers of the prior's transformer, at least 0
+prior_heads = 12  # attention heads of the prior, at least 1
+prior_dim_head = 64  # width of an attention head of the prior, at least 1
+timesteps = 0  # noise levels of the prior, at least 0
 max_text_len = 256  # slots for text encodings of the 1x768 prior, at least 1
-laion_prior = ""  # checkpoint of LAION's text to image prior, from which the 1x768 prior starts
+laion_prior = ""  # checkpoint of LAION's text-to-image prior, from which the 1x768 prior starts
+
+# optimisation
+batch_size = 32  # images or samples a step over all processes, at least 1
+num_epochs = 240  # passes over the training images, at least 1
+mixup_pct = 0.33  # share of the epochs that mix voxels of two images, negative for none, at most 1
+max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
+lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
 prior_mult = 0.0  # weight of the prior's loss, 0 for the published 30 (hidden) or .03, at least 0
-mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, which helps where training is short, at least 0; not in the paper
-faithful = ""  # published behaviours instead of ours, any of mixco_labels, norm_decay, batch_repeats, resampled_epochs, train_on_val
+mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backbone, at least 0
+faithful = ""  # published behaviours instead of ours, separated by commas (docs/faithful.md)
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_saving = True  # write checkpoints
-ckpt_interval = 5  # epochs between figures, at least 0
-save_at_end = False  # choose no best epoch, keep the last one only
-n_samples_save = 0  # validation images reconstructed for monitoring at every ckpt_interval, at least 0
-plot_umap = False  # a UMAP of validation images at every ckpt_interval
-umap_label = ""  # column of the image labels that colours the UMAP
-wandb_log = False  # send history and figures to Weights & Biases
-wandb_project = "stability"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
 precision = "no"  # one of no, bf16, fp16
-step_in_backward = False  # update each parameter as its gradient arrives, the full model then trains in 18 GB
-seed = 42  # of everything random
+step_in_backward = False  # update each parameter as its gradient arrives, which saves memory
+seed = 42  # of everything random here
+
+# evaluation
+plot_umap = False  # draw a UMAP of brain and image embeddings
+umap_label = ""  # column of the image labels that colours the UMAP
+
+# logging
+ckpt_saving = True  # write checkpoints
+ckpt_interval = 5  # epochs between figures and kept checkpoints, 0 for none, at least 0
+save_at_end = False  # choose no best epoch, keep the last one only
+n_samples_save = 0  # validation images reconstructed for monitoring, 0 for none, at least 0
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "stability"  # project of Weights & Biases
 
 # %%
 from src.parameters import configure
@@ -87,7 +97,14 @@ from src.data import BrainDataset, Normaliser, cache_targets, make_training_spli
 from src.data import cache_augmented_targets
 from src.decoding import high_level_config, predict_tokens
 from src.figures import plot_image_grid, plot_training_curves, plot_umap, save_figure
-from src.losses import cosine_anneal, mixco, mixco_nce, cosine_similarity, soft_clip_loss, l2_normalize
+from src.losses import (
+    cosine_anneal,
+    mixco,
+    mixco_nce,
+    cosine_similarity,
+    soft_clip_loss,
+    l2_normalize,
+)
 from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior
 from src.parameters import parse_names

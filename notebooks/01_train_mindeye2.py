@@ -20,58 +20,66 @@
 # Source: MindEye2, arXiv 2403.11207.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye2's files lie, read here when notebook 00 has not prepared the dataset
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
+multi_subject = False  # train on all subjects of `subjects` but subj
+subjects = "1,2,3,4,5,6,7,8"  # subjects that there are, separated by commas
+num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
+new_test = True  # test trials of all sessions (nsd-1000), otherwise of all but the last three
+rois = ""  # regions whose voxels are used, by default all (docs/roi_voting.md)
+seq_past = 0  # trials before each trial that are read with it, at least 0
+seq_future = 0  # trials after each trial that are read with it, at least 0
+cached_views = 1  # augmented versions of an image made once, 0 augments every step, at least 0
+use_image_aug = False  # targets of randomly augmented images
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-multi_subject = False  # train on all subjects of `subjects` but subj
-subjects = "1,2,3,4,5,6,7,8"  # who there is, separated by commas
-multisubject_ckpt = ""  # run (or checkpoint file) that was pretrained on other subjects, from which this one starts
-num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-new_test = True  # test trials of all sessions (nsd-1000), otherwise of all but the last three, where the data are read here
-rois = ""  # regions whose voxels are used, by default all prepared voxels
-seq_past = 0  # trials before that are read together with each trial, at least 0
-seq_future = 0  # trials after that are, at least 0
-clip_variant = "bigG"  # one of bigG, ViT-L/14, ViT-B/32; whose patch tokens are predicted
-clip_seq_dim = 0  # tokens an image, 0 for all of that CLIP's, fewer are means of neighbouring patches, at least 0
+multisubject_ckpt = ""  # run or checkpoint, pretrained on other subjects, to start from
+clip_variant = "bigG"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
+clip_seq_dim = 0  # tokens an image, fewer are means of patches, 0 for all, at least 0
 clip_emb_dim = 0  # dim of a token, 0 for that CLIP's, at least 0
 hidden_dim = 4096  # width of the space that subjects share, at least 1
-n_blocks = 4  # blocks of the mixer, at least 0
-backbone = "mixer"  # one of mixer, residual; the published one, and one whose blocks do something
-prior = True  # train the diffusion prior
-use_prior = True  # its published name, the prior is trained when both are on
-prior_depth = 6  # layers of the prior's transformer, at least 1
-prior_dim_head = 52  # width of its heads, of which there are as many as fit, at least 1
-timesteps = 100  # its noise levels, at least 2
-blurry_recon = True  # the branch that predicts a blurry picture
-use_cont = True  # its contrastive loss against the local embeddings of a frozen teacher
-cached_views = 1  # augmented versions an image for that loss, computed once, at least 1
+n_blocks = 4  # residual or mixer blocks, at least 0
+backbone = "mixer"  # one of mixer, residual; the published one, or ours
+prior = True  # use the diffusion prior
+use_prior = True  # published name of prior, which is trained when both are on
+prior_depth = 6  # layers of the prior's transformer, at least 0
+prior_dim_head = 52  # width of an attention head of the prior, at least 1
+timesteps = 100  # noise levels of the prior, at least 0
+blurry_recon = True  # train the branch that predicts a blurry image
+use_cont = True  # contrastive loss against local embeddings of a frozen teacher
+
+# optimisation
 clip_scale = 1.0  # weight of the contrastive losses, at least 0
 prior_scale = 30.0  # weight of the prior's loss, at least 0
-blur_scale = 0.5  # weight of the blurry picture's losses, at least 0
-mse_scale = 0.0  # ours, weight of a direct regression of the tokens by the backbone, at least 0; not in the paper
-use_image_aug = False  # tokens of augmented images
-batch_size = 16  # samples a step over all processes and subjects, at least 1
+blur_scale = 0.5  # weight of the blurry image's losses, at least 0
+mse_scale = 0.0  # ours, weight of a direct regression of the tokens by the backbone, at least 0
+batch_size = 16  # images or samples a step over all processes, at least 1
 num_epochs = 150  # passes over the training images, at least 1
-mixup_pct = 0.33  # share of the epochs with BiMixCo before SoftCLIP, at most 1
+mixup_pct = 0.33  # share of the epochs that mix voxels of two images, negative for none, at most 1
 max_lr = 3.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
 lr_scheduler_type = "cycle"  # one of cycle, linear, fixed
 clip_grad = 1.0  # largest norm of the gradient, 0 for none, at least 0
-gradient_checkpointing = False  # compute the prior's activations again on the way back, less memory for a third more time
-step_in_backward = False  # update each parameter as its gradient arrives, without clipping, less memory
+gradient_checkpointing = False  # compute the prior's activations twice, to save memory
+step_in_backward = False  # update each parameter as its gradient arrives, which saves memory
 precision = "no"  # one of no, bf16, fp16
-faithful = ""  # published behaviours instead of ours, which docs/mindeye2.md lists, e.g. dead_mixer,norm_decay
+faithful = ""  # published behaviours instead of ours, separated by commas (docs/faithful.md)
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_saving = True  # write checkpoints
-ckpt_interval = 5  # epochs between figures, at least 0
-wandb_log = False  # send history and figures to Weights & Biases
-wandb_project = "mindeye"  # its project
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
-seed = 42  # of everything random
+seed = 42  # of everything random here
+
+# logging
+ckpt_saving = True  # write checkpoints
+ckpt_interval = 5  # epochs between figures and kept checkpoints, 0 for none, at least 0
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "mindeye"  # project of Weights & Biases
 
 # %%
 from src.parameters import configure
@@ -167,7 +175,9 @@ def opened(number):
     )
     subject = open_subject(dataset, number)
     if not multi_subject:
-        subject = make_training_split(subject, "images", run.logs, PatchClip, num_sessions=num_sessions)
+        subject = make_training_split(
+            subject, "images", run.logs, PatchClip, num_sessions=num_sessions
+        )
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
@@ -249,7 +259,10 @@ if blurry_recon and use_cont:
         teacher.target_shape,
     )
     targets["maps_aug"] = views_of(
-        "teacher_maps", teacher, build_teacher_augmentation(teacher.image_size), teacher.embed_locations
+        "teacher_maps",
+        teacher,
+        build_teacher_augmentation(teacher.image_size),
+        teacher.embed_locations,
     )
 
 # %%
@@ -371,7 +384,9 @@ def blurry_losses(blurry, batch):
     latent, maps = blurry
     losses = {"blur": (blur_scale, F.l1_loss(latent.float(), batch["latents"]))}
     if use_cont:
-        rows = [gather(normalize_locations(m, maps)) for m in (maps, batch["maps"], batch["maps_aug"])]
+        rows = [
+            gather(normalize_locations(m, maps)) for m in (maps, batch["maps"], batch["maps_aug"])
+        ]
         losses["blur_cont"] = (0.1 * blur_scale, soft_cont_loss(*rows, temp=0.2))
     return losses
 

@@ -14,41 +14,51 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
-weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge, both
-split = "images"  # one of images, cluster-held-out; the latter trains without a quarter of the clusters of images (docs/overlap.md)
+split = "images"  # one of images, cluster-held-out; docs/overlap.md explains the latter
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
-rois = ""  # regions whose voxels are used, e.g. V1v,V1d,hV4 or !V1 for all but these (docs/roi_voting.md), by default all prepared voxels
-n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
-batch_size = 8  # images a step over all processes, at least 1
-num_epochs = 120  # passes over the training images, at least 1
-max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
-mixup_pct = -1.0  # share of the epochs in which voxels and latents of two images are mixed, negative for none, at most 1
-h = 4096  # width of the residual MLP, at least 1
-n_blocks = 4  # its residual blocks, at least 0
+rois = ""  # regions whose voxels are used, by default all (docs/roi_voting.md)
+n_components = 0  # principal components in place of voxels, 0 for the voxels, at least 0
+cached_views = 0  # augmented versions of an image made once, 0 augments every step, at least 0
+
+# model
+weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+decoder = "network"  # one of network, ridge, both
+h = 4096  # width of the hidden layers, at least 1
+n_blocks = 4  # residual or mixer blocks, at least 0
 ups_mode = "4x"  # one of 4x, 8x, 16x
 latent_size = 64  # height and width of the latents, at least 1
-block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
-voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one random repeat
-use_cont = True  # contrastive loss against the local embeddings of a frozen teacher
+block_out_channels = ""  # widths of the upsampler, separated by commas, by default as published
+use_cont = True  # contrastive loss against local embeddings of a frozen teacher
 cont_model = "cnx"  # one of cnx; the teacher, VICRegL's ConvNeXt
-cached_views = 0  # augmented versions an image whose teacher embeddings are computed once, 0 augments anew at every step, at least 0
-use_reconst = False  # loss on the decoded picture, at half size
-use_blurred_training = False  # that picture's target is median-filtered
-use_sobel_loss = False  # loss on the edges of the decoded picture, needs use_reconst
-best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
+
+# optimisation
+batch_size = 8  # images or samples a step over all processes, at least 1
+num_epochs = 120  # passes over the training images, at least 1
+max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
+mixup_pct = -1.0  # share of the epochs that mix voxels of two images, negative for none, at most 1
+voxel_select = True  # train on random mixtures of an image's repeats, otherwise on one repeat
+use_reconst = False  # loss on the decoded image, at half size
+use_blurred_training = False  # median-filter the target of that loss
+use_sobel_loss = False  # loss on the edges of the decoded image, needs use_reconst
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 24  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
-wandb_log = False  # send history and figures to Weights & Biases
-wandb_project = "stability"  # its project
 use_mp = False  # mixed precision, fp16 on a GPU and bf16 on a CPU, unless precision says otherwise
 precision = "no"  # one of no, bf16, fp16
-seed = 0  # of everything random
+seed = 0  # of everything random here
+
+# evaluation
+best_by = "loss"  # one of loss, ssim; what chooses the best epoch on validation images
+
+# logging
+ckpt_interval = 24  # epochs between figures and kept checkpoints, 0 for none, at least 0
+wandb_log = False  # send history and figures to Weights & Biases
+wandb_project = "stability"  # project of Weights & Biases
 
 # %%
 from src.parameters import configure

@@ -14,24 +14,31 @@
 # docs/basic_ae.md.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. basic_ae/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
+rois = ""  # regions whose voxels are used, by default all (docs/roi_voting.md)
+n_components = 0  # principal components in place of voxels, 0 for the voxels, at least 0
+n_train = 9000  # training images, drawn by seed where there are more, 0 for all, at least 0
+image_size = 128  # side of the images, 0 for the autoencoder's own, at least 0
+repeats = "each"  # one of each, random, mean; what an epoch shows of an image with several trials
+use_image_aug = True  # targets of randomly augmented images
+num_workers = 0  # processes that read batches, at least 0
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-rois = ""  # regions whose voxels are used, separated by commas, e.g. V1v,V1d,hV4, by default all prepared voxels
-n_components = 0  # principal components of the training trials that replace the voxels, 0 for the voxels themselves, at least 0
-n_train = 9000  # training images, drawn by seed where there are more, 0 for all, at least 0
 encoder = "2048"  # one of 2048, 512; the published sizes
-image_size = 128  # side of the pictures, 0 for the autoencoder's own, at least 0
-scaled_latents = True  # the encoder gives latents times the scaling factor of the diffusion model, otherwise as the autoencoder has them, as published
-repeats = "each"  # one of each, random, mean; each shows every trial in an epoch, as published, random one trial an image
-use_image_aug = True  # blur and enlarge the target pictures at random, as published
-latent_mult = 0.0  # weight of the error of latents beside that of pixels, 0 as published, at least 0
-batch_size = 64  # samples a step over all processes, at least 1
-gradient_accumulation_steps = 1  # parts in which a batch is worked through to save memory, at least 1
-num_epochs = 1000  # passes over the training samples, at least 1
+scaled_latents = True  # predict latents times the diffusion model's factor, not as published
+
+# optimisation
+latent_mult = 0.0  # weight of the error of latents beside that of pixels, at least 0
+batch_size = 64  # images or samples a step over all processes, at least 1
+gradient_accumulation_steps = 1  # parts in which a batch is processed to save memory, at least 1
+num_epochs = 1000  # passes over the training images, at least 1
 learning_rate = 1.0e-3  # peak learning rate, never scaled by the number of processes, more than 0
 scale_lr = False  # multiply the learning rate by batch_size
 lr_scheduler = "constant"  # one of constant, constant_with_warmup, cycle
@@ -41,14 +48,17 @@ adam_beta2 = 0.999  # decay of its mean of squares, at least 0
 adam_epsilon = 1.0e-8  # what it adds to their root, more than 0
 adam_weight_decay = 0.01  # its weight decay, at least 0
 precision = "no"  # one of no, bf16, fp16
-num_workers = 0  # processes that read batches, at least 0
-gallery_images = 128  # training images that are shown beside their predictions, never scored, at least 0
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 0  # epochs between kept checkpoints and between grids of pictures, 0 for none, at least 0
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+seed = 0  # of everything random here
+
+# evaluation
+gallery_images = 128  # training images shown beside their predictions, never scored, at least 0
+
+# logging
+ckpt_interval = 0  # epochs between figures and kept checkpoints, 0 for none, at least 0
 wandb_log = False  # send history and figures to Weights & Biases
-wandb_project = "fmri2image"  # its project
-seed = 0  # of everything random
+wandb_project = "fmri2image"  # project of Weights & Biases
 
 # %%
 from src.parameters import configure

@@ -16,34 +16,42 @@
 # and what is not: docs/roi_voting.md.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
+voters = "92,94,97,100"  # names of the voters, separated by commas, by default all of this run
+rois = "set3;set1;set3;set3"  # regions whose voxels are used, by default all (docs/roi_voting.md)
+bag_seeds = "3,2423,849,1921"  # seeds of the voters' bags, by default from seed on
+train_share = 0.7  # share of the training images in a voter's bag, more than 0, at most 1
+masked = False  # keep voxels of other regions as zeros, as published, instead of leaving them out
+latents_file = ""  # latents that others computed, a row an image, by default from our autoencoder
+repeats = "random"  # one of each, random, mean; what an epoch shows of an image with several trials
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 decoder = "network"  # one of network, ridge, both
-voters = "92,94,97,100"  # names of the models, separated by commas; each has a folder of its own
-rois = "set3;set1;set3;set3"  # set of regions of each voter, or one for all, separated by semicolons; set1 to set3, names, - for all, !V1 for all but V1
-bag_seeds = "3,2423,849,1921"  # of the draw of each voter's training images, separated by commas, by default counted up from seed
-train_share = 0.7  # share of the training images in a bag, 1 for all of them, more than 0, at most 1
-batch_sizes = "16,16,32,4"  # samples a step of each voter, or one for all, separated by commas
-masked = False  # keep the voxels of other regions as zeros, as published, instead of leaving them out
-latents_file = ""  # latents that others computed, a row an image (fMRI_VAE.npy), by default made by our own autoencoder
-repeats = "random"  # one of random, mean, each; what an epoch shows of an image with several trials
-num_epochs = 200  # passes over the training images, at least 1
-max_lr = 5.0e-4  # peak learning rate, more than 0
-lr_scheduler = "cycle"  # one of cycle, published_cycle, fixed; the published cycle is counted in all images and ends where the training images do
-h = 2048  # width of the residual MLP, at least 1
-n_blocks = 4  # its residual blocks, at least 0
+h = 2048  # width of the hidden layers, at least 1
+n_blocks = 4  # residual or mixer blocks, at least 0
 dropout = 0.3  # of the residual blocks, at least 0, at most 1
 ups_mode = "4x"  # one of 4x, 8x, 16x
-block_out_channels = ""  # widths of the upsampler separated by commas, by default the published ones
-checkpoint = "best"  # one of best, last; which epoch the tables below are of, best is chosen on the voter's own validation images
+block_out_channels = ""  # widths of the upsampler, separated by commas, by default as published
+checkpoint = "best"  # one of last, best; best is chosen on validation images
+
+# optimisation
+batch_sizes = "16,16,32,4"  # samples a step of each voter, or one for all, separated by commas
+num_epochs = 200  # passes over the training images, at least 1
+max_lr = 5.0e-4  # peak learning rate, never scaled by the number of processes, more than 0
+voter_schedule = "cycle"  # one of cycle, published_cycle, fixed (docs/roi_voting.md)
 precision = "no"  # one of no, bf16, fp16
 resume_from_ckpt = True  # go on where an interrupted run stopped
-ckpt_interval = 0  # epochs between kept checkpoints, 0 for none, at least 0
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
-seed = 0  # of everything random but the bags
+seed = 0  # of everything random here
+
+# logging
+ckpt_interval = 0  # epochs between figures and kept checkpoints, 0 for none, at least 0
 
 # %%
 from src.parameters import configure
@@ -202,7 +210,7 @@ def train(voter):
                     "repeats",
                     "num_epochs",
                     "max_lr",
-                    "lr_scheduler",
+                    "voter_schedule",
                     "latents_file",
                     "seed",
                 )
@@ -217,7 +225,7 @@ def train(voter):
     )
     whole = (
         num_epochs * ((len(mine.image_ids("train+val"))) // voter.batch_size)
-        if lr_scheduler == "published_cycle"
+        if voter_schedule == "published_cycle"
         else 0
     )
     return fit(
@@ -229,7 +237,7 @@ def train(voter):
         epochs=num_epochs,
         batch_size=voter.batch_size,
         max_lr=max_lr,
-        scheduler=lr_scheduler.removeprefix("published_"),
+        scheduler=voter_schedule.removeprefix("published_"),
         cycle_steps=whole,
         decay="published",
         validate=validation(own),

@@ -22,33 +22,41 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
+test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
+first_images = 0  # only the first so many test images, 0 for all, at least 0
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
 decoder = "network"  # one of network, ridge, both
-checkpoint = "last"  # one of last, best; best is the epoch chosen on the validation split
-autoencoder_name = ""  # run that holds the low-level network, by default this run
-start_run = ""  # run whose retrieved pictures (notebook 05_search_index) the generator begins at, in place of the low level
-img2img_strength = 0.85  # 1 uses no low-level image, 0 is the low-level image itself and needs no high level, at least 0, at most 1
-faithful_img2img = False  # start as the published code does, from a latent that took a detour through a wrongly normalised picture
-recons_per_sample = 16  # samples an image, of which the brain's own prediction chooses one, at least 1
-prior = True  # sample the diffusion prior, otherwise decode the backbone's tokens
-timesteps = 0  # sampling steps of the prior, 0 for all of its schedule, at least 0
-prior_solver = "published"  # one of published, dpm++; published is ancestral with all steps and DDIM with fewer
-guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 (Versatile Diffusion) or 7.5 (image variations), at least 0
-num_inference_steps = 20  # steps of the image generator, at least 1
-test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
-first_images = 0  # reconstruct only so many test images, 0 for all, at least 0
-converter_epochs = 60  # passes over the training images of the map from smaller tokens to those that unCLIP reads, at least 1
-generator_batch = 16  # pictures that the generator makes at a time, at least 1
-untrained = False  # also reconstruct with the same networks before any training, a floor
+checkpoint = "last"  # one of last, best; best is chosen on validation images
+autoencoder_name = ""  # run of the low-level network, by default this one (of voters: run/voter)
+start_run = ""  # run whose retrieved images the generator starts from, instead of the low level
+img2img_strength = 0.85  # 1 ignores the low-level image, 0 is that image, at least 0, at most 1
+faithful_img2img = False  # start as the published code does, from a wrongly normalised image
+recons_per_sample = 16  # samples an image, of which the predicted tokens choose one, at least 1
+prior = True  # use the diffusion prior
+prior_steps = 0  # sampling steps of the prior, 0 for all of its noise levels, at least 0
+prior_solver = "published"  # one of published, dpm++; published is ancestral or DDIM (fewer steps)
+guidance_scale = 0.0  # classifier-free guidance, 0 for the published 3.5 or 7.5, at least 0
+num_inference_steps = 20  # steps of the image generator's schedule, at least 1
+generator_batch = 16  # images generated at a time, at least 1
+same_seed = False  # the same noise for every image, as published, otherwise each has its own
+
+# optimisation
+converter_epochs = 60  # passes over the training images of the map between token spaces, at least 1
+seed = 42  # of everything random here
+
+# evaluation
+untrained = False  # also reconstruct with untrained networks, as a baseline
 fewer_repeats = ""  # also reconstruct from so many repeats alone, separated by commas, e.g. 1,2
-keep_samples = 0  # samples an image that are stored to look at, made beyond recons_per_sample where that is fewer, at least 0
-seed = 42  # of everything random
-same_seed = False  # the same noise for every image, as published; otherwise each image has its own
+keep_samples = 0  # extra samples an image that are stored to look at, at least 0
 
 # %%
 from src.parameters import configure
@@ -136,9 +144,9 @@ def measured(path, repeats=0, one=None):
         return subject.average_rows(
             [rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale
         )
-    return subject.get_mean_betas("test", repeats=repeats or test_repeats or None, normaliser=scale)[0][
-        keep
-    ]
+    return subject.get_mean_betas(
+        "test", repeats=repeats or test_repeats or None, normaliser=scale
+    )[0][keep]
 
 
 # %% [markdown]
@@ -308,7 +316,7 @@ def tokens_of(name, rows, voxels, samples, sampled):
         shape,
         samples,
         use_prior=sampled,
-        timesteps=timesteps,
+        timesteps=prior_steps,
         seed=seed,
         device=run.device,
         image_ids=image_ids[rows],
@@ -425,7 +433,9 @@ known = cache_targets(
     frozen.encode_pixels,
     frozen.target_shape,
 ).rows(train_ids)
-found = find_nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][:, 0]
+found = find_nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][
+    :, 0
+]
 lookup = subject.images(train_ids[np.asarray(found)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
 rows["mean_image"] = (

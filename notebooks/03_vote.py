@@ -15,30 +15,38 @@
 # Source: the 2023 ROI project (github.com/Koios1143/Machine-Learning-Final): docs/roi_voting.md.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. roi_voting/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
+voters = ""  # names of the voters, separated by commas, by default all of this run
+test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
+image_from = 0  # number of the first test image, at least 0
+image_to = 0  # number of the test image before which it ends, 0 for all, at least 0
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both; which models of the voters vote, with both the ridges' mean is shown beside
-checkpoint = "best"  # one of best, last; best is the epoch chosen on the voter's own validation images
-voters = ""  # runs that vote, names under train_logs/ separated by commas, by default those that notebook 02_train_roi_models left in this run
-vote = "published"  # one of published, medoid, agreement; the rule whose choice is the reconstruction, the others are scored beside
-tokens_from = ""  # run whose high level predicts CLIP tokens from the brain, by default this run, if it has one
-strength = 0.75  # of the repainting, 0 keeps the blurry pictures and needs neither captions nor generator, at least 0, at most 1
-guidance_scale = 6.0  # how much the caption counts in the repainting, at least 0
-num_inference_steps = 50  # steps of the whole schedule, of which the share `strength` is run, at least 1
-published_pixels = False  # give the captioner pixels from 0 to 255 as they are, as published, instead of normalised ones
-without_word = "blurry "  # taken out of captions, as published; with nothing, captions stay as they are
-token_map_images = 2000  # training images on which CLIP's tokens are mapped to the captioner's, at least 10
-test_repeats = 0  # repeats averaged at test, 0 for all, at least 0
-image_from = 0  # first test image, by its place, at least 0
-image_to = 0  # the test image before which it ends, 0 for all, at least 0
-sheets = 20  # images for which a sheet is drawn, 0 for all of them, at least 0
-generator_batch = 16  # pictures that the generator makes at a time, at least 1
-untrained = False  # also reconstruct with the voters before any training, a floor
-seed = 42  # of everything random
+decoder = "network"  # one of network, ridge, both
+checkpoint = "best"  # one of last, best; best is chosen on validation images
+vote = "published"  # one of published, medoid, agreement; the rule that chooses the reconstruction
+tokens_from = ""  # run whose high level predicts CLIP tokens, by default this one, if it has any
+strength = 0.75  # of img2img, 0 keeps the blurry images as they are, at least 0, at most 1
+caption_guidance = 6.0  # classifier-free guidance towards the caption, at least 0
+num_inference_steps = 50  # steps of the image generator's schedule, at least 1
+published_pixels = False  # give the captioner pixels from 0 to 255, as published
+without_word = "blurry "  # word taken out of captions, as published
+token_map_images = 2000  # training images for the map from CLIP's to BLIP's tokens, at least 10
+generator_batch = 16  # images generated at a time, at least 1
+
+# optimisation
+seed = 42  # of everything random here
+
+# evaluation
+sheets = 20  # test images for which a sheet is drawn, 0 for all, at least 0
+untrained = False  # also reconstruct with untrained networks, as a baseline
 
 # %%
 from src.parameters import configure
@@ -74,7 +82,13 @@ from src.decoding import vote as choose
 from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 from src.models import TokenMap
 from src.networks import build_decoder
-from src.pretrained import Captioner, Clipper, LatentAutoencoder, load_stable_diffusion_pipeline, strip_word
+from src.pretrained import (
+    Captioner,
+    Clipper,
+    LatentAutoencoder,
+    load_stable_diffusion_pipeline,
+    strip_word,
+)
 from src.retrieval import find_nearest
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
 
@@ -110,7 +124,9 @@ shape, names = autoencoder.latent_shape, list(folders)
 # %%
 def measured(normaliser):
     """Voxels (images, voxels) of the test images as a model was trained on them, repeats averaged."""
-    return subject.get_mean_betas("test", repeats=test_repeats or None, normaliser=normaliser)[0][which]
+    return subject.get_mean_betas("test", repeats=test_repeats or None, normaliser=normaliser)[0][
+        which
+    ]
 
 
 def read(decoder_of, normaliser):
@@ -157,7 +173,9 @@ of_val = torch.from_numpy(known.rows(subject.image_ids("val")).astype(np.float32
 off = {
     name: (
         (
-            predict_latents(m, subject.get_mean_betas("val", normaliser=n)[0], shape, device=run.device)
+            predict_latents(
+                m, subject.get_mean_betas("val", normaliser=n)[0], shape, device=run.device
+            )
             - of_val
         )
         .abs()
@@ -340,7 +358,7 @@ def repaint(name, part):
         return {name: low_level[name][part].half()}
     options = {
         "strength": strength,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": caption_guidance,
         "num_inference_steps": num_inference_steps,
         "seed": seed,
     }

@@ -19,29 +19,37 @@
 # 2205.14100; Meng et al. 2022 (SDEdit), arXiv 2108.01073.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. mindeye2_small/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-checkpoint = "last"  # one of last, best; the checkpoint of the high level that notebook 03 used
+checkpoint = "last"  # one of last, best; best is chosen on validation images
 caption = True  # write captions from the brain's tokens
-refine = True  # repaint the reconstructions after these captions
-refine_ceiling = True  # also caption and repaint what the generator makes of the true tokens, a ceiling at the same cost again
-text_model_device = "cpu"  # one of auto, cpu, cuda; where captions are written, so that the graphics memory is left to the generator
+refine = True  # run img2img on the reconstructions with these captions
+text_model_device = "cpu"  # one of auto, cpu, cuda; where captions are written
 caption_batch_size = 4  # captions written at a time, at least 1
-caption_converter = ""  # a released converter of tokens, e.g. data/mindeye2_models/bigG_to_L_epoch8.pth, by default one is trained here on images alone
-converter_epochs = 60  # passes over the training images, at least 1
-converter_batch_size = 128  # images a step, at least 1
-converter_max_lr = 3.0e-4  # peak learning rate of the one cycle, more than 0
-refiner_weights = ""  # the network that repaints, a file, folder or id of the hub, by default as weights says
-refine_steps = 25  # steps of its whole schedule, at least 1
-refine_run = 12  # the last of them, which are run, so that what is coarse stays, at least 1
-guidance_scale = 5.0  # how much the caption counts in the repainting, at least 0
-generator_batch = 4  # pictures that it makes at a time, at least 1
-sheet_images = 12  # images on the sheet, the first ones of the test set, at least 1
-resume_from_ckpt = True  # go on where an interrupted training of the converter stopped
-seed = 42  # of everything random
+caption_converter = ""  # a released converter of tokens, by default one is trained here
+refiner_weights = ""  # the model that refines, a file, folder or hub id, by default as weights says
+refine_steps = 25  # steps of the refiner's whole schedule, at least 1
+refine_run = 12  # steps of that schedule that are run, the last ones, at least 1
+caption_guidance = 5.0  # classifier-free guidance towards the caption, at least 0
+generator_batch = 4  # images generated at a time, at least 1
+
+# optimisation
+converter_epochs = 60  # passes over the training images of the map between token spaces, at least 1
+converter_batch_size = 128  # images a step of the converter's training, at least 1
+converter_max_lr = 3.0e-4  # peak learning rate of the converter's training, more than 0
+resume_from_ckpt = True  # go on where an interrupted run stopped
+seed = 42  # of everything random here
+
+# evaluation
+refine_ceiling = True  # also caption and refine what the generator makes of the true tokens
+sheet_images = 12  # test images on the sheet, the first ones, at least 1
 
 # %%
 from src.parameters import configure
@@ -269,7 +277,11 @@ said.drop(columns="references").head(12)
 rows, wanted = (
     {},
     {"refined": (main, "brain")}
-    | ({"refined_ceiling": ("ceiling", "ceiling")} if refine_ceiling and "ceiling" in tensors else {}),
+    | (
+        {"refined_ceiling": ("ceiling", "ceiling")}
+        if refine_ceiling and "ceiling" in tensors
+        else {}
+    ),
 )
 if refine:
     pipeline = load_refiner(refiner_weights or weights, run.device)
@@ -277,7 +289,7 @@ if refine:
     options = {
         "steps": refine_steps,
         "run": refine_run,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": caption_guidance,
         "seed": seed,
     }
     print(f"{type(pipeline).__name__}: the last {refine_run} of {refine_steps} steps are run")
@@ -318,7 +330,9 @@ if rows:
     }
     with atomic(run.results / "reconstructions.safetensors") as path:
         save_file(
-            {key: value.contiguous() for key, value in (tensors | rows).items()}, path, metadata=about
+            {key: value.contiguous() for key, value in (tensors | rows).items()},
+            path,
+            metadata=about,
         )
     tensors |= rows
 shutil.rmtree(unfinished)
@@ -330,7 +344,11 @@ shutil.rmtree(unfinished)
 
 # %%
 blurry = tensors.get(f"low_level_{main}")
-pictures = {"recons": tensors[main], "blurryrecons": blurry, "enhancedrecons": tensors.get("refined")}
+pictures = {
+    "recons": tensors[main],
+    "blurryrecons": blurry,
+    "enhancedrecons": tensors.get("refined"),
+}
 files = {name: resize(x.float(), 256) for name, x in pictures.items() if x is not None}
 files |= {"clipvoxels": tensors[f"projected_{main}"].float(), "prior_out": tokens}
 files |= {"backbones": tensors[f"backbone_{main}"].float()} if f"backbone_{main}" in tensors else {}

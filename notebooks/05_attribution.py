@@ -18,24 +18,32 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
+regions = ""  # regions, by default all; a voxel of several belongs to the first
+early = ""  # regions that count as early visual areas, by default V1 to V4 and their parts
+labels = "kind,scene"  # columns of the image labels that a probe predicts from predicted tokens
+first_images = 0  # only the first so many test images, 0 for all, at least 0
+
+# model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge
-checkpoint = "last"  # one of last, best
-autoencoder_name = ""  # run that holds the low-level decoder (of several voters: run/voter), by default this run
-target = "seen"  # one of seen, predicted; seen explains the similarity to the true image, predicted that to the decoder's own prediction
-baseline = "zero"  # one of zero, train; zero is the mean of the z-scored training trials, train the mean training image
+explained_decoder = "network"  # one of network, ridge
+checkpoint = "last"  # one of last, best; best is chosen on validation images
+autoencoder_name = ""  # run of the low-level network, by default this one (of voters: run/voter)
+target = "seen"  # one of seen, predicted; explain similarity to the true or to the predicted image
+attribution_baseline = "zero"  # one of zero, train; where the path of integrated gradients starts
 steps = 32  # gradients an image, at least 2
-regions = ""  # regions separated by commas, by default all that the data name; a voxel of several belongs to the first
-early = "V1,V2,V3,V4,hV4,V1v,V1d,V2v,V2d,V3v,V3d,LHEarlyVis,RHEarlyVis,early"  # regions that count as early visual areas, the others as higher
-labels = "kind,scene"  # columns of the image labels that a probe names from predicted tokens, those that the data have
-draws = 10  # permutations of each region, at least 1
-picture_draws = 1  # permutations whose latents are also decoded to pictures, the slow part, at least 1
-first_images = 0  # only so many test images, 0 for all, at least 0
-seed = 42  # of the permutations and of the probes
+
+# optimisation
+seed = 42  # of everything random here
+
+# evaluation
+n_permutations = 10  # permutations of each region, at least 1
+n_image_permutations = 1  # permutations whose latents are also decoded, the slow part, at least 1
 
 # %%
 from src.parameters import configure
@@ -70,7 +78,7 @@ from src.utils import HOME, PerceptError, atomic
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
 low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
-if decoder == "network":
+if explained_decoder == "network":
     files = {
         "low_level": find_decoder(low_logs, "low_level", checkpoint),
         "high_level": find_decoder(run.logs, "high_level", checkpoint),
@@ -83,7 +91,7 @@ else:
 files = {kind: path for kind, path in files.items() if path.exists()}
 if not files:
     raise PerceptError(
-        f"{run.logs} has no {decoder} of either level: run notebook 01 or 02 first, or name another"
+        f"{run.logs} has no {explained_decoder} of either level: run notebook 01 or 02 first, or name another"
         " decoder or checkpoint."
     )
 image_ids = subject.image_ids("test")[: first_images or None]
@@ -114,7 +122,14 @@ for kind, model in frozen.items():
     )
     truth = targets[kind].rows(image_ids)
     levels[kind] = attribution.open_level(
-        subject, kind, trained[kind][0], files[kind], truth, first_images, baseline, run.device
+        subject,
+        kind,
+        trained[kind][0],
+        files[kind],
+        truth,
+        first_images,
+        attribution_baseline,
+        run.device,
     )
     print(
         f"{kind}: (test images, voxels) = {levels[kind].voxels.shape} -> {tuple(truth.shape[1:])};"
@@ -230,10 +245,19 @@ parts = {
     kind: attribution.partition_voxels(subject.voxels, level.columns, regions)
     for kind, level in levels.items()
 }
-groups = {kind: attribution.group_regions(part, early) for kind, part in parts.items()}
+groups = {
+    kind: attribution.group_regions(part, early or attribution.EARLY)
+    for kind, part in parts.items()
+}
 importance = {
     kind: attribution.permutation_importance(
-        level, parts[kind], scores[kind], groups[kind], draws, seed, {"pixcorr": picture_draws}
+        level,
+        parts[kind],
+        scores[kind],
+        groups[kind],
+        n_permutations,
+        seed,
+        {"pixcorr": n_image_permutations},
     )
     for kind, level in levels.items()
 }

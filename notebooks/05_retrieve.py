@@ -16,20 +16,28 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
-data_path = ""  # where MindEye's shards lie, read here when notebook 00 has not prepared the dataset
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
+data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
+
+# model
 decoder = "network"  # one of network, ridge, both
-pool = 300  # candidates of the published protocol, at least 2
-draws = 30  # pools of the published protocol, at least 1
-pool_sampling = "random"  # one of random, consecutive; consecutive draws pools as MindEye's scripts do
-model_name2 = ""  # run of the 1x768 model: its embedding finds candidates, which this run's tokens re-rank
+model_name2 = ""  # run of the 1x768 model, whose candidates this run's tokens re-rank
+
+# optimisation
+seed = 42  # of everything random here
+
+# evaluation
+pool_size = 300  # candidates in a pool of the published protocol, at least 2
+n_pools = 30  # pools of the published protocol, at least 1
+pool_sampling = "random"  # one of random, consecutive; consecutive is as in MindEye's scripts
 rerank_k = 16  # candidates that are re-ranked, at least 1
-hard_negatives = ""  # columns of the image labels that hard negatives share, separated by commas
+hard_negatives = ""  # columns of image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
 umap_label = ""  # column of the image labels that colours the UMAP
-seed = 42  # of the pools and of the UMAP
 
 # %%
 from src.parameters import configure
@@ -110,21 +118,21 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # as a candidate at its right end.
 
 # %%
-size = min(pool, len(clip))
-if size < pool:
+size = min(pool_size, len(clip))
+if size < pool_size:
     print(
-        f"Pools of {size}, as there are no {pool} test images: every pool is the whole test set,"
+        f"Pools of {size}, as there are no {pool_size} test images: every pool is the whole test set,"
         " and the intervals have no width."
     )
 pools = pd.concat(
     [
-        retrieval.evaluate_published_protocol(brain[n], clip, size, draws, seed, pool_sampling).assign(
-            decoder=n
-        )
+        retrieval.evaluate_published_protocol(
+            brain[n], clip, size, n_pools, seed, pool_sampling
+        ).assign(decoder=n)
         for n in names
     ]
 )
-curve = retrieval.compute_retrieval_by_pool_size(brain[names[0]], clip, n_pools=draws, seed=seed)
+curve = retrieval.compute_retrieval_by_pool_size(brain[names[0]], clip, n_pools=n_pools, seed=seed)
 save_figure(plot_retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
@@ -183,7 +191,10 @@ if model_name2:
                 **common | {"upper_bound": reached},
             )
         )
-        for name, other in ((f"{model_name2} alone", two.first_ranks), (f"{run.name} alone", two.second_ranks)):
+        for name, other in (
+            (f"{model_name2} alone", two.first_ranks),
+            (f"{run.name} alone", two.second_ranks),
+        ):
             change = paired_bootstrap(two.final_ranks == 1, other == 1)
             second.append(
                 {
@@ -229,7 +240,7 @@ scores = pd.concat(
     ],
     ignore_index=True,
 )
-note = f"{draws} pools of {size} candidates, as in the papers; the interval speaks of the pools."
+note = f"{n_pools} pools of {size} candidates, as in the papers; the interval speaks of the pools."
 tables = [{"title": "Retrieval in pools", "note": note, "rows": pools.to_dict("records")}]
 tables.append(
     {

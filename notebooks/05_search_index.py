@@ -22,37 +22,45 @@
 # its public server was up.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder, e.g. mindeye_retrieval/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
-weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-checkpoint = "last"  # one of last, best; the checkpoint of the high level that notebook 03 used
-index = "data/indices/pool"  # folder of the index, which clip-retrieval may have made; what is missing of it is made here
-pool = ""  # what is new goes into the index: a folder of pictures or of tar files, or mini for a pool of the mini world
+index = "data/indices/pool"  # folder of the index; what is missing is made here
+pool = ""  # images for the index, a folder of images or of tar files, or mini
 pool_images = 10000  # of the mini world's pool, at least 1
-url = ""  # a clip-retrieval server to ask in place of an index, e.g. http://localhost:1234/knn-service
-qdrant = ""  # address of a Qdrant server, or a folder of its engine, to search in place of an index; the index's embeddings are sent to it
+url = ""  # a clip-retrieval server to ask instead, e.g. http://localhost:1234/knn-service
+qdrant = ""  # address of a Qdrant server, or folder of its engine, to search instead of an index
 indice_name = "laion5B-L-14"  # which of the server's indices, or of Qdrant's collections
 server_timeout = 5.0  # seconds that the server may take for an answer, more than 0
-server_failure = "stop"  # one of stop, published; published asks again for pretty pictures after two seconds, then goes without
-deduplicate = True  # the server leaves out pictures that it has twice
+server_failure = "stop"  # one of stop, published; published goes on without the server
+deduplicate = True  # the server leaves out images that it has twice
 use_safety_model = True  # the server leaves out what its safety model finds unsafe
 use_violence_detector = True  # the server leaves out what its detector finds violent
-index_kind = "auto"  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto takes the most exact one that fits into memory_gb
-memory_gb = 4.0  # for the index, in GB, more than 0
+index_kind = "auto"  # one of auto, Flat, SQfp16, SQ8, IVF-PQ; auto: the most exact in memory_gb
+memory_gb = 4.0  # memory for the index, in GB, more than 0
 mapped = False  # leave the index on disk while searching
 shard_rows = 1000000  # rows a shard of the index, at least 1
 jobs = 1  # processes that build shards side by side, at least 1
-k = 16  # pictures found for each test image, at least 1
-candidates = 300  # results to go down until k pictures could be had, at least 1
-token_run = ""  # run that predicts all tokens, which choose among the k pictures, by default the nearest one is taken
-keep_test_images = False  # search the test pictures of the pool, too
-near_duplicate = 0.94  # cosine from which a picture of the pool counts as nearly a test picture, at most 1
-picture_size = 512  # pixels a side of the pictures that are stored, at least 8
-picture_timeout = 5.0  # seconds that a picture may take to come, more than 0
-private_pictures = False  # also fetch pictures from addresses that are not public, e.g. a server of one's own
-seed = 42  # of everything random
+keep_test_images = False  # search the test images of the pool, too
+near_duplicate = 0.94  # cosine from which a pool image counts as a test image, at most 1
+picture_size = 512  # side of the images that are stored, in pixels, at least 8
+picture_timeout = 5.0  # seconds that an image may take to come, more than 0
+private_pictures = False  # also fetch images from addresses that are not public
+
+# model
+weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+checkpoint = "last"  # one of last, best; best is chosen on validation images
+token_run = ""  # run whose tokens choose among the k images, by default the nearest one is taken
+
+# optimisation
+seed = 42  # of everything random here
+
+# evaluation
+k = 16  # images to find for each test image, at least 1
+candidates = 300  # results to go through until k images could be fetched, at least 1
 
 # %%
 from src.parameters import configure
@@ -85,15 +93,24 @@ from src.metrics import resize
 from src.pretrained import Clipper
 from src.retrieval import load_run_embeddings
 from src.search import (
+    Embeddings,
+    FetchOptions,
     ImageCache,
+    LocalIndex,
     QdrantIndex,
     RemoteIndex,
-    fetch_images,
-    select_available_images,
-    iterate_parts,
+    RequestOptions,
+    build_index,
+    choose_index,
     decode_sent_images,
+    embed_images,
+    fetch_images,
+    find_near_duplicates,
+    iterate_parts,
+    load_local_images,
+    select_available_images,
+    write_tars,
 )
-from src.search import local as indexing
 from src.utils import HOME, PerceptError, atomic, resolve
 
 # %% [markdown]
@@ -131,15 +148,17 @@ made_by = {
 }
 folder, source = resolve(index), resolve(pool)
 if pool == "mini":
-    source = indexing.write_tars(
-        miniworld.generate_pool(pool_images), HOME / "data" / "mini" / f"pool_{pool_images}", pool_images
+    source = write_tars(
+        miniworld.generate_pool(pool_images),
+        HOME / "data" / "mini" / f"pool_{pool_images}",
+        pool_images,
     )
 if pool:
-    indexing.embed_images(source, folder, encoder.encode_pixels, made_by, encoder.size)
+    embed_images(source, folder, encoder.encode_pixels, made_by, encoder.size)
 embedded = (folder / "img_emb").is_dir() and not url
 if embedded:
-    stored = indexing.Embeddings(folder)
-    plan, table = indexing.choose_index(len(stored), stored.dim, memory_gb, index_kind, mapped)
+    stored = Embeddings(folder)
+    plan, table = choose_index(len(stored), stored.dim, memory_gb, index_kind, mapped)
     print(
         f"{len(stored):,} embeddings of {stored.dim} numbers in"
         f" {folder}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}"
@@ -147,18 +166,11 @@ if embedded:
 
 # %%
 if url:
-    safety = {
-        "deduplicate": deduplicate,
-        "use_safety_model": use_safety_model,
-        "use_violence_detector": use_violence_detector,
-    }
+    options = RequestOptions(
+        candidates, deduplicate, use_safety_model, use_violence_detector
+    )
     searched = RemoteIndex(
-        url,
-        indice_name,
-        timeout=server_timeout,
-        on_failure=server_failure,
-        num_images=candidates,
-        **safety,
+        url, indice_name, options=options, timeout=server_timeout, on_failure=server_failure
     )
 elif qdrant:
     searched = QdrantIndex(qdrant if "://" in qdrant else resolve(qdrant), indice_name)
@@ -166,8 +178,8 @@ elif qdrant:
         searched.fill(iterate_parts(folder))
 else:
     if embedded:
-        indexing.build_index(folder, plan, shard_rows, jobs, seed)
-    searched = indexing.LocalIndex(folder, run.device)
+        build_index(folder, plan, shard_rows, jobs, seed)
+    searched = LocalIndex(folder, run.device)
     if searched.encoder and searched.encoder != made_by:
         raise PerceptError(
             f"{folder} holds embeddings of {searched.encoder}, and the brain's are of {made_by}:"
@@ -191,7 +203,7 @@ known = cache_targets(
     encoder.encode_pixels,
     encoder.target_shape,
 )
-twins = indexing.find_near_duplicates(
+twins = find_near_duplicates(
     searched, known.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate
 )
 barred = np.empty(0, int) if keep_test_images else twins["row"].unique()
@@ -222,7 +234,9 @@ if not url and not {"image_path", "url", "image"} & set(first):
         f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
         " beside the index."
     )
-here = not url and indexing.load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
+here = (
+    not url and load_local_images(first, 8)[1].any()
+)  # pictures on this machine, or urls
 wide = k if here else max(k, candidates)
 found = {
     "retrieved": searched.search(brain, wide, barred),
@@ -289,24 +303,29 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 
 # %%
 cache = ImageCache(HOME / "data" / "pictures")
+fetch_options = FetchOptions(picture_size, picture_timeout, allow_private=private_pictures)
 usable = {}
 for name, near in found.items():
     rows = usable[name] = near.row[:, :k]
-    if not here and "url" in (told := searched.get_metadata(near.row.ravel())) and "image" not in told:
+    if (
+        not here
+        and "url" in (told := searched.get_metadata(near.row.ravel()))
+        and "image" not in told
+    ):
         at = select_available_images(
             told["url"].to_numpy().reshape(near.row.shape),
             k,
             cache,
-            picture_size,
-            picture_timeout,
-            allow_private=private_pictures,
+            fetch_options,
         )
         usable[name] = np.where(at < 0, -1, np.take_along_axis(near.row, at.clip(0), 1))
 tokens, chooser = None, None
 if token_run:
     tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
     chooser = load_encoder(
-        read_decoder_config(find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)),
+        read_decoder_config(
+            find_decoder(HOME / "train_logs" / token_run, "high_level", checkpoint)
+        ),
         weights,
         run.device,
     )
@@ -320,16 +339,15 @@ def pictures(rows):
     told = searched.get_metadata(rows.ravel())
     if here or "image" in told:
         pixels, ok = (
-            indexing.load_local_images(told, picture_size)
+            load_local_images(told, picture_size)
             if here
             else decode_sent_images(told, picture_size)
         )
         shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     else:
         urls = told["url"].tolist() if "url" in told else [None] * len(told)
-        shown, ok, _ = fetch_images(
-            urls, cache, picture_size, picture_timeout, allow_private=private_pictures
-        )
+        fetched = fetch_images(urls, cache, fetch_options)
+        shown, ok = fetched.images, fetched.ok
     shown, ok = shown.unflatten(0, rows.shape), ok.reshape(rows.shape)
     first = np.where(ok, np.arange(rows.shape[1]), ok.argmax(1)[:, None])
     return shown[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
@@ -354,7 +372,9 @@ unfinished.mkdir(exist_ok=True)
 rows = {}
 for name in found:
     mark = [name, run.parameters, usable[name].tolist()]
-    rows |= compute_in_chunks(lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark)
+    rows |= compute_in_chunks(
+        lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark
+    )
 places, had = (
     {name: rows.pop(f"{name}_place").numpy() for name in found},
     {name: rows.pop(f"{name}_ok").numpy() for name in found},
@@ -407,7 +427,8 @@ for name, near in found.items():
     )
     tables.append(
         pd.concat(
-            [part, searched.get_metadata(part["row"]).filter(["url", "image_path", "caption"])], axis=1
+            [part, searched.get_metadata(part["row"]).filter(["url", "image_path", "caption"])],
+            axis=1,
         )
     )
 with atomic(run.results / "found.parquet") as path:

@@ -20,21 +20,29 @@
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "nsd"  # prepared dataset under data/
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
-weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-recon_path = ""  # anyone's reconstructions instead of notebook 03's, a .pt, .npz or .npy file or a folder of PNG files
+recon_path = ""  # other reconstructions to score, a .pt, .npz or .npy file or a folder of PNG files
 all_images_path = ""  # with recon_path, the images that were seen, in the same order
-metrics = "pixcorr,ssim,ssim_columns,AlexNet(2),AlexNet(5),InceptionV3,CLIP,EffNet-B1,SwAV"  # separated by commas
-resizing = "published"  # one of published, antialias, straight; how pictures are first brought to one size (docs/metrics.md)
-hard_negatives = ""  # columns of the image labels that hard distractors share, by default clusters of the seen images
-blend = 0.0  # share of the blurry picture blended into the reconstructions that are scored, published evaluates .25, at least 0, at most 1
-brain_corr = False  # also what of the measured responses GNet, an encoder of this subject, predicts from the reconstructions
-caption_metrics = "METEOR,ROUGE-1,ROUGE-L,Sentence,CLIP-B text,CLIP-L text,ROUGE-2,BLEU-1,BLEU-2,BLEU-3,BLEU-4,CIDEr"  # separated by commas
-references = "one"  # one of one, all; what people wrote of an image that its caption is held against (published is one)
-shuffles = 3  # random pairings of the shuffled floor, at least 1
-seed = 42  # of these pairings and of the clusters; the bootstrap always has the same
+
+# model
+weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+
+# optimisation
+seed = 42  # of everything random here
+
+# evaluation
+metrics = "published"  # scores, separated by commas, published: those of the paper
+resizing = "published"  # one of published, antialias, straight; of images (docs/metrics.md)
+hard_negatives = ""  # columns of image labels that hard negatives share, separated by commas
+blend = 0.0  # share of the blurry image in what is scored, published .25, at least 0, at most 1
+brain_corr = False  # also compute brain correlation, with GNet's predicted responses
+caption_metrics = "all"  # caption scores, separated by commas, or all
+references = "one"  # one of one, all; human captions that a caption is compared with
+shuffles = 3  # random pairings of the shuffled baseline, at least 1
 
 # %%
 from src.parameters import configure
@@ -90,6 +98,7 @@ from src.evaluation import (
 )
 from src.figures import plot_abstention_curve, plot_score_by_distance, plot_score_dots, save_figure
 from src.metrics import (
+    PUBLISHED_METRICS,
     METRICS,
     Metric,
     answer_metrics,
@@ -200,7 +209,8 @@ alarms
 # %%
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
 prefix = "mini:" if weights == "mini" else ""
-wanted = [name.strip() for name in metrics.split(",") if name.strip()]
+listed = PUBLISHED_METRICS if metrics == "published" else metrics.split(",")
+wanted = [name.strip() for name in listed if name.strip()]
 if unknown := [name for name in wanted if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
 
@@ -243,11 +253,16 @@ def looking(name):
 clip_seen = clip_features(seen)
 chosen = [looking(name) for name in wanted]
 labels = subject.labels if ours else None
-judge = CategoryClassifier(weights, run.device) if weights == "mini" and labels is not None else None
+judge = (
+    CategoryClassifier(weights, run.device) if weights == "mini" and labels is not None else None
+)
 if judge is not None and set(judge.categories) <= set(labels.columns):
     labels = labels.set_index("image").loc[image_ids]
     chosen += answer_metrics(
-        "mini:judge", judge.classify, {q: labels[q].to_numpy() for q in judge.categories}, judge.chance_accuracy
+        "mini:judge",
+        judge.classify,
+        {q: labels[q].to_numpy() for q in judge.categories},
+        judge.chance_accuracy,
     )
     said = judge.classify(seen)
     print(
@@ -265,7 +280,11 @@ chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
 reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
 records = make_records(
-    table, chosen, protocol=metadata["protocol"], test_set=metadata["test_set"], no_upper_bound=reason
+    table,
+    chosen,
+    protocol=metadata["protocol"],
+    test_set=metadata["test_set"],
+    no_upper_bound=reason,
 )
 each = {
     key: part["value"].to_numpy()
@@ -388,7 +407,10 @@ if "repeat_agreement" in tensors:
         x.flatten(1) - x.flatten(1).mean(0)
         for x in (tensors["true_tokens"].float(), tensors[metadata["compared"]].float())
     )
-    own, noise = pcc(true, said), noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"]))
+    own, noise = (
+        pcc(true, said),
+        noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"])),
+    )
     wrong = np.stack(
         [pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1
     )
@@ -505,7 +527,9 @@ if ours and file.exists() and subject.captions is not None and caption_metrics:
         subject.captions["image"].isin(train_ids),
     )
     common = find_most_common_caption(subject.captions["caption"][trained])
-    speech, unsaid, networks = prepare_caption_metrics(caption_metrics, weights, run.device, clipper)
+    speech, unsaid, networks = prepare_caption_metrics(
+        caption_metrics, weights, run.device, clipper
+    )
     looked_through |= networks
     print(
         f"held against every image: '{common}'",
@@ -652,10 +676,18 @@ if "held_out" in tensors and 0 < tensors["held_out"].sum() < len(seen):
 # %%
 if "voters" in metadata:
     several = ensemble_gain(
-        each, {m.name: m.better for m in chosen}, metadata["voters"].split(","), metadata["best_voter"], seed
+        each,
+        {m.name: m.better for m in chosen},
+        metadata["voters"].split(","),
+        metadata["best_voter"],
+        seed,
     )
     tables.append(
-        {"title": "What the vote is worth", "note": describe_ensemble_gain(several), "rows": gain_table(several)}
+        {
+            "title": "What the vote is worth",
+            "note": describe_ensemble_gain(several),
+            "rows": gain_table(several),
+        }
     )
     print(describe_ensemble_gain(several))
 
@@ -671,7 +703,9 @@ if len(said):
             *(f"{name} is left out. {why}" for name, why in unsaid.items()),
         ]
     )
-    tables.append({"title": "Captions from the brain", "note": note, "rows": format_caption_table(said)})
+    tables.append(
+        {"title": "Captions from the brain", "note": note, "rows": format_caption_table(said)}
+    )
 
 
 # %%
@@ -826,7 +860,8 @@ if "refined" in pictures:
         as_system("refined", regional, table) if regional else []
     )
     write_table(
-        written_tables / f"{run.name}_all_enhancedrecons.csv", published_table([*refined, *retrieval])
+        written_tables / f"{run.name}_all_enhancedrecons.csv",
+        published_table([*refined, *retrieval]),
     )
 if len(said):
     named = said.assign(Metric=said["metric"] + " " + said["pairing"])[

@@ -16,14 +16,20 @@
 # docs/overlap.md; sessions and pretraining: docs/sweeps.md.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder
-model_name = "compare"  # folder under results/ that the comparison is written to
-runs = ""  # runs under results/, separated by commas, SWEEP/* for the points of a sweep, by default all that were scored on the same test set
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = "compare"  # name of the run, by default made from recipe and subject
+
+# data
+runs = ""  # runs under results/, separated by commas, SWEEP/* for a sweep's, by default all
 test_set = ""  # id of the test set, by default that of most runs
-metrics = ""  # metrics to show, separated by commas, by default all that every run has
-row = "system"  # row of each run's scores that is compared, e.g. system or ridge
-baseline = ""  # run that the others are held against in pairs, by default the first
-seed = 0  # of the bootstrap
+row = "system"  # condition of each run that is compared, e.g. system or ridge
+
+# optimisation
+seed = 0  # of everything random here
+
+# evaluation
+metrics = ""  # scores, separated by commas, published: those of the paper
+reference_run = ""  # run that the others are compared with in pairs, by default the first
 
 # %%
 from src.parameters import configure
@@ -46,16 +52,16 @@ from src.utils import HOME, PerceptError, atomic
 
 # %%
 found = compare.read_runs(HOME / "results", runs)
-missing = [one.name for one in found if row not in one.rows]
+missing = [one.name for one in found if row not in one.conditions]
 if missing and (runs or len(missing) == len(found)):
     raise PerceptError(
         f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs."
     )
 scored, alarms = compare.select_same_images(
-    [one for one in found if row in one.rows], test_set, refuse=bool(runs)
+    [one for one in found if row in one.conditions], test_set, refuse=bool(runs)
 )
 alarms += compare.setting_differences(scored)
-held_against = baseline or scored[0].name
+held_against = reference_run or scored[0].name
 shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
 print(
@@ -68,8 +74,8 @@ pd.DataFrame(
     {
         "run": [one.name for one in scored],
         "protocol": [one.protocol for one in scored],
-        "decoder": [one.trained.get("decoder", "made elsewhere") for one in scored],
-        "components": [one.trained.get("n_components", "") or "all voxels" for one in scored],
+        "decoder": [one.training.get("decoder", "made elsewhere") for one in scored],
+        "components": [one.training.get("n_components", "") or "all voxels" for one in scored],
         "images": [len(one.values(shown[0], row)) for one in scored],
     }
 )

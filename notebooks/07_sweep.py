@@ -15,12 +15,14 @@
 # paired and why: docs/sweeps.md. Regions alone and left out: docs/roi_voting.md.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder
-model_name = ""  # name of the sweep, a folder under results/
-metrics = ""  # scores to show, separated by commas, by default all that every point has; the first two are drawn
-factor = ""  # varied parameter whose values are compared, by default the first of the grid that is no seed
-seed_name = ""  # varied parameter that is the luck of a run, by default seed or bag_seeds, whichever the grid varies
-by = "val/loss"  # column of the histories that the verdict is about; one that holds "loss" or "mse" is better where it is lower
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# evaluation
+metrics = ""  # scores, separated by commas, published: those of the paper
+factor = ""  # varied parameter to compare, by default the first of the grid that is no seed
+seed_name = ""  # varied parameter that is the seed, by default seed or bag_seeds
+by = "val/loss"  # column of the histories to compare; with loss or mse in its name, lower is better
 
 # %%
 from src.parameters import configure

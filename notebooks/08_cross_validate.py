@@ -15,21 +15,27 @@
 # the cross-validation first.
 
 # %% tags=["parameters"]
-recipe = ""  # a recipe folder
-model_name = ""  # name of the run under train_logs/ and results/, by default made from recipe and subject
-dataset = "digits69"  # prepared dataset under data/
+recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world
+model_name = ""  # name of the run, by default made from recipe and subject
+
+# data
+dataset = "digits69"  # prepared data set under data/
 subj = 1  # subject, at least 1
-weights = "hub"  # where CLIP lies, hub or mini or a folder
 folds = 10  # folds over all images, stratified by label, at least 2
+
+# model
+weights = "hub"  # pretrained models, hub or mini or a folder that holds them
+h = 256  # width of the hidden layers, at least 1
+n_blocks = 1  # residual or mixer blocks, at least 0
+
+# optimisation
 inner_folds = 5  # folds within the training images that choose voxels and penalty, at least 2
 voxels_kept = "400,800,1600"  # candidate numbers of voxels, separated by commas
 alphas = "100,300,1000"  # candidate ridge penalties, separated by commas
-h = 256  # width of the network, at least 1
-n_blocks = 1  # its residual blocks, at least 0
 num_epochs = 60  # passes over the training images, at least 1
-batch_size = 16  # images a step, at least 1
-max_lr = 1.0e-3  # peak learning rate, more than 0
-seed = 42  # of folds and networks
+batch_size = 16  # images or samples a step over all processes, at least 1
+max_lr = 1.0e-3  # peak learning rate, never scaled by the number of processes, more than 0
+seed = 42  # of everything random here
 
 # %%
 from src.parameters import configure

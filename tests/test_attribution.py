@@ -23,7 +23,7 @@ from src.data.subject import open_subject
 from src.evaluation import attribution
 from src.miniworld.cortex import simulate
 from src.networks.linear import RidgeBaseline
-from src.networks.released import build_decoder
+from src.networks.rebuild import build_decoder
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.clip import Clipper
 from src.utils import PerceptError, save_checkpoint
@@ -614,7 +614,7 @@ def launch(world, *flags):
         "small",
         "--weights",
         "mini",
-        "--draws",
+        "--n_permutations",
         "2",
         "--first_images",
         "25",
@@ -632,7 +632,7 @@ def launch(world, *flags):
 
 
 def test_the_notebook_reads_a_run_with_either_level(world):
-    done = launch(world, "--model_name", "small", "--decoder", "ridge")
+    done = launch(world, "--model_name", "small", "--explained_decoder", "ridge")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "higher areas carry" in done.stdout and "completeness error" in done.stdout
     results = world.home / "results" / "small"

@@ -268,7 +268,7 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
         "5",
         "--pool_sampling",
         "consecutive",
-        "--pool",
+        "--pool_size",
         "20",
         "--no-plot_umap",
     )

@@ -79,7 +79,7 @@ def combined_config(
 
     Args:
         parameters: of the notebook: arch, h, n_blocks, conv_channels, conv_strides, prior_depth,
-            prior_heads, prior_dim_head, timesteps, max_text_len, prior_scale (0: sqrt(dim), as
+            prior_heads, prior_dim_head, timesteps, max_text_len, image_embed_scale (0: sqrt(dim), as
             published).
         in_dim: voxels.
         dim: of CLIP's final embedding.
@@ -116,7 +116,7 @@ def combined_config(
         "normformer": True,
     }
     prior = {"image_embed_dim": dim, "timesteps": p["timesteps"], "cond_drop_prob": 0.0} | (
-        {"image_embed_scale": p["prior_scale"]} if p["prior_scale"] else {}
+        {"image_embed_scale": p["image_embed_scale"]} if p["image_embed_scale"] else {}
     )
     return {
         "name": "BrainDiffusionPrior",

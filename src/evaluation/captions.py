@@ -505,7 +505,7 @@ def prepare_caption_metrics(
     """The metrics of some names, with their networks.
 
     Args:
-        names: of `CAPTION_METRICS`, separated by commas.
+        names: of `CAPTION_METRICS`, separated by commas, or "all".
         weights: "hub", "mini" or a folder, of the networks; with "mini" their metrics are called
             "mini:".
         device: torch device of these.
@@ -518,6 +518,8 @@ def prepare_caption_metrics(
     Raises:
         PerceptError: an unknown name, or weights that are not to be had.
     """
+    if names == "all":
+        names = ",".join(CAPTION_METRICS)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in CAPTION_METRICS]:
         raise PerceptError(
