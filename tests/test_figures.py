@@ -9,11 +9,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from src import figures, retrieval
-from src.figures import base
+from src.figures import canvas
 from src.utils import PerceptError
 
 
-def pictures(n=6, side=8, seed=0):
+def random_images(n=6, side=8, seed=0):
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -24,28 +24,15 @@ def record(name="pixcorr", better="higher", **change):
         "own_control": {"value": 0.2, "low": 0.1, "high": 0.3},
     }
     ceiling = {"value": 0.9, "low": 0.85, "high": 0.95}
-    return {
-        "name": name,
-        "better": better,
-        "n": 6,
-        **score,
-        "floors": floors,
-        "ceiling": ceiling,
-        **change,
-    }
+    labels = {"name": name, "better": better, "n": 6}
+    return {**labels, **score, "floors": floors, "ceiling": ceiling, **change}
 
 
 def history():
     epochs = np.arange(5)
     validation = [3, np.nan, 1, np.nan, 2]
-    return pd.DataFrame(
-        {
-            "epoch": epochs,
-            "train/loss": 4.0 - epochs,
-            "val/loss": validation,
-            "train/lr": epochs / 10,
-        }
-    )
+    training = {"train/loss": 4.0 - epochs, "train/lr": epochs / 10}
+    return pd.DataFrame({"epoch": epochs, "val/loss": validation} | training)
 
 
 def texts(fig):
@@ -54,7 +41,9 @@ def texts(fig):
 
 def pool_table():
     clip = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    return retrieval.compute_retrieval_by_pool_size(clip + 0.5 * torch.randn_like(clip), clip, (4, 8))
+    return retrieval.compute_retrieval_by_pool_size(
+        clip + 0.5 * torch.randn_like(clip), clip, (4, 8)
+    )
 
 
 def voxel_table():
@@ -67,75 +56,70 @@ RUNS = ["a_run", "a_run-with-a-long-name-cluster-held-out", *(f"run{i}" for i in
 
 
 def run_table():
-    def line(run, row, metric, value):
-        return {
-            "run": run,
-            "row": row,
-            "metric": metric,
-            "value": value,
-            "low": value - 0.05,
-            "high": value + 0.05,
-            "better": "lower" if metric == "mse" else "higher",
-        }
-
-    rows = {"system": 0.5, "ridge": 0.4, "mean_image": 0.1, "ceiling": 0.9}
-    return pd.DataFrame(
-        [
-            line(run, row, metric, value + i / 100)
-            for i, run in enumerate(RUNS)
-            for row, value in rows.items()
-            for metric in ("pixcorr", "mse")
-        ]
-    )
+    conditions = {"system": 0.5, "ridge": 0.4, "mean_image": 0.1, "ceiling": 0.9}
+    better = {"pixcorr": "higher", "mse": "lower"}
+    rows = []
+    for i, run in enumerate(RUNS):
+        for condition, score in conditions.items():
+            value = score + i / 100
+            for metric in better:
+                interval = (value, value - 0.05, value + 0.05)
+                rows.append((run, condition, metric, *interval, better[metric]))
+    columns = ["run", "row", "metric", "value", "low", "high", "better"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bottleneck_table():
     table = run_table()
     table = table[table["run"].isin(RUNS[:3]) & (table["row"] != "ridge")]
     table = table.assign(n_components=table["run"].map({RUNS[0]: 3, RUNS[1]: 30, RUNS[2]: 0}))
-    return pd.concat(
-        [
-            table.assign(curve="mindeye/mini, network"),
-            table[table["row"] == "system"].assign(curve="mindeye/mini, ridge"),
-        ]
-    )
+    network = table.assign(curve="mindeye/mini, network")
+    ridge = table[table["row"] == "system"].assign(curve="mindeye/mini, ridge")
+    return pd.concat([network, ridge])
 
 
 def effect_table():
     changes = {"held-out clusters": (-0.3, 5), "kept clusters": (-0.1, 20), "effect": (-0.2, 25)}
-    lines = [
-        (m, kind, v, v - 0.05, v + 0.05, n)
-        for m in ("pixcorr", "mini:judge:kind")
-        for kind, (v, n) in changes.items()
-    ]
-    return pd.DataFrame(lines, columns=["metric", "images", "value", "low", "high", "n"])
+    rows = []
+    for metric in ("pixcorr", "mini:judge:kind"):
+        for images, (value, n) in changes.items():
+            rows.append((metric, images, value, value - 0.05, value + 0.05, n))
+    return pd.DataFrame(rows, columns=["metric", "images", "value", "low", "high", "n"])
 
 
-DRAWN = {
-    "compare_dots": lambda: figures.plot_comparison(run_table(), baseline="a_run"),
-    "curves_over": lambda: figures.plot_curves_over(
-        bottleneck_table(), "n_components", "components of the voxels"
-    ),
-    "held_out_effect": lambda: figures.plot_held_out_effect(
-        effect_table(), "a run against another"
-    ),
-    "contact_sheet": lambda: figures.plot_contact_sheet(
-        {"seen": pictures(), "reconstructed": pictures(seed=1)}, n=5
-    ),
-    "hits_and_misses": lambda: figures.plot_hits_and_misses(
-        pictures(), pictures(), np.tile(np.arange(4), (6, 1)), np.arange(6), np.arange(1, 7), k=4
-    ),
+def draw_hits_and_misses():
+    candidates, targets, ranks = np.tile(np.arange(4), (6, 1)), np.arange(6), np.arange(1, 7)
+    images = random_images()
+    return figures.plot_hits_and_misses(images, images, candidates, targets, ranks, k=4)
+
+
+def draw_curves_over(table=None):
+    table = bottleneck_table() if table is None else table
+    return figures.plot_curves_over(table, "n_components", "components of the voxels")
+
+
+def draw_contact_sheet():
+    columns = {"seen": random_images(), "reconstructed": random_images(seed=1)}
+    return figures.plot_contact_sheet(columns, n=5)
+
+
+FIGURES = {
+    "comparison": lambda: figures.plot_comparison(run_table(), baseline="a_run"),
+    "curves_over": draw_curves_over,
+    "held_out": lambda: figures.plot_held_out_effect(effect_table(), "a run against another"),
+    "contact_sheet": draw_contact_sheet,
+    "hits_and_misses": draw_hits_and_misses,
     "training_curves": lambda: figures.plot_training_curves(history()),
     "score_dots": lambda: figures.plot_score_dots([record(), record("mse", "lower")], "a run"),
     "retrieval_curve": lambda: figures.plot_retrieval_curve(pool_table()),
-    "roi_figure": lambda: figures.plot_roi_reliability(voxel_table()),
+    "roi_reliability": lambda: figures.plot_roi_reliability(voxel_table()),
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", FIGURES)
 def test_figure_is_closed_and_saved_whole(name, tmp_path):
     before = dict(plt.rcParams)
-    fig = DRAWN[name]()
+    fig = FIGURES[name]()
     figures.save_figure(fig, tmp_path / f"{name}.png")
     with Image.open(tmp_path / f"{name}.png") as image:
         assert min(image.size) > 60 and np.asarray(image.convert("L")).std() > 1
@@ -144,60 +128,64 @@ def test_figure_is_closed_and_saved_whole(name, tmp_path):
 
 
 def test_contact_sheet_shows_the_first_images_pixel_for_pixel(tmp_path):
-    images = pictures(side=112)
+    images = random_images(side=112)
     fig = figures.plot_contact_sheet(
-        {"seen": images, "low level": pictures(side=8)},
+        {"seen": images, "low level": random_images(side=8)},
         n=3,
         blocks=1,
         labels=["a", "b", "c", "d", "e", "f"],
     )
-    canvas = fig.axes[0].images[0].get_array()
+    page = fig.axes[0].images[0].get_array()
     first = (images[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    rows, columns = (canvas == first[0, 0]).all(-1).nonzero()
-    found = [
+    rows, columns = (page == first[0, 0]).all(-1).nonzero()
+    corners = [
         (y, x)
         for y, x in zip(rows, columns, strict=True)
-        if (canvas[y : y + 112, x : x + 112] == first).all()
+        if (page[y : y + 112, x : x + 112] == first).all()
     ]
-    assert len(found) == 1
+    assert len(corners) == 1
     assert {"seen", "low level", "a", "c"} <= set(texts(fig)) and "d" not in texts(fig)
     figures.save_figure(fig, tmp_path / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-    y, x = found[0]
+    y, x = corners[0]
     assert (saved[y : y + 112, x : x + 112] == first).all()
 
 
 def test_enlargement_by_nearest_keeps_whole_pixels():
-    tiles = base._tiles(pictures(2), 32, "nearest")
+    tiles = canvas.make_tiles(random_images(2), 32, "nearest")
     assert (tiles[:, ::4, ::4].repeat(4, 1).repeat(4, 2) == tiles).all()
-    assert base._side(pictures(side=32)) % 32 == 0 and base._side(pictures(side=425)) == 112
+    assert canvas.choose_tile_side(random_images(side=32)) % 32 == 0
+    assert canvas.choose_tile_side(random_images(side=425)) == 112
 
 
 def test_hits_and_misses_are_the_first_of_each_in_order_with_the_right_image_framed():
-    found = np.array([[2, 0, 1], [1, 0, 2], [0, 2, 1], [3, 1, 2], [4, 1, 2]])
+    candidates = np.array([[2, 0, 1], [1, 0, 2], [0, 2, 1], [3, 1, 2], [4, 1, 2]])
     fig = figures.plot_hits_and_misses(
-        pictures(5), pictures(5), found, np.arange(5), np.array([2, 1, 2, 1, 1]), n=2, k=2
+        random_images(5),
+        random_images(5),
+        candidates,
+        np.arange(5),
+        np.array([2, 1, 2, 1, 1]),
+        n=2,
+        k=2,
     )
-    shown = texts(fig)
-    assert shown.count("✓") == 4  # both hits, both misses that have it second
-    rows = [t for t in shown if t.isdigit()]
+    written = texts(fig)
+    assert written.count("✓") == 4  # both hits, both misses that have it second
+    rows = [t for t in written if t.isdigit()]
     assert (
         rows == ["2", "4", "1", "3"]
-        and "Image from brain: 3 hits and 2 misses among 5 test images" in shown
+        and "Image from brain: 3 hits and 2 misses among 5 test images" in written
     )
-    assert shown.count("rank 2\nof 5") == 2 and shown.count("rank 1\nof 5") == 2
+    assert written.count("rank 2\nof 5") == 2 and written.count("rank 1\nof 5") == 2
 
 
 def test_hits_and_misses_say_when_there_are_none_and_refuse_what_does_not_pair():
-    found, right = np.tile(np.arange(3), (3, 1)), np.arange(3)
-    assert any(
-        t.endswith("there are none")
-        for t in texts(
-            figures.plot_hits_and_misses(pictures(3), pictures(3), found, right, np.ones(3))
-        )
-    )
+    candidates, targets = np.tile(np.arange(3), (3, 1)), np.arange(3)
+    images = random_images(3)
+    fig = figures.plot_hits_and_misses(images, images, candidates, targets, np.ones(3))
+    assert any(text.endswith("there are none") for text in texts(fig))
     with pytest.raises(PerceptError, match="must pair up"):
-        figures.plot_hits_and_misses(pictures(3), pictures(3), found, right, np.ones(2))
+        figures.plot_hits_and_misses(images, images, candidates, targets, np.ones(2))
 
 
 def test_training_curves_mark_the_best_validation_epoch_and_skip_gaps():
@@ -232,14 +220,14 @@ def test_long_names_of_scores_stay_inside_the_figure():
 
 def test_comparison_names_every_run_and_points_right_when_it_is_better():
     fig = figures.plot_comparison(run_table(), baseline="a_run")
-    shown = texts(fig)
+    written = texts(fig)
     assert {
         *RUNS,
         "floors and ceiling",
         "mean image",
         "ceiling",
         "interval of the baseline",
-    } <= set(shown) and "ridge" not in shown
+    } <= set(written) and "ridge" not in written
     limits = {ax.get_title("left"): ax.get_xlim() for ax in fig.axes}
     assert (
         limits["pixcorr"][0] < limits["pixcorr"][1]
@@ -252,7 +240,7 @@ def test_comparison_names_every_run_and_points_right_when_it_is_better():
 
 
 def test_bottleneck_curve_ends_with_all_voxels():
-    fig = figures.plot_curves_over(bottleneck_table(), "n_components", "components of the voxels")
+    fig = draw_curves_over()
     assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["3", "30", "all"]
     assert {
         "mindeye/mini, network, 95 % interval",
@@ -264,14 +252,14 @@ def test_bottleneck_curve_ends_with_all_voxels():
 
 
 def test_held_out_effect_writes_what_is_lost_beyond_the_others():
-    shown = texts(figures.plot_held_out_effect(effect_table(), "a run against another"))
-    assert shown.count("-0.200  [-0.250, -0.150]") == 2
+    written = texts(figures.plot_held_out_effect(effect_table(), "a run against another"))
+    assert written.count("-0.200  [-0.250, -0.150]") == 2
     assert {
         "a run against another",
         "5 images of held-out clusters",
         "20 images of the others",
         "mini:judge:kind",
-    } <= set(shown)
+    } <= set(written)
 
 
 def test_umap_shows_brains_filled_and_images_open():
@@ -287,37 +275,48 @@ def test_umap_shows_brains_filled_and_images_open():
 
 def test_roi_figure_counts_voxels():
     voxels = voxel_table()
-    shown = texts(figures.plot_roi_reliability(voxels))
-    assert {"all voxels", "50", "V1", str(voxels["V1"].sum()), "empty", "0", "-"} <= set(shown)
+    written = texts(figures.plot_roi_reliability(voxels))
+    assert {"all voxels", "50", "V1", str(voxels["V1"].sum()), "empty", "0", "-"} <= set(written)
 
 
-@pytest.mark.parametrize(
-    ("draw", "words"),
-    [
-        (
-            lambda: figures.plot_contact_sheet({"seen": pictures(3), "reconstructed": pictures(2)}),
-            "differ in length",
-        ),
-        (
-            lambda: figures.plot_contact_sheet({"seen": pictures(3)}, enlarge="sharp"),
-            "choose one of nearest, bicubic",
-        ),
-        (lambda: figures.plot_contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
-        (lambda: figures.plot_training_curves(pd.DataFrame({"epoch": [1]})), "train/loss"),
-        (lambda: figures.plot_score_dots([]), "no scores"),
-        (lambda: figures.plot_comparison(run_table(), condition="typo"), "no scores of 'typo'"),
-        (
-            lambda: figures.plot_curves_over(
-                bottleneck_table().query("row == 'typo'"), "n_components", "components"
-            ),
-            "no scores by number of components",
-        ),
-        (lambda: figures.plot_held_out_effect(effect_table()[:0]), "no changes"),
-        (lambda: figures.plot_umap(torch.rand(3, 2), torch.rand(3, 2), ["a"]), "pair up"),
-        (lambda: figures.plot_roi_reliability(pd.DataFrame({"V1": [True]})), "noise_ceiling"),
-    ],
-)
-def test_bad_input_is_refused(draw, words):
-    with pytest.raises(PerceptError, match=words):
+BAD_INPUTS = {
+    "columns of different lengths": (
+        lambda: figures.plot_contact_sheet({"seen": random_images(3), "other": random_images(2)}),
+        "differ in length",
+    ),
+    "unknown enlargement": (
+        lambda: figures.plot_contact_sheet({"seen": random_images(3)}, enlarge="sharp"),
+        "choose one of nearest, bicubic",
+    ),
+    "no channels": (lambda: figures.plot_contact_sheet({"seen": torch.rand(3, 8, 8)}), "expect"),
+    "no history": (
+        lambda: figures.plot_training_curves(pd.DataFrame({"epoch": [1]})),
+        "train/loss",
+    ),
+    "no records": (lambda: figures.plot_score_dots([]), "no scores"),
+    "unknown condition": (
+        lambda: figures.plot_comparison(run_table(), condition="typo"),
+        "no scores of 'typo'",
+    ),
+    "no curves": (
+        lambda: draw_curves_over(bottleneck_table()[:0]),
+        "no scores by number of components",
+    ),
+    "no changes": (lambda: figures.plot_held_out_effect(effect_table()[:0]), "no changes"),
+    "unpaired embeddings": (
+        lambda: figures.plot_umap(torch.rand(3, 2), torch.rand(3, 2), ["a"]),
+        "pair up",
+    ),
+    "no noise ceiling": (
+        lambda: figures.plot_roi_reliability(pd.DataFrame({"V1": [True]})),
+        "noise_ceiling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_refused(name):
+    draw, message = BAD_INPUTS[name]
+    with pytest.raises(PerceptError, match=message):
         draw()
     assert not plt.get_fignums()

@@ -1,40 +1,34 @@
-"""Figures of a run: plain matplotlib, one style, returned closed so that a notebook shows each
-once.
+"""What all figures share: one style, colours, marks of the controls, panels and legends.
 
-- Every function returns a `Figure`; `save_figure(fig, path)` writes the PNG and hands the figure back, so
-  a cell can end with it.
+- Every function that plots returns a closed `Figure`, so that a notebook shows it once;
+  `save_figure(fig, path)` writes the PNG.
 - Nothing is told by colour alone: series also differ in marker, line or place, and carry their
   name.
-- Pictures are the first of the test set, never a selection, enlarged by a whole factor to a size at
-  which they can be read.
-- In `plot_score_dots` right is always better, also for distances, so that a row is read the same way
-  everywhere.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from IPython.core.getipython import get_ipython
-from IPython.display import Image as ShownImage
+from IPython.display import Image as DisplayedImage
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
 
-from src.utils import PerceptError, atomic
+from src.utils import atomic
 
 DPI = 110
 
 INK, SOFT, FAINT = "#1f2430", "#6b7280", "#e5e7eb"
 
-COLOURS = [
+COLOURS = [  # Okabe & Ito, extended
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -43,24 +37,32 @@ COLOURS = [
     "#56B4E9",
     "#7A5195",
     "#8C6D31",
-]  # Okabe & Ito, extended
+]
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
-ENLARGEMENTS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 
-CONTROL_MARKS = {  # row of a score table: (marker, colour, what it is)
-    "shuffled": ("x", SOFT, "shuffled pairing"),
-    "mean_image": ("s", "#E69F00", "mean image"),
-    "mean_seen": ("s", "#E69F00", "mean seen image"),
-    "other_recon": ("v", "#CC79A7", "most similar other reconstruction"),
-    "untrained": ("P", "#56B4E9", "untrained network"),
-    "nearest_train": ("D", "#009E73", "nearest training image"),
-    "ceiling": ("|", "#7A5195", "ceiling"),
+class ControlMark(NamedTuple):
+    """How a baseline or the ceiling is drawn, and what the legend calls it."""
+
+    marker: str
+    colour: str
+    label: str
+
+
+CONTROL_MARKS = {  # by condition of a score table
+    "shuffled": ControlMark("x", SOFT, "shuffled pairing"),
+    "mean_image": ControlMark("s", "#E69F00", "mean image"),
+    "mean_seen": ControlMark("s", "#E69F00", "mean seen image"),
+    "other_recon": ControlMark("v", "#CC79A7", "most similar other reconstruction"),
+    "untrained": ControlMark("P", "#56B4E9", "untrained network"),
+    "nearest_train": ControlMark("D", "#009E73", "nearest training image"),
+    "ceiling": ControlMark("|", "#7A5195", "ceiling"),
 }
 
 
-def apply_style() -> Any:
+# ------------------------------------------------------------------------------------------- style
+def apply_style() -> AbstractContextManager[None]:
     """A context in which matplotlib draws in the common style: `with apply_style(): ...`."""
     settings: dict[str, Any] = {
         "figure.dpi": DPI,
@@ -93,104 +95,41 @@ def apply_style() -> Any:
     return plt.rc_context(settings)
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the common style, and close the figure so that a notebook does not show it twice."""
+def draw_in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a plotting function: common style, and the figure closed when it is returned.
+
+    A figure that stayed open would be shown twice by a notebook.
+    """
 
     @functools.wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Figure:
-        already = set(plt.get_fignums())
+    def draw_styled(*args: Any, **kwargs: Any) -> Figure:
+        open_before = set(plt.get_fignums())
         try:
             with apply_style():
                 fig = draw(*args, **kwargs)
                 fig.canvas.draw()  # texts take their style now
         finally:
-            for number in set(plt.get_fignums()) - already:
+            for number in set(plt.get_fignums()) - open_before:
                 plt.close(number)
         return fig
 
-    return styled
+    return draw_styled
 
 
 def save_figure(fig: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, atomically; in a notebook also show it, wherever in a cell this is
-    called.
-    """
+    """Write a figure as PNG, atomically; in a notebook also show it."""
     with atomic(Path(path)) as temporary:
         fig.savefig(temporary, format="png", dpi=DPI)
     plt.close(fig)
     if getattr(get_ipython(), "kernel", None) is not None:
-        display(ShownImage(filename=str(path)))  # the file itself, so that both look alike
+        display(DisplayedImage(filename=str(path)))  # the file itself, so that both look alike
 
 
-def _tiles(images: Any, side: int, enlarge: str) -> np.ndarray:
-    """Images (n, 3 or 1, height, width) in [0, 1] -> uint8 (n, side, side, 3)."""
-    if enlarge not in ENLARGEMENTS:
-        raise PerceptError(
-            f"The enlargement {enlarge!r} is unknown; choose one of {', '.join(ENLARGEMENTS)}."
-        )
-    pixels = torch.as_tensor(images).detach().float().cpu()
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        raise PerceptError(
-            f"Pictures of shape {tuple(pixels.shape)} were given; figures expect (n, 3 or 1,"
-            " height, width) in [0, 1]."
-        )
-    pixels = (
-        torch.nan_to_num(pixels).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    )  # (n, height, width, 3)
-    bytes_ = (pixels * 255).round().to(torch.uint8).numpy()
-    shrinks = max(bytes_.shape[1:3]) > side
-    method = Image.Resampling.LANCZOS if shrinks else ENLARGEMENTS[enlarge]
-    return np.stack(
-        [np.asarray(Image.fromarray(tile).resize((side, side), method)) for tile in bytes_]
-    )
-
-
-def _side(images: Any, wanted: int = 112) -> int:
-    """Pixels at which pictures are shown.
-
-    Small ones enlarged by a whole factor to about `wanted`, large ones shrunk to it.
-    """
-    height = torch.as_tensor(images).shape[2]
-    return height * max(1, round(wanted / height)) if height <= wanted else wanted
-
-
-class _Canvas:
-    """A white page on which tiles and texts are put at pixel positions, so that pictures are shown
-    pixel for pixel.
-    """
-
-    def __init__(self, width: int, height: int):
-        self.pixels = np.full((height, width, 3), 255, np.uint8)
-        self.fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        self.ax = self.fig.add_axes((0, 0, 1, 1))
-        self.ax.set(xlim=(0, width), ylim=(height, 0))
-        self.ax.axis("off")
-
-    def tile(self, tile: np.ndarray, x: int, y: int) -> None:
-        self.pixels[y : y + len(tile), x : x + tile.shape[1]] = tile
-
-    def text(self, x: float, y: float, text: str, **kwargs: Any) -> None:
-        self.ax.text(x, y, text, **{"va": "center", "ha": "center", **kwargs})
-
-    def done(self) -> Figure:
-        height, width = self.pixels.shape[:2]
-        self.ax.imshow(
-            self.pixels,
-            extent=(0, width, height, 0),
-            interpolation="nearest",
-            aspect="auto",
-            zorder=0,
-        )
-        return self.fig
-
-
-LINE = 13  # pixels a line of the sentences takes
-
-
-def _wrapped(title: str, width: int) -> str:
-    """The title in lines of about `width` characters."""
+# ------------------------------------------------------------------------------------------- texts
+def wrap_text(text: str, width: int) -> str:
+    """Break a text into lines of about `width` characters."""
     lines = [""]
-    for word in title.split():
+    for word in text.split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
             lines.append(word)
         else:
@@ -198,93 +137,122 @@ def _wrapped(title: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _plural(kind: str, count: int) -> str:
-    return kind if count == 1 else {"hit": "hits", "miss": "misses"}[kind]
+def describe_metric(name: str, better: str | None) -> str:
+    """Name of a metric as a title, with a remark where lower values are better."""
+    title = name.replace("_", " ")
+    return f"{title} (lower is better)" if better == "lower" else title
 
 
-def _mark(name: str) -> tuple[str, str, str]:
-    return CONTROL_MARKS.get(name, ("v", COLOURS[5], name.replace("_", " ")))
+def set_metric_title(ax: Any, name: str, better: str) -> None:
+    """Title of a panel that shows a metric, with small tick labels."""
+    ax.set_title(wrap_text(describe_metric(name, better), 30), fontsize=9)
+    ax.tick_params(axis="both", labelsize=8, length=2)
 
 
-def _shape(name: str) -> dict[str, Any]:
-    """Marker of a control; crosses and bars have no face, so their line is the colour.
+# ----------------------------------------------------------------------------------------- markers
+def get_control_mark(condition: str) -> ControlMark:
+    """Mark of a baseline or the ceiling; conditions that are not listed get a triangle."""
+    unlisted = ControlMark("v", COLOURS[5], condition.replace("_", " "))
+    return CONTROL_MARKS.get(condition, unlisted)
 
-    The ceiling's bar shows even behind the dot.
+
+def get_marker_options(condition: str) -> dict[str, Any]:
+    """Matplotlib's options for the marker of a control.
+
+    Crosses and bars have no face, so their line has the colour; the bar of the ceiling is long
+    enough to show behind a dot.
     """
-    marker, colour, _ = _mark(name)
-    line = marker in "x|"
-    return {
-        "marker": marker,
-        "ms": 18 if marker == "|" else 7,
-        "mew": 2.2 if line else 0.8,
-        "mec": colour if line else "white",
-    }
+    marker, colour, _ = get_control_mark(condition)
+    if marker not in "x|":
+        return {"marker": marker, "ms": 7, "mew": 0.8, "mec": "white"}
+    size = 18 if marker == "|" else 7
+    return {"marker": marker, "ms": size, "mew": 2.2, "mec": colour}
 
 
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A row of panels, at most four."""
-    fig, axes = plt.subplots(
-        1, count, figsize=(3.3 * count, 3.0), squeeze=False, layout="constrained"
-    )
+def draw_interval(
+    ax: Any, x: Any, y: Any, colour: str, width: float = 2.5, zorder: float = 4
+) -> None:
+    """Draw a confidence interval as a thick line between two points with flat ends."""
+    ax.plot(x, y, color=colour, lw=width, solid_capstyle="butt", zorder=zorder)
+
+
+def draw_dot(
+    ax: Any, x: float, y: float, colour: str, size: float, edge_width: float = 1, marker: str = "o"
+) -> None:
+    """Draw one mark with a white edge, above lines and intervals."""
+    look: dict[str, Any] = {"marker": marker, "ms": size, "mew": edge_width, "mec": "white"}
+    ax.plot(x, y, color=colour, zorder=5, **look)
+
+
+# ------------------------------------------------------------------------------------------ panels
+def make_panel_row(count: int) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels side by side."""
+    size = (3.3 * count, 3.0)
+    fig, axes = plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
     return fig, list(axes[0])
 
 
-def _means(groups: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
-    """Mean and 95 % bootstrap interval of each group of values, (groups, 3)."""
-    rng, rows = np.random.default_rng(seed), []
-    for values in groups:
-        means = values[rng.integers(0, len(values), (1000, len(values)))].mean(1)
-        rows.append((values.mean(), *np.quantile(means, [0.025, 0.975])))
-    return np.array(rows)
-
-
-def _grid(
-    count: int, width: float, height: float, columns: int = 4, **options: Any
+def make_panel_grid(
+    count: int, width: float, height: float, max_columns: int = 4, **options: Any
 ) -> tuple[Figure, list[Any]]:
-    """Panels in rows of `columns`, as even as can be; those left over are hidden."""
-    rows = -(-count // columns)
+    """A figure with panels in rows, as even as can be; places that stay empty are hidden.
+
+    Args:
+        count: number of panels.
+        width: of a panel, in inches.
+        height: of a panel, in inches.
+        max_columns: most panels in a row.
+        options: of `plt.subplots`.
+    """
+    rows = -(-count // max_columns)
     columns = -(-count // rows)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options
-    )
+    size = (width * columns, height * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     return fig, list(axes.flat[:count])
 
 
-def _titled(ax: Any, metric: str, better: str) -> None:
-    arrow = " (lower is better)" if better == "lower" else ""
-    ax.set_title(_wrapped(metric.replace("_", " ") + arrow, 30), fontsize=9)
-    ax.tick_params(axis="both", labelsize=8, length=2)
-
-
-def _controls_legend(
+def add_controls_legend(
     fig: Figure,
-    shown: Sequence[str],
+    conditions: Collection[str],
     first: Sequence[Line2D],
     y: float,
     ncols: int = 4,
     **look: Any,
 ) -> None:
-    """Legend of floors and ceiling at the top of a figure."""
+    """Legend of baselines and ceiling at the top of a figure.
+
+    Args:
+        fig: the figure.
+        conditions: the controls that the figure shows.
+        first: entries that stand before those of the controls.
+        y: upper edge of the legend, as a share of the figure's height.
+        ncols: columns of the legend.
+        look: options of the lines of the controls that replace the usual ones.
+    """
     handles = list(first)
-    for name in [*CONTROL_MARKS, *sorted(set(shown) - set(CONTROL_MARKS))]:
-        if name in shown:
-            _, colour, label = _mark(name)
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    label=label,
-                    **{"color": colour, "ls": "none", **_shape(name), "ms": 9, **look},
-                )
-            )
-    fig.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, y),
-        ncols=ncols,
-        fontsize=8,
-        columnspacing=1.3,
-        handletextpad=0.5,
-    )
+    for condition in [*CONTROL_MARKS, *sorted(set(conditions) - set(CONTROL_MARKS))]:
+        if condition in conditions:
+            mark = get_control_mark(condition)
+            options = {"color": mark.colour, "ls": "none"} | get_marker_options(condition)
+            options |= {"ms": 9} | look
+            handles.append(Line2D([], [], label=mark.label, **options))
+    add_top_legend(fig, handles, y, ncols=ncols, columnspacing=1.3, handletextpad=0.5)
+
+
+def add_top_legend(fig: Figure, handles: Sequence[Any], y: float, **options: Any) -> None:
+    """Legend in the middle of the upper edge of a figure; `y` as a share of its height."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, y), "fontsize": 8}
+    fig.legend(handles=handles, **place, **options)
+
+
+# -------------------------------------------------------------------------------------- statistics
+def bootstrap_means(groups: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Mean and 95 % bootstrap interval of each group of values, (groups, 3): mean, low, high."""
+    rng, rows = np.random.default_rng(seed), []
+    for values in groups:
+        resampled = rng.integers(0, len(values), (1000, len(values)))
+        low, high = np.quantile(values[resampled].mean(1), [0.025, 0.975])
+        rows.append((values.mean(), low, high))
+    return np.array(rows)

@@ -1,4 +1,7 @@
-"""Figures of images: contact sheets, grids, hits and misses."""
+"""Figures of images: contact sheets, grids, hits and misses of retrieval, sheets of a vote.
+
+Images are the first of the test set, never a selection.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,49 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from src.figures.base import INK, LINE, SOFT, _Canvas, _plural, _side, _styled, _tiles, _wrapped
+from src.figures.base import INK, SOFT, draw_in_style, wrap_text
+from src.figures.canvas import PixelCanvas, choose_tile_side, make_tiles
 from src.utils import PerceptError
 
+LINE_HEIGHT = 13  # pixels of a line of a caption
 
-@_styled
+
+class _SheetLayout:
+    """Pixel positions on a contact sheet: rows of images, folded into blocks side by side.
+
+    Args:
+        side: pixels a side of an image.
+        n_rows: rows of a block.
+        n_columns: images in a row.
+        label_width: pixels left of a row, for its label.
+        caption_height: pixels beneath a row, for its captions.
+    """
+
+    GAP, HEAD, BETWEEN = 6, 40, 26  # between images; above all rows; between blocks
+
+    def __init__(
+        self, side: int, n_rows: int, n_columns: int, label_width: int, caption_height: int
+    ):
+        self.side, self.n_rows, self.label_width = side, n_rows, label_width
+        self.block_width = label_width + n_columns * (side + self.GAP)
+        self.row_height = side + self.GAP + caption_height
+
+    def make_canvas(self, n_blocks: int) -> PixelCanvas:
+        """An empty page for so many blocks."""
+        width = n_blocks * (self.block_width + self.BETWEEN) - self.BETWEEN + 8
+        return PixelCanvas(width, self.HEAD + self.n_rows * self.row_height)
+
+    def block_left(self, block: int) -> int:
+        """Left edge of the first image of a block."""
+        return block * (self.block_width + self.BETWEEN) + self.label_width
+
+    def row_corner(self, index: int) -> tuple[int, int]:
+        """Upper left corner (x, y) of the first image of the row with this index."""
+        block, row = divmod(index, self.n_rows)
+        return self.block_left(block), self.HEAD + row * self.row_height
+
+
+@draw_in_style
 def plot_contact_sheet(
     columns: dict[str, Any],
     n: int = 12,
@@ -23,20 +64,23 @@ def plot_contact_sheet(
     enlarge: str = "bicubic",
     captions: dict[str, Sequence[str]] | None = None,
 ) -> Figure:
-    """The first n test images beside what was made of them.
+    """The first n test images beside what was reconstructed of them.
 
     One row an image, one column a kind, rows folded into blocks.
 
     Args:
-        columns: pictures (m, 3 or 1, height, width) in [0, 1] by title, in the order shown, e.g.
+        columns: images (m, 3 or 1, height, width) in [0, 1] by title, in the order shown, e.g.
             {"seen": ..., "low level": ..., "reconstructed": ..., "nearest training image": ...,
             "ceiling": ...}; resolutions may differ.
         n: rows; the first n, unselected.
         blocks: side-by-side blocks the rows are folded into.
         labels: (m,) short names of the rows, e.g. image ids; their places in the test set by
             default.
-        enlarge: "bicubic" or "nearest", for small pictures.
-        captions: (m,) sentences written beneath each row of pictures, by who says them.
+        enlarge: "bicubic" or "nearest", for small images.
+        captions: (m,) sentences written beneath each row of images, by their source.
+
+    Raises:
+        PerceptError: if the columns differ in length.
     """
     lengths = {title: len(images) for title, images in columns.items()}
     if len(set(lengths.values())) != 1:
@@ -47,222 +91,197 @@ def plot_contact_sheet(
     n = min(n, min(lengths.values()))
     labels = list(range(1, n + 1)) if labels is None else list(labels)
     blocks = min(blocks, n)
-    rows, side = -(-n // blocks), max(_side(images) for images in columns.values())
-    gap, head, between = 6, 40, 26
-    margin = 14 + 7 * max(len(str(label)) for label in labels[:n])  # room for the longest label
-    width = margin + len(columns) * (side + gap)  # of a block
-    beneath = _beneath(captions or {}, n, (width - margin) // 7)
-    height = (
-        side + gap + LINE * max((text.count("\n") + 1 for text in beneath if text), default=0)
-    )  # of a row
-    canvas = _Canvas(blocks * (width + between) - between + 8, head + rows * height)
-    for i, text in enumerate(beneath):
-        b, r = divmod(i, rows)
-        canvas.text(
-            b * (width + between) + margin,
-            head + r * height + side + 2,
-            text,
-            va="top",
-            ha="left",
-            fontsize=7.5,
-            linespacing=1.05,
-        )
+    side = max(choose_tile_side(images) for images in columns.values())
+    label_width = 14 + 7 * max(len(str(label)) for label in labels[:n])
+    texts = _join_captions(captions or {}, n, len(columns) * (side + _SheetLayout.GAP) // 7)
+    n_lines = max((text.count("\n") + 1 for text in texts if text), default=0)
+    layout = _SheetLayout(side, -(-n // blocks), len(columns), label_width, LINE_HEIGHT * n_lines)
+    canvas = layout.make_canvas(blocks)
+    _write_captions(canvas, layout, texts)
     for c, (title, images) in enumerate(columns.items()):
-        for b in range(blocks):
-            x = b * (width + between) + margin + c * (side + gap)
-            weight = "bold" if c == 0 else "normal"
-            canvas.text(
-                x + side / 2,
-                head - 6,
-                _wrapped(title, 15),
-                va="bottom",
-                fontsize=9,
-                fontweight=weight,
-                linespacing=1.0,
-            )
-        for i, tile in enumerate(_tiles(images[:n], side, enlarge)):
-            b, r = divmod(i, rows)
-            x, y = b * (width + between) + margin, head + r * height
-            canvas.tile(tile, x + c * (side + gap), y)
-            if c == 0:
-                canvas.text(x - 6, y + side / 2, str(labels[i]), ha="right", color=SOFT, fontsize=8)
-    return canvas.done()
+        shift = c * (side + layout.GAP)
+        weight = "bold" if c == 0 else "normal"
+        look: dict[str, Any] = {"va": "bottom", "fontsize": 9, "linespacing": 1.0}
+        for block in range(blocks):
+            x = layout.block_left(block) + shift + side / 2
+            canvas.add_text(x, layout.HEAD - 6, wrap_text(title, 15), fontweight=weight, **look)
+        for i, tile in enumerate(make_tiles(images[:n], side, enlarge)):
+            x, y = layout.row_corner(i)
+            canvas.add_tile(tile, x + shift, y)
+    for i, label in enumerate(labels[:n]):
+        x, y = layout.row_corner(i)
+        canvas.add_text(x - 6, y + side / 2, str(label), ha="right", color=SOFT, fontsize=8)
+    return canvas.finish()
 
 
-def _beneath(sentences: dict[str, Sequence[str]], n: int, width: int) -> list[str]:
-    """What is written beneath each of n rows of pictures: a sentence a speaker, in lines of about
-    `width` characters.
-    """
-    told = [
-        [_wrapped(f"{who}: {said[i]}", width) for who, said in sentences.items()] for i in range(n)
-    ]
-    return ["\n".join(lines) for lines in told]
+def _join_captions(captions: dict[str, Sequence[str]], n: int, width: int) -> list[str]:
+    """The text beneath each of n rows: a caption a source, in lines of about `width` characters."""
+    texts = []
+    for i in range(n):
+        lines = [wrap_text(f"{source}: {rows[i]}", width) for source, rows in captions.items()]
+        texts.append("\n".join(lines))
+    return texts
 
 
-@_styled
+def _write_captions(canvas: PixelCanvas, layout: _SheetLayout, texts: Sequence[str]) -> None:
+    look = {"va": "top", "ha": "left", "fontsize": 7.5, "linespacing": 1.05}
+    for i, text in enumerate(texts):
+        x, y = layout.row_corner(i)
+        canvas.add_text(x, y + layout.side + 2, text, **look)
+
+
+@draw_in_style
 def plot_image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> Figure:
-    """One row of pictures a kind, the first n of each: for a quick look.
+    """One row of images a kind, the first n of each: for a quick look.
 
     Args:
-        rows: pictures (m, 3 or 1, height, width) in [0, 1] by title.
-        n: pictures a row.
-        enlarge: "bicubic" or "nearest", for small pictures.
+        rows: images (m, 3 or 1, height, width) in [0, 1] by title.
+        n: images a row.
+        enlarge: "bicubic" or "nearest", for small images.
     """
-    n, side = (
-        min(n, *(len(images) for images in rows.values())),
-        min(88, max(_side(images) for images in rows.values())),
-    )
+    n = min(n, *(len(images) for images in rows.values()))
+    side = min(88, max(choose_tile_side(images) for images in rows.values()))
     gap, margin = 6, 108
-    canvas = _Canvas(margin + n * (side + gap), gap + len(rows) * (side + gap))
-    for r, (title, images) in enumerate(rows.items()):
-        y = gap + r * (side + gap)
-        canvas.text(margin - 8, y + side / 2, _wrapped(title, 12), ha="right", fontsize=9)
-        for i, tile in enumerate(_tiles(images[:n], side, enlarge)):
-            canvas.tile(tile, margin + i * (side + gap), y)
-    return canvas.done()
+    canvas = PixelCanvas(margin + n * (side + gap), gap + len(rows) * (side + gap))
+    for row, (title, images) in enumerate(rows.items()):
+        y = gap + row * (side + gap)
+        canvas.add_text(margin - 8, y + side / 2, wrap_text(title, 12), ha="right", fontsize=9)
+        for i, tile in enumerate(make_tiles(images[:n], side, enlarge)):
+            canvas.add_tile(tile, margin + i * (side + gap), y)
+    return canvas.finish()
 
 
-@_styled
+HEADINGS = {"hit": "Hits: the right one came first", "miss": "Misses: it did not"}
+
+
+@draw_in_style
 def plot_hits_and_misses(
     queries: Any,
     gallery: Any,
-    found: Any,
-    right: Any,
+    candidates: Any,
+    targets: Any,
     ranks: Any,
     n: int = 6,
     k: int = 6,
     title: str = "Image from brain",
     enlarge: str = "bicubic",
 ) -> Figure:
-    """The first n queries whose right candidate came first, and the first n whose did not, in test
-    order: nothing is chosen by hand.
+    """The first n queries whose right candidate came first, and the first n whose did not.
 
-    A row shows the place in the test set, the seen image, the best candidates, and the rank of the
-    right one, which is framed.
+    Both are in test order: nothing is chosen by hand. A row shows the place in the test set, the
+    seen image, the best candidates, and the rank of the right one, which is framed.
 
     Args:
         queries: seen images (m, 3, height, width) in [0, 1].
         gallery: candidate images (c, 3, height, width) in [0, 1].
-        found: rows of the gallery, best first (m, k or more).
-        right: row of the gallery that is right for each query (m,).
+        candidates: rows of the gallery, best first (m, k or more).
+        targets: row of the gallery that is right for each query (m,).
         ranks: rank of the right candidate for each query (m,), 1 the best, e.g.
             `retrieval.rank_each`.
-        n: rows of each kind.
+        n: rows of hits, and of misses.
         k: candidates shown.
-        title: what was asked; how many hits and misses there are is added.
+        title: of the figure; the numbers of hits and misses are added.
         enlarge: "bicubic" or "nearest".
+
+    Raises:
+        PerceptError: if the arguments differ in length.
     """
-    found, right, ranks = np.asarray(found), np.asarray(right), np.asarray(ranks)
-    if not len(queries) == len(found) == len(right) == len(ranks):
+    candidates, targets, ranks = (np.asarray(rows) for rows in (candidates, targets, ranks))
+    if not len(queries) == len(candidates) == len(targets) == len(ranks):
         raise PerceptError(
-            f"{len(queries)} queries, {len(found)} rows of candidates, {len(right)} right ones and"
-            f" {len(ranks)} ranks were given; they must pair up."
+            f"{len(queries)} queries, {len(candidates)} rows of candidates, {len(targets)} right"
+            f" ones and {len(ranks)} ranks were passed; they must pair up."
         )
     groups = {"hit": np.flatnonzero(ranks == 1), "miss": np.flatnonzero(ranks != 1)}
-    k, side, gap, left, head, heading = min(k, found.shape[1]), _side(queries, 80), 12, 44, 46, 26
-    rows_shown = sum(max(1, len(rows[:n])) for rows in groups.values())
-    canvas = _Canvas(
-        max(560, left + (k + 1) * (side + gap) + 124),
-        head + 2 * heading + rows_shown * (side + gap) + 4,
-    )
-    counts = " and ".join(
-        f"{len(rows)} {_plural(kind, len(rows))}" for kind, rows in groups.items()
-    )
-    canvas.text(
-        gap,
-        16,
-        f"{title}: {counts} among {len(ranks)} test images",
-        ha="left",
-        fontsize=11,
-        fontweight="bold",
-    )
-    canvas.text(
-        gap,
-        36,
-        f"the first {n} of each, in the order of the test set; their numbers there stand at the"
-        " left",
-        ha="left",
-        fontsize=8,
-        color=SOFT,
-    )
+    k, side = min(k, candidates.shape[1]), choose_tile_side(queries, 80)
+    gap, left, head, heading = 12, 44, 46, 26
+    n_rows = sum(max(1, len(rows[:n])) for rows in groups.values())
+    width = left + (k + 1) * (side + gap) + 124
+    canvas = PixelCanvas(max(560, width), head + 2 * heading + n_rows * (side + gap) + 4)
+    _write_counts(canvas, gap, title, {kind: len(rows) for kind, rows in groups.items()}, n)
     y = head
     for kind, rows in groups.items():
-        heads = {"hit": "Hits: the right one came first", "miss": "Misses: it did not"}
-        canvas.text(
-            gap,
-            y + heading / 2,
-            heads[kind] + ("" if len(rows) else " - there are none"),
-            ha="left",
-            fontsize=9,
-            fontweight="bold",
-        )
+        text = HEADINGS[kind] if len(rows) else HEADINGS[kind] + " - there are none"
+        look: dict[str, Any] = {"ha": "left", "fontsize": 9}
+        canvas.add_text(gap, y + heading / 2, text, fontweight="bold", **look)
         y += heading
         for row in rows[:n]:
-            tiles = _tiles(
-                torch.cat(
-                    [
-                        torch.as_tensor(queries)[row, None],
-                        torch.as_tensor(gallery)[torch.as_tensor(found[row, :k])],
-                    ]
-                ),
-                side,
-                enlarge,
-            )
-            _candidates(canvas, tiles, (left, y), gap, found[row, :k] == right[row])
-            canvas.text(left - 6, y + side / 2, str(row + 1), ha="right", fontsize=8, color=SOFT)
+            shown = torch.as_tensor(candidates[row, :k])
+            images = [torch.as_tensor(queries)[row, None], torch.as_tensor(gallery)[shown]]
+            tiles = make_tiles(torch.cat(images), side, enlarge)
+            _draw_candidates(canvas, tiles, (left, y), gap, candidates[row, :k] == targets[row])
+            middle = y + side / 2
+            canvas.add_text(left - 6, middle, str(row + 1), ha="right", fontsize=8, color=SOFT)
             x = left + (k + 1) * (side + gap) + 22
-            canvas.text(
-                x,
-                y + side / 2,
-                f"rank {ranks[row]}\nof {len(gallery)}",
-                ha="left",
-                fontsize=9,
-                fontweight="bold" if kind == "miss" else "normal",
-            )
+            weight = "bold" if kind == "miss" else "normal"
+            rank = f"rank {ranks[row]}\nof {len(gallery)}"
+            canvas.add_text(x, middle, rank, fontweight=weight, **look)
             y += side + gap
-        y += 0 if len(rows) else side + gap
-    return canvas.done()
+        if not len(rows):
+            y += side + gap
+    return canvas.finish()
 
 
-def _candidates(
-    canvas: _Canvas, tiles: np.ndarray, corner: tuple[int, int], gap: int, right: np.ndarray
+def _write_counts(canvas: PixelCanvas, x: int, title: str, counts: dict[str, int], n: int) -> None:
+    """Title of `plot_hits_and_misses` with the numbers of both, and what its rows are."""
+    plurals = {"hit": "hits", "miss": "misses"}
+    parts = [f"{count} {kind if count == 1 else plurals[kind]}" for kind, count in counts.items()]
+    text = f"{title}: {' and '.join(parts)} among {sum(counts.values())} test images"
+    canvas.add_text(x, 16, text, ha="left", fontsize=11, fontweight="bold")
+    text = (
+        f"the first {n} of each, in the order of the test set; their numbers there stand at the"
+        " left"
+    )
+    canvas.add_text(x, 36, text, ha="left", fontsize=8, color=SOFT)
+
+
+def _draw_candidates(
+    canvas: PixelCanvas, tiles: np.ndarray, corner: tuple[int, int], gap: int, is_target: np.ndarray
 ) -> None:
-    """One row: the seen image, and after a space the candidates, the right one of them framed and
-    marked.
+    """One row: the seen image and, after a space, the candidates with the right one framed.
+
+    Args:
+        canvas: the page.
+        tiles: (1 + candidates, side, side, 3).
+        corner: x and y of the seen image.
+        gap: pixels between tiles.
+        is_target: (candidates,) whether each is the right one.
     """
-    (x0, y), side = corner, tiles.shape[1]
-    for j, tile in enumerate(tiles):
-        x = x0 + j * (side + gap) + (gap if j else 0)
-        canvas.tile(tile, x, y)
-        if j and right[j - 1]:
-            canvas.ax.add_patch(
-                Rectangle((x - 2, y - 2), side + 4, side + 4, fill=False, lw=3, ec=INK, zorder=2)
-            )
+    (left, y), side = corner, tiles.shape[1]
+    canvas.add_tile(tiles[0], left, y)
+    for j, tile in enumerate(tiles[1:], start=1):
+        x = left + j * (side + gap) + gap
+        canvas.add_tile(tile, x, y)
+        if is_target[j - 1]:
+            look: dict[str, Any] = {"lw": 3, "ec": INK, "zorder": 2}
+            frame = Rectangle((x - 2, y - 2), side + 4, side + 4, fill=False, **look)
+            canvas.ax.add_patch(frame)
             canvas.ax.add_patch(Rectangle((x, y), 20, 20, color=INK, zorder=2))
-            canvas.text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
+            canvas.add_text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
 
 
 def draw_vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) -> np.ndarray:
-    """One image as a strip: what was seen, what was chosen, a gap, and the candidates.
+    """One image as a strip: the seen image, the chosen one, a gap, and the candidates.
 
     Args:
         seen: (3, height, width) in [0, 1].
         chosen: (3, height, width) in [0, 1].
         candidates: (voters, 3, height, width) in [0, 1].
-        tile: pixels a side of each picture.
+        tile: pixels a side of each image.
 
     Returns:
-        uint8 (height, width, 3): white, the pictures 20 pixels apart, 80 before the candidates.
+        uint8 (height, width, 3): white, the images 20 pixels apart, 80 before the candidates.
 
     Source: the 2023 ROI project (3272 x 552 for four candidates of 512 pixels).
     """
     border, gap = 20, 60
-    first = torch.stack([torch.as_tensor(picture).float() for picture in (seen, chosen)])
-    pictures = [*_tiles(first, tile, "bicubic"), *_tiles(candidates, tile, "bicubic")]
-    sheet = np.full(
-        (tile + 2 * border, len(pictures) * (tile + border) + border + gap, 3), 255, np.uint8
-    )
-    for place, picture in enumerate(pictures):
-        left = border + place * (tile + border) + (gap if place > 1 else 0)
-        sheet[border : border + tile, left : left + tile] = picture
+    pair = torch.stack([torch.as_tensor(image).float() for image in (seen, chosen)])
+    tiles = [*make_tiles(pair, tile, "bicubic"), *make_tiles(candidates, tile, "bicubic")]
+    width = len(tiles) * (tile + border) + border + gap
+    sheet = np.full((tile + 2 * border, width, 3), 255, np.uint8)
+    for place, pixels in enumerate(tiles):
+        left = border + place * (tile + border)
+        if place > 1:
+            left += gap
+        sheet[border : border + tile, left : left + tile] = pixels
     return sheet

@@ -1,4 +1,4 @@
-"""Figures of a sweep: levels of a factor, regions."""
+"""Figures of a sweep: losses of its runs, levels of a factor, regions alone and left out."""
 
 from __future__ import annotations
 
@@ -12,376 +12,351 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from src.figures.base import COLOURS, INK, MARKERS, SOFT, _styled, _titled, _wrapped
+from src.figures.base import (
+    COLOURS,
+    CONTROL_MARKS,
+    INK,
+    MARKERS,
+    SOFT,
+    add_top_legend,
+    draw_dot,
+    draw_in_style,
+    draw_interval,
+    set_metric_title,
+    wrap_text,
+)
 from src.utils import PerceptError
 
+LINE_STYLES = ["-", "--", "-.", ":"]
 
-def _levels(names: Sequence[str]) -> dict[str, str]:
-    """Colour of each level, in order; past the eighth they begin again, and places tell them apart."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+LOSS_TITLES = {"train/loss": "training loss", "val/loss": "validation loss"}
 
 
-@_styled
+def _assign_colours(levels: Sequence[str]) -> dict[str, str]:
+    """Colour of each level, in order; past the eighth they repeat, and places tell them apart."""
+    return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(levels)}
+
+
+def _slant_tick_labels(ax: Any, labels: Sequence[str]) -> None:
+    look: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(labels)), labels, fontsize=8, **look)
+
+
+# -------------------------------------------------------------------------------- losses of runs
+@draw_in_style
 def plot_sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
-    """Training and validation loss by epoch of all runs of a sweep, a row a kind of model: thin
-    lines a run, thick ones the mean of a level.
+    """Training and validation loss by epoch of all runs of a sweep, a row a kind of model.
+
+    Thin lines are runs, thick ones the mean of a level.
 
     Args:
         histories: [label, kind, model, epoch, train/loss, val/loss, `factor`].
         factor: column whose levels have colours.
+
+    Raises:
+        PerceptError: for histories without losses.
     """
-    shown = [
-        column
-        for column in ("train/loss", "val/loss")
-        if column in histories and histories[column].notna().any()
-    ]
-    if not shown:
+    columns = [name for name in LOSS_TITLES if name in histories and histories[name].notna().any()]
+    if not columns:
         raise PerceptError("The histories have no column train/loss or val/loss to draw.")
-    kinds, colours = (
-        list(dict.fromkeys(histories["kind"])),
-        _levels(list(dict.fromkeys(histories[factor]))),
-    )
-    fig, axes = plt.subplots(
-        len(kinds), len(shown), figsize=(8.8, 0.6 + 2.7 * len(kinds)), squeeze=False
-    )
-    tall = fig.get_figheight()
-    fig.subplots_adjust(
-        left=0.08, right=0.98, top=1 - 0.72 / tall, bottom=0.5 / tall, hspace=0.55, wspace=0.16
-    )
+    kinds = list(dict.fromkeys(histories["kind"]))
+    colours = _assign_colours(list(dict.fromkeys(histories[factor])))
+    height = 0.6 + 2.7 * len(kinds)
+    fig, axes = plt.subplots(len(kinds), len(columns), figsize=(8.8, height), squeeze=False)
+    fig.subplots_adjust(left=0.08, right=0.98, hspace=0.55, wspace=0.16)
+    fig.subplots_adjust(top=1 - 0.72 / height, bottom=0.5 / height)
     for row, kind in zip(axes, kinds, strict=True):
-        for ax, column in zip(row, shown, strict=True):
-            mine = histories[(histories["kind"] == kind) & histories[column].notna()]
-            for (_, _, level), part in mine.groupby(["label", "model", factor], sort=False):
-                ax.plot(part["epoch"], part[column], color=colours[level], lw=0.7, alpha=0.4)
-            for i, (level, part) in enumerate(mine.groupby(factor, sort=False)):
-                mean = part.groupby("epoch")[column].mean()
-                ax.plot(
-                    mean.index,
-                    mean,
-                    color=colours[level],
-                    lw=2.4,
-                    ls=["-", "--", "-.", ":"][i % 4],
-                    zorder=4,
-                )
-            words = {"train/loss": "training loss", "val/loss": "validation loss"}[column]
-            ax.set(
-                title=words + (f" ({kind.replace('_', ' ')})" if len(kinds) > 1 else ""),
-                xlabel="epoch",
-            )
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            ax.grid(axis="y")
-    handles = [
-        Line2D([], [], color=colour, lw=2.4, ls=["-", "--", "-.", ":"][i % 4], label=level)
-        for i, (level, colour) in enumerate(colours.items())
-    ]
-    fig.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1 - 0.02 / tall),
-        ncols=min(6, len(handles)),
-        fontsize=8,
-        handlelength=3.2,
-    )
+        for ax, column in zip(row, columns, strict=True):
+            rows = histories[(histories["kind"] == kind) & histories[column].notna()]
+            _draw_losses(ax, rows, column, factor, colours)
+            title = LOSS_TITLES[column]
+            if len(kinds) > 1:
+                title += f" ({kind.replace('_', ' ')})"
+            ax.set(title=title, xlabel="epoch")
+    handles = []
+    for i, (level, colour) in enumerate(colours.items()):
+        look: dict[str, Any] = {"color": colour, "lw": 2.4, "ls": LINE_STYLES[i % 4]}
+        handles.append(Line2D([], [], label=level, **look))
+    y = 1 - 0.02 / height
+    add_top_legend(fig, handles, y, ncols=min(6, len(handles)), handlelength=3.2)
     return fig
 
 
-@_styled
+def _draw_losses(
+    ax: Any, rows: pd.DataFrame, column: str, factor: str, colours: dict[str, str]
+) -> None:
+    """One panel of `plot_sweep_curves`: a loss of all runs, and the mean of each level."""
+    for (_, _, level), part in rows.groupby(["label", "model", factor], sort=False):
+        ax.plot(part["epoch"], part[column], color=colours[level], lw=0.7, alpha=0.4)
+    for i, (level, part) in enumerate(rows.groupby(factor, sort=False)):
+        mean = part.groupby("epoch")[column].mean()
+        look: dict[str, Any] = {"color": colours[level], "lw": 2.4, "ls": LINE_STYLES[i % 4]}
+        ax.plot(mean.index, mean, zorder=4, **look)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.grid(axis="y")
+
+
+# --------------------------------------------------------------------------- levels of a factor
+@draw_in_style
 def plot_sweep_levels(
     panels: Sequence[dict[str, Any]],
     factor: str,
-    second: str = "",
+    second_factor: str = "",
     title: str = "",
     gaps: Sequence[Any] = (),
 ) -> Figure:
-    """Which level of a factor is best, and whether by more than the luck of a seed: a panel a
-    score, the first the one that decides.
+    """Which level of a factor is best, and whether by more than the luck of a seed.
 
-    Small marks are runs (their shape the second factor), the large dot is the mean of a level with
-    its 95 % interval over seeds; the bar at the right is as long as two standard deviations over
-    seeds. Up is better everywhere. Floor and ceiling are shaded or drawn where they are near enough
-    to be seen. The second panel shows what the others lack to the best level of the first, paired:
-    an interval that is clear of the line is more than the luck of a seed.
+    A panel a score, the first the one that decides. Small marks are runs (their shape the second
+    factor), the large dot is the mean of a level with its 95 % interval over seeds; the bar at the
+    right is as long as two standard deviations over seeds. Up is better everywhere. Floor and
+    ceiling are shaded or drawn where they are close enough to be seen. The second panel shows the
+    distance of the others to the best level of the first, paired: an interval that is clear of the
+    line is more than the luck of a seed.
 
     Args:
         panels: one dict a score: name; better ("higher" or "lower"); runs, a table [factor, value]
-            and the column `second` if there is one; levels, that of `sweep.level_table`; sd, of a
-            level's mean over seeds (NaN with one seed); floor and ceiling where known, as (value,
-            what it is).
+            and the column `second_factor` if there is one; levels, a table [factor, value, low,
+            high]; sd, of a level's mean over seeds (NaN with one seed); optionally floor and
+            ceiling, as (value, its name).
         factor: column of the levels.
-        second: column that the shape of the marks stands for, "" for none.
+        second_factor: column that the shape of the marks stands for, "" for none.
         title: the verdict.
-        gaps: of `sweep.gaps_to_best`, in the score of the first panel; none where no level is named
-            the best.
+        gaps: differences to the best level in the score of the first panel (best, other, value,
+            low, high, clear); none where no level is named the best.
+
+    Raises:
+        PerceptError: if there are no panels.
     """
     if not panels:
         raise PerceptError("There are no scores of the sweep to draw.")
     levels = list(panels[0]["levels"][factor])
-    kinds = list(dict.fromkeys(panels[0]["runs"][second])) if second else [""]
-    second = second if len(kinds) > 1 else ""
-    slant, count = max(map(len, levels)) * len(levels) > 26, len(panels) + bool(gaps)
-    wide = max(2.9, 0.22 * len(levels) + 1.1)
-    width = max(8.2, wide * count + 0.4)
-    lines = _wrapped(title, int(width * 11.5))
+    groups = list(dict.fromkeys(panels[0]["runs"][second_factor])) if second_factor else []
+    if len(groups) < 2:
+        second_factor, groups = "", [""]
+    longest = max(map(len, levels))
+    slanted = longest * len(levels) > 26
+    n_panels = len(panels) + bool(gaps)
+    panel_width = max(2.9, 0.22 * len(levels) + 1.1)
+    width = max(8.2, panel_width * n_panels + 0.4)
+    lines = wrap_text(title, int(width * 11.5))
     head = 0.6 + 0.19 * (lines.count("\n") + 1)
-    fig, axes = plt.subplots(1, count, figsize=(width, 3.5 + head), squeeze=False)
-    tall, order = fig.get_figheight(), list(axes[0])
-    under = 0.42 + (0.062 * max(map(len, levels)) if slant else 0.0)
-    fig.subplots_adjust(
-        left=0.65 / width,
-        right=1 - 0.1 / width,
-        top=1 - (head + 0.42) / tall,
-        bottom=under / tall,
-        wspace=0.72 / wide,
-    )
+    height = 3.5 + head
+    fig, axes = plt.subplots(1, n_panels, figsize=(width, height), squeeze=False)
+    foot = 0.42 + (0.062 * longest if slanted else 0.0)
+    fig.subplots_adjust(left=0.65 / width, right=1 - 0.1 / width, wspace=0.72 / panel_width)
+    fig.subplots_adjust(top=1 - (head + 0.42) / height, bottom=foot / height)
+    score_axes = list(axes[0])
     if gaps:
-        _behind(order.pop(1), gaps, levels, panels[0])
-    for ax, panel in zip(order, panels, strict=True):
-        _look(ax, panel, factor, second, levels, kinds if second else [""])
+        _draw_gaps(score_axes.pop(1), gaps, levels, panels[0]["sd"])
+    for ax, panel in zip(score_axes, panels, strict=True):
+        _draw_runs(ax, panel["runs"], factor, second_factor, levels, groups)
+        _draw_level_scores(ax, panel, factor, levels)
     for ax in axes[0]:
-        ax.set_xticks(
-            range(len(levels)),
-            levels,
-            fontsize=8,
-            rotation=40 if slant else 0,
-            ha="right" if slant else "center",
-            rotation_mode="anchor",
-        )
+        if slanted:
+            _slant_tick_labels(ax, levels)
+        else:
+            ax.set_xticks(range(len(levels)), levels, fontsize=8)
+    handles = _make_level_handles(second_factor, groups)
+    place: dict[str, Any] = {"loc": "upper left", "ncols": 6, "fontsize": 8}
+    place["bbox_to_anchor"] = (0.3 / width, 1 - (head - 0.33) / height)
+    fig.legend(handles=handles, columnspacing=1.6, handletextpad=0.9, **place)
+    look: dict[str, Any] = {"va": "top", "fontweight": "bold", "fontsize": 10}
+    fig.text(0.14 / width, 1 - 0.09 / height, lines, **look)
+    return fig
+
+
+def _make_level_handles(second_factor: str, groups: Sequence[str]) -> list[Line2D]:
+    """Entries of the legend of `plot_sweep_levels`."""
     handles = [
         Line2D([], [], color=SOFT, marker="o", ms=8, lw=2.5, label="mean, 95 % over seeds"),
         Line2D([], [], color=INK, lw=5, alpha=0.45, label="2 sd of seeds"),
     ]
-    handles += [
-        Line2D(
-            [],
-            [],
-            color=SOFT,
-            marker=MARKERS[i % 8],
-            ls="none",
-            ms=4.5,
-            mfc="none",
-            label=f"{second} {kind}",
-        )
-        for i, kind in enumerate(kinds)
-        if second
-    ]
-    y = 1 - (head - 0.33) / tall
-    fig.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.3 / width, y),
-        ncols=6,
-        fontsize=8,
-        columnspacing=1.6,
-        handletextpad=0.9,
-    )
-    fig.text(0.14 / width, 1 - 0.09 / tall, lines, va="top", fontweight="bold", fontsize=10)
-    return fig
+    if second_factor:
+        hollow: dict[str, Any] = {"color": SOFT, "ls": "none", "ms": 4.5, "mfc": "none"}
+        for i, group in enumerate(groups):
+            label = f"{second_factor} {group}"
+            handles.append(Line2D([], [], marker=MARKERS[i % 8], label=label, **hollow))
+    return handles
 
 
-def _behind(ax: Any, gaps: Sequence[Any], levels: Sequence[str], panel: dict[str, Any]) -> None:
-    """The panel of `plot_sweep_levels` that decides: paired differences to the best level, and the spread
-    of the seeds as a band around none.
+def _draw_gaps(ax: Any, gaps: Sequence[Any], levels: Sequence[str], sd: float) -> None:
+    """The panel of paired differences to the best level, with the spread of seeds as a band.
+
+    Args:
+        ax: the panel.
+        gaps: differences to the best level.
+        levels: all levels, from left to right.
+        sd: of a level's mean over seeds, NaN with one seed.
     """
-    colours = _levels(levels)
-    if np.isfinite(panel["sd"]):
-        ax.axhspan(-panel["sd"], panel["sd"], color=INK, alpha=0.12, lw=0, zorder=0)
+    colours = _assign_colours(levels)
+    if np.isfinite(sd):
+        ax.axhspan(-sd, sd, color=INK, alpha=0.12, lw=0, zorder=0)
     ax.axhline(0, color=INK, lw=1)
-    ax.plot(
-        levels.index(gaps[0].best),
-        0,
-        marker="*",
-        ms=13,
-        color=colours[gaps[0].best],
-        mec="white",
-        zorder=5,
-    )
+    best = gaps[0].best
+    draw_dot(ax, levels.index(best), 0, colours[best], size=13, marker="*")
     for gap in gaps:
-        x = levels.index(gap.other)
-        ax.plot(
-            [x, x],
-            [gap.low, gap.high],
-            color=colours[gap.other],
-            lw=2.5,
-            solid_capstyle="butt",
-            zorder=4,
-        )
-        ax.plot(
-            x,
-            gap.value,
-            marker="o",
-            ms=6,
-            color=colours[gap.other] if gap.clear else "white",
-            mec="white" if gap.clear else colours[gap.other],
-            mew=1.4,
-            zorder=5,
-        )
+        x, colour = levels.index(gap.other), colours[gap.other]
+        draw_interval(ax, [x, x], [gap.low, gap.high], colour)
+        look: dict[str, Any] = {"color": "white", "mec": colour}
+        if gap.clear:
+            look = {"color": colour, "mec": "white"}
+        ax.plot(x, gap.value, marker="o", ms=6, mew=1.4, zorder=5, **look)
     ax.set(xlim=(-0.5, len(levels) - 0.5))
     ax.invert_yaxis()
-    ax.set_title(f"behind {gaps[0].best}, paired\n(band: ± sd of seeds)", fontsize=9)
+    ax.set_title(f"behind {best}, paired\n(band: ± sd of seeds)", fontsize=9)
     ax.tick_params(axis="both", labelsize=8, length=2)
     ax.grid(axis="y")
 
 
-def _look(
+def _draw_runs(
     ax: Any,
-    panel: dict[str, Any],
+    runs: pd.DataFrame,
     factor: str,
-    second: str,
+    second_factor: str,
     levels: Sequence[str],
-    kinds: Sequence[str],
+    groups: Sequence[str],
 ) -> None:
-    """One panel of `plot_sweep_levels`."""
-    colours, table = _levels(levels), panel["levels"].set_index(factor)
-    for level, part in panel["runs"].groupby(factor, sort=False):
+    """Small hollow marks of the runs, left of each level; their shape is the second factor."""
+    colours = _assign_colours(levels)
+    look: dict[str, Any] = {"ls": "none", "ms": 4.5, "mfc": "none", "mew": 1, "alpha": 0.85}
+    for level, part in runs.groupby(factor, sort=False):
         x = levels.index(str(level))
-        for i, kind in enumerate(kinds):
-            mine = part[part[second] == kind] if second else part
-            at = x - 0.24 + 0.2 * (i / max(1, len(kinds) - 1)) + np.linspace(-0.02, 0.02, len(mine))
-            ax.plot(
-                at,
-                mine["value"],
-                color=colours[str(level)],
-                marker=MARKERS[i % 8],
-                ls="none",
-                ms=4.5,
-                mfc="none",
-                mew=1,
-                alpha=0.85,
-            )
+        for i, group in enumerate(groups):
+            members = part[part[second_factor] == group] if second_factor else part
+            centre = x - 0.24 + 0.2 * (i / max(1, len(groups) - 1))
+            places = centre + np.linspace(-0.02, 0.02, len(members))
+            mark = {"color": colours[str(level)], "marker": MARKERS[i % 8]}
+            ax.plot(places, members["value"], **mark, **look)
+
+
+def _draw_level_scores(ax: Any, panel: dict[str, Any], factor: str, levels: Sequence[str]) -> None:
+    """One panel of `plot_sweep_levels` but for the runs: means, floor, ceiling, spread, limits."""
+    colours, table = _assign_colours(levels), panel["levels"].set_index(factor)
     for x, level in enumerate(levels):
         if level in table.index:
-            found = table.loc[level]
-            ax.plot(
-                [x + 0.2] * 2,
-                [found["low"], found["high"]],
-                color=colours[level],
-                lw=2.5,
-                solid_capstyle="butt",
-                zorder=4,
-            )
-            ax.plot(
-                x + 0.2,
-                found["value"],
-                marker="o",
-                ms=8,
-                color=colours[level],
-                mec="white",
-                mew=1,
-                zorder=5,
-            )
+            score, colour = table.loc[level], colours[level]
+            draw_interval(ax, [x + 0.2] * 2, [score["low"], score["high"]], colour)
+            draw_dot(ax, x + 0.2, score["value"], colour, size=8)
     ends = [*panel["runs"]["value"], *table[["low", "high"]].stack().dropna()]
-    low, high = min(ends), max(ends)
-    span = (high - low) or abs(high) * 0.1 or 1.0
-    for key, look in (
-        ("floor", {"color": SOFT, "ls": ":"}),
-        ("ceiling", {"color": "#7A5195", "ls": "-"}),
-    ):
-        value, words = panel.get(key) or (np.nan, "")
-        if low - 1.5 * span <= value <= high + 1.5 * span:
-            low, high = min(low, value), max(high, value)
-            worse = (-1e9 if panel["better"] == "higher" else 1e9) if key == "floor" else value
-            ax.axhspan(value, worse, color=SOFT, alpha=0.13, lw=0, zorder=0)
-            ax.axhline(value, lw=1.1, zorder=1, **look)
-            place: dict[str, Any] = {
-                "xycoords": ("axes fraction", "data"),
-                "textcoords": "offset points",
-                "xytext": (0, -9 if key == "floor" else 2),
-            }
-            ax.annotate(words, (0.01, value), fontsize=7.5, color=look["color"], **place)
-    span = high - low or span
-    limits = (low - 0.08 * span, high + 0.08 * span)
+    low, high = _draw_references(ax, panel, min(ends), max(ends))
+    span = high - low or abs(high) * 0.1 or 1.0
     if np.isfinite(panel["sd"]) and panel["sd"] > 0:
-        middle = table["value"].mean()
-        ax.plot(
-            [len(levels) - 0.42] * 2,
-            [middle - panel["sd"], middle + panel["sd"]],
-            color=INK,
-            lw=5,
-            alpha=0.45,
-            solid_capstyle="butt",
-            zorder=3,
-        )
-    ax.set(
-        xlim=(-0.5, len(levels) - 0.3), ylim=limits if panel["better"] == "higher" else limits[::-1]
-    )
-    _titled(ax, panel["name"], panel["better"])
+        middle, sd = table["value"].mean(), panel["sd"]
+        look: dict[str, Any] = {"color": INK, "lw": 5, "alpha": 0.45, "zorder": 3}
+        x = len(levels) - 0.42
+        ax.plot([x, x], [middle - sd, middle + sd], solid_capstyle="butt", **look)
+    ax.set(xlim=(-0.5, len(levels) - 0.3), ylim=(low - 0.08 * span, high + 0.08 * span))
+    if panel["better"] == "lower":
+        ax.invert_yaxis()
+    set_metric_title(ax, panel["name"], panel["better"])
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="y")
 
 
-@_styled
-def plot_region_curves(table: pd.DataFrame) -> Figure:
-    """Scores from each region alone and from all voxels but it, between those of all voxels and the
-    shuffled floor; a panel a score, up is better.
+REFERENCE_LOOKS: dict[str, dict[str, Any]] = {
+    "floor": {"color": SOFT, "ls": ":"},
+    "ceiling": {"color": CONTROL_MARKS["ceiling"].colour, "ls": "-"},
+}
+
+
+def _draw_references(
+    ax: Any, panel: dict[str, Any], low: float, high: float
+) -> tuple[float, float]:
+    """Draw floor and ceiling where they are close enough to the scores to be seen.
 
     Args:
-        table: that of `sweep.region_table`.
+        ax: the panel.
+        panel: its scores, see `plot_sweep_levels`.
+        low: lowest score.
+        high: highest score.
+
+    Returns:
+        Lowest and highest value with what was drawn.
+    """
+    span = (high - low) or abs(high) * 0.1 or 1.0
+    for key, look in REFERENCE_LOOKS.items():
+        value, name = panel.get(key) or (np.nan, "")
+        if not low - 1.5 * span <= value <= high + 1.5 * span:
+            continue
+        low, high = min(low, value), max(high, value)
+        if key == "floor":  # everything that is worse is shaded
+            worst = -1e9 if panel["better"] == "higher" else 1e9
+            ax.axhspan(value, worst, color=SOFT, alpha=0.13, lw=0, zorder=0)
+        ax.axhline(value, lw=1.1, zorder=1, **look)
+        place: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+            "xytext": (0, -9 if key == "floor" else 2),
+        }
+        ax.annotate(name, (0.01, value), fontsize=7.5, color=look["color"], **place)
+    return low, high
+
+
+# --------------------------------------------------------------------------------------- regions
+REGION_LOOKS: dict[str, dict[str, Any]] = {  # by the column "kind"
+    "alone": {"color": COLOURS[0], "marker": "o", "ls": "-", "ms": 6},
+    "left out": {"color": COLOURS[1], "marker": "s", "ls": "--", "ms": 6},
+}
+
+
+@draw_in_style
+def plot_region_curves(table: pd.DataFrame) -> Figure:
+    """Scores from each region alone and from all voxels but it, a panel a score.
+
+    Those of all voxels and of the shuffled pairing stand as lines. Up is better.
+
+    Args:
+        table: [metric, region, kind, value, low, high, better, shuffled]; "kind" is one of "alone",
+            "left out" and "all".
+
+    Raises:
+        PerceptError: for an empty table.
     """
     if table.empty:
         raise PerceptError("There are no regions, alone and left out, to draw.")
-    metrics, regions = (
-        list(dict.fromkeys(table["metric"])),
-        [region for region in dict.fromkeys(table["region"]) if region],
-    )
-    fig, axes = plt.subplots(
-        1,
-        len(metrics),
-        figsize=(max(8.2, (0.28 * len(regions) + 1.3) * len(metrics)), 3.9),
-        squeeze=False,
-    )
-    fig.subplots_adjust(
-        left=0.65 / fig.get_figwidth(), right=0.985, top=0.79, bottom=0.17, wspace=0.24
-    )
-    looks = {"alone": (COLOURS[0], "o", "-"), "left out": (COLOURS[1], "s", "--")}
+    metrics = list(dict.fromkeys(table["metric"]))
+    regions = [region for region in dict.fromkeys(table["region"]) if region]
+    width = max(8.2, (0.28 * len(regions) + 1.3) * len(metrics))
+    fig, axes = plt.subplots(1, len(metrics), figsize=(width, 3.9), squeeze=False)
+    fig.subplots_adjust(left=0.65 / width, right=0.985, top=0.79, bottom=0.17, wspace=0.24)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        mine = table[table["metric"] == metric]
-        for kind, (colour, marker, line) in looks.items():
-            part = mine[mine["kind"] == kind].set_index("region").reindex(regions)
-            spread = np.abs(part[["low", "high"]].sub(part["value"], axis=0)).fillna(0).to_numpy().T
-            ax.errorbar(
-                range(len(regions)),
-                part["value"],
-                yerr=spread,
-                color=colour,
-                marker=marker,
-                ls=line,
-                ms=6,
-                mec="white",
-                mew=0.8,
-                capsize=2,
-                zorder=4,
-            )
-        whole = mine[mine["kind"] == "all"]
-        if len(whole):
-            ax.axhspan(
-                *whole[["low", "high"]].fillna(whole["value"].iloc[0]).iloc[0],
-                color=INK,
-                alpha=0.12,
-                lw=0,
-            )
-            ax.axhline(whole["value"].iloc[0], color=INK, lw=1.3)
-        if mine["shuffled"].notna().any():
-            ax.axhline(mine["shuffled"].mean(), color=SOFT, lw=1.3, ls=":")
-        _titled(ax, metric, mine["better"].iloc[0])
-        if mine["better"].iloc[0] == "lower":
+        rows = table[table["metric"] == metric]
+        _draw_region_scores(ax, rows, regions)
+        better = rows["better"].iloc[0]
+        set_metric_title(ax, metric, better)
+        if better == "lower":
             ax.invert_yaxis()
-        ax.set_xticks(
-            range(len(regions)),
-            regions,
-            fontsize=8,
-            rotation=40,
-            ha="right",
-            rotation_mode="anchor",
-        )
+        _slant_tick_labels(ax, regions)
         ax.grid(axis="y")
-    words = {"alone": "the region alone", "left out": "all voxels but the region"}
-    handles = [
-        Line2D([], [], color=c, marker=m, ls=line, ms=6, label=words[kind])
-        for kind, (c, m, line) in looks.items()
-    ]
+    labels = {"alone": "the region alone", "left out": "all voxels but the region"}
+    handles = [Line2D([], [], label=labels[kind], **look) for kind, look in REGION_LOOKS.items()]
     handles += [
         Line2D([], [], color=INK, lw=1.3, label="all voxels"),
         Line2D([], [], color=SOFT, lw=1.3, ls=":", label="shuffled pairing"),
     ]
     fig.legend(handles=handles, loc="upper center", ncols=4, fontsize=8)
     return fig
+
+
+def _draw_region_scores(ax: Any, rows: pd.DataFrame, regions: Sequence[str]) -> None:
+    """One panel of `plot_region_curves`.
+
+    Args:
+        ax: the panel.
+        rows: of one metric.
+        regions: from left to right.
+    """
+    for kind, look in REGION_LOOKS.items():
+        part = rows[rows["kind"] == kind].set_index("region").reindex(regions)
+        spread = part[["low", "high"]].sub(part["value"], axis=0).abs().fillna(0).to_numpy().T
+        edge: dict[str, Any] = {"mec": "white", "mew": 0.8, "capsize": 2, "zorder": 4}
+        ax.errorbar(range(len(regions)), part["value"], yerr=spread, **look, **edge)
+    all_voxels = rows[rows["kind"] == "all"]
+    if len(all_voxels):
+        value = all_voxels["value"].iloc[0]
+        low, high = all_voxels[["low", "high"]].fillna(value).iloc[0]
+        ax.axhspan(low, high, color=INK, alpha=0.12, lw=0)
+        ax.axhline(value, color=INK, lw=1.3)
+    if rows["shuffled"].notna().any():
+        ax.axhline(rows["shuffled"].mean(), color=SOFT, lw=1.3, ls=":")

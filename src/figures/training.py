@@ -11,11 +11,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from src.figures.base import COLOURS, INK, MARKERS, _styled
+from src.figures.base import COLOURS, INK, MARKERS, draw_in_style
 from src.utils import PerceptError
 
 
-@_styled
+@draw_in_style
 def plot_training_curves(
     history: pd.DataFrame, quantities: Sequence[str] | None = None, x: str = "epoch"
 ) -> Figure:
@@ -28,62 +28,52 @@ def plot_training_curves(
             a column or is the row number.
         quantities: what stands after the slash, in order; all numeric ones by default.
         x: name of the horizontal axis.
+
+    Raises:
+        PerceptError: for a history without such columns.
     """
-    numeric = [c for c in history.select_dtypes("number").columns if "/" in c]
+    numeric = [name for name in history.select_dtypes("number").columns if "/" in name]
     if quantities is None:
-        quantities = list(dict.fromkeys(c.split("/", 1)[1] for c in numeric))
+        quantities = list(dict.fromkeys(name.split("/", 1)[1] for name in numeric))
     if not quantities:
         raise PerceptError("The history has no columns such as 'train/loss' to draw.")
-    at = history[x].to_numpy() if x in history else np.arange(len(history))
-    columns = min(3, len(quantities))
-    rows = -(-len(quantities) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False, layout="constrained"
-    )
+    epochs = history[x].to_numpy() if x in history else np.arange(len(history))
+    n_columns = min(3, len(quantities))
+    n_rows = -(-len(quantities) // n_columns)
+    size = (3.6 * n_columns, 2.6 * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     for ax, quantity in zip(axes.flat, quantities, strict=False):
-        _curves(
-            ax,
-            at,
-            {
-                c.split("/", 1)[0]: history[c].to_numpy()
-                for c in numeric
-                if c.split("/", 1)[1] == quantity
-            },
-        )
+        names = [name for name in numeric if name.split("/", 1)[1] == quantity]
+        series = {name.split("/", 1)[0]: history[name].to_numpy() for name in names}
+        _draw_series(ax, epochs, series)
         ax.set(title=quantity, xlabel=x)
     for ax in axes.flat[len(quantities) :]:
         ax.axis("off")
-    val = history["val/loss"].to_numpy() if "val/loss" in history else np.array([])
-    if "loss" in quantities and np.isfinite(val).any():
-        best = int(np.nanargmin(val))
+    if "loss" in quantities and "val/loss" in history:
         ax = axes.flat[list(quantities).index("loss")]
-        ax.plot(
-            at[best],
-            val[best],
-            marker="*",
-            ms=13,
-            color=INK,
-            ls="none",
-            label=f"best, {x} {at[best]}",
-        )
+        _mark_best(ax, epochs, history["val/loss"].to_numpy(), x)
     for ax in axes.flat[: len(quantities)]:
         ax.legend(fontsize=8)
     return fig
 
 
-def _curves(ax: Any, at: np.ndarray, series: dict[str, np.ndarray]) -> None:
+def _draw_series(ax: Any, epochs: np.ndarray, series: dict[str, np.ndarray]) -> None:
     """Draw one panel: training as a line, validation dashed with dots where it was measured."""
     looks: dict[str, dict[str, Any]] = {
         "train": {"color": COLOURS[0]},
         "val": {"color": COLOURS[1], "ls": "--", "marker": "o", "ms": 3.5},
     }
     for i, (name, values) in enumerate(series.items()):
-        keep = np.isfinite(values.astype(float))
-        ax.plot(
-            at[keep],
-            values[keep],
-            label=name,
-            **looks.get(name, {"ls": ":", "marker": MARKERS[i], "ms": 3.5}),
-        )
+        measured = np.isfinite(values.astype(float))
+        look = looks.get(name, {"ls": ":", "marker": MARKERS[i], "ms": 3.5})
+        ax.plot(epochs[measured], values[measured], label=name, **look)
     ax.grid(axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _mark_best(ax: Any, epochs: np.ndarray, losses: np.ndarray, x: str) -> None:
+    """Put a star at the lowest validation loss, if there is any."""
+    if np.isfinite(losses).any():
+        best = int(np.nanargmin(losses))
+        look: dict[str, Any] = {"marker": "*", "ms": 13, "color": INK, "ls": "none"}
+        ax.plot(epochs[best], losses[best], label=f"best, {x} {epochs[best]}", **look)
