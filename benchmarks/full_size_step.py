@@ -21,12 +21,12 @@ import psutil
 import torch
 from torch import nn
 
-from src.decoding import high_level_config
+from src.decoding import DecoderSizes, build_decoder_config
 from src.losses import l2_normalize, mixco, mixco_nce
 from src.models import GainNorm, Rotary
 from src.networks import build_decoder
 from src.prior import NoiseScheduler
-from src.training import fit
+from src.training import Batching, Checkpointing, Execution, Optimisation, fit
 from src.utils import count_parameters, peak_memory, to_device
 
 PAPER = {
@@ -49,7 +49,8 @@ def full_model() -> nn.Module:
     parameters takes minutes.
     """
     with torch.device("meta"):
-        model = build_decoder(high_level_config(PAPER, VOXELS, TOKENS, DIM))
+        sizes = DecoderSizes((VOXELS,), TOKENS, DIM)
+        model = build_decoder(build_decoder_config("01_train_high_level", PAPER, sizes))
     model = model.to_empty(device="cpu")
     model.noise_scheduler = NoiseScheduler(100)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
         return nce + 30 * loss, {}
 
     torch.optim.AdamW.step = timed
-    options = {"precision": "bf16"} if clock.cuda else {"step_in_backward": True}
+    execution = Execution(precision="bf16") if clock.cuda else Execution(step_in_backward=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             fit(
@@ -145,13 +146,10 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
                 Random(steps * batch),
                 folder=Path(folder),
                 config={},
-                epochs=1,
-                batch_size=batch,
-                max_lr=3e-4,
-                checkpoints=False,
-                save_every=1e9,
-                scheduler="fixed",
-                **options,
+                batching=Batching(epochs=1, batch_size=batch),
+                optimisation=Optimisation(max_lr=3e-4, scheduler="fixed"),
+                execution=execution,
+                checkpointing=Checkpointing(checkpoints=False, save_every=1e9),
             )
     finally:
         torch.optim.AdamW.step = plain

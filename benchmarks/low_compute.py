@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from src import models
-from src.decoding import mindeye2_config
+from src.decoding import DecoderSizes, build_decoder_config
 from src.losses import l2_normalize, mixco, mixco_nce
 from src.networks import build_decoder, transformer
-from src.pipeline.dryrun import training_memory
+from src.pipeline.dryrun import estimate_training_memory
 from src.training import group_parameters
 
 VOXELS = 15724
+LATENT = (4, 28, 28)
 PARAMETERS = {
     "hidden_dim": 1024,
     "n_blocks": 4,
@@ -84,12 +85,10 @@ def measure(way: str, threads: int, steps: int, batch: int = 4) -> dict[str, flo
     if told.get("published"):
         as_published()
     model = build_decoder(
-        mindeye2_config(
+        build_decoder_config(
+            "01_train_mindeye2",
             PARAMETERS | {"faithful": "" if told.get("folded") else "dead_mixer"},
-            [VOXELS],
-            49,
-            768,
-            28,
+            DecoderSizes((VOXELS,), 49, 768, LATENT),
         )
     )
     model.diffusion_prior.net.causal_transformer.checkpointing = bool(told.get("checkpointing"))
@@ -178,8 +177,10 @@ def needed(
     """Estimated bytes of a training step by what they are for, without libraries and the GPU's own
     context.
     """
-    config = mindeye2_config(
-        PARAMETERS | {"hidden_dim": h, "blurry_recon": blurry}, [VOXELS], tokens, dim, 28
+    config = build_decoder_config(
+        "01_train_mindeye2",
+        PARAMETERS | {"hidden_dim": h, "blurry_recon": blurry},
+        DecoderSizes((VOXELS,), tokens, dim, LATENT),
     )
 
     def build() -> nn.Module:
@@ -200,7 +201,7 @@ def needed(
             + (out[0].abs().mean() + out[1].square().mean() if blurry else 0)
         )
 
-    return training_memory(build, loss, precision, in_backward)
+    return estimate_training_memory(build, loss, precision, in_backward)
 
 
 def memory_table() -> None:

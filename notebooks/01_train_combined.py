@@ -109,45 +109,52 @@ from torch.utils.data import Subset
 
 from src.data import BrainDataset, Normaliser, cache_targets, open_subject, subject_folder
 from src.decoding import (
-    embed_captions,
+    DecoderSizes,
+    build_decoder_config,
     check_combined_parameters,
     check_volumes,
-    combined_config,
     compute_fid,
+    embed_captions,
+    embed_variations,
+    generate_sample_grid,
     load_generator,
     predict_tokens,
-    generate_sample_grid,
     set_sampler,
-    embed_variations,
 )
 from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import (
-    compute_alpha,
     combined_loss,
+    compute_alpha,
     cosine_anneal,
+    cosine_similarity,
     info_nce,
+    l2_normalize,
     mixco,
     mixco_nce,
-    cosine_similarity,
     soft_clip_loss,
-    l2_normalize,
 )
-from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior, load_voxel2clip
 from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, FeatureNetwork
 from src.readers import prepare_if_missing
 from src.training import (
-    iterate_batches,
-    check_precision,
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    Reporting,
     build_clip_augmentation,
+    check_precision,
+    describe_ridge,
     fit,
+    fit_ridge_baseline,
     gather,
-    select_local_rows,
+    iterate_batches,
     open_tracker,
+    select_local_rows,
 )
-from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
+from src.utils import PerceptError, count_parameters, peak_memory, resolve, seeded
 
 # %% [markdown]
 # ## Data
@@ -251,10 +258,9 @@ told += (
     "first_batch",
     "seed",
 )
+sizes = DecoderSizes((normaliser.n_features,), dim=clipper.dim, volume=subject.volume_shape)
 config = {
-    "model": combined_config(
-        run.parameters, normaliser.n_features, clipper.dim, subject.volume_shape
-    ),
+    "model": build_decoder_config(run.stage, run.parameters, sizes),
     "training": {name: run.parameters[name] for name in told},
     "tokens": [1, clipper.dim],
     "clip": {
@@ -470,23 +476,22 @@ if decoder != "ridge":
         Subset(train, range(min(batch_size, len(train)))) if first_batch else train,
         folder=run.logs / "high_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=batch_size,
-        max_lr=max_lr if lr_scheduler_type == "cycle" else initial_lr,
+        batching=Batching(num_epochs, batch_size, seed),
+        optimisation=Optimisation(
+            max_lr if lr_scheduler_type == "cycle" else initial_lr,
+            scheduler=lr_scheduler_type,
+            decay="published" if "norm_decay" in published else "no_norms",
+        ),
+        execution=Execution(run.device, precision),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt,
+            checkpoints=ckpt_saving,
+            ckpt_interval=ckpt_interval,
+            keep_epochs=True,
+            save_at_end=save_at_end,
+        ),
         validate=validate,
-        seed=seed,
-        scheduler=lr_scheduler_type,
-        decay="published" if "norm_decay" in published else "no_norms",
-        precision=precision,
-        resume=resume_from_ckpt,
-        checkpoints=ckpt_saving,
-        ckpt_interval=ckpt_interval,
-        keep_epochs=True,
-        save_at_end=save_at_end,
-        device=run.device,
-        logger=logger,
-        draw=draw if n_samples_save else None,
-        draw_interval=sample_interval,
+        reporting=Reporting(logger, draw if n_samples_save else None, sample_interval),
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -529,21 +534,17 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(
-        x, images.rows(ids).astype(np.float32)[:, None], cv=ridge_folds, seed=seed
+    ridge = fit_ridge_baseline(
+        run.logs / "high_level_ridge.safetensors",
+        subject,
+        normaliser,
+        images,
+        config,
+        target_shape=(1, clipper.dim),
+        folds=ridge_folds,
+        seed=seed,
     )
-    ridge_config = {
-        "model": ridge.config,
-        "training": config["training"],
-        "tokens": config["tokens"],
-        "clip": config["clip"],
-    }
-    save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(
-        f"ridge: {count_parameters(ridge):,} weights, median penalty"
-        f" {np.median(ridge.alphas.numpy()):.3g}"
-    )
+    print(f"ridge: {describe_ridge(ridge)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

@@ -93,35 +93,47 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
-from src.data import cache_augmented_targets
-from src.decoding import high_level_config, predict_tokens
-from src.figures import plot_image_grid, plot_training_curves, plot_umap, save_figure
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cache_augmented_targets,
+    cache_targets,
+    make_training_split,
+    open_subject,
+)
+from src.decoding import DecoderSizes, build_decoder_config, predict_tokens
+from src.figures import plot_embeddings, plot_image_grid, plot_training_curves, save_figure
 from src.losses import (
     cosine_anneal,
+    cosine_similarity,
+    l2_normalize,
     mixco,
     mixco_nce,
-    cosine_similarity,
     soft_clip_loss,
-    l2_normalize,
 )
-from src.models import RidgeBaseline
 from src.networks import build_decoder, load_laion_prior
 from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper
 from src.readers import prepare_if_missing
 from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    Reporting,
     apply_augmentation,
-    iterate_batches,
-    check_precision,
     build_clip_augmentation,
+    check_precision,
+    describe_ridge,
     fit,
+    fit_ridge_baseline,
     gather,
-    select_local_rows,
+    iterate_batches,
     open_tracker,
+    select_local_rows,
 )
-from src.utils import PerceptError, count_parameters, peak_memory, resolve, save_checkpoint, seeded
+from src.utils import PerceptError, peak_memory, resolve, seeded
 
 # %% [markdown]
 # ## Data
@@ -259,8 +271,9 @@ told = (
     "seed",
 )
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
+sizes = DecoderSizes((normaliser.n_features,), n_tokens, dim)
 config = {
-    "model": high_level_config(run.parameters, normaliser.n_features, n_tokens, dim),
+    "model": build_decoder_config(run.stage, run.parameters, sizes),
     "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
@@ -403,7 +416,7 @@ def draw(model, epoch):
         labels = (
             subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
         )
-        figures["umap"] = plot_umap(projected, target, labels, seed=seed)
+        figures["umap"] = plot_embeddings(projected, target, labels, seed=seed)
     if n_samples_save:
         x, ids = subject.get_mean_betas("val", normaliser=normaliser)
         x, ids = x[:n_samples_save], ids[:n_samples_save]
@@ -432,23 +445,26 @@ if decoder != "ridge":
         train,
         folder=run.logs / "high_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=batch_size,
-        max_lr=max_lr,
+        batching=Batching(
+            num_epochs,
+            batch_size,
+            seed,
+            order="resampled" if "resampled_epochs" in published else "shuffled",
+        ),
+        optimisation=Optimisation(
+            max_lr,
+            scheduler=lr_scheduler_type,
+            decay="published" if "norm_decay" in published else "no_norms",
+        ),
+        execution=Execution(run.device, precision, step_in_backward=step_in_backward),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt,
+            checkpoints=ckpt_saving,
+            ckpt_interval=ckpt_interval,
+            save_at_end=save_at_end or "train_on_val" in published,
+        ),
         validate=validate,
-        seed=seed,
-        scheduler=lr_scheduler_type,
-        precision=precision,
-        resume=resume_from_ckpt,
-        decay="published" if "norm_decay" in published else "no_norms",
-        order="resampled" if "resampled_epochs" in published else "shuffled",
-        checkpoints=ckpt_saving,
-        ckpt_interval=ckpt_interval,
-        save_at_end=save_at_end or "train_on_val" in published,
-        device=run.device,
-        step_in_backward=step_in_backward,
-        logger=logger,
-        draw=draw if plot_umap or n_samples_save else None,
+        reporting=Reporting(logger, draw if plot_umap or n_samples_save else None),
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -492,24 +508,17 @@ if decoder != "ridge" and prior:
 
 # %%
 if decoder != "network":
-    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(
-        x,
-        clip_tokens.rows(ids).astype(np.float32).reshape(len(ids), n_tokens, dim),
-        cv=ridge_folds,
+    ridge = fit_ridge_baseline(
+        run.logs / "high_level_ridge.safetensors",
+        subject,
+        normaliser,
+        clip_tokens,
+        config,
+        target_shape=(n_tokens, dim),
+        folds=ridge_folds,
         seed=seed,
     )
-    ridge_config = {
-        "model": ridge.config,
-        "training": config["training"],
-        "tokens": [n_tokens, dim],
-        "clip": config["clip"],
-    }
-    save_checkpoint(run.logs / "high_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(
-        f"ridge: {count_parameters(ridge):,} weights, median penalty"
-        f" {np.median(ridge.alphas.numpy()):.3g}"
-    )
+    print(f"ridge: {describe_ridge(ridge)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

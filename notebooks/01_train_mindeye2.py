@@ -92,39 +92,51 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
-from src.data import cache_augmented_targets
-from src.decoding import find_decoder, mindeye2_config
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cache_augmented_targets,
+    cache_targets,
+    make_training_split,
+    open_subject,
+)
+from src.decoding import DecoderSizes, build_decoder_config, find_decoder
 from src.figures import plot_training_curves, save_figure
 from src.losses import (
     cosine_anneal,
+    cosine_similarity,
+    l2_normalize,
     mixco,
     mixco_nce,
     normalize_locations,
-    cosine_similarity,
     soft_clip_loss,
     soft_cont_loss,
-    l2_normalize,
 )
-from src.models import RidgeBaseline
 from src.networks import build_decoder
 from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
 from src.readers import prepare_if_missing
 from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
     MultiSubjectDataset,
+    Optimisation,
+    Reporting,
     apply_augmentation,
-    iterate_batches,
+    build_clip_augmentation,
+    build_teacher_augmentation,
     check_gradients,
     check_precision,
-    build_clip_augmentation,
+    describe_ridge,
     fit,
+    fit_ridge_baseline,
     gather,
-    select_local_rows,
+    iterate_batches,
     load_pretrained,
-    build_teacher_augmentation,
     open_tracker,
+    select_local_rows,
 )
 from src.utils import (
     HOME,
@@ -132,7 +144,6 @@ from src.utils import (
     count_parameters,
     peak_memory,
     resolve,
-    save_checkpoint,
     seeded,
 )
 
@@ -306,14 +317,10 @@ told = (
 )
 told += ("multi_subject", "multisubject_ckpt", "num_sessions", "rois", "seed")
 parameters = run.parameters | {"prior": prior, "faithful": published}
+voxels = tuple(normaliser.n_features for _, normaliser in people)
+sizes = DecoderSizes(voxels, n_tokens, dim, autoencoder.latent_shape)
 config = {
-    "model": mindeye2_config(
-        parameters,
-        [normaliser.n_features for _, normaliser in people],
-        n_tokens,
-        dim,
-        autoencoder.latent_shape[1],
-    ),
+    "model": build_decoder_config(run.stage, parameters, sizes),
     "training": {name: run.parameters[name] for name in told} | {"subjects": mine},
     "tokens": [n_tokens, dim],
     "clip": {
@@ -514,22 +521,24 @@ if decoder != "ridge":
         train,
         folder=run.logs / "high_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=batch_size,
-        max_lr=max_lr,
+        batching=Batching(
+            num_epochs,
+            batch_size,
+            seed,
+            order="resampled" if "resampled_epochs" in published else "shuffled",
+        ),
+        optimisation=Optimisation(
+            max_lr,
+            scheduler=lr_scheduler_type,
+            decay="published" if "norm_decay" in published else "no_norms",
+            clip_grad=0 if step_in_backward else clip_grad,
+        ),
+        execution=Execution(run.device, precision, step_in_backward=step_in_backward),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt, checkpoints=ckpt_saving, ckpt_interval=ckpt_interval
+        ),
         validate=validate,
-        seed=seed,
-        scheduler=lr_scheduler_type,
-        decay="published" if "norm_decay" in published else "no_norms",
-        precision=precision,
-        clip_grad=0 if step_in_backward else clip_grad,
-        resume=resume_from_ckpt,
-        checkpoints=ckpt_saving,
-        ckpt_interval=ckpt_interval,
-        order="resampled" if "resampled_epochs" in published else "shuffled",
-        step_in_backward=step_in_backward,
-        device=run.device,
-        logger=logger,
+        reporting=Reporting(logger),
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -546,19 +555,18 @@ if decoder != "ridge":
 # %%
 if decoder != "network":
     subject, normaliser = people[0]
-    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
+    ridge_config = {name: value for name, value in config.items() if name != "model"}
     for level, target in (("high_level", tokens), ("low_level", latents)):
-        ridge = RidgeBaseline.fit(
-            x.reshape(len(x), -1), target.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed
+        ridge = fit_ridge_baseline(
+            run.logs / f"{level}_ridge.safetensors",
+            subject,
+            normaliser,
+            target,
+            ridge_config,
+            folds=ridge_folds,
+            seed=seed,
         )
-        ridge_config = {
-            name: config[name] for name in ("training", "tokens", "clip", "latents", "neighbours")
-        } | {"model": ridge.config}
-        save_checkpoint(run.logs / f"{level}_ridge.safetensors", ridge.state_dict(), ridge_config)
-        print(
-            f"ridge of the {level.replace('_', ' ')}: {count_parameters(ridge):,} weights, median"
-            f" penalty {np.median(ridge.alphas.numpy()):.3g}"
-        )
+        print(f"ridge of the {level.replace('_', ' ')}: {describe_ridge(ridge)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

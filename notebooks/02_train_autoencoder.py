@@ -72,18 +72,36 @@ import torch
 import torch.nn.functional as F
 from kornia.filters import median_blur
 
-from src.data import BrainDataset, Normaliser, cache_targets, make_training_split, open_subject
-from src.data import cache_augmented_targets
-from src.decoding import low_level_config, predict_latents
+from src.data import (
+    BrainDataset,
+    Normaliser,
+    cache_augmented_targets,
+    cache_targets,
+    make_training_split,
+    open_subject,
+)
+from src.decoding import DecoderSizes, build_decoder_config, predict_latents
 from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
-from src.models import RidgeBaseline
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, LatentAutoencoder, Teacher
-from src.training import apply_augmentation, fit, gather, build_teacher_augmentation, open_tracker
-from src.utils import PerceptError, count_parameters, mixed_precision, peak_memory, save_checkpoint
+from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    Reporting,
+    apply_augmentation,
+    build_teacher_augmentation,
+    describe_ridge,
+    fit,
+    fit_ridge_baseline,
+    gather,
+    open_tracker,
+)
+from src.utils import PerceptError, mixed_precision, peak_memory
 
 # %% [markdown]
 # ## Data
@@ -184,8 +202,9 @@ told = (
     "seed",
 )
 told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
+sizes = DecoderSizes((normaliser.n_features,))
 config = {
-    "model": low_level_config(run.parameters, normaliser.n_features),
+    "model": build_decoder_config(run.stage, run.parameters, sizes),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
 }
@@ -325,18 +344,16 @@ if decoder != "ridge":
         train,
         folder=run.logs / "low_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=batch_size,
-        max_lr=max_lr,
+        batching=Batching(num_epochs, batch_size, seed),
+        optimisation=Optimisation(max_lr),
+        execution=Execution(run.device, mixed_precision(use_mp, precision)),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt,
+            ckpt_interval=ckpt_interval,
+            keep_epochs=bool(ckpt_interval),
+        ),
         validate=validate,
-        seed=seed,
-        precision=mixed_precision(use_mp, precision),
-        resume=resume_from_ckpt,
-        ckpt_interval=ckpt_interval,
-        keep_epochs=bool(ckpt_interval),
-        device=run.device,
-        logger=logger,
-        draw=draw if ckpt_interval else None,
+        reporting=Reporting(logger, draw if ckpt_interval else None),
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     if logger is not None:
@@ -347,18 +364,16 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(x, latents.rows(ids).astype(np.float32), cv=ridge_folds, seed=seed)
-    ridge_config = {
-        "model": ridge.config,
-        "training": config["training"],
-        "latents": list(autoencoder.latent_shape),
-    }
-    save_checkpoint(run.logs / "low_level_ridge.safetensors", ridge.state_dict(), ridge_config)
-    print(
-        f"ridge: {count_parameters(ridge):,} weights, median penalty"
-        f" {np.median(ridge.alphas.numpy()):.3g}"
+    ridge = fit_ridge_baseline(
+        run.logs / "low_level_ridge.safetensors",
+        subject,
+        normaliser,
+        latents,
+        config,
+        folds=ridge_folds,
+        seed=seed,
     )
+    print(f"ridge: {describe_ridge(ridge)}")
 
 # %% [markdown]
 # ## A look at validation images

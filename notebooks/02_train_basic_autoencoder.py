@@ -70,20 +70,29 @@ run
 import math
 
 import kornia.augmentation as K
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from src.data import BrainDataset, Normaliser, cache_targets, open_subject
-from src.decoding import basic_config, predict_latents
+from src.decoding import DecoderSizes, build_decoder_config, predict_latents
 from src.figures import plot_contact_sheet, plot_image_grid, plot_training_curves, save_figure
-from src.models import RidgeBaseline
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
-from src.training import iterate_batches, fit, open_tracker
-from src.utils import PerceptError, count_parameters, peak_memory, save_checkpoint
+from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    Reporting,
+    describe_ridge,
+    fit,
+    fit_ridge_baseline,
+    iterate_batches,
+    open_tracker,
+)
+from src.utils import PerceptError, count_parameters, peak_memory
 
 # %% [markdown]
 # ## Data
@@ -146,8 +155,9 @@ told = (
     "num_epochs",
     "seed",
 )
+sizes = DecoderSizes((normaliser.n_features,), latent=autoencoder.latent_shape, latent_scale=scale)
 config = {
-    "model": basic_config(run.parameters, normaliser.n_features, autoencoder.latent_shape, scale),
+    "model": build_decoder_config(run.stage, run.parameters, sizes),
     "training": {k: run.parameters[k] for k in told},
     "latents": list(autoencoder.latent_shape),
     "autoencoder": {"name": "stable_diffusion", "image_size": side},
@@ -238,33 +248,30 @@ def draw(model, epoch):
 # %%
 if decoder != "ridge":
     logger = open_tracker(run, wandb_log, wandb_project)
+    schedules = {"constant": "fixed", "constant_with_warmup": "warmup"}
     history = fit(
         model,
         step,
         train,
         folder=run.logs / "low_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=batch_size,
-        max_lr=learning_rate * (batch_size if scale_lr else 1),
-        scheduler={"constant": "fixed", "constant_with_warmup": "warmup"}.get(
-            lr_scheduler, lr_scheduler
+        batching=Batching(num_epochs, batch_size, seed, accumulate=gradient_accumulation_steps),
+        optimisation=Optimisation(
+            learning_rate * (batch_size if scale_lr else 1),
+            scheduler=schedules.get(lr_scheduler, lr_scheduler),
+            warmup_steps=warmup_steps,
+            betas=(adam_beta1, adam_beta2),
+            eps=adam_epsilon,
+            weight_decay=adam_weight_decay,
         ),
-        warmup_steps=warmup_steps,
-        betas=(adam_beta1, adam_beta2),
-        eps=adam_epsilon,
-        weight_decay=adam_weight_decay,
-        accumulate=gradient_accumulation_steps,
+        execution=Execution(run.device, precision, num_workers),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt,
+            ckpt_interval=ckpt_interval,
+            keep_epochs=bool(ckpt_interval),
+        ),
         validate=validate,
-        seed=seed,
-        precision=precision,
-        resume=resume_from_ckpt,
-        ckpt_interval=ckpt_interval,
-        keep_epochs=bool(ckpt_interval),
-        num_workers=num_workers,
-        device=run.device,
-        logger=logger,
-        draw=draw if ckpt_interval else None,
+        reporting=Reporting(logger, draw if ckpt_interval else None),
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     print(
@@ -281,19 +288,16 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
-    x, ids = subject.get_mean_betas("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(
-        x, targets["latents"].rows(ids).astype(np.float32), cv=ridge_folds, seed=seed
-    )
-    save_checkpoint(
+    ridge = fit_ridge_baseline(
         run.logs / "low_level_ridge.safetensors",
-        ridge.state_dict(),
-        config | {"model": ridge.config},
+        subject,
+        normaliser,
+        targets["latents"],
+        config,
+        folds=ridge_folds,
+        seed=seed,
     )
-    print(
-        f"ridge: {count_parameters(ridge):,} weights, median penalty"
-        f" {np.median(ridge.alphas.numpy()):.3g}"
-    )
+    print(f"ridge: {describe_ridge(ridge)}")
 
 # %% [markdown]
 # ## A look at validation images, and the gallery of training images

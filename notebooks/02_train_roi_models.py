@@ -66,14 +66,28 @@ import torch
 import torch.nn.functional as F
 
 from src.data import BrainDataset, LatentFile, Normaliser, cache_targets, open_subject
-from src.decoding import load_decoder, low_level_config, predict_latents, parse_voters
+from src.decoding import (
+    DecoderSizes,
+    build_decoder_config,
+    load_decoder,
+    parse_voters,
+    predict_latents,
+)
 from src.figures import plot_image_grid, plot_roi_sets, plot_training_curves, save_figure
-from src.models import RidgeBaseline
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
-from src.training import iterate_batches, fit
-from src.utils import atomic, count_parameters, peak_memory, resolve, save_checkpoint, write_json
+from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    describe_ridge,
+    fit,
+    fit_ridge_baseline,
+    iterate_batches,
+)
+from src.utils import atomic, count_parameters, peak_memory, resolve, write_json
 
 # %% [markdown]
 # ## Data
@@ -194,9 +208,10 @@ def train(voter):
     folder, mine, normaliser = at[voter.name]
     data = BrainDataset(mine, "train", {"latents": latents}, normaliser, repeats, seed)
     own = BrainDataset(mine, "val", {"latents": latents}, normaliser, "mean", seed)
+    parameters = run.parameters | {"latent_size": shape[1], "use_cont": False}
     config = {
-        "model": low_level_config(
-            run.parameters | {"latent_size": shape[1], "use_cont": False}, normaliser.n_features
+        "model": build_decoder_config(
+            run.stage, parameters, DecoderSizes((normaliser.n_features,))
         ),
         "latents": list(shape),
         "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
@@ -234,19 +249,20 @@ def train(voter):
         data,
         folder=folder / "low_level",
         config=config,
-        epochs=num_epochs,
-        batch_size=voter.batch_size,
-        max_lr=max_lr,
-        scheduler=voter_schedule.removeprefix("published_"),
-        cycle_steps=whole,
-        decay="published",
+        batching=Batching(num_epochs, voter.batch_size, seed),
+        optimisation=Optimisation(
+            max_lr,
+            scheduler=voter_schedule.removeprefix("published_"),
+            cycle_steps=whole,
+            decay="published",
+        ),
+        execution=Execution(run.device, precision),
+        checkpointing=Checkpointing(
+            resume=resume_from_ckpt,
+            ckpt_interval=ckpt_interval,
+            keep_epochs=bool(ckpt_interval),
+        ),
         validate=validation(own),
-        seed=seed,
-        precision=precision,
-        resume=resume_from_ckpt,
-        ckpt_interval=ckpt_interval,
-        keep_epochs=bool(ckpt_interval),
-        device=run.device,
     )
 
 
@@ -269,21 +285,22 @@ if decoder != "ridge":
 # %%
 for voter in bag if decoder != "network" else []:
     folder, mine, normaliser = at[voter.name]
-    x, train_ids = mine.get_mean_betas("train", normaliser=normaliser)
-    ridge = RidgeBaseline.fit(
-        x, latents.rows(train_ids).astype(np.float32), cv=ridge_folds, seed=seed
-    )
     config = {
-        "model": ridge.config,
+        "model": None,  # the ridge's own
         "latents": list(shape),
         "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
+        "training": vars(voter) | {"train_share": train_share, "masked": masked},
     }
-    config["training"] = vars(voter) | {"train_share": train_share, "masked": masked}
-    save_checkpoint(folder / "low_level_ridge.safetensors", ridge.state_dict(), config)
-    print(
-        f"{voter.name}, ridge: {count_parameters(ridge):,} weights, median penalty"
-        f" {np.median(ridge.alphas.numpy()):.3g}"
+    ridge = fit_ridge_baseline(
+        folder / "low_level_ridge.safetensors",
+        mine,
+        normaliser,
+        latents,
+        config,
+        folds=ridge_folds,
+        seed=seed,
     )
+    print(f"{voter.name}, ridge: {describe_ridge(ridge)}")
 
 # %% [markdown]
 # ## How well do they predict?

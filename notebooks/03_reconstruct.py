@@ -73,19 +73,19 @@ from safetensors.torch import save_file
 
 from src.data import Normaliser, cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
-    load_encoder,
-    find_decoder,
-    generate_images,
-    load_generator,
     compute_in_chunks,
-    draw_latent_noise,
-    load_decoder,
-    load_condition,
-    select_best,
-    predict_latents,
-    predict_tokens,
     compute_repeat_agreement,
     compute_sample_spread,
+    draw_latent_noise,
+    find_decoder,
+    generate_images,
+    load_condition,
+    load_decoder,
+    load_encoder,
+    load_generator,
+    predict_latents,
+    predict_tokens,
+    select_best,
 )
 from src.figures import plot_contact_sheet, save_figure
 from src.models import MindEye2
@@ -93,7 +93,7 @@ from src.networks import build_decoder
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import prepare_if_missing
 from src.retrieval import find_nearest
-from src.training import fit_converter
+from src.training import Batching, Execution, TokenPairs, fit_converter
 from src.utils import HOME, PerceptError, atomic, seed_everything
 
 # %% [markdown]
@@ -258,13 +258,12 @@ if patches and read.target_shape != clipper.target_shape:
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
     splits = [pictured.image_ids(split) for split in ("train", "val")]
     converter, history = fit_converter(
-        *pairs,
-        *splits,
+        TokenPairs(*pairs, splits[0]),
+        TokenPairs(*pairs, splits[1]),
         run.logs / "decoder_converter",
         made_by,
-        converter_epochs,
-        seed=seed,
-        device=run.device,
+        Batching(converter_epochs, batch_size=128, seed=seed),
+        execution=Execution(run.device),
     )
     print(
         f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on"

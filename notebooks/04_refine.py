@@ -68,20 +68,20 @@ from safetensors.torch import save_file
 
 from src.data import cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
-    read_decoder_config,
-    load_encoder,
-    find_decoder,
     compute_in_chunks,
+    find_decoder,
+    load_encoder,
     load_reconstructions,
-    refine_images,
     load_refiner,
+    read_decoder_config,
+    refine_images,
 )
 from src.figures import plot_contact_sheet, plot_training_curves, save_figure
 from src.metrics import resize
 from src.models import CaptionConverter
 from src.networks import load_published
 from src.pretrained import BrainCaptioner, PatchClip
-from src.training import fit_converter
+from src.training import Batching, Execution, Optimisation, TokenPairs, fit_converter
 from src.utils import (
     PerceptError,
     atomic,
@@ -164,17 +164,13 @@ if caption and caption_converter:
 elif caption:
     made_by = {"clip": clip.fingerprint()["model"], "captioner": encoder.fingerprint()["model"]}
     converter, history = fit_converter(
-        ours,
-        theirs,
-        train_ids,
-        val_ids,
+        TokenPairs(ours, theirs, train_ids),
+        TokenPairs(ours, theirs, val_ids),
         run.logs / "caption_converter",
         made_by,
-        converter_epochs,
-        converter_batch_size,
-        converter_max_lr,
-        seed,
-        run.device,
+        Batching(converter_epochs, converter_batch_size, seed),
+        Optimisation(converter_max_lr),
+        Execution(run.device),
         resume_from_ckpt,
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "04_caption_converter.png")

@@ -53,7 +53,7 @@ from src import retrieval
 from src.data import open_training_split
 from src.decoding import load_reconstructions
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
-from src.figures import plot_hits_and_misses, plot_retrieval_curve, plot_umap, save_figure
+from src.figures import plot_embeddings, plot_hits_and_misses, plot_retrieval_curve, save_figure
 from src.readers import prepare_if_missing
 from src.utils import HOME, PerceptError, atomic
 
@@ -309,7 +309,7 @@ for d, (queries, candidates, title) in sides.items():
 # %%
 if plot_umap:
     save_figure(
-        plot_umap(brain[names[0]], clip, categories, seed=seed),
+        plot_embeddings(brain[names[0]], clip, categories, seed=seed),
         run.results / "figures" / "umap.png",
     )
 

@@ -59,7 +59,7 @@ from src.evaluation import records, statistics, write_report
 from src.figures import plot_contact_sheet, save_figure
 from src.models import BrainNetwork
 from src.pretrained import Clipper
-from src.training import fit
+from src.training import Batching, Execution, Optimisation, fit
 from src.utils import progress
 
 # %% [markdown]
@@ -177,11 +177,9 @@ def network(train_x, train_y, folder):
         data,
         folder=folder,
         config=config,
-        epochs=num_epochs,
-        batch_size=min(batch_size, len(data)),
-        max_lr=max_lr,
-        seed=seed,
-        device="cpu",
+        batching=Batching(num_epochs, min(batch_size, len(data)), seed),
+        optimisation=Optimisation(max_lr),
+        execution=Execution("cpu"),
     )
 
     def predict(voxels):

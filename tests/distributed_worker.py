@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training_options import group_options
 
-from src.decoding.configs import high_level_config
+from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.losses import cosine_anneal, l2_normalize, mixco, mixco_nce, soft_clip_loss
-from src.networks.released import build_decoder
-from src.training.loop import PATIENCE, fit
+from src.networks.rebuild import build_decoder
+from src.training.loop import fit
 from src.training.processes import gather, select_local_rows
+from src.training.update import PATIENCE
 from src.utils import PerceptError, seeded
 
 torch.set_num_threads(1)
@@ -208,7 +210,8 @@ def mind_eye(folder, dtype):
         "timesteps": 10,
     }
     parameters = sizes | {"hidden": True, "use_projector": True, "max_text_len": 0}
-    model = build_decoder(high_level_config(parameters, VOXELS, TOKENS, WIDTH))
+    sizes = DecoderSizes((VOXELS,), TOKENS, WIDTH)
+    model = build_decoder(build_decoder_config("01_train_high_level", parameters, sizes))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -225,10 +228,7 @@ def mind_eye(folder, dtype):
         MindData(dtype),
         folder=folder / f"mind_{dtype}".replace(".", "_"),
         config={},
-        epochs=EPOCHS,
-        batch_size=MIND_BATCH,
-        max_lr=1e-3,
-        device="cpu",
+        **group_options(epochs=EPOCHS, batch_size=MIND_BATCH, max_lr=1e-3, device="cpu"),
     )
     return {"losses": losses, "weights": model.state_dict()}
 
@@ -279,7 +279,7 @@ def train(folder, name, seed=0, do=None, **other):
             step,
             Data(),
             validate=lambda m: {"val/loss": float(gather(m.backbone(Data().x)).square().mean())},
-            **options,
+            **group_options(**options),
         )
     finally:
         torch.optim.AdamW.step = before
@@ -307,10 +307,7 @@ def refusals(folder):
                 Data(),
                 folder=folder / name,
                 config={},
-                epochs=1,
-                batch_size=batch,
-                max_lr=1e-2,
-                device="cpu",
+                **group_options(epochs=1, batch_size=batch, max_lr=1e-2, device="cpu"),
             )
         except PerceptError as error:
             found[name] = str(error)

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from training_options import group_options
 
 from src.data.normaliser import Normaliser
 from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
-from src.decoding.configs import basic_config
+from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.networks.low_level import BASIC_SIZES, BasicEncoder
 from src.networks.rebuild import build_decoder
 from src.parameters import NOTEBOOKS, parse_parameters, read_parameters_cell
 from src.training.loop import fit
 from src.training.optim import SCHEDULERS
 from src.utils import PerceptError, count_parameters
-from training_options import group_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +77,11 @@ def test_what_the_encoder_refuses():
 
 
 def test_unscaled_latents_are_scaled_by_the_encoder_itself():
+    sizes = DecoderSizes((10,), latent=(4, 16, 16), latent_scale=0.25)
     scaled, published = (
-        basic_config({"encoder": "512", "scaled_latents": x}, 10, (4, 16, 16), 0.25)
+        build_decoder_config(
+            "02_train_basic_autoencoder", {"encoder": "512", "scaled_latents": x}, sizes
+        )
         for x in (True, False)
     )
     first, second = build_decoder(scaled), build_decoder(published)

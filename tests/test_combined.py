@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from servers import hub_server
 from torch.utils.data import Subset
+from training_options import group_options
 
 from src import losses, models, parameters, training, utils
 from src.data.draws import choose_repeats
@@ -22,11 +23,11 @@ from src.data.images import write_images
 from src.data.layout import write_subject
 from src.decoding import combined
 from src.decoding.checkpoints import load_decoder
-from src.decoding.configs import combined_config
+from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import generate_images, load_generator, set_sampler
 from src.miniworld.formats import mindeye as mindeye_format
 from src.networks import released
-from src.networks.released import build_decoder
+from src.networks.rebuild import build_decoder
 from src.parameters import parse_parameters
 from src.pipeline import dryrun
 from src.prior import BrainDiffusionPrior
@@ -52,6 +53,11 @@ TINY = DEFAULTS | {
     "conv_strides": "2,2",
 }
 LAION = ROOT / "data" / "mini_models" / "laion_prior" / "best.pth"
+
+
+def combined_config(parameters, in_dim: int, dim: int, volume=None):
+    sizes = DecoderSizes((in_dim,), dim=dim, volume=volume)
+    return build_decoder_config("01_train_combined", parameters, sizes)
 
 
 def tiny(arch: str = "brainnet", dim: int = 16, **changes) -> BrainDiffusionPrior:
@@ -407,8 +413,7 @@ def test_the_first_batch_alone_is_trained_on_and_figures_have_their_own_interval
         step,
         Subset(data, range(4)),
         folder=tmp_path,
-        draw=lambda model, epoch: drawn.append(epoch) or {},
-        **options,
+        **group_options(draw=lambda model, epoch: drawn.append(epoch) or {}, **options),
     )
     assert seen == {0, 1, 2, 3} and data.epochs == [0, 1, 2, 3, 4] and drawn == [1, 3, 4]
 

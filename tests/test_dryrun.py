@@ -4,15 +4,18 @@ process, and the command line.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
+from src import parameters
 from src.pipeline import dryrun
 from src.utils import PerceptError
 
@@ -52,7 +55,7 @@ def test_the_trace_is_what_autograd_keeps():
     def build():
         return nn.Sequential(nn.Linear(11, 5, bias=False), nn.GELU(), nn.Linear(5, 3, bias=False))
 
-    found = dryrun.training_memory(
+    found = dryrun.estimate_training_memory(
         build, lambda model: model(torch.zeros(batch, 11)).square().sum()
     )
     assert found["weights"] == weights and found["optimizer state"] == 2 * weights
@@ -68,8 +71,8 @@ def test_gradients_join_while_activations_go():
     events = [("activation", 3), ("parameter", 100), ("activation", 7), ("parameter", 10)]
     # backward: 10 held; 20 with the last weight's gradient; 7 go; the first weight's joins what is
     # left
-    assert dryrun.backward_peak(events, step_in_backward=False) == 3 + 10 + 100
-    assert dryrun.backward_peak(events, step_in_backward=True) == 3 + 100
+    assert dryrun.find_backward_peak(events, step_in_backward=False) == 3 + 10 + 100
+    assert dryrun.find_backward_peak(events, step_in_backward=True) == 3 + 100
 
 
 def measured(step_in_backward: bool) -> dict:
@@ -77,25 +80,39 @@ def measured(step_in_backward: bool) -> dict:
     script = f"""
         import json, tempfile
         import torch
-        from src import dryrun, utils
+        from src import utils
+        from src.pipeline import dryrun
         from src.models import BrainNetwork
-        from src.training import fit
+        from src.training import Batching, Checkpointing, Execution, Optimisation, fit
         torch.set_num_threads(1)
         def build():
-            return BrainNetwork(in_dim=2000, out_dim=24_000, clip_size=768 // 8, h=2048, n_blocks=4, use_projector=False)
+            return BrainNetwork(
+                in_dim=2000, out_dim=24_000, clip_size=96, h=2048, n_blocks=4, use_projector=False
+            )
         def loss(model):
             return model(torch.zeros(64, 2000)).square().mean()
         class Data:
             def __len__(self): return 192
             def set_epoch(self, epoch): pass
             def __getitems__(self, rows): return {{"x": torch.randn(len(rows), 2000)}}
-        predicted = sum(dryrun.training_memory(build, loss, step_in_backward={step_in_backward}).values())
-        dryrun._base()
-        base = dryrun.peak_memory()
+        in_backward = {step_in_backward}
+        predicted = dryrun.estimate_training_memory(build, loss, step_in_backward=in_backward)
+        dryrun.measure_base_memory()
+        base = utils.peak_memory()
         with tempfile.TemporaryDirectory() as folder:
-            fit(build(), lambda model, batch, epoch: (model(batch["x"]).square().mean(), {{}}), Data(), folder=folder, config={{}}, epochs=1, batch_size=64,
-                max_lr=1e-3, device="cpu", save_every=1e9, checkpoints=False, step_in_backward={step_in_backward})
-        print(json.dumps({{"predicted": predicted, "measured": dryrun.peak_memory() - base}}))
+            fit(
+                build(),
+                lambda model, batch, epoch: (model(batch["x"]).square().mean(), {{}}),
+                Data(),
+                folder=folder,
+                config={{}},
+                batching=Batching(1, 64),
+                optimisation=Optimisation(1e-3),
+                execution=Execution("cpu", step_in_backward=in_backward),
+                checkpointing=Checkpointing(save_every=1e9, checkpoints=False),
+            )
+        measured = utils.peak_memory() - base
+        print(json.dumps({{"predicted": sum(predicted.values()), "measured": measured}}))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -163,11 +180,9 @@ def test_networks_are_as_wide_as_the_components():
 
 
 def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(
-        dryrun.psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9})
-    )
-    monkeypatch.setattr(dryrun.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("memory", (), {"available": 4e9}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("disk", (), {"free": 1e9}))
     warnings = dryrun.plan_stage("01_train_high_level", HIGH).warnings
     assert (
         len(warnings) == 4
@@ -211,7 +226,7 @@ def test_the_mini_world_is_known_before_it_is_drawn():
     assert disk == {"betas": 4 * 16800 * 1572, "images": 5600 * 32 * 32 * 3}
 
 
-def test_pictures_take_the_disk_that_is_told(tmp_path):
+def test_images_take_the_disk_that_is_told(tmp_path):
     told = {
         "dataset": "mini",
         "subj": 1,
@@ -223,7 +238,7 @@ def test_pictures_take_the_disk_that_is_told(tmp_path):
     told |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
     disk = dryrun.plan_stage("03_reconstruct", told).disk
     assert (
-        disk["pictures"] == 300 * 3 * 32 * 32 * 2 * 9
+        disk["images"] == 300 * 3 * 32 * 32 * 2 * 9
         # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image,
         # nearest
     )
@@ -231,13 +246,13 @@ def test_pictures_take_the_disk_that_is_told(tmp_path):
         dryrun.plan_stage("03_reconstruct", told)
     ) and "trains no network" in str(dryrun.plan_stage("03_reconstruct", told))
     assert (
-        dryrun.plan_stage("03_reconstruct", told | {"img2img_strength": 1.0}).disk["pictures"]
-        == disk["pictures"] * 7 / 9
+        dryrun.plan_stage("03_reconstruct", told | {"img2img_strength": 1.0}).disk["images"]
+        == disk["images"] * 7 / 9
     )
     more = dryrun.plan_stage(
         "03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}
     ).disk
-    assert more["pictures"] == disk["pictures"] * (9 + 1 + 2 + 4) / 9
+    assert more["images"] == disk["images"] * (9 + 1 + 2 + 4) / 9
     for recipe, tokens in (
         ("mindeye/mini", 17),
         ("combined", 1),
@@ -279,14 +294,14 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "parameters"),
+    ("recipe", "count"),
     [
         ("mindeye2_small", 119_953_240),
         ("mindeye2", 2_227_294_844),
         ("mindeye2_pretrain", 2_575_262_332),
     ],
 )
-def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
+def test_plan_of_mindeye2_counts_as_published(recipe, count):
     known = parameters.parse_parameters(
         parameters.read_parameters_cell(parameters.NOTEBOOKS / "01_train_mindeye2.ipynb"),
         "01_train_mindeye2",
@@ -295,8 +310,8 @@ def test_plan_of_mindeye2_counts_as_published(recipe, parameters):
     for file in parameters.find_recipe_files(recipe, "01_train_mindeye2"):
         values |= parameters.read_recipe(file)
     made = dryrun.plan_stage("01_train_mindeye2", values | {"dataset": "absent"})
-    assert sum(made.parameters.values()) == parameters
-    assert made.memory["weights"] == pytest.approx(4 * parameters, rel=1e-3)
+    assert sum(made.parameters.values()) == count
+    assert made.memory["weights"] == pytest.approx(4 * count, rel=1e-3)
     if recipe == "mindeye2_small":
         everything = dryrun.plan_stage(
             "01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0}

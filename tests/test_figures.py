@@ -264,7 +264,7 @@ def test_held_out_effect_writes_what_is_lost_beyond_the_others():
 
 def test_umap_shows_brains_filled_and_images_open():
     clip = torch.randn(15, 4, 3, generator=torch.Generator().manual_seed(0))
-    fig = figures.plot_umap(
+    fig = figures.plot_embeddings(
         clip + 0.1, clip, ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2, max_categories=2
     )
     filled = [len(c.get_offsets()) for c in fig.axes[0].collections if len(c.get_facecolor())]
@@ -304,7 +304,7 @@ BAD_INPUTS = {
     ),
     "no changes": (lambda: figures.plot_held_out_effect(effect_table()[:0]), "no changes"),
     "unpaired embeddings": (
-        lambda: figures.plot_umap(torch.rand(3, 2), torch.rand(3, 2), ["a"]),
+        lambda: figures.plot_embeddings(torch.rand(3, 2), torch.rand(3, 2), ["a"]),
         "pair up",
     ),
     "no noise ceiling": (

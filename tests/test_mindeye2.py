@@ -15,23 +15,19 @@ from src.data.batches import BrainDataset
 from src.data.normaliser import Normaliser
 from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
-from src.decoding.configs import mindeye2_config
+from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import load_encoder
 from src.decoding.predict import predict_latents, predict_tokens
 from src.losses import mixco
 from src.networks.linear import CaptionConverter
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
 from src.networks.priors import PriorNetwork
-from src.networks.released import (
-    build_decoder,
-    infer_published_config,
-    load_published,
-    read_published,
-    write_published,
-)
+from src.networks.rebuild import build_decoder, infer_published_config
+from src.networks.released import load_published, read_published, write_published
 from src.pretrained.clip import PatchClip
 from src.prior import BrainDiffusionPrior
-from src.training.converter import fit_converter
+from src.training.converter import TokenPairs, fit_converter
+from src.training.options import Batching, Execution, Optimisation
 from src.training.subjects import MultiSubjectDataset, check_gradients, load_pretrained
 from src.utils import PerceptError, save_checkpoint
 from tests.test_data import prepare
@@ -57,6 +53,11 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def mindeye2_config(parameters, voxels, tokens, dim, latent):
+    sizes = DecoderSizes(tuple(voxels), tokens, dim, (4, latent, latent))
+    return build_decoder_config("01_train_mindeye2", parameters, sizes)
 
 
 def small(voxels=(9, 7), tokens=4, dim=16, latent=8, **changes):
@@ -602,9 +603,14 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
     train, val = np.arange(300), np.arange(300, 400)
     spoilt = wanted.copy()
     spoilt[350:] = np.nan  # of images that are in neither split
-    options = {"epochs": 60, "batch_size": 50, "max_lr": 2e-2, "device": "cpu"}
     converter, history = fit_converter(
-        Stored(given), Stored(spoilt), train, val[:50], tmp_path, {"of": "this test"}, **options
+        TokenPairs(Stored(given), Stored(spoilt), train),
+        TokenPairs(Stored(given), Stored(spoilt), val[:50]),
+        tmp_path,
+        {"of": "this test"},
+        Batching(epochs=60, batch_size=50),
+        Optimisation(max_lr=2e-2),
+        Execution("cpu"),
     )
     assert history["val/r2"].max() > 0.95
     expected = torch.from_numpy(wanted[350:])

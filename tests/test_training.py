@@ -16,8 +16,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from training_options import group_options
 
 from src import parameters, training, utils
+from src.training import processes
 from src.training.batches import draw_epoch_order, evaluate, iterate_batches
 from src.training.loop import fit, load_best
 from src.training.optim import DECAYS, SCHEDULERS, group_parameters
@@ -99,7 +101,7 @@ def train(folder, model=None, do=step, data=None, config=None, **other):
         data or Data(),
         folder=folder,
         config=config or {"model": {"name": "tiny", "kwargs": {"h": 16}}},
-        **arguments,
+        **group_options(**arguments),
     )
     return model, history
 
@@ -218,7 +220,8 @@ def test_workers_change_nothing(tmp_path):
     )
 
 
-def test_bf16_trains_in_the_same_process_as_fp32(tmp_path):
+def test_bf16_trains_in_the_same_process_as_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "has_fast_bf16", lambda: True)
     seen = []
 
     def look(model, batch, epoch):
@@ -231,6 +234,14 @@ def test_bf16_trains_in_the_same_process_as_fp32(tmp_path):
         torch.float32
     }
     assert np.allclose(half["train/loss"], full["train/loss"], rtol=0.1)
+
+
+def test_a_cpu_without_bf16_trains_in_single_precision_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(processes, "has_fast_bf16", lambda: False)
+    _, half = train(tmp_path / "half", precision="bf16")
+    assert "This CPU has no bf16 of its own" in caplog.text
+    _, full = train(tmp_path / "full")
+    assert half["train/loss"].tolist() == full["train/loss"].tolist()
 
 
 def test_clipping_bounds_the_gradient(tmp_path):

@@ -9,13 +9,7 @@ from src.decoding.combined import (
     embed_variations,
     generate_sample_grid,
 )
-from src.decoding.configs import (
-    basic_config,
-    combined_config,
-    high_level_config,
-    low_level_config,
-    mindeye2_config,
-)
+from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import (
     compute_in_chunks,
     compute_sample_spread,
@@ -43,14 +37,14 @@ from src.decoding.voting import (
 )
 
 __all__ = [
+    "DecoderSizes",
+    "build_decoder_config",
     "SelectionInputs",
     "VOTES",
     "Voter",
-    "basic_config",
     "embed_captions",
     "check_combined_parameters",
     "check_volumes",
-    "combined_config",
     "read_decoder_config",
     "load_encoder",
     "compute_fid",
@@ -59,14 +53,11 @@ __all__ = [
     "generate_images",
     "load_generator",
     "repaint_images",
-    "high_level_config",
     "compute_in_chunks",
     "draw_latent_noise",
     "load_decoder",
     "load_reconstructions",
     "load_condition",
-    "low_level_config",
-    "mindeye2_config",
     "open_voter",
     "oracle",
     "select_best",

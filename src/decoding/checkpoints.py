@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from src.decoding.configs import PATCHES
-from src.networks.released import build_decoder, infer_published_config, read_published
+from src.networks.rebuild import build_decoder, infer_published_config
+from src.networks.released import read_published
 from src.utils import PerceptError, load_checkpoint, load_strictly
 
 

@@ -21,7 +21,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from src.decoding.generate import repaint_images
-from src.pretrained.base import load_pretrained, silence_libraries
+from src.pretrained.base import load_frozen, silence_libraries
 from src.pretrained.generators import load_stable_diffusion_pipeline
 from src.pretrained.unclip import compute_euler_timesteps
 from src.utils import HOME, PerceptError, progress
@@ -72,7 +72,7 @@ def load_refiner(
     made = (
         _from_file(place, base, dtype)
         if place.endswith(".safetensors")
-        else load_pretrained(StableDiffusionXLImg2ImgPipeline, place, torch_dtype=dtype)
+        else load_frozen(StableDiffusionXLImg2ImgPipeline, place, torch_dtype=dtype)
     )
     made.scheduler = EulerDiscreteScheduler.from_config(
         made.scheduler.config, use_karras_sigmas=False, final_sigmas_type="zero"

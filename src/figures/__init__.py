@@ -3,7 +3,7 @@
 from src.figures.base import COLOURS, CONTROL_MARKS, apply_style, save_figure
 from src.figures.brain import plot_glass_brain, plot_trials, plot_voxel_map
 from src.figures.comparisons import plot_comparison, plot_curves_over, plot_held_out_effect
-from src.figures.embeddings import plot_umap
+from src.figures.embeddings import plot_embeddings
 from src.figures.images import (
     draw_vote_sheet,
     plot_contact_sheet,
@@ -29,6 +29,7 @@ __all__ = [
     "plot_comparison",
     "plot_contact_sheet",
     "plot_curves_over",
+    "plot_embeddings",
     "plot_glass_brain",
     "plot_held_out_effect",
     "plot_hits_and_misses",
@@ -44,7 +45,6 @@ __all__ = [
     "plot_sweep_levels",
     "plot_training_curves",
     "plot_trials",
-    "plot_umap",
     "plot_voxel_map",
     "save_figure",
 ]

@@ -17,7 +17,7 @@ from src.utils import PerceptError
 
 
 @draw_in_style
-def plot_umap(
+def plot_embeddings(
     brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0, max_categories: int = 8
 ) -> Figure:
     """Brain and image embeddings in one UMAP plane (McInnes et al. 2018), by category.

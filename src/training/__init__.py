@@ -6,34 +6,45 @@ from src.training.augment import (
     build_teacher_augmentation,
 )
 from src.training.batches import ORDERS, draw_epoch_order, evaluate, iterate_batches
-from src.training.converter import fit_converter
-from src.training.loop import PATIENCE, fit, load_best
+from src.training.converter import TokenPairs, fit_converter
+from src.training.loop import fit, load_best
 from src.training.optim import DECAYS, SCHEDULERS, group_parameters
+from src.training.options import Batching, Checkpointing, Execution, Optimisation, Reporting
 from src.training.processes import PRECISIONS, check_precision, gather, select_local_rows
+from src.training.ridge import describe_ridge, fit_ridge_baseline
 from src.training.subjects import MultiSubjectDataset, check_gradients, load_pretrained
 from src.training.tracker import open_tracker
+from src.training.update import PATIENCE
 
 __all__ = [
+    "Batching",
+    "Checkpointing",
     "DECAYS",
+    "Execution",
+    "MultiSubjectDataset",
     "ORDERS",
+    "Optimisation",
     "PATIENCE",
     "PRECISIONS",
+    "Reporting",
     "SCHEDULERS",
-    "MultiSubjectDataset",
+    "TokenPairs",
     "apply_augmentation",
-    "iterate_batches",
+    "build_clip_augmentation",
+    "build_teacher_augmentation",
     "check_gradients",
     "check_precision",
-    "build_clip_augmentation",
+    "describe_ridge",
     "draw_epoch_order",
     "evaluate",
     "fit",
     "fit_converter",
+    "fit_ridge_baseline",
     "gather",
-    "load_best",
-    "select_local_rows",
     "group_parameters",
+    "iterate_batches",
+    "load_best",
     "load_pretrained",
-    "build_teacher_augmentation",
     "open_tracker",
+    "select_local_rows",
 ]

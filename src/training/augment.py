@@ -1,33 +1,37 @@
-"""Random changes of the images that targets are made of: for CLIP's targets (high level) and for
-the teacher's maps (low level).
+"""Random changes of the images that targets are computed from: for CLIP's targets (high level) and
+for the teacher's maps (low level).
 
 - Images are (batch, 3, height, width) in [0, 1]; every sample is changed by itself, by kornia.
-- Randomness comes from torch's generator; `augmented` draws it from a seed instead, so that a
-  stored view can be made again.
+- Randomness comes from torch's generator; `apply_augmentation` draws it from a seed instead, so
+  that a stored view can be computed again.
+- kornia takes seconds to import, so it is imported where it is used.
 """
 
 from __future__ import annotations
 
-import kornia.augmentation as K
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from src.utils import seeded
 
 
-class _Crop(nn.Module):
+class _RandomCrop(nn.Module):
     """A random crop, enlarged to the size of the image, of each sample with probability p (kornia
     decides once for a whole batch).
     """
 
     def __init__(self, size: int, scale: tuple[float, float], p: float):
+        import kornia.augmentation as K
+
         super().__init__()
         self.p, self.crop = p, K.RandomResizedCrop((size, size), scale=scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, size, size) -> same shape."""
-        chosen = torch.rand(len(images)) < self.p
-        return torch.where(chosen.to(images.device)[:, None, None, None], self.crop(images), images)
+        chosen = (torch.rand(len(images)) < self.p).to(images.device)
+        return torch.where(chosen[:, None, None, None], self.crop(images), images)
 
 
 def build_clip_augmentation(size: int) -> nn.Module:
@@ -40,9 +44,11 @@ def build_clip_augmentation(size: int) -> nn.Module:
 
     Source: MindEye (arXiv 2305.18274), its training script.
     """
+    import kornia.augmentation as K
+
     return nn.Sequential(
         K.Resize((size, size)),
-        _Crop(size, scale=(0.6, 1.0), p=0.3),
+        _RandomCrop(size, scale=(0.6, 1.0), p=0.3),
         K.RandomHorizontalFlip(p=0.5),
         K.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.3),
         K.RandomGrayscale(p=0.3),
@@ -55,28 +61,35 @@ def build_teacher_augmentation(size: int) -> nn.Module:
 
     Source: MindEye (arXiv 2305.18274), its script for the autoencoder.
     """
+    import kornia.augmentation as K
+
     return nn.Sequential(
         K.Resize((size, size)),
         K.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
         K.RandomGrayscale(p=0.2),
         K.RandomSolarize(p=0.2),
         K.RandomGaussianBlur((7, 7), (0.1, 2.0), p=0.1),
-        _Crop(size, scale=(0.5, 1.0), p=1.0),
+        _RandomCrop(size, scale=(0.5, 1.0), p=1.0),
+    )
+
+
+@cache
+def _build_jitter() -> nn.Module:
+    import kornia.augmentation as K
+
+    return nn.Sequential(
+        K.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15, hue=0.02, p=0.8),
+        K.RandomGaussianBlur((3, 3), (0.1, 1.0), p=0.3),
+        K.RandomGaussianNoise(std=0.03, p=0.5),
     )
 
 
 def jitter_images(images: Tensor) -> Tensor:
-    """Images changed a little in light, sharpness and noise, every place of a picture staying where
-    it was: (batch, 3, height, width) -> same shape.
+    """Images changed a little in light, sharpness and noise, nothing in them being moved: (batch,
+    3, height, width) -> same shape.
     """
-    return _TINT(images)
-
-
-_TINT = nn.Sequential(
-    K.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15, hue=0.02, p=0.8),
-    K.RandomGaussianBlur((3, 3), (0.1, 1.0), p=0.3),
-    K.RandomGaussianNoise(std=0.03, p=0.5),
-)
+    jittered: Tensor = _build_jitter()(images)
+    return jittered
 
 
 def apply_augmentation(augmentation: nn.Module, images: Tensor, seed: int) -> Tensor:
@@ -84,4 +97,5 @@ def apply_augmentation(augmentation: nn.Module, images: Tensor, seed: int) -> Te
     same result.
     """
     with seeded(seed):
-        return augmentation(images)
+        augmented: Tensor = augmentation(images)
+    return augmented

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Subset, default_collate
 
-from src.training.state import _Means
+from src.training.state import RunningMeans
 from src.training.types import Batch, Step
 from src.utils import PerceptError
 
@@ -21,20 +21,25 @@ def draw_epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
-def _resampled_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+def draw_with_replacement(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Samples (samples,) of an epoch as the published loader draws its shards: about a third of the
+    images is missed in an epoch.
+    """
     return np.random.default_rng([seed, epoch]).integers(0, samples, samples)
 
 
 ORDERS: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "shuffled": draw_epoch_order,
-    # with replacement, as the published loader draws its shards: about a third of the images is
-    # missed in an epoch
-    "resampled": _resampled_order,
+    "resampled": draw_with_replacement,
 }
 
 
-def _collate(batch: Any) -> Batch:
-    return batch if isinstance(batch, dict) else default_collate(batch)
+def collate(batch: Any) -> Batch:
+    """A batch as a dataset returns it, or stacked from its samples."""
+    if isinstance(batch, dict):
+        return batch
+    collated: Batch = default_collate(batch)
+    return collated
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
@@ -56,15 +61,22 @@ def iterate_batches(
     """
     for start in range(0, len(dataset), batch_size):
         indices = list(range(start, min(start + batch_size, len(dataset))))
-        yield send_to_device(_collate(dataset.__getitems__(indices)), device)
+        yield send_to_device(collate(dataset.__getitems__(indices)), device)
 
 
-def _parts(batch: Batch, parts: int) -> Iterator[Batch]:
+def count_samples(batch: Batch) -> int:
+    """Samples of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
     """A batch in equal parts, one after the other."""
-    for rows in torch.arange(len(next(iter(batch.values())))).chunk(parts):
-        yield (
-            batch if parts == 1 else {name: x[rows[0] : rows[-1] + 1] for name, x in batch.items()}
-        )
+    if parts == 1:
+        yield batch
+        return
+    for rows in torch.arange(count_samples(batch)).chunk(parts):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield {name: values[part] for name, values in batch.items()}
 
 
 @torch.no_grad()
@@ -74,18 +86,18 @@ def evaluate(
     """Means over all the samples of what a training step reports: {"val/loss": ..., "val/<log>":
     ...}.
 
-    Each batch counts by its number of samples. Made for `validate=lambda model: evaluate(model,
-    step, data, 300)`.
+    Each batch counts by its number of samples. Meant for
+    `validate=lambda model: evaluate(model, step, data, 300)`.
 
     Raises:
         PerceptError: for an empty dataset.
     """
     if not len(dataset):
         raise PerceptError("There is nothing to evaluate: the dataset is empty.")
-    means, was_training = _Means(), model.training
+    means, was_training = RunningMeans(), model.training
     model.eval()
     for batch in iterate_batches(dataset, batch_size, next(model.parameters()).device):
         loss, logs = step(model, batch, epoch)
-        means.add({"loss": loss, **logs}, weight=len(next(iter(batch.values()))))
+        means.add({"loss": loss, **logs}, weight=count_samples(batch))
     model.train(was_training)
     return {f"val/{name.removeprefix('train/')}": value for name, value in means.values().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from src.data.targets import TargetCache
 from src.networks.linear import CaptionConverter
 from src.training.batches import iterate_batches
 from src.training.loop import fit, load_best
+from src.training.options import Batching, Checkpointing, Execution, Optimisation
+from src.training.types import Batch
 
 
 class TokenPairs:
-    """Tokens of two image encoders for images, as `fit` takes them: {"given": (batch, tokens, dim),
-    "wanted": (batch, tokens, dim)}.
+    """Tokens of two image encoders for images, as `fit` takes them: {"source": (batch, tokens,
+    dim), "target": (batch, tokens, dim)}.
 
     Args:
-        source, target: what `cache_targets` gave.
+        source: tokens to convert, from `cache_targets`.
+        target: tokens to convert them into.
         image_ids: (images,).
     """
 
@@ -35,40 +39,53 @@ class TokenPairs:
     def set_epoch(self, epoch: int) -> None:
         """Nothing is random here."""
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A batch of pairs."""
         ids = self.image_ids[np.asarray(indices)]
         return {
-            "given": torch.from_numpy(self.source.rows(ids)).float(),
-            "wanted": torch.from_numpy(self.target.rows(ids)).float(),
+            "source": torch.from_numpy(self.source.rows(ids)).float(),
+            "target": torch.from_numpy(self.target.rows(ids)).float(),
         }
 
 
+def _step(model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Any]]:
+    """Squared error of the converted tokens."""
+    return (model(batch["source"]) - batch["target"]).square().mean(), {}
+
+
+def _score(model: nn.Module, pairs: TokenPairs) -> dict[str, float]:
+    """Squared error, and the share of the variance over images that is explained."""
+    converted, targets = [], []
+    for batch in iterate_batches(pairs, 250, next(model.parameters()).device):
+        converted.append(model(batch["source"]))
+        targets.append(batch["target"])
+    predicted, true = torch.cat(converted), torch.cat(targets)
+    mse = (predicted - true).square().mean()
+    variance = (true - true.mean(0)).square().mean()
+    return {"val/loss": mse.item(), "val/r2": 1 - (mse / variance).item()}
+
+
 def fit_converter(
-    source: TargetCache,
-    target: TargetCache,
-    train_ids: np.ndarray,
-    val_ids: np.ndarray,
+    train: TokenPairs,
+    val: TokenPairs,
     folder: str | Path,
-    made_by: dict[str, Any],
-    epochs: int = 60,
-    batch_size: int = 128,
-    max_lr: float = 3e-4,
-    seed: int = 42,
-    device: str = "auto",
+    provenance: dict[str, Any],
+    batching: Batching,
+    optimisation: Optimisation | None = None,
+    execution: Execution | None = None,
     resume: bool = True,
 ) -> tuple[CaptionConverter, pd.DataFrame]:
     """Teach a `CaptionConverter` by squared error, on images alone: no brain is in it.
 
     Args:
-        source: tokens that are given, from `cache_targets`.
-        target: tokens that are wanted.
-        train_ids: (images,) training images.
-        val_ids: (images,) validation images, on which the best epoch is chosen.
+        train: tokens of the training images.
+        val: tokens of the validation images, on which the best epoch is chosen.
         folder: for checkpoints, as `fit`.
-        made_by: whatever else it depends on, as JSON values, e.g. the fingerprints of both
+        provenance: whatever else it depends on, as JSON values, e.g. the fingerprints of both
             encoders.
-        epochs, batch_size, max_lr, seed, device, resume: as `fit`.
+        batching, execution: as `fit`; a batch has at most as many samples as there are.
+        optimisation: as `fit`, by default one cycle up to 3e-4.
+        resume: go on with what is in the folder.
 
     Returns:
         The converter of the best epoch, in eval mode, and its history with the column val/r2, the
@@ -76,42 +93,25 @@ def fit_converter(
 
     Source: MindEye2 (arXiv 2403.11207), appendix A.6.
     """
-    converter = CaptionConverter(source.shape[0], target.shape[0], source.shape[1], target.shape[1])
+    (source_tokens, source_dim), (target_tokens, target_dim) = (
+        train.source.shape,
+        train.target.shape,
+    )
+    converter = CaptionConverter(source_tokens, target_tokens, source_dim, target_dim)
     with torch.no_grad():
-        # from random signs training can end with some tokens turned round
+        # from random signs training can end with the signs of some tokens reversed
         converter.linear1.weight.abs_()
-    val = TokenPairs(source, target, val_ids)
-
-    def step(
-        model: nn.Module, batch: dict[str, Tensor], epoch: int
-    ) -> tuple[Tensor, dict[str, Any]]:
-        return (model(batch["given"]) - batch["wanted"]).square().mean(), {}
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        pairs = [
-            (model(batch["given"]), batch["wanted"])
-            for batch in iterate_batches(val, 250, next(model.parameters()).device)
-        ]
-        predicted, true = (torch.cat(x) for x in zip(*pairs, strict=True))
-        mse = (predicted - true).square().mean()
-        return {
-            "val/loss": mse.item(),
-            "val/r2": 1 - (mse / (true - true.mean(0)).square().mean()).item(),
-        }
-
     history = fit(
         converter,
-        step,
-        TokenPairs(source, target, train_ids),
+        _step,
+        train,
         folder=folder,
-        config={"model": converter.config} | made_by,
-        epochs=epochs,
-        batch_size=min(batch_size, len(train_ids)),
-        max_lr=max_lr,
-        validate=validate,
-        seed=seed,
-        resume=resume,
-        device=device,
-        ckpt_interval=0,
+        config={"model": converter.config} | provenance,
+        batching=replace(batching, batch_size=min(batching.batch_size, len(train))),
+        optimisation=optimisation or Optimisation(max_lr=3e-4),
+        execution=execution,
+        checkpointing=Checkpointing(resume=resume, ckpt_interval=0),
+        validate=lambda model: _score(model, val),
     )
-    return load_best(converter, folder).requires_grad_(False), history  # type: ignore[return-value]
+    load_best(converter, folder)
+    return converter.requires_grad_(False), history

@@ -15,15 +15,17 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from src.training.state import _Settings
-from src.training.types import Batch, Step
+from src.training.options import Batching, Execution, Optimisation
+from src.training.types import Batch, Step, log
 from src.utils import PerceptError, to_device
 
 PRECISIONS = ("no", "bf16", "fp16")
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; backward adds up what all processes want of the own rows."""
+    """Rows of all processes; backward sums the gradients that all processes have of this one's
+    rows.
+    """
 
     active = False  # only within a training step does a process hold a share of the batch
 
@@ -57,11 +59,13 @@ def gather(x: Tensor, rows: bool = False) -> Tensor:
         return x
     if rows:
         x = x + torch.distributed.get_rank() * len(x)
-    return _Gather.apply(x)
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
 
 
 @contextmanager
-def _shared_batch(processes: int) -> Iterator[None]:
+def share_batch(processes: int) -> Iterator[None]:
+    """Within this context each of several processes has a share of the batch: `gather` gathers."""
     _Gather.active = processes > 1
     try:
         yield
@@ -78,7 +82,7 @@ def select_local_rows(x: Tensor) -> Tensor:
     return x.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
-class _Stepper(nn.Module):
+class StepModule(nn.Module):
     """Makes a module of model and step, so that accelerate wraps all that a step does, and not just
     the model's forward.
     """
@@ -88,34 +92,54 @@ class _Stepper(nn.Module):
         self.model, self.step = model, step
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and logs of a batch."""
         return self.step(self.model, batch, epoch)
 
 
 def check_precision(device: str, precision: str, step_in_backward: bool = False) -> str:
-    """The kind of a device, "cuda" or "cpu", when precision and device go together: to be asked
-    before long work, as `fit` asks, too.
+    """The kind of a device, "cuda" or "cpu", when precision and device go together: to be called
+    before long work, as `fit` does, too.
 
     Raises:
         PerceptError: for an unknown or impossible combination.
     """
-    kind = to_device(str(device)).split(":")[0]
+    device_type = to_device(str(device)).split(":")[0]
     if precision not in PRECISIONS:
         raise PerceptError(
             f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}."
         )
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         raise PerceptError("The device 'cuda' is not there: choose device 'cpu' or 'auto'.")
-    if kind == "cpu" and precision == "fp16":
+    if device_type == "cpu" and precision == "fp16":
         raise PerceptError("Precision 'fp16' needs a GPU: choose 'no' or 'bf16' on the CPU.")
     if step_in_backward and precision == "fp16":
         raise PerceptError(
             "step_in_backward does not go together with precision 'fp16', which needs all the"
             " gradients at once: leave one of them."
         )
-    return kind
+    return device_type
 
 
-class _Sharded(Accelerator):
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 by itself.
+
+    Others (those without AVX-512) emulate it, which takes many times as long as single precision (69 times for one matrix product).
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_cpu_precision(precision: str) -> str:
+    """The precision that a training on this CPU has, of PRECISIONS: single where bf16 is slow."""
+    if precision == "bf16" and not has_fast_bf16():
+        log.warning(
+            "This CPU has no bf16 of its own and would take many times as long with it: training"
+            " in single precision instead (precision 'no'). Scores differ in the last digits."
+        )
+        return "no"
+    return precision
+
+
+class ShardedAccelerator(Accelerator):  # type: ignore[misc]  # accelerate has no types
     """Accelerate where it was launched with DeepSpeed: each process keeps and updates its piece of
     the optimizer's state (ZeRO stages 1 and 2).
 
@@ -123,9 +147,10 @@ class _Sharded(Accelerator):
     parameter without a gradient counts as one with zeros.
     """
 
-    def __init__(self, settings: _Settings):
-        self.settings = settings
-        super().__init__(mixed_precision="no", gradient_accumulation_steps=settings.accumulate)
+    def __init__(self, batching: Batching, clip_grad: float | None, precision: str):
+        self.batching, self.clip_grad = batching, clip_grad
+        self.in_bf16 = precision == "bf16"
+        super().__init__(mixed_precision="no", gradient_accumulation_steps=batching.accumulate)
         stage = self.deepspeed_plugin.zero_stage
         if stage not in (1, 2):
             raise PerceptError(
@@ -134,19 +159,21 @@ class _Sharded(Accelerator):
             )
 
     def autocast(self, autocast_handler: Any = None) -> Any:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
-        )
+        """The context in which a step runs."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16)
 
-    def prepare(self, stepper: _Stepper, optimizer: Optimizer) -> Any:  # type: ignore[override]
-        s = self.settings
+    def prepare(self, stepper: StepModule, optimizer: Optimizer) -> Any:
+        """DeepSpeed's engine of a step, and an optimizer that does nothing: the engine updates."""
+        parts = self.batching.accumulate
         self.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": s.batch_size // self.num_processes // s.accumulate,
-            "gradient_accumulation_steps": s.accumulate,
-            "gradient_clipping": s.clip_grad or 0.0,
+            "train_micro_batch_size_per_gpu": (
+                self.batching.batch_size // self.num_processes // parts
+            ),
+            "gradient_accumulation_steps": parts,
+            "gradient_clipping": self.clip_grad or 0.0,
         }
         stepper.step = self.autocast()(stepper.step)
-        self.own = optimizer  # its groups become this process's pieces
+        self.piece_optimizer = optimizer  # its groups become this process's pieces
         self.engine, idle = super().prepare(stepper, optimizer)
         self.engine.optimizer.check_grad_overflow = True  # by default not in single precision
         return self.engine, idle
@@ -155,66 +182,78 @@ class _Sharded(Accelerator):
         """Of one part of a batch; that of the last part updates the weights, unless a loss or
         gradient of any process is not finite.
         """
-        spoil = torch.where(
-            torch.isfinite(loss.detach()), 1.0, math.nan
-        )  # also the gradients: these are what the processes agree about
+        # NaN spoils the gradients, too: these are what the processes agree about
+        spoil = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
         self.engine.backward(loss * spoil, scale_wrt_gas=False)
         self.engine.step()
 
     def gradient_norm(self) -> Tensor:
         """Of the batch whose backward is done; infinite where there was no update."""
-        self.own.zero_grad(
-            set_to_none=False
-        )  # else a parameter without a gradient would find that of the step before
-        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else math.inf
+        # else a parameter without a gradient would find that of the step before
+        self.piece_optimizer.zero_grad(set_to_none=False)
+        norm = math.inf
+        if self.engine.was_step_applied():
+            norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
 
-def _accelerator(device: str, settings: _Settings, step_in_backward: bool) -> Accelerator:
-    """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one."""
+def build_accelerator(
+    batching: Batching, optimisation: Optimisation, execution: Execution
+) -> Accelerator:
+    """Accelerate's handle on device, precision and processes; each `fit` gets a fresh one.
+
+    Raises:
+        PerceptError: for options that do not go together with the device or the launcher.
+    """
+    precision = execution.precision
     sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    for name, there in (
-        ("step_in_backward", step_in_backward),
-        ("precision 'fp16'", settings.precision == "fp16"),
-    ):
-        if sharded and there:
-            raise PerceptError(
-                f"DeepSpeed does not go together with {name}: leave that, or launch with a plain"
-                " multi-GPU config."
-            )
-    kind = check_precision(device, settings.precision, step_in_backward)
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as published
-    AcceleratorState._reset_state(
-        reset_partial_state=not torch.distributed.is_initialized()
-    )  # else a second precision is refused
     if sharded:
-        if kind == "cpu":
-            PartialState(
-                cpu=True
-                # else accelerate, which knows DeepSpeed on GPUs alone, would take each process for
-                # the
-                # only one
-            )
-        return _Sharded(settings)
-    ddp = DistributedDataParallelKwargs(
-        find_unused_parameters=True
-    )  # a phase of training may leave parts of a model alone
+        _check_deepspeed(execution)
+    device_type = check_precision(execution.device, precision, execution.step_in_backward)
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as published
+    else:
+        precision = choose_cpu_precision(precision)
+    # else accelerate refuses a second precision in one process
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    if sharded:
+        if device_type == "cpu":
+            # else accelerate, which knows DeepSpeed on GPUs alone, would take each process for the
+            # only one
+            PartialState(cpu=True)
+        return ShardedAccelerator(batching, optimisation.clip_grad, precision)
+    # a phase of training may leave parts of a model alone
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
-        mixed_precision=settings.precision, cpu=kind == "cpu", kwargs_handlers=[ddp]
+        mixed_precision=precision, cpu=device_type == "cpu", kwargs_handlers=[ddp]
     )
-    if accelerator.distributed_type.value in ("FSDP", "MEGATRON_LM"):
+    launcher = accelerator.distributed_type.value
+    if launcher in ("FSDP", "MEGATRON_LM"):
         raise PerceptError(
-            f"Sharded training ({accelerator.distributed_type.value}) is not supported: launch with"
-            " a plain multi-GPU config, or DeepSpeed's."
+            f"Sharded training ({launcher}) is not supported: launch with a plain multi-GPU config,"
+            " or DeepSpeed's."
         )
     return accelerator
 
 
-def _share_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _check_deepspeed(execution: Execution) -> None:
+    """Refuse what does not go together with DeepSpeed."""
+    refused = {
+        "step_in_backward": execution.step_in_backward,
+        "precision 'fp16'": execution.precision == "fp16",
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise PerceptError(
+                f"DeepSpeed does not go together with {name}: leave that, or launch with a plain"
+                " multi-GPU config."
+            )
+
+
+def share_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Let batch norms see the whole batch, also when it is spread over processes."""
-    found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if accelerator.num_processes == 1 or not found:
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if accelerator.num_processes == 1 or not has_norms:
         return model
     if accelerator.device.type == "cpu":
         raise PerceptError(

@@ -1,13 +1,10 @@
-"""The state of a training that an interrupted one goes on from."""
+"""What a training that was interrupted goes on from: position, running means, random generators."""
 
 from __future__ import annotations
 
 import math
 import random
-import signal
-import threading
-import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.training.types import log
 from src.utils import PerceptError
 
 
-class _Means:
-    """Running means by name.
+class RunningMeans:
+    """Weighted means of logged values, by name.
 
     Tensors are summed where they are, so that adding does not wait for a GPU.
     """
@@ -30,15 +26,18 @@ class _Means:
         self.weights: dict[str, float] = {}
 
     def add(self, values: dict[str, Any], weight: float = 1) -> None:
+        """Take in one value by name, each a scalar tensor or a number."""
         for name, value in values.items():
-            value = value.detach().double() if isinstance(value, Tensor) else float(value)
-            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+            number = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + number * weight
             self.weights[name] = self.weights.get(name, 0) + weight
 
     def state(self) -> dict[str, list[float]]:
+        """[sum, weight] by name."""
         return {name: [float(total), self.weights[name]] for name, total in self.sums.items()}
 
     def load(self, states: list[dict[str, list[float]]]) -> None:
+        """Replace the sums by those of several processes together."""
         self.sums, self.weights = {}, {}
         for state in states:
             for name, (total, weight) in state.items():
@@ -46,89 +45,55 @@ class _Means:
                 self.weights[name] = self.weights.get(name, 0) + weight
 
     def values(self) -> dict[str, float]:
+        """The means by name."""
         return {name: total / weight for name, (total, weight) in self.state().items()}
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What must be the same for a run to be resumed.
+@dataclass
+class Position:
+    """Where a run stands; its fields are what state.pt holds.
 
-    Those with a default came later: a run at their defaults is what it was without them.
+    Attributes:
+        epoch: the epoch that is being trained.
+        step: steps done within the epoch.
+        skipped: steps of the epoch without a finite loss and gradient.
+        bad: such steps in a row.
+        rollbacks: returns to the last saved weights since the state was saved.
+        best: smallest value of the monitored column.
+        lr: learning rate of the last step.
+        seconds: spent in the epoch.
+        history: one row an epoch.
     """
 
-    epochs: int
-    batch_size: int
-    max_lr: float
-    seed: int
-    scheduler: str
-    weight_decay: float
-    decay: str
-    precision: str
-    clip_grad: float | None
-    samples: int
-    order: str
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    accumulate: int = 1
-    cycle_steps: int = 0
-
-    def identity(self) -> dict[str, Any]:
-        """What is compared when a run is resumed."""
-        late = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in late or value != late[name]
-        }
-
-
-@dataclass(frozen=True)
-class _Saving:
-    """When and what to write."""
-
-    monitor: str
-    save_every: float
-    save_steps: int
-    ckpt_interval: int
-    keep_epochs: bool
-    save_at_end: bool
-    checkpoints: bool
-    draw_interval: int
-
-
-@dataclass
-class _Position:
-    """Where a run stands."""
-
     epoch: int = 0
-    step: int = 0  # steps done within the epoch
-    skipped: int = 0  # non-finite steps of the epoch
-    bad: int = 0  # non-finite steps in a row
-    rollbacks: int = 0  # since the state was last saved
+    step: int = 0
+    skipped: int = 0
+    bad: int = 0
+    rollbacks: int = 0
     best: float = math.inf
-    lr: float = 0.0  # of the last step
-    seconds: float = 0.0  # spent in the epoch
+    lr: float = 0.0
+    seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def get_random_state(device: torch.device) -> dict[str, Any]:
     """States of the generators of python, numpy, torch and CUDA, as types that load without
     pickle's dangers.
     """
-    _, words, *rest = np.random.get_state(legacy=True)
+    _, keys, *rest = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(np.asarray(words, dtype=np.int64)), rest),
+        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), rest),
         "torch": torch.get_rng_state(),
         "cuda": cuda,
     }
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Bring all generators back to what `get_random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
     keys, rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
@@ -136,59 +101,27 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
     if not isinstance(value, dict):
         return {name: value}
-    return {
-        k: v
-        for key, part in value.items()
-        for k, v in _flat(part, f"{name}.{key}".lstrip(".")).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flatten(part, f"{name}.{key}".lstrip("."))
+    return flat
 
 
-def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_same_settings(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Refuse to resume a run under other settings, naming the first that differs."""
-    before, after = _flat(saved), _flat(now)
+    before, after = _flatten(saved), _flatten(current)
     missing = "not there"
-    differ = [k for k in {**before, **after} if before.get(k, missing) != after.get(k, missing)]
-    if differ:
-        first = differ[0]
-        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+    names = list({**before, **after})
+    differing = [k for k in names if before.get(k, missing) != after.get(k, missing)]
+    if differing:
+        first = differing[0]
+        further = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise PerceptError(
             f"{folder} holds a run in which {first} was {before.get(first, missing)!r}, now it is"
-            f" {after.get(first, missing)!r}{more}: choose another model_name, or set"
+            f" {after.get(first, missing)!r}{further}: choose another model_name, or set"
             " resume_from_ckpt to False to begin anew."
         )
-
-
-class _Stop:
-    """Turns Ctrl-C, or the signal by which a cluster ends a job, into a request to stop after the
-    step; asked again, it stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked: int = 0
-        self._since = 0.0
-
-    def __enter__(self) -> _Stop:
-        usable = threading.current_thread() is threading.main_thread()
-        wanted = [
-            s
-            for s in (signal.SIGINT, signal.SIGTERM)
-            if usable and signal.getsignal(s) not in (signal.SIG_IGN, None)
-        ]
-        self._before = {s: signal.signal(s, self._ask) for s in wanted}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if (
-            self.asked and time.monotonic() - self._since > 1
-        ):  # a launcher passes on what the terminal has sent already
-            raise KeyboardInterrupt
-        if not self.asked:
-            self.asked, self._since = number, time.monotonic()
-            log.warning("stopping after this step; once more to stop at once")

@@ -1,9 +1,9 @@
 """MindEye2's training: batches of several subjects, a start from what was trained on others, and
-maps between the tokens of two image encoders.
+the check that every part of a model is trained.
 
-- A batch mixes subjects freely: each sample says whose it is, and its voxels are filled up to those
-  of the largest brain, so that an epoch shows every image of every subject once, whatever their
-  numbers.
+- A batch mixes subjects freely: each sample says which subject's it is, and its voxels are padded
+  to those of the largest brain, so that an epoch shows every image of every subject once, whatever
+  their numbers.
 - Source: MindEye2 (arXiv 2403.11207), sections 2.1 and 2.6.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,64 +19,64 @@ from torch import Tensor, nn
 from src.data.batches import BrainDataset
 from src.networks.mindeye2 import MindEye2
 from src.networks.released import read_weights
+from src.training.types import Batch, Step
 from src.utils import PerceptError
 
-FRESH = {
-    "ridge": ("ridge.",),
-    "inherited_bias": ("ridge.linears.0.weight",),
-}  # what a new subject does not take over; the latter as published
+# prefixes of what a new subject does not take over from pretraining; the latter as published
+FRESH = {"ridge": ("ridge.",), "inherited_bias": ("ridge.linears.0.weight",)}
 
 
 class MultiSubjectDataset:
-    """The datasets of several subjects as one, for `fit` and `batches`.
+    """The datasets of several subjects as one, for `fit` and `iterate_batches`.
 
-    A batch is that of `BrainDataset` with "subject" (batch,), the position in `datasets`, and voxels
-    (batch, [trials,] most voxels), zeros beyond a subject's own.
+    A batch is that of `BrainDataset` with "subject" (batch,), the position in `datasets`, and
+    voxels (batch, [trials,] most voxels), zeros beyond a subject's own.
 
     Args:
-        datasets: one dataset a subject, with the same targets.
+        datasets: one a subject, with the same targets.
     """
 
     def __init__(self, datasets: Sequence[BrainDataset]):
         self.datasets = list(datasets)
-        self.starts = np.cumsum([0, *(len(part) for part in self.datasets)])
-        self.most = max(part.subject.n_features(part.normaliser) for part in self.datasets)
+        self.starts = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])
+        self.max_voxels = max(d.subject.n_features(d.normaliser) for d in self.datasets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def set_epoch(self, epoch: int) -> None:
         """As `BrainDataset.set_epoch`."""
-        for part in self.datasets:
-            part.set_epoch(epoch)
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch, its samples in the order asked for."""
-        at = np.asarray(indices, dtype=np.int64)
-        whose = np.searchsorted(self.starts, at, side="right") - 1
-        found, order = [], []
-        for number in np.unique(whose):
-            mine = np.flatnonzero(whose == number)
-            batch = self.datasets[number].__getitems__((at[mine] - self.starts[number]).tolist())
-            voxels = batch["voxels"]
-            batch["voxels"] = torch.nn.functional.pad(voxels, (0, self.most - voxels.shape[-1]))
-            found.append(batch | {"subject": torch.full((len(mine),), int(number))})
-            order.append(mine)
-        back = torch.from_numpy(np.argsort(np.concatenate(order)))
-        return {name: torch.cat([batch[name] for batch in found])[back] for name in found[0]}
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch, its samples in the order of the indices."""
+        samples = np.asarray(indices, dtype=np.int64)
+        subjects = np.searchsorted(self.starts, samples, side="right") - 1
+        batches, positions = [], []
+        for subject in np.unique(subjects):
+            rows = np.flatnonzero(subjects == subject)
+            batches.append(self._read(int(subject), samples[rows]))
+            positions.append(rows)
+        order = torch.from_numpy(np.argsort(np.concatenate(positions)))
+        return {name: torch.cat([batch[name] for batch in batches])[order] for name in batches[0]}
 
-    def preview_batch(self, count: int) -> dict[str, Tensor]:
-        """A batch of about `count` samples from all subjects alike, at least one of each: to look
-        at before training.
+    def _read(self, subject: int, samples: np.ndarray) -> Batch:
+        """Samples of one subject, their voxels padded."""
+        batch = self.datasets[subject].__getitems__((samples - self.starts[subject]).tolist())
+        padding = self.max_voxels - batch["voxels"].shape[-1]
+        batch["voxels"] = nn.functional.pad(batch["voxels"], (0, padding))
+        return batch | {"subject": torch.full((len(samples),), subject)}
+
+    def preview_batch(self, count: int) -> Batch:
+        """The first samples of every subject, about `count` in all and at least one of each: to
+        look at before training.
         """
-        each = max(1, count // len(self.datasets))
-        return self.__getitems__(
-            [
-                int(start + i)
-                for start, part in zip(self.starts, self.datasets, strict=False)
-                for i in range(min(each, len(part)))
-            ]
-        )
+        share = max(1, count // len(self.datasets))
+        indices: list[int] = []
+        for start, dataset in zip(self.starts[:-1].tolist(), self.datasets, strict=True):
+            indices += range(start, start + min(share, len(dataset)))
+        return self.__getitems__(indices)
 
 
 def load_pretrained(path: str | Path, model: MindEye2, fresh: str = "ridge") -> list[str]:
@@ -85,8 +84,8 @@ def load_pretrained(path: str | Path, model: MindEye2, fresh: str = "ridge") -> 
     which belong to brains.
 
     Args:
-        path: a checkpoint of ours (.safetensors), or a released one as
-            `src.published.read_published` takes it.
+        path: a checkpoint of this repository (.safetensors), or a released one as
+            `src.networks.released.read_published` takes it.
         model: changed in place.
         fresh: key of FRESH: "ridge" leaves weights and biases of the ridge layers as they were
             initialised; "inherited_bias" is the published defect, by which the new subject starts
@@ -99,31 +98,47 @@ def load_pretrained(path: str | Path, model: MindEye2, fresh: str = "ridge") -> 
         PerceptError: if the file is missing, or its other networks are not of the model's sizes;
             the first difference is named.
     """
-    state = read_weights(path)
-    own = model.state_dict()
-    kept = [key for key in own if key.startswith(FRESH[fresh])]
-    taken = {key: value for key, value in state.items() if key in own and key not in kept}
-    for key in own:
-        if key not in kept and (key not in taken or taken[key].shape != own[key].shape):
-            there = f"has it as {tuple(taken[key].shape)}" if key in taken else "does not have it"
-            raise PerceptError(
-                f"{path} does not fit this model: {key} is {tuple(own[key].shape)} here, but the"
-                f" file {there}: pretrain with the same networks."
-            )
-    if beyond := [key for key in state if key not in own and not key.startswith("ridge.")]:
+    pretrained, initial = read_weights(path), model.state_dict()
+    fresh_keys = [key for key in initial if key.startswith(FRESH[fresh])]
+    _check_networks(path, pretrained, initial, fresh_keys)
+    state = {key: pretrained.get(key, value) for key, value in initial.items()}
+    model.load_state_dict(state | {key: initial[key] for key in fresh_keys})
+    return fresh_keys
+
+
+def _check_networks(
+    path: str | Path,
+    pretrained: dict[str, Tensor],
+    initial: dict[str, Tensor],
+    fresh_keys: list[str],
+) -> None:
+    """Refuse weights that lack a tensor of the model, have it in another shape, or have others."""
+    for key, value in initial.items():
+        if key in fresh_keys:
+            continue
+        if key not in pretrained:
+            difference = "does not have it"
+        elif pretrained[key].shape != value.shape:
+            difference = f"has it as {tuple(pretrained[key].shape)}"
+        else:
+            continue
+        raise PerceptError(
+            f"{path} does not fit this model: {key} is {tuple(value.shape)} here, but the file"
+            f" {difference}: pretrain with the same networks."
+        )
+    beyond = [k for k in pretrained if k not in initial and not k.startswith("ridge.")]
+    if beyond:
         raise PerceptError(
             f"{path} does not fit this model, which has no {beyond[0]} ({len(beyond)} such"
             " tensors): pretrain with the same networks."
         )
-    model.load_state_dict(taken | {key: own[key] for key in kept})
-    return kept
 
 
 def check_gradients(
-    model: nn.Module, step: Any, batch: dict[str, Tensor], epochs: Sequence[int] = (0,)
+    model: nn.Module, step: Step, batch: Batch, epochs: Sequence[int] = (0,)
 ) -> int:
-    """Whether a step teaches all that shall be trained, asked before long work: one backward pass,
-    no update, nothing changed.
+    """Whether a step teaches all that shall be trained, before long work: one backward pass, no
+    update, nothing changed.
 
     Args:
         model: on its device.
@@ -139,32 +154,37 @@ def check_gradients(
             finite, or a loss that is not.
     """
     device, was_training = next(model.parameters()).device, model.training
-    batch = {name: x.to(device) for name, x in batch.items()}
-    before = torch.get_rng_state()
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    on_device = {name: values.to(device) for name, values in batch.items()}
+    random_state = torch.get_rng_state()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     reached: set[str] = set()
     model.train()
     for epoch in epochs:
-        loss, _ = step(model, batch, epoch)
+        loss, _ = step(model, on_device, epoch)
         if not torch.isfinite(loss):
             raise PerceptError(
                 f"The loss of the first batch is {loss.item()} (epoch {epoch}): look for values"
                 " that are not finite in voxels and targets."
             )
-        loss.backward()
-        for name, p in wanted.items():
-            if p.grad is not None and not torch.isfinite(p.grad).all():
-                raise PerceptError(
-                    f"The gradient of {name} is not finite in the first batch (epoch {epoch}):"
-                    " choose precision 'no', or lower the loss weights."
-                )
-        reached |= {name for name, p in wanted.items() if p.grad is not None}
+        loss.backward()  # type: ignore[no-untyped-call]
+        _check_finite_gradients(trainable, epoch)
+        reached |= {name for name, p in trainable.items() if p.grad is not None}
         model.zero_grad(set_to_none=True)
-    torch.set_rng_state(before)
+    torch.set_rng_state(random_state)
     model.train(was_training)
-    if lost := [name for name in wanted if name not in reached]:
+    unreached = [name for name in trainable if name not in reached]
+    if unreached:
         raise PerceptError(
-            f"No gradient reaches {lost[0]} ({len(lost)} of {len(wanted)} tensors): these would"
-            " never be trained; switch their part off."
+            f"No gradient reaches {unreached[0]} ({len(unreached)} of {len(trainable)} tensors):"
+            " these would never be trained; switch their part off."
         )
-    return sum(wanted[name].numel() for name in reached)
+    return sum(trainable[name].numel() for name in reached)
+
+
+def _check_finite_gradients(parameters: dict[str, nn.Parameter], epoch: int) -> None:
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise PerceptError(
+                f"The gradient of {name} is not finite in the first batch (epoch {epoch}):"
+                " choose precision 'no', or lower the loss weights."
+            )

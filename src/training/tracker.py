@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from src.parameters import Run
 
 
@@ -25,48 +23,48 @@ class Tracker:
     """
 
     def __init__(self, run: Run, project: str, name: str = "", notes: str = "", host: str = ""):
-        self.run, self.project, self.name, self.notes, self.host = (
-            run,
-            project,
-            name or run.name,
-            notes,
-            host,
-        )
-        self._open: Any = None
+        self.run, self.project = run, project
+        self.name, self.notes, self.host = name or run.name, notes, host
+        self._connection: Any = None
 
     def __call__(self, row: dict[str, Any], step: int) -> None:
-        """Log what `fit` gives after an epoch."""
-        import wandb  # takes a second to import: only where it is used
+        """Log the row and the figures of an epoch, as `fit` passes them."""
+        # each takes a second to import
+        import wandb
+        from matplotlib.figure import Figure
 
-        if self._open is None:
-            settings = wandb.Settings(base_url=self.host) if self.host else None
-            self._open = wandb.init(
-                project=self.project,
-                name=self.name,
-                notes=self.notes or None,
-                settings=settings,
-                id=f"{self.run.name}-{self.run.stage}",
-                resume="allow",
-                dir=self.run.logs,
-                job_type=self.run.stage,
-                config=dict(self.run.parameters),
-            )
-        self._open.log(
-            {k: wandb.Image(v) if isinstance(v, Figure) else v for k, v in row.items()}, step=step
+        if self._connection is None:
+            self._connection = self._connect()
+        logged = {}
+        for name, value in row.items():
+            logged[name] = wandb.Image(value) if isinstance(value, Figure) else value
+        self._connection.log(logged, step=step)
+
+    def _connect(self) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.project,
+            name=self.name,
+            notes=self.notes or None,
+            settings=wandb.Settings(base_url=self.host) if self.host else None,
+            id=f"{self.run.name}-{self.run.stage}",
+            resume="allow",
+            dir=self.run.logs,
+            job_type=self.run.stage,
+            config=dict(self.run.parameters),
         )
 
     def finish(self) -> None:
         """Send what is left."""
-        if self._open is not None:
-            self._open.finish()
+        if self._connection is not None:
+            self._connection.finish()
 
 
 def open_tracker(run: Run, wandb_log: bool, project: str, **options: str) -> Tracker | None:
-    """A `Tracker` (with its `options`) for `fit`'s `logger`, or None where none is wanted: not at
-    all, or not in this one of several processes.
+    """A `Tracker` (with its `options`) as the logger of `fit`, or None where there is none: for
+    `wandb_log` False, and in all but the first of several processes.
     """
-    return (
-        Tracker(run, project, **options)
-        if wandb_log and os.environ.get("RANK", "0") == "0"
-        else None
-    )
+    if not wandb_log or os.environ.get("RANK", "0") != "0":
+        return None
+    return Tracker(run, project, **options)

@@ -22,14 +22,14 @@ Logger = Callable[[dict[str, Any], int], None]
 
 
 class TrainingData(Protocol):
-    """What `fit` needs of a dataset (`src.data.BrainDataset` has it)."""
+    """The methods that `fit` needs of a dataset (`src.data.BrainDataset` has them)."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """One batch: tensors (batch, ...) by name, anything random in it a pure function of (epoch,
-        index).
+        """One batch: tensors (batch, ...) by name; anything random in it is a pure function of
+        (epoch, index).
         """
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,0 +1,248 @@
+"""state.pt: the state of a training on disk, from which an interrupted run goes on.
+
+- Under DeepSpeed the optimizer's state is in pieces, one file a process beside state.pt, and such a
+  run is resumed by as many processes.
+- Of a finished run state.pt keeps the history alone, as the weights are in last.safetensors;
+  without checkpoints it keeps the weights, too.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from src.training.session import Session
+from src.training.state import (
+    Position,
+    check_same_settings,
+    get_random_state,
+    set_random_state,
+)
+from src.training.types import log
+from src.utils import PerceptError, atomic, load_checkpoint, load_strictly, seed_everything
+
+WRITTEN_BY_FIT = ("state.pt", "history.csv", "best.safetensors", "last.safetensors")
+
+
+class StateStore:
+    """Saves and restores a session.
+
+    Args:
+        session: whose state it is.
+        folder: for state.pt.
+        config: JSON-like, checked when resuming.
+        settings: from `describe_run`, checked when resuming.
+        keep_weights: keep the weights of a finished run in state.pt.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: Path,
+        config: dict[str, Any],
+        settings: dict[str, Any],
+        keep_weights: bool,
+    ):
+        self.session, self.folder = session, folder
+        self.config, self.settings, self.keep_weights = config, settings, keep_weights
+        self.path = folder / "state.pt"
+        self.saved_at = time.monotonic()
+
+    @property
+    def pieces(self) -> int:
+        """In how many files beside state.pt the optimizer's state is; 0 where state.pt holds it."""
+        return self.session.processes if self.session.sharded else 0
+
+    # ------------------------------------------------------------------------------------- saving
+    def save(self) -> None:
+        """Write the state; all processes take part."""
+        session = self.session
+        session.update_clock()
+        if session.sharded and not session.is_finished:
+            with atomic(self._piece_path(vars(session.position), session.rank)) as temporary:
+                torch.save(session.optimizer.state_dict(), temporary)
+        process = {
+            "random": get_random_state(session.device),
+            "means": session.means.state(),
+        }
+        content = {
+            "identity": self._identity(),
+            "position": vars(session.position),
+            "processes": gather_object([process]),
+        }
+        if session.is_main:
+            self._write(content)
+        session.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+
+    def _write(self, content: dict[str, Any]) -> None:
+        session, current_pieces = self.session, ""
+        if not session.is_finished:
+            content |= self._trained_state()
+            current_pieces = self._piece_path(vars(session.position), "*").name
+        elif self.keep_weights:
+            content |= {"model": session.model.state_dict()}
+        with atomic(self.path) as temporary:
+            torch.save(content, temporary)
+        self._remove_pieces(current_pieces)
+
+    def _trained_state(self) -> dict[str, Any]:
+        session, scaler = self.session, self.session.accelerator.scaler
+        return {
+            "model": session.model.state_dict(),
+            "optimizer": None if session.sharded else session.optimizer.state_dict(),
+            "pieces": self.pieces,
+            "scheduler": session.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """Config and settings as they come back from disk."""
+        identity = {"config": self.config, "fit": self.settings}
+        try:
+            stored: dict[str, Any] = json.loads(json.dumps(identity))
+        except TypeError as error:
+            raise PerceptError(
+                f"The config cannot be stored as JSON ({error}): keep numbers, texts, lists and"
+                " dicts in it."
+            ) from error
+        return stored
+
+    def _piece_path(self, position: dict[str, Any], rank: int | str) -> Path:
+        """The optimizer's state in one process; state.pt is written after those of its step, and
+        those of the one before are removed last.
+        """
+        steps = position["epoch"] * self.session.steps_per_epoch + position["step"]
+        return self.folder / f"state-{steps}-{rank}.pt"
+
+    def _remove_pieces(self, except_for: str = "") -> None:
+        for piece in self.folder.glob("state-*.pt"):
+            if not except_for or not piece.match(except_for):
+                piece.unlink()
+
+    # ---------------------------------------------------------------------------------- restoring
+    def open(self, resume: bool) -> None:
+        """Go on from the state on disk, or begin anew.
+
+        Raises:
+            PerceptError: if the state cannot be read, or is of other settings.
+        """
+        session = self.session
+        session.accelerator.wait_for_everyone()
+        # dropout and noise differ between processes
+        seed_everything(session.batching.seed + session.rank)
+        identity = self._identity()
+        if resume and self.path.exists():
+            content = self._read(self.path)
+            check_same_settings(content["identity"]["config"], identity["config"], self.folder)
+            check_same_settings(content["identity"]["fit"], identity["fit"], self.folder)
+            self._restore(content)
+        elif not resume and session.is_main:
+            for name in WRITTEN_BY_FIT:
+                (self.folder / name).unlink(missing_ok=True)
+            self._remove_pieces()
+        session.accelerator.wait_for_everyone()
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        # mapped for a GPU, whose process then reads only what it copies; the optimizer may keep its
+        # piece as it is
+        mapped = self.session.device.type == "cuda" and path == self.path
+        try:
+            content: dict[str, Any] = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mapped
+            )
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            state = "it" if path == self.path else self.path
+            raise PerceptError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}): delete {state}, or set"
+                " resume_from_ckpt to False to begin anew."
+            ) from error
+        return content
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        session = self.session
+        session.position = Position(**content["position"])
+        if session.is_finished:
+            self._restore_finished(content.get("model"))
+            return
+        self._check_pieces(content.get("pieces", 0))
+        self._restore_weights(content)
+        session.scheduler.load_state_dict(content["scheduler"])
+        if content["scaler"] and session.accelerator.scaler:
+            session.accelerator.scaler.load_state_dict(content["scaler"])
+        self._restore_process(content["processes"])
+        position = session.position
+        log.info("resuming %s at epoch %d, step %d", self.folder, position.epoch, position.step)
+
+    def _restore_finished(self, weights: dict[str, Tensor] | None) -> None:
+        path = self.path
+        if weights is None:
+            path = self.folder / "last.safetensors"
+            if not path.exists():
+                raise PerceptError(
+                    f"The run in {self.folder} is finished, but its last.safetensors is gone: put"
+                    " it back, or set resume_from_ckpt to False to train again."
+                )
+            weights = load_checkpoint(path)[0]
+        load_strictly(self.session.model, weights, str(path))
+        log.info("%s is finished: %d epochs", self.folder, self.session.position.epoch)
+
+    def _check_pieces(self, saved: int) -> None:
+        """Refuse a state that as many processes, with or without DeepSpeed, did not save."""
+        if saved == self.pieces:
+            return
+        before, now = (
+            f"by {pieces} processes under DeepSpeed" if pieces else "without DeepSpeed"
+            for pieces in (saved, self.pieces)
+        )
+        raise PerceptError(
+            f"{self.path} was saved {before} and cannot be resumed {now}: launch as before, or"
+            " set resume_from_ckpt to False to begin anew."
+        )
+
+    def _restore_process(self, processes: list[dict[str, Any]]) -> None:
+        """Random state and running means of this process, or a fair substitute when their number
+        has changed.
+        """
+        session = self.session
+        if len(processes) == session.processes:
+            process = processes[session.rank]
+            session.means.load([process["means"]])
+            set_random_state(process["random"], session.device)
+            return
+        log.warning(
+            "%d processes go on with a run of %d: random numbers differ from here",
+            session.processes,
+            len(processes),
+        )
+        session.means.load([p["means"] for p in processes] if session.is_main else [])
+        seed_everything(session.batching.seed + session.rank + 1000 * session.steps_done)
+
+    def _restore_weights(self, content: dict[str, Any]) -> None:
+        session = self.session
+        load_strictly(session.model, content["model"], str(self.path))
+        optimizer_state = content["optimizer"]
+        if session.sharded:
+            # what it updates is a copy of the weights
+            session.sharded.engine.optimizer.refresh_fp32_params()
+            optimizer_state = self._read(self._piece_path(content["position"], session.rank))
+        session.optimizer.load_state_dict(optimizer_state)
+
+    def roll_back(self) -> None:
+        """Weights and moments of the last saved state; the learning rate stays that of the
+        position.
+        """
+        optimizer = self.session.optimizer
+        current = []
+        for group in optimizer.param_groups:
+            current.append({name: value for name, value in group.items() if name != "params"})
+        self._restore_weights(self._read(self.path))
+        for group, values in zip(optimizer.param_groups, current, strict=True):
+            group.update(values)

@@ -1,0 +1,205 @@
+"""One step of a training: forward, backward, update, and what follows a result that is not finite.
+
+- A non-finite loss or gradient skips the update and is counted.
+- Too many in a row go back to the weights of the last state, on the batches to come.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.training.batches import split_batch
+from src.training.interrupt import StopRequest
+from src.training.options import Checkpointing
+from src.training.processes import StepModule, share_batch
+from src.training.session import Session
+from src.training.store import StateStore
+from src.training.types import Batch, Step, log
+from src.utils import PerceptError
+
+PATIENCE = 10  # non-finite steps in a row before going back to the saved weights
+
+ROLLBACKS = 3  # times to go back to one state before giving up
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all the processes do after a step: save the state, stop."""
+
+    save: bool
+    stop: bool
+
+
+class Updater:
+    """Trains a session's model, one batch at a time.
+
+    Args:
+        session: whose model it trains.
+        step: (model, batch, epoch) -> (loss, logs).
+        store: where the state is saved and restored from.
+        checkpointing: when to save.
+        stop: whether to stop.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        step: Step,
+        store: StateStore,
+        checkpointing: Checkpointing,
+        stop: StopRequest,
+    ):
+        self.session, self.store, self.stop = session, store, stop
+        self.checkpointing = checkpointing
+        # accelerate's wrappers of the step and of the optimizer
+        self.stepper, self.optimizer = session.accelerator.prepare(
+            StepModule(session.model, step), session.optimizer
+        )
+        self.trainable = [p for p in session.model.parameters() if p.requires_grad]
+        self.broken_gradient = False
+        if session.execution.step_in_backward:
+            self._step_as_gradients_arrive()
+
+    def _step_as_gradients_arrive(self) -> None:
+        """Update each parameter as soon as its gradient is there and free that: the gradients of
+        the whole model are never in memory together.
+        """
+        refused = {
+            "several processes": self.session.processes > 1,
+            "clip_grad": bool(self.session.optimisation.clip_grad),
+            "accumulate": self.session.batching.accumulate > 1,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise PerceptError(
+                    f"step_in_backward does not go together with {name}, which needs all the"
+                    " gradients at once: leave one of them."
+                )
+
+        def update(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            # unlike isfinite of the gradient, without copies of it
+            if torch.isfinite(torch.linalg.vector_norm(gradient)):  # type: ignore[arg-type]
+                # of all parameters this one alone has a gradient now
+                self.session.optimizer.step()
+            else:
+                self.broken_gradient = True
+            parameter.grad = None
+
+        for parameter in self.trainable:
+            parameter.register_post_accumulate_grad_hook(update)
+
+    def train_step(self, batch: Batch) -> Agreement:
+        """Forward, backward, check, update."""
+        session, position = self.session, self.session.position
+        position.lr = session.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.broken_gradient = False
+        logged, finite = self._run_parts(batch)
+        norm = self._gradient_norm()
+        finite_gradient = torch.isfinite(norm) & (not self.broken_gradient)
+        flags = [self.is_save_due(), bool(self.stop.signal)]
+        bad_loss, bad_gradient, save, stop = session.agree([finite, finite_gradient], flags)
+        if bad_loss or bad_gradient:
+            self._skip(bad_loss)
+        else:
+            self._update(norm)
+            for values in logged:
+                session.means.add(values, weight=1 / session.batching.accumulate)
+        position.step += 1
+        return Agreement(save=save and not position.bad, stop=stop)
+
+    def _run_parts(self, batch: Batch) -> tuple[list[dict[str, Any]], Tensor]:
+        """Forward and backward of every part of a batch: what they logged, and whether all losses
+        are finite.
+        """
+        session, parts = self.session, self.session.batching.accumulate
+        logged: list[dict[str, Any]] = []
+        finite = torch.tensor(True, device=session.device)
+        with share_batch(session.processes):
+            for part in split_batch(batch, parts):
+                loss, logs = self.stepper(part, session.position.epoch)
+                logged.append({"loss": loss.detach(), **logs})
+                finite = finite & torch.isfinite(loss.detach())
+                # a backward pass that updates must not see a loss that is not finite
+                if not session.execution.step_in_backward or bool(finite):
+                    session.accelerator.backward(loss / parts)
+        return logged, finite
+
+    def _gradient_norm(self) -> Tensor:
+        if self.session.sharded:
+            return self.session.sharded.gradient_norm()
+        self.session.accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        # of none at all, it is on the CPU
+        return nn.utils.get_total_norm(gradients).to(self.session.device)
+
+    def is_save_due(self) -> bool:
+        """Whether the state is to be saved after this step."""
+        every = self.checkpointing.save_steps
+        if every and (self.session.steps_done + 1) % every == 0:
+            return True
+        elapsed = time.monotonic() - self.store.saved_at
+        return self.session.is_main and elapsed > self.checkpointing.save_every
+
+    def _update(self, norm: Tensor) -> None:
+        clip_grad = self.session.optimisation.clip_grad
+        if clip_grad:
+            nn.utils.clip_grads_with_norm_(self.trainable, clip_grad, norm)
+        if not self.session.execution.step_in_backward:
+            self.optimizer.step()
+        self.session.scheduler.step()
+        self.session.position.bad = 0
+
+    def _skip(self, bad_loss: bool) -> None:
+        """No update; the schedule goes on, so that the learning rate depends on the position
+        alone.
+        """
+        position, scaler = self.session.position, self.session.accelerator.scaler
+        # fp16 overflow: the scaler looks for its scale
+        searching = scaler is not None and not bad_loss and scaler.get_scale() > 1
+        if scaler is not None:
+            scaler.update()
+        with warnings.catch_warnings():
+            # torch minds when the very first update is skipped
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+            self.session.scheduler.step()
+        position.skipped += 1
+        if not searching:
+            position.bad += 1
+        if position.bad >= PATIENCE or self._has_broken_buffer():
+            self._roll_back()
+
+    def _has_broken_buffer(self) -> bool:
+        """Whether e.g. a batch norm's running mean is not finite."""
+        for buffer in self.session.model.buffers():
+            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
+                return True
+        return False
+
+    def _roll_back(self) -> None:
+        """Weights of the last state, for the batches to come (to see the same ones again would end
+        in the same place).
+        """
+        position = self.session.position
+        position.rollbacks += 1
+        if position.rollbacks > ROLLBACKS or not self.store.path.exists():
+            raise PerceptError(
+                f"Training cannot be kept finite (epoch {position.epoch}, step {position.step}:"
+                f" {position.skipped} steps without a finite loss and gradient in this epoch,"
+                f" {position.rollbacks - 1} roll-backs): lower max_lr, choose precision 'no', or"
+                " look for NaN in the data."
+            )
+        log.warning(
+            "loss or gradient is not finite (epoch %d, step %d): back to the last saved weights",
+            position.epoch,
+            position.step,
+        )
+        self.store.roll_back()
+        position.bad = 0
