@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-)
 from torch import Tensor
 
-from src.pretrained.base import FrozenModel, load_pretrained, locate_model, resize_images
+from src.pretrained.base import FrozenModel, freeze, load_frozen, locate_model, resize_images
 
 
 class LatentAutoencoder(FrozenModel):
-    """The frozen VAE of a diffusion model; latents are the posterior's mode times the scaling
-    factor.
+    """The frozen VAE of a diffusion model.
+
+    Latents are the mode of the posterior times the scaling factor.
 
     Args:
         weights: "hub", "mini" or a folder.
@@ -24,6 +22,10 @@ class LatentAutoencoder(FrozenModel):
         image_size: side to which images are resized (bilinear, antialiased) before encoding; 0: the
             VAE's own (512 where it does not say).
         device: torch device.
+
+    Attributes:
+        factor: pixels a side for each location of the latent.
+        scale: the scaling factor.
     """
 
     def __init__(
@@ -33,16 +35,14 @@ class LatentAutoencoder(FrozenModel):
         image_size: int = 0,
         device: str = "cpu",
     ):
+        from diffusers import AutoencoderKL
+
         super().__init__(name, weights, device)
-        self.model = (
-            load_pretrained(AutoencoderKL, self.place, subfolder="vae")
-            .float()
-            .eval()
-            .requires_grad_(False)
-            .to(self.device)
-        )
+        model = load_frozen(AutoencoderKL, self.location, subfolder="vae")
+        self.model: Any = freeze(model.float(), self.device)
         self.config = self.model.config
-        self.image_size = image_size or (self.config.sample_size if weights == "mini" else 512)
+        default_size = self.config.sample_size if weights == "mini" else 512
+        self.image_size = image_size or default_size
         self.factor = 2 ** (len(self.config.block_out_channels) - 1)
         self.scale = float(self.config.scaling_factor)
 
@@ -52,7 +52,8 @@ class LatentAutoencoder(FrozenModel):
         side = self.image_size // self.factor
         return (self.config.latent_channels, side, side)
 
-    def _options(self) -> dict[str, Any]:
+    def get_options(self) -> dict[str, Any]:
+        """Side of the images."""
         return {"image_size": self.image_size}
 
     @property
@@ -66,42 +67,44 @@ class LatentAutoencoder(FrozenModel):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
-        parts = []
-        for some in images.split(self._batch_size):
-            x = resize_images(some.to(self.device), self.image_size)
-            parts.append(self.model.encode(2 * x - 1).latent_dist.mode() * self.scale)
-        return torch.cat(parts)
+        latents = []
+        for part in images.split(self._batch_size):
+            x = resize_images(part.to(self.device), self.image_size)
+            posterior = self.model.encode(2 * x - 1).latent_dist
+            latents.append(posterior.mode() * self.scale)
+        return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (batch, channels, h, w) -> images (batch, 3, height, width) clamped to [0,
-        1].
-        """
-        parts = [
-            self.model.decode(some.to(self.device) / self.scale).sample
-            for some in latents.split(self._batch_size)
-        ]
-        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+        """Scaled latents (batch, channels, h, w) -> images (batch, 3, height, width) in [0, 1]."""
+        images = []
+        for part in latents.split(self._batch_size):
+            images.append(self.model.decode(part.to(self.device) / self.scale).sample)
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     @property
     def _batch_size(self) -> int:
-        """Images that the network sees at a time: 4 of 512 pixels a side, each of whose activations
-        take half a gigabyte.
+        """Images that the network sees at a time: 4 of 512 pixels a side.
+
+        The activations of such an image take half a gigabyte.
         """
         return max(1, 2**20 // self.image_size**2)
 
 
 def make_untrained_vae(weights: str = "hub", name: str = "stable_diffusion") -> Any:
-    """The VAE of a diffusion model without its weights, for planning: the folder's own, or as those
-    of the hub are.
+    """The VAE of a diffusion model without its weights, for planning.
+
+    Its config is the folder's; for "hub", the one that the models there have.
     """
+    from diffusers import AutoencoderKL
+
     if weights != "hub":
-        return AutoencoderKL.from_config(
-            AutoencoderKL.load_config(locate_model(name, weights), subfolder="vae")
-        )
-    widths = (128, 256, 512, 512)
-    types = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }
-    return AutoencoderKL(block_out_channels=widths, layers_per_block=2, sample_size=512, **types)
+        config = AutoencoderKL.load_config(locate_model(name, weights), subfolder="vae")
+        return AutoencoderKL.from_config(config)
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )

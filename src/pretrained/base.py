@@ -1,15 +1,15 @@
-"""What is frozen: CLIP, the latent autoencoder, four diffusion models, BLIP and the mini world's
-judge, each behind one small class.
+"""What the frozen models share: where they lie, how they are loaded, and a fingerprint.
 
 - Real and miniature weights are loaded by the same code; only the place differs: `weights` is
   "hub", "mini" or a folder that holds the models under the names of `HUB`.
 - Images are float tensors (batch, 3, height, width) in [0, 1] everywhere; tokens are (batch,
   tokens, dim) with the CLS token first.
 - Every class has a `fingerprint()`: model, revision, versions, and the features of one fixed image,
-  which tell silent drift of a library.
+  which reveal that a library computes something else than it did.
 - Versatile Diffusion's image flow is run on its image network alone. The published code runs the
   dual-guided network with a mix ratio of 0 for the text, which computes the text attention and then
   multiplies it by zero: same result, a third of the work saved.
+- diffusers and transformers take seconds to import, so they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from src.utils import ROOT, PerceptError, same_features
@@ -42,7 +40,7 @@ HUB = {
     "git": "microsoft/git-large-coco",
 }
 
-REVISIONS = {HUB["image_variation"]: "v2.0"}  # others: what their authors have last given
+REVISIONS = {HUB["image_variation"]: "v2.0"}  # of the others the latest
 
 MINI_ONLY = ("judge", "teacher", "unclip")
 
@@ -55,7 +53,7 @@ def locate_model(name: str, weights: str) -> str:
     """Where a pretrained model lies: a hub id for "hub", else a folder.
 
     Raises:
-        PerceptError: if the folder is missing.
+        PerceptError: for an unknown name, a model that is not on the hub, or a missing folder.
     """
     if name not in (*HUB, *MINI_ONLY):
         raise PerceptError(
@@ -71,108 +69,147 @@ def locate_model(name: str, weights: str) -> str:
         return HUB[name]
     folder = (MINI_MODELS if weights == "mini" else Path(weights)) / name
     if not folder.is_dir():
-        hint = (
-            "restore data/mini_models from git"
-            if weights == "mini"
-            else "set weights to 'hub', 'mini' or a folder that holds it"
-        )
+        hint = "set weights to 'hub', 'mini' or a folder that holds it"
+        if weights == "mini":
+            hint = "restore data/mini_models from git"
         raise PerceptError(f"The pretrained model '{name}' is not at {folder}: {hint}.")
     return str(folder)
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Without the libraries' progress bars and their reports of weights that another part of the
-    same file holds.
+    """Context without the progress bars and warnings of transformers and diffusers.
+
+    They report weights as missing that another part of the same file holds.
     """
+    import diffusers
+    import transformers
+
     libraries = (transformers.logging, diffusers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+        library.disable_progress_bar()
     try:
         yield
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-        diffusers.utils.logging.enable_progress_bar()
+            library.enable_progress_bar()
 
 
-def load_pretrained(cls: Any, place: str, **options: Any) -> Any:
-    """`from_pretrained` with a plain sentence when a file is missing or the hub cannot be reached."""
+def load_frozen(cls: Any, location: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, with a plain sentence where that fails.
+
+    Args:
+        cls: a class of transformers or diffusers.
+        location: hub id or folder, of `locate_model`.
+        options: of `from_pretrained`.
+
+    Raises:
+        PerceptError: when a file is missing or the hub cannot be reached.
+    """
+    if location in REVISIONS:
+        options = {"revision": REVISIONS[location], **options}
     try:
         with silence_libraries():
-            return cls.from_pretrained(
-                place, **({"revision": REVISIONS[place]} if place in REVISIONS else {}), **options
-            )
+            return cls.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         part = f" ({options['subfolder']})" if "subfolder" in options else ""
         raise PerceptError(
-            f"Could not load {cls.__name__} from '{place}'{part}: {str(error).splitlines()[0]}"
+            f"Could not load {cls.__name__} from '{location}'{part}: {str(error).splitlines()[0]}"
             " Check the connection to the hub, or set weights to 'mini' or to a folder that holds"
             " the model."
         ) from error
 
 
+def freeze(network: Any, device: torch.device) -> Any:
+    """The network in eval mode and without gradients, on the device."""
+    return network.eval().requires_grad_(False).to(device)
+
+
+def choose_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that was asked for; by default half precision on a GPU, as published."""
+    if dtype is not None:
+        return dtype
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def resize_images(images: Tensor, side: int) -> Tensor:
-    """Images (batch, 3, height, width) -> (batch, 3, side, side); those that have that size stay as
-    they are.
+    """Images (batch, 3, height, width) -> (batch, 3, side, side), bilinear, antialiased.
+
+    Images that have that size stay as they are.
     """
-    return (
-        images
-        if images.shape[-2:] == (side, side)
-        else F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    )
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
-def tokenize_captions(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
-    """Token ids (captions, positions) of sentences, filled up to the positions that the text model
-    has, where it lives.
-    """
-    length = model.config.max_position_embeddings
-    ids = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return ids.to(model.device)
+def crop_center(images: Tensor, side: int) -> Tensor:
+    """The central square (batch, 3, side, side) of images (batch, 3, height, width)."""
+    height, width = images.shape[-2:]
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def normalise_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (batch, 3, height, width) less the mean of each colour, over its spread."""
+    shape = (1, 3, 1, 1)
+    means = torch.tensor(mean, device=images.device).view(shape)
+    spreads = torch.tensor(std, device=images.device).view(shape)
+    return (images - means) / spreads
 
 
 def normalise_for_clip(images: Tensor) -> Tensor:
-    """(batch, 3, height, width) in [0, 1], with the mean and spread of CLIP's training images taken
-    out.
+    """Images (batch, 3, height, width) in [0, 1], normalised as CLIP's training images were."""
+    return normalise_colours(images, CLIP_MEAN, CLIP_STD)
+
+
+def tokenize_captions(tokenizer: Any, captions: Sequence[str], model: Any) -> Tensor:
+    """Token ids (captions, positions) of sentences, on the device of the text model.
+
+    They are padded to the number of positions that the model has.
     """
-    mean, std = (
-        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
-        for values in (CLIP_MEAN, CLIP_STD)
+    batch = tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=model.config.max_position_embeddings,
+        truncation=True,
+        return_tensors="pt",
     )
-    return (images - mean) / std
+    return batch.input_ids.to(model.device)
 
 
 def make_fixed_image(size: int = 224) -> Tensor:
-    """One image that never changes, (1, 3, size, size): smooth waves of three frequencies, for
-    comparing features between versions.
+    """One image that never changes, (1, 3, size, size), to compare features between versions.
+
+    It shows smooth waves of three frequencies.
     """
     axis = torch.linspace(0, 1, size)
-    waves = [
-        torch.sin(2 * torch.pi * (f * axis[None, :] + g * axis[:, None]))
-        for f, g in ((1, 2), (3, 1), (2, 5))
-    ]
+    waves = []
+    for across, down in ((1, 2), (3, 1), (2, 5)):
+        phase = across * axis[None, :] + down * axis[:, None]
+        waves.append(torch.sin(2 * torch.pi * phase))
     return (torch.stack(waves)[None] + 1) / 2
 
 
 class FrozenModel:
-    """What the frozen models share: a place, a device, and a fingerprint."""
+    """Base class of the frozen models: a location, a device, and a fingerprint.
+
+    Args:
+        name: of the model, as `locate_model` knows it.
+        weights: "hub", "mini" or a folder.
+        device: torch device.
+    """
 
     def __init__(self, name: str, weights: str, device: str):
-        self.name, self.weights, self.device = name, weights, torch.device(device)
-        self.place = locate_model(name, weights)
+        self.name = name
+        self.weights = weights
+        self.device = torch.device(device)
+        self.location = locate_model(name, weights)
 
-    def _options(self) -> dict[str, Any]:
+    def get_options(self) -> dict[str, Any]:
+        """What its features depend on beside the weights."""
         return {}
 
     @property
@@ -181,61 +218,79 @@ class FrozenModel:
         raise NotImplementedError
 
     def encode_pixels(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (batch, height, width, 3) -> targets (batch, *target_shape) float32, in the
-        form that the cache of targets asks for.
+        """uint8 images (batch, height, width, 3) -> targets (batch, *target_shape) float32.
+
+        This is the form in which the cache of targets calls a frozen model.
         """
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-        return self._encode(x).float().cpu().numpy()
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return self._encode(pixels.float() / 255).float().cpu().numpy()
 
     def _encode(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) in [0, 1] -> targets (batch, *target_shape)."""
         raise NotImplementedError
 
     def compute_golden_features(self) -> list[float]:
         """Eight numbers from the features of `make_fixed_image`, rounded to four decimals."""
         flat = self._encode(make_fixed_image()).float().flatten().cpu()
-        return [round(float(v), 4) for v in flat[:: max(1, len(flat) // 8)][:8]]
+        step = max(1, len(flat) // 8)
+        return [round(float(value), 4) for value in flat[::step][:8]]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Model, revision, options, library versions and golden features, for the cache of targets
-        and for provenance.
+        """Model, revision, options, library versions and golden features.
+
+        It identifies cached targets, and records where results come from.
 
         Raises:
             PerceptError: if the folder records golden features and these differ: a library computes
                 something else than it did.
         """
+        import diffusers
+        import transformers
+
         golden = self.compute_golden_features()
-        recorded = Path(self.place) / "golden_features.json"
-        key = json.dumps([type(self).__name__, self._options()], sort_keys=True)
-        if recorded.exists() and key in (known := json.loads(recorded.read_text())):
-            if not same_features(known[key], golden):
-                worst = max(abs(a - b) for a, b in zip(golden, known[key], strict=True))
-                raise PerceptError(
-                    f"{type(self).__name__} of '{self.place}' no longer gives the features recorded"
-                    f" with it (largest difference {worst:.3g}): a library has changed what it"
-                    " computes; install the versions of requirements.lock."
-                )
+        self._check_golden_features(golden)
         versions = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "diffusers": diffusers.__version__,
         }
-        place = f"mini:{self.name}" if self.weights == "mini" else self.place
         return {
-            "model": place,
-            "revision": self._revision(),
-            **self._options(),
+            "model": f"mini:{self.name}" if self.weights == "mini" else self.location,
+            "revision": self._read_revision(),
+            **self.get_options(),
             "golden": golden,
             "versions": versions,
         }
 
-    def _revision(self) -> str:
-        if not Path(self.place).is_dir():
-            return str(getattr(getattr(self, "config", None), "_commit_hash", "") or "main")
+    def _check_golden_features(self, golden: list[float]) -> None:
+        """Refuse features that differ from those that the model's folder records."""
+        path = Path(self.location) / "golden_features.json"
+        if not path.exists():
+            return
+        key = json.dumps([type(self).__name__, self.get_options()], sort_keys=True)
+        recorded = json.loads(path.read_text()).get(key)
+        if recorded is None or same_features(recorded, golden):
+            return
+        worst = max(abs(a - b) for a, b in zip(golden, recorded, strict=True))
+        raise PerceptError(
+            f"{type(self).__name__} of '{self.location}' no longer gives the features recorded"
+            f" with it (largest difference {worst:.3g}): a library has changed what it"
+            " computes; install the versions of requirements.lock."
+        )
+
+    def _read_revision(self) -> str:
+        """The hub's commit, or a hash of the files in the folder.
+
+        Large files count by name and size, the miniatures by their content.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            commit = getattr(getattr(self, "config", None), "_commit_hash", "")
+            return str(commit or "main")
         digest = hashlib.sha256()
-        for file in sorted(Path(self.place).rglob("*.safetensors")):
-            digest.update(
-                file.read_bytes()
-                if self.weights == "mini"
-                else f"{file.name}{file.stat().st_size}".encode()
-            )
+        for file in sorted(folder.rglob("*.safetensors")):
+            if self.weights == "mini":
+                digest.update(file.read_bytes())
+            else:
+                digest.update(f"{file.name}{file.stat().st_size}".encode())
         return digest.hexdigest()[:12]

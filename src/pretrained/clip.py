@@ -11,33 +11,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from src.pretrained.base import (
     FrozenModel,
-    load_pretrained,
+    crop_center,
+    freeze,
+    load_frozen,
     locate_model,
     normalise_for_clip,
     tokenize_captions,
 )
 from src.utils import PerceptError
 
+# variant -> name of the model; the ResNets come through OpenAI's own package
 CLIP_VARIANTS = {
     "ViT-L/14": "clip",
     "ViT-B/32": "clip-ViT-B-32",
     "RN50": "RN50",
     "RN50x64": "RN50x64",
-}  # the ResNets through OpenAI's own package
+}
 
+# those whose patches MindEye2 predicts
 PATCH_VARIANTS = {
     "bigG": "clip-bigG",
     "ViT-L/14": "clip",
     "ViT-B/32": "clip-ViT-B-32",
-}  # of which MindEye2 takes the patches
+}
 
 
 class _ResNetClip(nn.Module):
@@ -47,31 +46,36 @@ class _ResNetClip(nn.Module):
         variant: "RN50" or "RN50x64".
         weights: "hub" (downloaded and checked by the package) or a folder with <variant>.pt, as
             OpenAI gives it or a plain state dict.
+
+    Raises:
+        PerceptError: if the file is missing or cannot be loaded.
     """
 
     def __init__(self, variant: str, weights: str):
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package minds the age of its own imports
+            warnings.simplefilter("ignore")  # the package imports what is deprecated
             import clip
 
-        self.place = variant if weights == "hub" else str(Path(weights) / f"{variant}.pt")
-        if weights != "hub" and not Path(self.place).is_file():
-            raise PerceptError(
-                f"There is no {self.place}: put OpenAI's file there, or set weights to 'hub'."
-            )
+        self.location = variant
+        if weights != "hub":
+            self.location = str(Path(weights) / f"{variant}.pt")
+            if not Path(self.location).is_file():
+                raise PerceptError(
+                    f"There is no {self.location}: put OpenAI's file there, or set weights to"
+                    " 'hub'."
+                )
         try:
-            model, _ = clip.load(self.place, device="cpu", jit=False)
+            model, _ = clip.load(self.location, device="cpu", jit=False)
         except (OSError, RuntimeError, KeyError) as error:
             raise PerceptError(
-                f"CLIP {variant} could not be loaded from '{self.place}':"
+                f"CLIP {variant} could not be loaded from '{self.location}':"
                 f" {str(error).splitlines()[0]} Check connection or file."
             ) from error
-        self.model, self.tokenize = model.float(), clip.tokenize
-        self.size, self.dim = (
-            self.model.visual.input_resolution,
-            self.model.text_projection.shape[1],
-        )
+        self.model = model.float()
+        self.tokenize = clip.tokenize
+        self.size = self.model.visual.input_resolution
+        self.dim = self.model.text_projection.shape[1]
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""
@@ -79,58 +83,68 @@ class _ResNetClip(nn.Module):
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (batch, dim)."""
-        return self.model.encode_text(
-            self.tokenize(list(captions), truncate=True).to(self.model.logit_scale.device)
-        )
+        ids = self.tokenize(list(captions), truncate=True)
+        return self.model.encode_text(ids.to(self.model.logit_scale.device))
 
 
 class _VisionClip(nn.Module):
-    """A CLIP with a vision transformer, of transformers; the text half is loaded when it is first
-    needed.
+    """A CLIP with a vision transformer, of transformers.
+
+    The text half is loaded when it is first needed.
+
+    Args:
+        location: hub id or folder.
     """
 
-    def __init__(self, place: str):
+    def __init__(self, location: str):
+        from transformers import CLIPVisionModelWithProjection
+
         super().__init__()
-        self.place, self.model = place, load_pretrained(CLIPVisionModelWithProjection, place).float()
+        self.location = location
+        self.model = load_frozen(CLIPVisionModelWithProjection, location).float()
         self.config = self.model.config
-        self.size, self.dim = self.config.image_size, self.config.projection_dim
+        self.size = self.config.image_size
+        self.dim = self.config.projection_dim
         self._text: tuple[Any, Any] | None = None
 
     def embed_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels (batch, 3, size, size) -> projected tokens of the last layer (batch,
-        tokens, dim), CLS first.
+        """Normalised pixels (batch, 3, size, size) -> projected tokens of the last layer.
+
+        They are (batch, tokens, dim), CLS first.
         """
         vision = self.model.vision_model
-        last = vision(pixel_values=pixel_values).last_hidden_state  # (batch, tokens, width)
-        return self.model.visual_projection(vision.post_layernorm(last))
+        hidden = vision(pixel_values=pixel_values).last_hidden_state  # (batch, tokens, width)
+        return self.model.visual_projection(vision.post_layernorm(hidden))
 
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels (batch, 3, size, size) -> patches of the last layer, not projected
-        (batch, patches, width).
+        """Normalised pixels (batch, 3, size, size) -> patches (batch, patches, width).
+
+        They are those of the last layer, not projected.
         """
         vision = self.model.vision_model
-        return vision.post_layernorm(vision(pixel_values=pixel_values).last_hidden_state)[:, 1:]
+        hidden = vision(pixel_values=pixel_values).last_hidden_state
+        return vision.post_layernorm(hidden)[:, 1:]
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""
         vision = self.model.vision_model
-        return self.model.visual_projection(
-            vision.post_layernorm(vision(pixel_values=pixel_values).last_hidden_state[:, 0])
-        )
+        hidden = vision(pixel_values=pixel_values).last_hidden_state[:, 0]
+        return self.model.visual_projection(vision.post_layernorm(hidden))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (batch, dim)."""
-        if self._text is None:
-            model = (
-                load_pretrained(CLIPTextModelWithProjection, self.place)
-                .float()
-                .eval()
-                .requires_grad_(False)
-                .to(self.model.device)
-            )
-            self._text = load_pretrained(CLIPTokenizer, self.place), model
-        tokenizer, model = self._text
+        tokenizer, model = self._load_text()
         return model(input_ids=tokenize_captions(tokenizer, captions, model)).text_embeds
+
+    def _load_text(self) -> tuple[Any, Any]:
+        """Tokenizer and text model, loaded once."""
+        if self._text is None:
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+            model = load_frozen(CLIPTextModelWithProjection, self.location).float()
+            model = freeze(model, self.model.device)
+            self._text = load_frozen(CLIPTokenizer, self.location), model
+        return self._text
 
 
 class Clipper(FrozenModel):
@@ -178,32 +192,35 @@ class Clipper(FrozenModel):
                 f"The mini world has one miniature of CLIP and none of {variant}: leave"
                 " clip_variant at ViT-L/14, or use real weights."
             )
-        self.name, self.weights, self.device, self.variant = (
-            CLIP_VARIANTS[variant],
-            weights,
-            torch.device(device),
-            variant,
-        )
-        self.hidden, self.norm_embs, self.clamp_embs = hidden, norm_embs, clamp_embs
-        network = (
-            _ResNetClip(variant, weights) if resnet else _VisionClip(locate_model(self.name, weights))
-        )
-        self.model: Any = network.eval().requires_grad_(False).to(self.device)
-        self.place, self.config = network.place, getattr(network, "config", None)
-        self.size, self.dim = network.size, network.dim
-        self.n_tokens = (
-            (self.size // self.config.patch_size) ** 2 + 1
-            if hidden and self.config is not None
-            else 1
-        )
+        self.name = CLIP_VARIANTS[variant]
+        self.weights = weights
+        self.device = torch.device(device)
+        self.variant = variant
+        self.hidden = hidden
+        self.norm_embs = norm_embs
+        self.clamp_embs = clamp_embs
+        network: Any
+        if resnet:
+            network = _ResNetClip(variant, weights)
+        else:
+            network = _VisionClip(locate_model(self.name, weights))
+        self.model: Any = freeze(network, self.device)
+        self.location = network.location
+        self.config = getattr(network, "config", None)
+        self.size = network.size
+        self.dim = network.dim
+        self.n_tokens = 1
+        if hidden and self.config is not None:
+            self.n_tokens = (self.size // self.config.patch_size) ** 2 + 1
 
-    def _options(self) -> dict[str, Any]:
-        more = {"variant": self.variant} if self.variant != "ViT-L/14" else {}
-        return (
-            {"hidden": self.hidden, "norm_embs": self.norm_embs}
-            | more
-            | ({"clamp_embs": True} if self.clamp_embs else {})
-        )
+    def get_options(self) -> dict[str, Any]:
+        """Which embedding it gives; what is at its default and came later is left out."""
+        options: dict[str, Any] = {"hidden": self.hidden, "norm_embs": self.norm_embs}
+        if self.variant != "ViT-L/14":
+            options["variant"] = self.variant
+        if self.clamp_embs:
+            options["clamp_embs"] = True
+        return options
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -214,25 +231,30 @@ class Clipper(FrozenModel):
         return self.embed_image(images)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1] -> pixel values (batch, 3, size, size): bicubic
-        without antialiasing, as published, centre crop.
+        """(batch, 3, height, width) in [0, 1] -> pixel values (batch, 3, size, size).
+
+        Resized (bicubic without antialiasing, as published), centre crop, normalised.
         """
-        batch, _, height, width = images.shape
+        height, width = images.shape[-2:]
         if (height, width) != (self.size, self.size):
             scale = self.size / min(height, width)
             target = (round(height * scale), round(width * scale))
             images = F.interpolate(images, target, mode="bicubic", antialias=False)
-            top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-            images = images[..., top : top + self.size, left : left + self.size]
+            images = crop_center(images, self.size)
         return normalise_for_clip(images)
 
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1] -> (batch, tokens, dim) if hidden, else (batch, dim)."""
+        """Embeddings (batch, tokens, dim) if hidden, else (batch, dim).
+
+        Args:
+            images: (batch, 3, height, width) in [0, 1].
+        """
         x = self.preprocess(images.to(self.device))
-        embeds = (
-            self.model.embed_tokens(x) if self.hidden else self.model.embed_image(x)[:, None]
-        )  # (batch, tokens, dim)
+        if self.hidden:
+            embeds = self.model.embed_tokens(x)  # (batch, tokens, dim)
+        else:
+            embeds = self.model.embed_image(x)[:, None]  # (batch, 1, dim)
         if self.clamp_embs:
             embeds = embeds.clamp(-1.5, 1.5)
         if self.norm_embs:
@@ -247,8 +269,9 @@ class Clipper(FrozenModel):
 
 
 class PatchClip(FrozenModel):
-    """CLIP's patch tokens as MindEye2 predicts them: the last layer's, normalised, without the
-    class token and not projected.
+    """CLIP's patch tokens as MindEye2 predicts them.
+
+    They are those of the last layer, normalised, without the class token and not projected.
 
     Args:
         weights: "hub", "mini" or a folder that holds `clip-bigG/`, `clip/` or `clip-ViT-B-32/`.
@@ -256,9 +279,9 @@ class PatchClip(FrozenModel):
             "ViT-B/32" (49 x 768, low compute). The miniature has one CLIP (16 x 128), which stands
             for each of them.
         device: torch device.
-        squeezed: the published defect: pictures in [0, 1] were treated as if they lay in [-1, 1],
-            so that CLIP saw them in [.5, 1]. Released networks predict the tokens of such pictures.
-        patches: patch tokens that are kept, a square number; 0: all. Fewer are the means of
+        squeezed: the published defect: images in [0, 1] were treated as if they lay in [-1, 1],
+            so that CLIP saw them in [.5, 1]. Released networks predict the tokens of such images.
+        patches: number of patch tokens to give, a square; 0: all. Fewer are the means of
             neighbouring patches.
 
     Raises:
@@ -281,34 +304,36 @@ class PatchClip(FrozenModel):
                 f"There are no patch tokens of a CLIP '{variant}': choose one of"
                 f" {', '.join(PATCH_VARIANTS)}."
             )
-        super().__init__("clip" if weights == "mini" else PATCH_VARIANTS[variant], weights, device)
-        self.variant, self.squeezed = variant, squeezed
-        self.model: Any = _VisionClip(self.place).eval().requires_grad_(False).to(self.device)
-        self.config, self.size, self.dim = (
-            self.model.config,
-            self.model.size,
-            self.model.config.hidden_size,
-        )
-        self.side = self.size // self.config.patch_size
-        self.kept = math.isqrt(patches) if patches else self.side
-        if self.kept**2 != (patches or self.side**2) or self.side % self.kept:
+        name = "clip" if weights == "mini" else PATCH_VARIANTS[variant]
+        super().__init__(name, weights, device)
+        self.variant = variant
+        self.squeezed = squeezed
+        self.model: Any = freeze(_VisionClip(self.location), self.device)
+        self.config = self.model.config
+        self.size = self.model.size
+        self.dim = self.config.hidden_size
+        self.full_side = self.size // self.config.patch_size
+        self.side = math.isqrt(patches) if patches else self.full_side
+        is_square = self.side**2 == (patches or self.full_side**2)
+        if not is_square or self.full_side % self.side:
             raise PerceptError(
-                f"{patches} tokens cannot be made of CLIP's {self.side} x {self.side} patches: give"
-                f" the square of a divisor of {self.side}, or 0 for all."
+                f"{patches} tokens cannot be made of CLIP's {self.full_side} x {self.full_side}"
+                f" patches: give the square of a divisor of {self.full_side}, or 0 for all."
             )
 
-    def _options(self) -> dict[str, Any]:
-        more = {"patches": self.kept**2} if self.kept < self.side else {}
-        return (
-            {"patch_tokens": True, "variant": self.variant}
-            | more
-            | ({"squeezed": True} if self.squeezed else {})
-        )
+    def get_options(self) -> dict[str, Any]:
+        """Which tokens it gives; what is at its default and came later is left out."""
+        options: dict[str, Any] = {"patch_tokens": True, "variant": self.variant}
+        if self.side < self.full_side:
+            options["patches"] = self.side**2
+        if self.squeezed:
+            options["squeezed"] = True
+        return options
 
     @property
     def target_shape(self) -> tuple[int, int]:
         """(tokens, dim)."""
-        return self.kept**2, self.dim
+        return self.side**2, self.dim
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.embed_image(images)
@@ -319,8 +344,10 @@ class PatchClip(FrozenModel):
         x = images.to(self.device)
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
-        tokens = self.model.embed_patches(normalise_for_clip((x + 1) / 2 if self.squeezed else x))
-        if self.kept == self.side:
+        if self.squeezed:
+            x = (x + 1) / 2
+        tokens = self.model.embed_patches(normalise_for_clip(x))
+        if self.side == self.full_side:
             return tokens
-        grid = tokens.mT.unflatten(2, (self.side, self.side))  # (batch, dim, h, w)
-        return F.adaptive_avg_pool2d(grid, self.kept).flatten(2).mT
+        grid = tokens.mT.unflatten(2, (self.full_side, self.full_side))  # (batch, dim, h, w)
+        return F.adaptive_avg_pool2d(grid, self.side).flatten(2).mT

@@ -8,33 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionImageVariationPipeline,
-    StableDiffusionImg2ImgPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
-from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.pipelines.deprecated import (
-    VersatileDiffusionDualGuidedPipeline,
-    VersatileDiffusionPipeline,
-)
-from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import (
-    UNetFlatConditionModel,
-)
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from src.pretrained.autoencoder import LatentAutoencoder
-from src.pretrained.base import load_pretrained, locate_model, normalise_for_clip, tokenize_captions
+from src.pretrained.base import (
+    choose_dtype,
+    freeze,
+    load_frozen,
+    locate_model,
+    normalise_for_clip,
+    tokenize_captions,
+)
 from src.utils import PerceptError
 
 # The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage
@@ -42,83 +26,101 @@ from src.utils import PerceptError
 TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
 
 
-def replace_transformer_blocks(taker: nn.Module, donor: nn.Module) -> None:
-    """Put the transformer blocks of one flow's network in the place of another's: all by which
-    Versatile Diffusion's flows differ in use.
+def replace_transformer_blocks(unet: nn.Module, source: nn.Module) -> None:
+    """Put the transformer blocks of one flow's network in the place of another's.
+
+    Versatile Diffusion's flows differ in nothing else in use.
+
+    Args:
+        unet: whose blocks are replaced.
+        source: whose blocks it gets.
     """
-    for name, module in list(donor.named_modules()):
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for name, module in list(source.named_modules()):
         if isinstance(module, Transformer2DModel):
-            taker.set_submodule(name, module)
+            unet.set_submodule(name, module)
 
 
 @contextmanager
 def cache_condition(unet: nn.Module) -> Iterator[None]:
-    """Within this context the keys and values of a condition are computed once, and found again at
-    every step that passes the same tensor.
+    """Context in which keys and values of a condition are computed once.
+
+    Every further step that passes the same tensor gets the stored ones.
     """
-    layers = [
-        module
-        for name, module in unet.named_modules()
-        if name.endswith(("attn2.to_k", "attn2.to_v"))
-    ]
+    layers = []
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            layers.append(module)
     try:
         for layer in layers:
-            layer.forward = _remembering(layer.forward)
+            layer.forward = _remember_last(layer.forward)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-def _remembering(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _remember_last(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, which returns its last output again for its last input."""
     last: list[tuple[Tensor, Tensor]] = []
 
-    def found(x: Tensor) -> Tensor:
+    def compute_once(x: Tensor) -> Tensor:
         if not last or last[0][0] is not x:
             last[:] = [(x, compute(x))]
         return last[0][1]
 
-    return found
+    return compute_once
 
 
 class ImageGenerator(LatentAutoencoder):
-    """A frozen latent diffusion model that turns a condition (and optionally a low-level latent)
-    into an image.
+    """A frozen latent diffusion model: a condition, and optionally a low-level latent, to an image.
 
-    The four kinds differ in the network and in what conditions it; sampling and img2img are the
+    Its four kinds differ in the network and in what conditions it; sampling and img2img are the
     same for all.
 
     Args:
         weights: "hub", "mini" or a folder.
         device: torch device.
         dtype: of the diffusion network; half precision on a GPU by default, as published.
+
+    Attributes:
+        model_name: the pretrained model, as `locate_model` knows it.
+        unet_folder: its folder of the network.
+        guidance: scale of classifier-free guidance that the published systems use.
     """
 
     model_name, unet_folder = "", "unet"
-    guidance = 3.5  # what the published systems use
+    guidance = 3.5
 
     def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
+        from diffusers import UniPCMultistepScheduler
+
         super().__init__(weights, self.model_name, device=device)
-        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
-        self.unet = self._network().eval().requires_grad_(False).to(self.device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.unet: Any = freeze(self._load_unet(), self.device)
         # "sigma_min" ends the schedule where the library did when the systems were published; its
         # present default ends at zero noise.
-        options = {
-            "subfolder": "scheduler",
-            "final_sigmas_type": "sigma_min",
-            "timestep_spacing": "linspace",
-        }
-        self.scheduler = load_pretrained(UniPCMultistepScheduler, self.place, **options)
+        self.scheduler: Any = load_frozen(
+            UniPCMultistepScheduler,
+            self.location,
+            subfolder="scheduler",
+            final_sigmas_type="sigma_min",
+            timestep_spacing="linspace",
+        )
 
-    def _network(self) -> nn.Module:
-        return load_pretrained(
-            UNet2DConditionModel, self.place, subfolder=self.unet_folder, torch_dtype=self.dtype
+    def _load_unet(self) -> nn.Module:
+        return self._load_unet_from(self.unet_folder)
+
+    def _load_unet_from(self, folder: str) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        return load_frozen(
+            UNet2DConditionModel, self.location, subfolder=folder, torch_dtype=self.dtype
         )
 
     def get_null_condition(self, condition: Tensor) -> Tensor:
-        """The condition that stands for none in classifier-free guidance, same shape as
-        `condition`: zeros.
-        """
+        """The condition that stands for none in classifier-free guidance: zeros, same shape."""
         return torch.zeros_like(condition)
 
     @torch.no_grad()
@@ -139,8 +141,8 @@ class ImageGenerator(LatentAutoencoder):
             init_latents: scaled latents (batch, channels, h, w) to start from (img2img).
             strength: share of the steps that are run; 1 ignores init_latents, 0 returns them
                 decoded.
-            guidance_scale: classifier-free guidance against `null`; 0: what is published for this
-                generator, 1: none, at half the cost.
+            guidance_scale: classifier-free guidance against the null condition; 0: what is
+                published for this generator, 1: none, at half the cost.
             num_inference_steps: UniPC steps of the whole schedule.
 
         Returns:
@@ -151,40 +153,43 @@ class ImageGenerator(LatentAutoencoder):
         steps = min(int(num_inference_steps * strength), num_inference_steps)
         if steps == 0 and init_latents is not None:
             return self.decode(init_latents)
+        first = num_inference_steps - steps
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        timesteps = self.scheduler.timesteps[num_inference_steps - steps :]
-        self.scheduler.set_begin_index(num_inference_steps - steps)
+        timesteps = self.scheduler.timesteps[first:]
+        self.scheduler.set_begin_index(first)
         latents = noise.to(self.device, self.dtype) * self.scheduler.init_noise_sigma
         if strength < 1.0 and init_latents is not None:
-            latents = self.scheduler.add_noise(
-                init_latents.to(latents), latents, timesteps[:1].expand(len(latents))
-            )
+            start = timesteps[:1].expand(len(latents))
+            latents = self.scheduler.add_noise(init_latents.to(latents), latents, start)
         condition = condition.to(self.device, self.dtype)
-        guidance_scale = guidance_scale or self.guidance
+        latents = self._denoise(latents, timesteps, condition, guidance_scale or self.guidance)
+        return self.decode(latents.float())
+
+    def _denoise(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """Steps of the scheduler, with classifier-free guidance unless its scale is 1."""
         guided = guidance_scale != 1.0
-        both = (
-            torch.cat([self.get_null_condition(condition), condition]) if guided else condition
-        )  # (2 * batch, tokens, dim)
+        if guided:  # (2 * batch, tokens, dim)
+            condition = torch.cat([self.get_null_condition(condition), condition])
         with cache_condition(self.unet):
             for t in timesteps:
-                x = self.scheduler.scale_model_input(
-                    torch.cat([latents, latents]) if guided else latents, t
-                )
-                pred = self.unet(x, t, encoder_hidden_states=both).sample
+                x = torch.cat([latents, latents]) if guided else latents
+                x = self.scheduler.scale_model_input(x, t)
+                pred = self.unet(x, t, encoder_hidden_states=condition).sample
                 if guided:
-                    without, given = pred.chunk(2)
-                    pred = without + guidance_scale * (given - without)
+                    null, conditional = pred.chunk(2)
+                    pred = null + guidance_scale * (conditional - null)
                 latents = self.scheduler.step(pred, t, latents).prev_sample
-        return self.decode(latents.float())
+        return latents
 
     @torch.no_grad()
     def encode_published_start(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Where the published img2img starts: not at the predicted latents, but at those of their
-        picture, after a detour.
+        """Where the published img2img starts: at the latents of the decoded image.
 
-        The picture is normalised by CLIP's mean and spread before it is encoded, where the
-        autoencoder was trained on [-1, 1], and a latent is drawn from the posterior instead of its
-        mode.
+        The predicted latents are decoded and encoded again. Before that the image is normalised by
+        CLIP's mean and spread, where the autoencoder was trained on [-1, 1], and a latent is drawn
+        from the posterior instead of its mode.
 
         Args:
             latents: scaled latents (batch, channels, h, w).
@@ -193,21 +198,21 @@ class ImageGenerator(LatentAutoencoder):
         Returns:
             Scaled latents, same shape.
         """
-        parts = []
-        for some, draw in zip(
-            latents.split(self._batch_size), noise.split(self._batch_size), strict=True
-        ):
-            picture = (
-                self.model.decode(some.to(self.device) / self.scale).sample / 2 + 0.5
-            )  # not clamped, as published
-            posterior = self.model.encode(normalise_for_clip(picture)).latent_dist
-            parts.append((posterior.mean + posterior.std * draw.to(self.device)) * self.scale)
-        return torch.cat(parts)
+        starts = []
+        batches = zip(latents.split(self._batch_size), noise.split(self._batch_size), strict=True)
+        for part, draw in batches:
+            decoded = self.model.decode(part.to(self.device) / self.scale).sample
+            image = decoded / 2 + 0.5  # not clamped, as published
+            posterior = self.model.encode(normalise_for_clip(image)).latent_dist
+            sample = posterior.mean + posterior.std * draw.to(self.device)
+            starts.append(sample * self.scale)
+        return torch.cat(starts)
 
 
 class VersatileDiffusion(ImageGenerator):
-    """Versatile Diffusion's image flow: all projected CLIP tokens, divided by the norm of the CLS
-    token -> image.
+    """Versatile Diffusion's image flow, conditioned on all projected CLIP tokens.
+
+    The tokens are divided by the norm of the CLS token.
 
     Source: arXiv 2211.08332; used as MindEye does (UniPC order 2, 20 steps, guidance 3.5, null
     condition of zeros).
@@ -217,8 +222,9 @@ class VersatileDiffusion(ImageGenerator):
 
 
 class ImageVariation(ImageGenerator):
-    """Stable Diffusion image variations: one CLIP image embedding (batch, 1, dim), not normalised
-    -> image (MindEye's 1x768 models).
+    """Stable Diffusion image variations, conditioned on one CLIP image embedding (batch, 1, dim).
+
+    The embedding is not normalised. MindEye's 1x768 models use it.
     """
 
     model_name = "image_variation"
@@ -226,15 +232,24 @@ class ImageVariation(ImageGenerator):
 
 
 class TextGenerator(ImageGenerator):
-    """A generator that is guided by sentences; its null condition is that of an empty sentence."""
+    """A generator that is guided by sentences; its null condition is that of an empty sentence.
 
-    encoder_class: Any = CLIPTextModelWithProjection
+    Attributes:
+        encoder_class: of transformers.
+    """
+
+    encoder_class = "CLIPTextModelWithProjection"
 
     def __init__(self, weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None):
+        import transformers
+
         super().__init__(weights, device, dtype)
-        self.tokenizer = load_pretrained(CLIPTokenizer, self.place, subfolder="tokenizer")
-        encoder = load_pretrained(self.encoder_class, self.place, subfolder="text_encoder")
-        self.text_encoder = encoder.float().eval().requires_grad_(False).to(self.device)
+        self.tokenizer = load_frozen(
+            transformers.CLIPTokenizer, self.location, subfolder="tokenizer"
+        )
+        encoder_class = getattr(transformers, self.encoder_class)
+        encoder = load_frozen(encoder_class, self.location, subfolder="text_encoder")
+        self.text_encoder: Any = freeze(encoder.float(), self.device)
         self._empty = self.embed_text([""])
 
     def get_null_condition(self, condition: Tensor) -> Tensor:
@@ -244,49 +259,54 @@ class TextGenerator(ImageGenerator):
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> the condition that `generate` takes, (captions, tokens, dim)."""
-        return self._condition(
-            self.text_encoder(input_ids=tokenize_captions(self.tokenizer, captions, self.text_encoder))
-        )
+        ids = tokenize_captions(self.tokenizer, captions, self.text_encoder)
+        return self._get_condition(self.text_encoder(input_ids=ids))
 
-    def _condition(self, encoded: Any) -> Tensor:
+    def _get_condition(self, encoded: Any) -> Tensor:
+        """The condition (captions, tokens, dim) in the output of the text encoder."""
         raise NotImplementedError
 
 
 class VersatileDiffusionText(TextGenerator):
-    """Versatile Diffusion's text flow: every projected hidden state of the sentence over the norm
-    of the pooled one -> image.
+    """Versatile Diffusion's text flow, conditioned on every projected hidden state of a sentence.
 
-    The image flow's network with the transformer blocks of the text flow in the place of its own,
-    as the library's text-to-image pipeline puts it together.
+    The hidden states are divided by the norm of the pooled one. The network is that of the image
+    flow with the transformer blocks of the text flow in the place of its own, as the library's
+    text-to-image pipeline assembles it.
 
     Source: arXiv 2211.08332.
     """
 
     model_name = "versatile_diffusion"
 
-    def _network(self) -> nn.Module:
-        unet = load_pretrained(
-            UNet2DConditionModel, self.place, subfolder="image_unet", torch_dtype=self.dtype
+    def _load_unet(self) -> nn.Module:
+        from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import (
+            UNetFlatConditionModel,
         )
-        replace_transformer_blocks(
-            unet, load_pretrained(UNetFlatConditionModel, self.place, torch_dtype=self.dtype, **TEXT_UNET)
+
+        unet = self._load_unet_from("image_unet")
+        source = load_frozen(
+            UNetFlatConditionModel, self.location, torch_dtype=self.dtype, **TEXT_UNET
         )
+        replace_transformer_blocks(unet, source)
         return unet
 
-    def _condition(self, encoded: Any) -> Tensor:
+    def _get_condition(self, encoded: Any) -> Tensor:
         tokens = self.text_encoder.text_projection(encoded.last_hidden_state)
         return tokens / encoded.text_embeds[:, None].norm(dim=-1, keepdim=True)
 
 
 class StableDiffusion(TextGenerator):
-    """Stable Diffusion 1: the text encoder's hidden states -> image (the ROI project's generator).
+    """Stable Diffusion 1, conditioned on the text encoder's hidden states.
+
+    It is the ROI project's generator.
 
     Source: Rombach et al. 2022, arXiv 2112.10752.
     """
 
-    model_name, encoder_class = "stable_diffusion", CLIPTextModel
+    model_name, encoder_class = "stable_diffusion", "CLIPTextModel"
 
-    def _condition(self, encoded: Any) -> Tensor:
+    def _get_condition(self, encoded: Any) -> Tensor:
         return encoded.last_hidden_state
 
 
@@ -299,38 +319,50 @@ def load_versatile_pipeline(
     """The library's `VersatileDiffusionPipeline` (`.image_variation`, `.text_to_image`).
 
     With `dual` its `VersatileDiffusionDualGuidedPipeline`: an image and a sentence together, mixed
-    by `text_to_image_strength`. Put together from its parts, because the library no longer finds
+    by `text_to_image_strength`. It is assembled from its parts, because the library no longer finds
     the class of the text network by the name in the saved pipeline.
     """
-    place = locate_model("versatile_diffusion", weights)
-    parts: dict[str, tuple[type, dict[str, Any]]] = {
-        "tokenizer": (CLIPTokenizer, {}),
-        "image_feature_extractor": (CLIPImageProcessor, {}),
-        "text_encoder": (CLIPTextModelWithProjection, {"dtype": dtype}),
-        "image_encoder": (CLIPVisionModelWithProjection, {"dtype": dtype}),
-        "image_unet": (UNet2DConditionModel, {"torch_dtype": dtype}),
-        "text_unet": (UNetFlatConditionModel, {"torch_dtype": dtype} | TEXT_UNET),
-        "vae": (AutoencoderKL, {"torch_dtype": dtype}),
-        "scheduler": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    import diffusers
+    import transformers
+    from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+    from diffusers.pipelines import deprecated
+    from diffusers.pipelines.deprecated.versatile_diffusion import modeling_text_unet
+
+    location = locate_model("versatile_diffusion", weights)
+
+    def load(folder: str, cls: Any, **options: Any) -> Any:
+        return load_frozen(cls, location, **{"subfolder": folder, **options})
+
+    text_unet = modeling_text_unet.UNetFlatConditionModel
+    parts = {
+        "tokenizer": load("tokenizer", transformers.CLIPTokenizer),
+        "image_feature_extractor": load("image_feature_extractor", transformers.CLIPImageProcessor),
+        "text_encoder": load("text_encoder", transformers.CLIPTextModelWithProjection, dtype=dtype),
+        "image_encoder": load(
+            "image_encoder", transformers.CLIPVisionModelWithProjection, dtype=dtype
+        ),
+        "image_unet": load("image_unet", diffusers.UNet2DConditionModel, torch_dtype=dtype),
+        "text_unet": load("text_unet", text_unet, torch_dtype=dtype, **TEXT_UNET),
+        "vae": load("vae", diffusers.AutoencoderKL, torch_dtype=dtype),
+        "scheduler": load(
+            "scheduler", diffusers.UniPCMultistepScheduler, final_sigmas_type="sigma_min"
+        ),
     }
-    loaded = {
-        name: load_pretrained(cls, place, **{"subfolder": name} | options)
-        for name, (cls, options) in parts.items()
-    }
-    pipeline: Any = (VersatileDiffusionDualGuidedPipeline if dual else VersatileDiffusionPipeline)(
-        **loaded
-    )
+    pipeline_class: Any = deprecated.VersatileDiffusionPipeline
+    if dual:
+        pipeline_class = deprecated.VersatileDiffusionDualGuidedPipeline
+    pipeline = pipeline_class(**parts)
     for module in pipeline.image_unet.modules():
-        if isinstance(
-            module, DualTransformer2DModel
-        ):  # the blocks around it now pass an argument that it was never taught
-            module.forward = partial(_without_mask, module.forward)  # type: ignore[method-assign]
+        # the blocks around it pass an argument that this class does not take
+        if isinstance(module, DualTransformer2DModel):
+            module.forward = partial(_call_without_mask, module.forward)  # type: ignore[method-assign]
     return pipeline.to(device)
 
 
-def _without_mask(
+def _call_without_mask(
     forward: Any, *args: Any, encoder_attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
+    """Call `forward` without the attention mask, which must be None."""
     if encoder_attention_mask is not None:
         raise PerceptError(
             "Versatile Diffusion's dual attention takes no attention mask on its condition: pass"
@@ -342,20 +374,26 @@ def _without_mask(
 def load_image_variation_pipeline(
     weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The library's `StableDiffusionImageVariationPipeline`, which is conditioned on one CLIP
-    embedding (the 1x768 model's generator).
+    """The library's `StableDiffusionImageVariationPipeline`, the 1x768 model's generator.
+
+    It is conditioned on one CLIP embedding.
     """
-    return load_pretrained(
-        StableDiffusionImageVariationPipeline, locate_model("image_variation", weights), dtype=dtype
-    ).to(device)
+    from diffusers import StableDiffusionImageVariationPipeline
+
+    location = locate_model("image_variation", weights)
+    pipeline = load_frozen(StableDiffusionImageVariationPipeline, location, dtype=dtype)
+    return pipeline.to(device)
 
 
 def load_stable_diffusion_pipeline(
     weights: str = "hub", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The library's `StableDiffusionImg2ImgPipeline`, which repaints an image after a sentence (the
-    ROI project's last step).
+    """The library's `StableDiffusionImg2ImgPipeline`, the ROI project's last step.
+
+    It repaints an image after a sentence.
     """
-    return load_pretrained(
-        StableDiffusionImg2ImgPipeline, locate_model("stable_diffusion", weights), dtype=dtype
-    ).to(device)
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    location = locate_model("stable_diffusion", weights)
+    pipeline = load_frozen(StableDiffusionImg2ImgPipeline, location, dtype=dtype)
+    return pipeline.to(device)

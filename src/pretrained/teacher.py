@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from src.pretrained.base import FrozenModel, locate_model, resize_images
+from src.pretrained.base import (
+    FrozenModel,
+    freeze,
+    locate_model,
+    normalise_colours,
+    resize_images,
+)
 from src.utils import HOME, PerceptError, load_strictly
 
 
@@ -28,7 +35,8 @@ class _ConvNeXtBlock(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (batch, h, w, dim)
@@ -36,8 +44,9 @@ class _ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtMaps(nn.Module):
-    """ConvNeXt without layer scale, and the head that makes VICRegL's local embeddings of its last
-    feature map.
+    """ConvNeXt without layer scale, and VICRegL's head for local embeddings.
+
+    The head acts on each location of the last feature map.
 
     Args:
         dims: widths of the four stages.
@@ -55,19 +64,17 @@ class ConvNeXtMaps(nn.Module):
         maps: Sequence[int] = (512, 512, 512),
     ):
         super().__init__()
-        narrow = [
-            nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), _ChannelNorm(dims[0], eps=1e-6))
-        ]
-        narrow += [
-            nn.Sequential(_ChannelNorm(a, eps=1e-6), nn.Conv2d(a, b, 2, stride=2))
-            for a, b in zip(dims, dims[1:], strict=False)
-        ]
+        patchify = nn.Conv2d(3, dims[0], 4, stride=4)
+        downsampling = [nn.Sequential(patchify, _ChannelNorm(dims[0], eps=1e-6))]
+        for width_in, width in pairwise(dims):
+            halving = nn.Conv2d(width_in, width, 2, stride=2)
+            downsampling.append(nn.Sequential(_ChannelNorm(width_in, eps=1e-6), halving))
+        stages = []
+        for dim, depth in zip(dims, depths, strict=True):
+            stages.append(nn.Sequential(*[_ConvNeXtBlock(dim) for _ in range(depth)]))
         backbone = {
-            "downsample_layers": nn.ModuleList(narrow),
-            "stages": nn.ModuleList(
-                nn.Sequential(*[_ConvNeXtBlock(dim) for _ in range(depth)])
-                for dim, depth in zip(dims, depths, strict=True)
-            ),
+            "downsample_layers": nn.ModuleList(downsampling),
+            "stages": nn.ModuleList(stages),
             "norm": nn.LayerNorm(dims[-1], eps=1e-6),
         }
         self.backbone = nn.ModuleDict(backbone)
@@ -83,75 +90,80 @@ class ConvNeXtMaps(nn.Module):
         self.width: int = maps[2]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pixels (batch, 3, height, width) -> local embeddings (batch, height / 32 *
-        width / 32, maps).
+        """Normalised pixels (batch, 3, height, width) -> local embeddings.
+
+        They are (batch, height / 32 * width / 32, maps).
         """
-        for narrow, stage in zip(
-            self.backbone["downsample_layers"], self.backbone["stages"], strict=True
-        ):  # type: ignore[call-overload]
-            x = stage(narrow(x))
-        return self.maps_projector(self.backbone["norm"](x.flatten(2).transpose(1, 2)))
+        layers: Any = zip(
+            self.backbone["downsample_layers"],  # type: ignore[call-overload]
+            self.backbone["stages"],  # type: ignore[call-overload]
+            strict=True,
+        )
+        for downsample, stage in layers:
+            x = stage(downsample(x))
+        locations = x.flatten(2).transpose(1, 2)  # (batch, locations, width)
+        return self.maps_projector(self.backbone["norm"](locations))
 
 
 TEACHER_FILE = "convnext_xlarge_alpha0.75_fullckpt.pth"
 
-TEACHER_MEAN, TEACHER_STD = (
-    (0.485, 0.456, 0.406),
-    (0.228, 0.224, 0.225),
-)  # .228 for ImageNet's .229: a slip of the published code, kept with its weights
+# .228 where ImageNet's is .229: a slip of the published code, which belongs to its weights
+TEACHER_MEAN, TEACHER_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 
 class Teacher(FrozenModel):
-    """The network whose local embeddings the low level's contrastive loss compares with: VICRegL's
-    ConvNeXt-XL, or its miniature.
+    """VICRegL's ConvNeXt-XL, or its miniature, whose local embeddings the low level learns from.
 
     Args:
-        weights: "mini", or a folder that holds `teacher/`, with the authors' file in it, or "hub":
-            then that file is looked for in data/teacher/, as it lies on no hub.
+        weights: "mini", or a folder that holds `teacher/` with the authors' file in it. For "hub"
+            that file is expected in data/teacher/, as it lies on no hub.
         device: torch device.
 
     Source: MindEye (arXiv 2305.18274), section 2.5; Bardes et al. 2022.
     """
 
     def __init__(self, weights: str = "hub", device: str = "cpu"):
-        self.name, self.weights, self.device = "teacher", weights, torch.device(device)
-        self.place = (
-            str(HOME / "data" / "teacher") if weights == "hub" else locate_model("teacher", weights)
-        )
-        described = Path(self.place) / "config.json"
-        config = json.loads(described.read_text()) if described.exists() else {}
+        self.name = "teacher"
+        self.weights = weights
+        self.device = torch.device(device)
+        if weights == "hub":
+            self.location = str(HOME / "data" / "teacher")
+        else:
+            self.location = locate_model("teacher", weights)
+        config_file = Path(self.location) / "config.json"
+        config = json.loads(config_file.read_text()) if config_file.exists() else {}
         self.image_size = int(config.pop("image_size", 512))
         self.model = ConvNeXtMaps(**config)
-        load_strictly(self.model, self._state(), self.place)
-        self.model.eval().requires_grad_(False).to(self.device)
+        load_strictly(self.model, self._read_state(), self.location)
+        freeze(self.model, self.device)
         self.dim = self.model.width
 
-    def _state(self) -> dict[str, Tensor]:
-        if (ours := Path(self.place) / "model.safetensors").exists():
-            return {key: value.float() for key, value in load_file(ours).items()}
-        path = Path(self.place) / TEACHER_FILE
+    def _read_state(self) -> dict[str, Tensor]:
+        """Weights of the miniature, or of the authors' file without VICRegL's other heads."""
+        miniature = Path(self.location) / "model.safetensors"
+        if miniature.exists():
+            return {key: value.float() for key, value in load_file(miniature).items()}
+        path = Path(self.location) / TEACHER_FILE
         if not path.exists():
             raise PerceptError(
                 f"The teacher of the low level is not at {path}: put VICRegL's file there (its"
                 " authors give it), or set use_cont to False."
             )
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = {
-            key.removeprefix("module."): value
-            for key, value in content.get("model", content).items()
-        }
-        return {
-            key: value
-            for key, value in state.items()
-            if key.startswith(("backbone.", "maps_projector."))
-        }  # the file has VICRegL's other heads too
+        state = {}
+        for key, value in content.get("model", content).items():
+            key = key.removeprefix("module.")
+            if key.startswith(("backbone.", "maps_projector.")):
+                state[key] = value
+        return state
 
     @property
     def target_shape(self) -> tuple[int, int]:
         """(locations, dim)."""
         return (self.image_size // 32) ** 2, self.dim
 
-    def _options(self) -> dict[str, Any]:
+    def get_options(self) -> dict[str, Any]:
+        """Side of the images."""
         return {"image_size": self.image_size}
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -159,12 +171,9 @@ class Teacher(FrozenModel):
 
     @torch.no_grad()
     def embed_locations(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1] -> local embeddings (batch, locations, dim), row by
-        row from the upper left.
+        """(batch, 3, height, width) in [0, 1] -> local embeddings (batch, locations, dim).
+
+        Locations are in rows from the upper left.
         """
         x = resize_images(images.to(self.device), self.image_size)
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, 3, 1, 1)
-            for values in (TEACHER_MEAN, TEACHER_STD)
-        )
-        return self.model((x - mean) / std)
+        return self.model(normalise_colours(x, TEACHER_MEAN, TEACHER_STD))

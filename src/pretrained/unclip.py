@@ -1,14 +1,13 @@
-"""MindEye2's decoder of images: an SDXL unCLIP network, which paints from CLIP's patch tokens,
-sampled as published.
+"""MindEye2's decoder of images: an SDXL unCLIP network, conditioned on CLIP's patch tokens.
 
 - Its classes are diffusers': `UNet2DConditionModel` with a projection of the vector of sizes,
   `AutoencoderKL`, `EulerDiscreteScheduler`. The released checkpoint has the keys of Stability's
   generative-models; `convert_unclip_checkpoint` rewrites it once.
-- All randomness is drawn from the noise that a picture begins with, row by row, so that it does not
-  depend on the batch it was made in.
+- All randomness is drawn from the noise that an image starts from, row by row, so that it does not
+  depend on the other images of the batch.
 - The sampler is Euler's method over the legacy DDPM discretisation (Karras et al. 2022, arXiv
-  2206.00364, algorithm 2 without churn): of the 1000 timesteps so many, evenly spaced from the last
-  and rounded down; the step after the last goes to no noise.
+  2206.00364, algorithm 2 without churn): of the 1000 timesteps as many as there are steps, evenly
+  spaced from the last and rounded down; the last step goes to no noise.
 """
 
 from __future__ import annotations
@@ -22,16 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-)
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from src.pretrained.autoencoder import LatentAutoencoder
-from src.pretrained.base import load_pretrained
+from src.pretrained.base import choose_dtype, freeze, load_frozen
 from src.pretrained.generators import ImageGenerator, cache_condition
 from src.safe_pickle import load_torch_file
 from src.utils import HOME, PerceptError, load_strictly
@@ -40,12 +33,8 @@ CHECKPOINT = "unclip6_epoch0_step110000.ckpt"
 
 STEPS = 38  # published
 
-UNET: dict[
-    str,
-    Any,
-    # SDXL's network, but for what conditions it: bigG's patch tokens, and a vector of size and crop
-    # alone
-] = {
+# SDXL's network but for its conditions: bigG's patch tokens, and a vector of size and crop alone
+UNET: dict[str, Any] = {
     "sample_size": 96,
     "in_channels": 4,
     "out_channels": 4,
@@ -85,26 +74,32 @@ SCHEDULER: dict[str, Any] = {
 
 
 def compute_euler_timesteps(steps: int) -> list[int]:
-    """The timesteps of the legacy DDPM discretisation, from noise to image: `steps` of 999 ... 0,
-    evenly spaced from the last and rounded down.
+    """The timesteps of the legacy DDPM discretisation, from noise to image.
+
+    They are `steps` of 999 ... 0, evenly spaced from the last and rounded down.
     """
     return np.linspace(999, 0, steps, endpoint=False).astype(int).tolist()
 
 
 def embed_size_and_crop(size: tuple[int, int], crop: tuple[int, int], dim: int) -> Tensor:
-    """SDXL's vector of original size and crop: sinusoidal embeddings of four numbers side by side,
-    (1, dim).
+    """SDXL's vector of original size and crop, (1, dim).
+
+    It is the sinusoidal embeddings of four numbers side by side.
 
     Args:
-        size: (height, width) in pixels of the picture before it was cut.
-        crop: (top, left) in pixels of what was cut out.
+        size: (height, width) in pixels of the image before it was cropped.
+        crop: (top, left) in pixels of the crop.
         dim: of the vector, a multiple of eight.
 
     Source: Podell et al. 2023 (SDXL), arXiv 2307.01952, section 2.2.
     """
-    return get_timestep_embedding(
-        torch.tensor([*size, *crop]), dim // 4, flip_sin_to_cos=True, downscale_freq_shift=0
-    ).flatten()[None]
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    numbers = torch.tensor([*size, *crop])
+    embeddings = get_timestep_embedding(
+        numbers, dim // 4, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    return embeddings.flatten()[None]
 
 
 @torch.no_grad()
@@ -123,62 +118,62 @@ def denoise(
     Args:
         unet: the network, with a projection of its vector.
         scheduler: an `EulerDiscreteScheduler` with its timesteps set.
-        latents: (batch, channels, h, w) under noise as strong as the sigma of the first step.
+        latents: (batch, channels, h, w) with noise of the first step's sigma.
         condition: (batch, tokens, dim).
         null: what stands for no condition, same shape.
         vector: (1, dim), see `embed_size_and_crop`.
         guidance: scale; 1 for none, at half the cost.
-        first: index of the timestep to begin with.
+        first: index of the first timestep.
 
     Returns:
         Latents (batch, channels, h, w), float32.
     """
     guided = guidance != 1.0
-    both = torch.cat([null, condition]) if guided else condition  # (2 * batch, tokens, dim)
-    vectors = vector.to(both).expand(len(both), -1)
+    if guided:
+        condition = torch.cat([null, condition])  # (2 * batch, tokens, dim)
+    vectors = vector.to(condition).expand(len(condition), -1)
     scheduler.set_begin_index(first)
     latents = latents.float()  # the sum of the steps stays in full precision
     with cache_condition(unet):
         for t in scheduler.timesteps[first:]:
-            x = scheduler.scale_model_input(latents, t).to(both)
-            predicted = unet(
-                torch.cat([x, x]) if guided else x,
-                t,
-                encoder_hidden_states=both,
-                class_labels=vectors,
-            ).sample.float()
+            x = scheduler.scale_model_input(latents, t).to(condition)
             if guided:
-                without, given = predicted.chunk(2)
-                predicted = without + guidance * (given - without)
+                x = torch.cat([x, x])
+            output = unet(x, t, encoder_hidden_states=condition, class_labels=vectors)
+            predicted = output.sample.float()
+            if guided:
+                null_pred, conditional_pred = predicted.chunk(2)
+                predicted = null_pred + guidance * (conditional_pred - null_pred)
             latents = scheduler.step(predicted, t, latents).prev_sample
     return latents
 
 
-def _own_noise(rows: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
-    """Standard normal draws (batch, *shape), each from a seed made of its row of `rows` and of what
-    it is for.
-    """
+def _draw_noise(rows: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
+    """Standard normal draws (batch, *shape), each seeded by its row of `rows` and the purpose."""
+    purpose_seed = zlib.crc32(purpose.encode())
     draws = []
     for row in rows.detach().to("cpu", torch.float32):
-        seed = zlib.crc32(row.contiguous().numpy().tobytes(), zlib.crc32(purpose.encode()))
-        draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        seed = zlib.crc32(row.contiguous().numpy().tobytes(), purpose_seed)
+        source = torch.Generator().manual_seed(seed)
+        draws.append(torch.randn(shape, generator=source))
     return torch.stack(draws)
 
 
 class UnclipDecoder(ImageGenerator):
-    """SDXL unCLIP: CLIP's patch tokens, before its projection and without the class token -> image.
+    """SDXL unCLIP, conditioned on CLIP's patch tokens before its projection.
 
     Args:
         weights: "mini", a folder that holds `unclip/`, or "hub": then data/unclip/, which is made
-            of the released checkpoint in data/mindeye2_models/ when it is first asked for.
+            of the released checkpoint in data/mindeye2_models/ when it is first needed.
         device: torch device.
         dtype: of the network; half precision on a GPU by default, as published. The autoencoder is
             in full precision.
         squeezed: the tokens are of images squeezed to [.5, 1], as the published networks predict
-            them: what the autoencoder decodes, x in [-1, 1], becomes .8 x + .2 clipped to [0, 1]:
-            the published correction, by which black comes out at .2 (the inverse would be x).
-        offset_noise: standard deviation of the noise that all channels and places of a picture
-            share at its beginning; .04 as published.
+            them: what the autoencoder decodes, x in [-1, 1], becomes .8 x + .2 clipped to [0, 1].
+            That is the published correction, by which black comes out at .2 (the inverse would be
+            x).
+        offset_noise: standard deviation of the starting noise that all channels and locations of an
+            image share; .04 as published.
 
     Raises:
         PerceptError: if the weights are missing.
@@ -197,37 +192,45 @@ class UnclipDecoder(ImageGenerator):
         squeezed: bool = False,
         offset_noise: float = 0.04,
     ):
-        place = str(_released().parent) if weights == "hub" else weights
-        LatentAutoencoder.__init__(
-            self, place, self.model_name, device=device
-        )  # not the other generators': they sample by UniPC
-        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
-        unet: Any = self._network().eval().requires_grad_(False).to(self.device)
-        self.scheduler: Any = load_pretrained(
-            EulerDiscreteScheduler, self.place, subfolder="scheduler", final_sigmas_type="zero"
-        )
-        self.squeezed, self.offset_noise = squeezed, offset_noise
-        self.unet, self.network = unet, unet.config
-        self.image_size = self.network.sample_size * self.factor
-        self.vector = embed_size_and_crop(
-            (self.image_size,) * 2, (0, 0), self.network.projection_class_embeddings_input_dim
-        )
+        from diffusers import EulerDiscreteScheduler
 
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | ({"squeezed": True} if self.squeezed else {})
+        if weights == "hub":
+            weights = str(_make_released_folder().parent)
+        # not ImageGenerator.__init__: the other generators sample by UniPC
+        LatentAutoencoder.__init__(self, weights, self.model_name, device=device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.unet = freeze(self._load_unet(), self.device)
+        self.scheduler = load_frozen(
+            EulerDiscreteScheduler,
+            self.location,
+            subfolder="scheduler",
+            final_sigmas_type="zero",
+        )
+        self.squeezed = squeezed
+        self.offset_noise = offset_noise
+        self.network = self.unet.config
+        self.image_size = self.network.sample_size * self.factor
+        size = (self.image_size, self.image_size)
+        dim = self.network.projection_class_embeddings_input_dim
+        self.vector = embed_size_and_crop(size, (0, 0), dim)
+
+    def get_options(self) -> dict[str, Any]:
+        """Side of the images, and `squeezed` where it is set."""
+        options = super().get_options()
+        return options | {"squeezed": True} if self.squeezed else options
 
     def get_null_condition(self, condition: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What stands for no condition: standard normal noise of the tokens' shape, drawn anew for
-        each image, as published.
+        """What stands for no condition: standard normal noise, drawn anew for each image.
+
+        The published code does so too.
 
         Args:
             condition: (batch, tokens, dim).
             noise: (batch, ...), each row of which is the seed of its image's; by default the
                 condition is.
         """
-        return _own_noise(
-            condition if noise is None else noise, tuple(condition.shape[1:]), "null"
-        ).to(condition)
+        seeds = condition if noise is None else noise
+        return _draw_noise(seeds, tuple(condition.shape[1:]), "null").to(condition)
 
     @torch.no_grad()
     def generate(
@@ -248,8 +251,8 @@ class UnclipDecoder(ImageGenerator):
                 not published for this decoder).
             strength: share of the steps that are run; 1 ignores init_latents, 0 returns them
                 decoded.
-            guidance_scale: classifier-free guidance against `null`; 0: 5, as published, 1: none, at
-                half the cost.
+            guidance_scale: classifier-free guidance against the null condition; 0: 5, as
+                published, 1: none, at half the cost.
             num_inference_steps: of the whole schedule.
 
         Returns:
@@ -258,57 +261,55 @@ class UnclipDecoder(ImageGenerator):
         Raises:
             PerceptError: for tokens of another dim than the network reads.
         """
-        if condition.shape[-1] != (dim := self.network.cross_attention_dim):
+        dim = self.network.cross_attention_dim
+        if condition.shape[-1] != dim:
             raise PerceptError(
                 f"This unCLIP decoder paints from tokens of dim {dim}, not {condition.shape[-1]}:"
                 " take the tokens of its own CLIP."
             )
-        first = (
-            num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
-            if init_latents is not None
-            else 0
-        )
-        if init_latents is not None and first == num_inference_steps:
-            return self._corrected(self.decode(init_latents))
-        self.scheduler.set_timesteps(
-            timesteps=compute_euler_timesteps(num_inference_steps), device=self.device
-        )
-        begin = (
-            _own_noise(noise, tuple(noise.shape[1:]), "begin")
-            if not first or init_latents is None
-            else init_latents.float().cpu()
-        )
-        shared = self.offset_noise * _own_noise(noise, (1, 1, 1), "offset")
-        latents = begin + self.scheduler.sigmas[first] * (noise.float().cpu() + shared)
-        given, null = (
-            condition.to(self.device, self.dtype),
-            self.get_null_condition(condition, noise).to(self.device, self.dtype),
-        )
+        first = 0
+        if init_latents is not None:
+            steps = min(int(num_inference_steps * strength), num_inference_steps)
+            first = num_inference_steps - steps
+            if not steps:
+                return self._correct(self.decode(init_latents))
+        timesteps = compute_euler_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(timesteps=timesteps, device=self.device)
+        if first and init_latents is not None:
+            start = init_latents.float().cpu()
+        else:
+            start = _draw_noise(noise, tuple(noise.shape[1:]), "begin")
+        shared = self.offset_noise * _draw_noise(noise, (1, 1, 1), "offset")
+        latents = start + self.scheduler.sigmas[first] * (noise.float().cpu() + shared)
+        null = self.get_null_condition(condition, noise)
         latents = denoise(
             self.unet,
             self.scheduler,
             latents.to(self.device),
-            given,
-            null,
+            condition.to(self.device, self.dtype),
+            null.to(self.device, self.dtype),
             self.vector,
             guidance_scale or self.guidance,
             first,
         )
-        return self._corrected(self.decode(latents))
+        return self._correct(self.decode(latents))
 
-    def _corrected(self, images: Tensor) -> Tensor:
-        return (0.8 * (2 * images - 1) + 0.2).clamp(0, 1) if self.squeezed else images
+    def _correct(self, images: Tensor) -> Tensor:
+        """The published correction of images of squeezed tokens; others stay as they are."""
+        if not self.squeezed:
+            return images
+        return (0.8 * (2 * images - 1) + 0.2).clamp(0, 1)
 
 
 def convert_unclip_weights(
     state: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The released weights under diffusers' keys; averaged ones are taken where the file has them.
+    """The released weights under diffusers' keys; moving averages where the file has them.
 
     Args:
         state: with the keys of Stability's generative-models: model.diffusion_model.*,
             first_stage_model.*, perhaps model_ema.*; what belongs to the conditioner (a CLIP) and
-            the denoiser is left.
+            the denoiser is ignored.
 
     Returns:
         State dicts of `UNet2DConditionModel(**UNET)` and of `AutoencoderKL(**VAE)`.
@@ -316,39 +317,41 @@ def convert_unclip_weights(
     Raises:
         PerceptError: if the file lacks either part, or parts of them.
     """
-    kept = {
-        part: [key for key in state if key.startswith(part)]
-        for part in ("model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model")
-    }
-    network, first_stage, averaged = kept.values()
-    if not network or not first_stage:
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_unet_checkpoint,
+        convert_ldm_vae_checkpoint,
+    )
+
+    unet_keys = [key for key in state if key.startswith("model.diffusion_model.")]
+    vae_keys = [key for key in state if key.startswith("first_stage_model.")]
+    has_averages = any(key.startswith("model_ema.diffusion_model") for key in state)
+    if not unet_keys or not vae_keys:
         raise PerceptError(
             f"These weights are of no unCLIP network (their keys begin with {sorted(state)[:3]}):"
             f" take {CHECKPOINT} as it was released."
         )
     try:
-        unet = {key: state[_averaged_name(key)] if averaged else state[key] for key in network}
-        made = (
-            convert_ldm_unet_checkpoint(unet, UNET),
-            convert_ldm_vae_checkpoint({key: state[key] for key in first_stage}, VAE),
-        )
+        unet = {}
+        for key in unet_keys:
+            unet[key] = state[_name_average(key)] if has_averages else state[key]
+        vae = {key: state[key] for key in vae_keys}
+        return convert_ldm_unet_checkpoint(unet, UNET), convert_ldm_vae_checkpoint(vae, VAE)
     except KeyError as error:
         raise PerceptError(
             f"The unCLIP weights lack {error.args[0]}: take {CHECKPOINT} as it was released."
         ) from error
-    return made
 
 
-def _averaged_name(key: str) -> str:
-    """Where the moving average of a weight lies: its name within the wrapper, without the dots."""
+def _name_average(key: str) -> str:
+    """The key of a weight's moving average: its name within the wrapper, without the dots."""
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
-    """Rewrite the released checkpoint as `UnclipDecoder` reads it: folder/unet (half precision),
-    folder/vae, folder/scheduler.
+    """Rewrite the released checkpoint as `UnclipDecoder` reads it.
 
-    Nothing but tensors is read of the file, and only those that are asked for.
+    That is folder/unet (half precision), folder/vae, folder/scheduler. Only tensors are read from
+    the file, and only those that are needed.
 
     Args:
         path: the .ckpt file.
@@ -357,24 +360,28 @@ def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
     Raises:
         PerceptError: if the file is missing, damaged or of another model, or the folder exists.
     """
-    if (folder := Path(folder)).exists():
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+
+    folder = Path(folder)
+    if folder.exists():
         raise PerceptError(f"{folder} exists already: remove it to convert {path} again.")
     content = load_torch_file(path)
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    parts = convert_unclip_weights(
-        {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    )
+    if not isinstance(content, Mapping):
+        content = {}
+    tensors = {
+        key: value
+        for key, value in content.get("state_dict", content).items()
+        if isinstance(value, Tensor)
+    }
+    unet_state, vae_state = convert_unclip_weights(tensors)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        for name, cls, config, state in zip(
-            ("unet", "vae"), (UNet2DConditionModel, AutoencoderKL), (UNET, VAE), parts, strict=True
-        ):
-            dtype = torch.float16 if name == "unet" else torch.float32
-            with torch.device("meta"):
-                model: Any = cls(**config)
-            model.to_empty(device="cpu").to(dtype)
-            load_strictly(model, state, str(path))
-            model.save_pretrained(temporary / name)
+        unet = _build_on_cpu(UNet2DConditionModel, UNET, torch.float16)
+        load_strictly(unet, unet_state, str(path))
+        unet.save_pretrained(temporary / "unet")
+        vae = _build_on_cpu(AutoencoderKL, VAE, torch.float32)
+        load_strictly(vae, vae_state, str(path))
+        vae.save_pretrained(temporary / "vae")
         scheduler: Any = EulerDiscreteScheduler(**SCHEDULER)
         scheduler.save_pretrained(temporary / "scheduler")
         temporary.rename(folder)
@@ -382,9 +389,17 @@ def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _released() -> Path:
-    """The folder of the released decoder, which is made when it is first asked for."""
-    folder, source = HOME / "data" / "unclip", HOME / "data" / "mindeye2_models" / CHECKPOINT
+def _build_on_cpu(cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A network with weights that are not initialised."""
+    with torch.device("meta"):
+        network = cls(**config)
+    return network.to_empty(device="cpu").to(dtype)
+
+
+def _make_released_folder() -> Path:
+    """The folder of the released decoder, which is made when it is first needed."""
+    folder = HOME / "data" / "unclip"
+    source = HOME / "data" / "mindeye2_models" / CHECKPOINT
     if not folder.is_dir():
         if not source.exists():
             raise PerceptError(
