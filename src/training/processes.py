@@ -123,7 +123,8 @@ def check_precision(device: str, precision: str, step_in_backward: bool = False)
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies matrices in bf16 by itself.
 
-    Others (those without AVX-512) emulate it, which takes many times as long as single precision (69 times for one matrix product).
+    Others (those without AVX-512) emulate it: one matrix product took 69 times as long as in
+    single precision.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
