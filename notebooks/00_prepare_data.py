@@ -175,6 +175,8 @@ if repeated and len(regions) > 1:
         plot_roi_reliability(voxels, rois=largest),
         run.results / "figures" / "rois.png",
     )
+
+# %%
 pd.DataFrame(table).T.astype({"voxels": int}).rename(
     columns={"noise_ceiling": "median noise ceiling of a trial"}
 )

@@ -122,6 +122,8 @@ from src.decoding import (
     set_sampler,
 )
 from src.figures import plot_image_grid, plot_training_curves, save_figure
+
+# %%
 from src.losses import (
     combined_loss,
     compute_alpha,
@@ -138,6 +140,8 @@ from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, FeatureNetwork
 from src.readers import prepare_if_missing
+
+# %%
 from src.training import (
     Batching,
     Checkpointing,
@@ -221,6 +225,8 @@ if modality == "text":
         {"embedding": captions.first(subject.image_ids("val"))},
     )
 train = BrainDataset(subject, "train", trained_on, normaliser, "random", seed, pixels=use_image_aug)
+
+# %%
 val = BrainDataset(subject, "val", validated_on, normaliser, "mean", seed)
 print(
     f"dim = {clipper.dim}   targets:"
@@ -258,6 +264,8 @@ told += (
     "first_batch",
     "seed",
 )
+
+# %%
 sizes = DecoderSizes((normaliser.n_features,), dim=clipper.dim, volume=subject.volume_shape)
 config = {
     "model": build_decoder_config(run.stage, run.parameters, sizes),
@@ -279,6 +287,8 @@ if laion_prior:
     )
 if voxel2clip_path:
     load_voxel2clip(resolve(voxel2clip_path), model.voxel2clip)
+
+# %%
 model.voxel2clip.requires_grad_(combine_models)
 print(
     f"voxel2clip {count_parameters(model.voxel2clip):,} parameters, together with the prior"
@@ -326,6 +336,7 @@ diffusion = (
 )
 
 
+# %%
 def varied(model, brain, target, batch):
     """Condition and target (batch, 1, dim), for some batches with an image variation in the place
     of one of them; and whether it is one of these.
@@ -431,6 +442,7 @@ eye = FeatureNetwork("InceptionV3", weights, run.device) if n_samples_save >= 2 
 distances = run.results / "fid.csv"
 
 
+# %%
 def draw(model, epoch):
     """Grids of samples and FID of an epoch by name."""
     figures = {}

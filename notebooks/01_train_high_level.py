@@ -114,6 +114,8 @@ from src.losses import (
 from src.networks import build_decoder, load_laion_prior
 from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
+
+# %%
 from src.pretrained import Clipper
 from src.readers import prepare_if_missing
 from src.training import (
@@ -191,6 +193,8 @@ print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitt
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train+val" if "train_on_val" in published else "train"
+
+# %%
 print(
     f"(train images, {'components' if n_components else 'voxels'}) ="
     f" ({len(subject.image_ids(train_split))}, {normaliser.n_features})"
@@ -279,6 +283,8 @@ config = {
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
 }
 model = build_decoder(config["model"])
+
+# %%
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
     print(
@@ -408,6 +414,7 @@ if n_samples_save:
     diffusion = load_generator(n_tokens, weights, run.device)
 
 
+# %%
 def draw(model, epoch):
     """Figures of an epoch by name."""
     figures = {}

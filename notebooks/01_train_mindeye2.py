@@ -113,6 +113,8 @@ from src.losses import (
     soft_cont_loss,
 )
 from src.networks import build_decoder
+
+# %%
 from src.parameters import parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
@@ -138,6 +140,8 @@ from src.training import (
     open_tracker,
     select_local_rows,
 )
+
+# %%
 from src.utils import (
     HOME,
     PerceptError,
@@ -233,6 +237,8 @@ latents = cache_targets(
     autoencoder.latent_shape,
 )
 targets, known = {"tokens": tokens}, {"tokens": tokens}
+
+# %%
 if blurry_recon:
     targets, known = targets | {"latents": latents}, known | {"latents": latents}
 train_ids = np.unique(np.concatenate([subject.image_ids(train_split) for subject, _ in people]))
@@ -259,6 +265,8 @@ if use_image_aug:
     targets["tokens"] = views_of(
         "patch_tokens", clip, build_clip_augmentation(clip.size), clip.embed_image
     )
+
+# %%
 if blurry_recon and use_cont:
     teacher = Teacher(weights, device=run.device)
     targets["maps"] = cache_targets(
@@ -319,6 +327,8 @@ told += ("multi_subject", "multisubject_ckpt", "num_sessions", "rois", "seed")
 parameters = run.parameters | {"prior": prior, "faithful": published}
 voxels = tuple(normaliser.n_features for _, normaliser in people)
 sizes = DecoderSizes(voxels, n_tokens, dim, autoencoder.latent_shape)
+
+# %%
 config = {
     "model": build_decoder_config(run.stage, parameters, sizes),
     "training": {name: run.parameters[name] for name in told} | {"subjects": mine},
@@ -337,6 +347,8 @@ if blurry_recon:
     model.backbone.b_maps_projector.requires_grad_(use_cont)
 if prior:
     model.diffusion_prior.net.causal_transformer.checkpointing = gradient_checkpointing
+
+# %%
 if multisubject_ckpt:
     given = resolve(multisubject_ckpt)
     pretrained = (
@@ -398,6 +410,7 @@ def blurry_losses(blurry, batch):
     return losses
 
 
+# %%
 def step(model, batch, epoch):
     """Loss of one batch: voxels (batch, [trials,] voxels), subject, seed (batch,), tokens (batch,
     tokens, dim), latents, maps.

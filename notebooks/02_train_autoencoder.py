@@ -87,6 +87,8 @@ from src.metrics import ssim
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, LatentAutoencoder, Teacher
+
+# %%
 from src.training import (
     Batching,
     Checkpointing,
@@ -128,6 +130,8 @@ print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitt
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
+
+# %%
 latents = cache_targets(
     dataset,
     "vae_latents",
@@ -168,6 +172,8 @@ if use_cont and cached_views:
         dataset, "teacher_maps", made_by, train_ids, encode_view, teacher.target_shape, cached_views
     )
 needs_pixels = use_reconst or (use_cont and not cached_views)
+
+# %%
 train = BrainDataset(
     subject,
     "train",
@@ -301,6 +307,7 @@ def decoded(model):
     return (out[0] if isinstance(out, tuple) else out), batch
 
 
+# %%
 @torch.no_grad()
 def validate(model):
     """Mean squared error of the latents of the validation images, repeats averaged, and similarity

@@ -92,6 +92,8 @@ from src.training import (
     iterate_batches,
     open_tracker,
 )
+
+# %%
 from src.utils import PerceptError, count_parameters, peak_memory
 
 # %% [markdown]
@@ -125,6 +127,8 @@ if latent_mult or decoder != "network":
     )
 train = BrainDataset(subject, "train", targets, normaliser, repeats, seed, pixels=True)
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed, pixels=True)
+
+# %%
 of = (
     f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.n_features}"
     f" {'components' if n_components else 'voxels'}"
@@ -227,6 +231,7 @@ def validate(model):
     }
 
 
+# %%
 def pairs(model, split, n):
     """The first n images of a split, seen and predicted, (n, 3, side, side) in [0, 1] each."""
     ids = subject.image_ids(split)[:n]

@@ -77,6 +77,8 @@ from src.figures import plot_image_grid, plot_roi_sets, plot_training_curves, sa
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
+
+# %%
 from src.training import (
     Batching,
     Checkpointing,
@@ -149,6 +151,7 @@ def prepared(place, voter):
     return folder, mine, normaliser
 
 
+# %%
 at = {voter.name: prepared(place, voter) for place, voter in enumerate(bag)}
 pd.DataFrame(
     [
@@ -335,6 +338,8 @@ files = {
     "network": [f"low_level/{checkpoint}.safetensors"],
     "ridge": ["low_level_ridge.safetensors"],
 }
+
+# %%
 wanted = files.get(decoder, files["network"] + files["ridge"])
 table = pd.DataFrame([errors(voter, file) for voter in bag for file in wanted])
 with atomic(run.results / "voters.csv") as path:

@@ -90,6 +90,8 @@ from src.decoding import (
 from src.figures import plot_contact_sheet, save_figure
 from src.models import MindEye2
 from src.networks import build_decoder
+
+# %%
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import prepare_if_missing
 from src.retrieval import find_nearest
@@ -124,6 +126,8 @@ if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
         f" to {most - 1}, or leave it empty."
     )
 starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
+
+# %%
 if start_run and untrained:
     raise PerceptError(
         "The untrained floor knows nothing of the brain, and pictures retrieved by what it says"
@@ -183,6 +187,8 @@ for name, (network, _) in high.items():  # MindEye2's low level is a branch of t
         files[name] = (files[name][0], files[name][0])
 low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
 subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
+
+# %%
 decoders = {name: with_voxels(name) for name in names}
 for k in map(int, fewer):
     decoders[f"repeats_{k}"] = with_voxels(main, k)
@@ -212,6 +218,8 @@ if len(told) > 1:
         f"The networks were trained on different images or components {sorted(told, key=str)}:"
         f" train all of them with the same {', '.join(same)}."
     )
+
+# %%
 if has_tokens:
     shape = tuple(config["tokens"])  # (tokens, dim)
     clipper = load_encoder(config, weights, run.device)
@@ -242,6 +250,8 @@ low_decoder = (
 )
 read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
 converter = None
+
+# %%
 if patches and read.target_shape != clipper.target_shape:
     pictured = open_all_sessions(dataset, subj, subject)
     pairs = [
@@ -287,6 +297,7 @@ options = {
 options["batch_size"] = generator_batch
 
 
+# %%
 def paint(tokens, ids, latents, samples):
     """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun
     at latents (images, channels, h, w).
@@ -305,6 +316,7 @@ def paint(tokens, ids, latents, samples):
     return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
 
 
+# %%
 def tokens_of(name, rows, voxels, samples, sampled):
     """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one
     decoder.
@@ -465,6 +477,7 @@ def best_possible(part):
     }
 
 
+# %%
 rows |= compute_in_chunks(
     best_possible,
     len(seen),
@@ -501,6 +514,8 @@ tensors = {
 }
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)
+
+# %%
 shutil.rmtree(unfinished)
 published = {
     "all_images.pt": seen,

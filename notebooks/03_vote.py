@@ -80,6 +80,8 @@ from src.decoding import (
 )
 from src.decoding import vote as choose
 from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
+
+# %%
 from src.models import TokenMap
 from src.networks import build_decoder
 from src.pretrained import (
@@ -145,6 +147,8 @@ if decoder == "both":
     latents["ridge"] = torch.stack(
         [read(model, normaliser) for model, _, normaliser in ridges]
     ).mean(0)
+
+# %%
 if untrained:
     seed_everything(seed)
     fresh = [
@@ -184,6 +188,8 @@ off = {
     )
     for name, (m, _, n) in opened.items()
 }
+
+# %%
 pd.DataFrame(
     [
         {
@@ -268,6 +274,7 @@ def kept(name, say):
     return read_json(file)["captions"]
 
 
+# %%
 captions = {}
 if captioner:
     captions = {
@@ -351,7 +358,7 @@ if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")
 
-
+# %%
 def repaint(name, part):
     """What the generator makes of one row's blurry pictures of some images."""
     if not pipeline:
@@ -372,7 +379,7 @@ def repaint(name, part):
     )
     return {name: made.half()}
 
-
+# %%
 for name in latents:
     rows |= compute_in_chunks(
         lambda part, name=name: repaint(name, part),
@@ -413,6 +420,8 @@ looks = {
     "candidates": embedded(clip, candidates.unbind(1)),
     "low_level": embedded(clip, [low_level[f"voter_{name}"] for name in names]),
 }
+
+# %%
 if path is not None:
     looks |= {
         "tokens": embedded(
@@ -432,6 +441,8 @@ rows |= {name: candidates[every, index].contiguous() for name, index in choices.
 main_row, blurry = f"vote_{vote}", torch.stack([low_level[f"voter_{name}"] for name in names], 1)
 rows[f"low_level_{main_row}"] = blurry[every, choices[main_row]].half()
 rows["low_level_mean"] = low_level["latent_mean"].half()
+
+# %%
 pd.DataFrame(
     {
         name: [(index == k).float().mean().item() for k in range(len(names))]
@@ -482,6 +493,8 @@ about |= {
     ),
     "choices": json.dumps(selection),
 }
+
+# %%
 about |= {
     "voters": ",".join(f"voter_{name}" for name in names),
     "best_voter": f"voter_{min(off, key=off.get)}",

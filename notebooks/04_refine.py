@@ -82,6 +82,8 @@ from src.models import CaptionConverter
 from src.networks import load_published
 from src.pretrained import BrainCaptioner, PatchClip
 from src.training import Batching, Execution, Optimisation, TokenPairs, fit_converter
+
+# %%
 from src.utils import (
     PerceptError,
     atomic,
@@ -251,6 +253,8 @@ labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is n
 words = [
     column for column in ("scene", "kind", "colour") if labels is not None and column in labels
 ]
+
+# %%
 if words and captions:
     heard = captions | {"brain, shuffled": list(np.roll(captions["brain"], 1))}
     right = {
@@ -291,6 +295,7 @@ if refine:
     print(f"{type(pipeline).__name__}: the last {refine_run} of {refine_steps} steps are run")
 
 
+# %%
 def repainted(name, part):
     """What the refiner makes of one row's pictures of some images."""
     picture, told = wanted[name]

@@ -110,6 +110,8 @@ if "high_level" in trained:
         "high_level"
     ][1].get("clip", {})
     frozen["high_level"] = Clipper(weights, device=run.device, **made_for)
+
+# %%
 for kind, model in frozen.items():
     name = {"low_level": "vae_latents", "high_level": "clip_tokens"}[kind]
     targets[kind] = cache_targets(
@@ -133,7 +135,7 @@ for kind, model in frozen.items():
     )
     print(
         f"{kind}: (test images, voxels) = {levels[kind].voxels.shape} -> {tuple(truth.shape[1:])};"
-        f" explained: the {attribution.SIMILARITIES[kind][0]}"
+        f" explained: the {attribution.SIMILARITIES[kind].description}"
     )
 
 # %% [markdown]
@@ -166,12 +168,14 @@ if {"x", "y", "z"} <= set(voxels):
     named = [
         name
         for name in attribution.partition_voxels(subject.voxels, np.arange(len(voxels)), regions)
-        if name != attribution.REST
+        if name != attribution.NO_REGION
     ]
     save_figure(
         plot_voxel_map(voxels, {titles[kind]: voxels[f"{kind}_mean"] for kind in levels}, named),
         run.results / "figures" / "05_voxels.png",
     )
+
+# %%
 if "affine" in subject.attributes:
     space = subject.attributes.get("space", "the subject's own space")
     note = (
@@ -203,6 +207,8 @@ if "low_level" in levels:
     scores["low_level"]["latent correlation"] = lambda found: attribution.SIMILARITIES["low_level"][
         1
     ](found.flatten(1), true_latents).numpy()
+
+# %%
 if "high_level" in levels:
     true_tokens, train_ids = levels["high_level"].truth, subject.image_ids("train")
     scores["high_level"]["top-1"] = lambda found: top1_image_from_brain_each(found, true_tokens)
@@ -266,6 +272,8 @@ table = pd.concat(
     [*tables, *(attribution.importance_table(found) for found in importance.values())],
     ignore_index=True,
 )
+
+# %%
 shares = attribution.share_of_higher(list(importance.values()), groups)
 with atomic(run.results / "region_importance.csv") as path:
     pd.concat([table, shares], ignore_index=True).to_csv(path, index=False)

@@ -96,6 +96,8 @@ common = {
     "test_set": metadata["test_set"],
     "upper_bound": "the true image is among the candidates, so 1",
 }
+
+# %%
 records = [
     make_record(
         f"{d}_top1" + ("" if name == names[0] else f" ({name})"),
@@ -170,6 +172,8 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %%
 second = []
+
+# %%
 if model_name2:
     first, k = (
         retrieval.load_run_embeddings(HOME / "results" / model_name2, image_ids),
@@ -205,6 +209,8 @@ if model_name2:
                     **change._asdict(),
                 }
             )
+
+# %%
 pd.DataFrame(second)
 
 # %% [markdown]
@@ -242,6 +248,8 @@ scores = pd.concat(
 )
 note = f"{n_pools} pools of {size} candidates, as in the papers; the interval speaks of the pools."
 tables = [{"title": "Retrieval in pools", "note": note, "rows": pools.to_dict("records")}]
+
+# %%
 tables.append(
     {
         "title": "Retrieval by number of candidates",

@@ -92,6 +92,8 @@ from src.figures import plot_contact_sheet, save_figure
 from src.metrics import resize
 from src.pretrained import Clipper
 from src.retrieval import load_run_embeddings
+
+# %%
 from src.search import (
     Embeddings,
     FetchOptions,
@@ -166,9 +168,7 @@ if embedded:
 
 # %%
 if url:
-    options = RequestOptions(
-        candidates, deduplicate, use_safety_model, use_violence_detector
-    )
+    options = RequestOptions(candidates, deduplicate, use_safety_model, use_violence_detector)
     searched = RemoteIndex(
         url, indice_name, options=options, timeout=server_timeout, on_failure=server_failure
     )
@@ -216,6 +216,8 @@ in_pool = (
     else "no"
 )
 size = f"{len(searched) - len(barred):,}" if not url else "an unknown number of"
+
+# %%
 print(
     f"In the pool are {exact.sum()} of {len(exact)} test pictures; {twins['row'].nunique()} of its"
     f" pictures have a cosine of {near_duplicate} or more with one."
@@ -234,9 +236,7 @@ if not url and not {"image_path", "url", "image"} & set(first):
         f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
         " beside the index."
     )
-here = (
-    not url and load_local_images(first, 8)[1].any()
-)  # pictures on this machine, or urls
+here = not url and load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
 wide = k if here else max(k, candidates)
 found = {
     "retrieved": searched.search(brain, wide, barred),
@@ -272,6 +272,8 @@ others = (
     f"{many - 1:,}" if many else size
 )  # without any test picture, whether or not they were searched above
 each = {places: reached(np.arange(len(brain)), places) for places in sorted({1, k})}
+
+# %%
 records = [
     make_record(
         f"pool_top{places}",
@@ -320,6 +322,8 @@ for name, near in found.items():
         )
         usable[name] = np.where(at < 0, -1, np.take_along_axis(near.row, at.clip(0), 1))
 tokens, chooser = None, None
+
+# %%
 if token_run:
     tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
     chooser = load_encoder(
@@ -353,6 +357,7 @@ def pictures(rows):
     return shown[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
 
 
+# %%
 def chosen(name, part):
     """One picture of each image, its place among the k, and whether there is any."""
     shown, ok = pictures(usable[name][part])
@@ -408,6 +413,8 @@ shutil.rmtree(unfinished)
 with atomic(run.results / f"{run.name}_laion_retrievals_top16.pt") as path:
     torch.save(rows["retrieved"].float(), path)
 tables = []
+
+# %%
 for name, near in found.items():
     order = [
         [list(near.row[q]).index(row) if row >= 0 else -1 for row in usable[name][q]]
@@ -433,6 +440,8 @@ for name, near in found.items():
     )
 with atomic(run.results / "found.parquet") as path:
     pd.concat(tables, ignore_index=True).query("row >= 0").to_parquet(path, index=False)
+
+# %%
 pd.Series(about)
 
 # %%
@@ -461,6 +470,8 @@ written = [
     {"title": "Search of a large index", "note": note, "rows": lines},
     {"title": "Retrieved pictures", "note": "What is scored as retrieved.", "rows": [about]},
 ]
+
+# %%
 what = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
 add_results(run.results, run.stage, pd.concat(scores, ignore_index=True), records, what, written)
 

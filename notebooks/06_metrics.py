@@ -62,6 +62,8 @@ from sklearn.cluster import KMeans
 
 from src.data import Normaliser, open_training_split
 from src.decoding import load_reconstructions
+
+# %%
 from src.evaluation import (
     add_results,
     bootstrap_mean,
@@ -96,6 +98,8 @@ from src.evaluation import (
     write_table,
     write_report,
 )
+
+# %%
 from src.figures import plot_abstention_curve, plot_score_by_distance, plot_score_dots, save_figure
 from src.metrics import (
     PUBLISHED_METRICS,
@@ -144,6 +148,8 @@ else:
         None,
     )
 seen, recons = pictures.pop("seen"), pictures["system"]
+
+# %%
 if not 2 <= len(seen) == len(recons):
     raise PerceptError(
         f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of"
@@ -231,6 +237,7 @@ def clip_features(images):
     return torch.cat([clipper.embed_image(part).float().cpu() for part in parts])
 
 
+# %%
 def looking(name):
     """A metric with the network it looks through; features of the seen images are kept for other
     runs.
@@ -325,6 +332,7 @@ def beneath_floors(records):
                 )
 
 
+# %%
 alarms += beneath_floors(records)
 alarms
 
@@ -345,6 +353,8 @@ else:
         "cluster",
     )
 within = {}
+
+# %%
 for row in [
     name
     for name in (
@@ -361,6 +371,8 @@ for row in [
 ]:
     within[row] = two_way_within(clip_seen, clip_features(pictures[row]), groups)
 kept = np.isfinite(within["system"])
+
+# %%
 if kept.any():
     within = {row: values[kept] for row, values in within.items()}
     floors = {
@@ -393,6 +405,8 @@ if kept.any():
         for row, v in within.items()
     ]
     table = pd.concat([table, *parts], ignore_index=True)
+
+# %%
 print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 
 # %% [markdown]
@@ -482,11 +496,15 @@ def in_region(name, mask):
 
 
 regional = []
+
+# %%
 if brain_corr and subject is None:
     raise PerceptError(
         "brain_corr needs what was measured while the images were seen, which recon_path comes"
         " without: set it to False."
     )
+
+# %%
 if brain_corr:
     encoder, masks = load_gnet(weights, subj, run.device), roi_masks(subject.voxels)
     measured, order = subject.get_mean_betas(
@@ -539,6 +557,8 @@ if ours and file.exists() and subject.captions is not None and caption_metrics:
 
 # %%
 spoken, spoken_records, said = {}, [], pd.DataFrame()
+
+# %%
 if speech:
     on = {"protocol": metadata["protocol"], "test_set": metadata["test_set"]}
     endings = {"brain_ref": "", "brain_img": " to image's caption"}
@@ -567,6 +587,8 @@ if speech:
         ],
         ignore_index=True,
     )
+
+# %%
 (
     said.pivot(index="metric", columns="pairing", values="value")
     .reindex(said["metric"].unique())
@@ -589,6 +611,8 @@ def written(values):
 
 repeats = sorted(row for row in pictures if row.startswith("repeats_"))
 tables = []
+
+# %%
 if repeats:
     rows = [
         {"metric": m.name}
@@ -652,6 +676,8 @@ if "train_distance" in tensors and len(seen) >= 5:
             "rows": rows,
         }
     )
+
+# %%
 if "held_out" in tensors and 0 < tensors["held_out"].sum() < len(seen):
     out = tensors["held_out"].numpy()
     rows = [
@@ -797,7 +823,7 @@ def choices():
     network = [epoch, *([best] if samples > 1 else [])] if told["decoder"] != "ridge" else []
     return [*network, *([ridge] if told["decoder"] != "network" else [])]
 
-
+# %%
 about = provenance(
     run.recipe or run.name,
     {"all": seed},
@@ -854,6 +880,8 @@ written_tables, retrieval = (
     run.results / "tables",
     retrieval_records(read_json(run.results / "metrics.json")),
 )
+
+# %%
 write_table(written_tables / f"{run.name}_all_recons.csv", published_table([*records, *retrieval]))
 if "refined" in pictures:
     refined = as_system("refined", chosen, table) + (
@@ -911,6 +939,8 @@ if speech:
             details["caption"], captions["brain"], captions["git_image"], strict=True
         )
     ]
+
+# %%
 names = {
     f"low_level_{main}" if ours else "": "low level",
     "system": "reconstructed",

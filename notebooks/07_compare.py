@@ -64,6 +64,8 @@ alarms += compare.setting_differences(scored)
 held_against = reference_run or scored[0].name
 shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
+
+# %%
 print(
     "\n".join(
         [f"Left out, without scores of '{row}': {name}." for name in missing]
@@ -127,6 +129,8 @@ else:
         "There is one run only: train another one to compare it with, e.g. `python run.py mindeye"
         " --mini -p decoder ridge -p model_name ridge`."
     )
+
+# %%
 (
     gaps.pivot(index="metric", columns="run", values="difference [95 %]")
     .reindex(shown)
@@ -207,6 +211,7 @@ def by_sessions(table):
     )
 
 
+# %%
 (
     by_sessions(sessions.sort_values("num_sessions", key=lambda k: k.replace(0, 10**6)))
     if len(sessions)
@@ -253,6 +258,8 @@ names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype
 
 # %%
 effects = []
+
+# %%
 for without, its_row, plain, other_row in compare.held_out_pairs(scored):
     made = load_file(HOME / "results" / without.name / "reconstructions.safetensors")
     held_out = pd.Series(made["held_out"].numpy(), index=made["image_ids"].numpy())
@@ -278,6 +285,8 @@ for without, its_row, plain, other_row in compare.held_out_pairs(scored):
         figures.plot_held_out_effect(effects[-1], title),
         run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png",
     )
+
+# %%
 if effects:
     with atomic(run.results / "held_out.csv") as path:
         pd.concat(effects).to_csv(path, index=False)

@@ -63,6 +63,8 @@ others = [
 ]  # the rest goes with the factor
 finished = points[points["state"] == "finished"]
 pairs = " and ".join([*others, *([seed_name] if seed_name else [])])
+
+# %%
 print(
     f"{ledger['recipe']}: {len(finished)} of {len(points)} points are finished; {factor} is"
     " compared" + (f", in pairs of equal {pairs}" if pairs else "")
@@ -134,6 +136,8 @@ def tables_of(table, value):
 better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
 words = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, found, gaps = {}, {}, {}
+
+# %%
 for kind, part in (
     losses.dropna(subset=by).groupby("kind", sort=False)
     if by in losses and factor not in sweeps.VALIDATION_FACTORS
@@ -155,6 +159,8 @@ for kind, part in (
         + "."
         + (f" {dropped} runs without a pair at every level are left out." if dropped else "")
     )
+
+# %%
 if not verdicts:
     why = (
         f"with another {factor} the validation images are others, too"
@@ -175,6 +181,8 @@ panels = [
     for kind, (runs, levels, sd) in found.items()
     if len(runs)
 ]
+
+# %%
 for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(panels))]:
     runs, levels, sd = tables_of(scores[scores["metric"] == metric], "value")
     floor, ceiling = (runs[name].astype(float).mean() for name in ("shuffled", "ceiling"))
@@ -194,6 +202,8 @@ for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(
         else []
     )
 decides = next(iter(gaps.values()), [])
+
+# %%
 for panel in panels[len(found) :] if decides else ():
     rows = panel["levels"].set_index(factor)["value"]
     told = [
@@ -241,6 +251,8 @@ by_level = (
 )
 with atomic(run.results / "levels.csv") as path:
     by_level.to_csv(path, index=False)
+
+# %%
 shown_as = by_level.assign(
     text=[
         (

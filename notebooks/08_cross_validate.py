@@ -248,6 +248,8 @@ def as_images(flat):
 
 chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
 tables, rows = [], []
+
+# %%
 for split, (made, test) in low.items():
     pictures = {"system": as_images(made["ridge"])} | {
         key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")
