@@ -18,7 +18,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from src import metrics, miniworld
 from src.pretrained import metric_networks as networks
-from src.pretrained.metric_networks import METRIC_NETWORKS, RESIZING, FeatureNetwork, locate_weights
+from src.pretrained.metric_networks import (
+    METRIC_NETWORKS,
+    RESIZING_MODES,
+    FeatureNetwork,
+    locate_weights,
+)
 from src.utils import PerceptError
 
 FILES = {  # what torchvision and SwAV's authors call their files
@@ -95,7 +100,7 @@ def hub(tmp_path_factory):
     torch.save(swav_state(), place / "checkpoints" / FILES["swav_resnet50"])
     yield place
     torch.hub.set_dir(before)
-    networks._loaded.cache_clear()
+    networks._load_network.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +233,7 @@ def test_bad_input_is_refused(scenes):
         made(torch.full((1, 3, 8, 8), torch.nan))
 
 
-@pytest.mark.parametrize("resizing", RESIZING)
+@pytest.mark.parametrize("resizing", RESIZING_MODES)
 def test_resizing(resizing, scenes):
     sizes = {"published": [256, 64], "antialias": [256, 64], "straight": [64]}[resizing]
     x = scenes[:3].float() / 255
@@ -254,7 +259,7 @@ def test_neither_chunks_nor_the_type_of_the_images_matter(scenes, monkeypatch):
 def test_large_sets_live_in_a_file_that_goes_with_them(scenes, tmp_path, monkeypatch):
     made = twin()
     wanted = made(scenes)
-    monkeypatch.setattr(networks, "IN_MEMORY", 1000)
+    monkeypatch.setattr(networks, "MAX_BYTES_IN_MEMORY", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     features = made(scenes)
     assert isinstance(features, np.memmap) and not list(tmp_path.iterdir())

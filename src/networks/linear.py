@@ -322,8 +322,9 @@ class TokenMap(Network):
                     "The tokens to map from or to hold values that are not finite: make them again."
                 )
             token, patches = self._split(x)
-            token_moments.add(token.flatten(0, 1), y[:, :1].flatten(0, 1))
-            patch_moments.add(patches.flatten(0, 1), y[:, 1:].flatten(0, 1))
+            target_token, target_patches = y[:, :1], y[:, 1:]
+            token_moments.add(token.flatten(0, 1), target_token.flatten(0, 1))
+            patch_moments.add(patches.flatten(0, 1), target_patches.flatten(0, 1))
         return token_moments, patch_moments
 
 
@@ -372,10 +373,12 @@ class _Moments:
             (x.T @ y).double(),
             y.double().square().sum(),
         )
-        self.sums = [old + new for old, new in zip(self.sums, new_sums, strict=True)]
+        pairs = zip(self.sums, new_sums, strict=True)
+        self.sums = [old + new for old, new in pairs]
 
     def __add__(self, other: _Moments) -> _Moments:
-        return _Moments([a + b for a, b in zip(self.sums, other.sums, strict=True)])
+        pairs = zip(self.sums, other.sums, strict=True)
+        return _Moments([a + b for a, b in pairs])
 
     def solve_ridge(self, alpha: float) -> tuple[Tensor, Tensor]:
         """Weight (dim_in, dim_out) and bias (dim_out,).

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from src.pretrained.metric_networks import (
         METRIC_NETWORKS,
-        RESIZING,
+        RESIZING_MODES,
         FeatureNetwork,
         locate_weights,
     )
@@ -103,7 +103,7 @@ _EXPORTS = {
         "replace_transformer_blocks",
     ],
     "gnet": ["GNetEncoder", "GNetReadout", "GNetTrunk", "load_gnet", "prepare_gnet_images"],
-    "metric_networks": ["METRIC_NETWORKS", "RESIZING", "FeatureNetwork", "locate_weights"],
+    "metric_networks": ["METRIC_NETWORKS", "RESIZING_MODES", "FeatureNetwork", "locate_weights"],
     "teacher": ["TEACHER_FILE", "TEACHER_MEAN", "TEACHER_STD", "ConvNeXtMaps", "Teacher"],
     "unclip": ["UnclipDecoder", "compute_euler_timesteps"],
 }
@@ -132,7 +132,7 @@ __all__ = [
     "PATCH_VARIANTS",
     "PatchClip",
     "PrecomputedTokens",
-    "RESIZING",
+    "RESIZING_MODES",
     "REVISIONS",
     "StableDiffusion",
     "TEACHER_FILE",

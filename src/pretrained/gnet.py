@@ -241,8 +241,9 @@ class GNetReadout(nn.Module):
 class GNetEncoder(nn.Module):
     """The encoder of one subject: `trunk` and `readout`.
 
-    Their state dicts have the published keys and shapes. At full size the trunk has 3.4 million numbers, and a readout n_voxels * (25 * 25 + 13 * 13 +
-    512 + 1), which are 82 MB for the 15,724 voxels of NSD's subject 1.
+    Their state dicts have the published keys and shapes. At full size the trunk has 3.4 million
+    numbers, and a readout n_voxels * (25 * 25 + 13 * 13 + 512 + 1): 82 MB for the 15,724 voxels of
+    NSD's subject 1.
 
     Args:
         n_voxels: of the subject.

@@ -1,15 +1,14 @@
-"""The frozen networks through which the field compares pictures: AlexNet, InceptionV3,
-EfficientNet-B1 and SwAV's ResNet-50.
+"""The frozen networks of the image metrics: AlexNet, InceptionV3, EfficientNet-B1 and SwAV.
 
-- `METRIC_NETWORKS` lists them by the names that tables use. CLIP, the eighth of the published scores, is
-  `pretrained.Clipper`.
+- `METRIC_NETWORKS` lists them by the names that tables use. CLIP, the eighth of the published
+  scores, is `pretrained.Clipper`.
 - `weights` is "hub" (torchvision's own downloads, and the file of SwAV's authors), a folder that
-  holds those files under their own names, or "mini": the small twins of the mini world, which the
-  caller shows under names of their own, as their scores compare with nothing else.
-- Images pass through 256 pixels first and are never cropped, as in the published evaluation
+  holds those files under their own names, or "mini": the miniatures of the mini world. Tables list
+  their scores under other names, as they compare with no published number.
+- Images are resized to 256 pixels first and are never cropped, as in the published evaluation
   (MindEye, arXiv 2305.18274, Table 1).
 - 10,000 images through AlexNet(2) are 7.4 GB of features: they are computed a few images at a time,
-  and large sets live in a file.
+  and large sets lie in a file.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from tqdm.auto import tqdm
 
+from src.pretrained.base import freeze, normalise_colours
 from src.safe_pickle import UnpicklingError
 from src.utils import ROOT, PerceptError, atomic, load_strictly
 
@@ -46,33 +46,41 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SWAV_URL = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 
-# pixels a side to which the published evaluation brings every picture, before any network's own
-# size
+# pixels a side to which the published evaluation resizes every image, before any network's own size
 INTERMEDIATE_SIZE = 256
 
-RESIZING = {  # how pictures come to a network's size: (by way of INTERMEDIATE_SIZE, antialias)
-    "published": (
-        True,
-        False,
-    ),  # torchvision 0.15, with which the published numbers were made, did not antialias tensors
-    "antialias": (True, True),  # what the same call does in torchvision 0.17 and later
-    "straight": (False, False),  # the twins of the mini world were trained so
+
+@dataclass(frozen=True)
+class Resizing:
+    """How images are resized for a network, bilinearly.
+
+    Attributes:
+        by_intermediate: to INTERMEDIATE_SIZE first, then to the network's size.
+        antialias: whether to antialias.
+    """
+
+    by_intermediate: bool
+    antialias: bool
+
+
+RESIZING_MODES = {
+    # torchvision 0.15, with which the published numbers were made, did not antialias tensors
+    "published": Resizing(by_intermediate=True, antialias=False),
+    # what the same call does in torchvision 0.17 and later
+    "antialias": Resizing(by_intermediate=True, antialias=True),
+    # the miniatures were trained so
+    "straight": Resizing(by_intermediate=False, antialias=False),
 }
 
-IN_MEMORY = 2**30  # bytes of features; more live in a file
+MAX_BYTES_IN_MEMORY = 2**30  # of features; more lie in a file
 
-HUB_ERRORS = (
-    OSError,
-    RuntimeError,
-    HTTPException,
-    EOFError,
-    UnpicklingError,
-)  # no connection, wrong hash, broken off, not a file of weights
+# no connection, wrong hash, broken off, not a file of weights
+HUB_ERRORS = (OSError, RuntimeError, HTTPException, EOFError, UnpicklingError)
 
 
 @dataclass(frozen=True)
 class MetricNetwork:
-    """Where one score looks.
+    """A network, and the node whose output is compared.
 
     Attributes:
         architecture: key of `ARCHITECTURES`.
@@ -86,10 +94,9 @@ class MetricNetwork:
 
 
 # AlexNet's features.3 is the second convolution and features.4 its ReLU; features.10 and .11 are
-# the fifth with its ReLU. Both nodes come after
-# a ReLU and before a max-pool, which works on a copy: no later layer changes them in place. At 256
-# px: 192 x 31 x 31 = 184,512 and
-# 256 x 15 x 15 = 57,600 features. The other networks are read after their global average pool.
+# the fifth with its ReLU. Both nodes come after a ReLU and before a max-pool, which works on a
+# copy: no later layer changes them in place. At 256 px: 192 x 31 x 31 = 184,512 and 256 x 15 x 15
+# = 57,600 features. The other networks are read after their global average pool.
 METRIC_NETWORKS = {
     "AlexNet(2)": MetricNetwork("alexnet", "features.4", 256),
     "AlexNet(5)": MetricNetwork("alexnet", "features.11", 256),
@@ -101,28 +108,36 @@ METRIC_NETWORKS = {
 
 @dataclass(frozen=True)
 class _Architecture:
+    """A network of torchvision.
+
+    Attributes:
+        build: makes it without weights.
+        head: the layers after the last node that is read.
+        enum: torchvision's entry of its weights; None for SwAV, whose authors host the file.
+    """
+
     build: Callable[[], nn.Module]
-    head: str  # what comes after the last node that is read
-    enum: Any = (
-        None  # torchvision's own entry of the weights; SwAV's authors keep their file themselves
-    )
+    head: str
+    enum: Any = None
 
     @property
     def url(self) -> str:
         return SWAV_URL if self.enum is None else self.enum.url
 
 
-# Inception's input transform belongs to its published weights: torchvision switches it on together
-# with them, and off without.
+def _build_inception() -> nn.Module:
+    """InceptionV3 with the transform of its input, which belongs to the published weights.
+
+    torchvision switches it on together with them, and off without.
+    """
+    return models.inception_v3(
+        weights=None, transform_input=True, aux_logits=True, init_weights=False
+    )
+
+
 ARCHITECTURES = {
     "alexnet": _Architecture(models.alexnet, "classifier", models.AlexNet_Weights.IMAGENET1K_V1),
-    "inception_v3": _Architecture(
-        lambda: models.inception_v3(
-            weights=None, transform_input=True, aux_logits=True, init_weights=False
-        ),
-        "fc",
-        models.Inception_V3_Weights.DEFAULT,
-    ),
+    "inception_v3": _Architecture(_build_inception, "fc", models.Inception_V3_Weights.DEFAULT),
     "efficientnet_b1": _Architecture(
         models.efficientnet_b1, "classifier", models.EfficientNet_B1_Weights.DEFAULT
     ),
@@ -131,8 +146,9 @@ ARCHITECTURES = {
 
 
 def _narrow_alexnet(channels: list[int], kernel: int, stride: int) -> nn.Module:
-    """torchvision's AlexNet with other channels and a finer first convolution; its layers have the
-    same numbers.
+    """torchvision's AlexNet with other channels and a finer first convolution.
+
+    Its layers have the same numbers.
     """
     a, b, c, d, e = channels
     with torch.device("meta"):  # the layers that are replaced need no memory
@@ -152,40 +168,49 @@ def _narrow_alexnet(channels: list[int], kernel: int, stride: int) -> nn.Module:
         nn.ReLU(True),
         nn.MaxPool2d(3, 2),
     )
-    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(3), nn.Identity()
+    model.avgpool = nn.AdaptiveAvgPool2d(3)
+    model.classifier = nn.Identity()
     return model
 
 
-def _headless(model: nn.Module, head: str) -> nn.Module:
+def _narrow_efficientnet(blocks: list[list[int]], last_channel: int) -> nn.Module:
+    model = models.EfficientNet(
+        [MBConvConfig(*block) for block in blocks],
+        dropout=0.0,
+        stochastic_depth_prob=0.0,
+        last_channel=last_channel,
+    )
+    return _remove_head(model, "classifier")
+
+
+def _narrow_regnet(stem_width: int, **stages: Any) -> nn.Module:
+    model = models.RegNet(BlockParams(**stages), stem_width=stem_width)
+    return _remove_head(model, "fc")
+
+
+def _narrow_shufflenet(repeats: list[int], channels: list[int]) -> nn.Module:
+    return _remove_head(models.ShuffleNetV2(repeats, channels), "fc")
+
+
+def _remove_head(model: nn.Module, head: str) -> nn.Module:
     setattr(model, head, nn.Identity())
     return model
 
 
-MINI_NETWORKS: dict[
-    str, Callable[..., nn.Module]
-] = {  # torchvision's class -> the network of some settings, giving features (n, dim)
+# torchvision's class -> makes the network of some settings, which gives features (n, dim)
+MINI_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "AlexNet": _narrow_alexnet,
-    "EfficientNet": lambda blocks, last_channel: _headless(
-        models.EfficientNet(
-            [MBConvConfig(*block) for block in blocks],
-            dropout=0.0,
-            stochastic_depth_prob=0.0,
-            last_channel=last_channel,
-        ),
-        "classifier",
-    ),
-    "RegNet": lambda stem_width, **stages: _headless(
-        models.RegNet(BlockParams(**stages), stem_width=stem_width), "fc"
-    ),
-    "ShuffleNetV2": lambda repeats, channels: _headless(
-        models.ShuffleNetV2(repeats, channels), "fc"
-    ),
+    "EfficientNet": _narrow_efficientnet,
+    "RegNet": _narrow_regnet,
+    "ShuffleNetV2": _narrow_shufflenet,
 }
 
 
 def build_mini_network(config: dict[str, Any]) -> nn.Module:
-    """The network that a twin's config.json describes ("class" of `MINI_NETWORKS`, its "settings"), with
-    random weights and without a head.
+    """A miniature with random weights and without a head.
+
+    Args:
+        config: of its config.json: "class", a key of `MINI_NETWORKS`, and its "settings".
     """
     return MINI_NETWORKS[config["class"]](**config["settings"])
 
@@ -198,17 +223,24 @@ def locate_weights(name: str, weights: str) -> Path:
     """
     if name not in METRIC_NETWORKS:
         raise PerceptError(
-            f"No network of the metrics is called '{name}': choose one of {', '.join(METRIC_NETWORKS)}."
+            f"No network of the metrics is called '{name}': choose one of"
+            f" {', '.join(METRIC_NETWORKS)}."
         )
     architecture = METRIC_NETWORKS[name].architecture
     if weights == "mini":
         return MINI_METRIC_NETWORKS / architecture / "model.safetensors"
-    folder = Path(torch.hub.get_dir()) / "checkpoints" if weights == "hub" else Path(weights)
+    folder = Path(weights)
+    if weights == "hub":
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
     return folder / Path(ARCHITECTURES[architecture].url).name
 
 
-def _present(name: str, weights: str) -> Path:
-    """The file of `locate_weights`, refused where it must be there and is not."""
+def _require_weights(name: str, weights: str) -> Path:
+    """The file of `locate_weights`.
+
+    Raises:
+        PerceptError: if it is missing, unless it can be downloaded.
+    """
     file = locate_weights(name, weights)
     if weights == "mini" and not file.is_file():
         raise PerceptError(
@@ -224,95 +256,103 @@ def _present(name: str, weights: str) -> Path:
     return file
 
 
-def _published_state(architecture: str, weights: str, file: Path) -> dict[str, Tensor]:
-    """The state dict of a published network, downloaded first where that is asked for."""
-    made = ARCHITECTURES[architecture]
+def _read_published_state(architecture: str, weights: str, file: Path) -> dict[str, Tensor]:
+    """The state dict of a published network, downloaded first for "hub"."""
+    source = ARCHITECTURES[architecture]
     try:
         if weights != "hub":
             return torch.load(file, map_location="cpu", weights_only=True)
-        if made.enum is not None:
-            return made.enum.get_state_dict(
+        if source.enum is not None:
+            return source.enum.get_state_dict(
                 progress=True, check_hash=True, map_location="cpu", weights_only=True
             )
         # SwAV's own hub entry clones a repository with a package `src`, which hides ours; its file
         # is all that is needed.
         return torch.hub.load_state_dict_from_url(
-            made.url, map_location="cpu", progress=True, weights_only=True
+            source.url, map_location="cpu", progress=True, weights_only=True
         )
     except HUB_ERRORS as error:
-        what = (
-            f"downloaded from {made.url} to {file.parent}"
-            if weights == "hub"
-            else f"read from {file}"
-        )
-        todo = (
-            "put that file there by hand, or set weights to a folder that holds it"
-            if weights == "hub"
-            else f"take the file of {made.url} again"
-        )
+        if weights == "hub":
+            action = f"downloaded from {source.url} to {file.parent}"
+            remedy = "put that file there by hand, or set weights to a folder that holds it"
+        else:
+            action = f"read from {file}"
+            remedy = f"take the file of {source.url} again"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PerceptError(
-            f"The weights of {architecture} could not be {what} ({reason}): {todo}."
+            f"The weights of {architecture} could not be {action} ({reason}): {remedy}."
         ) from error
 
 
-def _fitted(architecture: str, state: dict[str, Tensor], origin: str) -> nn.Module:
-    """The network with published weights, without what comes after its last node."""
+def _build_published(architecture: str, state: dict[str, Tensor], origin: str) -> nn.Module:
+    """The network with published weights, without the layers after its last node."""
     model = ARCHITECTURES[architecture].build()
-    if (
-        architecture == "swav_resnet50"
-    ):  # the file has no classifier, and the layers that SwAV trains with
-        _headless(model, "fc")
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        state = {
-            key: value
-            for key, value in state.items()
-            if not key.startswith(("projection_head.", "prototypes."))
-        }
+    if architecture == "swav_resnet50":
+        _remove_head(model, "fc")  # the file has no classifier
+        state = _select_backbone(state)
     # Files older than PyTorch 0.4.1 lack this counter, which only training reads.
-    counters = {
-        key: value
-        for key, value in model.state_dict().items()
-        if key.endswith(".num_batches_tracked")
-    }
+    counters = {}
+    for key, value in model.state_dict().items():
+        if key.endswith(".num_batches_tracked"):
+            counters[key] = value
     load_strictly(model, counters | dict(state), origin)
-    return _headless(model, ARCHITECTURES[architecture].head)
+    return _remove_head(model, ARCHITECTURES[architecture].head)
+
+
+def _select_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of SwAV's ResNet, without the layers that only its training needs."""
+    backbone = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.")
+        if not key.startswith(("projection_head.", "prototypes.")):
+            backbone[key] = value
+    return backbone
+
+
+@dataclass(frozen=True)
+class _LoadedNetwork:
+    """A network with its weights.
+
+    Attributes:
+        model: in eval mode, without gradients.
+        size: pixels a side of a miniature's input; 0 for a published network.
+        digest: hash of the file of weights.
+    """
+
+    model: nn.Module
+    size: int
+    digest: str
 
 
 @lru_cache(maxsize=8)
-def _loaded(
+def _load_network(
     architecture: str, weights: str, file: Path, stamp: float, device: str
-) -> tuple[nn.Module, int, str]:
-    """Network, input size of a twin (0: the published one) and hash of the weights; AlexNet's two
-    nodes share one.
+) -> _LoadedNetwork:
+    """Load a network once: AlexNet's two nodes share one.
 
     A new `stamp` reads the file again.
     """
+    size = 0
     if weights == "mini":
         config = json.loads((file.parent / "config.json").read_text())
         model, size = build_mini_network(config), int(config["size"])
-        load_strictly(
-            model,
-            {
-                key: value.float() if value.is_floating_point() else value
-                for key, value in load_file(file).items()
-            },
-            str(file),
-        )
+        state = {}
+        for key, value in load_file(file).items():
+            state[key] = value.float() if value.is_floating_point() else value
+        load_strictly(model, state, str(file))
     else:
-        model, size = (
-            _fitted(architecture, _published_state(architecture, weights, file), file.name),
-            0,
-        )
+        state = _read_published_state(architecture, weights, file)
+        model = _build_published(architecture, state, file.name)
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:12]
-    return model.eval().requires_grad_(False).to(device), size, digest
+    return _LoadedNetwork(freeze(model, torch.device(device)), size, digest)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Within this context convolutions on a GPU are not rounded to TF32, torch's default there: it
-    gives what a CPU gives.
+def _disable_tf32() -> Iterator[None]:
+    """Context in which convolutions on a GPU are not rounded to TF32, torch's default there.
+
+    So a GPU gives what a CPU gives.
     """
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
@@ -323,14 +363,14 @@ def _full_precision() -> Iterator[None]:
 
 
 class FeatureNetwork:
-    """A frozen network cut at the node that one score reads: images -> features.
+    """A frozen network up to the node that one metric reads: images -> features.
 
     Args:
         name: key of `METRIC_NETWORKS`.
-        weights: "hub", "mini", or a folder that holds the published files (`locate_weights` says under
-            what names).
+        weights: "hub", "mini", or a folder that holds the published files under their own names
+            (`locate_weights`).
         device: torch device.
-        resizing: key of `RESIZING`, or "auto": "published", and "straight" for the twins.
+        resizing: key of `RESIZING_MODES`, or "auto": "published", and "straight" for miniatures.
 
     Attributes:
         size: pixels a side of the network's input.
@@ -346,27 +386,29 @@ class FeatureNetwork:
     def __init__(
         self, name: str, weights: str = "hub", device: str = "cpu", resizing: str = "auto"
     ):
-        resizing = (
-            ("straight" if weights == "mini" else "published") if resizing == "auto" else resizing
-        )
-        if resizing not in RESIZING:
+        if resizing == "auto":
+            resizing = "straight" if weights == "mini" else "published"
+        if resizing not in RESIZING_MODES:
             raise PerceptError(
-                f"There is no resizing '{resizing}': choose one of auto, {', '.join(RESIZING)}."
+                f"There is no resizing '{resizing}': choose one of auto,"
+                f" {', '.join(RESIZING_MODES)}."
             )
-        self._file = file = _present(name, weights)
-        self.name, self.weights, self.device, self.resizing = (
-            name,
-            weights,
-            torch.device(device),
-            resizing,
-        )
+        file = _require_weights(name, weights)
+        self.name = name
+        self.weights = weights
+        self.device = torch.device(device)
+        self.resizing = resizing
         self.network = METRIC_NETWORKS[name]
         stamp = file.stat().st_mtime if file.is_file() else 0.0
-        model, size, self._digest = _loaded(self.network.architecture, weights, file, stamp, device)
-        self.size = size or self.network.size
-        # What comes after the node is left out: AlexNet(2) computes two of five convolutions.
-        _, _, last = self.network.node.partition("features.")
-        self.model: Any = model.features[: int(last) + 1] if last else model  # type: ignore[index]
+        loaded = _load_network(self.network.architecture, weights, file, stamp, device)
+        self._file = file
+        self._digest = loaded.digest
+        self.size = loaded.size or self.network.size
+        self.model: Any = loaded.model
+        # The layers after the node are left out: AlexNet(2) computes two of five convolutions.
+        _, _, last_layer = self.network.node.partition("features.")
+        if last_layer:
+            self.model = self.model.features[: int(last_layer) + 1]
 
     @property
     def _batch_size(self) -> int:
@@ -375,12 +417,17 @@ class FeatureNetwork:
 
     @cached_property
     def dim(self) -> int:
-        """Features an image: 184,512 for AlexNet(2), 57,600 for AlexNet(5), 2,048, 1,280 and 2,048."""
-        return self._embed(np.zeros((1, 3, self.size, self.size), np.float32)).shape[1]
+        """Features an image: 184,512 for AlexNet(2), 57,600 for AlexNet(5).
+
+        Of the others 2,048 (InceptionV3), 1,280 (EffNet-B1) and 2,048 (SwAV).
+        """
+        black = np.zeros((1, 3, self.size, self.size), np.float32)
+        return self._embed(black).shape[1]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the features depend on, for caches and for provenance; a file gives the same
-        wherever it lies.
+        """What the features depend on, for caches and to record where results come from.
+
+        It does not depend on the folder of the weights.
         """
         place = f"mini:{self.network.architecture}" if self.weights == "mini" else self._file.name
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -403,13 +450,13 @@ class FeatureNetwork:
 
         Args:
             images: (n, 3, height, width), tensor or array; floats in [0, 1] or uint8.
-            cache: folder in which features are kept, keyed by the bytes of the images and by
+            cache: folder in which features are stored, keyed by the bytes of the images and by
                 `fingerprint`; they are read from there the next time.
 
         Returns:
-            (n, features) float32 on the CPU: in memory, or mapped from a file: the cache's (changes
-                do not reach it), or, of more than 1 GB, a
-            nameless one in the folder for temporary files (TMPDIR), which goes when the array does.
+            (n, features) float32 on the CPU: in memory, or mapped from a file. The file is the
+                cache's (changes do not reach it), or, of more than 1 GB, a nameless one in the
+                folder for temporary files (TMPDIR), which is deleted with the array.
 
         Raises:
             PerceptError: for images of another shape or range, and where the disk has no room.
@@ -420,66 +467,69 @@ class FeatureNetwork:
                 f"Images of shape {shape} were given; {self.name} expects (n, 3, height, width), n"
                 " at least 1."
             )
-        if cache is None and len(images) * self.dim * 4 <= IN_MEMORY:
-            found = np.empty((len(images), self.dim), np.float32)
-            for i, part in enumerate(self._parts(images)):
-                found[i * self._batch_size : i * self._batch_size + len(part)] = part
-            return found
+        n_bytes = len(images) * self.dim * 4
+        if cache is None and n_bytes <= MAX_BYTES_IN_MEMORY:
+            features = np.empty((len(images), self.dim), np.float32)
+            start = 0
+            for part in self._embed_in_parts(images):
+                features[start : start + len(part)] = part
+                start += len(part)
+            return features
         try:
-            return (
-                self._cached(images, Path(cache)) if cache is not None else self._in_a_file(images)
-            )
+            if cache is not None:
+                return self._read_or_compute(images, Path(cache))
+            return self._compute_in_file(images)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            where = cache or f"{tempfile.gettempdir()} (TMPDIR)"
-            needed = len(images) * self.dim * 4 / 1e9
+            folder = cache or f"{tempfile.gettempdir()} (TMPDIR)"
             raise PerceptError(
-                f"There is no room at {where} for {needed:.1f} GB of features of {self.name}:"
-                " choose a folder on a larger disk."
+                f"There is no room at {folder} for {n_bytes / 1e9:.1f} GB of features of"
+                f" {self.name}: choose a folder on a larger disk."
             ) from error
 
-    def _cached(self, images: Any, cache: Path) -> np.ndarray:
-        path = cache / f"{self.name}-{self._key(images)}.npy"
+    def _read_or_compute(self, images: Any, cache: Path) -> np.ndarray:
+        path = cache / f"{self.name}-{self._hash(images)}.npy"
         if not path.exists():
-            with (
-                atomic(path) as temporary,
-                open(temporary, "wb") as file,
-            ):  # a computation that stops leaves nothing behind
+            # a computation that stops leaves nothing behind
+            with atomic(path) as temporary, open(temporary, "wb") as file:
                 self._write(images, file)
-        return np.load(
-            path, mmap_mode="c"
-        )  # copy on write: torch minds arrays that may not be written
+        # copy on write: torch warns of arrays that may not be written
+        return np.load(path, mmap_mode="c")
 
-    def _in_a_file(self, images: Any) -> np.ndarray:
-        with tempfile.TemporaryFile() as file:  # has no name, and lives as long as it is mapped
+    def _compute_in_file(self, images: Any) -> np.ndarray:
+        with tempfile.TemporaryFile() as file:  # nameless, it exists as long as it is mapped
             start = self._write(images, file)
             return np.memmap(file, np.float32, "r+", offset=start, shape=(len(images), self.dim))
 
     def _write(self, images: Any, file: IO[bytes]) -> int:
-        """Write features as .npy, chunk by chunk: a full disk is an error then, where writing
-        through a map would kill the process. -> data's offset.
+        """Write features as .npy, chunk by chunk.
+
+        A full disk is an error then, where writing through a map would kill the process.
+
+        Returns:
+            Offset of the data in the file.
         """
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), self.dim)}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        for part in self._parts(images):
+        for part in self._embed_in_parts(images):
             file.write(part.tobytes())
         file.flush()
         return start
 
-    def _key(self, images: Any) -> str:
-        digest = hashlib.blake2b(
-            json.dumps(self.fingerprint(), sort_keys=True).encode(), digest_size=12
-        )
-        digest.update(f"{images.dtype}{tuple(images.shape)}".replace("torch.", "").encode())
+    def _hash(self, images: Any) -> str:
+        """Hash of the images and of what their features depend on."""
+        fingerprint = json.dumps(self.fingerprint(), sort_keys=True)
+        digest = hashlib.blake2b(fingerprint.encode(), digest_size=12)
+        layout = f"{images.dtype}{tuple(images.shape)}".replace("torch.", "")
+        digest.update(layout.encode())
         for start in range(0, len(images), 64):
-            digest.update(
-                np.ascontiguousarray(torch.as_tensor(images[start : start + 64]).cpu().numpy()).data
-            )
+            part = torch.as_tensor(images[start : start + 64]).cpu().numpy()
+            digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
-    def _parts(self, images: Any) -> Iterator[np.ndarray]:
+    def _embed_in_parts(self, images: Any) -> Iterator[np.ndarray]:
         """Features of a few images at a time, (chunk, features) each."""
         starts = range(0, len(images), self._batch_size)
         for start in tqdm(starts, desc=f"{self.name} looks", leave=False, delay=5, mininterval=1):
@@ -495,15 +545,21 @@ class FeatureNetwork:
                 f"Image values run from {x.min():.6g} to {x.max():.6g}; {self.name} expects [0, 1]:"
                 " clamp reconstructions, or pass uint8."
             )
-        first, antialias = RESIZING[self.resizing]
-        for side in (INTERMEDIATE_SIZE, self.size) if first else (self.size,):
-            if x.shape[-2:] != (side, side):
-                x = F.interpolate(
-                    x, (side, side), mode="bilinear", align_corners=False, antialias=antialias
+        x = normalise_colours(self._resize(x), IMAGENET_MEAN, IMAGENET_STD)
+        with _disable_tf32():
+            return self.model(x).flatten(1).float().cpu().numpy()
+
+    def _resize(self, images: Tensor) -> Tensor:
+        """Images (n, 3, height, width) in the size of the network's input."""
+        mode = RESIZING_MODES[self.resizing]
+        sides = [INTERMEDIATE_SIZE, self.size] if mode.by_intermediate else [self.size]
+        for side in sides:
+            if images.shape[-2:] != (side, side):
+                images = F.interpolate(
+                    images,
+                    (side, side),
+                    mode="bilinear",
+                    align_corners=False,
+                    antialias=mode.antialias,
                 )
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, 3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        with _full_precision():
-            return self.model((x - mean) / std).flatten(1).float().cpu().numpy()
+        return images
