@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from src.data.draws import choose_repeats, hash_images
+from src.data.files import Ids
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
 from src.data.targets import AugmentedTargets
 from src.utils import PerceptError
 
+if TYPE_CHECKING:
+    import torch
+
 REPEATS = ("random", "batch", "mean", "all", "each")
 
+RESERVED = ("voxels", "image", "seed", "pixels")  # names in a batch that no target may have
 
-class BrainDataset(Dataset):
-    """Map-style dataset over the images of a split.
+
+@runtime_checkable
+class TargetsById(Protocol):
+    """Targets that are looked up by image id, as `TargetCache` and `LatentFile`."""
+
+    def check(self, image_ids: Ids) -> None:
+        """Raise PerceptError if the target of one of these images is missing."""
+
+    def rows(self, image_ids: Ids) -> np.ndarray:
+        """Targets (n, ...) by image id."""
+
+
+Target = AugmentedTargets | TargetsById | np.ndarray
+
+
+class BrainDataset:
+    """Map-style dataset of PyTorch over the images of a split.
 
     Item i is image `image_ids[i]`, or with repeats="each" a trial of it. `__getitems__` reads a
     whole batch at once: {"voxels": float32 (batch, voxels), or (batch, repeats, voxels) for
@@ -31,8 +49,8 @@ class BrainDataset(Dataset):
     Args:
         subject: from `open_subject`.
         split: train, val or test, or several joined by "+".
-        targets: for each name what `cache_targets` or `cache_augmented_targets` gives, or an array whose rows
-            are in the order of the samples, `dataset.image_ids`.
+        targets: for each name what `cache_targets` or `cache_augmented_targets` gives, or an array
+            whose rows are in the order of the samples, `dataset.image_ids`.
         normaliser: fitted on training trials, or None for the betas as they are.
         repeats: "random" (one, chosen by seed, epoch and image), "batch" (the published way: one
             number of repeat for all images of a batch), "mean", "all" (images with fewer than the
@@ -49,7 +67,7 @@ class BrainDataset(Dataset):
         self,
         subject: Subject,
         split: str,
-        targets: dict[str, Any] | None = None,
+        targets: Mapping[str, Target] | None = None,
         normaliser: Normaliser | None = None,
         repeats: str = "random",
         seed: int = 42,
@@ -57,31 +75,30 @@ class BrainDataset(Dataset):
     ):
         if repeats not in REPEATS:
             raise PerceptError(f"repeats is {repeats!r}: choose one of {list(REPEATS)}.")
-        self.subject, self.split, self.normaliser, self.repeats = (
-            subject,
-            split,
-            normaliser,
-            repeats,
-        )
-        self.pixels = pixels
-        self.seed, self.epoch, self.targets = seed, 0, dict(targets or {})
-        self._rows, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
+        self.subject, self.split, self.normaliser = subject, split, normaliser
+        self.repeats, self.pixels, self.seed = repeats, pixels, seed
+        self.epoch = 0
+        self.targets: dict[str, Target] = dict(targets or {})
+        groups, self.image_ids = subject.rows_by_image(split), subject.image_ids(split)
         if repeats == "each":
-            self.image_ids = np.repeat(self.image_ids, [len(rows) for rows in self._rows])
-            self._rows = [row[None] for rows in self._rows for row in rows]
-        self.counts = np.array([len(rows) for rows in self._rows])
-        self._table = np.stack(
-            [np.resize(rows, self.counts.max()) for rows in self._rows]
-        )  # (images, repeats), cycled
+            self.image_ids = np.repeat(self.image_ids, [len(rows) for rows in groups])
+            groups = list(np.concatenate(groups)[:, None])
+        self._groups = groups
+        self.counts = np.array([len(rows) for rows in groups])
+        # (samples, repeats), rows of the betas; samples with fewer repeats start over
+        self._cycled = np.stack([np.resize(rows, self.counts.max()) for rows in groups])
+        self._check_targets()
+
+    def _check_targets(self) -> None:
         for name, target in self.targets.items():
-            if name in ("voxels", "image", "seed", "pixels"):
+            if name in RESERVED:
                 raise PerceptError(f"A target cannot be called {name}: the batch has that already.")
-            if hasattr(target, "check"):
+            if isinstance(target, AugmentedTargets | TargetsById):
                 target.check(self.image_ids)
             elif len(target) != len(self):
                 raise PerceptError(
                     f"Target {name} has {len(target)} rows for the {len(self)} images of split"
-                    f" {split}."
+                    f" {self.split}."
                 )
 
     def __len__(self) -> int:
@@ -93,21 +110,21 @@ class BrainDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Batch of images by their positions in the split."""
-        at = np.asarray(indices, dtype=np.int64)
-        ids = self.image_ids[at]
-        seeds = (hash_images(self.seed + 1, self.epoch, ids) >> np.uint64(1)).astype(np.int64)
+        import torch
+
+        positions = np.asarray(indices, dtype=np.int64)
+        ids = self.image_ids[positions]
+        hashes = hash_images(self.seed + 1, self.epoch, ids)
+        seeds = (hashes >> np.uint64(1)).astype(np.int64)
         batch = {
-            "voxels": torch.from_numpy(self._voxels(at)),
+            "voxels": torch.from_numpy(self._read_voxels(positions)),
             "image": torch.from_numpy(ids),
             "seed": torch.from_numpy(seeds),
         }
         if self.pixels:
             batch["pixels"] = torch.from_numpy(self.subject.images(ids)).permute(0, 3, 1, 2)
         for name, target in self.targets.items():
-            if isinstance(target, AugmentedTargets):
-                rows = target.rows(ids, self.seed, self.epoch)
-            else:
-                rows = target.rows(ids) if hasattr(target, "rows") else target[at]
+            rows = self._read_target(target, positions)
             batch[name] = torch.as_tensor(np.asarray(rows, dtype=np.float32))
         return batch
 
@@ -117,17 +134,24 @@ class BrainDataset(Dataset):
             raise IndexError(index)
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
-    def _voxels(self, at: np.ndarray) -> np.ndarray:
+    def _read_target(self, target: Target, positions: np.ndarray) -> np.ndarray:
+        ids = self.image_ids[positions]
+        if isinstance(target, AugmentedTargets):
+            return target.rows(ids, self.seed, self.epoch)
+        if isinstance(target, TargetsById):
+            return target.rows(ids)
+        return target[positions]
+
+    def _read_voxels(self, positions: np.ndarray) -> np.ndarray:
         if self.repeats == "mean":
-            return self.subject.average_rows([self._rows[i] for i in at], self.normaliser)
+            groups = [self._groups[position] for position in positions]
+            return self.subject.average_rows(groups, self.normaliser)
         if self.repeats == "all":
-            rows = self._table[at]  # (batch, repeats)
-            read = self.subject.get_betas(rows.ravel(), self.normaliser)
-            return read.reshape(*rows.shape, *read.shape[1:])
-        ids = (
-            self.image_ids[at]
-            if self.repeats == "random"
-            else np.full(len(at), self.image_ids[at[0]])
-        )
-        chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[at])
-        return self.subject.get_betas(self._table[at, chosen], self.normaliser)
+            rows = self._cycled[positions]  # (batch, repeats)
+            betas = self.subject.get_betas(rows.ravel(), self.normaliser)
+            return betas.reshape(*rows.shape, *betas.shape[1:])
+        ids = self.image_ids[positions]
+        if self.repeats != "random":  # as for the first image of the batch
+            ids = np.full(len(positions), ids[0])
+        chosen = choose_repeats(self.seed, self.epoch, ids, self.counts[positions])
+        return self.subject.get_betas(self._cycled[positions, chosen], self.normaliser)

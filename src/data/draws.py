@@ -1,29 +1,38 @@
-"""Random draws that depend on (seed, epoch, image) only: the same on every machine and in any order."""
+"""Random draws that depend on (seed, epoch, image) only.
+
+They are the same on every machine, in any order, with any batch size and number of workers.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64
 
-def _mix(x: np.ndarray) -> np.ndarray:
+MIXING_STEPS = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)  # shift, factor
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 -> well mixed uint64."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(31))
+    for shift, factor in MIXING_STEPS:
+        state = (state ^ (state >> shift)) * factor
+    return state ^ (state >> np.uint64(31))
 
 
 def hash_images(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
     """Well mixed uint64 (batch,), a pure function of (seed, epoch, image)."""
     state = np.zeros(1, np.uint64)
     for value in (seed, epoch):
-        state = _mix(state + np.uint64(value % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    return _mix(
-        _mix(state + np.asarray(image_ids).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-    )
+        state = _mix(state + np.uint64(value % 2**64) + GOLDEN_GAMMA)
+    state = _mix(state + np.asarray(image_ids).astype(np.uint64))
+    return _mix(state + GOLDEN_GAMMA)
 
 
 def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A repeat for each image, uniform over 0..count-1 and a pure function of (seed, epoch, image).
+    """Choose a repeat of each image, a pure function of (seed, epoch, image).
 
     Args:
         seed, epoch: integers.
@@ -31,8 +40,7 @@ def choose_repeats(seed: int, epoch: int, image_ids: np.ndarray, counts: np.ndar
         counts: (batch,) number of repeats of each.
 
     Returns:
-        int64 (batch,).
+        int64 (batch,), uniform over 0..count-1.
     """
-    return (hash_images(seed, epoch, image_ids) % np.asarray(counts).astype(np.uint64)).astype(
-        np.int64
-    )
+    hashes = hash_images(seed, epoch, image_ids)
+    return (hashes % np.asarray(counts).astype(np.uint64)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Writing large arrays: disk space, atomic replacement, blocks of rows, memory maps of HDF5 files."""
+"""Large arrays on disk: space, atomic replacement, blocks of rows, memory maps of HDF5 files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about 
 
 SPARE_BYTES = 32 << 20  # space that must remain on the disk after a write
 
+Ids = Sequence[int] | np.ndarray
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin a write of `needed` bytes that the disk of `folder` cannot hold.
+BlockCheck = Callable[[np.ndarray, int], np.ndarray]
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Refuse to begin a write that the disk of `folder` cannot hold.
+
+    Args:
+        folder: where the file will lie.
+        n_bytes: size of the write.
 
     Raises:
         PerceptError: with the space needed and the space there is.
     """
     free = shutil.disk_usage(folder).free
-    if needed + SPARE_BYTES > free:
+    if n_bytes + SPARE_BYTES > free:
         raise PerceptError(
-            f"No space for {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
+            f"No space for {n_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
             "free some, or set PERCEPT_HOME to a folder on a larger disk."
         )
 
@@ -40,22 +48,20 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise PerceptError(
-                f"The disk of {folder} filled up during the write: free some space and run this"
-                " again (earlier files are intact)."
-            ) from error
-        raise
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not is_full:
+            raise
+        raise PerceptError(
+            f"The disk of {folder} filled up during the write: free some space and run this"
+            " again (earlier files are intact)."
+        ) from error
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place on success and disappears on
-    failure.
-    """
-    temporary, old = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old")
-    )
+    """Yield a temporary folder that replaces `folder` on success and disappears on failure."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -75,67 +81,85 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def iterate_row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """An array (rows, ...) in blocks of about 64 MB; an iterable of blocks passes through."""
+    """Iterate over an array (rows, ...) in blocks of about 64 MB.
+
+    An iterable of blocks passes through.
+    """
     if not isinstance(rows, np.ndarray):
         yield from rows
         return
-    step = max(1, BLOCK_BYTES // max(1, int(np.prod(rows.shape[1:])) * rows.itemsize))
+    row_bytes = int(np.prod(rows.shape[1:])) * rows.itemsize
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
 
 def write_rows(
-    path: Path,
-    name: str,
-    blocks: Iterable[np.ndarray],
-    n_rows: int,
-    inspect: Callable[[np.ndarray, int], np.ndarray],
+    path: Path, name: str, blocks: Iterable[np.ndarray], n_rows: int, check_block: BlockCheck
 ) -> tuple[int, ...]:
-    """Write row blocks as one contiguous dataset and return its shape.
+    """Write blocks of rows as one contiguous dataset of a new HDF5 file.
 
-    `inspect(block, first_row)` checks a block and returns it in the dtype to be stored.
+    Args:
+        path: the file.
+        name: of the dataset.
+        blocks: arrays (rows, ...).
+        n_rows: number of all rows.
+        check_block: is given a block and the number of its first row; checks the block and returns
+            it in the dtype to be stored.
+
+    Returns:
+        Shape of the dataset.
+
+    Raises:
+        PerceptError: for blocks of unlike shapes or dtypes, another number of rows, or a full disk.
     """
-    written = 0
+    n_written = 0
     with h5py.File(path, "w") as file:
         for raw in blocks:
-            block = np.ascontiguousarray(inspect(np.asarray(raw), written))
+            block = np.ascontiguousarray(check_block(np.asarray(raw), n_written))
+            row_shape, stop = block.shape[1:], n_written + len(block)
             if name not in file:
-                check_space(path.parent, n_rows * int(np.prod(block.shape[1:])) * block.itemsize)
-                file.create_dataset(name, (n_rows, *block.shape[1:]), block.dtype)
-            target = file[name]
-            if (block.shape[1:], block.dtype) != (target.shape[1:], target.dtype):
+                check_space(path.parent, n_rows * int(np.prod(row_shape)) * block.itemsize)
+                file.create_dataset(name, (n_rows, *row_shape), block.dtype)
+            dataset = file[name]
+            if (row_shape, block.dtype) != (dataset.shape[1:], dataset.dtype):
                 raise PerceptError(
-                    f"Row {written} of {name} is {block.dtype} {block.shape[1:]}, the rows before"
-                    f" it are {target.dtype} {target.shape[1:]}: all rows must be alike."
+                    f"Row {n_written} of {name} is {block.dtype} {row_shape}, the rows before"
+                    f" it are {dataset.dtype} {dataset.shape[1:]}: all rows must be alike."
                 )
-            if written + len(block) > n_rows:
+            if stop > n_rows:
                 raise PerceptError(
                     f"There are more than the {n_rows} rows of {name} that were announced: check"
                     " the table against the array."
                 )
-            target[written : written + len(block)] = block
-            written += len(block)
-        if written != n_rows:
+            dataset[n_written:stop] = block
+            n_written = stop
+        if n_written != n_rows:
             raise PerceptError(
-                f"There are {written} rows of {name} where {n_rows} were announced: check the table"
-                " against the array."
+                f"There are {n_written} rows of {name} where {n_rows} were announced: check the"
+                " table against the array."
             )
         if name not in file:
             raise PerceptError(f"There is not one row of {name}: nothing to write.")
-        return file[name].shape
+        return tuple(file[name].shape)
 
 
 def memory_map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
-    """Memory-map a contiguous dataset of an HDF5 file, read-only, with its attributes."""
+    """Memory-map a contiguous dataset of an HDF5 file, read-only.
+
+    Returns:
+        The array and its attributes.
+
+    Raises:
+        PerceptError: if the file is damaged, or the dataset is missing or not contiguous.
+    """
     try:
         with h5py.File(path, "r") as file:
             if name not in file:
                 raise PerceptError(f"{path} has no dataset {name}: prepare the data again.")
             stored = file[name]
             shape, dtype, offset = stored.shape, stored.dtype, stored.id.get_offset()
-            attributes = {
-                k: v.item() if isinstance(v, np.generic) else v for k, v in stored.attrs.items()
-            }
+            attributes = {key: _to_python(value) for key, value in stored.attrs.items()}
     except (OSError, RuntimeError) as error:  # h5py raises either for a damaged file
         raise PerceptError(
             f"{path} cannot be read, it is damaged or incomplete ({error}): prepare the data again."
@@ -148,23 +172,40 @@ def memory_map_h5(path: Path, name: str) -> tuple[np.memmap, dict[str, Any]]:
     return np.memmap(path, dtype, "r", offset, shape), attributes
 
 
-def find_rows(
-    stored: np.ndarray, order: np.ndarray, wanted: Sequence[int] | np.ndarray, where: str
-) -> np.ndarray:
-    ids = np.atleast_1d(np.asarray(wanted, dtype=np.int64))
-    found = order[np.searchsorted(stored, ids, sorter=order).clip(max=len(stored) - 1)]
-    wrong = ids[stored[found] != ids]
-    if len(wrong):
+def _to_python(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def find_rows(stored_ids: np.ndarray, order: np.ndarray, ids: Ids, origin: str) -> np.ndarray:
+    """Find the rows at which images are stored.
+
+    Args:
+        stored_ids: (rows,) id of the image in each row.
+        order: (rows,) that sorts them.
+        ids: (n,) ids of the images to find.
+        origin: what the rows are of, for the message.
+
+    Returns:
+        int64 (n,) rows.
+
+    Raises:
+        PerceptError: for an image that is not stored.
+    """
+    ids = np.atleast_1d(np.asarray(ids, dtype=np.int64))
+    positions = np.searchsorted(stored_ids, ids, sorter=order)
+    rows: np.ndarray = order[positions.clip(max=len(stored_ids) - 1)]
+    absent = ids[stored_ids[rows] != ids]
+    if len(absent):
         raise PerceptError(
-            f"Image {wrong[0]} is not in {where} ({len(wrong)} of the {len(ids)} images asked for"
-            " are not): prepare the data again."
+            f"Image {absent[0]} is not in {origin} ({len(absent)} of the {len(ids)} images asked"
+            " for are not): prepare the data again."
         )
-    return found
+    return rows
 
 
 def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows of a memory-mapped array in the order asked for, read in the order of the file."""
     order = np.argsort(rows, kind="stable")
-    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
-    taken[order] = array[rows[order]]
-    return taken
+    gathered = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    gathered[order] = array[rows[order]]
+    return gathered

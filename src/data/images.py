@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from src.data.files import (
+    Ids,
     disk_errors,
     find_rows,
     gather_rows,
@@ -32,6 +33,7 @@ class ImageStore:
     Attributes:
         image_ids: int64 (images,), in the order in which they are stored.
         crc: int64 (images,), CRC-32 of the pixels of each.
+        shape: (images, height, width, 3).
 
     Raises:
         PerceptError: if the file is missing or damaged.
@@ -45,7 +47,8 @@ class ImageStore:
             )
         self.shape = self.pixels.shape
         with h5py.File(self.path, "r") as file:
-            self.image_ids, self.crc = file["image_id"][:], file["crc"][:]
+            self.image_ids: np.ndarray = file["image_id"][:]
+            self.crc: np.ndarray = file["crc"][:]
         self._order = np.argsort(self.image_ids)
 
     @cached_property
@@ -56,70 +59,79 @@ class ImageStore:
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "pixels"}
 
-    def positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def positions(self, image_ids: Ids) -> np.ndarray:
         """Rows at which images are stored. Raises PerceptError for an image that is not."""
         return find_rows(self.image_ids, self._order, image_ids, str(self.path))
 
-    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def rows(self, image_ids: Ids) -> np.ndarray:
         """Images by id, uint8 (n, height, width, 3), in the order asked for."""
         return gather_rows(self.pixels, self.positions(image_ids))
 
 
-def _check_image_block(block: np.ndarray, size: tuple[int, ...] | None) -> None:
+def _check_image_block(block: np.ndarray, store: ImageStore | None) -> None:
     if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3:
         raise PerceptError(
             f"Images must be uint8 (n, height, width, 3), these are {block.dtype} {block.shape}."
         )
-    if size is not None and block.shape[1:3] != size:
+    if store is not None and block.shape[1:3] != store.shape[1:3]:
+        height, width = store.shape[1:3]
         raise PerceptError(
-            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {size[0]} x {size[1]}"
+            f"Images of {block.shape[1]} x {block.shape[2]} do not fit the {height} x {width}"
             " images of this dataset: resize them, or prepare them under another dataset name."
         )
 
 
-def _new_images(
-    images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray, old: ImageStore | None
+def _count_recompressed(store: ImageStore, ids: np.ndarray, images: np.ndarray) -> int:
+    """Number of images whose stored copies have slightly different pixels.
+
+    Raises:
+        PerceptError: for an image that looks different.
+    """
+    stored = store.rows(ids).astype(np.int16)
+    difference = np.abs(stored - images).mean(axis=(1, 2, 3))
+    if (difference > SAME_IMAGE).any():
+        raise PerceptError(
+            f"Image {ids[difference.argmax()]} is already in {store.path} and looks different"
+            " there: use another dataset name, or delete that file."
+        )
+    return int((difference > 0).sum())
+
+
+def _select_new_images(
+    images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray, store: ImageStore | None
 ) -> Iterator[np.ndarray]:
     """Blocks of those images that are not stored yet; those that are must look the same."""
-    start, recompressed = 0, 0
-    known = np.isin(ids, old.image_ids) if old else np.zeros(len(ids), bool)
+    start, n_recompressed = 0, 0
+    stored = np.zeros(len(ids), bool) if store is None else np.isin(ids, store.image_ids)
     for block in iterate_row_blocks(images):
-        _check_image_block(block, tuple(old.shape[1:3]) if old else None)
-        part = slice(start, start + len(block))
-        start += len(block)
-        if start > len(ids):
+        _check_image_block(block, store)
+        stop = start + len(block)
+        if stop > len(ids):
             raise PerceptError(
                 f"There are more images than the {len(ids)} image ids given for them."
             )
-        if old and known[part].any():
-            stored, again = old.rows(ids[part][known[part]]), block[known[part]]
-            difference = np.abs(stored.astype(np.int16) - again).mean(axis=(1, 2, 3))
-            recompressed += int(((difference > 0) & (difference <= SAME_IMAGE)).sum())
-            if (difference > SAME_IMAGE).any():
-                image = ids[part][known[part]][difference.argmax()]
-                raise PerceptError(
-                    f"Image {image} is already in {old.path} and looks different there: use another"
-                    " dataset name, or delete that file."
-                )
-        if not known[part].all():
-            yield block[~known[part]]
+        block_ids, old = ids[start:stop], stored[start:stop]
+        start = stop
+        if store is not None and old.any():
+            n_recompressed += _count_recompressed(store, block_ids[old], block[old])
+        if not old.all():
+            yield block[~old]
     if start != len(ids):
         raise PerceptError(f"There are {start} images for {len(ids)} image ids.")
-    if recompressed:
+    if n_recompressed:
         warnings.warn(
-            f"{recompressed} images were stored already with slightly different pixels; the stored"
-            " ones are kept.",
+            f"{n_recompressed} images were stored already with slightly different pixels; the"
+            " stored ones are kept.",
             stacklevel=4,
         )
 
 
 def write_images(
-    path: str | Path,
-    images: np.ndarray | Iterable[np.ndarray],
-    image_ids: Sequence[int] | np.ndarray,
+    path: str | Path, images: np.ndarray | Iterable[np.ndarray], image_ids: Ids
 ) -> None:
-    """Write the images of a dataset, or add to those already there (several subjects share one
-    file).
+    """Write the images of a dataset, or add to those already there.
+
+    Several subjects share one file.
 
     Args:
         path: the file, data/<dataset>/images.h5.
@@ -138,21 +150,29 @@ def write_images(
             " unique."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = ImageStore(path) if path.exists() else None
-    new_ids = ids[~np.isin(ids, old.image_ids)] if old else ids
-    if old and not len(new_ids):
-        for _ in _new_images(images, ids, old):  # nothing to add: the comparison alone
+    store = ImageStore(path) if path.exists() else None
+    new_images = _select_new_images(images, ids, store)
+    if store is None:
+        _write_store(path, new_images, ids)
+        return
+    new_ids = ids[~np.isin(ids, store.image_ids)]
+    if not len(new_ids):
+        for _ in new_images:  # nothing to add: the comparison alone
             pass
         return
-    stored_ids = np.concatenate([old.image_ids, new_ids]) if old else new_ids
+    blocks = chain(iterate_row_blocks(store.pixels), new_images)
+    _write_store(path, blocks, np.concatenate([store.image_ids, new_ids]))
+
+
+def _write_store(path: Path, blocks: Iterable[np.ndarray], ids: np.ndarray) -> None:
+    """Write images and their ids as a new file in the place of `path`."""
     crc: list[int] = []
 
-    def inspect(block: np.ndarray, _row: int) -> np.ndarray:
+    def add_checksums(block: np.ndarray, _first_row: int) -> np.ndarray:
         crc.extend(zlib.crc32(np.ascontiguousarray(image).data) for image in block)
         return block
 
-    blocks = chain(iterate_row_blocks(old.pixels) if old else (), _new_images(images, ids, old))
     with disk_errors(path.parent), atomic(path) as temporary:
-        write_rows(temporary, "images", blocks, len(stored_ids), inspect)
+        write_rows(temporary, "images", blocks, len(ids), add_checksums)
         with h5py.File(temporary, "r+") as file:
-            file["image_id"], file["crc"] = stored_ids, np.array(crc, dtype=np.int64)
+            file["image_id"], file["crc"] = ids, np.array(crc, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,35 @@ TRIAL_COLUMNS = ("trial", "image", "session", "run", "repeat", "split")
 REQUIRED_ATTRIBUTES = ("source", "units", "normalisation", "protocol")
 
 
+# ------------------------------------------------------------------------------------------ folders
+def dataset_folder(dataset: str | Path) -> Path:
+    """Folder of a prepared dataset.
+
+    A bare name lies under HOME/data, any other relative path hangs on HOME.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_absolute():
+        return path
+    return HOME / "data" / path if len(path.parts) == 1 else HOME / path
+
+
+def subject_folder(dataset: str | Path, subj: int) -> Path:
+    """Folder of one subject of a prepared dataset."""
+    return dataset_folder(dataset) / f"subj{int(subj):02d}"
+
+
+# ------------------------------------------------------------------------------------------- tables
 def check_trials(trials: pd.DataFrame) -> None:
-    """Check the table of trials: columns trial, image, session, run, repeat (integers) and split
-    (train, val, test or exclude).
+    """Check the table of trials.
+
+    Its columns are trial, image, session, run, repeat (integers) and split (train, val, test or
+    exclude). Trials of an image may be excluded one by one.
 
     Raises:
         PerceptError: naming the missing column, the unknown split, the trial or repeat that occurs
-            twice, or the image that lies on both sides of a split. Trials of an image may be
-            excluded one by one.
+            twice, or the image that lies on both sides of a split.
     """
-    missing = [c for c in TRIAL_COLUMNS if c not in trials.columns]
+    missing = [column for column in TRIAL_COLUMNS if column not in trials.columns]
     if missing:
         raise PerceptError(
             f"The table of trials lacks the columns {missing}: it needs {list(TRIAL_COLUMNS)}."
@@ -46,15 +65,15 @@ def check_trials(trials: pd.DataFrame) -> None:
         raise PerceptError(
             f"The table of trials has the splits {unknown}: only {list(SPLITS)} are known."
         )
-    twice = trials["trial"][trials["trial"].duplicated()]
-    if len(twice):
+    duplicates = trials["trial"][trials["trial"].duplicated()]
+    if len(duplicates):
         raise PerceptError(
-            f"Trial {twice.iloc[0]} is twice in the table of trials: each row must be a trial of"
-            " its own."
+            f"Trial {duplicates.iloc[0]} is twice in the table of trials: each row must be a trial"
+            " of its own."
         )
-    again = trials[trials.duplicated(["image", "repeat"])]
-    if len(again):
-        row = again.iloc[0]
+    repeated = trials[trials.duplicated(["image", "repeat"])]
+    if len(repeated):
+        row = repeated.iloc[0]
         raise PerceptError(
             f"Image {row['image']} has its repeat {row['repeat']} twice (again in trial"
             f" {row['trial']}): number its repeats 0, 1, 2..."
@@ -63,36 +82,36 @@ def check_trials(trials: pd.DataFrame) -> None:
 
 
 def _check_sides(trials: pd.DataFrame) -> None:
+    """Raise PerceptError if an image lies in two splits."""
     sides = trials.drop_duplicates(["image", "split"])
-    both = sides[sides["image"].duplicated(keep=False)].sort_values(["image", "trial"])
-    if len(both):
-        image, rows = both["image"].iloc[0], both[both["image"] == both["image"].iloc[0]]
-        where = " and ".join(
-            f"{s} (trial {t})" for s, t in zip(rows["split"], rows["trial"], strict=True)
-        )
-        others = both["image"].nunique() - 1
-        raise PerceptError(
-            f"Image {image} is in {where}"
-            + (f", and {others} more images are on two sides" if others else "")
-            + ": split by image, never by trial, or mark its trials as exclude."
-        )
+    mixed = sides[sides["image"].duplicated(keep=False)].sort_values(["image", "trial"])
+    if not len(mixed):
+        return
+    image = mixed["image"].iloc[0]
+    rows = mixed[mixed["image"] == image]
+    pairs = zip(rows["split"], rows["trial"], strict=True)
+    message = f"Image {image} is in " + " and ".join(f"{s} (trial {t})" for s, t in pairs)
+    n_more = mixed["image"].nunique() - 1
+    if n_more:
+        message += f", and {n_more} more images are on two sides"
+    raise PerceptError(f"{message}: split by image, never by trial, or mark its trials as exclude.")
 
 
 def number_repeats(trials: pd.DataFrame) -> pd.Series:
-    """Repeat of each row, 0 for the first presentation of its image in the order of column `trial`."""
+    """Number the repeats of each image, from 0 for its first presentation.
+
+    Returns:
+        Repeat of each row; presentations are in the order of column `trial`.
+    """
     order = trials["trial"].argsort(kind="stable").to_numpy()
-    return (
-        trials["image"]
-        .iloc[order]
-        .groupby(trials["image"].iloc[order])
-        .cumcount()
-        .reindex(trials.index)
-    )
+    images = trials["image"].iloc[order]
+    return images.groupby(images).cumcount().reindex(trials.index)
 
 
 def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
-    """Write a table about images (captions or labels, with a column `image`) as parquet; rows of
-    other images already there are kept.
+    """Write a table about images (captions or labels, with a column `image`) as parquet.
+
+    Rows of other images already there are kept.
 
     Raises:
         PerceptError: if there is no column `image`, or the disk is full.
@@ -104,20 +123,36 @@ def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
         )
     if path.exists():
         old = pd.read_parquet(path)
-        table = pd.concat([old[~old["image"].isin(table["image"])], table], ignore_index=True)
+        remaining = old[~old["image"].isin(table["image"])]
+        table = pd.concat([remaining, table], ignore_index=True)
     with disk_errors(path.parent), atomic(path) as temporary:
         table.sort_values("image", kind="stable").reset_index(drop=True).to_parquet(temporary)
 
 
-def _finite_block(
-    trials: pd.DataFrame, n_voxels: int | None, digest: Any
-) -> Callable[[np.ndarray, int], np.ndarray]:
-    """The check of a block of betas (rows, voxels) or (rows, x, y, z), which also settles its dtype
-    and adds it to a checksum.
-    """
-    numbers = trials["trial"].to_numpy()
+# ------------------------------------------------------------------------------------- one subject
+class _BetaCheck:
+    """Checks blocks of betas, brings them to their dtype and adds them to a checksum.
 
-    def inspect(block: np.ndarray, row: int) -> np.ndarray:
+    Args:
+        trials: table of trials.
+        n_voxels: number of voxels of the table of voxels, None where there is none.
+    """
+
+    def __init__(self, trials: pd.DataFrame, n_voxels: int | None):
+        self.trial_numbers, self.n_voxels = trials["trial"].to_numpy(), n_voxels
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def __call__(self, block: np.ndarray, first_row: int) -> np.ndarray:
+        """Return a block (rows, voxels) or (rows, x, y, z) as float16 or float32."""
+        self._check_form(block)
+        if block.dtype != np.float16:
+            block = block.astype(np.float32, copy=False)
+        block = np.ascontiguousarray(block)
+        self._check_finite(block.reshape(len(block), -1), first_row)
+        self.digest.update(block.data)
+        return block
+
+    def _check_form(self, block: np.ndarray) -> None:
         if not np.issubdtype(block.dtype, np.number) or np.iscomplexobj(block):
             raise PerceptError(f"Betas must be numbers, they are {block.dtype}.")
         if block.ndim not in (2, 4):
@@ -125,46 +160,37 @@ def _finite_block(
                 "Betas must be (trials, voxels) or (trials, x, y, z), a block of them has shape "
                 f"{block.shape}."
             )
-        if n_voxels is not None and int(np.prod(block.shape[1:])) != n_voxels:
+        n_voxels = int(np.prod(block.shape[1:]))
+        if self.n_voxels is not None and n_voxels != self.n_voxels:
             raise PerceptError(
-                f"Betas have {int(np.prod(block.shape[1:]))} voxels, the table of voxels has"
-                f" {n_voxels} rows."
+                f"Betas have {n_voxels} voxels, the table of voxels has {self.n_voxels} rows."
             )
-        block = np.ascontiguousarray(
-            block if block.dtype == np.float16 else block.astype(np.float32, copy=False)
-        )
-        flat = block.reshape(len(block), -1)
-        finite = np.isfinite(flat)
-        if not finite.all():
-            at, voxel = np.argwhere(~finite)[0]
-            trial = numbers[row + at] if row + at < len(numbers) else row + at
-            raise PerceptError(
-                f"The beta of trial {trial} (row {row + at}), voxel {voxel} is {flat[at, voxel]}: "
-                "leave out such voxels or trials, or mend them, before preparing the data."
-            )
-        digest.update(block.data)
-        return block
 
-    return inspect
+    def _check_finite(self, betas: np.ndarray, first_row: int) -> None:
+        finite = np.isfinite(betas)
+        if finite.all():
+            return
+        position, voxel = np.argwhere(~finite)[0]
+        row = first_row + position
+        trial = self.trial_numbers[row] if row < len(self.trial_numbers) else row
+        raise PerceptError(
+            f"The beta of trial {trial} (row {row}), voxel {voxel} is {betas[position, voxel]}: "
+            "leave out such voxels or trials, or mend them, before preparing the data."
+        )
 
 
 def _check_attributes(attributes: dict[str, Any]) -> None:
-    missing = [k for k in REQUIRED_ATTRIBUTES if not attributes.get(k)]
+    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
     if missing:
         raise PerceptError(
             f"Betas need the attributes {list(REQUIRED_ATTRIBUTES)}, of which {missing} are"
             " missing."
         )
-    wrong = [
-        k
-        for k, v in attributes.items()
-        if not isinstance(v, str | int | float | np.integer | np.floating)
-    ]
-    if wrong:
-        raise PerceptError(
-            f"Attributes are texts and numbers, {wrong[0]} is a"
-            f" {type(attributes[wrong[0]]).__name__}."
-        )
+    for name, value in attributes.items():
+        if not isinstance(value, str | int | float | np.integer | np.floating):
+            raise PerceptError(
+                f"Attributes are texts and numbers, {name} is a {type(value).__name__}."
+            )
 
 
 def write_subject(
@@ -197,47 +223,22 @@ def write_subject(
     folder = Path(folder)
     check_trials(trials)
     _check_attributes(attributes)
-    digest = hashlib.blake2b(digest_size=16)
-    inspect = _finite_block(trials, None if voxels is None else len(voxels), digest)
+    check = _BetaCheck(trials, None if voxels is None else len(voxels))
     with disk_errors(folder.parent), replace_folder(folder) as temporary:
-        shape = write_rows(
-            temporary / "betas.h5", "betas", iterate_row_blocks(betas), len(trials), inspect
-        )
+        path = temporary / "betas.h5"
+        shape = write_rows(path, "betas", iterate_row_blocks(betas), len(trials), check)
         n_voxels = int(np.prod(shape[1:]))
-        with h5py.File(temporary / "betas.h5", "r+") as file:
-            file["betas"].attrs.update(
-                {
-                    **attributes,
-                    "checksum": digest.hexdigest(),
-                    "n_trials": shape[0],
-                    "n_voxels": n_voxels,
-                }
-            )
-        table = (
-            trials[list(TRIAL_COLUMNS)]
-            .reset_index(drop=True)
-            .astype({c: np.int64 for c in TRIAL_COLUMNS[:-1]} | {"split": str})
-        )
+        counted = {
+            "checksum": check.digest.hexdigest(),
+            "n_trials": shape[0],
+            "n_voxels": n_voxels,
+        }
+        with h5py.File(path, "r+") as file:
+            file["betas"].attrs.update(attributes | counted)
+        if voxels is None:
+            voxels = pd.DataFrame({"voxel": np.arange(n_voxels)})
+        dtypes = dict.fromkeys(TRIAL_COLUMNS[:-1], np.int64) | {"split": str}
+        table = trials[list(TRIAL_COLUMNS)].reset_index(drop=True).astype(dtypes)
         table.to_parquet(temporary / "trials.parquet")
-        voxels = (
-            pd.DataFrame({"voxel": np.arange(n_voxels)})
-            if voxels is None
-            else voxels.reset_index(drop=True)
-        )
-        voxels.to_parquet(temporary / "voxels.parquet")
+        voxels.reset_index(drop=True).to_parquet(temporary / "voxels.parquet")
     return folder
-
-
-def dataset_folder(dataset: str | Path) -> Path:
-    """Folder of a prepared dataset: a bare name lies under HOME/data, any other relative path hangs
-    on HOME.
-    """
-    path = Path(dataset).expanduser()
-    if path.is_absolute():
-        return path
-    return HOME / "data" / path if len(path.parts) == 1 else HOME / path
-
-
-def subject_folder(dataset: str | Path, subj: int) -> Path:
-    """Folder of one subject of a prepared dataset."""
-    return dataset_folder(dataset) / f"subj{int(subj):02d}"

@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.utils.extmath import randomized_svd
 
+from src.data.files import Ids
 from src.data.subject import Subject
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, require_file
+
+FILE_NAME = "normaliser.safetensors"
 
 
 class Normaliser:
-    """z-score of each voxel with the mean and standard deviation of training trials, for each
-    session or for all together; if asked, of the voxels of some regions alone, and followed by a
-    projection on the first principal components of the training trials.
+    """z-score of each voxel with the mean and standard deviation of training trials.
+
+    These are of each session or of all together. If asked, only the voxels of some regions are
+    used, and a projection on the first principal components of the training trials follows.
 
     It is given whole rows of betas whatever it selects, and stored with the model: each network
     finds its own voxels.
@@ -29,11 +32,11 @@ class Normaliser:
         sessions: int64 (sessions,), or None for one row that holds for every session.
         components: float32 (selected, components), which z-scored voxels are multiplied with, or
             None.
-        columns: int64 (selected,), the voxels that are taken, or None for all.
+        columns: int64 (selected,), the voxels that are selected, or None for all.
         rois: names of the regions that these are of.
         n_voxels: voxels of the rows that `apply` is given; needed with `columns`.
-        masked: `apply` gives all voxels, those that are not taken as 0, instead of the selected
-            ones.
+        masked: `apply` gives all voxels, 0 for those that are not selected, instead of the selected
+            ones alone.
     """
 
     def __init__(
@@ -47,13 +50,10 @@ class Normaliser:
         n_voxels: int = 0,
         masked: bool = False,
     ):
-        self.mean, self.std, self.sessions, self.components = mean, std, sessions, components
-        self.columns, self.rois, self.n_voxels, self.masked = (
-            columns,
-            rois,
-            n_voxels or mean.shape[1],
-            masked,
-        )
+        self.mean, self.std, self.sessions = mean, std, sessions
+        self.components, self.columns, self.rois = components, columns, rois
+        self.n_voxels = n_voxels or mean.shape[1]
+        self.masked = masked
 
     @property
     def n_features(self) -> int:
@@ -80,7 +80,7 @@ class Normaliser:
             n_components: number of principal components (of the selected voxels), 0 for the voxels
                 themselves.
             seed: of the randomised search for components.
-            rois: regions whose voxels are taken, as for `Subject.select_rois`, "" or "-" for all
+            rois: regions whose voxels are selected, as for `Subject.select_rois`, "" or "-" for all
                 voxels.
             masked: keep all voxels, those of no such region as 0 (the published form of the ROI
                 project), instead of the selected ones alone.
@@ -100,60 +100,27 @@ class Normaliser:
                 "Components are made of the selected voxels: leave masked at False, or n_components"
                 " at 0."
             )
-        columns, found = subject.select_rois(rois) if rois.strip() not in ("", "-") else (None, ())
-        trials = subject.trials
-        train, session = (trials["split"] == "train").to_numpy(), trials["session"].to_numpy()
-        if not train.any():
-            raise PerceptError(
-                f"Subject {subject.subj} of {subject.folder.name} has no training trials to fit a "
-                "normaliser on."
-            )
+        columns: np.ndarray | None = None
+        regions: tuple[str, ...] = ()
+        if rois.strip() not in ("", "-"):
+            columns, regions = subject.select_rois(rois)
         sessions = subject.sessions if by_session else None
-        if train.sum() < 2:
-            raise PerceptError(
-                f"Subject {subject.subj} of {subject.folder.name} has one training trial, too few"
-                " for a z-score."
-            )
-        groups = (
-            [np.flatnonzero(train)]
-            if sessions is None
-            else [np.flatnonzero(train & (session == s)) for s in sessions]
-        )
-        few = [i for i, rows in enumerate(groups) if len(rows) < 2]
-        if (
-            few and sessions is not None
-        ):  # sessions of test trials alone, as in GOD: their own statistics would be the test set's
-            warnings.warn(
-                f"Sessions {sessions[few].tolist()[:10]} have fewer than two training trials: they"
-                " are z-scored with all training trials.",
-                stacklevel=2,
-            )
-            groups = [np.flatnonzero(train) if i in few else rows for i, rows in enumerate(groups)]
-        moments = [compute_moments(subject.betas, rows, columns) for rows in groups]
-        mean, std = (np.stack(values) for values in zip(*moments, strict=True))
-        constant = std <= 1e-7 * np.abs(mean)
-        if constant.any():
-            warnings.warn(
-                f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the"
-                " training trials of some session; they become 0.",
-                stacklevel=2,
-            )
-        std[constant] = 1.0
-        made = cls(
+        groups = _group_training_rows(subject, sessions)
+        mean, std = _fit_moments(subject.betas, groups, columns)
+        normaliser = cls(
             mean.astype(np.float32),
             std.astype(np.float32),
             sessions,
-            None,
-            columns,
-            found,
-            subject.betas.shape[1],
-            masked and columns is not None,
+            columns=columns,
+            rois=regions,
+            n_voxels=subject.betas.shape[1],
+            masked=masked and columns is not None,
         )
         if n_components:
-            made.components = _components(subject, made, n_components, seed)
-        return made
+            normaliser.components = _fit_components(subject, normaliser, n_components, seed)
+        return normaliser
 
-    def apply(self, betas: np.ndarray, sessions: Sequence[int] | np.ndarray) -> np.ndarray:
+    def apply(self, betas: np.ndarray, sessions: Ids) -> np.ndarray:
         """z-score, and project where there are components.
 
         Args:
@@ -174,28 +141,30 @@ class Normaliser:
                 f"with {sessions.shape} sessions: "
                 "they belong to another subject or another selection of voxels."
             )
-        row = np.zeros(len(betas), np.int64)
-        if self.sessions is not None:
-            row = np.searchsorted(self.sessions, sessions).clip(max=len(self.sessions) - 1)
-            unseen = sessions[self.sessions[row] != sessions]
-            if len(unseen):
-                raise PerceptError(
-                    f"The normaliser was fitted without session {unseen[0]}: fit it again with "
-                    "by_session=False."
-                )
-        out = (
-            betas.astype(np.float32)
-            if self.columns is None
-            else betas[:, self.columns].astype(np.float32)
-        )
-        for r in np.unique(row):  # one session after the other: no copy of mean and std a trial
-            mine = row == r
-            out[mine] = (out[mine] - self.mean[r]) / self.std[r]
+        selected = betas if self.columns is None else betas[:, self.columns]
+        z = selected.astype(np.float32)
+        positions = self._find_sessions(sessions)
+        for position in np.unique(positions):  # no copy of mean and std for each trial
+            rows = positions == position
+            z[rows] = (z[rows] - self.mean[position]) / self.std[position]
         if self.masked:
-            whole = np.zeros((len(out), self.n_voxels), np.float32)
-            whole[:, self.columns] = out
-            return whole
-        return out if self.components is None else out @ self.components
+            unmasked = np.zeros((len(z), self.n_voxels), np.float32)
+            unmasked[:, self.columns] = z
+            return unmasked
+        return z if self.components is None else z @ self.components
+
+    def _find_sessions(self, sessions: np.ndarray) -> np.ndarray:
+        """Row of `mean` and `std` for each trial, int64 (trials,)."""
+        if self.sessions is None:
+            return np.zeros(len(sessions), np.int64)
+        positions = np.searchsorted(self.sessions, sessions).clip(max=len(self.sessions) - 1)
+        unseen = sessions[self.sessions[positions] != sessions]
+        if len(unseen):
+            raise PerceptError(
+                f"The normaliser was fitted without session {unseen[0]}: fit it again with "
+                "by_session=False."
+            )
+        return positions
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -206,41 +175,45 @@ class Normaliser:
             tensors["components"] = np.ascontiguousarray(self.components)
         if self.columns is not None:
             tensors["columns"] = np.asarray(self.columns, np.int64)
+        metadata = {
+            "rois": ",".join(self.rois),
+            "n_voxels": str(self.n_voxels),
+            "masked": "yes" if self.masked else "",
+        }
         with atomic(path) as temporary:
-            told = {
-                "rois": ",".join(self.rois),
-                "n_voxels": str(self.n_voxels),
-                "masked": "yes" if self.masked else "",
-            }
-            save_file(tensors, temporary, metadata=told)
+            save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
     def for_checkpoint(cls, path: str | Path) -> Normaliser | None:
-        """The normaliser that a decoder was trained with, from the folder of its file or the one
-        above (train_logs/<run>/low_level/last.safetensors); None for a released file (.pth), which
-        is for betas as they are.
+        """Load the normaliser that a decoder was trained with.
 
-        Raises PerceptError as `load`.
+        It lies in the folder of the checkpoint or the one above
+        (train_logs/<run>/low_level/last.safetensors).
+
+        Returns:
+            None for a released file (.pth), which is for betas as they are.
+
+        Raises:
+            PerceptError: as `load`.
         """
         if Path(path).suffix == ".pth":
             return None
-        near = [folder / "normaliser.safetensors" for folder in Path(path).parents[:2]]
-        return cls.load(next((file for file in near if file.exists()), near[-1]))
+        candidates = [folder / FILE_NAME for folder in Path(path).parents[:2]]
+        existing = [file for file in candidates if file.exists()]
+        return cls.load(existing[0] if existing else candidates[-1])
 
     @classmethod
     def load(cls, path: str | Path) -> Normaliser:
-        """Read a file of `save`. Raises PerceptError if it is missing or something else."""
-        if not Path(path).exists():
-            raise PerceptError(
-                f"The normaliser {path} is missing: run the training notebook of this run first."
-            )
+        """Read a file of `save`.
+
+        Raises:
+            PerceptError: if it is missing or something else.
+        """
+        path = require_file(path, "normaliser", "run the training notebook of this run first")
         try:
             with safe_open(path, framework="np") as file:
-                # noqa: SIM118 (the file is no dict)
-                tensors, told = (
-                    {key: file.get_tensor(key) for key in file.keys()},
-                    file.metadata() or {},
-                )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
         except SafetensorError as error:
             raise PerceptError(
                 f"{path} is no safetensors file ({error}): run the training notebook of this run"
@@ -250,47 +223,108 @@ class Normaliser:
             raise PerceptError(
                 f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser."
             )
-        rois = tuple(name for name in told.get("rois", "").split(",") if name)
-        sessions, components, columns = (
-            tensors.get(name) for name in ("sessions", "components", "columns")
-        )
         return cls(
             tensors["mean"],
             tensors["std"],
-            sessions,
-            components,
-            columns,
-            rois,
-            int(told.get("n_voxels", 0)),
-            bool(told.get("masked")),
+            tensors.get("sessions"),
+            tensors.get("components"),
+            tensors.get("columns"),
+            tuple(name for name in metadata.get("rois", "").split(",") if name),
+            int(metadata.get("n_voxels", 0)),
+            bool(metadata.get("masked")),
         )
+
+
+def _group_training_rows(subject: Subject, sessions: np.ndarray | None) -> list[np.ndarray]:
+    """Rows of the training trials of each session, of all together where `sessions` is None.
+
+    Sessions with fewer than two training trials, such as those of test trials alone in GOD, are
+    given the training trials of all sessions: their own statistics would be those of the test set.
+    """
+    owner = f"Subject {subject.subj} of {subject.folder.name}"
+    is_train = (subject.trials["split"] == "train").to_numpy()
+    if not is_train.any():
+        raise PerceptError(f"{owner} has no training trials to fit a normaliser on.")
+    if is_train.sum() < 2:
+        raise PerceptError(f"{owner} has one training trial, too few for a z-score.")
+    all_rows = np.flatnonzero(is_train)
+    if sessions is None:
+        return [all_rows]
+    session = subject.trials["session"].to_numpy()
+    groups = [np.flatnonzero(is_train & (session == number)) for number in sessions]
+    small = [position for position, rows in enumerate(groups) if len(rows) < 2]
+    if small:
+        warnings.warn(
+            f"Sessions {sessions[small].tolist()[:10]} have fewer than two training trials: they"
+            " are z-scored with all training trials.",
+            stacklevel=3,
+        )
+    for position in small:
+        groups[position] = all_rows
+    return groups
+
+
+def _fit_moments(
+    betas: np.ndarray, groups: Sequence[np.ndarray], columns: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each group of rows, float64 (groups, selected).
+
+    The standard deviation of a constant voxel is 1, so that the voxel becomes 0.
+    """
+    moments = [compute_moments(betas, rows, columns) for rows in groups]
+    mean = np.stack([group_mean for group_mean, _ in moments])
+    std = np.stack([group_std for _, group_std in moments])
+    constant = std <= 1e-7 * np.abs(mean)
+    if constant.any():
+        warnings.warn(
+            f"{int(constant.any(0).sum())} of {mean.shape[1]} voxels do not vary over the"
+            " training trials of some session; they become 0.",
+            stacklevel=3,
+        )
+    std[constant] = 1.0
+    return mean, std
 
 
 def compute_moments(
     betas: np.ndarray, rows: np.ndarray, columns: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (of the population) over rows, float64 (voxels,), in blocks and
-    shifted by the first row; of some columns where they are given.
+    """Mean and standard deviation (of the population) over rows, in blocks.
+
+    Betas are shifted by the first row, so that squares of small numbers are added.
+
+    Args:
+        betas: (trials, voxels).
+        rows: of the trials to use.
+        columns: of the voxels to use, None for all.
+
+    Returns:
+        Both float64 (voxels,).
     """
-    chosen = slice(None) if columns is None else columns
-    shift = betas[rows[0]][chosen].astype(np.float64)
+    selection = slice(None) if columns is None else columns
+    shift = betas[rows[0]][selection].astype(np.float64)
     total, square = np.zeros_like(shift), np.zeros_like(shift)
     for start in range(0, len(rows), 256):
-        x = betas[rows[start : start + 256]][:, chosen].astype(np.float64) - shift
+        block = betas[rows[start : start + 256]][:, selection]
+        x = block.astype(np.float64) - shift
         total += x.sum(0)
         square += np.einsum("tv,tv->v", x, x)
     mean = total / len(rows)
-    return shift + mean, np.sqrt(np.maximum(square / len(rows) - mean**2, 0.0))
+    variance = np.maximum(square / len(rows) - mean**2, 0.0)
+    return shift + mean, np.sqrt(variance)
 
 
-def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: int) -> np.ndarray:
-    """First principal components of the z-scored training trials, each divided by its standard
-    deviation over them, float32 (voxels, components).
+def _fit_components(
+    subject: Subject, zscore: Normaliser, n_components: int, seed: int
+) -> np.ndarray:
+    """First principal components of the z-scored training trials, float32 (voxels, components).
 
-    All training trials are held once, in float32. Their mean is 0 already. The search is that of
-    Halko, Martinsson & Tropp 2011, with so many iterations that the variance kept is the most there
-    is also where the spectrum falls slowly (tests/test_data.py).
+    Each is divided by its standard deviation over these trials. All training trials are held once,
+    in float32. Their mean is 0 already. The search is that of Halko, Martinsson & Tropp 2011, with
+    so many iterations that the variance kept is the most there is also where the spectrum falls
+    slowly (tests/test_data.py).
     """
+    from sklearn.utils.extmath import randomized_svd
+
     size = (int((subject.trials["split"] == "train").sum()), zscore.n_features)
     if not 1 <= n_components <= min(size):
         raise PerceptError(
@@ -302,9 +336,11 @@ def _components(subject: Subject, zscore: Normaliser, n_components: int, seed: i
         z, n_components, n_oversamples=n_components + 10, n_iter=10, random_state=seed
     )  # axes (components, voxels)
     spread = (z @ axes.T).std(0, dtype=np.float64)
-    if empty := int((spread <= 1e-4 * spread.max()).sum()):
+    n_empty = int((spread <= 1e-4 * spread.max()).sum())
+    if n_empty:
         raise PerceptError(
             f"n_components is {n_components}, but the training trials vary in"
-            f" {n_components - empty} dimensions only: choose at most that."
+            f" {n_components - n_empty} dimensions only: choose at most that."
         )
-    return np.ascontiguousarray((axes / spread[:, None]).T.astype(np.float32))
+    scaled = (axes / spread[:, None]).T
+    return np.ascontiguousarray(scaled.astype(np.float32))

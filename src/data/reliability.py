@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -58,18 +60,26 @@ def estimate_noise_ceiling(
 
 
 def _compute_variances(
-    subject: Subject, groups: list[np.ndarray], normaliser: Normaliser
+    subject: Subject, groups: Sequence[np.ndarray], normaliser: Normaliser
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of signal and of noise of each voxel, each float64 (voxels,)."""
-    total, square, within = np.zeros((3, subject.n_features(normaliser)))
+    """Variance of signal and of noise of each voxel, each float64 (voxels,).
+
+    Args:
+        subject: a prepared subject.
+        groups: rows of the trials of each image.
+        normaliser: of the betas.
+    """
+    total, square, residual = np.zeros((3, subject.n_features(normaliser)))
     for start in range(0, len(groups), 64):
         chunk = groups[start : start + 64]
         sizes = np.array([len(rows) for rows in chunk])
+        starts = np.cumsum(sizes) - sizes
         betas = subject.get_betas(np.concatenate(chunk), normaliser).astype(np.float64)
-        means = np.add.reduceat(betas, np.cumsum(sizes) - sizes, axis=0) / sizes[:, None]
+        image_means = np.add.reduceat(betas, starts, axis=0) / sizes[:, None]
         total += betas.sum(0)
         square += (betas**2).sum(0)
-        within += ((betas - np.repeat(means, sizes, axis=0)) ** 2).sum(0)
+        residual += ((betas - np.repeat(image_means, sizes, axis=0)) ** 2).sum(0)
     n_trials = sum(map(len, groups))
-    noise = within / (n_trials - len(groups))
-    return np.maximum(square / n_trials - (total / n_trials) ** 2 - noise, 0.0), noise
+    noise = residual / (n_trials - len(groups))
+    variance = square / n_trials - (total / n_trials) ** 2
+    return np.maximum(variance - noise, 0.0), noise

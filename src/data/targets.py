@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from src.data.draws import choose_repeats
-from src.data.files import check_space, disk_errors, find_rows, gather_rows
+from src.data.files import Ids, check_space, disk_errors, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
 from src.utils import PerceptError, atomic, progress, read_json, same_features, write_json
 
+Encode = Callable[[np.ndarray], np.ndarray]
 
+
+# --------------------------------------------------------------------------------- reading targets
 class TargetCache:
     """Frozen targets of images, memory-mapped. Made by `cache_targets`.
 
@@ -35,21 +39,18 @@ class TargetCache:
         meta = read_json(folder / "meta.json")
         self.folder, self.shape, self.dtype = folder, tuple(meta["shape"]), np.dtype(meta["dtype"])
         self.parts = sorted(folder.glob("part-???.npy"))
-        place: dict[
-            int, tuple[int, int]
-        ] = {}  # image -> (part, row); a later part, made from newer pixels, wins
         crc = dict(zip(store.image_ids.tolist(), store.crc.tolist(), strict=True))
+        locations: dict[int, tuple[int, int]] = {}  # image -> (part, row)
         for number, part in enumerate(self.parts):
-            for row, (image, pixels) in enumerate(
-                np.load(_ids_file(part), allow_pickle=False).tolist()
-            ):
-                if crc.get(image) == pixels:
-                    place[image] = (number, row)
-        self.image_ids = np.array(sorted(place), dtype=np.int64)
-        self._place = np.array([place[i] for i in self.image_ids.tolist()], dtype=np.int64).reshape(
-            -1, 2
-        )
-        self._order = np.arange(len(self.image_ids))
+            stored = np.load(_ids_file(part), allow_pickle=False).tolist()
+            for row, (image, checksum) in enumerate(stored):
+                if crc.get(image) == checksum:
+                    locations[image] = (number, row)  # a later part, made from newer pixels, wins
+        images = sorted(locations)
+        self.image_ids = np.array(images, dtype=np.int64)
+        pairs = [locations[image] for image in images]
+        self._locations = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._order = np.arange(len(images))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -61,7 +62,7 @@ class TargetCache:
     def _maps(self) -> list[np.ndarray]:
         return [np.load(part, mmap_mode="r", allow_pickle=False) for part in self.parts]
 
-    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+    def check(self, image_ids: Ids) -> None:
         """Raise PerceptError if the target of one of these images is missing."""
         missing = np.setdiff1d(image_ids, self.image_ids)
         if len(missing):
@@ -70,23 +71,26 @@ class TargetCache:
                 f" {missing[0]}: make them with cache_targets."
             )
 
-    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def rows(self, image_ids: Ids) -> np.ndarray:
         """Targets by image id, (n, *shape) in the stored dtype.
 
-        Raises PerceptError for an image without one.
+        Raises:
+            PerceptError: for an image without one.
         """
         self.check(image_ids)
-        place = self._place[find_rows(self.image_ids, self._order, image_ids, str(self.folder))]
-        out = np.empty((len(place), *self.shape), self.dtype)
-        for number in np.unique(place[:, 0]):
-            mine = place[:, 0] == number
-            out[mine] = gather_rows(self._maps[number], place[mine, 1])
-        return out
+        positions = find_rows(self.image_ids, self._order, image_ids, str(self.folder))
+        part_numbers, rows = self._locations[positions].T
+        targets = np.empty((len(positions), *self.shape), self.dtype)
+        for number in np.unique(part_numbers):
+            in_part = part_numbers == number
+            targets[in_part] = gather_rows(self._maps[number], rows[in_part])
+        return targets
 
 
 class LatentFile:
-    """Latents of images that somebody else computed, a row an image, memory-mapped: `fMRI_VAE.npy`
-    of the course's NSD subset, for instance.
+    """Latents of images that somebody else computed, a row an image, memory-mapped.
+
+    `fMRI_VAE.npy` of the course's NSD subset, for instance.
 
     Args:
         path: .npy of floats (images, channels, h, w) or (images, 1, channels, h, w), already
@@ -106,31 +110,29 @@ class LatentFile:
                 f"{path} is no array of latents that can be read ({error}): give the .npy file, or"
                 " leave latents_file empty."
             ) from None
-        if self._array.dtype.kind != "f" or self._array.shape[1:] not in (
-            self.shape,
-            (1, *self.shape),
-        ):
+        row_shapes = (self.shape, (1, *self.shape))
+        if self._array.dtype.kind != "f" or self._array.shape[1:] not in row_shapes:
             expected = f"floats (images, {', '.join(map(str, self.shape))})"
             raise PerceptError(
                 f"{path} holds {self._array.dtype} {self._array.shape}, not {expected}: it is of"
                 " another autoencoder or of something else."
             )
 
-    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+    def check(self, image_ids: Ids) -> None:
         """Raise PerceptError if the latent of one of these images is missing."""
-        beyond = np.asarray(image_ids)[
-            (np.asarray(image_ids) < 0) | (np.asarray(image_ids) >= len(self._array))
-        ]
-        if len(beyond):
+        ids = np.asarray(image_ids)
+        missing = ids[(ids < 0) | (ids >= len(self._array))]
+        if len(missing):
             raise PerceptError(
-                f"{self.path} has {len(self._array)} rows, none for image {beyond[0]}: its rows"
+                f"{self.path} has {len(self._array)} rows, none for image {missing[0]}: its rows"
                 " have to be the images 0, 1, 2 and so on."
             )
 
-    def rows(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def rows(self, image_ids: Ids) -> np.ndarray:
         """Latents by image id, (n, channels, h, w)."""
         self.check(image_ids)
-        return np.asarray(self._array[np.asarray(image_ids, np.int64)]).reshape(-1, *self.shape)
+        latents = np.asarray(self._array[np.asarray(image_ids, np.int64)])
+        return latents.reshape(-1, *self.shape)
 
 
 class AugmentedTargets:
@@ -145,46 +147,76 @@ class AugmentedTargets:
     def __init__(self, versions: Sequence[TargetCache]):
         self.versions = list(versions)
 
-    def check(self, image_ids: Sequence[int] | np.ndarray) -> None:
+    def check(self, image_ids: Ids) -> None:
         """Raise PerceptError if a version of one of these images is missing."""
         for targets in self.versions:
             targets.check(image_ids)
 
     def rows(self, image_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Of each image the version that (seed, epoch, image) choose, (n, *shape) in the stored
-        dtype.
+        """Targets by image id, (n, *shape) in the stored dtype.
+
+        Each is of the version that (seed, epoch, image) choose.
         """
-        chosen = choose_repeats(
-            seed + 2, epoch, image_ids, np.full(len(image_ids), len(self.versions))
-        )
+        counts = np.full(len(image_ids), len(self.versions))
+        chosen = choose_repeats(seed + 2, epoch, image_ids, counts)
         first = self.versions[0]
-        out = np.empty((len(image_ids), *first.shape), first.dtype)
+        targets = np.empty((len(image_ids), *first.shape), first.dtype)
         for number in np.unique(chosen):
-            mine = chosen == number
-            out[mine] = self.versions[number].rows(np.asarray(image_ids)[mine])
-        return out
+            is_chosen = chosen == number
+            targets[is_chosen] = self.versions[number].rows(np.asarray(image_ids)[is_chosen])
+        return targets
 
 
 def _ids_file(part: Path) -> Path:
+    """File with the images of a part: int64 (images, 2), id and CRC-32 of the pixels."""
     return part.with_suffix(".ids")
+
+
+# ------------------------------------------------------------------------------- computing targets
+@dataclass(frozen=True)
+class _TargetEncoder:
+    """How targets are computed, and the form that they must have."""
+
+    encode: Encode
+    shape: tuple[int, ...]  # of one target
+    dtype: np.dtype
+    batch_size: int
+
+    def compute(self, images: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Targets of images (n, height, width, 3), checked, in the dtype to be stored."""
+        targets = np.asarray(self.encode(images))
+        expected = (len(ids), *self.shape)
+        if targets.shape != expected:
+            raise PerceptError(
+                f"The targets of {len(ids)} images have shape {targets.shape}, {expected} was"
+                " announced."
+            )
+        with np.errstate(over="ignore"):
+            targets = targets.astype(self.dtype)
+        finite = np.isfinite(targets.reshape(len(targets), -1)).all(1)
+        if not finite.all():
+            raise PerceptError(
+                f"The target of image {ids[~finite][0]} is not finite in {self.dtype}: encode in"
+                " float32, or store it with dtype='float32'."
+            )
+        return targets
 
 
 def cache_targets(
     dataset: str | Path,
     name: str,
     fingerprint: dict[str, Any],
-    image_ids: Sequence[int] | np.ndarray,
-    encode: Callable[[np.ndarray], np.ndarray],
+    image_ids: Ids,
+    encode: Encode,
     shape: Sequence[int],
     dtype: str = "float16",
     batch_size: int = 64,
 ) -> TargetCache:
-    """Targets of a frozen model, computed once for each image and stored under
-    data/<dataset>/targets/<name>-<hash>/.
+    """Compute the targets of a frozen model once for each image.
 
-    An interrupted run goes on where it stopped; images asked for later, or whose pixels have
-    changed since, are added as a further part. Processes that ask at once take turns: the first
-    computes, the others find the result.
+    They are stored under data/<dataset>/targets/<name>-<hash>/. An interrupted run goes on where it
+    stopped; images asked for later, or whose pixels have changed since, are added as a further
+    part. Processes that ask at once take turns: the first computes, the others find the result.
 
     Args:
         dataset: as for `open_subject`.
@@ -202,12 +234,8 @@ def cache_targets(
             not finite in `dtype`, or a full disk.
     """
     store = ImageStore(dataset_folder(dataset) / "images.h5")
-    meta = json.loads(
-        json.dumps(
-            {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype},
-            default=str,
-        )
-    )
+    record = {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype}
+    meta = json.loads(json.dumps(record, default=str))
     folder = dataset_folder(dataset) / "targets" / f"{name}-{hash_fingerprint(meta)}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, disk_errors(folder):
@@ -218,47 +246,23 @@ def cache_targets(
         targets = TargetCache(folder, store)
         missing = np.setdiff1d(image_ids, targets.image_ids)
         if len(missing):
-            _add_part(
-                folder, store, missing, encode, (len(missing), *shape), np.dtype(dtype), batch_size
-            )
+            encoder = _TargetEncoder(encode, tuple(shape), np.dtype(dtype), batch_size)
+            _add_part(folder, store, missing, encoder)
             targets = TargetCache(folder, store)
     return targets
-
-
-def hash_fingerprint(meta: dict[str, Any]) -> str:
-    """Name of a fingerprint without its golden features, whose last digits differ between devices."""
-    fingerprint = {name: value for name, value in meta["fingerprint"].items() if name != "golden"}
-    return hashlib.sha256(
-        json.dumps(meta | {"fingerprint": fingerprint}, sort_keys=True).encode()
-    ).hexdigest()[:12]
-
-
-def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> None:
-    """Refuse targets of another fingerprint, or of a model that gave other features than it gives
-    now.
-    """
-    if hash_fingerprint(stored) != hash_fingerprint(meta):
-        raise PerceptError(
-            f"{folder} was made with another fingerprint than its name says: delete it."
-        )
-    if not same_features(*(each["fingerprint"].get("golden", []) for each in (stored, meta))):
-        raise PerceptError(
-            f"{folder} was made by a model that no longer gives the same features: delete it, so"
-            " that the targets are made again."
-        )
 
 
 def cache_augmented_targets(
     dataset: str | Path,
     name: str,
     fingerprint: dict[str, Any],
-    image_ids: Sequence[int] | np.ndarray,
+    image_ids: Ids,
     encode: Callable[[np.ndarray, int], np.ndarray],
     shape: Sequence[int],
     views: int,
     **options: Any,
 ) -> AugmentedTargets:
-    """Targets of augmented images: `views` versions of each, computed once.
+    """Compute the targets of augmented images: `views` versions of each, once.
 
     Args:
         dataset, name, fingerprint, image_ids, shape, options: as for `cache_targets`; the
@@ -266,79 +270,86 @@ def cache_augmented_targets(
         encode: (uint8 images (batch, height, width, 3), seed) -> (batch, *shape); the seed is that
             of the version and of the pixels, so that a version is made again as it was.
         views: number of versions.
+
+    Raises:
+        PerceptError: for fewer than one version, and as `cache_targets`.
     """
-
-    def version(number: int) -> TargetCache:
-        def one(images: np.ndarray) -> np.ndarray:
-            return encode(images, zlib.crc32(images.tobytes(), number))
-
-        return cache_targets(
-            dataset, name, fingerprint | {"version": number}, image_ids, one, shape, **options
-        )
-
     if views < 1:
         raise PerceptError(
             f"{views} views of the targets {name} were asked for: choose at least 1."
         )
-    return AugmentedTargets([version(number) for number in range(views)])
+
+    def cache_version(number: int) -> TargetCache:
+        def encode_version(images: np.ndarray) -> np.ndarray:
+            return encode(images, zlib.crc32(images.tobytes(), number))
+
+        version = fingerprint | {"version": number}
+        return cache_targets(dataset, name, version, image_ids, encode_version, shape, **options)
+
+    return AugmentedTargets([cache_version(number) for number in range(views)])
 
 
-def _add_part(
-    folder: Path,
-    store: ImageStore,
-    ids: np.ndarray,
-    encode: Callable,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    batch_size: int,
-) -> None:
+def hash_fingerprint(meta: dict[str, Any]) -> str:
+    """Hash of a fingerprint without its golden features.
+
+    The last digits of those differ between devices.
+    """
+    fingerprint = {name: value for name, value in meta["fingerprint"].items() if name != "golden"}
+    text = json.dumps(meta | {"fingerprint": fingerprint}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> None:
+    """Refuse targets of another fingerprint, or of a model whose features have changed."""
+    if hash_fingerprint(stored) != hash_fingerprint(meta):
+        raise PerceptError(
+            f"{folder} was made with another fingerprint than its name says: delete it."
+        )
+    recorded, current = (part["fingerprint"].get("golden", []) for part in (stored, meta))
+    if not same_features(recorded, current):
+        raise PerceptError(
+            f"{folder} was made by a model that no longer gives the same features: delete it, so"
+            " that the targets are made again."
+        )
+
+
+def _add_part(folder: Path, store: ImageStore, ids: np.ndarray, encoder: _TargetEncoder) -> None:
     """Compute and store the targets of `ids` as the next part, going on with an interrupted one."""
-    known = np.stack(
-        [ids, store.crc[store.positions(ids)]], axis=1
-    )  # (images, 2): id and CRC of the pixels
+    checksums = store.crc[store.positions(ids)]
+    identities = np.stack([ids, checksums], axis=1)
     part = folder / f"part-{len(list(folder.glob('part-???.npy'))):03d}.npy"
     partial, state = part.with_suffix(".partial"), folder / "progress.json"
-    key, done = hashlib.sha256(known.tobytes()).hexdigest(), 0
-    if partial.exists() and state.exists() and read_json(state)["key"] == key:
-        done = read_json(state)["done"]
-    else:
-        check_space(folder, int(np.prod(shape)) * dtype.itemsize)
-    array = np.lib.format.open_memmap(
-        partial, "r+" if done else "w+", None if done else dtype, None if done else shape
-    )
-    starts, saved = range(done, len(ids), batch_size), done
+    key = hashlib.sha256(identities.tobytes()).hexdigest()
+    done = _count_done(partial, state, key)
+    array = _open_partial(partial, done, (len(ids), *encoder.shape), encoder.dtype)
+    n_saved = done
+    starts = range(done, len(ids), encoder.batch_size)
     for start in progress(starts, f"targets {folder.name}", len(starts)):
-        batch = ids[start : start + batch_size]
-        array[start : start + len(batch)] = _encoded(
-            encode, store.rows(batch), batch, shape[1:], dtype
-        )
-        if start + len(batch) - saved >= 8 * batch_size:
+        batch = ids[start : start + encoder.batch_size]
+        stop = start + len(batch)
+        array[start:stop] = encoder.compute(store.rows(batch), batch)
+        if stop - n_saved >= 8 * encoder.batch_size:
             array.flush()
-            saved = start + len(batch)
-            write_json(state, {"key": key, "done": saved})
+            n_saved = stop
+            write_json(state, {"key": key, "done": n_saved})
     array.flush()
     with atomic(_ids_file(part)) as temporary, open(temporary, "wb") as file:
-        np.save(file, known, allow_pickle=False)
+        np.save(file, identities, allow_pickle=False)
     os.replace(partial, part)
     state.unlink(missing_ok=True)
 
 
-def _encoded(
-    encode: Callable, images: np.ndarray, ids: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """What `encode` gives, checked, in the dtype to be stored."""
-    rows = np.asarray(encode(images))
-    if rows.shape != (len(ids), *shape):
-        raise PerceptError(
-            f"The targets of {len(ids)} images have shape {rows.shape}, {(len(ids), *shape)} was"
-            " announced."
-        )
-    with np.errstate(over="ignore"):
-        rows = rows.astype(dtype)
-    good = np.isfinite(rows.reshape(len(rows), -1)).all(1)
-    if not good.all():
-        raise PerceptError(
-            f"The target of image {ids[~good][0]} is not finite in {dtype}: encode in float32, or"
-            " store it with dtype='float32'."
-        )
-    return rows
+def _count_done(partial: Path, state: Path, key: str) -> int:
+    """Number of targets that an interrupted run of the same images has stored."""
+    if not partial.exists() or not state.exists():
+        return 0
+    content = read_json(state)
+    return int(content["done"]) if content["key"] == key else 0
+
+
+def _open_partial(path: Path, done: int, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """Open a part that was begun, or begin one where nothing of it is done."""
+    if done:
+        return np.lib.format.open_memmap(path, "r+")
+    check_space(path.parent, int(np.prod(shape)) * dtype.itemsize)
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)
