@@ -116,10 +116,10 @@ def test_only_the_region_that_the_decoder_reads_matters():
     drops, found, values = drops_of(regions, used)
     assert drops["LO"] > 0.1 and max(drops["V1"], drops["PPA"]) < 1e-6
     np.testing.assert_allclose(
-        found.without["similarity", "LO"], found.without["similarity", "all"], atol=1e-6
+        found.permuted["similarity", "LO"], found.permuted["similarity", "all"], atol=1e-6
     )
     np.testing.assert_allclose(
-        found.only["similarity", "LO"], found.intact["similarity"], atol=1e-6
+        found.isolated["similarity", "LO"], found.intact["similarity"], atol=1e-6
     )
     assert (
         np.abs(values[:, used]).max() > 0 and not values[:, np.setdiff1d(np.arange(10), used)].any()
@@ -248,7 +248,7 @@ def test_a_region_is_moved_as_one_and_draws_are_seeded():
         "rare": lambda found: found[:, 0].numpy(),
     }
     found = attribution.permutation_importance(
-        level, regions, scores, {"both": ["A", "B"]}, draws=2, fewer={"rare": 1}
+        level, regions, scores, {"both": ["A", "B"]}, draws=2, slow_draws={"rare": 1}
     )
     x = level.voxels
     intact, without_a = seen[0], seen[1]
@@ -258,11 +258,11 @@ def test_a_region_is_moved_as_one_and_draws_are_seeded():
     np.testing.assert_array_equal(
         without_a, np.stack([x[order, 0], x[:, 1], x[:, 2], x[order, 3]], 1)
     )
-    np.testing.assert_array_equal(found.without["rare", "A"], without_a[:, 0])
-    np.testing.assert_array_equal(found.without["one", "A"], (seen[1] + seen[2])[:, 0] / 2)
-    np.testing.assert_array_equal(found.only["one", "A"], x[:, 0])  # its own voxels stay
+    np.testing.assert_array_equal(found.permuted["rare", "A"], without_a[:, 0])
+    np.testing.assert_array_equal(found.permuted["one", "A"], (seen[1] + seen[2])[:, 0] / 2)
+    np.testing.assert_array_equal(found.isolated["one", "A"], x[:, 0])  # its own voxels stay
     again = attribution.permutation_importance(level, regions, scores, draws=2)
-    np.testing.assert_array_equal(again.without["one", "A"], found.without["one", "A"])
+    np.testing.assert_array_equal(again.permuted["one", "A"], found.permuted["one", "A"])
     with pytest.raises(PerceptError, match="at least once"):
         attribution.permutation_importance(level, regions, scores, draws=0)
 
@@ -452,9 +452,9 @@ def test_higher_areas_carry_the_meaning_and_early_areas_the_look(world):
     scores = {
         "low_level": {
             "latent": (
-                lambda found: attribution.SIMILARITIES["low_level"][1](
-                    found.flatten(1), true
-                ).numpy()
+                lambda found: (
+                    attribution.SIMILARITIES["low_level"].compute(found.flatten(1), true).numpy()
+                )
             )
         },
         "high_level": {

@@ -7,8 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from src.evaluation import report
+from src.evaluation.records import make_record, provenance, write_metrics
+from src.evaluation.report.gallery import FALLBACK
+from src.evaluation.report.page import DIRECTIONS
 from src.utils import read_json, write_json
 
 playwright = pytest.importorskip(
@@ -63,7 +67,7 @@ def page_file(tmp_path_factory, details):
             "a_run_with_quite_a_long_name-mini-subj01 alone": values + step / 2,
         }
         records.append(
-            records.make_record(
+            make_record(
                 name,
                 values,
                 baselines=floors,
@@ -74,14 +78,14 @@ def page_file(tmp_path_factory, details):
                 **common,
             )
         )
-    origin = records.provenance(
+    origin = provenance(
         "mindeye/mini",
         {"all": 1},
         [{"what": HOSTILE, "split": "val"}],
         alarms=["an alarm"],
         parameters={f"p{i}": "x" * 60 for i in range(9)},
     )
-    records.write_metrics(folder / "metrics.json", records, origin)
+    write_metrics(folder / "metrics.json", records, origin)
     content = read_json(folder / "metrics.json")
     content["tables"] = [
         {"title": "Wide", "note": "a note", "rows": [{f"column_{i}": 1 / 3 for i in range(14)}]}
@@ -95,12 +99,12 @@ def page_file(tmp_path_factory, details):
             "rank": 1 if details["hit"].iloc[i] else 2,
             "candidates": list(np.roll(ids, -i)[:8]),
         }
-        for direction in report.DIRECTIONS
+        for direction in DIRECTIONS
         for i in range(N)
     ]
     pd.DataFrame(found).to_parquet(folder / "retrieved.parquet")
     pictures = {row: torch.rand(N, 3, 32, 32) for row in ROWS}
-    report.Image.new("RGB", (900, 300), "red").save(folder / "umap.png")
+    Image.new("RGB", (900, 300), "red").save(folder / "umap.png")
     return report.write_report(folder, pictures, details, torch.rand(N, SAMPLES, 3, 32, 32))
 
 
@@ -269,7 +273,7 @@ def test_without_scripts_the_first_images_are_there(browser, page_file):
     opened = context.new_page()
     opened.goto(page_file.as_uri())
     assert (
-        opened.locator("#gallery noscript img").count() == report.FALLBACK * len(ROWS)
+        opened.locator("#gallery noscript img").count() == FALLBACK * len(ROWS)
         and not opened.locator(".controls").is_visible()
     )
     context.close()

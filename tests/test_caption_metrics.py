@@ -18,6 +18,7 @@ from src.evaluation.captions import (
     SentenceEncoder,
     embed_each_text,
     prepare_caption_metrics,
+    wordnet,
 )
 from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
 from src.evaluation.statistics import derangements
@@ -87,7 +88,7 @@ def test_rouge_is_the_f1_of_shared_words(name, n):
         )
         for s, wanted in PAIRS
     ]
-    np.testing.assert_allclose(CAPTION_METRICS[name].each(WANTED, SAID), expected, atol=1e-12)
+    np.testing.assert_allclose(CAPTION_METRICS[name].score(WANTED, SAID), expected, atol=1e-12)
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
@@ -95,7 +96,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
         max(f1(subsequence(s.split(), w.split()), len(s.split()), len(w.split())) for w in wanted)
         for s, wanted in PAIRS
     ]
-    np.testing.assert_allclose(CAPTION_METRICS["ROUGE-L"].each(WANTED, SAID), expected, atol=1e-12)
+    np.testing.assert_allclose(CAPTION_METRICS["ROUGE-L"].score(WANTED, SAID), expected, atol=1e-12)
 
 
 def bleu(pairs, n, smoothed):
@@ -126,7 +127,7 @@ def bleu(pairs, n, smoothed):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_bleu_is_papinenis_with_one_added_from_pairs_on(n):
     np.testing.assert_allclose(
-        CAPTION_METRICS[f"BLEU-{n}"].each(WANTED, SAID),
+        CAPTION_METRICS[f"BLEU-{n}"].score(WANTED, SAID),
         [bleu([pair], n, True) for pair in PAIRS],
         atol=1e-12,
     )
@@ -185,13 +186,13 @@ def cider_d(wanted, said):
 def test_cider_is_the_papers_cider_d(written):
     wanted, said = [five[:3] for five in written[:40]], [five[4] for five in written[1:41]]
     np.testing.assert_allclose(
-        CAPTION_METRICS["CIDEr"].each(wanted, said), cider_d(wanted, said), atol=1e-9
+        CAPTION_METRICS["CIDEr"].score(wanted, said), cider_d(wanted, said), atol=1e-9
     )
     np.testing.assert_allclose(
-        CAPTION_METRICS["CIDEr"].each(WANTED, SAID), cider_d(WANTED, SAID), atol=1e-9
+        CAPTION_METRICS["CIDEr"].score(WANTED, SAID), cider_d(WANTED, SAID), atol=1e-9
     )
     with pytest.raises(PerceptError, match="at least two images"):
-        CAPTION_METRICS["CIDEr"].each(WANTED[:1], SAID[:1])
+        CAPTION_METRICS["CIDEr"].score(WANTED[:1], SAID[:1])
 
 
 @needs_wordnet
@@ -215,20 +216,20 @@ def test_meteor_is_banerjees_and_lavies(said, wanted, shared, chunks):
         if shared
         else 0.0
     )
-    assert CAPTION_METRICS["METEOR"].each([wanted], [said])[0] == pytest.approx(expected)
+    assert CAPTION_METRICS["METEOR"].score([wanted], [said])[0] == pytest.approx(expected)
 
 
 @needs_wordnet
 def test_meteor_takes_the_reference_that_fits_best(written):
     one = np.stack(
         [
-            CAPTION_METRICS["METEOR"].each(
+            CAPTION_METRICS["METEOR"].score(
                 [five[k] for five in written], [five[3] for five in written]
             )
             for k in (0, 2)
         ]
     )
-    both = CAPTION_METRICS["METEOR"].each(
+    both = CAPTION_METRICS["METEOR"].score(
         [[five[0], five[2]] for five in written], [five[3] for five in written]
     )
     np.testing.assert_allclose(both, one.max(0))
@@ -253,13 +254,13 @@ def test_without_wordnet_meteor_is_left_out_and_nothing_takes_its_place(monkeypa
 
     monkeypatch.delenv("PERCEPT_WORDNET", raising=False)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    monkeypatch.setattr(captions, "WORDNET", tmp_path / "nowhere")
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", tmp_path / "nowhere")
     made, missing, _ = prepare_caption_metrics("METEOR,ROUGE-1", "mini")
     assert [m.name for m in made] == ["ROUGE-1"] and "apt-get install wordnet-base" in missing[
         "METEOR"
     ]
     with pytest.raises(PerceptError, match="METEOR needs WordNet"):
-        CAPTION_METRICS["METEOR"].each(WANTED, SAID)
+        CAPTION_METRICS["METEOR"].score(WANTED, SAID)
     monkeypatch.setenv("PERCEPT_WORDNET", str(tmp_path))
     with pytest.raises(PerceptError, match="holds no WordNet"):
         captions.find_wordnet_folder()
@@ -304,10 +305,10 @@ def test_identical_captions_score_the_most_and_shuffled_ones_less(ready, written
     wanted, said = [five[0] for five in written], [five[3] for five in written]
     order = next(derangements(len(said), 1, 0))
     for metric in ready:
-        own, same = metric.each(wanted, said), metric.each(wanted, wanted)
+        own, same = metric.score(wanted, said), metric.score(wanted, wanted)
         shuffled = metric.compare(metric.prepare(wanted), metric.prepare(said), pairing=order)
         np.testing.assert_allclose(
-            shuffled, metric.each([wanted[i] for i in order], said), atol=1e-6
+            shuffled, metric.score([wanted[i] for i in order], said), atol=1e-6
         )
         most = 10.0 if metric.name == "CIDEr" else 1.0
         np.testing.assert_allclose(
@@ -316,7 +317,7 @@ def test_identical_captions_score_the_most_and_shuffled_ones_less(ready, written
         assert (
             own.shape == (len(said),) and shuffled.mean() < 0.75 * own.mean() < own.mean() < most
         ), metric.name
-        assert metric.each(wanted, [""] * len(said)).mean() < shuffled.mean() + 0.1, (
+        assert metric.score(wanted, [""] * len(said)).mean() < shuffled.mean() + 0.1, (
             metric.name
         )  # an empty caption is no error, and worth nothing
 
@@ -324,8 +325,8 @@ def test_identical_captions_score_the_most_and_shuffled_ones_less(ready, written
 def test_several_references_are_at_least_as_kind_as_one(ready, written):
     said = [five[3] for five in written]
     for metric in ready:
-        one = metric.each([five[0] for five in written], said)
-        several = metric.each([[five[0], five[1]] for five in written], said)
+        one = metric.score([five[0] for five in written], said)
+        several = metric.score([[five[0], five[1]] for five in written], said)
         assert (several >= one - 1e-6).all() or metric.name.startswith(("BLEU", "CIDEr")), (
             metric.name
         )
@@ -345,14 +346,14 @@ def test_what_does_not_pair_up_is_refused(name):
         (WANTED, WANTED, "2 captions to be scored"),
     ):
         with pytest.raises(PerceptError, match=words):
-            metric.each(wanted, said)
+            metric.score(wanted, said)
     with pytest.raises(PerceptError, match="pairing of 2"):
         metric.compare(WANTED, captions.to_text_lists(SAID), pairing=[0, 1])
 
 
 def test_a_metric_without_its_network_says_so_and_names_are_checked():
     with pytest.raises(PerceptError, match="CLIP ViT-B/32, which it was not given"):
-        CAPTION_METRICS["CLIP-B text"].each(SAID, SAID)
+        CAPTION_METRICS["CLIP-B text"].score(SAID, SAID)
     with pytest.raises(PerceptError, match="caption_metrics names SPICE"):
         prepare_caption_metrics("SPICE", "mini")
     assert "one CLIP" in prepare_caption_metrics("CLIP-B text", "mini")[1]["CLIP-B text"]
@@ -370,7 +371,7 @@ def test_cosines_take_the_nearest_reference_and_look_at_each_sentence_once():
     metric = CAPTION_METRICS["Sentence"].through(embed_each_text(embed), "mini:")
     half = math.sqrt(0.5)
     np.testing.assert_allclose(
-        metric.each([["a", "b"], "b", "a"], ["c", "a", "a"]), [half, 0, 1], atol=1e-12
+        metric.score([["a", "b"], "b", "a"], ["c", "a", "a"]), [half, 0, 1], atol=1e-12
     )
     assert metric.name == "mini:Sentence" and sorted(asked) == [
         "a",
@@ -386,7 +387,7 @@ def test_the_twin_is_read_by_the_library_and_tells_contents_apart(written):
 
     encoder = SentenceEncoder("mini")
     theirs = SentenceTransformer(
-        encoder.place, local_files_only=True, model_kwargs={"dtype": torch.float32}
+        encoder.location, local_files_only=True, model_kwargs={"dtype": torch.float32}
     ).encode(SAID, show_progress_bar=False)
     np.testing.assert_allclose(encoder.embed(SAID), theirs, atol=1e-6)
     assert (
@@ -399,7 +400,7 @@ def test_the_twin_is_read_by_the_library_and_tells_contents_apart(written):
         "a blue ball in a forest",
         "a blue car in the city",
     ]
-    near, far, farther = metric.each(["a red ball in a forest"] * 3, said)
+    near, far, farther = metric.score(["a red ball in a forest"] * 3, said)
     assert near > 0.9 > far > farther + 0.2
     what = [miniworld.compose_image(SEED, i, "test") for i in range(len(written))]
     labels = np.array([[w.scene, w.objects[-1].category, w.objects[-1].colour] for w in what])
@@ -499,7 +500,9 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
     assert rouge["relative"]["low"] < rouge["relative"]["value"] < rouge["relative"]["high"]
     assert rouge["brain_ref"]["shuffled"] < rouge["brain_ref"]["value"] < rouge["img_ref"]["value"]
     corpus = captions.corpus_bleu_table(table, common, next(derangements(len(ids), 1, 0)))
-    shown = captions.format_caption_table(pd.concat([lines.reset_index(), corpus], ignore_index=True))
+    shown = captions.format_caption_table(
+        pd.concat([lines.reset_index(), corpus], ignore_index=True)
+    )
     assert [row["metric"] for row in shown] == [
         "ROUGE-L",
         "CIDEr",
@@ -509,7 +512,7 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
         "relative" not in row for row in shown[2:]
     )
     with pytest.raises(PerceptError, match="score 0"):
-        captions.relative(np.ones(4), np.zeros(4))
+        captions.relative_score(np.ones(4), np.zeros(4))
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from src import utils
 from src.evaluation import compare
-from src.evaluation.records import make_record
+from src.evaluation.records import add_results, make_record, provenance
 from src.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from src.pipeline import recipes, stages
 from src.utils import ROOT, PerceptError, write_json
@@ -73,7 +73,7 @@ def add_run(
                 test_set=test_set,
             )
         )
-    about = records.provenance(
+    about = provenance(
         "mindeye/mini",
         {"all": 0},
         [],
@@ -81,7 +81,7 @@ def add_run(
     )
     folder = home / "results" / name
     folder.mkdir(parents=True)
-    records.add_results(folder, "06_metrics", pd.concat(tables, ignore_index=True), records, about)
+    add_results(folder, "06_metrics", pd.concat(tables, ignore_index=True), records, about)
     if trained is not None:
         told = {
             "recipe": "mindeye/mini",

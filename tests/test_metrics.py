@@ -146,18 +146,18 @@ def test_bytes_and_views_are_compared_as_floats_are():
     images, recons = pictures(5, 40)
     as_bytes = (images * 255).round().to(torch.uint8)
     for name in ("pixcorr", "ssim", "ssim_columns"):
-        exact = METRICS[name].each(as_bytes.float() / 255, recons)
-        np.testing.assert_allclose(METRICS[name].each(as_bytes, recons.numpy()), exact)
+        exact = METRICS[name].score(as_bytes.float() / 255, recons)
+        np.testing.assert_allclose(METRICS[name].score(as_bytes, recons.numpy()), exact)
         np.testing.assert_allclose(
-            METRICS[name].each(
+            METRICS[name].score(
                 metrics.apply_resizing(as_bytes, "straight"), metrics.reorder_lazily(recons, np.arange(5))
             ),
             exact,
         )
         small = [torchvision_resize(x, [256, 256], antialias=False) for x in (images, recons)]
         np.testing.assert_allclose(
-            METRICS[name].each(*(metrics.apply_resizing(x, "published") for x in (images, recons))),
-            METRICS[name].each(*small),
+            METRICS[name].score(*(metrics.apply_resizing(x, "published") for x in (images, recons))),
+            METRICS[name].score(*small),
             atol=1e-6,
         )
     with pytest.raises(PerceptError, match="no resizing 'mine'"):
@@ -245,13 +245,13 @@ FEATURE_METRICS = [
 def test_every_metric_prefers_the_seen_image(metric):
     if metric.network:
         with pytest.raises(PerceptError, match=re.escape(metric.name) + ".*was not given"):
-            metric.each(*pictures(6))
+            metric.score(*pictures(6))
         metric = metric.through(embed)
     images, recons = pictures(6)
     features = {}
-    own = metric.each(images, recons, features)
+    own = metric.score(images, recons, features)
     assert own.shape == (6,) and metric.prepare in features
-    other = metric.each(images, recons.roll(1, 0), features)
+    other = metric.score(images, recons.roll(1, 0), features)
     sign = {"higher": 1, "lower": -1}[metric.better]
     assert sign * own.mean() > sign * other.mean()
     assert (
@@ -304,4 +304,4 @@ def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_vie
     assert calls == [4]  # one look for both questions, none at the shown images
     shuffled = table[(table["row"] == "shuffled") & (table["metric"] == "judge:size")]
     assert len(shuffled) == 4 and shuffled["value"].mean() == 0.5
-    assert (light.each(images, images) == [1, 0, 1, 1]).all() and light.chance == 0.5
+    assert (light.score(images, images) == [1, 0, 1, 1]).all() and light.chance == 0.5

@@ -18,7 +18,10 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
-from src.evaluation import records, report
+from src.evaluation import report
+from src.evaluation.records import make_record, provenance, write_metrics
+from src.evaluation.report import widget
+from src.evaluation.report.chart import assign_marks, describe_reading, place_scores
 from src.utils import PerceptError, read_json, write_json
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -60,7 +63,7 @@ def score(values, floors, name="pixcorr", **change):
         "protocol": "mini",
         "test_set": "20-ab",
     }
-    return records.make_record(name, values, baselines=floors, **(options | change))
+    return make_record(name, values, baselines=floors, **(options | change))
 
 
 @pytest.fixture
@@ -90,14 +93,14 @@ def run(tmp_path):
         {"what": "<script>alert(1)</script>", "split": "val"},
         {"what": "sample", "chosen": "second order"},
     ]
-    origin = records.provenance(
+    origin = provenance(
         "a&b",
         {"training": 42},
         selection,
         alarms=["2 of 20 are <black>."],
         parameters={f"p{i}": i for i in range(9)},
     )
-    records.write_metrics(tmp_path / "metrics.json", records, origin)
+    write_metrics(tmp_path / "metrics.json", records, origin)
     tables = [
         {
             "title": "Pools <i>",
@@ -197,7 +200,7 @@ def test_reading_follows_the_direction(better):
     values = np.linspace(0.4, 0.6, 20)
     record = score(values, {"mean_image": values - 0.1}, better=better)
     expected = {"higher": "better than every floor", "lower": "worse than mean image"}
-    assert report._reading(record) == expected[better]
+    assert describe_reading(record) == expected[better]
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
@@ -210,7 +213,7 @@ def test_right_is_better_in_the_chart(better):
         better=better,
         chance=0.5,
     )
-    strip = report._strip(record)
+    strip = place_scores(record)
     assert (
         0
         <= strip["floors"]["mean_image"]["at"]
@@ -241,7 +244,7 @@ def test_every_floor_has_a_mark_of_its_own():
             )
         }
     }
-    looks = [(look["path"], look["colour"]) for look in report._marks([record]).values()]
+    looks = [(look["path"], look["colour"]) for look in assign_marks([record]).values()]
     assert len(set(looks)) == 6 and all(path for path, _ in looks)
 
 
@@ -266,7 +269,7 @@ def test_gallery_holds_every_picture(run, shown):
         4
     ] == pytest.approx(details["pixcorr"].iloc[4], rel=1e-5)
     for row, name in zip(data["rows"], ROWS, strict=True):
-        for uri, picture in zip(row["pictures"], pictures[name], strict=True):
+        for uri, picture in zip(row["images"], pictures[name], strict=True):
             kept = np.asarray(
                 Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")
             )
@@ -283,13 +286,13 @@ def test_gallery_holds_every_picture(run, shown):
 def test_only_the_first_images_of_a_large_set(run, shown):
     pictures, details, _ = shown
     page = report.write_report(
-        run, pictures | {"seen": torch.rand(20, 3, 300, 300)}, details, most=5
+        run, pictures | {"seen": torch.rand(20, 3, 300, 300)}, details, max_images=5
     )
     data = data_of(page)
     assert (
         "The first 5 of 20 test images, unselected." in page.read_text() and len(data["ids"]) == 5
     )
-    picture = Image.open(io.BytesIO(base64.b64decode(data["rows"][0]["pictures"][0].split(",")[1])))
+    picture = Image.open(io.BytesIO(base64.b64decode(data["rows"][0]["images"][0].split(",")[1])))
     assert picture.size == (256, 256)
 
 
@@ -350,7 +353,7 @@ def test_errors_are_one_sentence(run, shown, tmp_path):
             ),
             "ceiling",
         ),
-        (lambda: report.write_report(run, None, details), "without pictures"),
+        (lambda: report.write_report(run, None, details), "without images"),
         (lambda: report.gallery_widget({}, details), "needs the row 'seen'"),
     ):
         with pytest.raises(PerceptError, match=message):
@@ -361,7 +364,7 @@ def test_errors_are_one_sentence(run, shown, tmp_path):
 def test_widget_sorts_filters_and_turns_pages(shown):
     pictures, details, samples = shown
     sort, direction, which = (
-        (box := report.gallery_widget(pictures, details, samples, on_page=6).widget)
+        (box := report.gallery_widget(pictures, details, samples, page_size=6).widget)
         .children[0]
         .children
     )
@@ -397,7 +400,7 @@ def test_widget_without_ipywidgets_is_a_table(shown, monkeypatch):
 
 
 def test_live_widget_carries_both(shown, monkeypatch):
-    monkeypatch.setattr(report, "_is_live", lambda: True)
+    monkeypatch.setattr(widget, "_is_live", lambda: True)
     assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(
         report.gallery_widget(*shown)._repr_mimebundle_()
     )

@@ -274,17 +274,17 @@ def test_misaligned_rows_raise_an_alarm():
     images, recons = pictures(40)
     order = next(statistics.derangements(40, 1))
     metric = two_way_metric("two_way", embed)
-    good, ceiling = metric.each(images, recons), metric.each(images, images)
+    good, ceiling = metric.score(images, recons), metric.score(images, images)
     assert sanity.check_alignment(good, metrics.pixcorr(images, recons)) == []
     assert sanity.check_alignment(good, metrics.pixcorr(images, recons), oracle=ceiling) == []
     shuffled = recons[order]
-    scores = metric.each(images, shuffled), metrics.pixcorr(images, shuffled)
+    scores = metric.score(images, shuffled), metrics.pixcorr(images, shuffled)
     assert "misaligned" in sanity.check_alignment(*scores)[0]
     assert (
         "while true latents reach 100.0%: your rows are probably misaligned"
         in sanity.check_alignment(*scores, oracle=ceiling)[0]
     )
-    broken = sanity.check_alignment(*scores, oracle=metric.each(images, shuffled))
+    broken = sanity.check_alignment(*scores, oracle=metric.score(images, shuffled))
     assert len(broken) == 1 and "generator" in broken[0] and "misaligned" not in broken[0]
 
 

@@ -38,6 +38,11 @@ PUBLISHED = {  # our name -> the published one, in the published order
 FIRST_COLUMNS = ["Metric", "Value", "low", "high", "n"]
 
 
+def display_name(name: str) -> str:
+    """The name of a metric or condition for a reader."""
+    return name.replace("_", " ")
+
+
 def published_name(name: str) -> tuple[int, str]:
     """Place and name of one of our metrics in the published tables, whatever stands before or after
     its name; metrics that they do not have come last, unchanged.
