@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from library_pipelines import load_image_variation_pipeline, load_versatile_pipeline
 from PIL import Image
 from transformers import CLIPModel
 
@@ -91,7 +92,7 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
     """The published way: the dual network, mix ratio 0, text condition of zeros before the image
     tokens.
     """
-    pipeline = pretrained.load_versatile_pipeline("mini", dual=True)
+    pipeline = load_versatile_pipeline("mini", dual=True)
     for module in pipeline.image_unet.modules():
         if isinstance(module, DualTransformer2DModel):
             module.mix_ratio, module.condition_lengths, module.transformer_index_for_condition = (
@@ -113,7 +114,7 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
 
 
 def test_the_librarys_own_dual_pipeline_runs_on_the_miniature(images):
-    pipeline = pretrained.load_versatile_pipeline("mini", dual=True)
+    pipeline = load_versatile_pipeline("mini", dual=True)
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(
         prompt="a red ball on the sea",
@@ -147,7 +148,7 @@ def noise_for(generator, n, seed=0):
 
 def test_text_flow_equals_the_librarys_text_to_image_pipeline():
     ours = pretrained.VersatileDiffusionText("mini")
-    theirs = quiet(pretrained.load_versatile_pipeline("mini"), ours.scheduler)
+    theirs = quiet(load_versatile_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
     made = drawn(
         theirs.text_to_image,
@@ -163,7 +164,7 @@ def test_text_flow_equals_the_librarys_text_to_image_pipeline():
 
 
 def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(images, diffusion):
-    theirs = quiet(pretrained.load_versatile_pipeline("mini"), diffusion.scheduler)
+    theirs = quiet(load_versatile_pipeline("mini"), diffusion.scheduler)
     noise = noise_for(diffusion, 2)
     options = {"num_inference_steps": 6, "guidance_scale": 4.0}
     # the library's null image is a mid-grey one's tokens, ours zeros as in MindEye: without
@@ -184,7 +185,7 @@ def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(i
 
 def test_image_variation_equals_the_librarys_pipeline(images):
     ours = pretrained.ImageVariation("mini")
-    theirs = quiet(pretrained.load_image_variation_pipeline("mini"), ours.scheduler)
+    theirs = quiet(load_image_variation_pipeline("mini"), ours.scheduler)
     noise = noise_for(ours, 2)
     made = drawn(
         theirs,
