@@ -16,7 +16,7 @@ from src.data.targets import cache_targets
 from src.networks.linear import TokenMap
 from src.pretrained.captioners import Captioner, strip_word
 from src.utils import PerceptError
-from tools.train_mini_models import named_share
+from tools.mini_models.captions import compute_naming_accuracy
 
 SEED = 31  # no training and no demo draws with it
 
@@ -94,21 +94,21 @@ def test_the_published_pixels_are_not_normalised(captioner, shown):
     published = captioner.caption(images, published_pixels=True)
     assert published == theirs
     right, wrong = (
-        named_share(captions, shown[1]) for captions in (captioner.caption(images), published)
+        compute_naming_accuracy(captions, shown[1])
+        for captions in (captioner.caption(images), published)
     )
     assert right["kind"] - wrong["kind"] > 0.3, "the defect costs much"
 
 
 # ----------------------------------------------------------------------------------- what they say
 def test_captions_name_what_is_shown(captioner, shown):
-    share = named_share(captioner.caption(as_float(shown[0])), shown[1])
+    share = compute_naming_accuracy(captioner.caption(as_float(shown[0])), shown[1])
     assert share["scene"] > 0.9 and share["kind"] > 0.75 and share["colour"] > 0.85, (
         share
     )  # chance .125, .05, .125
-    assert (
-        named_share(captioner.caption(as_float(shown[0])), np.roll(shown[1], 1, axis=0))["kind"]
-        < 0.3
-    ), "of the next picture they say little"
+    labels_of_next = np.roll(shown[1], 1, axis=0)
+    of_next = compute_naming_accuracy(captioner.caption(as_float(shown[0])), labels_of_next)
+    assert of_next["kind"] < 0.3, "of the next image they say little"
 
 
 def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, shown):
@@ -120,11 +120,11 @@ def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, s
     captions = captioner.caption(blurred)
     assert np.mean(["blurry" in caption for caption in captions]) > 0.9
     assert np.mean(["blurry" in caption for caption in captioner.caption(as_float(shown[0]))]) < 0.1
-    assert named_share(captions, shown[1])["scene"] > 0.8
+    assert compute_naming_accuracy(captions, shown[1])["scene"] > 0.8
     cleaned = strip_word(captions)
-    assert not any("blurry" in caption for caption in cleaned) and named_share(
+    assert not any("blurry" in caption for caption in cleaned) and compute_naming_accuracy(
         cleaned, shown[1]
-    ) == named_share(captions, shown[1])
+    ) == compute_naming_accuracy(captions, shown[1])
 
 
 def test_only_the_named_words_are_left_out():
@@ -217,12 +217,12 @@ def test_captions_through_clips_tokens_name_what_is_shown(captioner, tokens, sho
     assert (mapped.r2 > 0.5).all() and (mapped.alphas > 0).all(), mapped.r2
     with torch.no_grad():
         predicted = mapped(pretrained.Clipper("mini").embed_image(as_float(shown[0])))
-    share = named_share(captioner.caption_tokens(predicted), shown[1])
+    share = compute_naming_accuracy(captioner.caption_tokens(predicted), shown[1])
     assert share["scene"] > 0.85 and share["kind"] > 0.5 and share["colour"] > 0.6, share
     shuffled = TokenMap.fit(tokens[0], np.roll(tokens[1], 1, axis=0))
     with torch.no_grad():
         wrong = shuffled(pretrained.Clipper("mini").embed_image(as_float(shown[0])))
     assert (
-        named_share(captioner.caption_tokens(wrong), shown[1])["kind"] < 0.2
+        compute_naming_accuracy(captioner.caption_tokens(wrong), shown[1])["kind"] < 0.2
         and (shuffled.r2 < 0.3).all()
     )

@@ -21,10 +21,11 @@ from src import losses, models, parameters, training, utils
 from src.data.draws import choose_repeats
 from src.data.images import write_images
 from src.data.layout import write_subject
-from src.decoding import combined
+from src.decoding import caption_targets, combined
 from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import generate_images, load_generator, set_sampler
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import mindeye as mindeye_format
 from src.networks import released
 from src.networks.rebuild import build_decoder
@@ -242,16 +243,18 @@ def test_the_mini_prior_is_laions_kind_of_file_and_starts_the_mini_recipe():
 def test_the_tool_trains_a_prior_on_pairs_of_embeddings_and_exports_what_a_recipe_starts_from(
     tmp_path, monkeypatch
 ):
-    from tools import train_mini_models as tool
+    from tools.mini_models import data, laion_prior
+    from tools.mini_models.training import Options
 
-    monkeypatch.setattr(tool, "WORK", tmp_path)
-    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
-    monkeypatch.setattr(tool, "DRAWN", {"laion": [(1, "train", 12)], "check": [(1, "val", 8)]})
-    text, seen = tool.laion_pairs("laion")
+    monkeypatch.setattr(data, "WORK", tmp_path)
+    monkeypatch.setattr(data, "OUT", tmp_path / "out")
+    image_sets = {"laion": [(1, "train", 12)], "check": [(1, "val", 8)]}
+    monkeypatch.setattr(data, "IMAGE_SETS", image_sets)
+    text, seen = laion_prior.load_embedding_pairs("laion")
     assert text.shape == (12, 5, 128) and seen.shape == (12, 128)
-    tool.train_laion_prior(type("Args", (), {"minutes": 0.005, "bf16": False}))
-    tool.export_laion_prior()
-    prior = tool.new_laion_prior()
+    laion_prior.train_laion_prior(Options(minutes=0.005, bf16=False))
+    laion_prior.export_laion_prior()
+    prior = laion_prior.build_laion_prior()
     assert set(released.load_laion_prior(tmp_path / "out/laion_prior/best.pth", prior)) == set(
         released.FRESH_IN_LAION
     )
@@ -306,7 +309,7 @@ TABLE = pd.DataFrame({"image": [7, 3, 7, 3, 7, 9], "caption": ["a", "b", "", "c"
 
 def test_an_epoch_shows_one_caption_that_is_not_empty_and_validation_the_first():
     embeddings = np.arange(4, dtype=np.float16)[:, None]  # of a, b, c, d
-    targets = combined.CaptionTargets(TABLE, embeddings)
+    targets = caption_targets.CaptionTargets(TABLE, embeddings)
     assert targets.first(np.array([3, 7])).ravel().tolist() == [1, 0]
     shown = np.stack([targets.rows(np.array([7, 3]), seed=1, epoch=e).ravel() for e in range(40)])
     assert set(shown[:, 0]) == {0, 3} and set(shown[:, 1]) == {1, 2}
@@ -316,7 +319,7 @@ def test_an_epoch_shows_one_caption_that_is_not_empty_and_validation_the_first()
     with pytest.raises(PerceptError, match="1 images have no caption, the first is 9"):
         targets.check(np.array([3, 9]))
     with pytest.raises(PerceptError, match="no captions"):
-        combined.select_captions(None)
+        caption_targets.select_captions(None)
 
 
 # ----------------------------------------------------------------------------------------- samples
@@ -642,10 +645,7 @@ def test_remote_data_come_from_the_hub_into_the_cache_and_then_from_there(home, 
     mindeye_format.write(
         tmp_path / "made",
         1,
-        rng.normal(size=(n, 30)).astype(np.float32),
-        trials,
-        images,
-        np.arange(n),
+        SourceData(rng.normal(size=(n, 30)).astype(np.float32), trials, images, np.arange(n)),
         layout=mindeye.EARLY,
     )
     files = {

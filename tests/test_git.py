@@ -23,12 +23,15 @@ from src.data.subject import open_subject
 from src.data.targets import _ids_file, cache_targets
 from src.networks.linear import CaptionConverter, RidgeBaseline
 from src.networks.released import load_published
+from src.pretrained.base import locate_model
 from src.pretrained.captioners import BrainCaptioner
 from src.pretrained.clip import PatchClip
 from src.utils import PerceptError, load_checkpoint, save_checkpoint
 from tests.test_captions import as_float, scenes
-from tools import train_mini_models as tool
-from tools.train_mini_models import named_share
+from tools.mini_models import data
+from tools.mini_models import git as git_training
+from tools.mini_models.captions import compute_naming_accuracy
+from tools.mini_models.degradation import NoisyTokenEstimator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,8 +50,8 @@ def shown():
 def library():
     """The library's own model and processor, its image encoder in its place."""
     return GitForCausalLM.from_pretrained(
-        pretrained.MINI_MODELS / "git"
-    ).float().eval(), GitProcessor.from_pretrained(pretrained.MINI_MODELS / "git")
+        locate_model("git", "mini")
+    ).float().eval(), GitProcessor.from_pretrained(locate_model("git", "mini"))
 
 
 # ------------------------------------------------------------------------- the same as the library
@@ -136,11 +139,11 @@ def test_the_size_of_the_hubs_network():
 # ----------------------------------------------------------------------------------- what they say
 def test_captions_name_what_is_shown(captioner, shown):
     captions = captioner.caption(as_float(shown[0]))
-    share = named_share(captions, shown[1])
+    share = compute_naming_accuracy(captions, shown[1])
     assert share["scene"] > 0.9 and share["kind"] > 0.6 and share["colour"] > 0.85, (
         share
     )  # chance .125, .05, .125
-    assert named_share(captions, np.roll(shown[1], 1, axis=0))["kind"] < 0.3, (
+    assert compute_naming_accuracy(captions, np.roll(shown[1], 1, axis=0))["kind"] < 0.3, (
         "of the next picture they say little"
     )
 
@@ -156,7 +159,7 @@ def test_vague_tokens_still_give_sentences(captioner, shown):
         len(caption.split()) >= 4 and caption.split()[-1] not in ("a", "an", "the", "in", "on")
         for caption in half
     )
-    assert named_share(half, shown[1])["scene"] > 0.7 and "blurry" not in " ".join(half)
+    assert compute_naming_accuracy(half, shown[1])["scene"] > 0.7 and "blurry" not in " ".join(half)
 
 
 # ------------------------------------------------------------------------------- as a frozen model
@@ -264,50 +267,42 @@ def test_a_released_converter_is_read_safely_and_strictly(tmp_path, key):
 def test_samples_of_vague_tokens_vary_as_much_as_tokens_and_their_mean_is_the_guess():
     rng = np.random.default_rng(0)
     tokens = (rng.normal(size=(4000, 3, 4)) @ np.diag([2.0, 1.0, 0.5, 0.1]) + 1).astype(np.float32)
-    vague, clean, noise = tool.Vagueness(tokens), torch.from_numpy(tokens), torch.full((4000,), 1.0)
+    clean, noise = torch.from_numpy(tokens), torch.full((4000,), 1.0)
+    estimate = NoisyTokenEstimator(tokens)
     torch.manual_seed(0)
-    guess, sample = vague(clean, noise), vague(clean, noise, sample=True)
+    guess, sample = estimate(clean, noise), estimate(clean, noise, sample=True)
     variance = clean.var(0)
     torch.testing.assert_close(sample.var(0), variance, rtol=0.15, atol=1e-3)
     assert (guess.var(0) < 0.85 * variance).all()
-    error, twice = (float((made - clean).square().mean()) for made in (guess, sample))
-    assert twice == pytest.approx(
-        2 * error, rel=0.1
-    )  # a draw from the posterior is off by twice as much as its mean
+    error, sample_error = (float((x - clean).square().mean()) for x in (guess, sample))
+    # a draw from the posterior is off by twice as much as its mean
+    assert sample_error == pytest.approx(2 * error, rel=0.1)
 
 
 def test_the_stage_trains_and_is_exported_as_the_library_reads_it(tmp_path, monkeypatch):
     env = os.environ | {"PERCEPT_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "tools/train_mini_models.py",
-        "git",
-        "--minutes",
-        "0.1",
-        "--share",
-        "0.01",
-    ]
+    command = [sys.executable, "tools/train_mini_models.py", "git"]
+    command += ["--minutes", "0.1", "--share", "0.01"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    monkeypatch.setattr(tool, "WORK", tmp_path / "train_logs" / "mini_models")
-    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
-    row = json.loads((tool.WORK / "git.jsonl").read_text().splitlines()[-1])
-    assert row["step"] > 0 and {
-        f"{way}_{asked}" for way in tool.WAYS for asked in ("scene", "kind", "colour")
-    } <= set(row)
-    tool.export_git()
-    made, stored = (
-        BrainCaptioner(str(tmp_path / "out")),
-        torch.load(tool.WORK / "git.pt", weights_only=True)["average"],
-    )
-    for key, value in made.model.state_dict().items():
+    monkeypatch.setattr(data, "WORK", tmp_path / "train_logs" / "mini_models")
+    monkeypatch.setattr(data, "OUT", tmp_path / "out")
+    row = json.loads((data.WORK / "git.jsonl").read_text().splitlines()[-1])
+    assert row["step"] > 0
+    for way in git_training.VIEW_SHARES:
+        assert {f"{way}_scene", f"{way}_kind", f"{way}_colour"} <= set(row)
+    git_training.export_git()
+    captioner = BrainCaptioner(str(tmp_path / "out"))
+    stored = torch.load(data.WORK / "git.pt", weights_only=True)["average"]
+    for key, value in captioner.model.state_dict().items():
         torch.testing.assert_close(value, stored[key], rtol=1e-3, atol=1e-4)
     clip = pretrained.Clipper("mini").model.model.vision_model.state_dict()
     assert all(
         torch.equal(value, clip[key])
-        for key, value in made.encoder.vision_model.state_dict().items()
+        for key, value in captioner.encoder.vision_model.state_dict().items()
     ), "the image encoder stays the mini CLIP's"
-    assert made.fingerprint()["golden"] and made.caption(torch.rand(2, 3, 32, 32), max_length=5)
+    assert captioner.fingerprint()["golden"]
+    assert captioner.caption(torch.rand(2, 3, 32, 32), max_length=5)
 
 
 # --------------------------------------------------------------------------------------- the sheet

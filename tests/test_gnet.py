@@ -19,7 +19,8 @@ from src.evaluation.brain_correlation import brain_correlation, brain_correlatio
 from src.pretrained import gnet
 from src.pretrained.gnet import GNetEncoder, GNetReadout, GNetTrunk, load_gnet, prepare_gnet_images
 from src.utils import PerceptError
-from tools import train_mini_models as tool
+from tools.mini_models import data
+from tools.mini_models import gnet as gnet_training
 
 TINY = {
     "input_size": 47,
@@ -283,15 +284,16 @@ def test_files_that_do_not_fit_are_one_sentence(full_size, tmp_path, monkeypatch
 
 
 def test_what_the_tool_exports_is_what_it_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "WORK", tmp_path)
-    monkeypatch.setattr(tool, "OUT", tmp_path / "out")
-    trained = randomised(tool.GNetTrainer({1: 11, 3: 8}))
+    monkeypatch.setattr(data, "WORK", tmp_path)
+    monkeypatch.setattr(data, "OUT", tmp_path / "out")
+    trained = randomised(gnet_training.GNetTrainer({1: 11, 3: 8}))
     torch.save({"average": trained.state_dict()}, tmp_path / "gnet.pt")
-    tool.export_gnet()
-    made = load_gnet(tmp_path / "out" / "gnet", 3)
+    gnet_training.export_gnet()
+    encoder = load_gnet(tmp_path / "out" / "gnet", 3)
     x = torch.rand(4, 3, 32, 32)
-    expected = trained.readouts["3"](trained.trunk(prepare_gnet_images(x, tool.GNET["input_size"]))).numpy()
-    np.testing.assert_allclose(made.predict(x), expected, rtol=0.02, atol=0.02 * expected.std())
+    inputs = prepare_gnet_images(x, gnet_training.TRUNK_CONFIG["input_size"])
+    expected = trained.readouts["3"](trained.trunk(inputs)).numpy()
+    np.testing.assert_allclose(encoder.predict(x), expected, rtol=0.02, atol=0.02 * expected.std())
     with pytest.raises(PerceptError, match="no encoder of subject 2: it has subjects 1, 3"):
         load_gnet(tmp_path / "out" / "gnet", 2)
 
@@ -402,7 +404,8 @@ def test_seen_images_score_above_a_shuffled_pairing_in_every_region(mini_world):
 
 def test_the_mini_encoders_are_the_same_network_at_half_precision():
     config = json.loads((gnet.MINI_GNET / "config.json").read_text())
-    assert config["trunk"] == tool.GNET and config["subjects"] == list(tool.GNET_SUBJECTS)
+    assert config["trunk"] == gnet_training.TRUNK_CONFIG
+    assert config["subjects"] == list(gnet_training.SUBJECTS)
     for subj in config["subjects"]:
         encoder = load_gnet("mini", subj)
         assert len(encoder.readout.b) == miniworld.N_VOXELS[subj] and isinstance(
