@@ -58,7 +58,10 @@ def _read_rows(rows: Any, at: slice | np.ndarray) -> Tensor:
         PerceptError: values that are not finite.
     """
     part = rows[at]
-    part = part.detach().cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+    if isinstance(part, Tensor):
+        part = part.detach().cpu()
+    else:
+        part = torch.from_numpy(np.array(part))
     if part.dtype == torch.uint8:
         return part.float() / 255
     if part.dtype not in (torch.float32, torch.float64):
@@ -116,9 +119,12 @@ def _check_images(images: Tensor) -> None:
             f"Images of shape {tuple(images.shape)} were given; pixel metrics expect (n, 3,"
             " height, width), floats in [0, 1] or bytes."
         )
-    if images.numel() and (images.min() < -TOLERANCE or images.max() > 1 + TOLERANCE):
+    if not images.numel():
+        return
+    low, high = images.min(), images.max()
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise PerceptError(
-            f"Image values run from {images.min():.6g} to {images.max():.6g}; pixel metrics"
+            f"Image values run from {low:.6g} to {high:.6g}; pixel metrics"
             " expect [0, 1]: clamp reconstructions, divide 8-bit images by 255."
         )
 
@@ -246,8 +252,9 @@ def two_way_each(real_features: Any, recon_features: Any, pairing: Any = None) -
             f"True features {tuple(real_features.shape[1:])} and reconstructed ones"
             f" {tuple(recon_features.shape[1:])} differ: both must come from the same network."
         )
-    rows = max(1, BLOCK // n_features)
-    blocks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    n_rows = max(1, BLOCK // n_features)
+    starts = range(0, n, n_rows)
+    blocks = [slice(start, min(start + n_rows, n)) for start in starts]
     moments = [_compute_moments(_read_rows(real_features, at).flatten(1)) for at in blocks]
     real = _RealFeatures(real_features, blocks, torch.cat(moments))
     counts = [_count_beaten(real, recon_features, at, order[at]) for at in blocks]
@@ -281,7 +288,8 @@ def _moments(rows: Any) -> Any:
 
 def _compute_moments(rows: Tensor) -> Tensor:
     """`_moments` of rows (n, features), on all cores."""
-    parts = np.array_split(rows.contiguous().numpy(), max(1, len(rows) // MOMENT_ROWS))
+    n_parts = max(1, len(rows) // MOMENT_ROWS)
+    parts = np.array_split(rows.contiguous().numpy(), n_parts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.from_numpy(np.concatenate(list(pool.map(_moments, parts))))
 
@@ -376,12 +384,12 @@ def _count_beaten(
     n_features = recon.shape[1]
     real_error = _relative_length(real.moments, n_features)[:, None]
     error = 4e-6 * real_error * _relative_length(recon_moments, n_features)
-    near = (correlation - target_correlation).abs() < error
-    near[:, recon_moments[:, 1] == 0] = False
-    near[real.moments[:, 1] == 0] = False
-    near[targets, columns] = True
-    for j in (near.sum(0) > 1).nonzero()[:, 0].tolist():
-        rivals = near[:, j].nonzero()[:, 0].numpy()
+    is_close = (correlation - target_correlation).abs() < error
+    is_close[:, recon_moments[:, 1] == 0] = False
+    is_close[real.moments[:, 1] == 0] = False
+    is_close[targets, columns] = True
+    for j in (is_close.sum(0) > 1).nonzero()[:, 0].tolist():
+        rivals = is_close[:, j].nonzero()[:, 0].numpy()
         exact = real.correlate_exactly(rivals, recon[j])
         target_exact = exact[int(np.flatnonzero(rivals == targets[j])[0])]
         # what differs by the rounding of double precision is a tie
@@ -465,7 +473,8 @@ def mse(images: Any, recons: Any, pairing: Any = None) -> np.ndarray:
     """
     parts = []
     for a, b in _iterate_pairs(images, recons, pairing):
-        parts.append((b.double() - a.double()).square().flatten(1).mean(1))
+        difference = b.double() - a.double()
+        parts.append(difference.square().flatten(1).mean(1))
     return torch.cat(parts).numpy()
 
 
@@ -486,8 +495,9 @@ def _score_pairs(
         recon = _read_rows(recons, at).float()
         _check_images(true)
         _check_images(recon)
-        pairs = zip(true.contiguous().numpy(), recon.contiguous().numpy(), strict=True)
-        return [compare(a, b) for a, b in pairs]
+        true_images = true.contiguous().numpy()
+        recon_images = recon.contiguous().numpy()
+        return [compare(a, b) for a, b in zip(true_images, recon_images, strict=True)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = list(pool.map(score_chunk, range(0, len(order), PIXEL_CHUNK)))
@@ -524,12 +534,14 @@ def _make_resizer(side: int, size: int, antialias: bool) -> _Resizer:
     last = side - (matrix[:, ::-1] != 0).argmax(1)
     n_taps = int((last - first).max())
     first = np.minimum(first, side - n_taps)
-    taps = np.stack([matrix[np.arange(size), first + t] for t in range(n_taps)])
+    new_pixels = np.arange(size)
+    taps = np.stack([matrix[new_pixels, first + t] for t in range(n_taps)])
     product = matrix.T @ matrix
     reach = max(o for o in range(side) if np.diagonal(product, o).any())
     bands = np.zeros((2 * reach + 1, side))
     for o in range(-reach, reach + 1):
-        bands[o + reach, max(0, -o) : side - max(0, o)] = np.diagonal(product, o)
+        pixels = slice(max(0, -o), side - max(0, o))
+        bands[o + reach, pixels] = np.diagonal(product, o)
     mean = matrix.mean(0)
     return _Resizer(
         first, taps.astype(np.float32), bands.astype(np.float32), mean.astype(np.float32)
@@ -621,7 +633,8 @@ def pixcorr(
     """
 
     def enlarge(image: np.ndarray) -> np.ndarray:
-        return resize(torch.from_numpy(image)[None], size, antialias)[0].contiguous().numpy()
+        enlarged = resize(torch.from_numpy(image)[None], size, antialias)
+        return enlarged[0].contiguous().numpy()
 
     def compare(x: np.ndarray, y: np.ndarray) -> float:
         if x.shape != y.shape:
@@ -636,7 +649,8 @@ def pixcorr(
 # scikit-image's weights of red, green and blue
 GREY = np.array([0.2125, 0.7154, 0.0721], np.float32)
 # a Gaussian of 1.5 pixels, cut at 3.5 of them, as scikit-image cuts it
-TAPS = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2).astype(np.float32)
+_OFFSETS = np.arange(-5, 6) / 1.5
+TAPS = np.exp(-0.5 * _OFFSETS**2).astype(np.float32)
 TAPS /= TAPS.sum()
 
 
@@ -653,7 +667,8 @@ def _grey(image: Any, weights: Any, first: Any, row_taps: Any, start: Any, colum
     red, green, blue = image[0], image[1], image[2]
     for i in range(height):
         for j in range(width):
-            line[j] = weights[0] * red[i, j] + weights[1] * green[i, j] + weights[2] * blue[i, j]
+            grey = weights[0] * red[i, j] + weights[1] * green[i, j]
+            line[j] = grey + weights[2] * blue[i, j]
         for t in range(len(column_taps)):
             for j in range(len(start)):
                 wide[i, j] += column_taps[t, j] * line[start[j] + t]

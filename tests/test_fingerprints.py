@@ -279,7 +279,7 @@ def test_a_change_makes_only_those_real_stages_old_that_run_it(tmp_path):
     assert "00_prepare_data" not in change("src/decoding/generate.py")
     assert "00_prepare_data" in change("src/readers/npz.py")
     assert change("src/utils.py") == set(stages)
-    assert change("src/evaluation/report.py") == set()
+    assert change("src/evaluation/report/page.py") == set()
 
 
 def test_the_fingerprints_of_a_recipe_are_quick():

@@ -158,4 +158,5 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a = a - a.mean(1, keepdims=True)
     b = b - b.mean(1, keepdims=True)
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return np.divide((a * b).sum(1), norm, out=np.zeros(len(a)), where=norm > 0)
+    correlation = np.zeros(len(a))
+    return np.divide((a * b).sum(1), norm, out=correlation, where=norm > 0)

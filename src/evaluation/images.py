@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> np.ndarray:
 
 
 def _split_numbers(path: Path) -> list[Any]:
-    """A sort key that puts recon_10 after recon_9: the parts of a file's name, digits as numbers."""
+    """A sort key that puts recon_10 after recon_9: parts of a file's name, digits as numbers."""
     parts = re.split(r"(\d+)", path.name)
     return [int(part) if part.isdigit() else part for part in parts]
 
@@ -118,7 +118,8 @@ def hash_pixels(images: Any) -> str:
     for start in range(0, len(images), CHUNK):
         part = torch.as_tensor(images[start : start + CHUNK])
         if part.dtype != torch.uint8:
-            part = (part.float() * 255).round().clamp(0, 255).to(torch.uint8)
+            part = (part.float() * 255).round().clamp(0, 255)
+            part = part.to(torch.uint8)
         digest.update(part.contiguous().numpy().tobytes())
     return f"{len(images)}-pixels-{digest.hexdigest()[:12]}"
 
@@ -130,7 +131,8 @@ def compute_mean_image(images: Any) -> Tensor:
     floats = apply_resizing(images, "straight")
     starts = range(0, len(images), CHUNK)
     total: Any = sum(floats[start : start + CHUNK].double().sum(0) for start in starts)
-    return (total / len(images)).float().expand(len(images), -1, -1, -1)
+    mean = (total / len(images)).float()
+    return mean.expand(len(images), -1, -1, -1)
 
 
 def find_most_similar(images: Any) -> np.ndarray:

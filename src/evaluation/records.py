@@ -4,8 +4,8 @@ are stored.
 - `score_table` scores a system and its controls on the same images; `make_records` summarises the
   table.
 - One format for all scores (`add_results`): `scores.parquet`, a row per stage, metric, condition,
-  image, sample and draw, and `metrics.json`, a record a metric. Every stage that scores adds its own
-  part and leaves that of the others.
+  image, sample and draw, and `metrics.json`, a record a metric. Every stage that scores adds its
+  own part and leaves that of the others.
 - A score is not written without its baselines ("floors" in metrics.json) and its upper bound
   ("ceiling").
 """
@@ -83,6 +83,8 @@ PACKAGES = (  # whose versions the provenance records
     "transformers",
     "diffusers",
 )
+
+Entry = dict[str, Any]  # of JSON: a record, a table, a choice
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -184,7 +186,7 @@ def make_record(
     protocol: str,
     test_set: str,
     **entries: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """One record of metrics.json from per-image values.
 
     Args:
@@ -204,7 +206,7 @@ def make_record(
         system.
     """
     values = check_values(values)
-    record: dict[str, Any] = {
+    record: Entry = {
         "name": name,
         **bootstrap_mean(values)._asdict(),
         "n": len(values),
@@ -234,7 +236,7 @@ def make_records(
     protocol: str,
     test_set: str,
     no_upper_bound: str = "",
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """Summarise a `score_table` into the records of metrics.json.
 
     Args:
@@ -267,10 +269,10 @@ def make_records(
         for name in BASELINES:
             if name in scores:
                 baselines[name] = scores[name] if name == "shuffled" else scores[name][:, 0]
-        others = {}
+        decoders = {}
         for name, values in scores.items():
             if name not in BASELINES:
-                others[name] = _compare_with_system(system, values[:, 0])
+                decoders[name] = _compare_with_system(system, values[:, 0])
         records.append(
             make_record(
                 metric.name,
@@ -283,7 +285,7 @@ def make_records(
                 chance=metric.chance,
                 description=metric.description,
                 source=metric.source,
-                others=others,
+                others=decoders,
             )
         )
     return records
@@ -298,15 +300,15 @@ def _pivot_conditions(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return scores
 
 
-def _compare_with_system(system: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+def _compare_with_system(system: np.ndarray, values: np.ndarray) -> Entry:
     """The score of another decoder, and the paired difference of the system to it."""
     score = bootstrap_mean(values)._asdict()
     return score | {"difference": paired_bootstrap(system, values)._asdict()}
 
 
 def provenance(
-    recipe: str, seeds: dict[str, int], selection: Sequence[dict[str, Any]], **entries: Any
-) -> dict[str, Any]:
+    recipe: str, seeds: dict[str, int], selection: Sequence[Entry], **entries: Any
+) -> Entry:
     """What a reader must know to repeat a table.
 
     Args:
@@ -346,9 +348,9 @@ def installed_version(package: str) -> str:
 # ------------------------------------------------------------------------------------------ writing
 def write_metrics(
     path: str | Path,
-    records: Sequence[dict[str, Any]],
-    provenance: dict[str, Any],
-    tables: Sequence[dict[str, Any]] = (),
+    records: Sequence[Entry],
+    provenance: Entry,
+    tables: Sequence[Entry] = (),
 ) -> None:
     """Write metrics.json: {"metrics": [one record a metric], "tables": [...], "provenance": {...}}.
 
@@ -363,7 +365,7 @@ def write_metrics(
     write_json(Path(path), _to_json(content))
 
 
-def _check_record(record: dict[str, Any]) -> None:
+def _check_record(record: Entry) -> None:
     missing = [key for key in REQUIRED if record.get(key) in (None, "")]
     if missing:
         raise PerceptError(
@@ -396,7 +398,7 @@ def _is_score(entry: Any) -> bool:
     return all(isinstance(number, float | int) and math.isfinite(number) for number in numbers)
 
 
-def _check_provenance(provenance: dict[str, Any]) -> None:
+def _check_provenance(provenance: Entry) -> None:
     missing = [key for key in ("recipe", "seeds", "selection") if key not in provenance]
     if missing:
         raise PerceptError(
@@ -419,9 +421,9 @@ def add_results(
     folder: str | Path,
     stage: str,
     scores: pd.DataFrame,
-    records: Sequence[dict[str, Any]],
-    provenance: dict[str, Any],
-    tables: Sequence[dict[str, Any]] = (),
+    records: Sequence[Entry],
+    provenance: Entry,
+    tables: Sequence[Entry] = (),
 ) -> None:
     """Add what a stage scored to the results of a run, in place of what it wrote there before;
     other stages' results stay.
@@ -461,7 +463,7 @@ def add_results(
 
 
 def _check_test_sets(
-    folder: Path, old_records: Iterable[dict[str, Any]], new_records: Iterable[dict[str, Any]]
+    folder: Path, old_records: Iterable[Entry], new_records: Iterable[Entry]
 ) -> None:
     before = {record["test_set"] for record in old_records}
     now = {record["test_set"] for record in new_records}
@@ -473,7 +475,7 @@ def _check_test_sets(
         )
 
 
-def _merge_provenance(old: dict[str, Any], new: dict[str, Any], stage: str) -> dict[str, Any]:
+def _merge_provenance(old: Entry, new: Entry, stage: str) -> Entry:
     """The provenance of a run with that of a stage: seeds and choices by stage, else the newest."""
     seeds = {f"{stage}: {purpose}": seed for purpose, seed in new["seeds"].items()}
     choices = _drop_stage(old.get("selection", []), stage)
@@ -486,16 +488,16 @@ def _merge_provenance(old: dict[str, Any], new: dict[str, Any], stage: str) -> d
     }
 
 
-def _mark_stage(entries: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+def _mark_stage(entries: Iterable[Entry], stage: str) -> list[Entry]:
     return [{**entry, "stage": stage} for entry in entries]
 
 
-def _drop_stage(entries: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+def _drop_stage(entries: Iterable[Entry], stage: str) -> list[Entry]:
     """Entries of other stages; those without a stage are of an earlier format and go."""
     return [entry for entry in entries if entry.get("stage") not in (stage, None)]
 
 
-def _sort_by_stage(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sort_by_stage(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry["stage"])
 
 

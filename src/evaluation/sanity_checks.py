@@ -43,7 +43,8 @@ class _PixelSummary:
         for start in range(0, n, CHUNK):
             pixels, finite = _read_pixels(recons[start : start + CHUNK])
             colour_spread = pixels.unflatten(1, (3, -1)).std(2).amax(1)
-            columns = [finite, pixels.amin(1), pixels.amax(1), pixels.std(1), colour_spread]
+            extremes = [pixels.amin(1), pixels.amax(1)]
+            columns = [finite, *extremes, pixels.std(1), colour_spread]
             rows.append(torch.stack(columns, 1))
             total = total + pixels.double().sum(0)
             square = square + pixels.double().square().sum(0)
@@ -96,7 +97,8 @@ def check_outputs(recons: Any) -> list[str]:
 
 def _name_images(mask: Tensor, n: int, problem: str) -> str:
     """A sentence that counts the images of a problem and names the first of them."""
-    first = ", ".join(str(i) for i in mask.nonzero()[:LISTED, 0].tolist())
+    positions = mask.nonzero()[:LISTED, 0].tolist()
+    first = ", ".join(map(str, positions))
     return f"{int(mask.sum())} of {n} reconstructions {problem} (first: {first})."
 
 

@@ -57,7 +57,8 @@ def percentile_interval(draws: Any) -> tuple[float, float]:
 
 def _draw_means(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """Means (n_boot,) of resamples of the images."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    n = len(values)
+    picks = np.random.default_rng(seed).integers(0, n, (n_boot, n))
     return values[picks].mean(1)
 
 
@@ -89,9 +90,11 @@ def paired_bootstrap(a: Any, b: Any, n_boot: int = 2000, seed: int = 0) -> Diffe
         )
     means = _draw_means(a - b, n_boot, seed)
     low, high = percentile_interval(means)
-    fewer = min((means <= 0).sum(), (means >= 0).sum())
-    p = 2 * (1 + fewer) / (1 + n_boot)
-    return Difference(float((a - b).mean()), low, high, float(min(p, 1.0)))
+    n_below = (means <= 0).sum()
+    n_above = (means >= 0).sum()
+    p = 2 * (1 + min(n_below, n_above)) / (1 + n_boot)
+    value = (a - b).mean()
+    return Difference(float(value), low, high, float(min(p, 1.0)))
 
 
 def permutation_p(
@@ -122,7 +125,8 @@ def permutation_p(
             f"Expected shuffled scores (n, draws) for n = {n} images, got shape {mismatched.shape}."
         )
     scores = np.column_stack([matched, mismatched])  # (n, 1 + draws)
-    pick = np.random.default_rng(seed).integers(0, scores.shape[1], (n_permutations, n))
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(0, scores.shape[1], (n_permutations, n))
     null = scores[np.arange(n), pick].mean(1)  # (n_permutations,)
     n_as_good = (null >= matched.mean() - 1e-12).sum()
     return float((1 + n_as_good) / (1 + n_permutations))

@@ -228,7 +228,8 @@ def t_interval(values: Any) -> tuple[float, float, float]:
     if len(values) > 1:
         quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
         half = quantile * stats.sem(values)
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+    mean = values.mean()
+    return float(mean), float(mean - half), float(mean + half)
 
 
 def select_complete_cells(table: pd.DataFrame, factor: str, cell: Sequence[str]) -> pd.DataFrame:
@@ -267,8 +268,9 @@ def level_table(table: pd.DataFrame, factor: str, seed: str, value: str = "value
     rows = []
     for level in means:
         of_level = means[level].dropna()
-        sd = float(of_level.std(ddof=1)) if len(of_level) > 1 else np.nan
-        rows.append([level, *t_interval(of_level), sd, len(of_level), int(n_runs[level])])
+        n_seeds = len(of_level)
+        sd = float(of_level.std(ddof=1)) if n_seeds > 1 else np.nan
+        rows.append([level, *t_interval(of_level), sd, n_seeds, int(n_runs[level])])
     return pd.DataFrame(rows, columns=[factor, "value", "low", "high", "sd", "seeds", "runs"])
 
 
@@ -297,14 +299,17 @@ def seed_sd(table: pd.DataFrame, factor: str, seed: str, value: str = "value") -
     one seed.
     """
     variances = average_by_seed(table, factor, seed, value).var(ddof=1)
-    return float(np.sqrt(variances.mean())) if variances.notna().any() else float("nan")
+    if not variances.notna().any():
+        return float("nan")
+    return float(np.sqrt(variances.mean()))
 
 
 def format_significant(number: float) -> str:
     """Two significant digits, without the zero before the point: .012, -.0031, 1.3."""
     places = 0
     if number != 0 and np.isfinite(number):
-        places = int(np.clip(1 - np.floor(np.log10(abs(number))), 0, 6))
+        magnitude = np.floor(np.log10(abs(number)))
+        places = int(np.clip(1 - magnitude, 0, 6))
     return re.sub(r"^(-?)0\.", r"\1.", f"{number:.{places}f}")
 
 

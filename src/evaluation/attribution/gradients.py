@@ -34,7 +34,8 @@ class Attribution(NamedTuple):
     @property
     def relative_error(self) -> float:
         """Mean absolute error of completeness as a share of the mean absolute change."""
-        return float(np.abs(self.error).mean() / max(np.abs(self.change).mean(), 1e-12))
+        mean_change = np.abs(self.change).mean()
+        return float(np.abs(self.error).mean() / max(mean_change, 1e-12))
 
 
 def integrated_gradients(level: Level, target: str = "seen", steps: int = 32) -> Attribution:

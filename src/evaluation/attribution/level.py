@@ -23,7 +23,9 @@ BATCH = 128  # images (times steps) that a decoder sees at a time
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson correlation of rows, (n, features) twice -> (n,)."""
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+    centred_a = a - a.mean(1, keepdim=True)
+    centred_b = b - b.mean(1, keepdim=True)
+    return F.cosine_similarity(centred_a, centred_b)
 
 
 class Similarity(NamedTuple):
@@ -87,7 +89,10 @@ class Level:
     def predict(self, voxels: np.ndarray) -> Tensor:
         """Predictions (n, ...), shaped as the truth, from voxels (n, selected)."""
         batches = np.array_split(voxels, max(1, -(-len(voxels) // BATCH)))
-        parts = [self.output(torch.as_tensor(batch, device=self.device)).cpu() for batch in batches]
+        parts = []
+        for batch in batches:
+            rows = torch.as_tensor(batch, device=self.device)
+            parts.append(self.output(rows).cpu())
         return torch.cat(parts).view(len(voxels), *self.truth.shape[1:])
 
 

@@ -68,8 +68,9 @@ def fit_probes(
 
 def _scale_tokens(tokens: Any) -> np.ndarray:
     """Tokens (n, ...) flat, of length sqrt(features), so that a feature is about 1; float32."""
-    flat = F.normalize(torch.as_tensor(tokens).detach().cpu().float().flatten(1), dim=1)
-    return (flat * flat.shape[1] ** 0.5).numpy()
+    flat = torch.as_tensor(tokens).detach().cpu().float().flatten(1)
+    unit = F.normalize(flat, dim=1)
+    return (unit * unit.shape[1] ** 0.5).numpy()
 
 
 def naming_score(probe: Probe, labels: Any) -> Score:

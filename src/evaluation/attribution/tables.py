@@ -44,8 +44,9 @@ def bootstrap_share(
     """
     n_images = values.shape[1]
     picks = np.random.default_rng(seed).integers(0, n_images, (n_boot, n_images))
-    means = np.stack([np.concatenate([[row.mean()], row[picks].mean(1)]) for row in values])
-    total = means.sum(0)  # (1 + n_boot,)
+    series = [np.append(row.mean(), row[picks].mean(1)) for row in values]
+    means = np.stack(series)  # (rows, 1 + n_boot)
+    total = means.sum(0)
     if total[0] <= 0 or percentile_interval(total[1:])[0] <= 0:
         return np.full(n_boot + 1, np.nan)
     return means[chosen].sum(0) / total
@@ -61,8 +62,9 @@ def _share_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     draws = a - b
     if not np.isfinite(draws).all():
         return Difference(np.nan, np.nan, np.nan, np.nan)
-    fewer = min((draws[1:] <= 0).sum(), (draws[1:] >= 0).sum())
-    p = 2 * (1 + fewer) / len(draws)
+    n_below = (draws[1:] <= 0).sum()
+    n_above = (draws[1:] >= 0).sum()
+    p = 2 * (1 + min(n_below, n_above)) / len(draws)
     return Difference(*_share_interval(draws), float(min(p, 1.0)))
 
 
@@ -102,8 +104,8 @@ def attribution_table(
     """Share of each region in the summed attribution (measure "attribution"), with intervals over
     images; columns as `importance_table`.
     """
-    # (regions, images)
-    sums = np.stack([attribution.values[:, voxels].sum(1) for voxels in regions.values()])
+    values = attribution.values
+    sums = np.stack([values[:, voxels].sum(1) for voxels in regions.values()])  # (regions, images)
     rows = []
     for i, (region, voxels) in enumerate(regions.items()):
         share = _share_interval(bootstrap_share(sums, np.arange(len(sums)) == i))

@@ -125,7 +125,8 @@ def relative_score(brain_img: Any, img_ref: Any, n_boot: int = 2000, seed: int =
             "The captions of the images score 0 against the references: nothing can be taken"
             " relative to that."
         )
-    picks = np.random.default_rng(seed).integers(0, len(a), (n_boot, len(a)))
+    n = len(a)
+    picks = np.random.default_rng(seed).integers(0, n, (n_boot, n))
     denominators = b[picks].mean(1)
     is_positive = denominators > 0
     ratios = a[picks].mean(1)[is_positive] / denominators[is_positive]

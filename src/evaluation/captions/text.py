@@ -68,10 +68,10 @@ def tokenize_words(text: str) -> list[str]:
     """
     nltk_tokenize = require_extra("nltk.tokenize", "captions")
     tokenizer = nltk_tokenize.NLTKWordTokenizer()
-    words: list[str] = []
+    tokens: list[str] = []
     for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
-        words += tokenizer.tokenize(sentence)
-    return words
+        tokens += tokenizer.tokenize(sentence)
+    return tokens
 
 
 def tokenize_lowercase(text: str) -> list[str]:

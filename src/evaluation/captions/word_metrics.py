@@ -50,7 +50,7 @@ def make_rouge(variant: str) -> Callable[..., np.ndarray]:
 
 
 def make_bleu(n: int) -> Callable[..., np.ndarray]:
-    """Sentence BLEU of 1 to n words, as a function of references, captions and a pairing -> (n,)."""
+    """Sentence BLEU of 1 to n words, a function of references, captions and a pairing -> (n,)."""
 
     def compare(references: Any, captions: Any, pairing: Any = None) -> np.ndarray:
         bleu_score = require_extra("nltk.translate.bleu_score", "captions")

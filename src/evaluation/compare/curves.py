@@ -90,8 +90,8 @@ def curves(runs: Sequence[ScoredRun], metrics: Sequence[str], by: str) -> pd.Dat
 
 def _is_usual(run: ScoredRun, by: str) -> bool:
     """Whether a training differs from the usual one in the parameter `by` at most."""
-    others = [name for name in (*SWEPT, "multi_subject") if name != by]
-    if any(run.training.get(name) for name in others):
+    usually_absent = [name for name in (*SWEPT, "multi_subject") if name != by]
+    if any(run.training.get(name) for name in usually_absent):
         return False
     return run.training.get("split", "images") == "images"
 

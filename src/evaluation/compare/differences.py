@@ -73,7 +73,8 @@ def _collect_entries(run: ScoredRun, metric: str) -> dict[str, dict[str, Any]]:
 
 def is_paired(a: pd.Series, b: pd.Series) -> bool:
     """Whether two series of scores (n,) are of the same images."""
-    return len(a) > 0 and len(a) == len(b) and set(a.index) == set(b.index)
+    has_scores = len(a) > 0 and len(a) == len(b)
+    return has_scores and set(a.index) == set(b.index)
 
 
 def paired_difference(a: pd.Series, b: pd.Series, seed: int = 0) -> Difference:

@@ -113,7 +113,8 @@ def read_runs(results: str | Path, runs: str = "") -> list[ScoredRun]:
         PerceptError: a named run has no scores, or nothing has.
     """
     results = Path(results)
-    names = list(dict.fromkeys(part.strip(" /") for part in runs.split(",") if part.strip(" /")))
+    parts = [part.strip(" /") for part in runs.split(",")]
+    names = list(dict.fromkeys(filter(None, parts)))
     by_name: dict[str, ScoredRun] = {}
     for pattern in names or ["*"]:
         matches = _read_matching(results, pattern)
@@ -158,7 +159,8 @@ def _read_run(folder: Path, name: str) -> ScoredRun | None:
     about = content["provenance"]
     tested = about.get("test_set")
     pixels = str(tested.get("pixels", "")) if isinstance(tested, dict) else ""
-    resizing = str(about.get("settings", {}).get("resizing", "")).split(":")[0]
+    settings = about.get("settings", {})
+    resizing = str(settings.get("resizing", "")).split(":")[0]
     return ScoredRun(name, records, scores, pixels, _read_training(folder), resizing)
 
 

@@ -99,8 +99,8 @@ class Table:
         """The lines of the runs and of their other decoders."""
         conditions = {}
         for run in runs:
-            others = [name for name in ("system", *run.decoders) if name != condition]
-            conditions[run.name] = [condition, *others]
+            further = [name for name in ("system", *run.decoders) if name != condition]
+            conditions[run.name] = [condition, *further]
         best = {metric: clear_best(runs, metric, conditions, seed) for metric in self.metrics}
         body = []
         for run in runs:
@@ -154,8 +154,8 @@ class Table:
             rows.append([label, *map(format_cell, line.cells)])
         for line in self._list_controls(ALL):
             rows.append([line.label, *map(format_cell, line.cells)])
-        text = pd.DataFrame(rows, columns=["", *self._list_heads(ALL)]).to_string(index=False)
-        return f"{text}\n{self.caption}"
+        table = pd.DataFrame(rows, columns=["", *self._list_heads(ALL)])
+        return f"{table.to_string(index=False)}\n{self.caption}"
 
     def _repr_html_(self) -> str:
         tables = "".join(self._format_html_block(block) for block in self._list_blocks())

@@ -12,6 +12,8 @@ from src.evaluation.report.labels import make_heading
 from src.evaluation.tables import display_name
 from src.figures.base import COLOURS, CONTROL_MARKS
 
+Record = Mapping[str, Any]  # of metrics.json
+
 STAGES = {  # headings, in the order of the page
     "06_metrics": "Reconstruction",
     "05_retrieve": "Retrieval",
@@ -41,7 +43,7 @@ UPPER_BOUNDS = ("ceiling", "noise_ceiling")
 ALPHA = 0.05
 
 
-def describe_reading(record: Mapping[str, Any]) -> str:
+def describe_reading(record: Record) -> str:
     """Whether a score beats its baselines, as a sentence."""
     sign = -1 if record["better"] == "lower" else 1
     names: dict[str, list[str]] = {
@@ -63,7 +65,7 @@ def describe_reading(record: Mapping[str, Any]) -> str:
     return "; ".join(parts) + pairing
 
 
-def assign_marks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def assign_marks(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Path, colour and label of every baseline that occurs; names without a mark of their own take
     the next free one.
     """
@@ -85,7 +87,7 @@ def assign_marks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, An
     return marks
 
 
-def _list_baselines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _list_baselines(records: Sequence[Record]) -> list[str]:
     """Names of all baselines of some records, in order of appearance."""
     names: dict[str, None] = {}
     for record in records:
@@ -93,16 +95,16 @@ def _list_baselines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
-def list_upper_bounds(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def list_upper_bounds(records: Sequence[Record]) -> list[str]:
     """Those of `UPPER_BOUNDS` that any record has."""
     return [key for key in UPPER_BOUNDS if any(_has_value(record, key) for record in records)]
 
 
-def _has_value(record: Mapping[str, Any], key: str) -> bool:
+def _has_value(record: Record, key: str) -> bool:
     return (record.get(key) or {}).get("value") is not None
 
 
-def get_chance(record: Mapping[str, Any]) -> float | None:
+def get_chance(record: Record) -> float | None:
     """The chance level of a score, where it is known and not a baseline already."""
     chance = record.get("chance")
     if not isinstance(chance, int | float) or not math.isfinite(chance):
@@ -128,19 +130,21 @@ class _Scale:
         share = (value - self.low) / (self.high - self.low)
         return round(100 * (1 - share if self.lower else share), 2)
 
-    def span(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    def span(self, entry: Record) -> dict[str, Any]:
         """Places of a value and of its interval, and both as text."""
-        left, right = sorted((self.place(entry["low"]), self.place(entry["high"])))
+        ends = (self.place(entry["low"]), self.place(entry["high"]))
         text = f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-        return {"at": self.place(entry["value"]), "from": left, "to": right, "text": text}
+        place = self.place(entry["value"])
+        return {"at": place, "from": min(ends), "to": max(ends), "text": text}
 
     def list_ticks(self) -> list[tuple[float, str]]:
-        ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
+        locator = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        ticks = locator.tick_values(self.low, self.high)
         inside = [tick for tick in ticks if self.low <= tick <= self.high]
         return [(self.place(tick), f"{round(tick, 6):g}") for tick in inside]
 
 
-def place_scores(record: Mapping[str, Any]) -> dict[str, Any]:
+def place_scores(record: Record) -> dict[str, Any]:
     """Where everything of one score stands in its strip, in percent from the left."""
     bounds = {key: record[key] for key in UPPER_BOUNDS if _has_value(record, key)}
     values = []
@@ -159,7 +163,7 @@ def place_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def group_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_records(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The records by stage with their strips: reconstruction, retrieval, then the others as they
     come.
     """
@@ -168,9 +172,10 @@ def group_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         row = {**record, "strip": place_scores(record), "subset": record["n"] != n_images}
         by_stage.setdefault(record.get("stage") or "", []).append(row)
-    order = list(STAGES)
+    stages = [stage for stage in STAGES if stage in by_stage]
+    stages += [stage for stage in by_stage if stage not in STAGES]
     groups = []
-    for stage in sorted(by_stage, key=lambda s: order.index(s) if s in STAGES else len(order)):
+    for stage in stages:
         rows = by_stage[stage]
         heading = STAGES.get(stage, make_heading(stage))
         groups.append({"heading": heading, "records": rows, "floors": _list_baselines(rows)})

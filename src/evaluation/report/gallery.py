@@ -43,7 +43,8 @@ IMAGE = Markup('<img src="{}" alt="{}" width="{}" style="height:auto">')
 
 def encode_images(images: Any, side: int = SIDE) -> list[str]:
     """Images (n, 3 or 1, height, width) in [0, 1] as data URIs of WebP, none larger than `side`."""
-    pixels = torch.nan_to_num(torch.as_tensor(images).detach().float().cpu()).clamp(0, 1)
+    floats = torch.as_tensor(images).detach().float().cpu()
+    pixels = torch.nan_to_num(floats).clamp(0, 1)
     colours = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (n, height, width, 3)
     array = (colours * 255).round().to(torch.uint8).numpy()
     # small samples may be many: they are stored with a loss that does not show, at a third of the
@@ -216,4 +217,8 @@ def order_images(
         return places
     values = gallery["scores"][score]["values"]
     sign = -1 if descending else 1
-    return sorted(places, key=lambda i: (values[i] is None, sign * (values[i] or 0.0), i))
+
+    def sort_key(i: int) -> tuple[bool, float, int]:
+        return values[i] is None, sign * (values[i] or 0.0), i
+
+    return sorted(places, key=sort_key)

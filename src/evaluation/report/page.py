@@ -13,6 +13,7 @@ from PIL import Image
 
 from src.evaluation.records import CONTROLS
 from src.evaluation.report.chart import (
+    Record,
     assign_marks,
     describe_reading,
     get_chance,
@@ -166,7 +167,7 @@ def _make_environment() -> Environment:
     return environment
 
 
-def _collect_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _collect_scores(records: Sequence[Record]) -> dict[str, Any]:
     """The section of scores: strips by stage, marks, and what the controls mean."""
     marks = assign_marks(records)
     controls = [*marks, "ceiling"]
@@ -179,7 +180,7 @@ def _collect_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _collect_origin(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+def _collect_origin(folder: Path, content: Record) -> dict[str, Any]:
     """Title, alarms, choices and provenance."""
     provenance = dict(content["provenance"])
     selection = provenance.pop("selection", [])
@@ -197,11 +198,12 @@ def _collect_origin(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _list_facts(records: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> list[str]:
+def _list_facts(records: Sequence[Record], provenance: Record) -> list[str]:
     """The line under the title; records of a subset of the images do not repeat their test set."""
     sizes: dict[tuple[str, str], set[int]] = {}
     for record in records:
-        sizes.setdefault((record["protocol"], record["test_set"]), set()).add(record["n"])
+        key = (record["protocol"], record["test_set"])
+        sizes.setdefault(key, set()).add(record["n"])
     facts = [f"recipe {provenance['recipe']}"]
     for (protocol, test_set), counts in sizes.items():
         largest = max(counts)
@@ -213,7 +215,7 @@ def _list_facts(records: Sequence[Mapping[str, Any]], provenance: Mapping[str, A
     return facts
 
 
-def _format_tables(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _format_tables(tables: Sequence[Record]) -> list[dict[str, Any]]:
     """Title, note, columns and rows of text of the further tables, of those that have rows."""
     formatted = []
     for table in tables:
