@@ -29,9 +29,12 @@ def captioner():
 def scenes(count, split, seed=SEED):
     """uint8 images (count, height, width, 3) and their labels (count, 3): scene, kind, colour."""
     what = [miniworld.compose_image(seed, i, split) for i in range(count)]
-    drawn = np.stack([miniworld.render_image(each, seed) for each in what])
-    return drawn, np.array(
-        [[each.scene, each.objects[-1].category, each.objects[-1].colour] for each in what]
+    rendered = np.stack([miniworld.render_image(composition, seed) for composition in what])
+    return rendered, np.array(
+        [
+            [composition.scene, composition.objects[-1].category, composition.objects[-1].colour]
+            for composition in what
+        ]
     )
 
 
@@ -40,91 +43,93 @@ def as_float(images):
 
 
 @pytest.fixture(scope="module")
-def shown():
+def samples():
     return scenes(64, "test")
 
 
 # ------------------------------------------------------------------------- the same as the library
-def test_captions_are_those_of_the_librarys_own_generate(captioner, shown):
+def test_captions_are_those_of_the_librarys_own_generate(captioner, samples):
     model = (
         BlipForConditionalGeneration.from_pretrained(pretrained.MINI_MODELS / "blip").float().eval()
     )
     processor = BlipProcessor.from_pretrained(pretrained.MINI_MODELS / "blip")
-    inputs = processor(images=list(shown[0]), return_tensors="pt")
-    theirs = processor.batch_decode(
+    inputs = processor(images=list(samples[0]), return_tensors="pt")
+    reference = processor.batch_decode(
         model.generate(**inputs, max_length=pretrained.MAX_LENGTH), skip_special_tokens=True
     )
-    images = as_float(shown[0])
-    assert captioner.caption(images) == theirs
-    assert captioner.caption_tokens(captioner.embed_image(images), batch_size=10) == theirs
+    images = as_float(samples[0])
+    assert captioner.caption(images) == reference
+    assert captioner.caption_tokens(captioner.embed_image(images), batch_size=10) == reference
     assert captioner.embed_image(images).shape == (64, *captioner.target_shape) == (64, 17, 128)
     beams = processor.batch_decode(
         model.generate(**inputs, max_length=8, num_beams=3), skip_special_tokens=True
     )
-    assert captioner.caption(images, max_length=8, num_beams=3) == beams != theirs
+    assert captioner.caption(images, max_length=8, num_beams=3) == beams != reference
 
 
 @pytest.mark.parametrize("side", [32, 20, 75])
 def test_pixels_are_those_of_the_librarys_processor(captioner, side):
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    theirs = BlipProcessor.from_pretrained(pretrained.MINI_MODELS / "blip")(
+    reference = BlipProcessor.from_pretrained(pretrained.MINI_MODELS / "blip")(
         images=[image], return_tensors="pt"
     )["pixel_values"]
-    ours = captioner.preprocess(as_float(image[None]))
-    assert ours.shape == theirs.shape == (1, 3, 32, 32)
+    result = captioner.preprocess(as_float(image[None]))
+    assert result.shape == reference.shape == (1, 3, 32, 32)
     torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=1e-5 if side == 32 else 0.023
+        result, reference, rtol=0, atol=1e-5 if side == 32 else 0.023
     )  # theirs is rounded to whole values, twice
 
 
-def test_the_published_pixels_are_not_normalised(captioner, shown):
-    images = as_float(shown[0])
+def test_the_published_pixels_are_not_normalised(captioner, samples):
+    images = as_float(samples[0])
     assert torch.equal(
         captioner.preprocess(images, published_pixels=True),
-        torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
+        torch.from_numpy(samples[0]).permute(0, 3, 1, 2).float(),
     )
     model = (
         BlipForConditionalGeneration.from_pretrained(pretrained.MINI_MODELS / "blip").float().eval()
     )
     ids = model.generate(
-        pixel_values=torch.from_numpy(shown[0]).permute(0, 3, 1, 2).float(),
+        pixel_values=torch.from_numpy(samples[0]).permute(0, 3, 1, 2).float(),
         max_length=pretrained.MAX_LENGTH,
     )
-    theirs = captioner.processor.batch_decode(ids, skip_special_tokens=True)
+    reference = captioner.processor.batch_decode(ids, skip_special_tokens=True)
     published = captioner.caption(images, published_pixels=True)
-    assert published == theirs
-    right, wrong = (
-        compute_naming_accuracy(captions, shown[1])
+    assert published == reference
+    right, mistaken = (
+        compute_naming_accuracy(captions, samples[1])
         for captions in (captioner.caption(images), published)
     )
-    assert right["kind"] - wrong["kind"] > 0.3, "the defect costs much"
+    assert right["kind"] - mistaken["kind"] > 0.3, "the defect costs much"
 
 
 # ----------------------------------------------------------------------------------- what they say
-def test_captions_name_what_is_shown(captioner, shown):
-    share = compute_naming_accuracy(captioner.caption(as_float(shown[0])), shown[1])
+def test_captions_name_what_is_shown(captioner, samples):
+    share = compute_naming_accuracy(captioner.caption(as_float(samples[0])), samples[1])
     assert share["scene"] > 0.9 and share["kind"] > 0.75 and share["colour"] > 0.85, (
         share
     )  # chance .125, .05, .125
-    labels_of_next = np.roll(shown[1], 1, axis=0)
-    of_next = compute_naming_accuracy(captioner.caption(as_float(shown[0])), labels_of_next)
+    labels_of_next = np.roll(samples[1], 1, axis=0)
+    of_next = compute_naming_accuracy(captioner.caption(as_float(samples[0])), labels_of_next)
     assert of_next["kind"] < 0.3, "of the next image they say little"
 
 
-def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, shown):
+def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, samples):
     blurred = F.interpolate(
-        F.interpolate(as_float(shown[0]), (8, 8), mode="bilinear", antialias=True),
+        F.interpolate(as_float(samples[0]), (8, 8), mode="bilinear", antialias=True),
         (32, 32),
         mode="bicubic",
     ).clamp(0, 1)
     captions = captioner.caption(blurred)
     assert np.mean(["blurry" in caption for caption in captions]) > 0.9
-    assert np.mean(["blurry" in caption for caption in captioner.caption(as_float(shown[0]))]) < 0.1
-    assert compute_naming_accuracy(captions, shown[1])["scene"] > 0.8
+    assert (
+        np.mean(["blurry" in caption for caption in captioner.caption(as_float(samples[0]))]) < 0.1
+    )
+    assert compute_naming_accuracy(captions, samples[1])["scene"] > 0.8
     cleaned = strip_word(captions)
     assert not any("blurry" in caption for caption in cleaned) and compute_naming_accuracy(
-        cleaned, shown[1]
-    ) == compute_naming_accuracy(captions, shown[1])
+        cleaned, samples[1]
+    ) == compute_naming_accuracy(captions, samples[1])
 
 
 def test_only_the_named_words_are_left_out():
@@ -141,10 +146,10 @@ def test_only_the_named_words_are_left_out():
 
 
 # ------------------------------------------------------------------------------- as a frozen model
-def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
+def test_hidden_states_can_be_cached_as_targets(captioner, samples, tmp_path):
     from src.data.images import write_images
 
-    write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
+    write_images(tmp_path / "images.h5", samples[0][:6], np.arange(6))
     targets = cache_targets(
         tmp_path,
         "blip_tokens",
@@ -155,10 +160,10 @@ def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
     )
     rows = torch.from_numpy(targets.rows([4, 1]).astype(np.float32))
     torch.testing.assert_close(
-        rows, captioner.embed_image(as_float(shown[0][[4, 1]])), rtol=2e-3, atol=2e-3
+        rows, captioner.embed_image(as_float(samples[0][[4, 1]])), rtol=2e-3, atol=2e-3
     )
     assert len(ImageStore(tmp_path / "images.h5").image_ids) == 6
-    assert captioner.caption_tokens(rows) == captioner.caption(as_float(shown[0][[4, 1]]))
+    assert captioner.caption_tokens(rows) == captioner.caption(as_float(samples[0][[4, 1]]))
 
 
 def test_the_recorded_features_are_checked(captioner, tmp_path):
@@ -169,11 +174,11 @@ def test_the_recorded_features_are_checked(captioner, tmp_path):
     assert print_of == Captioner("mini").fingerprint()
 
 
-def test_half_precision_writes_nearly_the_same(captioner, shown):
+def test_half_precision_writes_nearly_the_same(captioner, samples):
     half = Captioner("mini", dtype=torch.bfloat16)
-    assert half.embed_image(as_float(shown[0][:2])).dtype == torch.bfloat16
-    same = np.array(half.caption(as_float(shown[0]))) == np.array(
-        captioner.caption(as_float(shown[0]))
+    assert half.embed_image(as_float(samples[0][:2])).dtype == torch.bfloat16
+    same = np.array(half.caption(as_float(samples[0]))) == np.array(
+        captioner.caption(as_float(samples[0]))
     )
     assert same.mean() > 0.7
 
@@ -199,9 +204,9 @@ def test_the_size_of_the_hubs_network():
     }
     with torch.device("meta"):
         model = BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config={}))
-    made = Captioner.__new__(Captioner)
-    made.config, made.size = model.config, 384
-    assert made.target_shape == (577, 1024)
+    captioner_shell = Captioner.__new__(Captioner)
+    captioner_shell.config, captioner_shell.size = model.config, 384
+    assert captioner_shell.target_shape == (577, 1024)
 
 
 # ------------------------------------------------------------------------------ from CLIP's tokens
@@ -212,17 +217,17 @@ def tokens(captioner):
     return pretrained.Clipper("mini").encode_pixels(images), captioner.encode_pixels(images)
 
 
-def test_captions_through_clips_tokens_name_what_is_shown(captioner, tokens, shown):
+def test_captions_through_clips_tokens_name_what_is_shown(captioner, tokens, samples):
     mapped = TokenMap.fit(*tokens)
     assert (mapped.r2 > 0.5).all() and (mapped.alphas > 0).all(), mapped.r2
     with torch.no_grad():
-        predicted = mapped(pretrained.Clipper("mini").embed_image(as_float(shown[0])))
-    share = compute_naming_accuracy(captioner.caption_tokens(predicted), shown[1])
+        predicted = mapped(pretrained.Clipper("mini").embed_image(as_float(samples[0])))
+    share = compute_naming_accuracy(captioner.caption_tokens(predicted), samples[1])
     assert share["scene"] > 0.85 and share["kind"] > 0.5 and share["colour"] > 0.6, share
     shuffled = TokenMap.fit(tokens[0], np.roll(tokens[1], 1, axis=0))
     with torch.no_grad():
-        wrong = shuffled(pretrained.Clipper("mini").embed_image(as_float(shown[0])))
+        unrelated = shuffled(pretrained.Clipper("mini").embed_image(as_float(samples[0])))
     assert (
-        compute_naming_accuracy(captioner.caption_tokens(wrong), shown[1])["kind"] < 0.2
+        compute_naming_accuracy(captioner.caption_tokens(unrelated), samples[1])["kind"] < 0.2
         and (shuffled.r2 < 0.3).all()
     )

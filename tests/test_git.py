@@ -42,7 +42,7 @@ def captioner():
 
 
 @pytest.fixture(scope="module")
-def shown():
+def samples():
     return scenes(64, "val")
 
 
@@ -55,45 +55,45 @@ def library():
 
 
 # ------------------------------------------------------------------------- the same as the library
-def test_captions_are_those_of_the_librarys_own_generate(captioner, library, shown):
+def test_captions_are_those_of_the_librarys_own_generate(captioner, library, samples):
     model, processor = library
-    pixels = processor(images=list(shown[0]), return_tensors="pt")["pixel_values"]
-    theirs = processor.batch_decode(
+    pixels = processor(images=list(samples[0]), return_tensors="pt")["pixel_values"]
+    reference = processor.batch_decode(
         model.generate(pixel_values=pixels, max_length=pretrained.MAX_LENGTH),
         skip_special_tokens=True,
     )
-    images = as_float(shown[0])
-    assert captioner.caption(images) == theirs and len(set(theirs)) > 30
+    images = as_float(samples[0])
+    assert captioner.caption(images) == reference and len(set(reference)) > 30
     assert (
         captioner.caption_tokens(captioner.embed_image(images))
         == captioner.caption_tokens(captioner.embed_image(images), batch_size=64)
-        == theirs
+        == reference
     )
     without_cache = model.generate(
         pixel_values=pixels, max_length=pretrained.MAX_LENGTH, use_cache=False
     )
-    assert processor.batch_decode(without_cache, skip_special_tokens=True) == theirs, (
+    assert processor.batch_decode(without_cache, skip_special_tokens=True) == reference, (
         "the tokens of the picture are kept from word to word"
     )
     beams = processor.batch_decode(
         model.generate(pixel_values=pixels, max_length=6, num_beams=3), skip_special_tokens=True
     )
-    assert captioner.caption(images, max_length=6, num_beams=3) == beams != theirs
+    assert captioner.caption(images, max_length=6, num_beams=3) == beams != reference
 
 
-def test_tokens_are_the_last_hidden_states_of_the_image_encoder(captioner, library, shown):
+def test_tokens_are_the_last_hidden_states_of_the_image_encoder(captioner, library, samples):
     model, processor = library
-    pixels = processor(images=list(shown[0][:5]), return_tensors="pt")["pixel_values"]
+    pixels = processor(images=list(samples[0][:5]), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        theirs = model.git.image_encoder(pixel_values=pixels).last_hidden_state
-    assert theirs.shape == (5, *captioner.target_shape) == (5, 17, 128)
+        reference = model.git.image_encoder(pixel_values=pixels).last_hidden_state
+    assert reference.shape == (5, *captioner.target_shape) == (5, 17, 128)
     torch.testing.assert_close(
-        captioner.embed_image(as_float(shown[0][:5])), theirs, rtol=1e-4, atol=1e-4
+        captioner.embed_image(as_float(samples[0][:5])), reference, rtol=1e-4, atol=1e-4
     )
 
 
-def test_no_picture_is_looked_at_when_tokens_are_given(captioner, shown, monkeypatch):
-    tokens = captioner.embed_image(as_float(shown[0][:6]))
+def test_no_picture_is_looked_at_when_tokens_are_given(captioner, samples, monkeypatch):
+    tokens = captioner.embed_image(as_float(samples[0][:6]))
     expected = captioner.caption_tokens(tokens)
     monkeypatch.setattr(captioner, "encoder", None)
     assert captioner.caption_tokens(tokens, batch_size=5) == expected
@@ -106,11 +106,11 @@ def test_no_picture_is_looked_at_when_tokens_are_given(captioner, shown, monkeyp
 @pytest.mark.parametrize("shape", [(32, 32), (20, 20), (75, 75), (75, 120)])
 def test_pixels_are_those_of_the_librarys_processor(captioner, library, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    theirs = library[1](images=[image], return_tensors="pt")["pixel_values"]
-    ours = captioner.preprocess(as_float(image[None]))
-    assert ours.shape == theirs.shape == (1, 3, 32, 32)
+    reference = library[1](images=[image], return_tensors="pt")["pixel_values"]
+    result = captioner.preprocess(as_float(image[None]))
+    assert result.shape == reference.shape == (1, 3, 32, 32)
     torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=1e-5 if shape == (32, 32) else 0.023
+        result, reference, rtol=0, atol=1e-5 if shape == (32, 32) else 0.023
     )  # theirs is rounded to whole values, twice
 
 
@@ -130,41 +130,43 @@ def test_the_size_of_the_hubs_network():
         model = GitForCausalLM(GitConfig(vision_config=vision))
         tokens = model.git.image_encoder(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state
     assert sum(p.numel() for p in model.parameters()) == 394_196_026
-    made = BrainCaptioner.__new__(BrainCaptioner)
-    made.config, made.size = model.config, 224
-    assert made.target_shape == tuple(tokens.shape[1:]) == (257, 1024)
+    captioner_shell = BrainCaptioner.__new__(BrainCaptioner)
+    captioner_shell.config, captioner_shell.size = model.config, 224
+    assert captioner_shell.target_shape == tuple(tokens.shape[1:]) == (257, 1024)
     assert pretrained.HUB["git"] == "microsoft/git-large-coco"
 
 
 # ----------------------------------------------------------------------------------- what they say
-def test_captions_name_what_is_shown(captioner, shown):
-    captions = captioner.caption(as_float(shown[0]))
-    share = compute_naming_accuracy(captions, shown[1])
+def test_captions_name_what_is_shown(captioner, samples):
+    captions = captioner.caption(as_float(samples[0]))
+    share = compute_naming_accuracy(captions, samples[1])
     assert share["scene"] > 0.9 and share["kind"] > 0.6 and share["colour"] > 0.85, (
         share
     )  # chance .125, .05, .125
-    assert compute_naming_accuracy(captions, np.roll(shown[1], 1, axis=0))["kind"] < 0.3, (
+    assert compute_naming_accuracy(captions, np.roll(samples[1], 1, axis=0))["kind"] < 0.3, (
         "of the next picture they say little"
     )
 
 
-def test_vague_tokens_still_give_sentences(captioner, shown):
-    known, tokens = (
+def test_vague_tokens_still_give_sentences(captioner, samples):
+    sentences, tokens = (
         torch.from_numpy(captioner.encode_pixels(images))
-        for images in (scenes(400, "train")[0], shown[0])
+        for images in (scenes(400, "train")[0], samples[0])
     )
-    mean = known.mean(0)
+    mean = sentences.mean(0)
     half = captioner.caption_tokens(mean + 0.5 * (tokens - mean))
     assert all(
         len(caption.split()) >= 4 and caption.split()[-1] not in ("a", "an", "the", "in", "on")
         for caption in half
     )
-    assert compute_naming_accuracy(half, shown[1])["scene"] > 0.7 and "blurry" not in " ".join(half)
+    assert compute_naming_accuracy(half, samples[1])["scene"] > 0.7 and "blurry" not in " ".join(
+        half
+    )
 
 
 # ------------------------------------------------------------------------------- as a frozen model
-def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
-    write_images(tmp_path / "images.h5", shown[0][:6], np.arange(6))
+def test_hidden_states_can_be_cached_as_targets(captioner, samples, tmp_path):
+    write_images(tmp_path / "images.h5", samples[0][:6], np.arange(6))
     targets = cache_targets(
         tmp_path,
         "git_tokens",
@@ -175,9 +177,9 @@ def test_hidden_states_can_be_cached_as_targets(captioner, shown, tmp_path):
     )
     rows = torch.from_numpy(targets.rows([4, 1]).astype(np.float32))
     torch.testing.assert_close(
-        rows, captioner.embed_image(as_float(shown[0][[4, 1]])), rtol=2e-3, atol=2e-3
+        rows, captioner.embed_image(as_float(samples[0][[4, 1]])), rtol=2e-3, atol=2e-3
     )
-    assert captioner.caption_tokens(rows) == captioner.caption(as_float(shown[0][[4, 1]]))
+    assert captioner.caption_tokens(rows) == captioner.caption(as_float(samples[0][[4, 1]]))
 
 
 def test_the_recorded_features_are_checked(captioner, monkeypatch):
@@ -191,13 +193,13 @@ def test_the_recorded_features_are_checked(captioner, monkeypatch):
         captioner.fingerprint()
 
 
-def test_half_precision_writes_nearly_the_same(captioner, shown):
+def test_half_precision_writes_nearly_the_same(captioner, samples):
     half = BrainCaptioner("mini", dtype=torch.bfloat16)
-    assert half.embed_image(as_float(shown[0][:2])).dtype == torch.bfloat16
+    assert half.embed_image(as_float(samples[0][:2])).dtype == torch.bfloat16
     assert (
         np.mean(
-            np.array(half.caption(as_float(shown[0])))
-            == np.array(captioner.caption(as_float(shown[0])))
+            np.array(half.caption(as_float(samples[0])))
+            == np.array(captioner.caption(as_float(samples[0])))
         )
         > 0.7
     )
@@ -250,14 +252,14 @@ def test_the_sizes_of_the_released_converters():
 
 @pytest.mark.parametrize("key", ["model_state_dict", "model", ""])
 def test_a_released_converter_is_read_safely_and_strictly(tmp_path, key):
-    theirs, ours = CaptionConverter(5, 6, 8, 7), CaptionConverter(5, 6, 8, 7)
-    state = theirs.state_dict()
+    reference, result = CaptionConverter(5, 6, 8, 7), CaptionConverter(5, 6, 8, 7)
+    state = reference.state_dict()
     torch.save(
         {"epoch": 8, key: state, "loss": np.float64(0.5)} if key else state, tmp_path / "epoch8.pth"
     )
-    load_published(tmp_path / "epoch8.pth", ours)
+    load_published(tmp_path / "epoch8.pth", result)
     assert all(
-        torch.equal(a, b) for a, b in zip(ours.state_dict().values(), state.values(), strict=True)
+        torch.equal(a, b) for a, b in zip(result.state_dict().values(), state.values(), strict=True)
     )
     with pytest.raises(PerceptError, match=r"does not fit CaptionConverter.*2 of another shape"):
         load_published(tmp_path / "epoch8.pth", CaptionConverter(5, 9, 8, 7))
@@ -309,16 +311,16 @@ def test_the_stage_trains_and_is_exported_as_the_library_reads_it(tmp_path, monk
 def test_sentences_stand_beneath_their_pictures():
     pictures = torch.rand(5, 3, 16, 16)
     plain = figures.plot_contact_sheet({"seen": pictures, "made": pictures}, n=4)
-    written = figures.plot_contact_sheet(
+    sheet_path = figures.plot_contact_sheet(
         {"seen": pictures, "made": pictures},
         n=4,
         captions={"brain": ["a red ball"] * 5, "image": ["a very long sentence " * 4] * 5},
     )
-    texts = [text.get_text() for text in written.axes[0].texts]
+    texts = [text.get_text() for text in sheet_path.axes[0].texts]
     assert sum(text.startswith("brain: a red ball\nimage: a very long") for text in texts) == 4
     assert (
-        written.get_size_inches()[0] == plain.get_size_inches()[0]
-        and written.get_size_inches()[1] > plain.get_size_inches()[1]
+        sheet_path.get_size_inches()[0] == plain.get_size_inches()[0]
+        and sheet_path.get_size_inches()[1] > plain.get_size_inches()[1]
     )
 
 
@@ -372,7 +374,7 @@ def run_of(home, name, tokens, config, **rows):
         config | {"model": stand_in.config},
     )
     true = tokens(seen)
-    made = {
+    predictions = {
         "seen": seen,
         "network": 0.8 * seen + 0.1,
         "low_level_network": 0.5 * seen + 0.25,
@@ -382,7 +384,7 @@ def run_of(home, name, tokens, config, **rows):
         "projected_network": true,
         "mean_image": seen.mean(0, True).expand_as(seen),
     } | {key: value(true) for key, value in rows.items()}
-    stored = {key: value.half().contiguous() for key, value in made.items()} | {
+    stored = {key: value.half().contiguous() for key, value in predictions.items()} | {
         "image_ids": torch.from_numpy(ids.astype(np.int64))
     }
     (home / "results" / name).mkdir(parents=True)
@@ -477,7 +479,7 @@ def test_the_captions_table_holds_what_brain_captioner_and_people_say(refined):
         > 0.9
     )  # its tokens were kept in half precision
     people = subject.captions.groupby("image")["caption"].agg(list)
-    assert [json.loads(some) for some in table["references"]] == [people[i] for i in ids] and table[
+    assert [json.loads(text) for text in table["references"]] == [people[i] for i in ids] and table[
         "reference"
     ].tolist() == [people[i][0] for i in ids]
     converter = CaptionConverter(16, 17, 128, 128)
@@ -531,14 +533,14 @@ def test_only_training_images_teach_the_converter(refined):
         for name in ("git_tokens", "patch_tokens")
         for part in (home / "data" / "mini" / "targets").glob(f"{name}-*/part-000.npy")
     ]
-    kept = {part: part.read_bytes() for part in parts}
-    assert len(kept) == 2
+    before_bytes = {part: part.read_bytes() for part in parts}
+    assert len(before_bytes) == 2
     try:
         for part in parts:
             rows, ids = np.load(part), np.load(_ids_file(part))[:, 0]
-            others = ~np.isin(ids, subject.image_ids("train"))
-            assert 0 < others.sum() < len(others)
-            rows[others] = 0
+            test_rows = ~np.isin(ids, subject.image_ids("train"))
+            assert 0 < test_rows.sum() < len(test_rows)
+            rows[test_rows] = 0
             np.save(part, rows)
         clip = PatchClip("mini", "ViT-B/32")
         run_of(
@@ -549,13 +551,13 @@ def test_only_training_images_teach_the_converter(refined):
         )
         assert launch(home, "--no-refine", model_name="wiped").returncode == 0
     finally:
-        for part, content in kept.items():
+        for part, content in before_bytes.items():
             part.write_bytes(content)
-    ours, theirs = (
+    result, reference = (
         load_file(home / "train_logs" / name / "caption_converter" / "last.safetensors")
         for name in ("run", "wiped")
     )
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(torch.equal(result[key], reference[key]) for key in result)
     histories = [
         pd.read_csv(home / "train_logs" / name / "caption_converter" / "history.csv")
         for name in ("run", "wiped")

@@ -35,7 +35,7 @@ NSD_VOXELS = {1: 15724, 2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 126
 
 
 def published_shapes(voxels):
-    """Of the layers as their authors describe them: convolution (out, in, side), norm (channels)."""
+    """Shapes as the authors describe the layers: convolution (out, in, side), norm (channels)."""
     convolutions = {
         "pre.conv1.0": (64, 3, 11),
         "pre.conv2.0": (192, 64, 5),
@@ -132,22 +132,22 @@ def readout_by_hand(state, maps):
         {k: v.double().numpy() for k, v in state.items()},
         [m.double().numpy() for m in maps],
     )
-    made = np.empty((len(maps[0]), len(state["b"])))
-    for i, v in np.ndindex(*made.shape):
+    responses = np.empty((len(maps[0]), len(state["b"])))
+    for i, v in np.ndindex(*responses.shape):
         pooled = []
         for k, features in enumerate(maps):
             field = np.exp(state[f"rf{k}"][v] - state[f"rf{k}"][v].max())
             field /= field.sum()
             pooled += [compress((field * compress(channel)).sum()) for channel in features[i]]
-        made[i, v] = np.dot(pooled, state["w"][v]) + state["b"][v]
-    return made
+        responses[i, v] = np.dot(pooled, state["w"][v]) + state["b"][v]
+    return responses
 
 
 def test_the_trunk_computes_what_its_layers_say():
     trunk, x = randomised(GNetTrunk(**TINY)), torch.rand(3, 3, 47, 47)
-    made, expected = trunk(x), trunk_by_hand(trunk.state_dict(), x, TINY["trunk_width"])
-    assert [tuple(m.shape[2:]) for m in made] == [(s, s) for s in trunk.sides]
-    for one, other in zip(made, expected, strict=True):
+    maps_of_trunk, expected = trunk(x), trunk_by_hand(trunk.state_dict(), x, TINY["trunk_width"])
+    assert [tuple(m.shape[2:]) for m in maps_of_trunk] == [(s, s) for s in trunk.sides]
+    for one, other in zip(maps_of_trunk, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -158,15 +158,17 @@ def test_the_readout_is_the_feature_weighted_receptive_field(monkeypatch, block)
     maps = [2 * torch.randn(3, 4, 5, 5), 2 * torch.randn(3, 3, 2, 2)]
     expected = readout_by_hand(readout.state_dict(), maps)
     np.testing.assert_allclose(readout(maps).numpy(), expected, rtol=1e-5, atol=1e-5)
-    some = torch.tensor([5, 0, 3])
-    np.testing.assert_allclose(readout(maps, some).numpy(), expected[:, some], rtol=1e-5, atol=1e-5)
+    chosen = torch.tensor([5, 0, 3])
+    np.testing.assert_allclose(
+        readout(maps, chosen).numpy(), expected[:, chosen], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("side", [227, 96])
 def test_images_are_prepared_as_published(side):
     images = torch.rand(2, 3, 60, 60)
-    made = prepare_gnet_images(images, side)
-    for image, one in zip(images, made, strict=True):
+    prepared = prepare_gnet_images(images, side)
+    for image, one in zip(images, prepared, strict=True):
         cut = np.floor(image.numpy().transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
         expected = (
             np.array(
@@ -303,29 +305,33 @@ def test_correlation_is_pearsons_across_the_voxels_of_a_region_for_each_image():
     rng = np.random.default_rng(0)
     predicted, measured = rng.normal(size=(2, 6, 40))
     masks = {"a": np.arange(40) < 25, "b": np.arange(40) % 3 == 0}
-    found = brain_correlation(torch.from_numpy(predicted), measured, masks)
-    assert list(found) == ["a", "b"]
+    correlations = brain_correlation(torch.from_numpy(predicted), measured, masks)
+    assert list(correlations) == ["a", "b"]
     for name, mask in masks.items():
         expected = [
             pearsonr(p[mask], m[mask]).statistic for p, m in zip(predicted, measured, strict=True)
         ]
-        np.testing.assert_allclose(found[name], expected, rtol=1e-10)
+        np.testing.assert_allclose(correlations[name], expected, rtol=1e-10)
     predicted[2] = 1.0
     assert brain_correlation(predicted, measured, masks)["a"][2] == 0
 
 
 def test_the_centred_one_takes_off_what_images_have_in_common():
     rng = np.random.default_rng(1)
-    common, own = 5 * rng.normal(size=300), rng.normal(size=(40, 300))
+    common, individual = 5 * rng.normal(size=300), rng.normal(size=(40, 300))
     predicted, measured = (
-        common + own + rng.normal(size=own.shape),
-        common + own + rng.normal(size=own.shape),
+        common + individual + rng.normal(size=individual.shape),
+        common + individual + rng.normal(size=individual.shape),
     )
     masks, shuffled = {"all": np.ones(300, bool)}, np.roll(np.arange(40), 1)
-    score = lambda order: brain_correlation(predicted[order], measured, masks)["all"].mean()  # noqa: E731
-    centred = lambda order: brain_correlation_centred(
-        predicted[order], measured, masks, common, common
-    )["all"].mean()  # noqa: E731
+
+    def score(order):
+        return brain_correlation(predicted[order], measured, masks)["all"].mean()
+
+    def centred(order):
+        scores = brain_correlation_centred(predicted[order], measured, masks, common, common)
+        return scores["all"].mean()
+
     assert score(np.arange(40)) > 0.9 and score(shuffled) > 0.85  # any image at all scores high
     assert 0.45 < centred(np.arange(40)) < 0.55 and abs(centred(shuffled)) < 0.05
 
@@ -352,9 +358,9 @@ def test_regions_are_found_under_the_names_of_every_reader():
             )
         )
 
-    found = mask("V1v", "V1d", "V2v", "V3d", "hV4", "FFA-1")
-    assert list(found) == ["nsd_general", "V1", "V2", "V3", "V4", "higher_vis"]
-    assert {n: list(np.flatnonzero(m)) for n, m in found.items()} == {
+    mask_of_regions = mask("V1v", "V1d", "V2v", "V3d", "hV4", "FFA-1")
+    assert list(mask_of_regions) == ["nsd_general", "V1", "V2", "V3", "V4", "higher_vis"]
+    assert {n: list(np.flatnonzero(m)) for n, m in mask_of_regions.items()} == {
         "nsd_general": list(range(8)),
         "V1": [0, 1],
         "V2": [2],
@@ -373,10 +379,10 @@ def mini_world():
     """60 test images, what subject 1's cortex says to them (a measurement of three repeats), and
     what the mini encoder predicts.
     """
-    everything = [miniworld.compose_image(77, i, "test") for i in range(60)]
-    images = np.stack([miniworld.render_image(what, 77) for what in everything])
+    compositions = [miniworld.compose_image(77, i, "test") for i in range(60)]
+    images = np.stack([miniworld.render_image(what, 77) for what in compositions])
     cortex, rng = miniworld.VisualCortex(1), np.random.default_rng(5)
-    signal, ceiling = cortex.respond(images, everything), cortex.voxels.noise_ceiling.to_numpy()
+    signal, ceiling = cortex.respond(images, compositions), cortex.voxels.noise_ceiling.to_numpy()
     measured = np.sqrt(ceiling) * signal + np.sqrt((1 - ceiling) / 3) * rng.standard_normal(
         signal.shape
     )

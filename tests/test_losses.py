@@ -1,4 +1,4 @@
-"""The losses: against what the published system computes, and against formulas written out by hand."""
+"""The losses: against the published system's values, and against formulas written out by hand."""
 
 import math
 
@@ -93,26 +93,28 @@ def test_gradients_are_the_published_ones(arrays):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_mixed_precision_does_not_touch_the_losses(dtype):
-    preds, targs, again = (x.to(dtype) for x in _vectors(16))
-    wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, again)]
+    preds, targs, augmented = (x.to(dtype) for x in _vectors(16))
+    wide = [x if dtype == torch.float64 else x.float() for x in (preds, targs, augmented)]
     for loss in (
         lambda p, t, a: mixco_nce(l2_normalize(p), l2_normalize(t), 0.006),
         lambda p, t, a: soft_clip_loss(preds=l2_normalize(p), targs=l2_normalize(t), temp=0.004),
-        lambda p, t, a: soft_cont_loss(l2_normalize(p), l2_normalize(t), l2_normalize(a), temp=0.075),
+        lambda p, t, a: soft_cont_loss(
+            l2_normalize(p), l2_normalize(t), l2_normalize(a), temp=0.075
+        ),
         lambda p, t, a: cosine_similarity(l2_normalize(p), l2_normalize(t)).sum(),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = loss(preds, targs, again)
+            value = loss(preds, targs, augmented)
         expected = loss(*wide)
-        assert found.dtype == expected.dtype == wide[0].dtype and torch.equal(found, expected)
+        assert value.dtype == expected.dtype == wide[0].dtype and torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("epochs, mixup_pct", [(240, 0.33), (60, 0.5)])
 def test_temperatures_are_the_published_schedule(arrays, epochs, mixup_pct):
     expected = arrays[f"soft_loss_temps_{epochs}_mix{mixup_pct}"].double()
-    found = cosine_anneal(0.004, 0.0075, epochs - int(mixup_pct * epochs))
+    schedule = cosine_anneal(0.004, 0.0075, epochs - int(mixup_pct * epochs))
     torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-8
+        torch.tensor(schedule, dtype=torch.float64), expected, rtol=1e-5, atol=1e-8
     )
 
 
@@ -136,11 +138,11 @@ def test_labels_sum_to_one_where_a_sample_is_its_own_partner():
     perm, betas = torch.tensor([0, 2, 1, 3]), torch.tensor([0.3, 0.8, 0.6, 1.0])
     labels = torch.tensor([[1, 0, 0, 0], [0, 0.8, 0.2, 0], [0, 0.4, 0.6, 0], [0, 0, 0, 1.0]])
     faithful = torch.tensor([[0.7, 0, 0, 0], [0, 0.8, 0.2, 0], [0, 0.4, 0.6, 0], [0, 0, 0, 0.0]])
-    for flag, wanted in ((False, labels), (True, faithful)):
+    for flag, expected_labels in ((False, labels), (True, faithful)):
         logits = preds @ targs.T / 0.2
         expected = (
             sum(
-                -(wanted * (logits - logits.logsumexp(axis, keepdim=True))).sum() / 4
+                -(expected_labels * (logits - logits.logsumexp(axis, keepdim=True))).sum() / 4
                 for axis in (0, 1)
             )
             / 2
@@ -153,10 +155,10 @@ def test_labels_sum_to_one_where_a_sample_is_its_own_partner():
 def test_without_fixed_points_faithful_and_ours_agree():
     preds, targs, _ = _vectors(6)
     perm, betas = torch.arange(6).roll(1), torch.rand(6)
-    ours, published = (
+    corrected, published = (
         mixco_nce(preds, targs, 0.1, perm, betas, faithful=flag) for flag in (False, True)
     )
-    torch.testing.assert_close(ours, published)
+    torch.testing.assert_close(corrected, published)
 
 
 def test_plain_nce_is_cross_entropy():

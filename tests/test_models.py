@@ -5,6 +5,8 @@ systems compute, and the ridge baseline.
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from src.networks.encoders import BrainNetwork
 from src.networks.linear import RidgeBaseline, TokenMap
 from src.networks.low_level import UPS_MODES, Voxel2StableDiffusionModel
 from src.networks.priors import DiffusionPriorNetwork, VersatileDiffusionPriorNetwork
+from src.networks.rebuild import build_decoder
 from src.networks.registry import MODELS, build_network, rename_published_keys
 from src.networks.transformer import CausalTransformer, RelativePositionBias
 from src.pipeline.dryrun import NSD_VOXELS
@@ -155,19 +158,20 @@ def test_no_published_network_is_forgotten(published):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_shapes_and_counts_are_the_published_ones(published, name):
-    network, wanted = _full_size(name), published[name]
+    network, expected_values = _full_size(name), published[name]
     state = {key: list(value.shape) for key, value in network.state_dict().items()}
     expected = {
         key: list(value.shape)
         for key, value in rename_published_keys(
-            {k: torch.empty(v, device="meta") for k, v in wanted["state"].items()}
+            {k: torch.empty(v, device="meta") for k, v in expected_values["state"].items()}
         ).items()
     }
-    assert state == expected and len(state) == wanted["n_state_entries"]
-    assert count_parameters(network) == wanted["params"]
-    if "trainable" in wanted:
+    assert state == expected and len(state) == expected_values["n_state_entries"]
+    assert count_parameters(network) == expected_values["params"]
+    if "trainable" in expected_values:
         assert (
-            sum(p.numel() for p in network.parameters() if p.requires_grad) == wanted["trainable"]
+            sum(p.numel() for p in network.parameters() if p.requires_grad)
+            == expected_values["trainable"]
         )
 
 
@@ -306,7 +310,9 @@ def test_parts_of_the_prior_network_compute_the_published_values(prior_network, 
 def test_relative_position_buckets_are_the_published_ones(golden):
     arrays = _tensors(golden / "mindeye" / "relpos_buckets.npz")
     bias = RelativePositionBias(1)
-    assert torch.equal(bias.assign_buckets(torch.arange(515)), arrays["bucket_of_distance_0_to_514"])
+    assert torch.equal(
+        bias.assign_buckets(torch.arange(515)), arrays["bucket_of_distance_0_to_514"]
+    )
     bias.relative_attention_bias.weight.data = torch.arange(32.0)[:, None]
     assert bias(515).double().sum() == arrays["full_515x516_sum"]
 
@@ -411,7 +417,7 @@ def test_dropping_draws_the_brain_first_and_nothing_for_0_and_1():
     network = VersatileDiffusionPriorNetwork(**TINY_PRIOR)
     image, brain, t = torch.randn(8, 5, 16), torch.randn(8, 5, 16), torch.arange(8)
     torch.manual_seed(0)
-    found = network(image, t, brain, brain_cond_drop_prob=0.5, image_cond_drop_prob=0.5)
+    result = network(image, t, brain, brain_cond_drop_prob=0.5, image_cond_drop_prob=0.5)
     torch.manual_seed(0)
     keep_brain, keep_image = torch.rand(8) < 0.5, torch.rand(8) < 0.5
     assert 0 < keep_brain.sum() < 8 and 0 < keep_image.sum() < 8
@@ -420,7 +426,7 @@ def test_dropping_draws_the_brain_first_and_nothing_for_0_and_1():
         network.null_image_embed.detach(),
     )
     state = torch.get_rng_state()
-    torch.testing.assert_close(found, network(image, t, brain))
+    torch.testing.assert_close(result, network(image, t, brain))
     network(image, t, brain, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -466,9 +472,9 @@ def test_prior_network_runs_in_half_precision(dtype):
     )
     expected = network(*inputs)
     with torch.autocast("cpu", dtype):
-        found = network(*inputs)
-    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
-    found.float().sum().backward()
+        result = network(*inputs)
+    assert (result.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    result.float().sum().backward()
 
 
 def test_gain_norm_has_the_published_epsilons():
@@ -530,9 +536,9 @@ def test_low_level_miniature_learns():
         ({"block_out_channels": [16, 32, 32]}, "32 groups"),
     ],
 )
-def test_low_level_refusals(wrong, message):
+def test_low_level_refusals(options, message):
     with pytest.raises(PerceptError, match=message):
-        Voxel2StableDiffusionModel(**(TINY["Voxel2StableDiffusionModel"] | wrong))
+        Voxel2StableDiffusionModel(**(TINY["Voxel2StableDiffusionModel"] | options))
 
 
 def test_old_keys_are_renamed_and_nothing_else():
@@ -579,9 +585,9 @@ def test_ridge_is_scikit_learns_at_the_chosen_penalties(backend):
         x.astype(float), y.reshape(60, -1).astype(float)
     )
     expected = reference.predict(x.astype(float)).reshape(y.shape)
-    found = baseline(torch.from_numpy(x))
-    assert found.shape == (60, 2, 3)
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-3, atol=1e-3)
+    predicted = baseline(torch.from_numpy(x))
+    assert predicted.shape == (60, 2, 3)
+    np.testing.assert_allclose(predicted.detach().numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_ridge_chooses_a_penalty_a_target_by_cross_validation():
@@ -610,10 +616,10 @@ def test_ridge_is_repeatable_and_round_trips_through_a_checkpoint(tmp_path):
     assert torch.equal(one.weight, two.weight)
     save_checkpoint(tmp_path / "ridge.safetensors", one.state_dict(), one.config)
     state, config = load_checkpoint(tmp_path / "ridge.safetensors")
-    again = build_network(config)
-    load_strictly(again, state, "ridge")
-    assert torch.equal(again(torch.from_numpy(x)), one(torch.from_numpy(x))) and torch.equal(
-        again.alphas, one.alphas
+    rebuilt = build_network(config)
+    load_strictly(rebuilt, state, "ridge")
+    assert torch.equal(rebuilt(torch.from_numpy(x)), one(torch.from_numpy(x))) and torch.equal(
+        rebuilt.alphas, one.alphas
     )
 
 
@@ -644,8 +650,8 @@ def test_the_map_of_tokens_is_a_ridge_regression_over_images_and_places():
     y[:, 1:] += x[:, 1:] @ rng.normal(size=(3, 4)).astype(np.float32)
     fitted = TokenMap.fit(x, y, alphas=[0.3], batch_size=7)
     for part, linear in ((slice(0, 1), fitted.token), (slice(1, 5), fitted.patch)):
-        rows, wanted = x[:, part].reshape(-1, 3), y[:, part].reshape(-1, 4)
-        expected = Ridge(0.3 * len(rows) * rows.var(axis=0).mean()).fit(rows, wanted)
+        rows, expected_values = x[:, part].reshape(-1, 3), y[:, part].reshape(-1, 4)
+        expected = Ridge(0.3 * len(rows) * rows.var(axis=0).mean()).fit(rows, expected_values)
         np.testing.assert_allclose(linear.weight.detach(), expected.coef_, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(linear.bias.detach(), expected.intercept_, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(fitted.alphas, 0.3)
@@ -675,10 +681,10 @@ def test_the_map_of_tokens_resamples_the_grid():
         torch.nn.init.eye_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
     with torch.no_grad():
-        made = network(torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1))[0, :, 0]
-    assert made[0] == 9
-    torch.testing.assert_close(made[1:].view(4, 4)[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
-    torch.testing.assert_close(made[1:].view(4, 4)[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
+        mapped = network(torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1))[0, :, 0]
+    assert mapped[0] == 9
+    torch.testing.assert_close(mapped[1:].view(4, 4)[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(mapped[1:].view(4, 4)[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
 
 
 def test_the_map_of_tokens_reads_blocks_by_image_id():
@@ -697,12 +703,12 @@ def test_the_map_of_tokens_reads_blocks_by_image_id():
             return self.all[np.asarray(image_ids) - 100].astype(np.float16)
 
     source, target = Stored(x), Stored(y)
-    made = TokenMap.fit(source, target, np.arange(105, 130), batch_size=4)
+    mapped = TokenMap.fit(source, target, np.arange(105, 130), batch_size=4)
     plain = TokenMap.fit(x[5:], y[5:], batch_size=25)
     assert max(source.asked) <= 4 and sum(source.asked) == 25 + 1, (
         "each image is read once, and one for the shapes"
     )
-    torch.testing.assert_close(made.patch.weight, plain.patch.weight, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(mapped.patch.weight, plain.patch.weight, rtol=0.02, atol=0.02)
     with pytest.raises(PerceptError, match="9 images of which 1 are held out are too few"):
         TokenMap.fit(x[:9], y[:9])
     with pytest.raises(PerceptError, match="not finite"):
@@ -712,22 +718,39 @@ def test_the_map_of_tokens_reads_blocks_by_image_id():
     with pytest.raises(
         PerceptError, match=r"reads tokens \(batch, 5, 3\) but was given \(2, 10, 3\)"
     ):
-        made(torch.zeros(2, 10, 3))
+        mapped(torch.zeros(2, 10, 3))
 
 
 # ---------------------------------------------------------------------------------------- registry
+def test_importing_the_networks_loads_no_slow_library():
+    code = "import sys, src.models; sys.stdout.write(' '.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"diffusers", "transformers", "himalaya", "sklearn"} & set(result.stdout.split())
+
+
+def test_a_prior_is_rebuilt_from_its_config():
+    brain = BrainNetwork(**TINY["BrainNetwork"])
+    net = VersatileDiffusionPriorNetwork(**TINY_PRIOR)
+    prior = BrainDiffusionPrior(net, brain, 16, 10, cond_drop_prob=0.1)
+    rebuilt = build_decoder(prior.config)
+    assert rebuilt.config == prior.config
+    load_strictly(rebuilt, prior.state_dict(), "the prior")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_is_rebuilt_from_its_config_and_checkpoint(name, tmp_path):
     network = MODELS[name](**TINY[name]).eval()
     assert network.config["name"] == name and TINY[name].items() <= network.config["kwargs"].items()
     save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), network.config)
     state, config = load_checkpoint(tmp_path / "net.safetensors")
-    again = build_network(config).eval()
-    load_strictly(again, state, name)
+    rebuilt = build_network(config).eval()
+    load_strictly(rebuilt, state, name)
     copied = copy.deepcopy(network)
     assert copied.config == network.config
     inputs = _inputs(name)
-    for other in (again, copied):
+    for other in (rebuilt, copied):
         for a, b in zip(_parts(network(*inputs)), _parts(other(*inputs)), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 

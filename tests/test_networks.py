@@ -126,21 +126,21 @@ def test_features_are_those_of_the_published_calls(name, hub, originals):
     x = TF.resize(x, [network.size, network.size], antialias=False)
     x = TF.normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     with torch.no_grad():
-        wanted = (
+        expected = (
             create_feature_extractor(originals[network.architecture].eval(), [network.node])(x)[
                 network.node
             ]
             .flatten(1)
             .numpy()
         )
-    made = FeatureNetwork(name)
-    features = made(images)
-    assert features.shape == (2, DIMS[name]) == (2, made.dim) and features.dtype == np.float32
+    extractor = FeatureNetwork(name)
+    features = extractor(images)
+    assert features.shape == (2, DIMS[name]) == (2, extractor.dim) and features.dtype == np.float32
     assert (
         features.std() > 0
         and np.abs(features[0] - features[1]).max() > 1e-3 * np.abs(features).max()
     )
-    np.testing.assert_allclose(features, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_both_alexnets_share_one_network_and_end_at_their_node(hub):
@@ -184,8 +184,8 @@ def test_swavs_file_must_fit(tmp_path):
         {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
         file,
     )  # as files were before PyTorch 0.4.1
-    made = FeatureNetwork("SwAV", weights=str(tmp_path))
-    torch.testing.assert_close(made.model.conv1.weight, state["module.conv1.weight"])
+    extractor = FeatureNetwork("SwAV", weights=str(tmp_path))
+    torch.testing.assert_close(extractor.model.conv1.weight, state["module.conv1.weight"])
 
 
 def test_weights_that_cannot_be_had_are_said_plainly(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_bad_input_is_refused(scenes):
         FeatureNetwork("VGG")
     with pytest.raises(PerceptError, match="no resizing 'bicubic'"):
         twin(resizing="bicubic")
-    made = twin()
+    extractor = twin()
     for images, what in (
         (scenes[0], "shape"),
         (scenes[:0], "shape"),
@@ -228,9 +228,9 @@ def test_bad_input_is_refused(scenes):
         (scenes.float(), "run from"),
     ):
         with pytest.raises(PerceptError, match=what):
-            made(images)
+            extractor(images)
     with pytest.raises(PerceptError, match="expects"):
-        made(torch.full((1, 3, 8, 8), torch.nan))
+        extractor(torch.full((1, 3, 8, 8), torch.nan))
 
 
 @pytest.mark.parametrize("resizing", RESIZING_MODES)
@@ -239,69 +239,69 @@ def test_resizing(resizing, scenes):
     x = scenes[:3].float() / 255
     for size in sizes:
         x = TF.resize(x, [size, size], antialias=resizing == "antialias")
-    made = twin(resizing=resizing)
+    extractor = twin(resizing=resizing)
     x = TF.normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     np.testing.assert_allclose(
-        made(scenes[:3]), made.model(x).flatten(1).numpy(), rtol=1e-4, atol=1e-5
+        extractor(scenes[:3]), extractor.model(x).flatten(1).numpy(), rtol=1e-4, atol=1e-5
     )
     assert twin().resizing == "straight"
 
 
 def test_neither_chunks_nor_the_type_of_the_images_matter(scenes, monkeypatch):
-    made = twin("AlexNet(5)")
-    whole = made(scenes)
+    extractor = twin("AlexNet(5)")
+    expected = extractor(scenes)
     for images in (scenes.float() / 255, scenes.numpy(), (scenes.double() / 255).numpy()):
-        np.testing.assert_allclose(made(images), whole, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(extractor(images), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(FeatureNetwork, "_batch_size", 7)
-    np.testing.assert_allclose(made(scenes), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(extractor(scenes), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_large_sets_live_in_a_file_that_goes_with_them(scenes, tmp_path, monkeypatch):
-    made = twin()
-    wanted = made(scenes)
+    extractor = twin()
+    expected = extractor(scenes)
     monkeypatch.setattr(networks, "MAX_BYTES_IN_MEMORY", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    features = made(scenes)
+    features = extractor(scenes)
     assert isinstance(features, np.memmap) and not list(tmp_path.iterdir())
     gc.collect()
-    np.testing.assert_array_equal(features, wanted)
-    assert metrics.two_way_identification(features, wanted) == 1
+    np.testing.assert_array_equal(features, expected)
+    assert metrics.two_way_identification(features, expected) == 1
 
     def full(*args):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(FeatureNetwork, "_write", full)
     with pytest.raises(PerceptError, match="no room"):
-        made(scenes)
+        extractor(scenes)
 
 
 def test_the_cache_computes_once_and_knows_its_images(scenes, tmp_path, monkeypatch):
     calls, embed = [], FeatureNetwork._embed
-    made = twin()
-    wanted, _ = made(scenes), made.dim
+    extractor = twin()
+    expected, _ = extractor(scenes), extractor.dim
     monkeypatch.setattr(FeatureNetwork, "_batch_size", 16)
     monkeypatch.setattr(
         FeatureNetwork,
         "_embed",
         lambda self, images: calls.append(len(images)) or embed(self, images),
     )
-    first = made.features(scenes, tmp_path)
-    np.testing.assert_allclose(first, wanted, rtol=1e-5, atol=1e-5)
+    first = extractor.features(scenes, tmp_path)
+    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
     assert calls == [16, 16, 8]
-    np.testing.assert_array_equal(made.features(scenes.numpy(), str(tmp_path)), first)
+    np.testing.assert_array_equal(extractor.features(scenes.numpy(), str(tmp_path)), first)
     np.testing.assert_array_equal(twin().features(scenes, tmp_path), first)
     assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 1
-    others = scenes.clone()
-    others[-1, 0, 0, 0] ^= 1
-    made.features(others, tmp_path)
+    changed = scenes.clone()
+    changed[-1, 0, 0, 0] ^= 1
+    extractor.features(changed, tmp_path)
     twin(resizing="antialias").features(scenes, tmp_path)
     twin("AlexNet(5)").features(scenes, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_interrupted_computation_leaves_nothing(scenes, tmp_path, monkeypatch):
-    made, embed, calls = twin(), FeatureNetwork._embed, []
-    made.dim  # noqa: B018
+    extractor, embed, calls = twin(), FeatureNetwork._embed, []
+    extractor.dim  # noqa: B018
 
     def stopped(self, images):
         calls.append(1)
@@ -312,19 +312,21 @@ def test_an_interrupted_computation_leaves_nothing(scenes, tmp_path, monkeypatch
     monkeypatch.setattr(FeatureNetwork, "_batch_size", 16)
     monkeypatch.setattr(FeatureNetwork, "_embed", stopped)
     with pytest.raises(KeyboardInterrupt):
-        made.features(scenes, tmp_path / "cache")
+        extractor.features(scenes, tmp_path / "cache")
     assert len(calls) == 2 and not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("name", METRIC_NETWORKS)
 def test_twins_prefer_the_image_that_was_seen(name, scenes):
-    made = twin(name)
+    extractor = twin(name)
     config = json.loads((locate_weights(name, "mini").parent / "config.json").read_text())
-    assert made.size == config["size"] and made.fingerprint()["weights"].startswith("mini:")
+    assert extractor.size == config["size"] and extractor.fingerprint()["weights"].startswith(
+        "mini:"
+    )
     x = scenes.float() / 255
     noisy = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    real, recon = made(scenes), made(noisy)
-    assert real.shape == (40, made.dim) and np.isfinite(real).all()
+    real, recon = extractor(scenes), extractor(noisy)
+    assert real.shape == (40, extractor.dim) and np.isfinite(real).all()
     assert metrics.two_way_identification(real, recon) > 0.8
     assert (
         metrics.correlation_distance(real, recon).mean()

@@ -19,10 +19,18 @@ from src.pretrained import generators, teacher
 from src.utils import PerceptError
 
 
+def test_the_package_hands_on_each_name_from_the_module_that_defines_it():
+    names = [name for exported in pretrained._EXPORTS.values() for name in exported]
+    assert sorted(names) == sorted(pretrained.__all__)
+    assert pretrained.Clipper.__module__ == "src.pretrained.clip"
+    with pytest.raises(AttributeError, match="no attribute 'Clip'"):
+        pretrained.Clip  # noqa: B018
+
+
 @pytest.fixture(scope="module")
 def images():
-    drawn = [miniworld.render_image(miniworld.compose_image(0, i, "test")) for i in range(24)]
-    return np.stack(drawn)
+    rendered = [miniworld.render_image(miniworld.compose_image(0, i, "test")) for i in range(24)]
+    return np.stack(rendered)
 
 
 def as_float(images):
@@ -62,12 +70,14 @@ def test_preprocess_resizes_crops_and_normalises():
 
 
 def test_captions_find_their_images():
-    made = [miniworld.compose_image(5, i, "val") for i in range(100)]
+    compositions = [miniworld.compose_image(5, i, "val") for i in range(100)]
     clipper = pretrained.Clipper("mini", hidden=False)
-    image = clipper.embed_image(as_float(np.stack([miniworld.render_image(what, 5) for what in made])))
-    text = clipper.embed_text([miniworld.write_captions(what)[1] for what in made])
-    found = (text @ image.T).argmax(1) == torch.arange(100)
-    assert found.float().mean() > 0.5  # chance .01
+    image = clipper.embed_image(
+        as_float(np.stack([miniworld.render_image(what, 5) for what in compositions]))
+    )
+    text = clipper.embed_text([miniworld.write_captions(what)[1] for what in compositions])
+    is_right = (text @ image.T).argmax(1) == torch.arange(100)
+    assert is_right.float().mean() > 0.5  # chance .01
 
 
 def test_autoencoder_round_trip_keeps_the_image(images):
@@ -106,11 +116,11 @@ def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, 
         torch.tensor(500),
     )
     with torch.no_grad():
-        both = pipeline.image_unet(
+        mixed = pipeline.image_unet(
             latents, t, encoder_hidden_states=torch.cat([torch.zeros(2, 7, 128), tokens], 1)
         ).sample
-        ours = diffusion.unet(latents, t, encoder_hidden_states=tokens).sample
-    torch.testing.assert_close(both, ours, rtol=1e-3, atol=1e-4)
+        generator = diffusion.unet(latents, t, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(mixed, generator, rtol=1e-3, atol=1e-4)
 
 
 def test_the_librarys_own_dual_pipeline_runs_on_the_miniature(images):
@@ -134,7 +144,7 @@ def quiet(pipeline, scheduler=None):
     return pipeline
 
 
-def drawn(pipeline, *args, **options):
+def generate_images(pipeline, *args, **options):
     """A pipeline's pictures as (images, 3, height, width) in [0, 1]."""
     return torch.from_numpy(pipeline(*args, **options, output_type="np").images).permute(0, 3, 1, 2)
 
@@ -147,30 +157,30 @@ def noise_for(generator, n, seed=0):
 
 
 def test_text_flow_equals_the_librarys_text_to_image_pipeline():
-    ours = pretrained.VersatileDiffusionText("mini")
-    theirs = quiet(load_versatile_pipeline("mini"), ours.scheduler)
-    noise = noise_for(ours, 2)
-    made = drawn(
-        theirs.text_to_image,
+    generator = pretrained.VersatileDiffusionText("mini")
+    reference = quiet(load_versatile_pipeline("mini"), generator.scheduler)
+    noise = noise_for(generator, 2)
+    pipeline_images = generate_images(
+        reference.text_to_image,
         PROMPTS,
         latents=noise.clone(),
         num_inference_steps=6,
         guidance_scale=4.0,
     )
-    expected = ours.generate(
-        ours.embed_text(PROMPTS), noise, guidance_scale=4.0, num_inference_steps=6
+    expected = generator.generate(
+        generator.embed_text(PROMPTS), noise, guidance_scale=4.0, num_inference_steps=6
     )
-    torch.testing.assert_close(made, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(pipeline_images, expected, rtol=0, atol=2e-3)
 
 
 def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(images, diffusion):
-    theirs = quiet(load_versatile_pipeline("mini"), diffusion.scheduler)
+    reference = quiet(load_versatile_pipeline("mini"), diffusion.scheduler)
     noise = noise_for(diffusion, 2)
     options = {"num_inference_steps": 6, "guidance_scale": 4.0}
     # the library's null image is a mid-grey one's tokens, ours zeros as in MindEye: without
     # guidance they agree
-    made = drawn(
-        theirs.image_variation,
+    pipeline_images = generate_images(
+        reference.image_variation,
         [Image.fromarray(i) for i in images[:2]],
         latents=noise.clone(),
         **options | {"guidance_scale": 1.0},
@@ -180,15 +190,15 @@ def test_image_flow_equals_the_librarys_image_variation_of_versatile_diffusion(i
         noise,
         **options | {"guidance_scale": 1.0},
     )
-    torch.testing.assert_close(made, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(pipeline_images, expected, rtol=0, atol=2e-3)
 
 
 def test_image_variation_equals_the_librarys_pipeline(images):
-    ours = pretrained.ImageVariation("mini")
-    theirs = quiet(load_image_variation_pipeline("mini"), ours.scheduler)
-    noise = noise_for(ours, 2)
-    made = drawn(
-        theirs,
+    generator = pretrained.ImageVariation("mini")
+    reference = quiet(load_image_variation_pipeline("mini"), generator.scheduler)
+    noise = noise_for(generator, 2)
+    expected = generate_images(
+        reference,
         [Image.fromarray(i) for i in images[:2]],
         latents=noise.clone(),
         num_inference_steps=6,
@@ -198,24 +208,30 @@ def test_image_variation_equals_the_librarys_pipeline(images):
         as_float(images[:2])
     )[:, None]
     torch.testing.assert_close(
-        made,
-        ours.generate(embeds, noise, guidance_scale=4.0, num_inference_steps=6),
+        expected,
+        generator.generate(embeds, noise, guidance_scale=4.0, num_inference_steps=6),
         rtol=0,
         atol=2e-3,
     )
 
 
 def test_stable_diffusion_equals_the_librarys_img2img_pipeline(images):
-    ours = pretrained.StableDiffusion("mini")
-    theirs = quiet(pretrained.load_stable_diffusion_pipeline("mini"), ours.scheduler)
-    start = ours.encode(as_float(images[:2]))
+    generator = pretrained.StableDiffusion("mini")
+    reference = quiet(pretrained.load_stable_diffusion_pipeline("mini"), generator.scheduler)
+    start = generator.encode(as_float(images[:2]))
     options = {"strength": 0.75, "guidance_scale": 4.0, "num_inference_steps": 8}
-    made = drawn(
-        theirs, PROMPTS, image=start.clone(), generator=torch.Generator().manual_seed(0), **options
+    expected = generate_images(
+        reference,
+        PROMPTS,
+        image=start.clone(),
+        generator=torch.Generator().manual_seed(0),
+        **options,
     )
     torch.testing.assert_close(
-        made,
-        ours.generate(ours.embed_text(PROMPTS), noise_for(ours, 2), start, **options),
+        expected,
+        generator.generate(
+            generator.embed_text(PROMPTS), noise_for(generator, 2), start, **options
+        ),
         rtol=0,
         atol=2e-3,
     )
@@ -227,9 +243,15 @@ def held_out():
     what = [miniworld.compose_image(5, i, "test") for i in range(40)]
     seen = as_float(np.stack([miniworld.render_image(w, 5) for w in what]))
     labels = {
-        q: np.array([miniworld.make_label_row(w)[q] for w in what]) for q in ("scene", "kind", "colour")
+        q: np.array([miniworld.make_label_row(w)[q] for w in what])
+        for q in ("scene", "kind", "colour")
     }
-    return seen, labels, [miniworld.write_captions(w)[1] for w in what], pretrained.CategoryClassifier("mini")
+    return (
+        seen,
+        labels,
+        [miniworld.write_captions(w)[1] for w in what],
+        pretrained.CategoryClassifier("mini"),
+    )
 
 
 def true_condition(generator, seen, captions):
@@ -275,14 +297,14 @@ def test_every_generator_shows_what_its_true_condition_says(cls, strength, held_
             torch.nn.functional.avg_pool2d(seen, 8), (32, 32), mode="bilinear"
         )
     )
-    made = generator.generate(
+    generated = generator.generate(
         true_condition(generator, seen, captions),
         noise_for(generator, len(seen)),
         start,
         strength,
         num_inference_steps=12,
     )
-    answers = judge.classify(made)
+    answers = judge.classify(generated)
     share = {q: (answers[q] == truth).mean() for q, truth in labels.items()}
     assert share["scene"] >= 0.9 and share["kind"] >= 0.6 and share["colour"] >= 0.6, (
         share
@@ -297,9 +319,9 @@ def test_the_judge_is_for_the_mini_world():
 def test_true_tokens_give_images_nearer_to_their_own_than_to_others(images, diffusion):
     tokens = pretrained.Clipper("mini").embed_image(as_float(images))
     noise = torch.randn(24, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))
-    made = diffusion.generate(tokens, noise, num_inference_steps=10)
+    generated = diffusion.generate(tokens, noise, num_inference_steps=10)
     seen = as_float(images)
-    distance = ((made[:, None] - seen[None]) ** 2).mean((2, 3, 4))  # (made, seen)
+    distance = ((generated[:, None] - seen[None]) ** 2).mean((2, 3, 4))  # (made, seen)
     assert (distance.argmin(1) == torch.arange(24)).float().mean() > 0.5  # chance 1/24
 
 
@@ -353,7 +375,10 @@ def test_schedule_and_img2img_start_are_the_published_ones(golden, diffusion):
 
 def test_fingerprint_tells_drift(tmp_path, monkeypatch):
     clipper = pretrained.Clipper("mini")
-    assert clipper.fingerprint()["model"] == "mini:clip" and len(clipper.compute_golden_features()) == 8
+    assert (
+        clipper.fingerprint()["model"] == "mini:clip"
+        and len(clipper.compute_golden_features()) == 8
+    )
     shutil.copytree(pretrained.MINI_MODELS / "clip", tmp_path / "clip")
     recorded = json.loads((tmp_path / "clip" / "golden_features.json").read_text())
     spoiled = {key: [v + 1 for v in values] for key, values in recorded.items()}
@@ -380,14 +405,14 @@ def resnet_folder(tmp_path_factory):
     from clip.model import CLIP
 
     torch.manual_seed(0)
-    made = CLIP(1024, 224, (3, 4, 6, 3), 8, None, 77, 49408, 64, 1, 1)
+    original = CLIP(1024, 224, (3, 4, 6, 3), 8, None, 77, 49408, 64, 1, 1)
     folder = tmp_path_factory.mktemp("openai")
-    torch.save(made.eval().state_dict(), folder / "RN50.pt")
-    return folder, made
+    torch.save(original.eval().state_dict(), folder / "RN50.pt")
+    return folder, original
 
 
 def test_a_resnet_clip_is_openais_own(resnet_folder):
-    folder, made = resnet_folder
+    folder, original = resnet_folder
     clipper = pretrained.Clipper(str(folder), hidden=False, norm_embs=False, variant="RN50")
     images = pretrained.make_fixed_image(256)
     mean, std = (
@@ -396,14 +421,14 @@ def test_a_resnet_clip_is_openais_own(resnet_folder):
     )
     small = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=False)
     with torch.no_grad():
-        wanted = made.float().encode_image((small - mean) / std)
+        expected = original.float().encode_image((small - mean) / std)
     assert clipper.embed_image(images).shape == (1, 1024) and (
         clipper.size,
         clipper.dim,
         clipper.n_tokens,
     ) == (224, 1024, 1)
     assert torch.allclose(
-        clipper.embed_image(images), wanted, atol=1e-2 * wanted.abs().max()
+        clipper.embed_image(images), expected, atol=1e-2 * expected.abs().max()
     )  # the package rounds weights to half precision on loading
     unit = pretrained.Clipper(str(folder), hidden=False, variant="RN50").embed_text(
         ["a red cat", ""]
@@ -552,7 +577,9 @@ def test_the_mini_teacher_looks_at_each_place():
 # ------------------------------------------------------------- what does not change over the steps
 def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(monkeypatch):
     diffusion = pretrained.VersatileDiffusion("mini")
-    condition = pretrained.Clipper("mini").embed_image(pretrained.make_fixed_image(32)).expand(2, -1, -1)
+    condition = (
+        pretrained.Clipper("mini").embed_image(pretrained.make_fixed_image(32)).expand(2, -1, -1)
+    )
     noise = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
     layers = [
         module for name, module in diffusion.unet.named_modules() if name.endswith("attn2.to_k")
@@ -563,10 +590,10 @@ def test_keys_and_values_of_the_condition_are_computed_once_and_change_nothing(m
         "forward",
         lambda self, x: (calls.append(1) if self in layers else None, compute(self, x))[1],
     )
-    once = diffusion.generate(condition, noise, num_inference_steps=5)
+    cached = diffusion.generate(condition, noise, num_inference_steps=5)
     assert layers and len(calls) == len(layers)
     monkeypatch.setattr(generators, "cache_condition", lambda unet: contextlib.nullcontext())
-    assert torch.equal(once, diffusion.generate(condition, noise, num_inference_steps=5)) and len(
+    assert torch.equal(cached, diffusion.generate(condition, noise, num_inference_steps=5)) and len(
         calls
     ) == 6 * len(layers)
     monkeypatch.undo()
@@ -583,7 +610,7 @@ def test_without_guidance_the_null_half_is_not_run():
     diffusion, seen = pretrained.VersatileDiffusion("mini"), []
     condition = pretrained.Clipper("mini").embed_image(pretrained.make_fixed_image(32))
     noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
-    diffusion.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    diffusion.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     alone = diffusion.generate(condition, noise, guidance_scale=1.0, num_inference_steps=3)
     nearly = diffusion.generate(condition, noise, guidance_scale=1.0 + 1e-6, num_inference_steps=3)
     assert seen == [1, 1, 1, 2, 2, 2]
@@ -600,11 +627,13 @@ def test_guidance_is_the_published_one_unless_said_otherwise():
         pretrained.make_fixed_image(32)
     )[:, None]
     noise = torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
-    made = [
+    generated = [
         diffusion.generate(condition, noise, num_inference_steps=3, **more)
         for more in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 3.5})
     ]
-    assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2])
+    assert torch.equal(generated[0], generated[1]) and not torch.allclose(
+        generated[0], generated[2]
+    )
 
 
 def test_the_published_start_takes_its_detour():

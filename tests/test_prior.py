@@ -98,12 +98,12 @@ def test_ancestral_sample_is_the_published_one(golden, arrays):
     draws = torch.stack([torch.randn(BATCH, TOKENS, DIM, generator=generator) for _ in range(11)])
     torch.testing.assert_close(draws, arrays["sample_noise_draws"])
     generator.manual_seed(42)
-    found = _golden_prior(golden).sample(arrays["text_embed"], generator=generator)
+    samples = _golden_prior(golden).sample(arrays["text_embed"], generator=generator)
     # Ten steps of this network, whose gains are random, blow rounding up: the published array is
     # 3e-4 from the same sample in double precision, and one
     # processor's matrix products as far from another's. A wrong step, or draws in another order,
     # are off by the size of the tokens.
-    torch.testing.assert_close(found, arrays["sample_gen42"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(samples, arrays["sample_gen42"], rtol=0, atol=1e-3)
 
 
 def test_ddim_sample_is_the_published_one_with_and_without_a_generator(golden, arrays):
@@ -163,17 +163,17 @@ class _Oracle(Denoiser):
 def test_samplers_reach_the_tokens_that_an_oracle_knows(steps, calls):
     clean = torch.randn(BATCH, TOKENS, DIM)
     oracle = _Oracle(clean * 4)
-    found = BrainDiffusionPrior(oracle, image_embed_dim=DIM, timesteps=20).sample(
+    samples = BrainDiffusionPrior(oracle, image_embed_dim=DIM, timesteps=20).sample(
         clean, timesteps=steps
     )
-    torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(samples, clean, rtol=1e-4, atol=1e-4)
     assert oracle.calls == calls
 
 
 def test_ancestral_steps_follow_the_published_recursion():
     prior = _tiny(timesteps=4).eval()
     condition, generator = torch.randn(BATCH, TOKENS, DIM), torch.Generator().manual_seed(1)
-    found = prior.sample(condition, generator=generator)
+    samples = prior.sample(condition, generator=generator)
     generator.manual_seed(1)
     b, x = noise_schedule(4), torch.randn(BATCH, TOKENS, DIM, generator=generator)
     for t in reversed(range(4)):
@@ -182,7 +182,7 @@ def test_ancestral_steps_follow_the_published_recursion():
         noise = torch.randn(BATCH, TOKENS, DIM, generator=generator)
         sigma = b["posterior_variance"][t].sqrt() if t else 0.0
         x = b["posterior_mean_coef1"][t] * x0 + b["posterior_mean_coef2"][t] * x + sigma * noise
-    torch.testing.assert_close(found, x / prior.image_embed_scale, **CLOSE)
+    torch.testing.assert_close(samples, x / prior.image_embed_scale, **CLOSE)
 
 
 def test_sampling_is_repeatable_and_leaves_the_global_generator_alone():
@@ -210,14 +210,14 @@ def test_sampling_sees_weights_that_changed_since_the_last_sample():
 def test_guidance_extrapolates_from_the_unconditional_prediction():
     prior = _tiny().eval()
     x, t, c = torch.randn(2, TOKENS, DIM), torch.tensor([1, 4]), torch.randn(2, TOKENS, DIM)
-    given, without = (
+    conditional, null = (
         prior.net(x, t, c),
         prior.net(x, t, c, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0),
     )
     torch.testing.assert_close(
-        prior.net.forward_with_cond_scale(x, t, c, cond_scale=3.0), without + 3 * (given - without)
+        prior.net.forward_with_cond_scale(x, t, c, cond_scale=3.0), null + 3 * (conditional - null)
     )
-    torch.testing.assert_close(prior.net.forward_with_cond_scale(x, t, text_embed=c), given)
+    torch.testing.assert_close(prior.net.forward_with_cond_scale(x, t, text_embed=c), conditional)
     one, three = (
         prior.sample(c, cond_scale=s, generator=torch.Generator().manual_seed(1))
         for s in (1.0, 3.0)
@@ -274,13 +274,13 @@ def test_the_prior_learns_to_use_its_condition():
 # ---------------------------------------------------------------------------------------- refusals
 def test_refusals():
     prior, x = _tiny(), torch.randn(2, TOKENS, DIM)
-    for wrong in (
+    for bad_options in (
         {"image_embed": x},
         {"text_embed": x},
         {"image_embed": x, "text_embed": x, "voxel": x},
     ):
         with pytest.raises(PerceptError, match="exactly one of"):
-            prior(**wrong)
+            prior(**bad_options)
     with pytest.raises(PerceptError, match="no voxel2clip"):
         prior(voxel=torch.randn(2, 11), image_embed=x)
     for steps in (1, 7, -2):
@@ -297,7 +297,7 @@ def test_generators_that_do_not_divide_the_batch_are_refused():
 
 # ----------------------------------------------------------------- few steps, and draws from seeds
 class _Gaussian(Denoiser):
-    """The best prediction where clean tokens are normal with a known spread around the condition."""
+    """The best prediction if clean tokens are normal with a known spread around the condition."""
 
     spread = 0.3
 
@@ -354,23 +354,23 @@ def test_dpm_solver_does_what_diffusers_does(steps):
     x = start
     for t in scheduler.timesteps:
         x = scheduler.step(prior.net(x, t.expand(BATCH), condition), t, x).prev_sample
-    ours = prior.sample(
+    result = prior.sample(
         condition, timesteps=steps, generator=torch.Generator().manual_seed(1), solver="dpm++"
     )
-    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result, x, rtol=1e-3, atol=1e-4)
 
 
 def test_dpm_solver_comes_nearer_to_the_exact_solution_with_more_steps():
     prior, levels = _gaussian_prior()
     condition = torch.randn(BATCH, TOKENS, DIM)
     start = torch.randn(condition.shape, generator=torch.Generator().manual_seed(1))
-    wanted = _exact(start, condition, levels[-1], prior.net.spread)
+    expected = _exact(start, condition, levels[-1], prior.net.spread)
 
     def error(steps):
-        made = prior.sample(
+        sampled = prior.sample(
             condition, timesteps=steps, generator=torch.Generator().manual_seed(1), solver="dpm++"
         )
-        return float((made - wanted).square().mean().sqrt())
+        return float((sampled - expected).square().mean().sqrt())
 
     errors = [error(steps) for steps in (5, 10, 20, 50)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 < errors[0] < 0.3
@@ -392,7 +392,7 @@ def test_draws_from_seeds_do_not_depend_on_the_batch():
         torch.tensor([3, 1, 4, 1, 5, 9]),
     )
     torch.manual_seed(1)
-    whole = prior(text_embed=condition, image_embed=tokens, seeds=seeds)[1]
+    full_batch = prior(text_embed=condition, image_embed=tokens, seeds=seeds)[1]
     assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(1)), (
         "torch's own generator is left alone"
     )
@@ -400,9 +400,9 @@ def test_draws_from_seeds_do_not_depend_on_the_batch():
         prior(text_embed=condition[i], image_embed=tokens[i], seeds=seeds[i])[1]
         for i in (slice(0, 2), slice(2, 6))
     ]
-    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(full_batch, torch.cat(halves), rtol=1e-5, atol=1e-5)
     other = prior(text_embed=condition, image_embed=tokens, seeds=seeds + 100)[1]
-    assert not torch.allclose(whole, other)
+    assert not torch.allclose(full_batch, other)
 
 
 def test_draws_from_seeds_are_spread_as_they_should_be():

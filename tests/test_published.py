@@ -118,16 +118,16 @@ def released(tmp_path):
 def test_a_released_file_rebuilds_its_network_and_computes_the_same(name, released):
     torch.manual_seed(0)
     network = networks()[name].eval()
-    made, config = load_decoder(released(network))
-    assert type(made) is type(network) and not made.training
+    decoder, config = load_decoder(released(network))
+    assert type(decoder) is type(network) and not decoder.training
     for key, value in network.state_dict().items():
-        torch.testing.assert_close(made.state_dict()[key], value)
+        torch.testing.assert_close(decoder.state_dict()[key], value)
     voxels = torch.randn(3, 30)
-    ours, theirs = (getattr(m, "voxel2clip", None) or m for m in (made, network))
-    torch.testing.assert_close(ours(voxels), theirs(voxels))
+    loaded, original = (getattr(m, "voxel2clip", None) or m for m in (decoder, network))
+    torch.testing.assert_close(loaded(voxels), original(voxels))
     if name == "257-style":
         assert config["tokens"] == [5, 16]
-        made.sample(torch.randn(2, 5, 16), timesteps=4)
+        decoder.sample(torch.randn(2, 5, 16), timesteps=4)
     if name == "1-token":
         assert config["tokens"] == [1, 16]
 
@@ -136,7 +136,7 @@ def test_a_network_made_at_will_takes_a_released_file_or_says_what_differs(relea
     network = networks()["low level with maps"]
     path = released(network)
     load_published(path, networks()["low level with maps"])
-    without = Voxel2StableDiffusionModel(30, 12, 2, latent_size=16, block_out_channels=(32, 32, 64))
+    plain = Voxel2StableDiffusionModel(30, 12, 2, latent_size=16, block_out_channels=(32, 32, 64))
     with pytest.raises(
         PerceptError,
         match=(
@@ -144,7 +144,7 @@ def test_a_network_made_at_will_takes_a_released_file_or_says_what_differs(relea
             r" use_cont=True"
         ),
     ):
-        load_published(path, without)
+        load_published(path, plain)
 
 
 def test_reading_runs_no_code_of_the_file(released):
@@ -274,7 +274,7 @@ def test_networks_that_are_no_decoder_are_refused(name, golden):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda s: s | {"voxel2clip.temp": torch.zeros(3)}, r"1 unexpected \(voxel2clip.temp\)"),
         (
@@ -296,9 +296,9 @@ def test_networks_that_are_no_decoder_are_refused(name, golden):
         ),
     ],
 )
-def test_what_does_not_fit_is_said_in_a_sentence(change, words, tmp_path):
+def test_what_does_not_fit_is_said_in_a_sentence(change, message, tmp_path):
     torch.save(change(networks()["257-style"].state_dict()), tmp_path / "last.pth")
-    with pytest.raises(PerceptError, match=words):
+    with pytest.raises(PerceptError, match=message):
         load_decoder(tmp_path / "last.pth")
 
 
@@ -320,7 +320,7 @@ def test_the_advice_fits_the_difference(released, tmp_path):
         ),
     ):
         load_published(path, another)
-    for name, words in (
+    for name, message in (
         ("257-style", "30 missing .* and 27 more.*make it without voxel2clip"),
         ("1-token", "33 missing .*use load_laion_prior"),
     ):
@@ -332,7 +332,7 @@ def test_the_advice_fits_the_difference(released, tmp_path):
             and (name == "257-style" or k not in released_files.FRESH_IN_LAION)
         ]
         torch.save({k: network.state_dict()[k] for k in keys}, tmp_path / "best.pth")
-        with pytest.raises(PerceptError, match=words):
+        with pytest.raises(PerceptError, match=message):
             load_published(tmp_path / "best.pth", network)
     with pytest.raises(PerceptError, match="30 unexpected .*make the prior with its voxel2clip"):
         load_published(released(another), BrainDiffusionPrior(another.net, None, 16, 10))
@@ -343,12 +343,12 @@ def test_the_advice_fits_the_difference(released, tmp_path):
 def test_what_is_written_as_released_reads_back_bit_by_bit(name, old_attention, released, tmp_path):
     first, _ = load_decoder(released(networks()[name].half().float()))
     write_published(tmp_path / "again.pth", first, epoch=17, old_attention=old_attention)
-    again, _ = load_decoder(tmp_path / "again.pth")
+    reread, _ = load_decoder(tmp_path / "again.pth")
     bits = [
         {k: v.numpy().tobytes() for k, v in network.state_dict().items()}
-        for network in (first, again)
+        for network in (first, reread)
     ]
-    assert bits[0] == bits[1] and type(again) is type(first)
+    assert bits[0] == bits[1] and type(reread) is type(first)
     content = torch.load(tmp_path / "again.pth", weights_only=True)  # as anyone reads it
     old = {
         key
@@ -391,8 +391,8 @@ def test_networks_that_a_released_file_cannot_tell_are_not_written(tmp_path):
             VersatileDiffusionPriorNetwork(**vd), None, 16, 10
         ),
     }
-    for words, network in refused.items():
-        with pytest.raises(PerceptError, match=words):
+    for message, network in refused.items():
+        with pytest.raises(PerceptError, match=message):
             write_published(tmp_path / "last.pth", network)
     assert not list(tmp_path.iterdir())
 
@@ -447,7 +447,7 @@ class BigEndian:
     "module", ["numpy.core.multiarray", "numpy._core.multiarray"]
 )  # numpy 1, as the released files have it, and numpy 2
 def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, protocol):
-    others = [
+    rejected = [
         np.dtype("O"),
         np.arange(3),
         np.complex128(1j),
@@ -455,7 +455,7 @@ def test_numbers_of_either_numpy_are_read_and_all_else_of_it_is_inert(module, pr
         np.void(b"ab"),
         np.random.default_rng(0),
     ]
-    data = pickle.dumps([*NUMBERS, BigEndian(), *others], protocol)
+    data = pickle.dumps([*NUMBERS, BigEndian(), *rejected], protocol)
     if protocol < 4:  # later ones count the letters
         data = data.replace(b"numpy._core.multiarray", module.encode())
     read = safe_pickle.TensorsOnlyUnpickler(io.BytesIO(data)).load()
@@ -470,7 +470,8 @@ from src.networks.rebuild import infer_published_config
 from src.networks.released import load_published, read_history, read_published
 
 def peak():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 def load(path):
     network = build_network(infer_published_config(read_published(path), path))

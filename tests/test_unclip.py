@@ -63,19 +63,19 @@ def test_sampling_is_eulers_method_with_guidance(guidance, first):
     )
     scheduler = EulerDiscreteScheduler(**unclip.SCHEDULER)
     scheduler.set_timesteps(timesteps=unclip.compute_euler_timesteps(10))
-    made = unclip.denoise(Toy(), scheduler, 10 * x, condition, null, vector, guidance, first)
+    sampled = unclip.denoise(Toy(), scheduler, 10 * x, condition, null, vector, guidance, first)
     y, (times, sigmas) = 10 * x.double().numpy(), reference_sigmas(10)
     shifts = [
         (tokens.double().mean((1, 2)) + vector.double().mean()).numpy()[:, None, None, None]
         for tokens in (null, condition)
     ]
     for time, sigma, following in list(zip(times, sigmas, sigmas[1:], strict=False))[first:]:
-        without, given = (
+        null_pred, conditional_pred = (
             np.tanh(0.7 * y / np.sqrt(1 + sigma**2) + shift + time / 1000) for shift in shifts
         )
-        denoised = y - sigma * (without + guidance * (given - without))
+        denoised = y - sigma * (null_pred + guidance * (conditional_pred - null_pred))
         y = y + (following - sigma) * (y - denoised) / sigma
-    np.testing.assert_allclose(made.numpy(), y, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(sampled.numpy(), y, rtol=1e-3, atol=1e-3)
 
 
 def test_the_vector_tells_size_and_crop():
@@ -97,16 +97,16 @@ def decoder():
     return unclip.UnclipDecoder("mini")
 
 
-def shown(count, split="val", seed=5):
-    made = [miniworld.compose_image(seed, i, split) for i in range(count)]
-    pictures = np.stack([miniworld.render_image(what, seed) for what in made])
+def sample_images(count, split="val", seed=5):
+    compositions = [miniworld.compose_image(seed, i, split) for i in range(count)]
+    pictures = np.stack([miniworld.render_image(what, seed) for what in compositions])
     labels = [
         (
             list(miniworld.CATEGORIES)[what.objects[-1].category],
             list(miniworld.COLOURS)[what.objects[-1].colour],
             miniworld.SCENES[what.scene],
         )
-        for what in made
+        for what in compositions
     ]
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, np.array(labels)
 
@@ -124,16 +124,16 @@ def noise_for(decoder, count, seed=0):
 
 
 def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
-    images, labels = shown(48)
+    images, labels = sample_images(48)
     pictures = decoder.generate(
         patch_tokens(images), noise_for(decoder, 48), num_inference_steps=10
     )
     assert (
         pictures.shape == images.shape and 0 <= float(pictures.min()) and float(pictures.max()) <= 1
     )
-    said = pretrained.CategoryClassifier("mini").classify(pictures)
+    answers = pretrained.CategoryClassifier("mini").classify(pictures)
     shares = {
-        question: float((said[question] == labels[:, i]).mean())
+        question: float((answers[question] == labels[:, i]).mean())
         for i, question in enumerate(("kind", "colour", "scene"))
     }
     assert shares["scene"] > 0.9 and shares["kind"] > 0.6 and shares["colour"] > 0.6, (
@@ -142,7 +142,7 @@ def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
 
 
 def test_a_picture_does_not_depend_on_its_batch_but_on_its_noise(decoder):
-    tokens, noise = patch_tokens(shown(3)[0]), noise_for(decoder, 3)
+    tokens, noise = patch_tokens(sample_images(3)[0]), noise_for(decoder, 3)
     together = decoder.generate(tokens, noise, num_inference_steps=3)
     alone = torch.cat(
         [
@@ -154,14 +154,17 @@ def test_a_picture_does_not_depend_on_its_batch_but_on_its_noise(decoder):
     other = decoder.generate(tokens, noise_for(decoder, 3, seed=1), num_inference_steps=3)
     assert float((other - together).abs().mean()) > 0.01
     ids = np.array([5, 2, 9])
-    made = generate.generate_images(
+    generated = generate.generate_images(
         decoder, tokens[:, None], ids, n_samples=2, batch_size=4, num_inference_steps=2
     )
     last = generate.generate_images(
         decoder, tokens[2:, None], ids[2:], n_samples=2, batch_size=1, num_inference_steps=2
     )
-    assert made.shape == (3, 2, 3, 32, 32) and float((made[:, 0] - made[:, 1]).abs().mean()) > 0.01
-    torch.testing.assert_close(made[2:], last, rtol=1e-3, atol=1e-3)
+    assert (
+        generated.shape == (3, 2, 3, 32, 32)
+        and float((generated[:, 0] - generated[:, 1]).abs().mean()) > 0.01
+    )
+    torch.testing.assert_close(generated[2:], last, rtol=1e-3, atol=1e-3)
 
 
 def test_no_condition_is_noise_of_each_images_own(decoder):
@@ -174,38 +177,42 @@ def test_no_condition_is_noise_of_each_images_own(decoder):
     )
     assert len({float(row[0, 0]) for row in null}) == 40
     torch.testing.assert_close(decoder.get_null_condition(tokens[5:6], noise[5:6])[0], null[5])
-    torch.testing.assert_close(decoder.get_null_condition(tokens + 1), decoder.get_null_condition(tokens + 1))
+    torch.testing.assert_close(
+        decoder.get_null_condition(tokens + 1), decoder.get_null_condition(tokens + 1)
+    )
 
 
 def test_it_begins_as_published(decoder, monkeypatch):
-    begun = {}
+    starts = {}
     monkeypatch.setattr(
         unclip,
         "denoise",
         lambda unet, scheduler, latents, *rest: (
-            begun.update(latents=latents, sigma=scheduler.sigmas[rest[-1]]) or latents
+            starts.update(latents=latents, sigma=scheduler.sigmas[rest[-1]]) or latents
         ),
     )
     noise = noise_for(decoder, 400)
     decoder.generate(torch.zeros(400, 16, 128), noise, num_inference_steps=38)
     rest = (
-        begun["latents"] - begun["sigma"] * noise
+        starts["latents"] - starts["sigma"] * noise
     )  # a standard normal start, and what all places of a picture share
-    shared = rest.mean((1, 2, 3)) / begun["sigma"]
-    assert float(begun["sigma"]) == pytest.approx(14.6146, abs=1e-3)
+    shared = rest.mean((1, 2, 3)) / starts["sigma"]
+    assert float(starts["sigma"]) == pytest.approx(14.6146, abs=1e-3)
     assert float(shared.std()) == pytest.approx(0.04, rel=0.2)
     assert float((rest - rest.mean((1, 2, 3), keepdim=True)).std()) == pytest.approx(1, rel=0.02)
     assert abs(float((rest * noise).mean())) < 0.01
 
 
 def test_img2img_and_the_squeezed_colours(decoder):
-    images, noise = shown(4)[0], noise_for(decoder, 4)
+    images, noise = sample_images(4)[0], noise_for(decoder, 4)
     latents, tokens = decoder.encode(images), patch_tokens(images)
     assert tuple(latents.shape[1:]) == decoder.latent_shape
-    kept = decoder.generate(tokens, noise, latents, strength=0.0)
-    torch.testing.assert_close(kept, decoder.decode(latents))
-    near = decoder.generate(tokens, noise, latents, strength=0.3, num_inference_steps=10)
-    assert 0 < float((near - images).abs().mean()) < 0.1
+    unchanged = decoder.generate(tokens, noise, latents, strength=0.0)
+    torch.testing.assert_close(unchanged, decoder.decode(latents))
+    slightly_changed = decoder.generate(
+        tokens, noise, latents, strength=0.3, num_inference_steps=10
+    )
+    assert 0 < float((slightly_changed - images).abs().mean()) < 0.1
     squeezed = unclip.UnclipDecoder("mini", squeezed=True).generate(
         tokens, noise, latents, strength=0.0
     )
@@ -221,21 +228,21 @@ def test_fingerprint_is_the_recorded_one_and_wrong_tokens_are_refused(decoder):
 
 
 # ------------------------------------------------------------------------ the released file's keys
-def both(old, new, shape):
+def add_pair(old, new, shape):
     """One layer with weight and bias: (key of sgm, key of diffusers, shape) each."""
     return [(f"{old}.weight", f"{new}.weight", shape), (f"{old}.bias", f"{new}.bias", shape[:1])]
 
 
 def resnet(old, new, cin, cout, embedding):
-    rows = both(f"{old}.in_layers.0", f"{new}.norm1", (cin,)) + both(
+    rows = add_pair(f"{old}.in_layers.0", f"{new}.norm1", (cin,)) + add_pair(
         f"{old}.in_layers.2", f"{new}.conv1", (cout, cin, 3, 3)
     )
-    rows += both(f"{old}.emb_layers.1", f"{new}.time_emb_proj", (cout, embedding))
-    rows += both(f"{old}.out_layers.0", f"{new}.norm2", (cout,)) + both(
+    rows += add_pair(f"{old}.emb_layers.1", f"{new}.time_emb_proj", (cout, embedding))
+    rows += add_pair(f"{old}.out_layers.0", f"{new}.norm2", (cout,)) + add_pair(
         f"{old}.out_layers.3", f"{new}.conv2", (cout, cout, 3, 3)
     )
     return rows + (
-        both(f"{old}.skip_connection", f"{new}.conv_shortcut", (cout, cin, 1, 1))
+        add_pair(f"{old}.skip_connection", f"{new}.conv_shortcut", (cout, cin, 1, 1))
         if cin != cout
         else []
     )
@@ -245,9 +252,9 @@ def transformer(old, new, dim, depth, context):
     rows = [
         row
         for name in ("proj_in", "proj_out")
-        for row in both(f"{old}.{name}", f"{new}.{name}", (dim, dim))
+        for row in add_pair(f"{old}.{name}", f"{new}.{name}", (dim, dim))
     ]
-    rows += both(f"{old}.norm", f"{new}.norm", (dim,))
+    rows += add_pair(f"{old}.norm", f"{new}.norm", (dim,))
     for k in range(depth):
         a, b = f"{old}.transformer_blocks.{k}", f"{new}.transformer_blocks.{k}"
         for attention, width in (("attn1", dim), ("attn2", context)):
@@ -256,11 +263,11 @@ def transformer(old, new, dim, depth, context):
                 (f"{a}.{attention}.{name}.weight", f"{b}.{attention}.{name}.weight", (dim, size))
                 for name, size in sizes.items()
             ]
-            rows += both(f"{a}.{attention}.to_out.0", f"{b}.{attention}.to_out.0", (dim, dim))
-        rows += both(f"{a}.ff.net.0.proj", f"{b}.ff.net.0.proj", (8 * dim, dim)) + both(
+            rows += add_pair(f"{a}.{attention}.to_out.0", f"{b}.{attention}.to_out.0", (dim, dim))
+        rows += add_pair(f"{a}.ff.net.0.proj", f"{b}.ff.net.0.proj", (8 * dim, dim)) + add_pair(
             f"{a}.ff.net.2", f"{b}.ff.net.2", (dim, 4 * dim)
         )
-        rows += [row for n in (1, 2, 3) for row in both(f"{a}.norm{n}", f"{b}.norm{n}", (dim,))]
+        rows += [row for n in (1, 2, 3) for row in add_pair(f"{a}.norm{n}", f"{b}.norm{n}", (dim,))]
     return rows
 
 
@@ -269,15 +276,15 @@ def network_keys(channels, depths, context, adm):
     channels in and out.
     """
     emb = 4 * channels[0]
-    rows = both("input_blocks.0.0", "conv_in", (channels[0], 4, 3, 3)) + both(
+    rows = add_pair("input_blocks.0.0", "conv_in", (channels[0], 4, 3, 3)) + add_pair(
         "out.0", "conv_norm_out", (channels[0],)
     )
-    rows += both("out.2", "conv_out", (4, channels[0], 3, 3))
+    rows += add_pair("out.2", "conv_out", (4, channels[0], 3, 3))
     for old, new, width in (
         ("time_embed.{}", "time_embedding", channels[0]),
         ("label_emb.0.{}", "class_embedding", adm),
     ):
-        rows += both(old.format(0), f"{new}.linear_1", (emb, width)) + both(
+        rows += add_pair(old.format(0), f"{new}.linear_1", (emb, width)) + add_pair(
             old.format(2), f"{new}.linear_2", (emb, emb)
         )
     skips, width = [channels[0]], channels[0]
@@ -295,7 +302,7 @@ def network_keys(channels, depths, context, adm):
             width = out
             skips.append(out)
         if level < 2:
-            rows += both(
+            rows += add_pair(
                 f"input_blocks.{3 * level + 3}.0.op",
                 f"down_blocks.{level}.downsamplers.0.conv",
                 (out, out, 3, 3),
@@ -319,7 +326,7 @@ def network_keys(channels, depths, context, adm):
             )
             width = out
         if level:
-            rows += both(
+            rows += add_pair(
                 f"output_blocks.{3 * up + 2}.2.conv",
                 f"up_blocks.{up}.upsamplers.0.conv",
                 (width, width, 3, 3),
@@ -328,14 +335,14 @@ def network_keys(channels, depths, context, adm):
 
 
 def vae_block(old, new, cin, cout):
-    rows = both(f"{old}.norm1", f"{new}.norm1", (cin,)) + both(
+    rows = add_pair(f"{old}.norm1", f"{new}.norm1", (cin,)) + add_pair(
         f"{old}.conv1", f"{new}.conv1", (cout, cin, 3, 3)
     )
-    rows += both(f"{old}.norm2", f"{new}.norm2", (cout,)) + both(
+    rows += add_pair(f"{old}.norm2", f"{new}.norm2", (cout,)) + add_pair(
         f"{old}.conv2", f"{new}.conv2", (cout, cout, 3, 3)
     )
     return rows + (
-        both(f"{old}.nin_shortcut", f"{new}.conv_shortcut", (cout, cin, 1, 1))
+        add_pair(f"{old}.nin_shortcut", f"{new}.conv_shortcut", (cout, cin, 1, 1))
         if cin != cout
         else []
     )
@@ -345,17 +352,17 @@ def vae_keys(channels):
     """The first stage by hand; its attention is of 1 x 1 convolutions there and of linear maps
     here.
     """
-    rows = both("quant_conv", "quant_conv", (8, 8, 1, 1)) + both(
+    rows = add_pair("quant_conv", "quant_conv", (8, 8, 1, 1)) + add_pair(
         "post_quant_conv", "post_quant_conv", (4, 4, 1, 1)
     )
     last, width = channels[-1], channels[0]
-    rows += both("encoder.conv_in", "encoder.conv_in", (width, 3, 3, 3)) + both(
+    rows += add_pair("encoder.conv_in", "encoder.conv_in", (width, 3, 3, 3)) + add_pair(
         "decoder.conv_in", "decoder.conv_in", (last, 4, 3, 3)
     )
-    rows += both("encoder.norm_out", "encoder.conv_norm_out", (last,)) + both(
+    rows += add_pair("encoder.norm_out", "encoder.conv_norm_out", (last,)) + add_pair(
         "decoder.norm_out", "decoder.conv_norm_out", (width,)
     )
-    rows += both("encoder.conv_out", "encoder.conv_out", (8, last, 3, 3)) + both(
+    rows += add_pair("encoder.conv_out", "encoder.conv_out", (8, last, 3, 3)) + add_pair(
         "decoder.conv_out", "decoder.conv_out", (3, width, 3, 3)
     )
     for half in ("encoder", "decoder"):
@@ -364,9 +371,9 @@ def vae_keys(channels):
                 f"{half}.mid.block_{n}", f"{half}.mid_block.resnets.{n - 1}", last, last
             )
         a, b = f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0"
-        rows += both(f"{a}.norm", f"{b}.group_norm", (last,))
+        rows += add_pair(f"{a}.norm", f"{b}.group_norm", (last,))
         for old, new in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-            rows += both(f"{a}.{old}", f"{b}.{new}", (last, last, 1, 1))
+            rows += add_pair(f"{a}.{old}", f"{b}.{new}", (last, last, 1, 1))
     for i, out in enumerate(channels):
         for j in range(2):
             rows += vae_block(
@@ -377,7 +384,7 @@ def vae_keys(channels):
             )
         width = out
         rows += (
-            both(
+            add_pair(
                 f"encoder.down.{i}.downsample.conv",
                 f"encoder.down_blocks.{i}.downsamplers.0.conv",
                 (out, out, 3, 3),
@@ -395,7 +402,7 @@ def vae_keys(channels):
             )
         width = channels[i]
         rows += (
-            both(
+            add_pair(
                 f"decoder.up.{i}.upsample.conv",
                 f"decoder.up_blocks.{up}.upsamplers.0.conv",
                 (width, width, 3, 3),
@@ -429,15 +436,17 @@ def test_the_converter_fits_the_full_networks_key_for_key():
     with torch.device("meta"):
         models = UNet2DConditionModel(**unclip.UNET), AutoencoderKL(**unclip.VAE)
     assert 2.4e9 < sum(p.numel() for p in models[0].parameters()) < 2.7e9
-    for made, model, expected in zip(converted, models, rows, strict=True):
-        own = model.state_dict()
-        assert set(made) == set(own) == {new for _, new, _ in expected}
-        assert {key: value.shape for key, value in made.items()} == {
-            key: value.shape for key, value in own.items()
+    for converted_state, model, expected in zip(converted, models, rows, strict=True):
+        reference = model.state_dict()
+        assert set(converted_state) == set(reference) == {new for _, new, _ in expected}
+        assert {key: value.shape for key, value in converted_state.items()} == {
+            key: value.shape for key, value in reference.items()
         }
         for old, new, shape in expected:
             same = (
-                made[new] is state[old] or len(shape) == 4 and made[new].shape == shape[:2]
+                converted_state[new] is state[old]
+                or len(shape) == 4
+                and converted_state[new].shape == shape[:2]
             )  # 1 x 1 convolutions become linear maps
             assert same, (old, new)
 
@@ -465,7 +474,7 @@ def test_averaged_weights_are_preferred_and_gaps_are_named():
 
 @pytest.fixture
 def tiny_file(tmp_path, monkeypatch):
-    """A small network and autoencoder, and a checkpoint that holds them as the released one does."""
+    """A small network and autoencoder, and a checkpoint that holds both as the released one."""
     monkeypatch.setattr(unclip, "UNET", TINY_UNET)
     monkeypatch.setattr(unclip, "VAE", TINY_VAE)
     torch.manual_seed(0)
@@ -506,11 +515,11 @@ def test_the_released_file_is_rewritten_once_and_used(tiny_file):
             decoder.decode(x), (vae.decode(x / 0.13025).sample / 2 + 0.5).clamp(0, 1)
         )
     path.unlink()
-    again = unclip.UnclipDecoder(str(folder.parent)).generate(tokens, x, num_inference_steps=2)
+    reloaded = unclip.UnclipDecoder(str(folder.parent)).generate(tokens, x, num_inference_steps=2)
     torch.testing.assert_close(
-        again, unclip.UnclipDecoder("hub").generate(tokens, x, num_inference_steps=2)
+        reloaded, unclip.UnclipDecoder("hub").generate(tokens, x, num_inference_steps=2)
     )
-    assert again.shape == (2, 3, 64, 64)
+    assert reloaded.shape == (2, 3, 64, 64)
 
 
 def test_a_file_that_does_not_fit_leaves_nothing_behind(tiny_file, tmp_path):
