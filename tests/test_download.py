@@ -22,21 +22,25 @@ from servers import LFS_FROM, hub_server, s3_server
 import run
 from src import miniworld, parameters, pretrained, utils
 from src.data.subject import open_subject
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import nsd as nsd_format
-from src.pipeline import download
 from src.pipeline.download import (
     BUNDLES,
-    MOVED,
+    MOVED_REPOS,
     RECIPE_BUNDLES,
     Bundle,
     FilePattern,
+    PlannedDownload,
     fetch,
+    fetch_files,
+    fetch_planned,
     find_moved_repo,
     format_downloads,
     list_files,
     plan_downloads,
     transfer,
 )
+from src.pretrained.base import locate_model
 from src.readers import nsd
 from src.utils import PerceptError
 
@@ -81,7 +85,7 @@ def mini_model(name, *folders):
     """A committed miniature, under the names of the real repository, with files beside it that
     nobody needs.
     """
-    top = pretrained.MINI_MODELS / name
+    top = Path(locate_model(name, "mini"))
     paths = [
         p
         for p in top.rglob("*")
@@ -107,7 +111,7 @@ def hub():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(download, "WAIT", 0.01)
+    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(utils, "HOME", tmp_path / "home")
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -281,12 +285,12 @@ def test_tables_of_models_agree_with_what_is_loaded():
         assert BUNDLES[name].repo == repo and BUNDLES[name].revision == pretrained.REVISIONS.get(
             repo, "main"
         )
-    assert not set(MOVED) & {bundle.repo for bundle in BUNDLES.values()} and not set(MOVED) & set(
-        MOVED.values()
-    )
+    assert not set(MOVED_REPOS) & {bundle.repo for bundle in BUNDLES.values()} and not set(
+        MOVED_REPOS
+    ) & set(MOVED_REPOS.values())
     assert (
-        BUNDLES["teacher"].place == "data/teacher"
-        and pretrained.TEACHER_FILE in BUNDLES["teacher"].wants(subj=1)[0].what
+        BUNDLES["teacher"].folder == "data/teacher"
+        and pretrained.TEACHER_FILE in BUNDLES["teacher"].patterns(subj=1)[0].description
     )
 
 
@@ -331,7 +335,7 @@ def test_a_later_call_goes_on_with_the_part(hub, tmp_path):
     part.write_bytes(hub.repos[NSD][TAR][:4000])
     listed = fetch("mindeye", tmp_path, mirror=hub.url, dry_run=True)
     assert "4 kB of it are there" in format_downloads(
-        [download.PlannedDownload("shards", BUNDLES["mindeye"], tmp_path, listed)]
+        [PlannedDownload("shards", BUNDLES["mindeye"], tmp_path, listed)]
     )
     fetch("mindeye", tmp_path, mirror=hub.url)
     assert (
@@ -394,7 +398,7 @@ def test_a_damaged_or_short_file_that_is_there_is_fetched_again(hub, tmp_path):
 def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
     hub.repos[NSD][TAR] = content(1, 4_000_000)
     files = list_files(BUNDLES["mindeye"], tmp_path, mirror=hub.url)
-    append, begun = download._append, threading.Event()
+    append, begun = transfer._append_to_part, threading.Event()
 
     def slow(file, stop, bar):
         class Bar:
@@ -409,14 +413,14 @@ def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
         time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download, "_append", slow)
-    monkeypatch.setattr(download, "as_completed", interrupted)
+    monkeypatch.setattr(transfer, "_append_to_part", slow)
+    monkeypatch.setattr(transfer, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        transfer(files, tmp_path)
+        fetch_files(files, tmp_path)
     parts = {p: p.stat().st_size for p in tmp_path.rglob("*.part")}
     assert 0 < parts[tmp_path / f"{TAR}.part"] < 4_000_000
     monkeypatch.undo()
-    transfer(files, tmp_path)
+    fetch_files(files, tmp_path)
     assert hub.asked(TAR)[-1].startswith("bytes=") and all(
         f.local.read_bytes() == hub.repos[NSD][f.path] for f in files
     )
@@ -478,7 +482,9 @@ def test_no_server(tmp_path):
 
 def test_no_space(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        download.shutil, "disk_usage", lambda place: SimpleNamespace(free=download.SPARE + 20_000)
+        transfer.shutil,
+        "disk_usage",
+        lambda place: SimpleNamespace(free=transfer.SPARE_BYTES + 20_000),
     )
     with pytest.raises(PerceptError, match=r"No space for 0.00 GB on the disk of .* free some"):
         fetch("mindeye", tmp_path / "to", mirror=hub.url)
@@ -528,7 +534,7 @@ def test_a_folder_as_mirror_is_linked_or_copied(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(18, "another disk")
 
-    monkeypatch.setattr(download.os, "link", no_links)
+    monkeypatch.setattr(transfer.os, "link", no_links)
     fetch("mindeye", tmp_path / "copied", mirror=str(tmp_path / "copy"))
     assert not (tmp_path / "copied" / TAR).samefile(tmp_path / "copy" / TAR)
     assert below(tmp_path / "copied") == {path for path in shards() if "subj01" in path}
@@ -650,25 +656,25 @@ def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
         for f in list_files(BUNDLES["nsd"], tmp_path, mirror=s3)
         if f.path.endswith("session02.hdf5")
     ]
-    asked, opened = [], download._opened
+    asked, opened = [], transfer.open_remote
 
     def noted(file, start):
         asked.append(start)
         return opened(file, start)
 
-    monkeypatch.setattr(download, "_opened", noted)
+    monkeypatch.setattr(transfer, "open_remote", noted)
     one.part.parent.mkdir(parents=True)
     one.part.write_bytes(nsd_objects()[one.path][:3000])
     with opened(one, 3000) as (offset, chunks):
         assert offset == 3000 and b"".join(chunks) == nsd_objects()[one.path][3000:], (
             "the server sent the rest alone"
         )
-    transfer([one], tmp_path)
+    fetch_files([one], tmp_path)
     assert asked == [3000] and one.local.read_bytes() == nsd_objects()[one.path]
     one.local.unlink()
     one.part.write_bytes(b"x" * 3000)
     with pytest.raises(PerceptError, match="not the md5 sum"):
-        transfer([one], tmp_path)
+        fetch_files([one], tmp_path)
     assert not one.part.exists()
 
 
@@ -707,7 +713,7 @@ def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
     with hub_server(world()) as hub:
         for recipe in ("mindeye", "mindeye_retrieval", "combined"):
             for one in plan_downloads(recipe, mirror=hub.url, to=str(tmp_path)):
-                download.fetch_planned(one)
+                fetch_planned(one)
     got = below(tmp_path)
     wanted = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
         f"data/teacher/{pretrained.TEACHER_FILE}",
@@ -769,11 +775,9 @@ def test_what_a_bucket_gives_is_what_the_reader_needs(tmp_path):
     nsd_format.write(
         tmp_path / "bucket",
         1,
-        betas,
-        trials,
-        mini.images,
-        np.arange(len(mini.images)),
-        voxels=mini.scan.voxels,
+        SourceData(
+            betas, trials, mini.images, np.arange(len(mini.images)), voxels=mini.scan.voxels
+        ),
     )
     files = {
         str(path.relative_to(tmp_path / "bucket")): path.read_bytes()
@@ -848,7 +852,7 @@ def test_every_bundle_and_recipe_is_described():
     for name in [*BUNDLES, *RECIPE_BUNDLES]:
         assert f"`{name}`" in page, name
     for bundle in BUNDLES.values():
-        assert bundle.terms.endswith(".") and bundle.wants(subj=1)
+        assert bundle.terms.endswith(".") and bundle.patterns(subj=1)
 
 
 def test_places_are_those_of_the_notebooks():
@@ -859,7 +863,7 @@ def test_places_are_those_of_the_notebooks():
         if (
             first := parameters.RECIPES / recipe / "00_prepare_data.yaml"
         ).exists():  # what is fetched lies where the recipe reads it
-            assert BUNDLES[next(iter(parts.values()))].place == parameters.read_recipe(first).get(
+            assert BUNDLES[next(iter(parts.values()))].folder == parameters.read_recipe(first).get(
                 "data_path", default
             ), recipe
     assert LFS_FROM < 2000
@@ -887,11 +891,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             and not (tmp_path / "to").exists()
         )
         assert (
-            run.download(arguments) == 0
+            run.main(["download", *arguments]) == 0
             and (tmp_path / "to" / "data" / "nsd_source" / TAR).exists()
         )
         capsys.readouterr()
-        assert run.download(arguments) == 0
+        assert run.main(["download", *arguments]) == 0
         said = capsys.readouterr().out
         assert "to fetch 0 B" in said and " there " in said
 

