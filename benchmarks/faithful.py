@@ -16,7 +16,7 @@ import numpy as np
 from mindeye_modes import stage
 
 from src.data import Normaliser, cache_targets, open_subject
-from src.decoding import load_decoder, predict_tokens
+from src.decoding import PriorSampling, load_decoder, predict_tokens
 from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.pretrained import Clipper
 from src.retrieval import top1_brain_from_image_each, top1_image_from_brain_each
@@ -50,7 +50,9 @@ def scores(run: str) -> dict[str, np.ndarray]:
     )
     truth = cached.rows(ids).astype(np.float32)
     decoder, config = load_decoder(logs / "high_level" / "last.safetensors")
-    tokens, projected = predict_tokens(decoder, voxels, tuple(config["tokens"]), use_prior=False)
+    tokens, projected = predict_tokens(
+        decoder, voxels, tuple(config["tokens"]), PriorSampling(use_prior=False)
+    )
     error = ((tokens[:, 0].numpy() - truth) ** 2).mean((1, 2))
     return {
         "token R2": 1 - error / truth.var(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.data import Normaliser, cache_targets, open_subject
-from src.decoding import generate_images, load_decoder, predict_tokens, select_best
+from src.decoding import PriorSampling, generate_images, load_decoder, predict_tokens, select_best
 from src.evaluation import bootstrap_mean, paired_bootstrap
 from src.pretrained import CategoryClassifier, Clipper, VersatileDiffusion
 from src.utils import HOME
@@ -31,8 +31,9 @@ def candidates(
     """Tokens (images, samples, tokens, dim) by what made them, and the projected tokens for
     choosing among samples.
     """
-    backbone, projected = predict_tokens(decoder, voxels, shape, use_prior=False)
-    samples = predict_tokens(decoder, voxels, shape, n_samples=SAMPLES, timesteps=20)[0]
+    backbone, projected = predict_tokens(decoder, voxels, shape, PriorSampling(use_prior=False))
+    sampling = PriorSampling(SAMPLES, timesteps=20)
+    samples = predict_tokens(decoder, voxels, shape, sampling)[0]
     every = predict_tokens(decoder, voxels, shape)[0]
     last = decoder.noise_scheduler.num_timesteps - 1
     scaled = backbone[:, 0] * decoder.image_embed_scale

@@ -110,6 +110,7 @@ from torch.utils.data import Subset
 from src.data import BrainDataset, Normaliser, cache_targets, open_subject, subject_folder
 from src.decoding import (
     DecoderSizes,
+    PriorSampling,
     build_decoder_config,
     check_combined_parameters,
     check_volumes,
@@ -526,11 +527,9 @@ if decoder != "ridge":
         model,
         x[:100],
         (1, clipper.dim),
-        8,
-        timesteps=steps,
-        seed=seed,
+        PriorSampling(8, timesteps=steps, seed=seed),
+        ids[:100],
         device=run.device,
-        image_ids=ids[:100],
     )
     for name, made in (
         ("one sample of the prior", tokens[:, 0]),

@@ -101,7 +101,7 @@ from src.data import (
     make_training_split,
     open_subject,
 )
-from src.decoding import DecoderSizes, build_decoder_config, predict_tokens
+from src.decoding import DecoderSizes, PriorSampling, build_decoder_config, predict_tokens
 from src.figures import plot_embeddings, plot_image_grid, plot_training_curves, save_figure
 from src.losses import (
     cosine_anneal,
@@ -428,7 +428,12 @@ def draw(model, epoch):
         x, ids = subject.get_mean_betas("val", normaliser=normaliser)
         x, ids = x[:n_samples_save], ids[:n_samples_save]
         tokens, _ = predict_tokens(
-            model, x, (n_tokens, dim), use_prior=prior, seed=seed, device=run.device, image_ids=ids
+            model,
+            x,
+            (n_tokens, dim),
+            PriorSampling(use_prior=prior, seed=seed),
+            ids,
+            device=run.device,
         )
         seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
         figures["samples"] = plot_image_grid(
@@ -497,9 +502,7 @@ if decoder != "ridge" and prior:
             model.eval(),
             x[:100],
             (n_tokens, dim),
-            use_prior=use,
-            timesteps=steps,
-            seed=seed,
+            PriorSampling(use_prior=use, timesteps=steps, seed=seed),
             device=run.device,
         )
         print(

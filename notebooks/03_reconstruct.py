@@ -73,6 +73,7 @@ from safetensors.torch import save_file
 
 from src.data import Normaliser, cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
+    PriorSampling,
     compute_in_chunks,
     compute_repeat_agreement,
     compute_sample_spread,
@@ -292,7 +293,7 @@ options = {
     "guidance_scale": guidance_scale,
     "num_inference_steps": num_inference_steps,
     "seed": seed,
-    "same": same_seed,
+    "shared_noise": same_seed,
 }
 options["batch_size"] = generator_batch
 
@@ -321,18 +322,16 @@ def tokens_of(name, rows, voxels, samples, sampled):
     """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one
     decoder.
     """
-    return predict_tokens(
-        decoders[name][0],
-        voxels[rows],
-        shape,
+    sampling = PriorSampling(
         samples,
         use_prior=sampled,
         timesteps=prior_steps,
         seed=seed,
-        device=run.device,
-        image_ids=image_ids[rows],
-        same=same_seed,
+        shared_noise=same_seed,
         solver=prior_solver,
+    )
+    return predict_tokens(
+        decoders[name][0], voxels[rows], shape, sampling, image_ids[rows], device=run.device
     )
 
 

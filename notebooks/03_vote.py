@@ -67,16 +67,17 @@ from safetensors.torch import save_file
 from src.data import Normaliser, cache_targets, open_subject
 from src.decoding import (
     VOTES,
+    PriorSampling,
     SelectionInputs,
+    compute_in_chunks,
     find_decoder,
     find_voters,
-    repaint_images,
-    compute_in_chunks,
     load_decoder,
     open_voter,
     oracle,
     predict_latents,
     predict_tokens,
+    repaint_images,
 )
 from src.decoding import vote as choose
 from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
@@ -235,9 +236,15 @@ if path is None and (tokens_from or vote == "agreement"):
 if path is not None:
     model, config = load_decoder(path, run.device)
     normaliser = Normaliser.for_checkpoint(path)
-    regress = {"token_shape": tuple(config["tokens"]), "use_prior": False, "device": run.device}
-    tokens, projected = predict_tokens(model, measured(normaliser), **regress)
-    hidden = regress["token_shape"][0] > 1
+    token_shape = tuple(config["tokens"])
+    tokens, projected = predict_tokens(
+        model,
+        measured(normaliser),
+        token_shape,
+        PriorSampling(use_prior=False),
+        device=run.device,
+    )
+    hidden = token_shape[0] > 1
     clip_config = {"variant": "ViT-L/14", "hidden": hidden, "norm_embs": hidden} | config.get(
         "clip", {}
     )

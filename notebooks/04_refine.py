@@ -68,6 +68,7 @@ from safetensors.torch import save_file
 
 from src.data import cache_targets, open_all_sessions, open_training_split
 from src.decoding import (
+    Refinement,
     compute_in_chunks,
     find_decoder,
     load_encoder,
@@ -304,8 +305,9 @@ def repainted(name, part):
         captions[told][part],
         tensors[picture][part].float(),
         image_ids[part],
-        batch_size=generator_batch,
-        **options,
+        Refinement(refine_steps, refine_run, caption_guidance),
+        seed,
+        generator_batch,
     )
     return {name: pictures.half()}
 

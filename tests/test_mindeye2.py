@@ -17,7 +17,7 @@ from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import load_encoder
-from src.decoding.predict import predict_latents, predict_tokens
+from src.decoding.predict import PriorSampling, predict_latents, predict_tokens
 from src.losses import mixco
 from src.networks.linear import CaptionConverter
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
@@ -549,12 +549,13 @@ def test_parameters_without_a_gradient_and_values_that_are_not_finite_are_named(
 def test_tokens_and_latents_are_predicted_whatever_the_batch():
     model = small().eval()
     voxels = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
-    tokens, projected = predict_tokens(model, voxels, (4, 16), 2, timesteps=5, batch_size=5)
-    again, _ = predict_tokens(model, voxels, (4, 16), 2, timesteps=5, batch_size=2)
+    sampling = PriorSampling(2, timesteps=5)
+    tokens, projected = predict_tokens(model, voxels, (4, 16), sampling, batch_size=5)
+    again, _ = predict_tokens(model, voxels, (4, 16), sampling, batch_size=2)
     torch.testing.assert_close(tokens, again, **CLOSE)
     assert tokens.shape == (5, 2, 4, 16) and projected.shape == (5, 4, 16)
     assert predict_latents(model, voxels, (4, 8, 8)).shape == (5, 4, 8, 8)
-    direct, _ = predict_tokens(model, voxels, (4, 16), use_prior=False)
+    direct, _ = predict_tokens(model, voxels, (4, 16), PriorSampling(use_prior=False))
     torch.testing.assert_close(direct[:, 0], model(torch.from_numpy(voxels))[0], **CLOSE)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from src.decoding import checkpoints, generate, predict
+from src.decoding import checkpoints, generate, predict, reconstructions, selection
 from src.networks.linear import RidgeBaseline
-from src.networks.released import build_decoder
+from src.networks.rebuild import build_decoder
 from src.pretrained.clip import Clipper
 from src.pretrained.generators import VersatileDiffusion
 from src.utils import PerceptError, save_checkpoint
@@ -68,32 +68,37 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key(tmp_path, decoder):
         checkpoints.load_decoder(tmp_path / "none.safetensors")
 
 
+def sample_tokens(decoder, voxels, shape, image_ids=None, batch_size=100, **sampling):
+    sampling = predict.PriorSampling(**sampling)
+    return predict.predict_tokens(decoder, voxels, shape, sampling, image_ids, batch_size)
+
+
 def test_tokens_have_a_cls_of_length_one_and_the_prior_can_be_left_out(decoder, voxels):
-    tokens, projected = predict.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
+    tokens, projected = sample_tokens(decoder, voxels, TOKENS, n_samples=2)
     assert tokens.shape == (5, 2, *TOKENS) and projected.shape == (5, *TOKENS)
     torch.testing.assert_close(tokens[:, :, 0].norm(dim=-1), torch.ones(5, 2), rtol=1e-4, atol=1e-4)
     backbone = decoder.voxel2clip(torch.from_numpy(voxels))[0].view(5, *TOKENS)
-    plain, _ = predict.predict_tokens(decoder, voxels, TOKENS, use_prior=False)
+    plain, _ = sample_tokens(decoder, voxels, TOKENS, use_prior=False)
     torch.testing.assert_close(
         plain[:, 0], backbone / decoder.image_embed_scale, rtol=1e-4, atol=1e-4
     )
-    same, _ = predict.predict_tokens(decoder, voxels, TOKENS, n_samples=2)
+    same, _ = sample_tokens(decoder, voxels, TOKENS, n_samples=2)
     torch.testing.assert_close(tokens, same)
 
 
 def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder, voxels):
     ids = np.array([3, 14, 15, 92, 65])
     options = {"n_samples": 2, "image_ids": ids}
-    together, _ = predict.predict_tokens(decoder, voxels, TOKENS, **options)
-    apart, _ = predict.predict_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
-    turned, _ = predict.predict_tokens(
+    together, _ = sample_tokens(decoder, voxels, TOKENS, **options)
+    apart, _ = sample_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
+    turned, _ = sample_tokens(
         decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1]
     )
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(turned.flip(0), together, rtol=1e-3, atol=1e-4)
     alike = np.repeat(voxels[:1], 5, 0)
-    own, _ = predict.predict_tokens(decoder, alike, TOKENS, **options)
-    same, _ = predict.predict_tokens(decoder, alike, TOKENS, same=True, **options)
+    own, _ = sample_tokens(decoder, alike, TOKENS, **options)
+    same, _ = sample_tokens(decoder, alike, TOKENS, shared_noise=True, **options)
     assert not torch.allclose(own[0], own[1], atol=1e-3)
     torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(
@@ -104,7 +109,7 @@ def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder
 def test_ridge_is_a_decoder_like_any_other(voxels):
     ridge = RidgeBaseline(20, TOKENS)
     ridge.bias.data.fill_(1.0)
-    tokens, projected = predict.predict_tokens(ridge, voxels, TOKENS)
+    tokens, projected = sample_tokens(ridge, voxels, TOKENS)
     assert tokens.shape == (5, 1, *TOKENS) and torch.equal(projected, torch.ones(5, *TOKENS))
     latents = predict.predict_latents(
         RidgeBaseline(20, (4, 16, 16)), voxels, (4, 16, 16), batch_size=2
@@ -119,7 +124,7 @@ def test_noise_is_a_function_of_seed_image_and_sample():
     assert not torch.equal(noise[0], noise[1]) and not torch.equal(
         noise, generate.draw_latent_noise(ids, (4, 8, 8), sample=1)
     )
-    same = generate.draw_latent_noise(ids, (4, 8, 8), same=True)
+    same = generate.draw_latent_noise(ids, (4, 8, 8), shared_noise=True)
     assert torch.equal(same[0], same[1])
 
 
@@ -143,7 +148,7 @@ def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     projected = torch.stack(
         [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)]
     )
-    chosen, index = generate.select_best(clipper, projected, candidates)
+    chosen, index = selection.select_best(clipper, projected, candidates)
     assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
 
 
@@ -211,7 +216,7 @@ def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
         },
     }
     decoder = build_decoder(config).eval()
-    tokens, projected = predict.predict_tokens(decoder, voxels, (1, 128), n_samples=2)
+    tokens, projected = sample_tokens(decoder, voxels, (1, 128), n_samples=2)
     assert tokens.shape == (5, 2, 1, 128) and projected.shape == (5, 1, 128)
     assert (
         tokens.norm(dim=-1) - 1
@@ -222,7 +227,7 @@ def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
         and type(generate.load_generator(17, "mini")).__name__ == "VersatileDiffusion"
     )
     candidates = generate.generate_images(diffusion, tokens, np.arange(5), num_inference_steps=2)
-    chosen, index = generate.select_best(Clipper("mini", hidden=False), projected, candidates)
+    chosen, index = selection.select_best(Clipper("mini", hidden=False), projected, candidates)
     assert chosen.shape == (5, 3, 32, 32) and set(index.tolist()) <= {0, 1}
 
 
@@ -237,8 +242,8 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         return {"image": torch.arange(rows.start, rows.stop)}
 
     with pytest.raises(KeyboardInterrupt):
-        generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    found = generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+        reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    found = reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
     assert found["image"].tolist() == list(range(7)) and made == [
         (0, 2),
         (2, 4),
@@ -246,5 +251,5 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         (4, 6),
         (6, 7),
     ]
-    generate.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 2})
+    reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 2})
     assert len(made) == 9  # made of something else: nothing is taken over

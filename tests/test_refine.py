@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from src import pretrained
 from src.decoding import refine
+from src.decoding.refine import Refinement
 from src.pretrained import unclip
 from src.utils import PerceptError
 
@@ -103,6 +104,7 @@ def seen(pipeline, monkeypatch):
     return calls
 
 
+SMALL = Refinement(size=16)
 CAPTIONS, IDS = (
     ["a red ball on a sandy beach", "a cup in a room", "a green tree"],
     np.array([7, 3, 11]),
@@ -111,7 +113,7 @@ CAPTIONS, IDS = (
 
 def test_the_published_settings_reach_sdxl(pipeline, seen):
     pictures = torch.rand(3, 3, 24, 24)
-    made = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, size=16)
+    made = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, SMALL)
     assert (
         made.shape == pictures.shape
         and 0 <= float(made.min())
@@ -123,22 +125,26 @@ def test_the_published_settings_reach_sdxl(pipeline, seen):
     ) == 12
     assert seen[0]["sigma"] == pytest.approx(1.5092, abs=1e-4) and seen[0]["batch"] == 6  # guidance
     assert seen[0]["time_ids"].tolist() == [[16, 16, 0, 0, 1024, 1024]] * 6
-    assert (refine.STEPS, refine.RUN, refine.SIZE) == (25, 12, 768)
+    assert (Refinement.steps, Refinement.run, refine.SIZE) == (25, 12, 768)
 
 
 def test_noise_is_each_pictures_own_and_captions_count(pipeline):
     torch.manual_seed(1)
     pictures = torch.rand(3, 3, 16, 16)
-    together = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, size=16, batch_size=3)
+    together = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, SMALL, batch_size=3)
     alone = refine.refine_images(
-        pipeline, CAPTIONS[1:2], pictures[1:2], IDS[1:2], size=16, batch_size=1
+        pipeline, CAPTIONS[1:2], pictures[1:2], IDS[1:2], SMALL, batch_size=1
     )
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
     for changed in (
-        refine.refine_images(pipeline, ["a green tree"], pictures[1:2], IDS[1:2], size=16),
-        refine.refine_images(pipeline, CAPTIONS[1:2], pictures[1:2], IDS[1:2], size=16, seed=43),
+        refine.refine_images(pipeline, ["a green tree"], pictures[1:2], IDS[1:2], SMALL),
+        refine.refine_images(pipeline, CAPTIONS[1:2], pictures[1:2], IDS[1:2], SMALL, seed=43),
         refine.refine_images(
-            pipeline, CAPTIONS[1:2], pictures[1:2], IDS[1:2], size=16, negative_prompt=""
+            pipeline,
+            CAPTIONS[1:2],
+            pictures[1:2],
+            IDS[1:2],
+            Refinement(size=16, negative_prompt=""),
         ),
     ):
         assert float((changed - alone).abs().max()) > 1e-3
@@ -148,7 +154,8 @@ def test_few_steps_stay_near_and_all_steps_leave_the_picture(pipeline, seen):
     pictures = torch.rand(1, 3, 16, 16)
     for run in (1, 5):
         seen.clear()
-        refine.refine_images(pipeline, CAPTIONS[:1], pictures, IDS[:1], size=16, steps=5, run=run)
+        refinement = Refinement(steps=5, run=run, size=16)
+        refine.refine_images(pipeline, CAPTIONS[:1], pictures, IDS[:1], refinement)
         assert [call["t"] for call in seen] == unclip.compute_euler_timesteps(5)[5 - run :]
 
 
@@ -176,10 +183,10 @@ def test_the_miniature_repaints_after_its_caption():
 
 def test_refusals(pipeline, tmp_path, monkeypatch):
     pictures = torch.rand(2, 3, 16, 16)
-    with pytest.raises(PerceptError, match="3 captions for 2 pictures"):
+    with pytest.raises(PerceptError, match="3 captions for 2 images"):
         refine.refine_images(pipeline, CAPTIONS, pictures, IDS[:2])
     with pytest.raises(PerceptError, match="0 of 25 steps"):
-        refine.refine_images(pipeline, CAPTIONS[:2], pictures, IDS[:2], run=0)
+        refine.refine_images(pipeline, CAPTIONS[:2], pictures, IDS[:2], Refinement(run=0))
     monkeypatch.setattr(refine, "HOME", tmp_path)
     with pytest.raises(PerceptError, match="download refiner"):
         refine.load_refiner("hub")

@@ -29,7 +29,7 @@ from src.decoding.voting import (
     vote,
 )
 from src.evaluation import votes
-from src.networks.released import build_decoder
+from src.networks.rebuild import build_decoder
 from src.training.optim import SCHEDULERS
 from src.utils import PerceptError, save_checkpoint, write_json
 
@@ -387,6 +387,6 @@ def test_the_matrix_of_regions_shows_shares(tmp_path):
 def test_cosine_is_of_the_last_axis():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     torch.testing.assert_close(
-        voting._alike(a, b), (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
+        voting.compare_embeddings(a, b), (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
     )
     assert Path(voting.__file__).name == "voting.py"

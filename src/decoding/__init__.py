@@ -1,30 +1,36 @@
 """From checkpoints to tokens, latents, images and votes."""
 
+from src.decoding.caption_targets import embed_captions
 from src.decoding.checkpoints import find_decoder, load_decoder, read_decoder_config
 from src.decoding.combined import (
     check_combined_parameters,
     check_volumes,
     compute_fid,
-    embed_captions,
     embed_variations,
     generate_sample_grid,
 )
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.generate import (
-    compute_in_chunks,
-    compute_sample_spread,
     draw_latent_noise,
     generate_images,
-    load_condition,
     load_encoder,
     load_generator,
-    load_reconstructions,
     repaint_images,
-    select_best,
     set_sampler,
 )
-from src.decoding.predict import compute_repeat_agreement, predict_latents, predict_tokens
-from src.decoding.refine import load_refiner, refine_images
+from src.decoding.predict import (
+    PriorSampling,
+    compute_repeat_agreement,
+    predict_latents,
+    predict_tokens,
+)
+from src.decoding.reconstructions import (
+    compute_in_chunks,
+    load_condition,
+    load_reconstructions,
+)
+from src.decoding.refine import Refinement, load_refiner, refine_images
+from src.decoding.selection import compute_sample_spread, select_best
 from src.decoding.voting import (
     VOTES,
     SelectionInputs,
@@ -38,38 +44,40 @@ from src.decoding.voting import (
 
 __all__ = [
     "DecoderSizes",
-    "build_decoder_config",
+    "PriorSampling",
+    "Refinement",
     "SelectionInputs",
     "VOTES",
     "Voter",
-    "embed_captions",
+    "build_decoder_config",
     "check_combined_parameters",
     "check_volumes",
-    "read_decoder_config",
-    "load_encoder",
     "compute_fid",
+    "compute_in_chunks",
+    "compute_repeat_agreement",
+    "compute_sample_spread",
+    "draw_latent_noise",
+    "embed_captions",
+    "embed_variations",
     "find_decoder",
     "find_voters",
     "generate_images",
-    "load_generator",
-    "repaint_images",
-    "compute_in_chunks",
-    "draw_latent_noise",
-    "load_decoder",
-    "load_reconstructions",
+    "generate_sample_grid",
     "load_condition",
+    "load_decoder",
+    "load_encoder",
+    "load_generator",
+    "load_reconstructions",
+    "load_refiner",
     "open_voter",
     "oracle",
-    "select_best",
+    "parse_voters",
     "predict_latents",
     "predict_tokens",
+    "read_decoder_config",
     "refine_images",
-    "load_refiner",
-    "compute_repeat_agreement",
-    "generate_sample_grid",
-    "compute_sample_spread",
+    "repaint_images",
+    "select_best",
     "set_sampler",
-    "embed_variations",
     "vote",
-    "parse_voters",
 ]

@@ -17,7 +17,7 @@ from src.utils import PerceptError, load_checkpoint, load_strictly
 
 def _is_released(path: str | Path) -> bool:
     """Whether a checkpoint is one that others released (.pth, or a folder that DeepSpeed wrote),
-    and not of ours; refused where there is none.
+    and not of this repository; refused where there is none.
     """
     if not Path(path).exists():
         raise PerceptError(
@@ -28,8 +28,8 @@ def _is_released(path: str | Path) -> bool:
 
 
 def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained decoder from one file: of ours (.safetensors), or a released one (.pth, or
-    a folder that DeepSpeed wrote).
+    """Rebuild a trained decoder from one file: of this repository (.safetensors), or a released one
+    (.pth, or a folder that DeepSpeed wrote).
 
     Returns:
         The module in eval mode, and the config stored with it (of a released file: read from its
@@ -38,7 +38,10 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     Raises:
         PerceptError: if the file is missing or does not fit the model that it names.
     """
-    state, config = _published(path) if _is_released(path) else load_checkpoint(path, device)
+    if _is_released(path):
+        state, config = _read_released(path)
+    else:
+        state, config = load_checkpoint(path, device)
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
     return decoder.to(device).eval().requires_grad_(False), config
@@ -51,46 +54,49 @@ def read_decoder_config(path: str | Path) -> dict[str, Any]:
         PerceptError: if the file is missing.
     """
     if _is_released(path):
-        return _published(path)[1]
+        return _read_released(path)[1]
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get("config", "{}"))
 
 
 def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Path:
-    """Where a run keeps a decoder: `level`/<checkpoint>.safetensors of ours, or else a released
-    file as its authors name it.
+    """Where a run keeps a decoder: `level`/<checkpoint>.safetensors of this repository, or else a
+    released file as its authors name it.
 
     Args:
         folder: train_logs/<run>.
         level: "high_level" or "low_level".
         checkpoint: "last" or "best".
     """
-    ours, folder = Path(folder) / level / f"{checkpoint}.safetensors", Path(folder)
-    released = folder / f"{checkpoint}.pth" if level == "high_level" else folder / "epoch120.pth"
-    if level == "high_level" and not released.exists() and (folder / checkpoint).is_dir():
-        released = folder / checkpoint  # of MindEye2 under DeepSpeed
-    return released if released.exists() and not ours.exists() else ours
+    folder = Path(folder)
+    trained = folder / level / f"{checkpoint}.safetensors"
+    released = folder / "epoch120.pth"
+    if level == "high_level":
+        released = folder / f"{checkpoint}.pth"
+        if not released.exists() and (folder / checkpoint).is_dir():
+            released = folder / checkpoint  # of MindEye2 under DeepSpeed
+    return released if released.exists() and not trained.exists() else trained
 
 
-def _published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and config of a released file, the config as `fit` would have stored it."""
     state = read_published(path)
     model = infer_published_config(state, str(path))
+    config: dict[str, Any] = {"model": model}
     if model["name"] == "MindEye2":
-        kwargs = model["backbone"]["kwargs"]
-        variant = next(
-            (name for name, (_, dim) in PATCHES.items() if dim == kwargs["clip_size"]), "bigG"
-        )
-        config = {
-            "model": model,
-            "tokens": [kwargs["out_dim"] // kwargs["clip_size"], kwargs["clip_size"]],
-        }
-        return state, config | {
-            "clip": {"patch_tokens": True, "variant": variant, "squeezed": True}
-        }
-    if model["name"] != "BrainDiffusionPrior":
-        return state, {"model": model}
-    return state, {
-        "model": model,
-        "tokens": [model["net"]["kwargs"].get("num_tokens", 1), model["kwargs"]["image_embed_dim"]],
-    }
+        sizes = model["backbone"]["kwargs"]
+        dim = sizes["clip_size"]
+        config["tokens"] = [sizes["out_dim"] // dim, dim]
+        config["clip"] = {"patch_tokens": True, "variant": _find_variant(dim), "squeezed": True}
+    elif model["name"] == "BrainDiffusionPrior":
+        tokens = model["net"]["kwargs"].get("num_tokens", 1)
+        config["tokens"] = [tokens, model["kwargs"]["image_embed_dim"]]
+    return state, config
+
+
+def _find_variant(dim: int) -> str:
+    """The CLIP whose patch tokens have `dim` numbers."""
+    for name, (_, patch_dim) in PATCHES.items():
+        if patch_dim == dim:
+            return name
+    return "bigG"

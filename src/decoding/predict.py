@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -15,20 +16,37 @@ from src import models
 from src.utils import PerceptError
 
 
+@dataclass(frozen=True)
+class PriorSampling:
+    """How tokens are drawn from the diffusion prior.
+
+    Attributes:
+        n_samples: samples an image.
+        use_prior: sample the prior; otherwise the backbone's output stands for the tokens, which
+            it must have been trained to regress, as one sample.
+        timesteps: sampling steps; 0: all of the prior's schedule.
+        seed: of the noise, which is drawn for each image by itself.
+        shared_noise: the same noise for all images, as published.
+        solver: as `BrainDiffusionPrior.sample`.
+    """
+
+    n_samples: int = 1
+    use_prior: bool = True
+    timesteps: int = 0
+    seed: int = 42
+    shared_noise: bool = False
+    solver: str = "published"
+
+
 @torch.no_grad()
 def predict_tokens(
     decoder: nn.Module,
     voxels: np.ndarray,
     token_shape: tuple[int, int],
-    n_samples: int = 1,
-    use_prior: bool = True,
-    timesteps: int = 0,
-    seed: int = 42,
+    sampling: PriorSampling | None = None,
+    image_ids: np.ndarray | None = None,
     batch_size: int = 100,
     device: str = "cpu",
-    image_ids: np.ndarray | None = None,
-    same: bool = False,
-    solver: str = "published",
 ) -> tuple[Tensor, Tensor]:
     """Predict CLIP tokens from voxels.
 
@@ -37,59 +55,77 @@ def predict_tokens(
         voxels: (images, voxels), normalised; (images, trials, voxels) for a MindEye2 that reads
             neighbouring trials.
         token_shape: (tokens, dim).
-        n_samples: samples of the prior an image.
-        use_prior: sample the prior; otherwise the backbone's own output, which then must have been
-            trained to regress the tokens, and one sample.
-        timesteps: sampling steps of the prior; 0: all of its schedule.
-        seed: of the prior's noise, which is drawn for each image by itself.
+        sampling: of the prior.
+        image_ids: (images,), from which the noise is drawn; by default the position in `voxels`.
         batch_size: images at a time.
         device: torch device.
-        image_ids: (images,), from which the noise is drawn; by default the position in `voxels`.
-        same: the same noise for all images, as published.
-        solver: of the prior, as `BrainDiffusionPrior.sample`.
 
     Returns:
         Tokens (images, samples, tokens, dim) and the projected tokens for retrieval (images,
         tokens, dim). Where there are several tokens an image, samples of the prior are divided by
         the norm of the CLS token, as published; one embedding alone, regressions and MindEye2's
-        tokens, which have
-        no CLS token, are left as they are: a mean is shorter than what it is the mean of.
+        tokens, which have no CLS token, are left as they are: a mean is shorter than what it is the
+        mean of.
     """
-    found, projected = [], []
-    whole = isinstance(decoder, models.MindEye2)
-    prior: Any = decoder.diffusion_prior if isinstance(decoder, models.MindEye2) else decoder
-    network: Any = decoder if whole else getattr(decoder, "voxel2clip", None)
+    sampling = sampling or PriorSampling()
     ids = np.arange(len(voxels)) if image_ids is None else image_ids
+    predicted, projected = [], []
     for start in range(0, len(voxels), batch_size):
-        x = torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
-        if network is None:
-            tokens = decoder(x).view(len(x), 1, *token_shape)
-            projected.append(tokens[:, 0].cpu())
-        else:
-            backbone, projection = network.predict_tokens(x)
-            tokens = backbone[:, None] / (1.0 if prior is None else prior.image_embed_scale)
-            if use_prior and prior is not None:
-                mine = ids[start : start + batch_size]
-                generator = [
-                    torch.Generator(device).manual_seed(seed if same else _seed(seed, int(image)))
-                    for image in mine
-                ]
-                steps = timesteps or prior.noise_scheduler.num_timesteps
-                repeated = backbone.repeat_interleave(
-                    n_samples, 0
-                )  # (images * samples, tokens, dim)
-                tokens = prior.sample(
-                    repeated, timesteps=steps, generator=generator, solver=solver
-                ).view(len(x), n_samples, *token_shape)
-                if token_shape[0] > 1 and not whole:
-                    tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
-            projected.append(projection.view(len(x), *token_shape).cpu())
-        found.append(tokens.cpu())
-    return torch.cat(found), torch.cat(projected)
+        batch = slice(start, start + batch_size)
+        x = torch.as_tensor(voxels[batch], dtype=torch.float32, device=device)
+        tokens, projection = _predict_batch(decoder, x, token_shape, sampling, ids[batch])
+        predicted.append(tokens.cpu())
+        projected.append(projection.cpu())
+    return torch.cat(predicted), torch.cat(projected)
 
 
-def _seed(seed: int, image: int) -> int:
-    """A seed of its own for each image."""
+def _predict_batch(
+    decoder: nn.Module,
+    x: Tensor,
+    token_shape: tuple[int, int],
+    sampling: PriorSampling,
+    image_ids: np.ndarray,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim)."""
+    is_mindeye2 = isinstance(decoder, models.MindEye2)
+    prior: Any = decoder.diffusion_prior if is_mindeye2 else decoder
+    network: Any = decoder if is_mindeye2 else getattr(decoder, "voxel2clip", None)
+    if network is None:
+        tokens = decoder(x).view(len(x), 1, *token_shape)
+        return tokens, tokens[:, 0]
+    backbone, projection = network.predict_tokens(x)
+    projection = projection.view(len(x), *token_shape)
+    if prior is None:
+        return backbone[:, None], projection
+    if not sampling.use_prior:
+        return backbone[:, None] / prior.image_embed_scale, projection
+    samples = _sample_prior(prior, backbone, sampling, image_ids)
+    tokens = samples.view(len(x), sampling.n_samples, *token_shape)
+    if token_shape[0] > 1 and not is_mindeye2:
+        tokens = tokens / (tokens[:, :, :1].norm(dim=-1, keepdim=True) + 1e-6)
+    return tokens, projection
+
+
+def _sample_prior(
+    prior: Any, backbone: Tensor, sampling: PriorSampling, image_ids: np.ndarray
+) -> Tensor:
+    """Samples (images * samples, tokens, dim) given the backbone's tokens (images, tokens, dim)."""
+    generators = []
+    for image in image_ids:
+        seed = sampling.seed
+        if not sampling.shared_noise:
+            seed = derive_image_seed(sampling.seed, int(image))
+        generators.append(torch.Generator(backbone.device).manual_seed(seed))
+    return prior.sample(
+        backbone.repeat_interleave(sampling.n_samples, 0),
+        timesteps=sampling.timesteps or prior.noise_scheduler.num_timesteps,
+        generator=generators,
+        solver=sampling.solver,
+    )
+
+
+def derive_image_seed(seed: int, image: int) -> int:
+    """A seed for one image, different from that of other images."""
     return int(np.random.SeedSequence([seed, image]).generate_state(1, np.uint32)[0])
 
 
@@ -106,19 +142,18 @@ def predict_latents(
     """
     parts = []
     for start in range(0, len(voxels), batch_size):
-        out = decoder(
-            torch.as_tensor(voxels[start : start + batch_size], dtype=torch.float32, device=device)
-        )
-        out = out[2] if isinstance(decoder, models.MindEye2) else out
-        out = (
-            out[0] if isinstance(out, tuple) else out
-        )  # beside the latent stand the contrastive maps
+        batch = voxels[start : start + batch_size]
+        out = decoder(torch.as_tensor(batch, dtype=torch.float32, device=device))
+        if isinstance(decoder, models.MindEye2):
+            out = out[2]
+        if isinstance(out, tuple):
+            out = out[0]  # beside the latent stand the contrastive maps
         parts.append(out.view(len(out), *shape).cpu())
     return torch.cat(parts)
 
 
 def compute_repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:
-    """How alike the predictions from single repeats are, (images,): mean correlation over every two
+    """Agreement of the predictions from single repeats, (images,): mean correlation over every two
     repeats.
 
     Args:
@@ -127,9 +162,10 @@ def compute_repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:
     """
     if len(predictions) < 2:
         raise PerceptError("Agreement between repeats needs at least two of them.")
-    rows = []
+    standardised = []
     for prediction in predictions:
         x = prediction.flatten(1).float()
         x = x - x.mean(0)
-        rows.append(F.normalize(x - x.mean(1, keepdim=True), dim=1))
-    return torch.stack([(a * b).sum(1) for a, b in combinations(rows, 2)]).mean(0)
+        standardised.append(F.normalize(x - x.mean(1, keepdim=True), dim=1))
+    correlations = [(a * b).sum(1) for a, b in combinations(standardised, 2)]
+    return torch.stack(correlations).mean(0)

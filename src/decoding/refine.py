@@ -11,6 +11,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,9 @@ CHECKPOINT = "zavychromaxl_v30.safetensors"
 # whose configuration and tokenizers a single file needs
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
-SIZE, TARGET = (
-    768,
-    1024,
-)  # pixels a side: of what is repainted, and what the network is told that it was meant for
+SIZE = 768  # pixels a side of what is repainted
 
-STEPS, RUN = 25, 12
+TARGET = 1024  # pixels a side that the network is told its image is meant for
 
 # In our own words; the published one, which is as long and as general, can be passed instead.
 NEGATIVE_PROMPT = (
@@ -45,6 +43,26 @@ NEGATIVE_PROMPT = (
     " extra limbs, extra fingers, fused fingers, bad anatomy, bad hands, distorted face, duplicate,"
     " ugly"
 )
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How an image is repainted.
+
+    Attributes:
+        steps: of the whole schedule.
+        run: the last of them that are run, at least one.
+        guidance_scale: of classifier-free guidance.
+        negative_prompt: what guidance leads away from; the miniature, whose captions have no such
+            words, is led away from an empty sentence.
+        size: pixels a side of what is repainted; 0: 768 as published, or the miniature's.
+    """
+
+    steps: int = 25
+    run: int = 12
+    guidance_scale: float = 5.0
+    negative_prompt: str = NEGATIVE_PROMPT
+    size: int = 0
 
 
 def load_refiner(
@@ -65,37 +83,39 @@ def load_refiner(
 
     Source: Podell et al. 2023 (SDXL), arXiv 2307.01952; MindEye2 (arXiv 2403.11207), section 2.6.
     """
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    if dtype is None:
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
     if weights == "mini":
         return load_stable_diffusion_pipeline("mini", device, dtype)
-    place = str(HOME / "data" / "mindeye2_models" / CHECKPOINT) if weights == "hub" else weights
-    made = (
-        _from_file(place, base, dtype)
-        if place.endswith(".safetensors")
-        else load_frozen(StableDiffusionXLImg2ImgPipeline, place, torch_dtype=dtype)
+    location = weights
+    if weights == "hub":
+        location = str(HOME / "data" / "mindeye2_models" / CHECKPOINT)
+    if location.endswith(".safetensors"):
+        pipeline = _load_single_file(location, base, dtype)
+    else:
+        pipeline = load_frozen(StableDiffusionXLImg2ImgPipeline, location, torch_dtype=dtype)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, use_karras_sigmas=False, final_sigmas_type="zero"
     )
-    made.scheduler = EulerDiscreteScheduler.from_config(
-        made.scheduler.config, use_karras_sigmas=False, final_sigmas_type="zero"
-    )
-    made.watermark = None  # the published pictures have none
-    return made.to(device)
+    pipeline.watermark = None  # the published images have none
+    return pipeline.to(device)
 
 
-def _from_file(place: str, base: str, dtype: torch.dtype) -> Any:
-    if not Path(place).is_file():
+def _load_single_file(path: str, base: str, dtype: torch.dtype) -> Any:
+    if not Path(path).is_file():
         raise PerceptError(
-            f"The refiner is not at {place}: run 'python run.py download refiner', or set its"
+            f"The refiner is not at {path}: run 'python run.py download refiner', or set its"
             " weights to a file or folder."
         )
     try:
         with silence_libraries():
             return StableDiffusionXLImg2ImgPipeline.from_single_file(
-                place, config=base, torch_dtype=dtype
+                path, config=base, torch_dtype=dtype
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PerceptError(
-            f"{place} cannot be read as an SDXL model with the configuration of '{base}'"
+            f"{path} cannot be read as an SDXL model with the configuration of '{base}'"
             f" ({reason}): check file and connection."
         ) from error
 
@@ -103,86 +123,83 @@ def _from_file(place: str, base: str, dtype: torch.dtype) -> Any:
 def refine_images(
     pipeline: Any,
     captions: Sequence[str],
-    pictures: Tensor,
+    images: Tensor,
     image_ids: np.ndarray,
+    refinement: Refinement | None = None,
     seed: int = 42,
     batch_size: int = 4,
-    guidance_scale: float = 5.0,
-    negative_prompt: str = NEGATIVE_PROMPT,
-    steps: int = STEPS,
-    run: int = RUN,
-    size: int = 0,
 ) -> Tensor:
     """Repaint reconstructions after their captions.
 
     Args:
-        pipeline: from `refiner`.
-        captions: (images,), one predicted sentence a picture.
-        pictures: reconstructions (images, 3, height, width) in [0, 1].
-        image_ids: (images,), from which each picture's noise is drawn, whatever batch it is in.
+        pipeline: from `load_refiner`.
+        captions: (images,), one predicted sentence an image.
+        images: reconstructions (images, 3, height, width) in [0, 1].
+        image_ids: (images,), from which each image's noise is drawn, whatever batch it is in.
+        refinement: steps, guidance, size.
         seed: of the noise.
-        batch_size: pictures at a time.
-        guidance_scale: of classifier-free guidance.
-        negative_prompt: what guidance leads away from; the miniature, whose captions have no such
-            words, is led away from an empty sentence.
-        steps: of the whole schedule.
-        run: the last of them that are run, at least one.
-        size: pixels a side of what is repainted; 0: 768 as published, or the miniature's.
+        batch_size: images at a time.
 
     Returns:
-        (images, 3, height, width) in [0, 1] float32, as large as they were given.
+        (images, 3, height, width) in [0, 1] float32, as large as the reconstructions.
 
     Raises:
-        PerceptError: if captions, pictures and ids differ in number, or for steps that there are
-            none of.
+        PerceptError: if captions, images and ids differ in number, or for steps that do not exist.
     """
-    if not len(captions) == len(pictures) == len(image_ids):
+    refinement = refinement or Refinement()
+    steps, run = refinement.steps, refinement.run
+    if not len(captions) == len(images) == len(image_ids):
         raise PerceptError(
-            f"There are {len(captions)} captions for {len(pictures)} pictures and {len(image_ids)}"
-            " ids: give one of each for every picture."
+            f"There are {len(captions)} captions for {len(images)} images and {len(image_ids)}"
+            " ids: give one of each for every image."
         )
     if not 1 <= run <= steps:
         raise PerceptError(
             f"The refinement is to run {run} of {steps} steps: run at least one and not more than"
             " there are."
         )
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    if isinstance(pipeline, StableDiffusionXLImg2ImgPipeline):
-        size = size or SIZE
-        options |= {"timesteps": compute_euler_timesteps(steps), "negative_prompt": negative_prompt}
-        options |= {
-            "original_size": (size, size),
-            "crops_coords_top_left": (0, 0),
-            "target_size": (TARGET, TARGET),
-        }
-    else:
-        size = size or pipeline.vae.config.sample_size
-    made, strength = (
-        [],
-        min(1.0, (run + 0.5) / steps),
-    )  # half a step more, because the library rounds down
-    for start in progress(range(0, len(pictures), batch_size), "refining"):
+    size, options = _choose_options(pipeline, refinement)
+    strength = min(1.0, (run + 0.5) / steps)  # half a step more, because the library rounds down
+    refined = []
+    for start in progress(range(0, len(images), batch_size), "refining"):
         rows = slice(start, start + batch_size)
-        large = repaint_images(
+        repainted = repaint_images(
             pipeline,
             captions[rows],
-            _resized(pictures[rows], (size, size)),
+            _resize(images[rows], (size, size)),
             image_ids[rows],
             strength,
             seed,
             batch_size,
             **options,
         )
-        made.append(_resized(large, tuple(pictures.shape[-2:])))
-    return torch.cat(made)
+        refined.append(_resize(repainted, tuple(images.shape[-2:])))
+    return torch.cat(refined)
 
 
-def _resized(pictures: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pictures (images, 3, height, width) of another size, antialiased; those that have it stay as
+def _choose_options(pipeline: Any, refinement: Refinement) -> tuple[int, dict[str, Any]]:
+    """Pixels a side, and the options that this pipeline takes."""
+    options: dict[str, Any] = {
+        "num_inference_steps": refinement.steps,
+        "guidance_scale": refinement.guidance_scale,
+    }
+    if not isinstance(pipeline, StableDiffusionXLImg2ImgPipeline):
+        return refinement.size or pipeline.vae.config.sample_size, options
+    size = refinement.size or SIZE
+    return size, options | {
+        "timesteps": compute_euler_timesteps(refinement.steps),
+        "negative_prompt": refinement.negative_prompt,
+        "original_size": (size, size),
+        "crops_coords_top_left": (0, 0),
+        "target_size": (TARGET, TARGET),
+    }
+
+
+def _resize(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Images (images, 3, height, width) of another size, antialiased; those that have it stay as
     they are.
     """
-    return (
-        pictures.float()
-        if tuple(pictures.shape[-2:]) == shape
-        else F.interpolate(pictures.float(), shape, mode="bilinear", antialias=True).clamp(0, 1)
-    )
+    images = images.float()
+    if tuple(images.shape[-2:]) == shape:
+        return images
+    return F.interpolate(images, shape, mode="bilinear", antialias=True).clamp(0, 1)
