@@ -1,4 +1,4 @@
-"""The embedded miniature world: procedural images, a simulated cortex, and writers of every source format."""
+"""The mini world: procedural images, a simulated cortex, and writers of every source format."""
 
 from src.miniworld.cortex import FIRST_ID, N_VOXELS, VisualCortex, simulate
 from src.miniworld.drawing import CATEGORIES, SCENES
@@ -20,10 +20,10 @@ from src.miniworld.images import (
 )
 
 __all__ = [
+    "CATEGORIES",
     "COLOURS",
     "FIRST_ID",
     "IMAGE_SIZE",
-    "CATEGORIES",
     "LIGHTS",
     "N_VOXELS",
     "PATTERNS",
@@ -31,13 +31,13 @@ __all__ = [
     "ImageContent",
     "SceneObject",
     "VisualCortex",
-    "write_captions",
     "assign_split",
     "compose_image",
-    "render_blocks",
-    "make_label_row",
     "generate_pool",
+    "make_label_row",
+    "make_tables",
+    "render_blocks",
     "render_image",
     "simulate",
-    "make_tables",
+    "write_captions",
 ]

@@ -1,16 +1,13 @@
-"""The mini world: procedural images with captions and labels, and a simulated visual cortex that
-looks at them.
+"""The images of the mini world: what they show, how they are rendered, their captions and labels.
 
-- An image shows one large object (or two, one partly behind the other) in a scene: 20 kinds x 8
-  colours x 8 scenes, with patterns, places, sizes, tilts and light. Everything about image i is a
-  pure function of (seed, i), so any subset can be remade anywhere.
-- The test set holds combinations of kind, colour and scene that occur in no training image
-  (`assign_split`); validation has held-out combinations of its own, so that what is chosen on
-  it is chosen for new combinations too.
-- The cortex is not linear in any embedding a decoder is given: early areas measure Gabor energy in
-  a receptive field, higher areas respond to conjunctions of what is in the picture
-  (`VisualCortex`).
-- Nothing here reads or writes files: this module yields arrays and tables, readers write them.
+- An image shows one large object (or two, one partly behind the other) in a scene: 20 categories x
+  8 colours x 8 scenes, with patterns, places, sizes, tilts and light. Everything about image i is a
+  pure function of (seed, split, i), so any subset can be remade anywhere.
+- The test set holds combinations of category, colour and scene that occur in no training image
+  (`assign_split`). Validation has combinations of its own, so that settings chosen on it are chosen
+  for new combinations too.
+- Nothing here reads or writes files: this module yields arrays and tables, writers of formats
+  (`src.miniworld.formats`) store them.
 """
 
 from __future__ import annotations
@@ -21,17 +18,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 from src.miniworld.drawing import CATEGORIES, GROUNDS, SCENES, Pen, draw_backdrop, draw_texture
 from src.utils import progress
 
-# pixels a side; a large object stays recognisable at this size and everything downstream is quick
+# Pixels a side. A large object stays recognisable at this size, and everything downstream is quick.
 IMAGE_SIZE = 32
 
-POOL_SEED = 11_000  # of images that nobody has seen
-
 SUPERSAMPLE = 4  # images are drawn this much larger and then averaged down
+
+POOL_SEED = 11_000  # of the images of a search pool that no subject has seen
+
+BLOCK_IMAGES = 250  # images that a process draws at a time
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -48,26 +47,48 @@ PATTERNS = ("plain", "striped", "dotted")
 
 PLACES = ("left", "centre", "right")
 
-LIGHTS = {"day": (1.0, 1.0, 1.0), "sunset": (1.08, 0.86, 0.72), "night": (0.60, 0.63, 0.84)}
+# How a light changes red, green and blue.
+LIGHTS = {
+    "day": (1.0, 1.0, 1.0),
+    "sunset": (1.08, 0.86, 0.72),
+    "night": (0.60, 0.63, 0.84),
+}
+
+SPLITS = ("train", "val", "test")
+
+FIRST_OF_THREE = (0.7, 0.15, 0.15)  # probabilities of the patterns, and of the lights
+
+CATEGORY_NAMES, COLOUR_NAMES, LIGHT_NAMES = tuple(CATEGORIES), tuple(COLOURS), tuple(LIGHTS)
+
+LabelRow = dict[str, str | int | float]
 
 
-def assign_split(kind: int, colour: int, scene: int) -> str:
-    """Which split a combination of kind, colour and scene (indices) belongs to: "train", "val" or
-    "test".
+# ----------------------------------------------------------------------------------------- content
+def assign_split(category: int, colour: int, scene: int) -> str:
+    """Return the split of a combination of category, colour and scene (indices).
 
-    A quarter of the (kind, scene) pairs give half of their colours to the test set and another
-    quarter to validation. Every pair of two attributes occurs in training; what is new in the test
-    set is the combination of all three. A held-out pair comes in four colours, so that it forms a
-    group of hard negatives (same scene, same object).
+    A quarter of the (category, scene) pairs have half of their colours in the test set, and another
+    quarter in validation; all else is "train". Every pair of two attributes occurs in training; new
+    in the test set is the combination of all three. A held-out pair comes in four colours, so that
+    it forms a group of hard negatives (same scene, same object).
     """
-    group = (kind + scene) % 4
-    return {0: "test", 1: "val"}.get(group, "train") if (colour + kind) % 2 == 0 else "train"
+    if (colour + category) % 2 != 0:
+        return "train"
+    group = (category + scene) % 4
+    return {0: "test", 1: "val"}.get(group, "train")
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of an image: indices of kind, colour and pattern; centre and half size in units of
-    the image; tilt in radians.
+    """One object of an image.
+
+    Attributes:
+        category: index into CATEGORIES.
+        colour: index into COLOURS.
+        pattern: index into PATTERNS.
+        x, y: centre, in units of the image, from the upper left corner.
+        half_size: in units of the image.
+        tilt: radians.
     """
 
     category: int
@@ -75,14 +96,20 @@ class SceneObject:
     pattern: int
     x: float
     y: float
-    half: float
+    half_size: float
     tilt: float
 
 
 @dataclass(frozen=True)
 class ImageContent:
-    """Everything that an image shows: the scene index, its light, its horizon (0..1 from the top)
-    and one or two things, main last.
+    """Everything that an image shows.
+
+    Attributes:
+        scene: index into SCENES.
+        light: index into LIGHTS.
+        horizon: 0 to 1 from the top.
+        place: of the main object, index into PLACES.
+        objects: one or two, the main one last.
     """
 
     scene: int
@@ -91,77 +118,127 @@ class ImageContent:
     place: int
     objects: tuple[SceneObject, ...]
 
+    @property
+    def main(self) -> SceneObject:
+        """The object in front."""
+        return self.objects[-1]
+
+    @property
+    def background_object(self) -> SceneObject | None:
+        """The object partly behind the main one, if there is one."""
+        return self.objects[0] if len(self.objects) == 2 else None
+
 
 def compose_image(seed: int, index: int, split: str = "train") -> ImageContent:
     """Draw what image `index` of `split` shows, as a pure function of (seed, split, index)."""
-    rng = np.random.default_rng([seed, ("train", "val", "test").index(split), index])
-    kinds, colours, scenes = list(CATEGORIES), list(COLOURS), list(SCENES)
-
-    def draw_things(scene: int, wanted: str) -> tuple[int, int]:
-        while True:
-            kind, colour = int(rng.integers(len(kinds))), int(rng.integers(len(colours)))
-            if assign_split(kind, colour, scene) == wanted:
-                return kind, colour
-
-    scene = int(rng.integers(len(scenes)))
-    place = int(rng.integers(3))
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    scene = int(rng.integers(len(SCENES)))
+    place = int(rng.integers(len(PLACES)))
     horizon = rng.uniform(0.5, 0.66)
-    two = rng.random() < 0.25
-    kind, colour = draw_things(scene, split)
-    half = rng.uniform(0.30, 0.42) if not two else rng.uniform(0.26, 0.33)
-    x = 0.5 + (place - 1) * (0.47 - half) * rng.uniform(0.75, 1.0)
-    y = 0.93 - half - rng.uniform(0, 0.08)
-    pattern = int(rng.choice(3, p=(0.7, 0.15, 0.15)))
-    main = SceneObject(kind, colour, pattern, x, y, half, rng.uniform(-0.15, 0.15))
-    things: tuple[SceneObject, ...] = (main,)
-    if two:
-        kind2, colour2 = draw_things(scene, "train")
-        x2 = np.clip(x + (1 if x < 0.5 else -1) * rng.uniform(0.36, 0.5), 0.2, 0.8)
-        other = SceneObject(
-            kind2,
-            colour2,
-            int(rng.choice(3, p=(0.7, 0.15, 0.15))),
-            float(x2),
-            y - rng.uniform(0.05, 0.2),
-            rng.uniform(0.2, 0.27),
-            rng.uniform(-0.15, 0.15),
-        )
-        things = (other, main)
-    return ImageContent(scene, int(rng.choice(3, p=(0.7, 0.15, 0.15))), horizon, place, things)
+    has_two_objects = rng.random() < 0.25
+    category, colour = _draw_combination(rng, scene, split)
+    half_size = rng.uniform(0.26, 0.33) if has_two_objects else rng.uniform(0.30, 0.42)
+    x = 0.5 + (place - 1) * (0.47 - half_size) * rng.uniform(0.75, 1.0)
+    y = 0.93 - half_size - rng.uniform(0, 0.08)
+    pattern = int(rng.choice(3, p=FIRST_OF_THREE))
+    tilt = rng.uniform(-0.15, 0.15)
+    objects = [SceneObject(category, colour, pattern, x, y, half_size, tilt)]
+    if has_two_objects:
+        objects.insert(0, _draw_background_object(rng, scene, x, y))
+    light = int(rng.choice(3, p=FIRST_OF_THREE))
+    return ImageContent(scene, light, horizon, place, tuple(objects))
 
 
-def render_image(what: ImageContent, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Paint a ImageContent.
+def _draw_combination(rng: np.random.Generator, scene: int, split: str) -> tuple[int, int]:
+    """Draw category and colour until the combination with the scene belongs to the split."""
+    while True:
+        category = int(rng.integers(len(CATEGORIES)))
+        colour = int(rng.integers(len(COLOURS)))
+        if assign_split(category, colour, scene) == split:
+            return category, colour
+
+
+def _draw_background_object(
+    rng: np.random.Generator, scene: int, main_x: float, main_y: float
+) -> SceneObject:
+    category, colour = _draw_combination(rng, scene, "train")
+    side = 1 if main_x < 0.5 else -1
+    distance = rng.uniform(0.36, 0.5)
+    x = float(np.clip(main_x + side * distance, 0.2, 0.8))
+    pattern = int(rng.choice(3, p=FIRST_OF_THREE))
+    y = main_y - rng.uniform(0.05, 0.2)
+    half_size = rng.uniform(0.2, 0.27)
+    tilt = rng.uniform(-0.15, 0.15)
+    return SceneObject(category, colour, pattern, x, y, half_size, tilt)
+
+
+# ------------------------------------------------------------------------------------------ pixels
+def render_image(content: ImageContent, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Render what an image shows.
 
     Returns:
         uint8 array (height, width, 3), height = width = `size`.
     """
-    big = size * SUPERSAMPLE
-    rng = np.random.default_rng([seed, int(what.horizon * 1e6)])
-    canvas = draw_backdrop(SCENES[what.scene], what.horizon, big, rng)
-    for thing in what.objects:
-        colour = np.array(list(COLOURS.values())[thing.colour], float) + rng.uniform(-8, 8, 3)
-        texture = draw_texture(
-            colour, PATTERNS[thing.pattern], big, max(2.0, thing.half * big * 0.28)
-        )
-        shadow = [
-            (thing.x - 0.9 * thing.half) * big,
-            (thing.y + 0.86 * thing.half) * big,
-            (thing.x + 0.9 * thing.half) * big,
-            (thing.y + 1.12 * thing.half) * big,
-        ]
-        ImageDraw.Draw(canvas).ellipse(
-            shadow, fill=tuple(int(0.72 * c) for c in GROUNDS[SCENES[what.scene]])
-        )
-        pen = Pen(canvas, texture, (thing.x * big, thing.y * big, thing.half * big, thing.tilt))
-        list(CATEGORIES.values())[thing.category](pen)
-    pixels = np.asarray(canvas.reduce(SUPERSAMPLE), float) * np.array(
-        list(LIGHTS.values())[what.light]
-    )
+    rng = np.random.default_rng([seed, int(content.horizon * 1e6)])
+    scene = SCENES[content.scene]
+    canvas = draw_backdrop(scene, content.horizon, size * SUPERSAMPLE, rng)
+    for scene_object in content.objects:
+        _draw_object(canvas, scene_object, scene, rng)
+    light = LIGHTS[LIGHT_NAMES[content.light]]
+    pixels = np.asarray(canvas.reduce(SUPERSAMPLE), float) * np.array(light)
     return pixels.clip(0, 255).round().astype(np.uint8)
 
 
-_GROUND_WORDS = {
+def _draw_object(
+    canvas: Image.Image, scene_object: SceneObject, scene: str, rng: np.random.Generator
+) -> None:
+    """Draw an object and its shadow on the ground."""
+    size = canvas.width
+    x, y, half_size = scene_object.x, scene_object.y, scene_object.half_size
+    base_colour = np.array(COLOURS[COLOUR_NAMES[scene_object.colour]], float)
+    colour = base_colour + rng.uniform(-8, 8, 3)
+    period = max(2.0, half_size * size * 0.28)
+    texture = draw_texture(colour, PATTERNS[scene_object.pattern], size, period)
+    shadow = [
+        (x - 0.9 * half_size) * size,
+        (y + 0.86 * half_size) * size,
+        (x + 0.9 * half_size) * size,
+        (y + 1.12 * half_size) * size,
+    ]
+    shadow_colour = tuple(int(0.72 * value) for value in GROUNDS[scene])
+    ImageDraw.Draw(canvas).ellipse(shadow, fill=shadow_colour)
+    centre = (x * size, y * size)
+    pen = Pen(canvas, texture, centre, half_size * size, scene_object.tilt)
+    draw = CATEGORIES[CATEGORY_NAMES[scene_object.category]]
+    draw(pen)
+
+
+def _render_block(seed: int, split: str, indices: range, size: int) -> np.ndarray:
+    contents = [compose_image(seed, i, split) for i in indices]
+    return np.stack([render_image(content, seed, size) for content in contents])
+
+
+def render_blocks(
+    seed: int, split: str, count: int, size: int = IMAGE_SIZE, workers: int = 2
+) -> Iterator[np.ndarray]:
+    """Render images 0..count-1 of a split in `workers` processes.
+
+    Yields:
+        uint8 blocks (n, height, width, 3), in order.
+    """
+    starts = range(0, count, BLOCK_IMAGES)
+    blocks = [range(start, min(start + BLOCK_IMAGES, count)) for start in starts]
+    if workers <= 1 or len(blocks) == 1:
+        yield from (_render_block(seed, split, block, size) for block in blocks)
+        return
+    with ProcessPoolExecutor(workers) as executor:
+        futures = [executor.submit(_render_block, seed, split, block, size) for block in blocks]
+        for future in progress(futures, f"drawing {split} images"):
+            yield future.result()
+
+
+# ------------------------------------------------------------------------------ captions and labels
+_GROUND_PHRASES = {
     "meadow": "on a green meadow",
     "beach": "on a sandy beach",
     "desert": "in the desert",
@@ -172,121 +249,112 @@ _GROUND_WORDS = {
     "forest": "in a forest",
 }
 
-_LIGHT_WORDS = {
+_LIGHT_PHRASES = {
     "day": ("", "in daylight"),
     "sunset": ("at sunset", "in evening light"),
     "night": ("at night", "in the dark"),
 }
 
-_PLACE_WORDS = {"left": "on the left", "centre": "in the middle", "right": "on the right"}
+_PLACE_PHRASES = {"left": "on the left", "centre": "in the middle", "right": "on the right"}
 
 
-def _phrase(thing: SceneObject) -> str:
-    pattern = PATTERNS[thing.pattern]
-    return " ".join(
-        ([] if pattern == "plain" else [pattern])
-        + [list(COLOURS)[thing.colour], list(CATEGORIES)[thing.category]]
-    )
-
-
-def _article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def write_captions(what: ImageContent) -> list[str]:
-    """Five paraphrases of what an image shows, as five people would have written them for COCO."""
-    main = _phrase(what.objects[-1])
-    plain = (
-        f"{list(COLOURS)[what.objects[-1].colour]} {list(CATEGORIES)[what.objects[-1].category]}"
-    )
-    ground, place = _GROUND_WORDS[SCENES[what.scene]], _PLACE_WORDS[PLACES[what.place]]
-    light, long_light = _LIGHT_WORDS[list(LIGHTS)[what.light]]
-    beside = f" next to {_article(_phrase(what.objects[0]))}" if len(what.objects) == 2 else ""
+def write_captions(content: ImageContent) -> list[str]:
+    """Describe an image in five ways, as five people would for COCO."""
+    scene, main = SCENES[content.scene], content.main
+    with_pattern = _add_article(_describe_object(main))
+    plain = _add_article(f"{COLOUR_NAMES[main.colour]} {CATEGORY_NAMES[main.category]}")
+    ground = _GROUND_PHRASES[scene]
+    place = _PLACE_PHRASES[PLACES[content.place]]
+    light, long_light = _LIGHT_PHRASES[LIGHT_NAMES[content.light]]
+    neighbour = ""
+    if content.background_object is not None:
+        neighbour = f" next to {_add_article(_describe_object(content.background_object))}"
     sentences = (
-        f"{_article(main)} {ground} {light}",
-        f"{_article(main)}{beside} {place} {ground}",
-        f"a picture of {_article(plain)}{beside} {light}",
-        f"there is {_article(main)} {place} of the picture {ground} {long_light}",
-        f"{SCENES[what.scene]} scene with {_article(plain)}{beside} {light}",
+        f"{with_pattern} {ground} {light}",
+        f"{with_pattern}{neighbour} {place} {ground}",
+        f"a picture of {plain}{neighbour} {light}",
+        f"there is {with_pattern} {place} of the picture {ground} {long_light}",
+        f"{scene} scene with {plain}{neighbour} {light}",
     )
     return [" ".join(sentence.split()) for sentence in sentences]
 
 
-def make_label_row(what: ImageContent) -> dict[str, str | int | float]:
-    """What an image shows, as one row of a table of categories."""
-    main = what.objects[-1]
-    other = what.objects[0] if len(what.objects) == 2 else None
+def _describe_object(scene_object: SceneObject) -> str:
+    phrase = f"{COLOUR_NAMES[scene_object.colour]} {CATEGORY_NAMES[scene_object.category]}"
+    pattern = PATTERNS[scene_object.pattern]
+    return phrase if pattern == "plain" else f"{pattern} {phrase}"
+
+
+def _add_article(phrase: str) -> str:
+    article = "an" if phrase[0] in "aeiou" else "a"
+    return f"{article} {phrase}"
+
+
+def make_label_row(content: ImageContent) -> LabelRow:
+    """Describe an image as one row of the table of labels."""
+    main, background = content.main, content.background_object
+    other_category, other_colour = "", ""
+    if background is not None:
+        other_category = CATEGORY_NAMES[background.category]
+        other_colour = COLOUR_NAMES[background.colour]
     return {
-        "scene": SCENES[what.scene],
-        "kind": list(CATEGORIES)[main.category],
-        "colour": list(COLOURS)[main.colour],
+        "scene": SCENES[content.scene],
+        "kind": CATEGORY_NAMES[main.category],
+        "colour": COLOUR_NAMES[main.colour],
         "pattern": PATTERNS[main.pattern],
-        "place": PLACES[what.place],
-        "light": list(LIGHTS)[what.light],
-        "n_things": len(what.objects),
-        "size": round(2 * main.half, 3),
-        "other_kind": list(CATEGORIES)[other.category] if other else "",
-        "other_colour": list(COLOURS)[other.colour] if other else "",
+        "place": PLACES[content.place],
+        "light": LIGHT_NAMES[content.light],
+        "n_things": len(content.objects),
+        "size": round(2 * main.half_size, 3),
+        "other_kind": other_category,
+        "other_colour": other_colour,
     }
 
 
-def _render_block(seed: int, split: str, indices: range, size: int) -> np.ndarray:
-    return np.stack([render_image(compose_image(seed, i, split), seed, size) for i in indices])
-
-
-def render_blocks(
-    seed: int, split: str, count: int, size: int = IMAGE_SIZE, workers: int = 2
-) -> Iterator[np.ndarray]:
-    """Images 0..count-1 of a split, in order, as uint8 blocks (n, height, width, 3), drawn by
-    `workers` processes.
-    """
-    blocks = [range(i, min(i + 250, count)) for i in range(0, count, 250)]
-    if workers <= 1 or len(blocks) == 1:
-        yield from (_render_block(seed, split, block, size) for block in blocks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        repeated = [pool.submit(_render_block, seed, split, block, size) for block in blocks]
-        for future in progress(repeated, f"drawing {split} images"):
-            yield future.result()
-
-
 def make_tables(seed: int, split: str, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Labels (one row an image) and captions (five rows an image, columns image and caption) of
-    images 0..count-1 of a split.
+    """Make the tables of labels and captions of images 0..count-1 of a split.
+
+    Returns:
+        Labels (one row an image), and captions (five rows an image, columns image and caption).
     """
-    everything = [compose_image(seed, i, split) for i in range(count)]
-    labels = pd.DataFrame([make_label_row(what) for what in everything])
+    contents = [compose_image(seed, i, split) for i in range(count)]
+    labels = pd.DataFrame([make_label_row(content) for content in contents])
     labels.insert(0, "image", np.arange(count))
-    captions = [(i, text) for i, what in enumerate(everything) for text in write_captions(what)]
+    captions = []
+    for image, content in enumerate(contents):
+        captions += [(image, caption) for caption in write_captions(content)]
     return labels, pd.DataFrame(captions, columns=["image", "caption"])
 
 
+# ------------------------------------------------------------------------------------- search pool
 def generate_pool(
     count: int, n_test: int = 300, seed: int = 0
-) -> Iterator[tuple[np.ndarray, str, dict[str, str | int | float]]]:
-    """A pool to search in: (height, width, 3) uint8, a caption and the labels of one image after
-    the other.
+) -> Iterator[tuple[np.ndarray, str, LabelRow]]:
+    """Generate a pool of images to search in.
 
-    As a pool that holds COCO holds NSD's own stimuli, so this one begins with the test images that
-    every subject of `simulate` is shown. All others nobody has seen, three fifths of them of
-    combinations of training, a fifth each of those of validation and test.
+    A pool with COCO in it holds NSD's stimuli. Likewise this one begins with the test images that
+    `simulate` shows to every subject. No subject has seen the others: three fifths of them show
+    combinations of the training split, a fifth each those of validation and test.
 
     Args:
         count: images, the test images among them.
         n_test: test images.
         seed: of `simulate`.
+
+    Yields:
+        (height, width, 3) uint8, a caption and the labels of one image.
     """
-    others = ("train", "train", "train", "val", "test")
+    unseen_splits = ("train", "train", "train", "val", "test")
     for i in range(count):
-        number, index, split = (
-            (shared_seed(seed), i, "test")
-            if i < n_test
-            else (POOL_SEED + seed, i, others[i % len(others)])
-        )
-        what = compose_image(number, index, split)
-        yield render_image(what, number), write_captions(what)[0], make_label_row(what)
+        if i < n_test:
+            image_seed, split = shared_seed(seed), "test"
+        else:
+            image_seed, split = POOL_SEED + seed, unseen_splits[i % len(unseen_splits)]
+        content = compose_image(image_seed, i, split)
+        pixels = render_image(content, image_seed)
+        yield pixels, write_captions(content)[0], make_label_row(content)
 
 
 def shared_seed(seed: int) -> int:
-    """Seed of the validation and test images, which are the same for every subject."""
+    """Return the seed of the validation and test images, which all subjects share."""
     return int(np.random.default_rng([seed, 0]).integers(2**31))
