@@ -295,7 +295,7 @@ def train(folder, name, seed=0, do=None, **other):
 
 
 def refusals(folder):
-    found = {}
+    results = {}
     for name, model, batch in (
         ("odd", Model(0), 7),
         ("norm", nn.Sequential(nn.Linear(5, DIM), nn.BatchNorm1d(DIM)), BATCH),
@@ -310,8 +310,8 @@ def refusals(folder):
                 **group_options(epochs=1, batch_size=batch, max_lr=1e-2, device="cpu"),
             )
         except PerceptError as error:
-            found[name] = str(error)
-    return found
+            results[name] = str(error)
+    return results
 
 
 def interrupted(folder):
@@ -356,16 +356,16 @@ def with_zeros(step):
 
 
 def cases(folder, change=lambda step: step):
-    found = {}
+    results = {}
     for case, options in CASES.items():
         options = {"name": case} | options
-        found[case] = train(folder / case, do=change(STEPS[options["name"]]), **options)
-    return found | {"mind_eye": mind_eye(folder, torch.float32)}
+        results[case] = train(folder / case, do=change(STEPS[options["name"]]), **options)
+    return results | {"mind_eye": mind_eye(folder, torch.float32)}
 
 
 def zero_refusals(folder):
     """What does not go together with DeepSpeed."""
-    found, config = {}, os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    results, config = {}, os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
     folder.mkdir()
     (folder / "stage3.json").write_text(
         json.dumps(json.loads(Path(config).read_text()) | {"zero_optimization": {"stage": 3}})
@@ -378,30 +378,30 @@ def zero_refusals(folder):
         try:
             train(folder, "backbone", **other)
         except PerceptError as error:
-            found[name] = str(error)
+            results[name] = str(error)
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = config
-    return found
+    return results
 
 
 def zero(folder):
-    found = cases(folder) | {
+    results = cases(folder) | {
         "noisy": train(folder, "noisy"),
         "interrupted after": interrupted(folder),
     }
     if RANK == 0:
         shutil.copytree(folder / "interrupted", folder / "copy")
-    found["resumed"] = train(folder / "interrupted", "noisy", seed=5)
-    found["refusals"] = zero_refusals(folder / f"refusals{RANK}")
-    torch.save(found, folder / f"rank{RANK}.pt")
+    results["resumed"] = train(folder / "interrupted", "noisy", seed=5)
+    results["refusals"] = zero_refusals(folder / f"refusals{RANK}")
+    torch.save(results, folder / f"rank{RANK}.pt")
 
 
 def main(folder):
-    found = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in PLAIN}
-    found["mind_eye"] = mind_eye(folder, torch.float64)
-    found["refusals"] = refusals(folder)
-    found["interrupted after"] = interrupted(folder)
-    found["resumed"] = train(folder / "interrupted", "noisy", seed=5)
-    torch.save(found, folder / f"rank{RANK}.pt")
+    results = {name: train(folder, name, seed=RANK if name == "mean" else 0) for name in PLAIN}
+    results["mind_eye"] = mind_eye(folder, torch.float64)
+    results["refusals"] = refusals(folder)
+    results["interrupted after"] = interrupted(folder)
+    results["resumed"] = train(folder / "interrupted", "noisy", seed=5)
+    torch.save(results, folder / f"rank{RANK}.pt")
 
 
 if __name__ == "__main__":

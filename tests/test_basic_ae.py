@@ -133,12 +133,14 @@ def trained(model, folder, **options):
 
 
 def test_a_batch_in_parts_trains_as_the_whole_batch(linear, tmp_path):
-    whole, told = trained(linear, tmp_path / "whole")
+    full, recorded = trained(linear, tmp_path / "whole")
     parts, also = trained(linear, tmp_path / "parts", accumulate=4)
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+    for a, b in zip(full.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert told["train/rows"].iloc[0] == 8 and also["train/rows"].iloc[0] == 2  # four parts of two
-    np.testing.assert_allclose(told["train/loss"], also["train/loss"], rtol=1e-5)
+    assert (
+        recorded["train/rows"].iloc[0] == 8 and also["train/rows"].iloc[0] == 2
+    )  # four parts of two
+    np.testing.assert_allclose(recorded["train/loss"], also["train/loss"], rtol=1e-5)
     with pytest.raises(
         PerceptError, match="batch_size of 8 cannot be worked through in 3 equal parts"
     ):
@@ -158,7 +160,7 @@ def test_betas_and_eps_reach_the_optimizer(linear, tmp_path):
         square(reference, data.__getitems__(range(8)), 0)[0].backward()
         optimizer.step()
     model = copy.deepcopy(linear)
-    given = {
+    inputs = {
         "betas": (0.5, 0.7),
         "eps": 0.1,
         "weight_decay": 0.3,
@@ -171,7 +173,7 @@ def test_betas_and_eps_reach_the_optimizer(linear, tmp_path):
         data,
         folder=tmp_path,
         config={},
-        **group_options(epochs=4, batch_size=8, max_lr=1e-2, **given),
+        **group_options(epochs=4, batch_size=8, max_lr=1e-2, **inputs),
     )
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -223,7 +225,7 @@ def test_every_published_parameter_has_a_named_counterpart():
         for stage in ("00_prepare_data", "02_train_basic_autoencoder")
         for name in parse_parameters(read_parameters_cell(NOTEBOOKS / f"{stage}.ipynb"), stage)
     }
-    ours = {
+    current = {
         word
         for name in names.split()
         for word in rows[name].split("|")[2].replace("`", " ").replace(",", " ").split()
@@ -235,7 +237,7 @@ def test_every_published_parameter_has_a_named_counterpart():
         "warmup_steps",
         "scale_lr",
         "adam_epsilon",
-    } <= ours and not ours - known
+    } <= current and not current - known
 
 
 # ------------------------------------------------------------------- from nothing to a scored page
@@ -251,8 +253,8 @@ def launch(home: Path, *command: str) -> subprocess.CompletedProcess:
 
 
 def test_the_mini_recipe_and_a_users_own_file(tmp_path):
-    mine = tmp_path / "my.yaml"
-    mine.write_text(
+    recipe_file = tmp_path / "my.yaml"
+    recipe_file.write_text(
         "num_epochs: 2\nmini_images: 300\nfirst_images: 30\nshuffles: 1\nn_train: 200\nrois:"
         " V1,hV4\ngallery_images: 8\nlatent_mult: 0.1\n"
     )
@@ -262,7 +264,7 @@ def test_the_mini_recipe_and_a_users_own_file(tmp_path):
         "basic_ae",
         "--mini",
         "-f",
-        str(mine),
+        str(recipe_file),
         "-p",
         "encoder",
         "512",
@@ -287,7 +289,7 @@ def test_the_mini_recipe_and_a_users_own_file(tmp_path):
     assert config["model"]["kwargs"]["factor"] == pytest.approx(
         0.4117, abs=1e-3
     )  # unscaled latents, as published
-    made = load_file(results / "reconstructions.safetensors")
+    outputs = load_file(results / "reconstructions.safetensors")
     assert {
         "network",
         "ridge",
@@ -299,18 +301,18 @@ def test_the_mini_recipe_and_a_users_own_file(tmp_path):
         "ceiling",
         "seen",
         "latents_network",
-    } <= set(made)
+    } <= set(outputs)
     assert not {
         name
-        for name in made
+        for name in outputs
         if name.startswith(("tokens", "projected", "true", "samples", "spread"))
-    } and made["network"].shape == (30, 3, 32, 32)
+    } and outputs["network"].shape == (30, 3, 32, 32)
     voxels, _ = subject.get_mean_betas("test", normaliser=normaliser)
     with torch.no_grad():
         latents = encoder(torch.from_numpy(voxels[:30])).flatten(1)
-    torch.testing.assert_close(made["latents_network"], latents, atol=1e-4, rtol=1e-3)
-    written = json.loads((results / "metrics.json").read_text())
-    for record in written["metrics"]:
+    torch.testing.assert_close(outputs["latents_network"], latents, atol=1e-4, rtol=1e-3)
+    stored = json.loads((results / "metrics.json").read_text())
+    for record in stored["metrics"]:
         assert {"mean_image", "nearest_train", "untrained"} <= set(
             record["floors"]
         ) and np.isfinite(record["ceiling"]["value"])

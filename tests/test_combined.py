@@ -83,10 +83,10 @@ def test_parameters_are_as_many_as_published():
 
 
 def test_the_plan_of_the_stage_counts_the_same():
-    made = dryrun.plan_stage("01_train_combined", DEFAULTS | {"dataset": "absent"})
+    plan = dryrun.plan_stage("01_train_combined", DEFAULTS | {"dataset": "absent"})
     assert (
-        sum(made.parameters.values()) == 236_616_336
-        and sum(made.memory.values()) > 4 * 4 * 236_616_336
+        sum(plan.parameters.values()) == 236_616_336
+        and sum(plan.memory.values()) > 4 * 4 * 236_616_336
     )
     frozen = dryrun.plan_stage(
         "01_train_combined",
@@ -159,12 +159,12 @@ def test_both_forms_of_the_loss_and_the_schedule_of_alpha():
     assert {losses.compute_alpha(e, 3) for e in range(3)} == {0.01} and losses.compute_alpha(
         0, 1, "linear"
     ) == 0.01
-    for wrong in (
+    for refused in (
         lambda: losses.combined_loss(mse, nce, 0.5, "sum"),
         lambda: losses.compute_alpha(0, 2, "cosine"),
     ):
         with pytest.raises(PerceptError, match="choose one of"):
-            wrong()
+            refused()
 
 
 def test_the_loss_of_the_prior_reaches_the_voxels():
@@ -311,11 +311,11 @@ def test_an_epoch_shows_one_caption_that_is_not_empty_and_validation_the_first()
     embeddings = np.arange(4, dtype=np.float16)[:, None]  # of a, b, c, d
     targets = caption_targets.CaptionTargets(TABLE, embeddings)
     assert targets.first(np.array([3, 7])).ravel().tolist() == [1, 0]
-    shown = np.stack([targets.rows(np.array([7, 3]), seed=1, epoch=e).ravel() for e in range(40)])
-    assert set(shown[:, 0]) == {0, 3} and set(shown[:, 1]) == {1, 2}
-    assert np.array_equal(shown[5], targets.rows(np.array([7, 3]), 1, 5).ravel())
+    visible = np.stack([targets.rows(np.array([7, 3]), seed=1, epoch=e).ravel() for e in range(40)])
+    assert set(visible[:, 0]) == {0, 3} and set(visible[:, 1]) == {1, 2}
+    assert np.array_equal(visible[5], targets.rows(np.array([7, 3]), 1, 5).ravel())
     chosen = choose_repeats(4, 5, np.array([7, 3]), np.array([2, 2]))
-    assert shown[5].tolist() == [[0, 3][chosen[0]], [1, 2][chosen[1]]]
+    assert visible[5].tolist() == [[0, 3][chosen[0]], [1, 2][chosen[1]]]
     with pytest.raises(PerceptError, match="1 images have no caption, the first is 9"):
         targets.check(np.array([3, 9]))
     with pytest.raises(PerceptError, match="no captions"):
@@ -328,10 +328,10 @@ def test_fid_is_zero_for_the_same_pictures_and_grows_with_the_difference():
 
     eye, g = FeatureNetwork("InceptionV3", "mini"), torch.Generator().manual_seed(0)
     pictures = torch.rand(6, 3, 32, 32, generator=g)
-    near, far = (
+    close_fid, distant_fid = (
         combined.compute_fid(eye, pictures, (pictures * share).clamp(0, 1)) for share in (0.95, 0.3)
     )
-    assert abs(combined.compute_fid(eye, pictures, pictures)) < 1e-2 < near < far
+    assert abs(combined.compute_fid(eye, pictures, pictures)) < 1e-2 < close_fid < distant_fid
     with pytest.raises(PerceptError, match="at least two"):
         combined.compute_fid(eye, pictures[:1], pictures)
 
@@ -347,7 +347,7 @@ def test_samples_begin_at_the_noise_of_the_true_embedding_and_both_samplers_pain
         model.eval(), diffusion, voxels, targets, ids, samples=2, steps=2
     )
     assert list(rows) == ["true embedding", "brain 1", "brain 2"] and all(
-        made.shape == (2, 3, 32, 32) for made in rows.values()
+        outputs.shape == (2, 3, 32, 32) for outputs in rows.values()
     )
     condition = torch.ones(2, 1, 1, 128)
     expected = generate_images(diffusion, condition, ids, num_inference_steps=2)[:, 0]
@@ -368,14 +368,16 @@ def test_an_image_variation_gives_an_embedding_of_another_picture():
     from src.pretrained.clip import Clipper
 
     clipper, diffusion = Clipper("mini", hidden=False, norm_embs=False), load_generator(1, "mini")
-    given = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
-    made = combined.embed_variations(
-        diffusion, clipper, given, torch.tensor([1, 2]), seed=3, steps=2
+    inputs = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    outputs = combined.embed_variations(
+        diffusion, clipper, inputs, torch.tensor([1, 2]), seed=3, steps=2
     )
-    assert made.shape == (2, 128) and not torch.allclose(made, given)
+    assert outputs.shape == (2, 128) and not torch.allclose(outputs, inputs)
     assert torch.equal(
-        made,
-        combined.embed_variations(diffusion, clipper, given, torch.tensor([1, 2]), seed=3, steps=2),
+        outputs,
+        combined.embed_variations(
+            diffusion, clipper, inputs, torch.tensor([1, 2]), seed=3, steps=2
+        ),
     )
 
 
@@ -395,7 +397,7 @@ class Squares:
 
 
 def test_the_first_batch_alone_is_trained_on_and_figures_have_their_own_interval(tmp_path):
-    seen, drawn, data = set(), [], Squares()
+    seen, draws, data = set(), [], Squares()
 
     def step(model, batch, epoch):
         seen.update(batch["x"].flatten().tolist())
@@ -416,21 +418,21 @@ def test_the_first_batch_alone_is_trained_on_and_figures_have_their_own_interval
         step,
         Subset(data, range(4)),
         folder=tmp_path,
-        **group_options(draw=lambda model, epoch: drawn.append(epoch) or {}, **options),
+        **group_options(draw=lambda model, epoch: draws.append(epoch) or {}, **options),
     )
-    assert seen == {0, 1, 2, 3} and data.epochs == [0, 1, 2, 3, 4] and drawn == [1, 3, 4]
+    assert seen == {0, 1, 2, 3} and data.epochs == [0, 1, 2, 3, 4] and draws == [1, 3, 4]
 
 
 def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, monkeypatch):
     import wandb
 
-    asked = {}
+    requests = {}
     monkeypatch.setattr(utils, "HOME", tmp_path)
     monkeypatch.setattr(
         wandb,
         "init",
         lambda **options: (
-            asked.update(options)
+            requests.update(options)
             or type("Open", (), {"log": lambda *a, **k: None, "finish": lambda self: None})()
         ),
     )
@@ -440,12 +442,12 @@ def test_a_tracker_goes_to_the_host_and_by_the_name_that_it_is_given(tmp_path, m
     )
     logger({"train/loss": 1.0}, 1)
     assert (
-        asked["settings"].base_url.rstrip("/") == "https://wandb.example.org"
-        and asked["name"] == "mine"
-        and asked["notes"] == "a note"
+        requests["settings"].base_url.rstrip("/") == "https://wandb.example.org"
+        and requests["name"] == "mine"
+        and requests["notes"] == "a note"
     )
     training.open_tracker(run, True, "project")({"train/loss": 1.0}, 1)
-    assert asked["name"] == "toy" and asked["notes"] is None
+    assert requests["name"] == "toy" and requests["notes"] is None
 
 
 # ------------------------------------------------------------------------------------ the notebook
@@ -532,12 +534,12 @@ def test_the_notebook_trains_end_to_end_with_samples_and_then_a_frozen_voxel2cli
     )
     done = launch(home, *TOY, *joint, "--dataset", "flat", "--model_name", "joint")
     assert done.returncode == 0, done.stderr
-    written = {path.name for path in (home / "results" / "joint" / "figures").iterdir()}
+    stored = {path.name for path in (home / "results" / "joint" / "figures").iterdir()}
     assert {
         "01_samples_train_epoch001.png",
         "01_samples_val_epoch001.png",
         "01_training.png",
-    } <= written
+    } <= stored
     assert list(pd.read_csv(home / "results" / "joint" / "fid.csv").columns) == [
         "epoch",
         "val/FID",

@@ -150,13 +150,13 @@ def without(zero, tmp_path_factory):
 @pytest.mark.parametrize("case", worker.CASES)
 def test_deepspeed_does_what_is_done_without(zero, without, case):
     tolerance = 1e-3 if case == "bf16" else 1e-5
-    for found in zero[1]:
-        assert largest_difference(without[case]["weights"], found[case]["weights"]) < tolerance
-        assert all(w.dtype == torch.float32 for w in found[case]["weights"].values())
+    for results in zero[1]:
+        assert largest_difference(without[case]["weights"], results[case]["weights"]) < tolerance
+        assert all(w.dtype == torch.float32 for w in results[case]["weights"].values())
         for column, values in without[case]["history"].items():
             assert np.allclose(
                 values,
-                found[case]["history"][column],
+                results[case]["history"][column],
                 rtol=tolerance,
                 atol=tolerance,
                 equal_nan=True,
@@ -164,7 +164,7 @@ def test_deepspeed_does_what_is_done_without(zero, without, case):
 
 
 def test_with_deepspeed_the_step_of_notebook_01_gives_the_same_losses(zero, without):
-    together = np.mean([found["mind_eye"]["losses"] for found in zero[1]], axis=0)
+    together = np.mean([results["mind_eye"]["losses"] for results in zero[1]], axis=0)
     assert np.allclose(together, without["mind_eye"]["losses"], rtol=1e-5)
     assert (
         largest_difference(without["mind_eye"]["weights"], zero[1][0]["mind_eye"]["weights"]) < 1e-5
@@ -172,13 +172,13 @@ def test_with_deepspeed_the_step_of_notebook_01_gives_the_same_losses(zero, with
 
 
 def test_deepspeed_skips_what_is_not_finite_and_goes_back(zero):
-    for found in zero[1]:
+    for results in zero[1]:
         assert (
-            found["inf"]["history"]["skipped"]
-            == found["bad gradient"]["history"]["skipped"]
+            results["inf"]["history"]["skipped"]
+            == results["bad gradient"]["history"]["skipped"]
             == [1, 0]
         )
-        assert sum(found["often bad"]["history"]["skipped"]) == worker.PATIENCE
+        assert sum(results["often bad"]["history"]["skipped"]) == worker.PATIENCE
     assert all(
         largest_difference(zero[1][0][case]["weights"], zero[1][1][case]["weights"]) == 0
         for case in worker.CASES
@@ -187,10 +187,10 @@ def test_deepspeed_skips_what_is_not_finite_and_goes_back(zero):
 
 def test_resuming_with_deepspeed_is_exact_and_leaves_no_pieces(zero):
     folder, processes = zero
-    for found in processes:
-        assert found["interrupted after"] == 2
-        assert largest_difference(found["resumed"]["weights"], found["noisy"]["weights"]) == 0
-        assert found["resumed"]["history"] == found["noisy"]["history"]
+    for results in processes:
+        assert results["interrupted after"] == 2
+        assert largest_difference(results["resumed"]["weights"], results["noisy"]["weights"]) == 0
+        assert results["resumed"]["history"] == results["noisy"]["history"]
     assert sorted(path.name for path in (folder / "copy" / "noisy").glob("state*")) == [
         "state-2-0.pt",
         "state-2-1.pt",
@@ -224,9 +224,11 @@ def test_what_a_finished_run_with_deepspeed_has_is_there_without(zero, tmp_path)
 
 
 def test_what_does_not_go_together_with_deepspeed_is_refused(zero):
-    for found in zero[1]:
+    for results in zero[1]:
         assert (
             "DeepSpeed does not go together with step_in_backward"
-            in found["refusals"]["step_in_backward"]
+            in results["refusals"]["step_in_backward"]
         )
-        assert "ZeRO stage 3 is not supported: choose stage 1 or 2" in found["refusals"]["stage 3"]
+        assert (
+            "ZeRO stage 3 is not supported: choose stage 1 or 2" in results["refusals"]["stage 3"]
+        )

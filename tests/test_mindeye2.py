@@ -74,9 +74,9 @@ def trainable(module):
 
 def arrays(path):
     with np.load(path) as file:
-        found = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-    return found, {
-        name.removeprefix("sd/"): value for name, value in found.items() if name.startswith("sd/")
+        results = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
+    return results, {
+        name.removeprefix("sd/"): value for name, value in results.items() if name.startswith("sd/")
     }
 
 
@@ -112,14 +112,14 @@ def test_parameter_counts_are_the_published_ones(arguments, total):
 
 
 def test_counts_by_part(golden):
-    told = json.loads((golden / "mindeye2" / "param_counts.json").read_text())[
+    recorded = json.loads((golden / "mindeye2" / "param_counts.json").read_text())[
         "full_4096_bigG_blur_s1"
     ]
     model = full(4096, 256, 1664, VOXELS[:1], True)
-    for name, count in told.items():
+    for name, count in recorded.items():
         if name.startswith("backbone."):
             assert size(getattr(model.backbone, name.removeprefix("backbone."))) == count, name
-    assert [size(model.diffusion_prior.net), trainable(model.diffusion_prior.net)] == told[
+    assert [size(model.diffusion_prior.net), trainable(model.diffusion_prior.net)] == recorded[
         "prior_net"
     ]
 
@@ -128,52 +128,54 @@ def test_counts_by_part(golden):
     ("size", "arguments"), [("full", (4096, 256, 1664)), ("low", (1024, 49, 768))]
 )
 def test_keys_and_shapes_are_the_published_ones(golden, size, arguments):
-    told = json.loads((golden / "mindeye2" / "state_dict_keys.json").read_text())[size]
-    own = {
+    recorded = json.loads((golden / "mindeye2" / "state_dict_keys.json").read_text())[size]
+    local = {
         name: list(value.shape)
         for name, value in full(*arguments, VOXELS[:1], True).state_dict().items()
         if "noise_scheduler" not in name
     }
-    assert own == told
+    assert local == recorded
 
 
 # -------------------------------------------------------------------------------- published values
 def test_ridge_layers_give_the_published_values(golden):
-    found, state = arrays(golden / "mindeye2" / "ridge_tiny.npz")
+    results, state = arrays(golden / "mindeye2" / "ridge_tiny.npz")
     ridge = RidgeRegression([11, 7], 16)
     ridge.load_state_dict(state)
     for number in (0, 1):
-        torch.testing.assert_close(ridge(found[f"x{number}"], number), found[f"y{number}"], **CLOSE)
+        torch.testing.assert_close(
+            ridge(results[f"x{number}"], number), results[f"y{number}"], **CLOSE
+        )
     x = torch.cat(
-        [found["x0"], F.pad(found["x1"], (0, 4))]
+        [results["x0"], F.pad(results["x1"], (0, 4))]
     )  # both subjects in one batch, in a mixed order
     whose, order = torch.tensor([0] * 5 + [1] * 5), torch.randperm(10)
     torch.testing.assert_close(
-        ridge(x[order], whose[order]), torch.cat([found["y0"], found["y1"]])[order], **CLOSE
+        ridge(x[order], whose[order]), torch.cat([results["y0"], results["y1"]])[order], **CLOSE
     )
 
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_backbone_gives_the_published_values_and_gradients(golden, folded):
-    found, state = arrays(golden / "mindeye2" / "brainnet_tiny_seq1.npz")
+    results, state = arrays(golden / "mindeye2" / "brainnet_tiny_seq1.npz")
     network = MixerBrainNetwork(
         h=16, out_dim=40, seq_len=1, n_blocks=2, clip_size=8, blurry_recon=False, folded=folded
     )
     network.load_state_dict(state)
-    x = found["x"].requires_grad_()
+    x = results["x"].requires_grad_()
     backbone, clip, blurry = network.eval()(x)
-    torch.testing.assert_close(backbone, found["backbone"], **CLOSE)
-    torch.testing.assert_close(clip, found["clip"], **CLOSE)
-    assert torch.equal(blurry, found["blur_placeholder"])
-    ((backbone * found["cot_backbone"]).sum() + (clip * found["cot_clip"]).sum()).backward()
+    torch.testing.assert_close(backbone, results["backbone"], **CLOSE)
+    torch.testing.assert_close(clip, results["clip"], **CLOSE)
+    assert torch.equal(blurry, results["blur_placeholder"])
+    ((backbone * results["cot_backbone"]).sum() + (clip * results["cot_clip"]).sum()).backward()
     torch.testing.assert_close(
-        x.grad, found["grad_x"], rtol=1e-4, atol=5e-4
+        x.grad, results["grad_x"], rtol=1e-4, atol=5e-4
     )  # the published backward leaks rounding noise through the dead norm
     for name, p in network.named_parameters():
-        given = torch.zeros_like(p) if p.grad is None else p.grad
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(
-            given,
-            found[f"grad/{name}"],
+            gradient,
+            results[f"grad/{name}"],
             rtol=1e-3,
             atol=5e-4,
             msg=lambda text, name=name: f"{name}: {text}",
@@ -185,18 +187,18 @@ def test_backbone_gives_the_published_values_and_gradients(golden, folded):
     [({}, "out"), ({"learned_query_mode": "token"}, "out_token"), ({"causal": True}, "out_causal")],
 )
 def test_prior_network_gives_the_published_values(golden, options, name):
-    found, state = arrays(golden / "mindeye2" / "prior_net_tiny.npz")
+    results, state = arrays(golden / "mindeye2" / "prior_net_tiny.npz")
     network = PriorNetwork(dim=104, depth=2, num_tokens=4, **options).eval()
     network.load_state_dict(state)
-    given = (found["x"], found["t"], found["brain"])
+    inputs = (results["x"], results["t"], results["brain"])
     with torch.no_grad():
-        torch.testing.assert_close(network(*given), found[name], **CLOSE)
+        torch.testing.assert_close(network(*inputs), results[name], **CLOSE)
         if not options:
             dropped = {"brain_cond_drop_prob": 1.0, "image_cond_drop_prob": 1.0}
-            torch.testing.assert_close(network(*given, **dropped), found["out_null"], **CLOSE)
+            torch.testing.assert_close(network(*inputs, **dropped), results["out_null"], **CLOSE)
             torch.testing.assert_close(
-                network.forward_with_cond_scale(*given, cond_scale=2.5),
-                found["out_cfg2.5"],
+                network.forward_with_cond_scale(*inputs, cond_scale=2.5),
+                results["out_cfg2.5"],
                 **CLOSE,
             )
 
@@ -216,10 +218,10 @@ def test_published_grid_calls_the_prior_nineteen_times():
 
 
 def test_converter_gives_the_published_values(golden):
-    found, state = arrays(golden / "mindeye2" / "clip_converter_tiny.npz")
+    results, state = arrays(golden / "mindeye2" / "clip_converter_tiny.npz")
     converter = CaptionConverter(5, 6, 8, 7)
     converter.load_state_dict(state)
-    torch.testing.assert_close(converter(found["x"]), found["y"], **CLOSE)
+    torch.testing.assert_close(converter(results["x"]), results["y"], **CLOSE)
 
 
 # --------------------------------------------------------------------------------------- the mixer
@@ -259,8 +261,8 @@ def test_folded_and_unfolded_are_the_same_network():
     folded, unfolded = backbone(True).eval(), backbone(False).eval()
     assert folded.state_dict().keys() == unfolded.state_dict().keys()
     x = torch.randn(5, 1, 12)
-    for mine, theirs in zip(folded(x)[:2], unfolded(x)[:2], strict=True):
-        assert (mine - theirs).abs().max() < 1e-6
+    for output, reference in zip(folded(x)[:2], unfolded(x)[:2], strict=True):
+        assert (output - reference).abs().max() < 1e-6
     assert (
         folded.unused_parameters() == list(folded.mixer_blocks1.parameters())
         and not unfolded.unused_parameters()
@@ -349,7 +351,7 @@ def test_checkpointing_changes_nothing_but_memory():
         image_embed_dim=16,
         image_embed_scale=1.0,
     )
-    given = {
+    inputs = {
         "text_embed": torch.randn(3, 4, 16),
         "image_embed": torch.randn(3, 4, 16),
         "seeds": torch.arange(3),
@@ -358,7 +360,7 @@ def test_checkpointing_changes_nothing_but_memory():
     for on in (False, True):
         prior.net.causal_transformer.checkpointing = on
         prior.zero_grad()
-        prior(**given)[0].backward()
+        prior(**inputs)[0].backward()
         grads.append(
             {name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None}
         )
@@ -372,12 +374,14 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_released_files_are_read_strictly(tmp_path, blurry, subjects):
     model = small(subjects, blurry_recon=blurry)
     write_published(tmp_path / "last.pth", model, epoch=3)
-    again, config = load_decoder(tmp_path / "last.pth")
+    repeated, config = load_decoder(tmp_path / "last.pth")
     assert (
-        isinstance(again, MindEye2) and config["tokens"] == [4, 16] and config["clip"]["squeezed"]
+        isinstance(repeated, MindEye2)
+        and config["tokens"] == [4, 16]
+        and config["clip"]["squeezed"]
     )
     for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(repeated.state_dict()[name], value), name
     with pytest.raises(PerceptError, match="does not fit MindEye2"):
         load_published(tmp_path / "last.pth", small(subjects, blurry_recon=not blurry))
 
@@ -435,7 +439,7 @@ def test_folders_of_deepspeed_are_put_together(tmp_path):
 # -------------------------------------------------------------------------------- several subjects
 @pytest.fixture
 def people(tmp_path):
-    found = []
+    results = []
     for subj, seed in ((1, 0), (2, 5)):
         prepare(tmp_path, subj=subj, seed=seed)
         subject = open_subject(tmp_path, subj)
@@ -444,29 +448,29 @@ def people(tmp_path):
                 np.arange(len(subject.image_ids("train")), dtype=np.float32)[:, None].repeat(3, 1)
             )
         }
-        found.append(BrainDataset(subject, "train", targets, Normaliser.fit(subject)))
-    return found
+        results.append(BrainDataset(subject, "train", targets, Normaliser.fit(subject)))
+    return results
 
 
 def test_batches_mix_subjects_in_the_order_asked_for(people):
-    both = MultiSubjectDataset(people)
+    combined = MultiSubjectDataset(people)
     n = len(people[0])
-    assert len(both) == 2 * n
-    batch = both.__getitems__([n + 1, 0, n, 2])
+    assert len(combined) == 2 * n
+    batch = combined.__getitems__([n + 1, 0, n, 2])
     assert batch["subject"].tolist() == [1, 0, 1, 0]
     for row, (number, index) in enumerate([(1, 1), (0, 0), (1, 0), (0, 2)]):
         alone = people[number].__getitems__([index])
         assert torch.equal(batch["voxels"][row], alone["voxels"][0]) and torch.equal(
             batch["tokens"][row], alone["tokens"][0]
         )
-    assert set(both.preview_batch(2)["subject"].tolist()) == {0, 1}
+    assert set(combined.preview_batch(2)["subject"].tolist()) == {0, 1}
 
 
 def test_smaller_brains_are_filled_up_with_zeros(people):
     columns = copy.copy(people[1])
     columns.normaliser = Normaliser.fit(columns.subject, n_components=3)
-    both = MultiSubjectDataset([people[0], columns])
-    batch = both.__getitems__([len(people[0])])
+    combined = MultiSubjectDataset([people[0], columns])
+    batch = combined.__getitems__([len(people[0])])
     assert (
         batch["voxels"].shape[1] == people[0].subject.betas.shape[1]
         and not batch["voxels"][:, 3:].any()
@@ -484,18 +488,18 @@ def test_voxels_are_mixed_within_subjects_and_labels_point_at_the_partner():
 
 
 def test_a_new_subject_starts_from_others_without_their_ridge(tmp_path):
-    others, new = small((9, 7)), small((6,))
+    pretrained, new = small((9, 7)), small((6,))
     before = copy.deepcopy(new.state_dict())
-    save_checkpoint(tmp_path / "last.safetensors", others.state_dict(), {"model": {}})
+    save_checkpoint(tmp_path / "last.safetensors", pretrained.state_dict(), {"model": {}})
     assert load_pretrained(tmp_path / "last.safetensors", new) == [
         "ridge.linears.0.weight",
         "ridge.linears.0.bias",
     ]
     for name, value in new.state_dict().items():
-        expected = before[name] if name.startswith("ridge.") else others.state_dict()[name]
+        expected = before[name] if name.startswith("ridge.") else pretrained.state_dict()[name]
         assert torch.equal(value, expected), name
     load_pretrained(tmp_path / "last.safetensors", new, "inherited_bias")
-    assert torch.equal(new.ridge.linears[0].bias, others.ridge.linears[0].bias)
+    assert torch.equal(new.ridge.linears[0].bias, pretrained.ridge.linears[0].bias)
     with pytest.raises(PerceptError, match="pretrain with the same networks"):
         load_pretrained(tmp_path / "last.safetensors", small((6,), n_blocks=3))
     with pytest.raises(PerceptError, match="which has no backbone.b"):
@@ -551,8 +555,8 @@ def test_tokens_and_latents_are_predicted_whatever_the_batch():
     voxels = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
     sampling = PriorSampling(2, timesteps=5)
     tokens, projected = predict_tokens(model, voxels, (4, 16), sampling, batch_size=5)
-    again, _ = predict_tokens(model, voxels, (4, 16), sampling, batch_size=2)
-    torch.testing.assert_close(tokens, again, **CLOSE)
+    repeated, _ = predict_tokens(model, voxels, (4, 16), sampling, batch_size=2)
+    torch.testing.assert_close(tokens, repeated, **CLOSE)
     assert tokens.shape == (5, 2, 4, 16) and projected.shape == (5, 4, 16)
     assert predict_latents(model, voxels, (4, 8, 8)).shape == (5, 4, 8, 8)
     direct, _ = predict_tokens(model, voxels, (4, 16), PriorSampling(use_prior=False))
@@ -565,20 +569,22 @@ def test_patch_tokens_of_the_mini_clip():
     tokens = clip.embed_image(x)
     assert tokens.shape == (3, *clip.target_shape) == (3, 16, 128)
     vision = clip.model.model.vision_model
-    own = vision.post_layernorm(
+    local = vision.post_layernorm(
         vision(
             pixel_values=(x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
             / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         ).last_hidden_state
     )[:, 1:]
-    torch.testing.assert_close(tokens, own, **CLOSE)
+    torch.testing.assert_close(tokens, local, **CLOSE)
     squeezed = PatchClip("mini", squeezed=True)
     torch.testing.assert_close(squeezed.embed_image(x), clip.embed_image((x + 1) / 2), **CLOSE)
-    fewer = PatchClip("mini", patches=4)
-    torch.testing.assert_close(fewer.embed_image(x)[:, 0], tokens[:, [0, 1, 4, 5]].mean(1), **CLOSE)
+    subset = PatchClip("mini", patches=4)
+    torch.testing.assert_close(
+        subset.embed_image(x)[:, 0], tokens[:, [0, 1, 4, 5]].mean(1), **CLOSE
+    )
     with pytest.raises(PerceptError, match="square of a divisor"):
         PatchClip("mini", patches=9)
-    kinds = {json.dumps(encoder.fingerprint()) for encoder in (clip, squeezed, fewer)}
+    kinds = {json.dumps(encoder.fingerprint()) for encoder in (clip, squeezed, subset)}
     assert len(kinds) == 3
     assert isinstance(
         load_encoder(
@@ -598,15 +604,15 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
             return self.stored[ids]
 
     rng = np.random.default_rng(0)
-    given = rng.normal(size=(400, 4, 6)).astype(np.float32)
+    inputs = rng.normal(size=(400, 4, 6)).astype(np.float32)
     along, across = np.abs(rng.normal(size=(5, 4))), rng.normal(size=(3, 6))
-    wanted = np.einsum("ot,ntd,ed->noe", along, given, across).astype(np.float32) / 5
+    wanted = np.einsum("ot,ntd,ed->noe", along, inputs, across).astype(np.float32) / 5
     train, val = np.arange(300), np.arange(300, 400)
     spoilt = wanted.copy()
     spoilt[350:] = np.nan  # of images that are in neither split
     converter, history = fit_converter(
-        TokenPairs(Stored(given), Stored(spoilt), train),
-        TokenPairs(Stored(given), Stored(spoilt), val[:50]),
+        TokenPairs(Stored(inputs), Stored(spoilt), train),
+        TokenPairs(Stored(inputs), Stored(spoilt), val[:50]),
         tmp_path,
         {"of": "this test"},
         Batching(epochs=60, batch_size=50),
@@ -615,7 +621,9 @@ def test_converter_learns_a_map_of_its_kind_on_training_images_alone(tmp_path):
     )
     assert history["val/r2"].max() > 0.95
     expected = torch.from_numpy(wanted[350:])
-    assert 1 - F.mse_loss(converter(torch.from_numpy(given[350:])), expected) / expected.var() > 0.9
+    assert (
+        1 - F.mse_loss(converter(torch.from_numpy(inputs[350:])), expected) / expected.var() > 0.9
+    )
 
 
 def test_config_is_read_back_from_weights():

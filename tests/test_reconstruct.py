@@ -51,10 +51,10 @@ def voxels():
 
 def test_a_checkpoint_rebuilds_its_decoder(tmp_path, decoder, voxels):
     save_checkpoint(tmp_path / "last.safetensors", decoder.state_dict(), CONFIG)
-    again, config = checkpoints.load_decoder(tmp_path / "last.safetensors")
-    assert config == CONFIG and not again.training
+    repeated, config = checkpoints.load_decoder(tmp_path / "last.safetensors")
+    assert config == CONFIG and not repeated.training
     x = torch.from_numpy(voxels)
-    torch.testing.assert_close(again.voxel2clip(x), decoder.voxel2clip(x))
+    torch.testing.assert_close(repeated.voxel2clip(x), decoder.voxel2clip(x))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_key(tmp_path, decoder):
@@ -91,15 +91,15 @@ def test_samples_of_the_prior_belong_to_their_image_and_not_to_the_batch(decoder
     options = {"n_samples": 2, "image_ids": ids}
     together, _ = sample_tokens(decoder, voxels, TOKENS, **options)
     apart, _ = sample_tokens(decoder, voxels, TOKENS, batch_size=2, **options)
-    turned, _ = sample_tokens(
+    rotated, _ = sample_tokens(
         decoder, voxels[::-1].copy(), TOKENS, n_samples=2, image_ids=ids[::-1]
     )
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(turned.flip(0), together, rtol=1e-3, atol=1e-4)
-    alike = np.repeat(voxels[:1], 5, 0)
-    own, _ = sample_tokens(decoder, alike, TOKENS, **options)
-    same, _ = sample_tokens(decoder, alike, TOKENS, shared_noise=True, **options)
-    assert not torch.allclose(own[0], own[1], atol=1e-3)
+    torch.testing.assert_close(rotated.flip(0), together, rtol=1e-3, atol=1e-4)
+    repeated_rows = np.repeat(voxels[:1], 5, 0)
+    local, _ = sample_tokens(decoder, repeated_rows, TOKENS, **options)
+    same, _ = sample_tokens(decoder, repeated_rows, TOKENS, shared_noise=True, **options)
+    assert not torch.allclose(local[0], local[1], atol=1e-3)
     torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(
         same[:, 0], same[:, 1], atol=1e-3
@@ -144,12 +144,14 @@ def test_reconstructions_do_not_depend_on_the_batch():
 def test_the_candidate_nearest_to_the_brains_prediction_is_picked():
     clipper = Clipper("mini")
     candidates = torch.rand(4, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    wanted = torch.tensor([2, 0, 1, 2])
+    expected = torch.tensor([2, 0, 1, 2])
     projected = torch.stack(
-        [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(wanted)]
+        [clipper.embed_image(candidates[i, w][None])[0] for i, w in enumerate(expected)]
     )
     chosen, index = selection.select_best(clipper, projected, candidates)
-    assert torch.equal(index, wanted) and torch.equal(chosen, candidates[torch.arange(4), wanted])
+    assert torch.equal(index, expected) and torch.equal(
+        chosen, candidates[torch.arange(4), expected]
+    )
 
 
 # ------------------------------------------------------- samples together, one embedding, resuming
@@ -185,9 +187,9 @@ def test_strength_is_the_share_of_the_steps(strength, steps):
         torch.zeros(1, 1, *TOKENS),
         torch.randn(1, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1)),
     )
-    made = generate.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
+    outputs = generate.generate_images(diffusion, tokens, np.arange(1), latents, strength=strength)
     assert len(calls) == steps
-    assert steps or torch.equal(made[:, 0], diffusion.decode(latents))
+    assert steps or torch.equal(outputs[:, 0], diffusion.decode(latents))
 
 
 def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
@@ -232,19 +234,19 @@ def test_one_embedding_goes_to_image_variations_and_keeps_its_length(voxels):
 
 
 def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
-    made = []
+    outputs = []
 
     def make(rows):
-        if len(made) == 2:
-            made.append("stopped")
+        if len(outputs) == 2:
+            outputs.append("stopped")
             raise KeyboardInterrupt
-        made.append((rows.start, rows.stop))
+        outputs.append((rows.start, rows.stop))
         return {"image": torch.arange(rows.start, rows.stop)}
 
     with pytest.raises(KeyboardInterrupt):
         reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    found = reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
-    assert found["image"].tolist() == list(range(7)) and made == [
+    results = reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 1})
+    assert results["image"].tolist() == list(range(7)) and outputs == [
         (0, 2),
         (2, 4),
         "stopped",
@@ -252,4 +254,4 @@ def test_an_interrupted_reconstruction_goes_on_where_it_stopped(tmp_path):
         (6, 7),
     ]
     reconstructions.compute_in_chunks(make, 7, 2, tmp_path, {"seed": 2})
-    assert len(made) == 9  # made of something else: nothing is taken over
+    assert len(outputs) == 9  # made of something else: nothing is taken over

@@ -82,9 +82,9 @@ def tiny_sdxl():
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     tiny_sdxl().save_pretrained(folder)
-    made = refine.load_refiner(str(folder))
-    made.set_progress_bar_config(disable=True)
-    return made
+    refiner = refine.load_refiner(str(folder))
+    refiner.set_progress_bar_config(disable=True)
+    return refiner
 
 
 @pytest.fixture
@@ -113,12 +113,12 @@ CAPTIONS, IDS = (
 
 def test_the_published_settings_reach_sdxl(pipeline, seen):
     pictures = torch.rand(3, 3, 24, 24)
-    made = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, SMALL)
+    outputs = refine.refine_images(pipeline, CAPTIONS, pictures, IDS, SMALL)
     assert (
-        made.shape == pictures.shape
-        and 0 <= float(made.min())
-        and float(made.max()) <= 1
-        and float((made - pictures).abs().mean()) > 0.01
+        outputs.shape == pictures.shape
+        and 0 <= float(outputs.min())
+        and float(outputs.max()) <= 1
+        and float((outputs - pictures).abs().mean()) > 0.01
     )
     assert [call["t"] for call in seen] == unclip.compute_euler_timesteps(25)[13:] and len(
         seen
@@ -163,22 +163,22 @@ def test_the_miniature_repaints_after_its_caption():
     pipeline = refine.load_refiner("mini")
     pipeline.set_progress_bar_config(disable=True)
     flat = torch.full((2, 3, 32, 32), 0.5)
-    made = refine.refine_images(
+    outputs = refine.refine_images(
         pipeline,
         ["a red ball on a sandy beach", "a blue cup in a room"],
         flat,
         IDS[:2],
         batch_size=1,
     )
-    assert made.shape == flat.shape and float((made - flat).abs().mean()) > 0.02
-    again = refine.refine_images(
+    assert outputs.shape == flat.shape and float((outputs - flat).abs().mean()) > 0.02
+    repeated = refine.refine_images(
         pipeline,
         ["a red ball on a sandy beach", "a blue cup in a room"],
         flat,
         IDS[:2],
         batch_size=2,
     )
-    torch.testing.assert_close(made, again, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs, repeated, rtol=1e-3, atol=1e-3)
 
 
 def test_refusals(pipeline, tmp_path, monkeypatch):

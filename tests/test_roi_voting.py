@@ -74,7 +74,7 @@ def test_each_voter_keeps_its_voxels_its_images_and_its_seed(voted):
     for name, rois, seed in (("a", "V1,V2,V3,hV4", 3), ("b", "!V1,!V2", 4)):
         folder = logs / name
         decoder, config = load_decoder(folder / "low_level" / "best.safetensors")
-        told, normaliser = (
+        recorded, normaliser = (
             json.loads((folder / "voter.json").read_text()),
             Normaliser.load(folder / "normaliser.safetensors"),
         )
@@ -85,21 +85,21 @@ def test_each_voter_keeps_its_voxels_its_images_and_its_seed(voted):
         )
         np.testing.assert_array_equal(normaliser.columns, np.flatnonzero(member))
         assert (
-            config["training"]["rois"] == rois == told["rois"]
-            and config["training"]["bag_seed"] == seed == told["bag_seed"]
+            config["training"]["rois"] == rois == recorded["rois"]
+            and config["training"]["bag_seed"] == seed == recorded["bag_seed"]
         )
-        assert decoder.lin0[0].in_features == member.sum() == told["inputs"]
+        assert decoder.lin0[0].in_features == member.sum() == recorded["inputs"]
         split = pd.read_parquet(folder / "split.parquet").set_index("image")["split"]
-        drawn = set(split.index[split == "train"])
+        draws = set(split.index[split == "train"])
         assert (
-            drawn == set(subject.bootstrap_split(0.7, seed).image_ids("train"))
-            and len(drawn) == 210
+            draws == set(subject.bootstrap_split(0.7, seed).image_ids("train"))
+            and len(draws) == 210
         )
-        assert set(split.index[split == "val"]) == set(subject.image_ids("train")) - drawn
+        assert set(split.index[split == "val"]) == set(subject.image_ids("train")) - draws
         assert set(split.index[split == "test"]) == set(subject.image_ids("test")) and set(
             split.index[split == "exclude"]
         ) == set(subject.image_ids("val"))
-        seen[name] = drawn
+        seen[name] = draws
     assert seen["a"] != seen["b"]
     table = pd.read_csv(voted / "results" / "roi_voting-mini-subj01" / "voters.csv")
     assert (
@@ -111,7 +111,7 @@ def test_each_voter_keeps_its_voxels_its_images_and_its_seed(voted):
 
 def test_every_row_is_there_and_the_vote_is_one_of_the_candidates(voted):
     results = voted / "results" / "roi_voting-mini-subj01"
-    made = load_file(results / "reconstructions.safetensors")
+    outputs = load_file(results / "reconstructions.safetensors")
     rules = {"vote_published", "vote_medoid", "vote_agreement", "oracle"}
     expected = rules | {
         "voter_a",
@@ -126,17 +126,17 @@ def test_every_row_is_there_and_the_vote_is_one_of_the_candidates(voted):
         "low_level_mean",
         "seen",
     }
-    assert expected <= set(made) and made["voter_a"].shape == (24, 3, 32, 32)
-    candidates = torch.stack([made["voter_a"], made["voter_b"]], 1)
+    assert expected <= set(outputs) and outputs["voter_a"].shape == (24, 3, 32, 32)
+    candidates = torch.stack([outputs["voter_a"], outputs["voter_b"]], 1)
     for rule in rules:
-        assert (made[rule][:, None] == candidates).flatten(2).all(-1).any(1).all(), rule
+        assert (outputs[rule][:, None] == candidates).flatten(2).all(-1).any(1).all(), rule
     clip = Clipper("mini", hidden=False, norm_embs=True)
     look = lambda x: clip.embed_image(x.float()).flatten(1)  # noqa: E731
-    alike = torch.stack(
-        [torch.cosine_similarity(look(c), look(made["seen"])) for c in candidates.unbind(1)], 1
+    similarities = torch.stack(
+        [torch.cosine_similarity(look(c), look(outputs["seen"])) for c in candidates.unbind(1)], 1
     )
-    best = candidates[torch.arange(24), alike.argmax(1)]
-    assert (best == made["oracle"]).flatten(1).all(
+    best = candidates[torch.arange(24), similarities.argmax(1)]
+    assert (best == outputs["oracle"]).flatten(1).all(
         1
     ).float().mean() > 0.9  # stored pictures are in half precision: near ties may turn
     captions = pd.read_parquet(results / "captions.parquet")
@@ -152,10 +152,10 @@ def test_every_row_is_there_and_the_vote_is_one_of_the_candidates(voted):
 
 def test_the_report_says_what_the_vote_is_worth(voted):
     results = voted / "results" / "roi_voting-mini-subj01"
-    written = json.loads((results / "metrics.json").read_text())
-    records = {record["name"]: record for record in written["metrics"]}
+    stored = json.loads((results / "metrics.json").read_text())
+    records = {record["name"]: record for record in stored["metrics"]}
     assert {"pixcorr", "mini:CLIP-cosine", "mini:judge:kind"} <= set(records)
-    others = records["pixcorr"]["others"]
+    other_conditions = records["pixcorr"]["others"]
     assert {
         "voter_a",
         "voter_b",
@@ -165,10 +165,10 @@ def test_the_report_says_what_the_vote_is_worth(voted):
         "vote_agreement",
         "ridge",
         "brain_caption",
-    } <= set(others)
+    } <= set(other_conditions)
     assert any(
         "voters" in entry["what"] and entry["split"].startswith("none")
-        for entry in written["provenance"]["selection"]
+        for entry in stored["provenance"]["selection"]
     )
     scores = pd.read_parquet(results / "scores.parquet")
     cosine = (
@@ -202,19 +202,19 @@ def test_voters_of_another_run_without_captions(voted):
     done = launch(voted, "notebooks/03_vote.py", *flags, "--no-untrained")
     assert done.returncode == 0, done.stderr
     path = voted / "results" / "low" / "reconstructions.safetensors"
-    made, before = (
+    outputs, before = (
         load_file(path),
         load_file(voted / "results" / "roi_voting-mini-subj01" / "reconstructions.safetensors"),
     )
-    assert made["image_ids"].tolist() == before["image_ids"].tolist()[4:10]
+    assert outputs["image_ids"].tolist() == before["image_ids"].tolist()[4:10]
     with safe_open(path, framework="pt") as file:
         assert (
             file.metadata()["test_set"].endswith("-4to10")
             and file.metadata()["voters"] == "voter_roi_voting-mini-subj01-b"
         )
-    torch.testing.assert_close(made["vote_published"], made["voter_roi_voting-mini-subj01-b"])
+    torch.testing.assert_close(outputs["vote_published"], outputs["voter_roi_voting-mini-subj01-b"])
     torch.testing.assert_close(
-        made["ceiling"].float(), made["seen"].float(), atol=0.25, rtol=0
+        outputs["ceiling"].float(), outputs["seen"].float(), atol=0.25, rtol=0
     )  # only the autoencoder's round trip
     refused = launch(voted, "notebooks/03_vote.py", *flags, "--vote", "agreement")
     assert refused.returncode != 0 and "There is no high level in" in refused.stderr

@@ -88,7 +88,7 @@ def test_the_published_share_of_steps_is_run():
 
     pipeline, pictures = Pipeline(), torch.rand(3, 3, 4, 4)
     assert int(50 * 0.75) == 37
-    made = repaint_images(
+    outputs = repaint_images(
         pipeline,
         ["a", "b", "c"],
         pictures,
@@ -100,7 +100,7 @@ def test_the_published_share_of_steps_is_run():
     assert (
         pipeline.asked["strength"] == 0.75
         and pipeline.asked["prompt"] == ["c"]
-        and torch.equal(made, torch.ones(3, 3, 4, 4))
+        and torch.equal(outputs, torch.ones(3, 3, 4, 4))
     )
     torch.testing.assert_close(
         repaint_images(
@@ -123,7 +123,7 @@ def test_voters_are_read_from_parameters():
         Voter("a", "V1,V2", 5, 8),
         Voter("b", "V1,V2", 6, 8),
     ]
-    for names, rois, seeds, sizes, said in (
+    for names, rois, seeds, sizes, message in (
         ("a,a", "-", "", "8", "different ones"),
         ("", "-", "", "8", "different ones"),
         ("../x", "-", "", "8", "different ones"),
@@ -131,7 +131,7 @@ def test_voters_are_read_from_parameters():
         ("a", "-", "x", "8", "bag_seeds is 'x'"),
         ("a,b", "-", "", "8,-1", "batch_sizes is"),
     ):
-        with pytest.raises(PerceptError, match=said):
+        with pytest.raises(PerceptError, match=message):
             parse_voters(names, rois, seeds, sizes)
 
 
@@ -169,8 +169,8 @@ def trained(tmp_path):
     )
     subject, logs = open_subject(tmp_path / "toy", 1), tmp_path / "train_logs" / "run"
     for place, (name, rois) in enumerate({"late": "FFA", "early": "V1,V2"}.items()):
-        mine = subject.bootstrap_split(0.7, seed=place)
-        normaliser = Normaliser.fit(mine, rois=rois)
+        bagged = subject.bootstrap_split(0.7, seed=place)
+        normaliser = Normaliser.fit(bagged, rois=rois)
         (logs / name / "low_level").mkdir(parents=True)
         normaliser.save(logs / name / "normaliser.safetensors")
         config = {
@@ -274,13 +274,13 @@ def test_rules_against_the_formula(rule):
 @pytest.mark.parametrize("rule", VOTES)
 def test_rules_follow_the_voters_and_ignore_broken_pictures(rule):
     ballot, order = ballots(), torch.tensor([2, 0, 3, 1])
-    turned = SelectionInputs(
+    rotated = SelectionInputs(
         ballot.candidates[:, order],
         ballot.low_level[:, order],
         ballot.tokens[:, order],
         ballot.brain,
     )
-    assert torch.equal(order[vote(rule, turned)], vote(rule, ballot))
+    assert torch.equal(order[vote(rule, rotated)], vote(rule, ballot))
     broken = SelectionInputs(
         *(x.clone() for x in (ballot.candidates, ballot.low_level, ballot.tokens, ballot.brain))
     )
@@ -310,9 +310,9 @@ def test_rules_that_cannot_be():
         PerceptError, match="no rule 'best': choose one of published, medoid, agreement"
     ):
         vote("best", ballots())
-    without = ballots()
+    inputs = ballots()
     with pytest.raises(PerceptError, match="needs tokens predicted from the brain"):
-        vote("agreement", SelectionInputs(without.candidates, without.low_level))
+        vote("agreement", SelectionInputs(inputs.candidates, inputs.low_level))
 
 
 # -------------------------------------------------------------------------------- what it is worth
@@ -380,8 +380,8 @@ def test_the_matrix_of_regions_shows_shares(tmp_path):
         {name: np.isin(np.arange(V), list(columns)) for name, columns in FLAGS.items()}
     )
     figure = figures.plot_roi_sets(table, {"all": None, "half of V1": np.array([0, 1])})
-    told = [text.get_text() for text in figure.axes[0].texts]
-    assert told == ["100%"] * 4 + ["17%", "50%", "0%", "0%"]
+    recorded = [text.get_text() for text in figure.axes[0].texts]
+    assert recorded == ["100%"] * 4 + ["17%", "50%", "0%", "0%"]
 
 
 def test_cosine_is_of_the_last_axis():
