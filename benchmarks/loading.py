@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from src import miniworld
 from src.data import BrainDataset, Normaliser, open_subject
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import mindeye as mindeye_format
 from src.readers import mindeye
 
@@ -54,7 +55,10 @@ def make(folder: Path, images: int) -> None:
     )
     betas = rng.standard_normal((len(trials), VOXELS), dtype=np.float32)
     mindeye_format.write(
-        folder / "source", 1, betas, trials, pictures, np.arange(images), image_format="jpg"
+        folder / "source",
+        1,
+        SourceData(betas, trials, pictures, np.arange(images)),
+        image_format="jpg",
     )
     mindeye.read(folder / "source", folder / "prepared", 1)
 

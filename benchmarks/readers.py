@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.miniworld.formats import WRITERS
+from src.miniworld.formats import WRITERS, SourceData
 from src.miniworld.formats import npz as npz_format
 from src.readers import read_source
 
@@ -88,7 +88,7 @@ def main(trials: int) -> None:
                     split=table["split"].to_numpy().astype(str),
                 )
             else:
-                WRITERS[name](source, 1, betas, table, images, ids, voxels=voxels)
+                WRITERS[name](source, 1, SourceData(betas, table, images, ids, voxels=voxels))
             files = (
                 [source]
                 if source.is_file()

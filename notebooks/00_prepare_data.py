@@ -35,7 +35,7 @@ overwrite = False  # prepare again although the prepared data are there
 seed = 42  # of everything random here
 
 # %%
-from src.miniworld.formats import WRITERS
+from src.miniworld.formats import WRITERS, SourceData
 from src.parameters import configure
 
 run = configure(globals(), "00_prepare_data")
@@ -66,17 +66,7 @@ missing = [s for s in everyone if overwrite or not subject_folder(dataset, s).ex
 played = source_format if source == "mini" else source
 for number in missing if source == "mini" else []:
     world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
-    WRITERS[played](
-        folder,
-        number,
-        world.scan.betas,
-        world.scan.trials,
-        world.images,
-        world.image_ids,
-        voxels=world.scan.voxels,
-        captions=world.captions,
-        labels=world.labels,
-    )
+    WRITERS[played](folder, number, SourceData.from_world(world))
     print(
         f"(trials, voxels) = {world.scan.betas.shape}   (images, height, width, channels) ="
         f" {world.images.shape}"

@@ -2,6 +2,7 @@
 regions, and every refusal.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from src import miniworld
 from src.data.subject import open_subject
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import algonauts as algonauts_format
 from src.readers import algonauts
 from src.safe_pickle import unpickle_npy
@@ -306,10 +308,7 @@ def averaged(experiment):
 
 
 def write(source, subj, e, **options):
-    tables = {"voxels": e.scan.voxels, "captions": e.captions, "labels": e.labels}
-    return algonauts_format.write(
-        source, subj, e.scan.betas, e.scan.trials, e.images, e.image_ids, **tables, **options
-    )
+    return algonauts_format.write(source, subj, SourceData.from_world(e), **options)
 
 
 def test_mini_world_two_subjects(tmp_path, world):
@@ -358,7 +357,9 @@ def test_mini_world_as_the_course_subset(tmp_path, world):
 def test_write_refuses(tmp_path, world):
     e = world[1]
     with pytest.raises(PerceptError, match="do not fit each other"):
-        algonauts_format.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        algonauts_format.write(
+            tmp_path, 1, SourceData(e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        )
     with pytest.raises(PerceptError, match="flavour='other'"):
         write(tmp_path, 1, e, flavour="other")
     overlap = pd.DataFrame(
@@ -366,7 +367,9 @@ def test_write_refuses(tmp_path, world):
     )
     with pytest.raises(PerceptError, match="overlap"):
         algonauts_format.write(
-            tmp_path, 1, e.scan.betas, e.scan.trials, e.images, e.image_ids, voxels=overlap
+            tmp_path,
+            1,
+            dataclasses.replace(SourceData.from_world(e), voxels=overlap),
         )
     assert not list(tmp_path.iterdir())
 

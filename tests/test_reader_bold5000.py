@@ -13,6 +13,7 @@ from PIL import Image
 
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import bold5000 as bold5000_format
 from src.readers import bold5000
 from src.utils import PerceptError
@@ -57,7 +58,7 @@ def shown(root, subj, rows, prefix=""):
     )
 
 
-SHOWN = [0, 1, 2, 0, 3, 4, 1, 5, 0]  # pictures 0 and 1 are repeated
+SHOWN = [0, 1, 2, 0, 3, 4, 1, 5, 0]  # images 0 and 1 are repeated
 
 
 def volumes(root, subj=2):
@@ -103,17 +104,7 @@ def worlds():
 
 def test_mini_world_comes_back(tmp_path, worlds):
     for subj, world in worlds.items():
-        bold5000_format.write(
-            tmp_path / "source",
-            subj,
-            world.scan.betas,
-            world.scan.trials,
-            world.images,
-            world.image_ids,
-            voxels=world.scan.voxels,
-            captions=world.captions,
-            labels=world.labels,
-        )
+        bold5000_format.write(tmp_path / "source", subj, SourceData.from_world(world))
     for subj in worlds:
         bold5000.read(
             tmp_path / "source", tmp_path / "out", subj, attributes={"source": "the mini world"}
@@ -146,7 +137,9 @@ def test_writing_again_with_fewer_sessions_leaves_none_of_the_old(tmp_path, worl
     world = worlds[1]
     for trials in (world.scan.trials, world.scan.trials[:100]):
         bold5000_format.write(
-            tmp_path, 1, world.scan.betas[: len(trials)], trials, world.images, world.image_ids
+            tmp_path,
+            1,
+            SourceData(world.scan.betas[: len(trials)], trials, world.images, world.image_ids),
         )
         bold5000.read(tmp_path, tmp_path / "out", 1, val_images=0)
         assert len(open_subject(tmp_path / "out", 1).trials) == len(trials)
@@ -158,14 +151,18 @@ def test_written_sessions_must_be_those_of_the_files(tmp_path, worlds):
         bold5000_format.write(
             tmp_path,
             1,
-            world.scan.betas,
-            world.scan.trials.assign(session=world.scan.trials["session"] + 1),
-            world.images,
-            world.image_ids,
+            SourceData(
+                world.scan.betas,
+                world.scan.trials.assign(session=world.scan.trials["session"] + 1),
+                world.images,
+                world.image_ids,
+            ),
         )
     with pytest.raises(PerceptError, match="do not fit"):
         bold5000_format.write(
-            tmp_path, 1, world.scan.betas[1:], world.scan.trials, world.images, world.image_ids
+            tmp_path,
+            1,
+            SourceData(world.scan.betas[1:], world.scan.trials, world.images, world.image_ids),
         )
 
 
@@ -269,14 +266,14 @@ def test_matrices(tmp_path):
     assert subject.voxels["LOC"].tolist() == [False] * 6 + [True] * 6 + [False] * 6
     assert (
         subject.trials["session"].eq(0).all() and subject.trials["split"].eq("test").sum() == 5
-    )  # rep_ names are the same pictures
+    )  # rep_ names are the same images
     read(tmp_path / "source", tmp_path / "out", 1, rois="PPA", sessions="5,4")
     subject = open_subject(tmp_path / "out", 1)
     assert subject.betas.shape == (9, 6) and subject.trials["session"].tolist() == [0] * 5 + [1] * 4
 
 
 def test_ids_and_the_test_set_agree_between_subjects(tmp_path):
-    """Subject 4 saw picture 1 only once; the others saw it again, so it is a test picture for
+    """Subject 4 saw image 1 only once; the others saw it again, so it is a test image for
     subject 4 as well.
     """
     volumes(tmp_path)
@@ -411,7 +408,7 @@ def test_errors_of_the_source(tmp_path):
         read(tmp_path / "nowhere", tmp_path / "out", 1)
     with pytest.raises(PerceptError, match="subjects 1 to 4"):
         read(tmp_path, tmp_path / "out", 5)
-    with pytest.raises(PerceptError, match="no pictures below"):
+    with pytest.raises(PerceptError, match="no images below"):
         read(tmp_path, tmp_path / "out", 1)
     pictures(tmp_path)
     with pytest.raises(PerceptError, match="no betas of CSI1"):

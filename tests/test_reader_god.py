@@ -12,6 +12,7 @@ from PIL import Image
 
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import god as god_format
 from src.readers import god
 from src.utils import PerceptError
@@ -88,17 +89,7 @@ read = functools.partial(god.read, val_images=1)
 def test_mini_world_comes_back(tmp_path):
     worlds = {subj: simulate(subj, 40, 10, 12, trials_per_session=70) for subj in (1, 2)}
     for subj, world in worlds.items():
-        god_format.write(
-            tmp_path / "source",
-            subj,
-            world.scan.betas,
-            world.scan.trials,
-            world.images,
-            world.image_ids,
-            voxels=world.scan.voxels,
-            captions=world.captions,
-            labels=world.labels,
-        )
+        god_format.write(tmp_path / "source", subj, SourceData.from_world(world))
     for subj in worlds:
         god.read(
             tmp_path / "source", tmp_path / "out", subj, attributes={"source": "the mini world"}
@@ -129,11 +120,14 @@ def test_write_refuses_what_does_not_fit(tmp_path):
         pd.DataFrame({"trial": [0], "image": [5], "session": 0, "run": 0, "split": "train"}),
     )
     with pytest.raises(PerceptError, match="do not fit"):
-        god_format.write(tmp_path, 1, np.zeros((2, 3)), trials, images, np.array([5]))
+        god_format.write(tmp_path, 1, SourceData(np.zeros((2, 3)), trials, images, np.array([5])))
+    unnamed = SourceData(
+        np.zeros((1, 3)), trials.assign(image=2_000_000), images, np.array([2_000_000])
+    )
     with pytest.raises(PerceptError, match="Image id 2000000 cannot be written"):
-        god_format.write(tmp_path, 1, np.zeros((1, 3)), trials, images, np.array([2_000_000]))
+        god_format.write(tmp_path, 1, unnamed)
     with pytest.raises(PerceptError, match="subjects 1 to 5"):
-        god_format.write(tmp_path, 6, np.zeros((1, 3)), trials, images, np.array([5]))
+        god_format.write(tmp_path, 6, SourceData(np.zeros((1, 3)), trials, images, np.array([5])))
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +169,7 @@ def test_published_file(tmp_path, old):
     assert subject.protocol == "god-2" and subject.attributes["rois"] == "VC"
     labels = subject.labels.set_index("image")
     assert labels.loc[1443537022563].tolist() == ["n01443537_22563", "n01443537"]
-    colours = subject.images(np.array([god.image_id(n) for n in (*TRAIN, *TEST)]))[
+    colours = subject.images(np.array([god.parse_image_name(n) for n in (*TRAIN, *TEST)]))[
         :, 5, 5, 0
     ].astype(int)
     assert np.abs(colours - 40 * np.arange(6)).max() <= 4  # JPEG
@@ -230,12 +224,14 @@ def test_every_published_kind_of_number_survives():
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 10**7, 5000) * 10**6 + rng.integers(1, 10**6, 5000)
     written = np.array([float(f"{i // 10**6}.{i % 10**6:06d}") for i in ids])
-    np.testing.assert_array_equal(god._from_numbers(written, np.ones(5000, int), "here"), ids)
-    assert (
-        god.image_id("n02950256_22949.JPEG") == 2950256022949
-        and god.image_name(2950256022949) == "n02950256_22949"
+    np.testing.assert_array_equal(
+        god.convert_stimulus_ids(written, np.ones(5000, int), "here"), ids
     )
-    assert god.image_name(god.image_id("n00000000_100003")) == "n00000000_100003"
+    assert (
+        god.parse_image_name("n02950256_22949.JPEG") == 2950256022949
+        and god.format_image_name(2950256022949) == "n02950256_22949"
+    )
+    assert god.format_image_name(god.parse_image_name("n00000000_100003")) == "n00000000_100003"
 
 
 def test_deep_image_reconstruction(tmp_path):
@@ -283,7 +279,7 @@ def test_pictures_of_mind_vis(tmp_path, floats):
         (tmp_path / file).write_text("".join(f'{number(n)},"{n}.JPEG"\n' for n in names))
     read(tmp_path, tmp_path / "out", 3)
     images = open_subject(tmp_path / "out", 3).images(
-        np.array([god.image_id(n) for n in (*TRAIN[::-1], *TEST)])
+        np.array([god.parse_image_name(n) for n in (*TRAIN[::-1], *TEST)])
     )
     np.testing.assert_array_equal(images, pixels[[0, 1, 2, 3, 5, 6]])
     (tmp_path / "imageID_test.csv").unlink()
@@ -361,7 +357,7 @@ def test_errors_of_the_file(tmp_path, spoil, words):
             "six decimals in float64",
         ),
         ({"stimulus_id": [np.nan] * 10}, "six decimals"),
-        ({"stimulus_id": None}, "names no pictures"),
+        ({"stimulus_id": None}, "names no images"),
         (
             {"stimulus_id": None, "image_index": [1.0] * 10},
             "stimulus_ImageNetTraining.tsv .* is missing",
@@ -392,8 +388,8 @@ def test_an_index_that_no_table_names(tmp_path):
 def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(PerceptError, match="nowhere"):
         read(tmp_path / "nowhere", tmp_path / "out", 1)
-    with pytest.raises(PerceptError, match="no name of an ImageNet picture"):
-        god.image_id("cat.jpg")
+    with pytest.raises(PerceptError, match="no name of an ImageNet image"):
+        god.parse_image_name("cat.jpg")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 h5py from the layout's description are read.
 """
 
+import dataclasses
 import inspect
 import io
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import mindeye2 as mindeye2_format
 from src.readers import mindeye2
 from src.utils import PerceptError
@@ -32,18 +34,7 @@ def published(worlds, tmp_path_factory):
     """Both subjects in one source."""
     source = tmp_path_factory.mktemp("mindeye2")
     for subject, world in worlds.items():
-        scan = world.scan
-        mindeye2_format.write(
-            source,
-            subject,
-            scan.betas,
-            scan.trials,
-            world.images,
-            world.image_ids,
-            voxels=scan.voxels,
-            captions=world.captions,
-            labels=world.labels,
-        )
+        mindeye2_format.write(source, subject, SourceData.from_world(world))
     return source
 
 
@@ -119,10 +110,10 @@ def test_the_older_test_split_ends_three_sessions_earlier(worlds, published, tmp
 def test_half_precision_betas_stay_so(worlds, tmp_path):
     world = worlds[1]
     half = world.scan.betas.astype(np.float16)
+    mindeye2_format.write(tmp_path, 1, SourceData.from_world(world))
     mindeye2_format.write(
-        tmp_path, 1, world.scan.betas, world.scan.trials, world.images, world.image_ids
+        tmp_path, 1, dataclasses.replace(SourceData.from_world(world), betas=half)
     )
-    mindeye2_format.write(tmp_path, 1, half, world.scan.trials, world.images, world.image_ids)
     assert [path.name for path in tmp_path.glob("betas*")] == ["betas_subj01.hdf5"]
     mindeye2.read(tmp_path, tmp_path / "out", 1, image_size=16)
     subject = open_subject(tmp_path / "out", 1)
@@ -177,24 +168,16 @@ def test_written_samples_are_the_published_ones(worlds, published):
 def test_writing_a_subject_again_replaces_only_that_subject(worlds, published, tmp_path):
     world = worlds[2]
     fewer = (world.scan.trials["session"] < 2).to_numpy()
-    mindeye2_format.write(
-        tmp_path,
-        1,
-        worlds[1].scan.betas,
-        worlds[1].scan.trials,
-        worlds[1].images,
-        worlds[1].image_ids,
-    )
-    mindeye2_format.write(
-        tmp_path, 2, world.scan.betas, world.scan.trials, world.images, world.image_ids
-    )
+    mindeye2_format.write(tmp_path, 1, SourceData.from_world(worlds[1]))
+    mindeye2_format.write(tmp_path, 2, SourceData.from_world(world))
     mindeye2_format.write(
         tmp_path,
         2,
-        world.scan.betas[fewer],
-        world.scan.trials[fewer].reset_index(drop=True),
-        world.images,
-        world.image_ids,
+        dataclasses.replace(
+            SourceData.from_world(world),
+            betas=world.scan.betas[fewer],
+            trials=world.scan.trials[fewer].reset_index(drop=True),
+        ),
     )
     assert (
         len(list((tmp_path / "wds/subj02/train").glob("*.tar"))) == 2
@@ -212,11 +195,15 @@ def test_write_refusals(worlds, tmp_path):
     world = worlds[1]
     trials, given = world.scan.trials, (world.images, world.image_ids)
     with pytest.raises(PerceptError, match="do not fit each other"):
-        mindeye2_format.write(tmp_path, 1, world.scan.betas[1:], trials, *given)
+        mindeye2_format.write(tmp_path, 1, SourceData(world.scan.betas[1:], trials, *given))
     with pytest.raises(PerceptError, match="is not among the images"):
-        mindeye2_format.write(tmp_path, 1, world.scan.betas, trials, given[0][1:], given[1][1:])
+        mindeye2_format.write(
+            tmp_path, 1, SourceData(world.scan.betas, trials, given[0][1:], given[1][1:])
+        )
     with pytest.raises(PerceptError, match="count from 0, each once"):
-        mindeye2_format.write(tmp_path, 1, world.scan.betas, trials.assign(trial=3), *given)
+        mindeye2_format.write(
+            tmp_path, 1, SourceData(world.scan.betas, trials.assign(trial=3), *given)
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -358,10 +345,12 @@ def test_every_value_survives_half_precision(tmp_path):
     mindeye2_format.write(
         tmp_path,
         8,
-        np.zeros((3, 2), np.float32),
-        trials,
-        np.concatenate([values, values[:, ::-1], values]),
-        trials["image"].to_numpy(),
+        SourceData(
+            np.zeros((3, 2), np.float32),
+            trials,
+            np.concatenate([values, values[:, ::-1], values]),
+            trials["image"].to_numpy(),
+        ),
     )
     mindeye2.read(tmp_path, tmp_path / "out", 8)
     subject = open_subject(tmp_path / "out", 8)

@@ -2,6 +2,7 @@
 what is refused.
 """
 
+import dataclasses
 import gzip
 import json
 import tracemalloc
@@ -15,8 +16,10 @@ import scipy.io
 
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import nsd as nsd_format
 from src.readers import nsd
+from src.readers.nsd_voxels import LABEL_NAMES
 from src.utils import PerceptError
 
 GRID, V = (4, 5, 6), "betas_fithrf_GLMdenoise_RR"
@@ -39,13 +42,7 @@ def test_the_mini_world_comes_back(worlds, tmp_path, file_format):
         nsd_format.write(
             tmp_path / "nsd",
             s,
-            quantised(world.scan.betas),
-            world.scan.trials,
-            world.images,
-            world.image_ids,
-            voxels=world.scan.voxels,
-            captions=world.captions,
-            labels=world.labels,
+            dataclasses.replace(SourceData.from_world(world), betas=quantised(world.scan.betas)),
             file_format=file_format,
         )
     for s, world in worlds.items():
@@ -76,7 +73,9 @@ def test_the_design_alone_says_the_same(worlds, tmp_path):
     for s in (1, 2):
         w = worlds[s]
         nsd_format.write(
-            tmp_path / "nsd", s, quantised(w.scan.betas), w.scan.trials, w.images, w.image_ids
+            tmp_path / "nsd",
+            s,
+            SourceData(quantised(w.scan.betas), w.scan.trials, w.images, w.image_ids),
         )
     (tmp_path / "nsd/nsddata/ppdata/subj02/behav/responses.tsv").unlink()
     nsd.read(tmp_path / "nsd", tmp_path / "out", 2, **MINI)
@@ -480,7 +479,7 @@ def test_halves_of_a_roi_file_keep_its_labels(tmp_path):
     nsd.read(tmp_path, tmp_path / "out", 1, **OWN)
     voxels = open_subject(tmp_path / "out", 1).voxels
     for side, here in (("lh", left), ("rh", ~left)):
-        names = [f"{side}.{name}" for name in nsd.NAMES["prf-visualrois"]]
+        names = [f"{side}.{name}" for name in LABEL_NAMES["prf-visualrois"]]
         expected = {name: ((visual == n) & here)[general > 0] for n, name in enumerate(names, 1)}
         assert (
             [name for name in names if name in voxels]
@@ -538,8 +537,8 @@ def test_write_refuses_what_does_not_fit(worlds, tmp_path):
     world = worlds[1]
     arrays = (world.scan.betas, world.scan.trials, world.images, world.image_ids)
     with pytest.raises(PerceptError, match="no room"):
-        nsd_format.write(tmp_path, 1, *arrays, grid=(2, 3, 4))
+        nsd_format.write(tmp_path, 1, SourceData(*arrays), grid=(2, 3, 4))
     with pytest.raises(PerceptError, match="auto"):
-        nsd_format.write(tmp_path, 1, *arrays, file_format="auto")
+        nsd_format.write(tmp_path, 1, SourceData(*arrays), file_format="auto")
     with pytest.raises(PerceptError, match="109"):
-        nsd_format.write(tmp_path, 1, world.scan.betas + 100, *arrays[1:])
+        nsd_format.write(tmp_path, 1, SourceData(world.scan.betas + 100, *arrays[1:]))

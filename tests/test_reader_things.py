@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from src import miniworld
-from src.data import subject as data
+from src.data import files as data_files
 from src.data.subject import open_subject
+from src.miniworld.formats import SourceData
 from src.miniworld.formats import things as things_format
 from src.readers import things
 from src.readers.common import load_images
@@ -109,7 +110,7 @@ def read(root, subj=1, **options):
 )
 @pytest.mark.parametrize("block", [64 << 20, 150])  # in one block, and a voxel or two at a time
 def test_published_files(tmp_path, monkeypatch, storage, block):
-    for module in (things, data):
+    for module in (things, data_files):
         monkeypatch.setattr(module, "BLOCK_BYTES", block)
     betas = make(tmp_path, **storage)
     subject = read(tmp_path)
@@ -299,10 +300,7 @@ def world():
 
 def test_mini_world_two_subjects(tmp_path, world):
     for subj, e in world.items():
-        tables = {"voxels": e.scan.voxels, "captions": e.captions, "labels": e.labels}
-        things_format.write(
-            tmp_path / "source", subj, e.scan.betas, e.scan.trials, e.images, e.image_ids, **tables
-        )
+        things_format.write(tmp_path / "source", subj, SourceData.from_world(e))
         things.read(tmp_path / "source", tmp_path / "out", subj, attributes={"units": "simulated"})
     for subj, e in world.items():
         subject = open_subject(tmp_path / "out", subj)
@@ -332,10 +330,14 @@ def test_mini_world_two_subjects(tmp_path, world):
 def test_write_refuses(tmp_path, world):
     e = world[1]
     with pytest.raises(PerceptError, match="do not fit each other"):
-        things_format.write(tmp_path, 1, e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        things_format.write(
+            tmp_path, 1, SourceData(e.scan.betas[1:], e.scan.trials, e.images, e.image_ids)
+        )
     with pytest.raises(PerceptError, match="lacks the columns .'session'"):
         things_format.write(
-            tmp_path, 1, e.scan.betas, e.scan.trials.drop(columns="session"), e.images, e.image_ids
+            tmp_path,
+            1,
+            SourceData(e.scan.betas, e.scan.trials.drop(columns="session"), e.images, e.image_ids),
         )
     assert not list(tmp_path.iterdir())
 
@@ -419,7 +421,7 @@ def test_without_labels_each_image_is_its_own_concept_also_where_its_name_is_a_n
     )
     images = np.random.default_rng(0).integers(0, 255, (3, 5, 5, 3), dtype=np.uint8)
     things_format.write(
-        tmp_path, 1, np.eye(6, 4, dtype=np.float32), trials, images, np.array([7, 8, 9])
+        tmp_path, 1, SourceData(np.eye(6, 4, dtype=np.float32), trials, images, np.array([7, 8, 9]))
     )
     things.read(tmp_path, tmp_path / "out", 1, rois="all", val_images=0)
     np.testing.assert_array_equal(open_subject(tmp_path / "out", 1).images([7, 8, 9]), images)

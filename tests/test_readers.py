@@ -2,6 +2,7 @@
 `write` writes is read back.
 """
 
+import dataclasses
 import inspect
 import io
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 from src import miniworld
 from src.data.layout import number_repeats
 from src.data.subject import open_subject
-from src.miniworld.formats import WRITERS
+from src.miniworld.formats import WRITERS, SourceData
 from src.miniworld.formats import digits69 as digits69_format
 from src.miniworld.formats import mindeye as mindeye_format
 from src.miniworld.formats import npz as npz_format
@@ -33,7 +34,7 @@ def test_every_reader_reads_and_writes(name):
     assert list(inspect.signature(reader.read).parameters)[:3] == ["source", "dataset", "subj"]
     options = list(inspect.signature(reader.read).parameters.values())[3:]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in options)
-    assert callable(reader.write)
+    assert callable(WRITERS[name])
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
@@ -343,7 +344,7 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
         "labels": pd.DataFrame({"image": ids, "kind": list("abcdef")}),
     }
     options = {"samples_per_shard": 3, "image_format": image_format}
-    mindeye_format.write(tmp_path, 3, betas, trials, images, ids, **tables, **options)
+    mindeye_format.write(tmp_path, 3, SourceData(betas, trials, images, ids, **tables), **options)
     names = sorted(p.name for p in tmp_path.glob("webdataset_avg_split/*/*.tar"))
     assert names == [
         "test_subj03_0.tar",
@@ -365,14 +366,14 @@ def test_mindeye_writes_what_it_reads(tmp_path, image_format):
     assert subject.labels.set_index("image").loc[92, "kind"] == "d" and len(subject.captions) == 12
     assert subject.attributes["units"] == "percent"
     mindeye_format.write(
-        tmp_path, 3, betas, trials, images, ids
+        tmp_path, 3, SourceData(betas, trials, images, ids)
     )  # fewer shards than before: none of the old ones stays
     assert not (tmp_path / "webdataset_avg_split" / "train" / "train_subj03_1.tar").exists()
 
 
 def test_mindeye_written_members_are_the_published_ones(tmp_path):
     betas, trials, images, ids = make_arrays()
-    mindeye_format.write(tmp_path, 1, betas, trials, images, ids, repeats=3)
+    mindeye_format.write(tmp_path, 1, SourceData(betas, trials, images, ids), repeats=3)
     with tarfile.open(tmp_path / "webdataset_avg_split" / "train" / "train_subj01_0.tar") as file:
         names = file.getnames()
         uniques = [
@@ -393,8 +394,8 @@ def test_mindeye_written_members_are_the_published_ones(tmp_path):
 
 def test_mindeye_whole_brain_and_two_subjects(tmp_path):
     betas, trials, images, ids = make_arrays((2, 3, 4))
-    mindeye_format.write(tmp_path, 1, betas, trials, images, ids)
-    mindeye_format.write(tmp_path, 2, betas[:, 0, 0] * 2, trials, images, ids)
+    mindeye_format.write(tmp_path, 1, SourceData(betas, trials, images, ids))
+    mindeye_format.write(tmp_path, 2, SourceData(betas[:, 0, 0] * 2, trials, images, ids))
     mindeye.read(tmp_path, tmp_path / "out", 1, betas="wholebrain_3d")
     mindeye.read(tmp_path, tmp_path / "out", 2)
     one, two = open_subject(tmp_path / "out", 1), open_subject(tmp_path / "out", 2)
@@ -408,21 +409,25 @@ def test_mindeye_whole_brain_and_two_subjects(tmp_path):
 def test_mindeye_write_refusals(tmp_path):
     betas, trials, images, ids = make_arrays()
     with pytest.raises(PerceptError, match="16 betas, 17 trials"):
-        mindeye_format.write(tmp_path, 1, betas[:-1], trials, images, ids)
+        mindeye_format.write(tmp_path, 1, SourceData(betas[:-1], trials, images, ids))
     with pytest.raises(PerceptError, match="Image 35 of the trials"):
-        mindeye_format.write(tmp_path, 1, betas, trials, images[:-1], ids[:-1])
+        mindeye_format.write(tmp_path, 1, SourceData(betas, trials, images[:-1], ids[:-1]))
     with pytest.raises(PerceptError, match="png or jpg"):
-        mindeye_format.write(tmp_path, 1, betas, trials, images, ids, image_format="gif")
+        mindeye_format.write(
+            tmp_path, 1, SourceData(betas, trials, images, ids), image_format="gif"
+        )
 
 
 def test_mindeye_the_release_that_is_there_is_read(tmp_path):
     betas, trials, images, ids = make_arrays()
-    mindeye_format.write(tmp_path, 1, betas, trials, images, ids, layout="webdataset_avg_new")
+    mindeye_format.write(
+        tmp_path, 1, SourceData(betas, trials, images, ids), layout="webdataset_avg_new"
+    )
     mindeye.read(tmp_path, tmp_path / "out", 1, trials_per_session=6)
     subject = open_subject(tmp_path / "out", 1)
     assert subject.protocol == "nsd-1000" and subject.attributes["layout"] == "webdataset_avg_new"
     np.testing.assert_array_equal(subject.betas, betas[subject.trials["trial"]])
-    mindeye_format.write(tmp_path, 1, betas + 1, trials, images, ids)
+    mindeye_format.write(tmp_path, 1, SourceData(betas + 1, trials, images, ids))
     with pytest.raises(
         PerceptError, match="holds the releases webdataset_avg_split, webdataset_avg_new.*name one"
     ):
@@ -445,14 +450,18 @@ def test_mindeye_the_release_that_is_there_is_read(tmp_path):
         with pytest.raises(PerceptError, match=message):
             mindeye.read(**{"source": tmp_path, "dataset": tmp_path / "out", "subj": 1} | options)
     with pytest.raises(PerceptError, match="layout='wds' one of"):
-        mindeye_format.write(tmp_path, 1, betas, trials, images, ids, layout="wds")
+        mindeye_format.write(tmp_path, 1, SourceData(betas, trials, images, ids), layout="wds")
 
 
 @pytest.mark.parametrize("volume", [(), (2, 3, 4)])
 def test_mindeye_early_release_there_and_back(tmp_path, volume):
     betas, trials, images, ids = make_arrays(volume)
     mindeye_format.write(
-        tmp_path, 1, betas, trials, images, ids, layout="webdataset", samples_per_shard=5
+        tmp_path,
+        1,
+        SourceData(betas, trials, images, ids),
+        layout="webdataset",
+        samples_per_shard=5,
     )
     root = tmp_path / "webdataset"
     assert sorted(p.name for p in root.glob("*/*.tar")) == [
@@ -680,7 +689,9 @@ def test_digits69_the_real_file(digits69_path, tmp_path):
     wider_below = width(images[:, 15:]) - width(images[:, :13])
     assert wider_below[is_six].mean() > 0.5 and wider_below[~is_six].mean() < -0.5
     folds = [
-        digits69._splits(np.where(is_six, 1, 2), np.zeros(100, bool), f"fold-{k}-of-10", 10, 42)
+        digits69.split_images(
+            np.where(is_six, 1, 2), np.zeros(100, bool), f"fold-{k}-of-10", 10, 42
+        )
         for k in (3, 4)
     ]
     assert [name for _, name in folds] == ["digits69-10fold-3", "digits69-10fold-4"]
@@ -801,13 +812,7 @@ def test_every_format_gives_the_same_mini_world(name, mini, tmp_path):
     WRITERS[name](
         tmp_path / "source",
         1,
-        betas,
-        trials,
-        mini.images,
-        mini.image_ids,
-        voxels=mini.scan.voxels,
-        captions=mini.captions,
-        labels=mini.labels,
+        dataclasses.replace(SourceData.from_world(mini), betas=betas),
     )
     attributes = {
         "source": "mini world",

@@ -39,24 +39,21 @@ import numpy as np
 import pandas as pd
 import scipy.io
 
-from src.data.files import BLOCK_BYTES, disk_errors
-from src.data.images import write_images
-from src.data.layout import (
-    check_trials,
-    dataset_folder,
-    number_repeats,
-    subject_folder,
-    write_subject,
-)
+from src.data.files import BLOCK_BYTES
+from src.data.layout import number_repeats
 from src.readers.common import (
     check_rois,
     choose_validation,
-    copy_tables,
     default_split_size,
+    find_in_folders,
+    load_image_table,
     load_images,
     load_split_column,
     make_roi_columns,
+    map_npy,
+    parse_name_list,
 )
+from src.readers.recording import Recording, RowBlocks, store_recording
 from src.safe_pickle import unpickle_npy
 from src.utils import PerceptError, progress, require_file
 
@@ -85,9 +82,9 @@ REGIONS = {
 
 HEMISPHERES = ("lh", "rh")
 
-MOST_SUBJECTS = (19004, 20544)  # vertices (left, right) of subjects 1-5 and 7
+USUAL_VERTICES = (19004, 20544)  # (left, right) of subjects 1-5 and 7
 
-VERTICES = {6: (18978, 20220), 8: (18981, 20530)}
+OTHER_VERTICES = {6: (18978, 20220), 8: (18981, 20530)}  # by subject
 
 TESTS = ("auto", "official", "shared1000", "random")
 
@@ -96,6 +93,52 @@ FLAVOURS = {"official": "{}_challenge_space.npy", "course": "{}_space.npy"}
 SHARED_FILES = ("nsd_expdesign.mat", "shared1000.txt", "shared1000.npy")
 
 NSD_IMAGES = 73000
+
+
+@dataclass(frozen=True)
+class SourceFolders:
+    """Where a source lies: the folder of all subjects, and that of this subject."""
+
+    root: Path
+    subject: Path
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How the test and validation images are chosen; see the arguments of `read`."""
+
+    test: str
+    test_images: int
+    val_images: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class StimulusFiles:
+    """Image files in the order of the rows of responses, and their ids."""
+
+    paths: list[Path]
+    ids: list[int]
+    has_nsd_numbers: bool  # whether the ids are NSD numbers, else they are the rows
+
+
+@dataclass(frozen=True)
+class ResponsePart:
+    """The responses and images of training_split or test_split.
+
+    Attributes:
+        left, right: (images, vertices) of each hemisphere, memory-mapped.
+        stimuli: the images of the rows.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    stimuli: StimulusFiles
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Vertices of the left and of the right hemisphere."""
+        return self.left.shape[1], self.right.shape[1]
 
 
 def read(
@@ -143,48 +186,38 @@ def read(
     """
     if test not in TESTS:
         raise PerceptError(f"test={test!r} is not known: choose one of {', '.join(TESTS)}.")
-    root, folder = _folders(Path(source), subj)
-    held_out = test == "official" or (
-        test == "auto" and any((folder / "test_split" / "test_fmri").glob("*.npy"))
-    )
-    parts = [_part(folder, part, subj) for part in ("training", "test")[: 1 + held_out]]
-    voxels, kept = _voxels(folder, parts[0].widths, rois)
+    folders = _find_folders(Path(source), subj)
+    parts = [_load_part(folders.subject, part, subj) for part in _part_names(folders, test)]
+    voxels, columns = _select_vertices(folders.subject, parts[0].widths, rois)
     trials = _trials(parts)
-    shared = Path(shared_path).expanduser() if shared_path else _find(SHARED_FILES, root, folder)
-    trials["split"], made = _split(
-        trials,
-        (folder, root),
-        test,
-        shared if parts[0].named else None,
-        test_images,
-        val_images,
-        seed,
-    )
-    check_trials(trials)
-    about: dict[str, Any] = {
+    options = SplitOptions(test, test_images, val_images, seed)
+    shared = _find_shared_images(folders, parts[0], shared_path)
+    trials["split"], default_protocol = _split(trials, folders, shared, options)
+    published = {
         "source": "Algonauts 2023",
         "units": "z-score",
-        "protocol": protocol or made,
+        "protocol": protocol or default_protocol,
         "rois": rois or "all",
         "normalisation": "by the source: z-scored within each session, then averaged over repeats",
-        **(attributes or {}),
     }
-    target, ids = dataset_folder(dataset), trials["image"].to_numpy()
-    target.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target):
-        files = progress(
-            [file for part in parts for file in part.files], f"images of subject {subj}"
-        )
-        write_images(target / "images.h5", load_images(files, "Image", image_size), ids)
-        for place in (root, folder):
-            copy_tables(place, target, ids)
-        return write_subject(
-            subject_folder(dataset, subj), _blocks(parts, kept), trials, voxels, about
-        )
+    files = [path for part in parts for path in part.stimuli.paths]
+    image_ids = trials["image"].to_numpy()
+    places = (folders.root, folders.subject)
+    recording = Recording(
+        betas=RowBlocks((len(trials), len(voxels)), _response_blocks(parts, columns)),
+        trials=trials,
+        images=load_images(progress(files, f"images of subject {subj}"), "Image", image_size),
+        image_ids=image_ids,
+        attributes={**published, **(attributes or {})},
+        voxels=voxels,
+        captions=load_image_table("captions", image_ids, *places),
+        labels=load_image_table("labels", image_ids, *places),
+    )
+    return store_recording(recording, dataset, subj)
 
 
-def _folders(source: Path, subj: int) -> tuple[Path, Path]:
-    """The folder that holds all subjects, and that of this subject."""
+# ------------------------------------------------------------------------------------------- files
+def _find_folders(source: Path, subj: int) -> SourceFolders:
     source, name = source.expanduser(), f"subj{subj:02d}"
     if (source / "training_split").is_dir():
         if re.fullmatch(r"subj\d+", source.name) and source.name != name:
@@ -192,163 +225,141 @@ def _folders(source: Path, subj: int) -> tuple[Path, Path]:
                 f"{source} is the folder of {source.name}, not of subject {subj}: give the folder"
                 f" of {name}, or the one above it."
             )
-        return source.parent, source
-    folder = require_file(
-        source / name, f"subject {subj} of Algonauts 2023", f"give the folder that holds {name}/"
-    )
-    return source, folder
+        return SourceFolders(source.parent, source)
+    what = f"subject {subj} of Algonauts 2023"
+    folder = require_file(source / name, what, f"give the folder that holds {name}/")
+    return SourceFolders(source, folder)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Responses and images of training_split or test_split: memory maps (images, vertices) left and
-    right, image files and ids in their order.
-    """
-
-    responses: tuple[np.ndarray, np.ndarray]
-    files: list[Path]
-    ids: list[int]
-    named: bool  # by NSD numbers
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.responses[0].shape[1], self.responses[1].shape[1]
+def _part_names(folders: SourceFolders, test: str) -> list[str]:
+    """The parts to read: training, and test where the official test set is to be used."""
+    test_files = (folders.subject / "test_split" / "test_fmri").glob("*.npy")
+    if test == "official" or (test == "auto" and any(test_files)):
+        return ["training", "test"]
+    return ["training"]
 
 
-def _part(folder: Path, part: str, subj: int) -> _Part:
+def _load_part(folder: Path, part: str, subj: int) -> ResponsePart:
     place = folder / f"{part}_split"
-    files, ids, named = _image_files(
-        place / f"{part}_images", "train" if part == "training" else part
-    )
-    remedy = (
-        "fetch it again"
-        if part == "training"
-        else 'the organisers withhold it from participants, choose test="shared1000" or "random"'
-    )
-    maps = []
-    for side in HEMISPHERES:
-        path = require_file(
-            place / f"{part}_fmri" / f"{side}_{part}_fmri.npy", f"{part} responses", remedy
+    prefix = "train" if part == "training" else part
+    stimuli = _find_stimuli(place / f"{part}_images", prefix)
+    remedy = "fetch it again"
+    if part == "test":
+        remedy = (
+            'the organisers withhold it from participants, choose test="shared1000" or "random"'
         )
-        array = _array(path)
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-            raise PerceptError(
-                f"{path} is {array.dtype} {array.shape}: it must be floating-point (images,"
-                " vertices)."
-            )
-        if len(array) != len(files):
-            turned = ", it seems to be transposed" if array.shape[1] == len(files) else ""
-            raise PerceptError(
-                f"{path} has {len(array)} rows for {len(files)} images{turned}: it must be (images,"
-                f" vertices) of the images in {place}."
-            )
-        maps.append(array)
-    found = _Part((maps[0], maps[1]), files, ids, named)
-    _check_vertices(found.widths, subj, place)
-    return found
+    responses = []
+    for side in HEMISPHERES:
+        path = place / f"{part}_fmri" / f"{side}_{part}_fmri.npy"
+        array = map_npy(require_file(path, f"{part} responses", remedy))
+        _check_responses(array, path, len(stimuli.paths), place)
+        responses.append(array)
+    loaded = ResponsePart(responses[0], responses[1], stimuli)
+    _check_vertices(loaded.widths, subj, place)
+    return loaded
 
 
-def _array(path: Path) -> np.ndarray:
-    """Memory-map an .npy file."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
+def _check_responses(array: np.ndarray, path: Path, n_images: int, place: Path) -> None:
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise PerceptError(
+            f"{path} is {array.dtype} {array.shape}: it must be floating-point (images, vertices)."
+        )
+    if len(array) != n_images:
+        hint = ", it seems to be transposed" if array.shape[1] == n_images else ""
+        raise PerceptError(
+            f"{path} has {len(array)} rows for {n_images} images{hint}: it must be (images,"
+            f" vertices) of the images in {place}."
+        )
 
 
 def _check_vertices(widths: tuple[int, int], subj: int, place: Path) -> None:
-    """Refuse the vertices of another subject; numbers that fit none (such as the mini world's)
-    pass.
+    """Refuse the vertices of another subject.
+
+    Numbers that no subject has (such as the mini world's) pass.
     """
-    expected = VERTICES.get(subj, MOST_SUBJECTS)
-    fits = {
-        MOST_SUBJECTS: "subjects 1-5 and 7",
-        **{pair: f"subject {number}" for number, pair in VERTICES.items()},
-    }
-    if widths[::-1] in fits:
+    expected = OTHER_VERTICES.get(subj, USUAL_VERTICES)
+    owners = {USUAL_VERTICES: "subjects 1-5 and 7"}
+    owners |= {vertices: f"subject {number}" for number, vertices in OTHER_VERTICES.items()}
+    if widths[::-1] in owners:
         raise PerceptError(
             f"The hemispheres in {place} are swapped: lh has {widths[0]} vertices, which is the"
             " number of rh. Rename the files."
         )
-    if widths in fits and widths != expected:
+    if widths in owners and widths != expected:
         raise PerceptError(
             f"The responses in {place} have {widths[0]} + {widths[1]} vertices, which fits"
-            f" {fits[widths]}, not subject {subj} ({expected[0]} + {expected[1]}): give this"
+            f" {owners[widths]}, not subject {subj} ({expected[0]} + {expected[1]}): give this"
             " subject's own files."
         )
 
 
-def _image_files(folder: Path, prefix: str) -> tuple[list[Path], list[int], bool]:
-    """Image files in the order of the rows, their ids, and whether these are NSD numbers (else the
-    rows).
-    """
+def _find_stimuli(folder: Path, prefix: str) -> StimulusFiles:
+    """Image files in the order of the rows, with NSD numbers or rows as their ids."""
     require_file(folder, "images")
-    official, course = re.compile(rf"{prefix}-(\d+)_nsd-(\d+)\.png"), re.compile(r"(\d+)\.png")
     files = {path.name: path for path in folder.glob("*.png")}
+    official = re.compile(rf"{prefix}-(?P<row>\d+)_nsd-(?P<id>\d+)\.png")
+    course = re.compile(r"(?P<id>(?P<row>\d+))\.png")
     for pattern, first in ((official, 1), (course, 0)):
-        matches = [m for m in map(pattern.fullmatch, files) if m]
-        if matches and len(matches) == len(files):
-            by_number = {int(m[1]): m for m in matches}
-            missing = sorted(set(range(first, first + len(files))) - set(by_number))
-            if missing:
-                raise PerceptError(
-                    f"Image {missing[0]} of {folder} is missing among its {len(files)} files,"
-                    f" numbered from {first}: fetch it again."
-                )
-            ordered = [by_number[number] for number in sorted(by_number)]
-            return (
-                [files[m[0]] for m in ordered],
-                [int(m[pattern.groups]) for m in ordered],
-                pattern is official,
+        matches = [match for match in map(pattern.fullmatch, files) if match]
+        if not matches or len(matches) < len(files):
+            continue
+        by_row = {int(match["row"]): match for match in matches}
+        missing = sorted(set(range(first, first + len(files))) - set(by_row))
+        if missing:
+            raise PerceptError(
+                f"Image {missing[0]} of {folder} is missing among its {len(files)} files,"
+                f" numbered from {first}: fetch it again."
             )
+        ordered = [by_row[row] for row in sorted(by_row)]
+        return StimulusFiles(
+            paths=[files[match[0]] for match in ordered],
+            ids=[int(match["id"]) for match in ordered],
+            has_nsd_numbers=pattern is official,
+        )
     raise PerceptError(
         f"{folder} must hold images all named like {prefix}-0001_nsd-00013.png, or all like 0.png:"
         f" it has {sorted(files)[:3]}."
     )
 
 
-def _trials(parts: list[_Part]) -> pd.DataFrame:
-    ids = np.concatenate([part.ids for part in parts])
-    trials = pd.DataFrame({"trial": np.arange(len(ids)), "image": ids, "session": 0, "run": -1})
-    trials["split"] = np.repeat(["train", "test"][: len(parts)], [len(part.ids) for part in parts])
+def _response_blocks(parts: list[ResponsePart], columns: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Blocks (rows, vertices) of all parts, left beside right, of about 64 MB."""
+    for part in parts:
+        step = max(1, BLOCK_BYTES // (sum(part.widths) * part.left.itemsize))
+        for start in progress(range(0, len(part.left), step), "responses"):
+            rows = slice(start, start + step)
+            block = np.concatenate([part.left[rows], part.right[rows]], axis=1)
+            yield block if columns is None else block[:, columns]
+
+
+# ------------------------------------------------------------------------------------------ tables
+def _trials(parts: list[ResponsePart]) -> pd.DataFrame:
+    """The table of trials, one row an image; split is train or test."""
+    ids = np.concatenate([part.stimuli.ids for part in parts])
+    numbers = np.arange(len(ids))
+    trials = pd.DataFrame({"trial": numbers, "image": ids, "session": 0, "run": -1})
+    sizes = [len(part.stimuli.ids) for part in parts]
+    trials["split"] = np.repeat(["train", "test"][: len(parts)], sizes)
     trials["repeat"] = number_repeats(trials)
     return trials
 
 
-def _blocks(parts: list[_Part], kept: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Blocks (rows, vertices) of all parts, left beside right, of about 64 MB."""
-    for part in parts:
-        left, right = part.responses
-        step = max(1, BLOCK_BYTES // (sum(part.widths) * left.itemsize))
-        for start in progress(range(0, len(left), step), "responses"):
-            block = np.concatenate(
-                [left[start : start + step], right[start : start + step]], axis=1
-            )
-            yield block if kept is None else block[:, kept]
-
-
-def _voxels(
+def _select_vertices(
     folder: Path, widths: tuple[int, int], rois: str
 ) -> tuple[pd.DataFrame, np.ndarray | None]:
-    """The table of the vertices kept, and where they are among all of them (None for all)."""
-    n_left, n_vertices = widths[0], sum(widths)
-    sides = pd.DataFrame(
-        {
-            "vertex": np.arange(n_vertices),
-            "left": np.arange(n_vertices) < n_left,
-            "right": np.arange(n_vertices) >= n_left,
-        }
-    )
-    regions = _regions(folder / "roi_masks", widths)
-    voxels = pd.concat([sides, make_roi_columns(regions, n_vertices)], axis=1)
-    wanted = list(dict.fromkeys(name.strip() for name in rois.split(",") if name.strip()))
-    if not wanted:
+    """The table of the selected vertices, and their places among all (None for all of them)."""
+    vertices = np.arange(sum(widths))
+    is_left = vertices < widths[0]
+    sides = pd.DataFrame({"vertex": vertices, "left": is_left, "right": ~is_left})
+    regions = _load_regions(folder / "roi_masks", widths)
+    voxels = pd.concat([sides, make_roi_columns(regions, len(vertices))], axis=1)
+    requested = list(dict.fromkeys(parse_name_list(rois)))
+    if not requested:
         return voxels, None
-    check_rois(
-        wanted, {*regions, *(name for names in REGIONS.values() for name in names)}, str(folder)
-    )
-    absent = [name for name in wanted if name not in voxels]
-    if len(absent) == len(wanted):
+    published = {name for names in REGIONS.values() for name in names}
+    check_rois(requested, {*regions, *published}, str(folder))
+    absent = [name for name in requested if name not in voxels]
+    if len(absent) == len(requested):
         raise PerceptError(
             f"{folder} has no vertices of {', '.join(absent)}: choose other regions, or rois='' for"
             " all vertices."
@@ -358,44 +369,41 @@ def _voxels(
             f"{folder.name} has no vertices of {', '.join(absent)}: the other regions are kept.",
             stacklevel=3,
         )
-    kept = np.flatnonzero(voxels[[name for name in wanted if name in voxels]].any(axis=1))
-    return voxels.iloc[kept], kept
+    in_region = voxels[[name for name in requested if name in voxels]].any(axis=1)
+    columns = np.flatnonzero(in_region)
+    return voxels.iloc[columns], columns
 
 
-def _regions(folder: Path, widths: tuple[int, int]) -> dict[str, np.ndarray]:
+def _load_regions(folder: Path, widths: tuple[int, int]) -> dict[str, np.ndarray]:
     """Masks (vertices,) of all regions, empty ones included."""
-    masks = {}
+    masks: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("mapping_*.npy")):
-        kind, names = path.stem.removeprefix("mapping_"), unpickle_npy(path)
+        roi_class, names = path.stem.removeprefix("mapping_"), unpickle_npy(path)
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise PerceptError(f"{path} must hold a dictionary from label to name: fetch it again.")
-        if not any(_labels_files(folder, f"{side}.{kind}") for side in HEMISPHERES):
+        if not any(_find_labels(folder, side, roi_class) for side in HEMISPHERES):
             continue  # a mapping alone: this subject has none of these regions
-        labels = np.concatenate(
-            [
-                _labels(folder, f"{side}.{kind}", width)
-                for side, width in zip(HEMISPHERES, widths, strict=True)
-            ]
-        )
+        halves = [
+            _load_labels(folder, side, roi_class, width)
+            for side, width in zip(HEMISPHERES, widths, strict=True)
+        ]
+        labels = np.concatenate(halves)
         masks.update({name: labels == label for label, name in names.items() if label != 0})
     return masks
 
 
-def _labels_files(folder: Path, name: str) -> list[Path]:
-    return [
-        path for pattern in FLAVOURS.values() if (path := folder / pattern.format(name)).exists()
-    ]
+def _find_labels(folder: Path, side: str, roi_class: str) -> Path | None:
+    names = (pattern.format(f"{side}.{roi_class}") for pattern in FLAVOURS.values())
+    return find_in_folders(names, folder)
 
 
-def _labels(folder: Path, name: str, width: int) -> np.ndarray:
+def _load_labels(folder: Path, side: str, roi_class: str, width: int) -> np.ndarray:
     """Labels (vertices,) of one hemisphere."""
-    found = _labels_files(folder, name)
-    path = (
-        found[0]
-        if found
-        else require_file(folder / FLAVOURS["official"].format(name), "labels of the vertices")
-    )
-    labels = _array(path)
+    path = _find_labels(folder, side, roi_class)
+    if path is None:
+        official = folder / FLAVOURS["official"].format(f"{side}.{roi_class}")
+        path = require_file(official, "labels of the vertices")
+    labels = map_npy(path)
     if labels.shape != (width,):
         raise PerceptError(
             f"{path} has shape {labels.shape}, the responses have {width} vertices there: take the"
@@ -404,88 +412,94 @@ def _labels(folder: Path, name: str, width: int) -> np.ndarray:
     return labels
 
 
-def _find(names: tuple[str, ...], *folders: Path) -> Path | None:
-    return next(
-        (folder / name for folder in folders for name in names if (folder / name).exists()), None
-    )
+# ------------------------------------------------------------------------------------------ splits
+def _find_shared_images(
+    folders: SourceFolders, training: ResponsePart, shared_path: str
+) -> Path | None:
+    """The list of NSD's shared images, or None where there is none or the ids are rows."""
+    if not training.stimuli.has_nsd_numbers:
+        return None
+    if shared_path:
+        return Path(shared_path).expanduser()
+    return find_in_folders(SHARED_FILES, folders.root, folders.subject)
 
 
 def _split(
-    trials: pd.DataFrame,
-    places: tuple[Path, Path],
-    test: str,
-    shared: Path | None,
-    test_images: int,
-    val_images: int,
-    seed: int,
+    trials: pd.DataFrame, folders: SourceFolders, shared: Path | None, options: SplitOptions
 ) -> tuple[pd.Series, str]:
     """The column `split`, and the name of the protocol."""
-    for place in places if test == "auto" else ():
-        if (own := load_split_column(place, trials)) is not None:
-            return own, f"algonauts-own{(own == 'test').sum()}"
-    if "test" in set(trials["split"]):
-        return choose_validation(trials, val_images, seed), "algonauts-official"
-    if test == "shared1000" or (test == "auto" and shared):
-        if shared is None:
-            raise PerceptError(
-                'test="shared1000" needs images named by their NSD numbers, and NSD\'s'
-                f" nsd_expdesign.mat as shared_path or in {places[1]}: give it, or choose"
-                ' test="random".'
-            )
-        made = trials["split"].mask(trials["image"].isin(_shared_ids(shared)), "test")
-        if "test" not in set(made):
-            raise PerceptError(
-                f"None of the {len(trials)} training images is among the shared images of {shared}:"
-                " these must be NSD numbers from 0."
-            )
-        name = f"algonauts-shared{(made == 'test').sum()}"
+    if options.test == "auto":
+        for folder in (folders.subject, folders.root):
+            split = load_split_column(folder, trials)
+            if split is not None:
+                return split, f"algonauts-own{_count_test(split)}"
+    if _count_test(trials["split"]):
+        split, protocol = trials["split"], "algonauts-official"
+    elif options.test == "shared1000" or (options.test == "auto" and shared):
+        split = _shared_test_split(trials, folders, shared)
+        protocol = f"algonauts-shared{_count_test(split)}"
     else:
-        if test == "auto":
-            warnings.warn(
-                "There are no test responses and no list of NSD's shared images: the test images"
-                " are drawn at random.",
-                stacklevel=3,
-            )
-        test_images = default_split_size(test_images, len(trials), "test")
-        if not 1 <= test_images <= len(trials) - 2:
-            raise PerceptError(
-                f"test_images is {test_images}, but there are {len(trials)} images: choose from 1"
-                f" to {max(1, len(trials) - 2)}."
-            )
-        made, name = (
-            choose_validation(trials, test_images, seed).replace("val", "test"),
-            f"algonauts-random{test_images}-seed{seed}",
+        split, protocol = _random_test_split(trials, options)
+    trials = trials.assign(split=split)
+    return choose_validation(trials, options.val_images, options.seed), protocol
+
+
+def _count_test(split: pd.Series) -> int:
+    return int((split == "test").sum())
+
+
+def _shared_test_split(
+    trials: pd.DataFrame, folders: SourceFolders, shared: Path | None
+) -> pd.Series:
+    if shared is None:
+        raise PerceptError(
+            'test="shared1000" needs images named by their NSD numbers, and NSD\'s'
+            f" nsd_expdesign.mat as shared_path or in {folders.root}: give it, or choose"
+            ' test="random".'
         )
-    return choose_validation(trials.assign(split=made), val_images, seed), name
+    split = trials["split"].mask(trials["image"].isin(_load_shared_ids(shared)), "test")
+    if not _count_test(split):
+        raise PerceptError(
+            f"None of the {len(trials)} training images is among the shared images of {shared}:"
+            " these must be NSD numbers from 0."
+        )
+    return split
 
 
-def _shared_ids(path: Path) -> np.ndarray:
+def _random_test_split(trials: pd.DataFrame, options: SplitOptions) -> tuple[pd.Series, str]:
+    if options.test == "auto":
+        warnings.warn(
+            "There are no test responses and no list of NSD's shared images: the test images"
+            " are drawn at random.",
+            stacklevel=4,
+        )
+    n_test = default_split_size(options.test_images, len(trials), "test")
+    if not 1 <= n_test <= len(trials) - 2:
+        raise PerceptError(
+            f"test_images is {n_test}, but there are {len(trials)} images: choose from 1"
+            f" to {max(1, len(trials) - 2)}."
+        )
+    split = choose_validation(trials, n_test, options.seed).replace("val", "test")
+    return split, f"algonauts-random{n_test}-seed{options.seed}"
+
+
+def _load_shared_ids(path: Path) -> np.ndarray:
     """NSD numbers, from 0, of the images that all subjects were to see."""
-    require_file(
-        path,
-        "the list of NSD's shared images",
-        "give nsd_expdesign.mat, or their numbers as text or .npy",
-    )
+    remedy = "give nsd_expdesign.mat, or their numbers as text or .npy"
+    require_file(path, "the list of NSD's shared images", remedy)
     try:
         if path.suffix == ".mat":
-            return (
-                scipy.io.loadmat(path, variable_names=["sharedix"])["sharedix"]
-                .ravel()
-                .astype(np.int64)
-                - 1
-            )  # MATLAB counts from 1
-        values = (
-            np.load(path, allow_pickle=False)
-            if path.suffix == ".npy"
-            else np.loadtxt(path, dtype=np.int64, ndmin=1)
-        )
+            content = scipy.io.loadmat(path, variable_names=["sharedix"])
+            return content["sharedix"].ravel().astype(np.int64) - 1  # MATLAB counts from 1
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            values = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise PerceptError(
             f"The shared images cannot be read from {path} ({error}): give nsd_expdesign.mat, or"
             " numbers as text or .npy."
         ) from error
-    return (
-        np.flatnonzero(values)
-        if values.dtype == bool or values.shape == (NSD_IMAGES,)
-        else values.ravel().astype(np.int64)
-    )
+    if values.dtype == bool or values.shape == (NSD_IMAGES,):
+        return np.flatnonzero(values)
+    return values.ravel().astype(np.int64)

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from src.data.layout import write_image_table
 from src.utils import PerceptError
 
 DEFAULT_SPLIT_SIZE = 300  # images that become validation (or test) images where no one says more
@@ -124,8 +123,8 @@ def load_image_table(
             raise PerceptError(f"{path} has no column image (it has {list(table.columns)}).")
         table = table[table["image"].isin(list(image_ids))]
         if combined is not None:
-            others = combined[~combined["image"].isin(table["image"])]
-            table = pd.concat([others, table], ignore_index=True)
+            earlier = combined[~combined["image"].isin(table["image"])]
+            table = pd.concat([earlier, table], ignore_index=True)
         combined = table
     return combined
 
@@ -269,11 +268,3 @@ def check_rois(rois: Iterable[str], available: Collection[str], owner: str) -> N
         raise PerceptError(
             f"{owner} has no region {', '.join(unknown)}: it has {', '.join(sorted(available))}."
         )
-
-
-def copy_tables(source: Path, folder: Path, image_ids: Collection[int]) -> None:
-    """Copy the tables beside a source into the dataset's folder."""
-    for name in ("captions", "labels"):
-        table = load_image_table(name, image_ids, source)
-        if table is not None:
-            write_image_table(folder / f"{name}.parquet", table)

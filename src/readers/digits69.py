@@ -11,6 +11,7 @@ from the MATLAB file that the user has.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,16 @@ import pandas as pd
 import scipy.io
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from src.data.images import write_images
-from src.data.layout import dataset_folder, subject_folder, write_image_table, write_subject
+from src.readers.recording import Recording, store_recording
 from src.utils import PerceptError
 
+FILE = "digit69_28x28.mat"
 KEYS = ("fmriTrn", "fmriTest", "stimTrn", "stimTest", "labelTrn", "labelTest")
 DIGITS = {1: "six", 2: "nine"}
 WHERE = (
     "request 'Handwritten digits in fMRI (69 data set)' from the Donders Repository "
     "(hdl.handle.net/11633/di.dcc.DSC_2018.00112_485), "
-    "accept its data use agreement, and give the path of digit69_28x28.mat"
+    f"accept its data use agreement, and give the path of {FILE}"
 )
 TERMS = (
     "Data use agreement of the Donders Repository (DSC_2018.00112_485), accepted on request: no"
@@ -37,6 +38,23 @@ ACKNOWLEDGEMENT = (
     "Data were provided (in part) by the Donders Institute for Brain, Cognition and Behaviour, "
     "Radboud University Nijmegen."
 )
+
+
+@dataclass(frozen=True)
+class DigitArrays:
+    """The arrays of the file, training images first.
+
+    Attributes:
+        betas: float32 (images, voxels).
+        images: uint8 (images, 28, 28, 3), upright.
+        labels: int64 (images,), 1 = six, 2 = nine.
+        official_test: bool (images,), the test images of the file's own split.
+    """
+
+    betas: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    official_test: np.ndarray
 
 
 def read(
@@ -69,13 +87,10 @@ def read(
     """
     if subj != 1:
         raise PerceptError(f"digits69 has one subject, 1, not {subj}: set subj to 1.")
-    betas, images, labels, official = load(source)
-    splits, protocol = _splits(labels, official, split, val, seed)
-    n, folder = len(betas), dataset_folder(dataset)
-    numbers = np.arange(n)
-    trials = pd.DataFrame(
-        {"trial": numbers, "image": numbers, "session": 0, "run": 0, "repeat": 0, "split": splits}
-    )
+    digits = load_arrays(source)
+    splits, protocol = split_images(digits.labels, digits.official_test, split, val, seed)
+    numbers = np.arange(len(digits.betas))
+    columns = {"trial": numbers, "image": numbers, "session": 0, "run": 0, "repeat": 0}
     attributes = {
         "source": "digits69, van Gerven, de Lange & Heskes 2010",
         "units": "as in the file",
@@ -84,87 +99,108 @@ def read(
         "acknowledgement": ACKNOWLEDGEMENT,
         "seed": seed,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_images(folder / "images.h5", images, numbers)
-    write_image_table(
-        folder / "labels.parquet",
-        pd.DataFrame({"image": numbers, "digit": [DIGITS[int(d)] for d in labels]}),
+    names = [DIGITS[int(label)] for label in digits.labels]
+    recording = Recording(
+        betas=digits.betas,
+        trials=pd.DataFrame({**columns, "split": splits}),
+        images=digits.images,
+        image_ids=numbers,
+        attributes=attributes,
+        labels=pd.DataFrame({"image": numbers, "digit": names}),
     )
-    return write_subject(subject_folder(dataset, subj), betas, trials, None, attributes)
+    return store_recording(recording, dataset, subj)
 
 
-def load(source: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Arrays of the file, training images first.
-
-    Returns:
-        betas float32 (images, voxels), images uint8 (images, 28, 28, 3) upright, labels int
-        (images,) 1 = six, 2 = nine, and test bool (images,).
+def load_arrays(source: str | Path) -> DigitArrays:
+    """Load the arrays of the file.
 
     Raises:
         PerceptError: as `read`.
     """
     path = Path(source).expanduser()
-    path = path / "digit69_28x28.mat" if path.is_dir() else path
+    if path.is_dir():
+        path = path / FILE
+    content = _load_mat(path)
+    fmri, pixels, labels = (
+        np.concatenate([content[f"{name}Trn"], content[f"{name}Test"]])
+        for name in ("fmri", "stim", "label")
+    )
+    labels = labels.ravel().astype(np.int64)
+    same_length = len(fmri) == len(pixels) == len(labels)
+    if not same_length or pixels.shape[1:] != (784,) or not set(labels) <= set(DIGITS):
+        raise PerceptError(
+            f"{path}: fmri {fmri.shape}, stim {pixels.shape} and label {labels.shape} are not those"
+            " of digits69."
+        )
+    by_column = pixels.astype(np.uint8).reshape(-1, 28, 28)  # (images, columns, rows)
+    upright = by_column.transpose(0, 2, 1)  # (images, rows, columns)
+    return DigitArrays(
+        betas=fmri.astype(np.float32),
+        images=np.repeat(upright[..., None], 3, axis=-1),
+        labels=labels,
+        official_test=np.arange(len(fmri)) >= len(content["fmriTrn"]),
+    )
+
+
+def _load_mat(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         raise PerceptError(f"{path} is absent: {WHERE}.")
-    try:
-        content = scipy.io.loadmat(path)
-    except (
+    damage = (
         ValueError,
         NotImplementedError,
         OSError,
         TypeError,
         scipy.io.matlab.MatReadError,
-    ) as error:
+    )
+    try:
+        content = scipy.io.loadmat(path)
+    except damage as error:
         raise PerceptError(
             f"{path} is no MATLAB 5 file that can be read ({error}): {WHERE}."
         ) from error
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise PerceptError(f"{path} lacks {missing}, it is another file than expected: {WHERE}.")
-    fmri, pixels, labels = (
-        np.concatenate([content[k + "Trn"], content[k + "Test"]]) for k in ("fmri", "stim", "label")
-    )
-    labels = labels.ravel().astype(np.int64)
-    if (
-        not len(fmri) == len(pixels) == len(labels)
-        or pixels.shape[1:] != (784,)
-        or not set(labels) <= set(DIGITS)
-    ):
-        raise PerceptError(
-            f"{path}: fmri {fmri.shape}, stim {pixels.shape} and label {labels.shape} are not those"
-            " of digits69."
-        )
-    upright = (
-        pixels.astype(np.uint8).reshape(-1, 28, 28).transpose(0, 2, 1)
-    )  # (images, columns, rows) -> (images, rows, columns)
-    images = np.repeat(upright[..., None], 3, axis=-1)  # (images, 28, 28, 3)
-    return fmri.astype(np.float32), images, labels, np.arange(len(fmri)) >= len(content["fmriTrn"])
+    return content
 
 
-def _splits(
-    labels: np.ndarray, official: np.ndarray, split: str, val: int, seed: int
+def split_images(
+    labels: np.ndarray, official_test: np.ndarray, split: str, val: int, seed: int
 ) -> tuple[np.ndarray, str]:
-    """Split of each image, and the name of the protocol."""
-    test, protocol = official, "digits69-official"
-    if split != "official":
-        match = re.fullmatch(r"fold-(\d+)-of-(\d+)", split)
-        fold, of = (int(x) for x in match.groups()) if match else (0, 0)
-        if not 1 <= fold <= of or not 2 <= of <= np.bincount(labels)[1:].min():
-            raise PerceptError(
-                f"split {split!r} must be official, or e.g. fold-3-of-10 with folds counted from 1."
-            )
-        parts = StratifiedKFold(of, shuffle=True, random_state=seed).split(labels, labels)
-        test = np.isin(np.arange(len(labels)), [test for _, test in parts][fold - 1])
-        protocol = f"digits69-{of}fold-{fold}"
-    splits, rest = np.where(test, "test", "train").astype(object), np.flatnonzero(~test)
-    if val:
-        if not 2 <= val <= len(rest) - 2:
-            raise PerceptError(
-                f"val is {val}: of {len(rest)} images between 2 and {len(rest) - 2} can be"
-                " validation, or 0."
-            )
-        splits[
-            train_test_split(rest, test_size=val, random_state=seed, stratify=labels[rest])[1]
-        ] = "val"
-    return splits, protocol
+    """Split of each image (images,), and the name of the protocol; arguments as in `read`."""
+    is_test, protocol = _choose_test(labels, official_test, split, seed)
+    return _choose_validation(labels, is_test, val, seed), protocol
+
+
+def _choose_test(
+    labels: np.ndarray, official_test: np.ndarray, split: str, seed: int
+) -> tuple[np.ndarray, str]:
+    if split == "official":
+        return official_test, "digits69-official"
+    match = re.fullmatch(r"fold-(\d+)-of-(\d+)", split)
+    fold, n_folds = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= fold <= n_folds or not 2 <= n_folds <= np.bincount(labels)[1:].min():
+        raise PerceptError(
+            f"split {split!r} must be official, or e.g. fold-3-of-10 with folds counted from 1."
+        )
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels)
+    test_rows = [test for _, test in folds][fold - 1]
+    return np.isin(np.arange(len(labels)), test_rows), f"digits69-{n_folds}fold-{fold}"
+
+
+def _choose_validation(labels: np.ndarray, is_test: np.ndarray, val: int, seed: int) -> np.ndarray:
+    """Split of each image, with `val` of those that are not in the test set for validation."""
+    splits = np.where(is_test, "test", "train").astype(object)
+    remaining = np.flatnonzero(~is_test)
+    if not val:
+        return splits
+    if not 2 <= val <= len(remaining) - 2:
+        raise PerceptError(
+            f"val is {val}: of {len(remaining)} images between 2 and {len(remaining) - 2} can be"
+            " validation, or 0."
+        )
+    _, val_rows = train_test_split(
+        remaining, test_size=val, random_state=seed, stratify=labels[remaining]
+    )
+    splits[val_rows] = "val"
+    return splits

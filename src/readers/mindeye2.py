@@ -1,4 +1,4 @@
-"""MindEye2's data (webdataset tars + HDF5), read and written.
+"""MindEye2's data (webdataset tars + HDF5).
 
 - wds/subj01/train/{0..N-1}.tar: one tar a session, its trials of images that only this subject saw.
   wds/subj01/new_test/0.tar: the trials of the shared images in all sessions (protocol nsd-1000);
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,16 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import BLOCK_BYTES, disk_errors
-from src.data.images import write_images
-from src.data.layout import (
-    check_trials,
-    dataset_folder,
-    number_repeats,
-    subject_folder,
-    write_subject,
+from src.data.files import BLOCK_BYTES
+from src.data.layout import number_repeats
+from src.readers.common import (
+    center_crop_resize,
+    load_image_table,
+    make_roi_columns,
+    make_split_column,
 )
-from src.readers.common import center_crop_resize, copy_tables, make_roi_columns, make_split_column
-from src.readers.mindeye import array_of, samples
+from src.readers.recording import Recording, RowBlocks, store_recording
+from src.readers.shards import decode_array, read_samples
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (
@@ -53,14 +53,17 @@ TERMS = (
     " files are the dataset pscotti/mindeyev2 on the Hugging Face hub."
 )
 
-TEST = {"nsd-1000": "new_test", "nsd-982": "test"}  # folder of the test trials of each protocol
+TEST_FOLDERS = {"nsd-1000": "new_test", "nsd-982": "test"}  # of each protocol
 
-IMAGES, INDICES, MASKS, SHARED = (
-    "coco_images_224_float16.hdf5",
-    "COCO_73k_subj_indices.hdf5",
-    "brain_region_masks.hdf5",
-    "shared1000.npy",
-)
+IMAGES = "coco_images_224_float16.hdf5"
+
+INDICES = "COCO_73k_subj_indices.hdf5"
+
+MASKS = "brain_region_masks.hdf5"
+
+SHARED = "shared1000.npy"
+
+IMAGE_IDS = "image_ids.csv"
 
 NORMALISATION = {
     "betas_all_subj{subj:02d}_fp32_renorm.hdf5": (
@@ -69,11 +72,54 @@ NORMALISATION = {
     "betas_subj{subj:02d}.hdf5": "per voxel and session, test trials included, by the source",
 }
 
-NEIGHBOURS = {
-    "past_behav": 15,
-    "future_behav": 15,
-    "olds_behav": 3,
-}  # rows of the arrays about other trials
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar of trials, and their split."""
+
+    split: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Some rows (ascending) of a dataset in an HDF5 file.
+
+    Attributes:
+        path: the file.
+        name: of the dataset.
+        rows: (n,) which of its rows.
+    """
+
+    path: Path
+    name: str
+    rows: np.ndarray
+
+    def iterate_blocks(self) -> Iterator[np.ndarray]:
+        """Read the rows in blocks of about 64 MB; rows that follow one another are read at once.
+
+        Raises:
+            PerceptError: if they cannot be read.
+        """
+        with open_dataset(self.path, self.name) as stored:
+            row_bytes = int(np.prod(stored.shape[1:])) * stored.dtype.itemsize
+            step = max(1, BLOCK_BYTES // max(1, row_bytes))
+            starts = range(0, len(self.rows), step)
+            for start in progress(starts, self.name, len(starts)):
+                yield self._read(stored, self.rows[start : start + step])
+
+    def _read(self, stored: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+        block = np.empty((len(rows), *stored.shape[1:]), stored.dtype)
+        gaps = np.flatnonzero(np.diff(rows) != 1) + 1
+        try:
+            for first, end in pairwise([0, *gaps, len(rows)]):
+                stretch = slice(rows[first], rows[end - 1] + 1)
+                stored.read_direct(block, np.s_[stretch], np.s_[first:end])
+        except OSError as error:
+            raise PerceptError(
+                f"{self.path} is damaged at row {rows[0]} or after it ({error}): fetch it again."
+            ) from error
+        return block
 
 
 def read(
@@ -109,130 +155,89 @@ def read(
 
     Raises:
         PerceptError: for missing, damaged or truncated files, trials that do not fit the betas,
-            images, masks or the table of images (naming the trial), or data that `write_subject`
+            images, masks or the table of images (naming the trial), or data that `store_recording`
             refuses.
     """
-    if protocol not in TEST or sessions < 0 or image_size < 0:
+    if protocol not in TEST_FOLDERS or sessions < 0 or image_size < 0:
         raise PerceptError(
-            f"protocol={protocol!r} must be one of {', '.join(TEST)}, sessions={sessions} and"
-            f" image_size={image_size} not negative."
+            f"protocol={protocol!r} must be one of {', '.join(TEST_FOLDERS)}, sessions={sessions}"
+            f" and image_size={image_size} not negative."
         )
     source = Path(source)
-    tars = _tars(source, subj, protocol, sessions)
-    path = _betas_file(source, subj)
-    trials = _read_trials(tars, subj)
-    _check_sources(source, subj, trials, complete=not sessions)
-    ids, rows = _image_ids(source), np.unique(trials["image"])
+    tars = _find_tars(source, subj, protocol, sessions)
+    betas_path = _find_betas(source, subj)
+    trials = _load_trials(tars, subj)
+    _check_against_tables(source, subj, trials, is_complete=not sessions)
+    image_rows = np.unique(trials["image"])
+    image_ids, ids = image_rows, load_image_ids(source)
     if ids is not None:
-        _refuse(
-            ~trials["image"].isin(ids.index),
-            trials,
-            f"shows image {{image}}, which {source / 'image_ids.csv'} does not name",
-        )
+        reason = f"shows image {{image}}, which {source / IMAGE_IDS} does not name"
+        _refuse(~trials["image"].isin(ids.index), trials, reason)
         trials["image"] = trials["image"].map(ids)
+        image_ids = ids[image_rows].to_numpy()
     trials["split"] = make_split_column(source, trials, val_images, seed)
-    check_trials(trials)
-    folder = dataset_folder(dataset)
-    with (
-        _dataset(path, "betas") as betas,
-        _dataset(source / IMAGES, "images") as images,
-        disk_errors(folder),
-    ):
-        _check_shapes(betas, images, trials, rows)
-        voxels = _voxel_table(source, subj, betas.shape[1])
-        about: dict[str, Any] = {
-            "source": f"MindEye2 {path.name}",
-            "units": "z-score",
-            "normalisation": NORMALISATION[path.name.replace(f"{subj:02d}", "{subj:02d}")],
-            "protocol": protocol,
-            "sessions": len(tars) - 1,
-            **(attributes or {}),
-        }
-        image_ids = rows if ids is None else ids[rows].to_numpy()
-        write_images(folder / "images.h5", _pictures(images, rows, image_size), image_ids)
-        copy_tables(source, folder, image_ids)
-        return write_subject(
-            subject_folder(dataset, subj),
-            _taken(betas, trials["trial"].to_numpy(), "betas"),
-            trials,
-            voxels,
-            about,
-        )
+    betas = StoredRows(betas_path, "betas", trials["trial"].to_numpy())
+    images = StoredRows(source / IMAGES, "images", image_rows)
+    n_voxels = _check_shapes(betas, images)
+    published = {
+        "source": f"MindEye2 {betas_path.name}",
+        "units": "z-score",
+        "normalisation": NORMALISATION[betas_path.name.replace(f"{subj:02d}", "{subj:02d}")],
+        "protocol": protocol,
+        "sessions": len(tars) - 1,
+    }
+    recording = Recording(
+        betas=RowBlocks((len(trials), n_voxels), betas.iterate_blocks()),
+        trials=trials,
+        images=_iterate_images(images, image_size),
+        image_ids=image_ids,
+        attributes={**published, **(attributes or {})},
+        voxels=_load_voxels(source, subj, n_voxels),
+        captions=load_image_table("captions", image_ids, source),
+        labels=load_image_table("labels", image_ids, source),
+    )
+    return store_recording(recording, dataset, subj)
 
 
-def _tars(source: Path, subj: int, protocol: str, sessions: int) -> list[tuple[str, Path]]:
-    """(split, tar): the first `sessions` training tars (0: all there are, without gaps), then the
-    test tar.
-    """
+# ------------------------------------------------------------------------------------------- files
+def _find_tars(source: Path, subj: int, protocol: str, sessions: int) -> list[Tar]:
+    """The first `sessions` training tars (0: all there are, without gaps), then the test tar."""
     root = require_file(
         source / "wds" / f"subj{subj:02d}",
         f"the tars of subject {subj}",
         "fetch it, or give the folder that holds wds/ and the HDF5 files",
     )
-    numbers = {int(path.stem) for path in (root / "train").glob("*.tar") if path.stem.isdigit()}
-    wanted = range(sessions or max(numbers, default=0) + 1)
-    train = [
-        require_file(
-            root / "train" / f"{n}.tar", f"training trials of session {n + 1} of subject {subj}"
-        )
-        for n in wanted
-    ]
-    test = require_file(
-        root / TEST[protocol] / "0.tar", f"test trials of subject {subj} in protocol {protocol}"
-    )
-    return [("train", path) for path in train] + [("test", test)]
+    stems = [path.stem for path in (root / "train").glob("*.tar")]
+    numbers = [int(stem) for stem in stems if stem.isdigit()]
+    tars = []
+    for number in range(sessions or max(numbers, default=0) + 1):
+        what = f"training trials of session {number + 1} of subject {subj}"
+        tars.append(Tar("train", require_file(root / "train" / f"{number}.tar", what)))
+    what = f"test trials of subject {subj} in protocol {protocol}"
+    tars.append(Tar("test", require_file(root / TEST_FOLDERS[protocol] / "0.tar", what)))
+    return tars
 
 
-def _betas_file(source: Path, subj: int) -> Path:
-    paths = [source / name.format(subj=subj) for name in NORMALISATION]
-    return next(
-        (path for path in paths[1:] if path.exists() and not paths[0].exists()), None
-    ) or require_file(paths[0], f"betas of subject {subj}")
+def _find_betas(source: Path, subj: int) -> Path:
+    usual, other = (source / name.format(subj=subj) for name in NORMALISATION)
+    if other.exists() and not usual.exists():
+        return other
+    return require_file(usual, f"betas of subject {subj}")
 
 
-def _read_trials(tars: list[tuple[str, Path]], subj: int) -> pd.DataFrame:
-    """The table of trials in their global order; its images are rows of the file of images."""
-    lines, origin = [], []
-    for split, path in progress(tars, f"tars of subject {subj}", len(tars)):
-        for key, fields in samples(path, {"behav.npy"}):
-            what = f"Sample {key} of {path}"
-            behav = array_of(fields, "behav", what)
-            if behav.shape not in ((1, 17), (17,)) or not np.isfinite(behav.ravel()[:6]).all():
-                raise PerceptError(
-                    f"behav.npy of {what} is {behav.dtype} {behav.shape}: it must be (1, 17)"
-                    " numbers."
-                )
-            image, person, session, run, _, trial = behav.ravel()[:6].astype(int)
-            if person != subj:
-                raise PerceptError(
-                    f"{what} is of subject {person}, not {subj}: fetch the tars of this very"
-                    " subject."
-                )
-            if min(image, session - 1, trial) < 0:
-                raise PerceptError(
-                    f"{what} names image {image}, session {session}, trial {trial}: image and trial"
-                    " count from 0, sessions from 1."
-                )
-            lines.append((trial, image, session - 1, max(run - 1, -1)))
-            origin.append(split)
-    trials = pd.DataFrame(
-        lines, columns=["trial", "image", "session", "run"], dtype=np.int64
-    ).assign(split=origin)
-    trials = trials.sort_values("trial", kind="stable").reset_index(drop=True)
-    return trials.assign(repeat=number_repeats(trials))
+def load_image_ids(source: Path) -> pd.Series | None:
+    """Load the image of each row of the file of images, where image_ids.csv says so, else None.
 
-
-def _image_ids(source: Path) -> pd.Series | None:
-    """Image of each row of the images, where image_ids.csv says so."""
-    path = source / "image_ids.csv"
+    Raises:
+        PerceptError: if that file lacks a column, or has a number twice.
+    """
+    path = source / IMAGE_IDS
     if not path.exists():
         return None
     table = pd.read_csv(path)
-    if (
-        not {"coco", "image"} <= set(table.columns)
-        or table["coco"].duplicated().any()
-        or table["image"].duplicated().any()
-    ):
+    columns = ["coco", "image"]
+    has_columns = set(columns) <= set(table.columns)
+    if not has_columns or any(table[column].duplicated().any() for column in columns):
         raise PerceptError(
             f"{path} needs the columns coco and image, whole numbers each of which occurs once: it"
             f" has {list(table.columns)}."
@@ -240,78 +245,12 @@ def _image_ids(source: Path) -> pd.Series | None:
     return table.set_index("coco")["image"]
 
 
-def _check_sources(source: Path, subj: int, trials: pd.DataFrame, complete: bool) -> None:
-    """Compare the trials of the tars with one another, with COCO_73k_subj_indices.hdf5 and with
-    shared1000.npy; `complete`: no session was left out.
+def open_h5(path: Path) -> h5py.File:
+    """Open an HDF5 file.
+
+    Raises:
+        PerceptError: if it is missing or damaged.
     """
-    _refuse(trials["trial"].duplicated(), trials, "is twice in the tars")
-    test = trials["split"] == "test"
-    table = _arrays_of(source / INDICES, f"subj{subj:02d}").get("", np.array([], int))
-    if len(table):
-        _refuse(
-            ~trials["trial"].isin(range(len(table))),
-            trials,
-            f"is in the tars, but {source / INDICES} has {len(table)} trials",
-        )
-        seen = table[trials["trial"]]
-        _refuse(
-            trials["image"] != seen,
-            trials,
-            f"shows image {{image}} in the tars, another in {source / INDICES}",
-        )
-    shared = _shared(source / SHARED)
-    if len(shared):
-        _refuse(
-            ~trials["image"].isin(range(len(shared))),
-            trials,
-            f"shows image {{image}}, but {source / SHARED} has {len(shared)} images",
-        )
-        _refuse(
-            shared[trials["image"]] != test,
-            trials,
-            f"is in split {{split}}, of which {source / SHARED} says otherwise",
-        )
-    if complete:
-        remedy = (
-            "fetch the tars that are missing, or read the first"
-            f" {trials.loc[~test, 'session'].nunique()} sessions with the option sessions"
-        )
-        absent = set(trials.loc[test, "session"]) - set(trials.loc[~test, "session"])
-        if len(table) and len(shared):
-            expected = np.flatnonzero((table >= 0) & ~shared[table])
-            lost = np.setdiff1d(expected, trials.loc[~test, "trial"])
-            if len(lost):
-                raise PerceptError(
-                    f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training"
-                    f" tar: {remedy}."
-                )
-        elif absent:
-            raise PerceptError(
-                f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar:"
-                f" {remedy}."
-            )
-
-
-def _shared(path: Path) -> np.ndarray:
-    """Whether an image is a test image, Boolean (images,); empty where there is no such file."""
-    try:
-        return (
-            np.load(path, allow_pickle=False).astype(bool) if path.exists() else np.array([], bool)
-        )
-    except (ValueError, EOFError, OSError) as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
-
-
-def _refuse(wrong: pd.Series | np.ndarray, trials: pd.DataFrame, why: str) -> None:
-    """Name the first of the wrong trials."""
-    if np.any(wrong):
-        row = trials[np.asarray(wrong)].iloc[0]
-        raise PerceptError(
-            f"Trial {row['trial']} {why.format(**row)}: take all files from one release."
-        )
-
-
-def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(require_file(path, "an HDF5 file"), "r", rdcc_nbytes=BLOCK_BYTES)
     except OSError as error:
@@ -321,96 +260,189 @@ def _open(path: Path) -> h5py.File:
 
 
 @contextmanager
-def _dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
-    """A dataset of an HDF5 file, open."""
-    with _open(path) as file:
+def open_dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
+    """Open a dataset of an HDF5 file.
+
+    Raises:
+        PerceptError: if the file is missing or damaged, or lacks the dataset.
+    """
+    with open_h5(path) as file:
         if name not in file:
             raise PerceptError(f"{path} has no dataset {name}: it has {', '.join(file)}.")
         yield file[name]
 
 
-def _arrays_of(path: Path, key: str) -> dict[str, np.ndarray]:
-    """Array(s) of a subject in a file that holds all subjects: {"": array} or {name: array}; empty
-    where there is none.
-    """
+def _load_shared(path: Path) -> np.ndarray:
+    """Whether an image is a test image, bool (images,); empty where there is no such file."""
     if not path.exists():
-        return {}
-    with _open(path) as file:
-        found = file.get(key)
-        if found is None:
-            return {}
-        return (
-            {"": found[()]}
-            if isinstance(found, h5py.Dataset)
-            else {name: array[()] for name, array in found.items()}
-        )
+        return np.array([], bool)
+    try:
+        return np.load(path, allow_pickle=False).astype(bool)
+    except (ValueError, EOFError, OSError) as error:
+        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
 
 
-def _check_shapes(
-    betas: h5py.Dataset, images: h5py.Dataset, trials: pd.DataFrame, rows: np.ndarray
-) -> None:
-    """Refuse arrays whose axes are not those of the tables."""
-    last = int(trials["trial"].max())
-    if betas.ndim != 2 or len(betas) <= last or len(betas) != last + 1 == betas.shape[1]:
-        raise PerceptError(
-            f"Betas of {betas.file.filename} are {betas.shape}: they must be (trials, voxels) with"
-            f" a row for each trial up to {last}."
-        )
-    if (
-        images.ndim != 4
-        or images.shape[1] != 3
-        or len(images) <= rows[-1]
-        or not np.issubdtype(images.dtype, np.floating)
-    ):
-        raise PerceptError(
-            f"Images of {images.file.filename} are {images.dtype} {images.shape}: they must be"
-            f" floats (images, 3, height, width) with a row for each up to {rows[-1]}."
-        )
+def _load_image_of_trial(path: Path, subj: int) -> np.ndarray:
+    """Image of each trial (trials,); empty where there is no such file or subject in it."""
+    if not path.exists():
+        return np.array([], int)
+    with open_h5(path) as file:
+        name = f"subj{subj:02d}"
+        return file[name][()] if name in file else np.array([], int)
 
 
-def _voxel_table(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
+def _load_voxels(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
+    """voxels_subj0N.parquet, else a table with the masks of regions, else None."""
     path = source / f"voxels_subj{subj:02d}.parquet"
     if path.exists():
         return pd.read_parquet(path)
-    regions = _arrays_of(source / MASKS, f"subj{subj:02d}")
-    return (
-        make_roi_columns(regions, n_voxels)
-        if any(mask.any() for mask in regions.values())
-        else None
-    )
+    if not (source / MASKS).exists():
+        return None
+    with open_h5(source / MASKS) as file:
+        masks = file.get(f"subj{subj:02d}", {})
+        regions = {name: mask[()] for name, mask in masks.items()}
+    if not any(mask.any() for mask in regions.values()):
+        return None
+    return make_roi_columns(regions, n_voxels)
 
 
-def _taken(stored: h5py.Dataset, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
-    """Some rows (ascending) of a dataset in blocks of about 64 MB; rows that follow one another are
-    read at once.
+# ------------------------------------------------------------------------------------------ trials
+def _load_trials(tars: list[Tar], subj: int) -> pd.DataFrame:
+    """The table of trials in their global order; its images are rows of the file of images."""
+    records, splits = [], []
+    for tar in progress(tars, f"tars of subject {subj}", len(tars)):
+        for key, fields in read_samples(tar.path, {"behav.npy"}):
+            what = f"Sample {key} of {tar.path}"
+            behaviour = decode_array(fields, "behav", what)
+            records.append(_parse_behaviour(behaviour, subj, what))
+            splits.append(tar.split)
+    columns = ["trial", "image", "session", "run"]
+    trials = pd.DataFrame(records, columns=columns, dtype=np.int64).assign(split=splits)
+    trials = trials.sort_values("trial", kind="stable").reset_index(drop=True)
+    return trials.assign(repeat=number_repeats(trials))
 
-    Raises:
-        PerceptError: if they cannot be read.
+
+def _parse_behaviour(behaviour: np.ndarray, subj: int, what: str) -> tuple[int, int, int, int]:
+    """Trial, image, session and run of a sample, all from 0 (run -1 where it is unknown)."""
+    values = behaviour.ravel()[:6]
+    is_row = behaviour.shape in ((1, 17), (17,))
+    if not is_row or not np.isfinite(values).all():
+        raise PerceptError(
+            f"behav.npy of {what} is {behaviour.dtype} {behaviour.shape}: it must be (1, 17)"
+            " numbers."
+        )
+    image, person, session, run, _, trial = values.astype(int)
+    if person != subj:
+        raise PerceptError(
+            f"{what} is of subject {person}, not {subj}: fetch the tars of this very subject."
+        )
+    if min(image, session - 1, trial) < 0:
+        raise PerceptError(
+            f"{what} names image {image}, session {session}, trial {trial}: image and trial"
+            " count from 0, sessions from 1."
+        )
+    return trial, image, session - 1, max(run - 1, -1)
+
+
+def _check_against_tables(source: Path, subj: int, trials: pd.DataFrame, is_complete: bool) -> None:
+    """Compare the trials of the tars with one another and with the tables beside them.
+
+    These are COCO_73k_subj_indices.hdf5 and shared1000.npy.
+
+    Args:
+        source: folder of the files.
+        subj: number of the subject.
+        trials: of the tars.
+        is_complete: no session was left out.
     """
-    step = max(1, BLOCK_BYTES // max(1, int(np.prod(stored.shape[1:])) * stored.dtype.itemsize))
-    for start in progress(range(0, len(rows), step), what, -(-len(rows) // step)):
-        part = rows[start : start + step]
-        block = np.empty((len(part), *stored.shape[1:]), stored.dtype)
-        try:
-            for first, end in pairwise([0, *(np.flatnonzero(np.diff(part) != 1) + 1), len(part)]):
-                stored.read_direct(block, np.s_[part[first] : part[end - 1] + 1], np.s_[first:end])
-        except OSError as error:
+    _refuse(trials["trial"].duplicated(), trials, "is twice in the tars")
+    image_of_trial = _load_image_of_trial(source / INDICES, subj)
+    if len(image_of_trial):
+        n_trials = len(image_of_trial)
+        reason = f"is in the tars, but {source / INDICES} has {n_trials} trials"
+        _refuse(~trials["trial"].isin(range(n_trials)), trials, reason)
+        reason = f"shows image {{image}} in the tars, another in {source / INDICES}"
+        _refuse(trials["image"] != image_of_trial[trials["trial"]], trials, reason)
+    is_shared = _load_shared(source / SHARED)
+    if len(is_shared):
+        reason = f"shows image {{image}}, but {source / SHARED} has {len(is_shared)} images"
+        _refuse(~trials["image"].isin(range(len(is_shared))), trials, reason)
+        reason = f"is in split {{split}}, of which {source / SHARED} says otherwise"
+        _refuse(is_shared[trials["image"]] != (trials["split"] == "test"), trials, reason)
+    if is_complete:
+        _check_completeness(subj, trials, image_of_trial, is_shared)
+
+
+def _check_completeness(
+    subj: int, trials: pd.DataFrame, image_of_trial: np.ndarray, is_shared: np.ndarray
+) -> None:
+    """Refuse tars that lack training trials, as far as the tables tell which there are."""
+    is_test = trials["split"] == "test"
+    train_sessions = set(trials.loc[~is_test, "session"])
+    remedy = (
+        "fetch the tars that are missing, or read the first"
+        f" {len(train_sessions)} sessions with the option sessions"
+    )
+    if len(image_of_trial) and len(is_shared):
+        expected = np.flatnonzero((image_of_trial >= 0) & ~is_shared[image_of_trial])
+        lost = np.setdiff1d(expected, trials.loc[~is_test, "trial"])
+        if len(lost):
             raise PerceptError(
-                f"{stored.file.filename} is damaged at row {part[0]} or after it ({error}): fetch"
-                " it again."
-            ) from error
-        yield block
+                f"Trial {lost[0]} and {len(lost) - 1} more of subject {subj} are in no training"
+                f" tar: {remedy}."
+            )
+        return
+    absent = set(trials.loc[is_test, "session"]) - train_sessions
+    if absent:
+        raise PerceptError(
+            f"Session {min(absent) + 1} of subject {subj} has test trials but no training tar:"
+            f" {remedy}."
+        )
 
 
-def _pictures(images: h5py.Dataset, rows: np.ndarray, image_size: int) -> Iterator[np.ndarray]:
+def _refuse(is_invalid: pd.Series | np.ndarray, trials: pd.DataFrame, reason: str) -> None:
+    """Refuse invalid trials, naming the first of them."""
+    if np.any(is_invalid):
+        row = trials[np.asarray(is_invalid)].iloc[0]
+        raise PerceptError(
+            f"Trial {row['trial']} {reason.format(**row)}: take all files from one release."
+        )
+
+
+# ------------------------------------------------------------------------------- betas and images
+def _check_shapes(betas: StoredRows, images: StoredRows) -> int:
+    """Refuse arrays whose axes are not those of the tables; the number of voxels."""
+    last_trial, last_image = int(betas.rows.max()), images.rows[-1]
+    with open_dataset(betas.path, betas.name) as stored:
+        shape = stored.shape
+        has_rows = len(shape) == 2 and shape[0] > last_trial
+        n_needed = last_trial + 1
+        if not has_rows or (shape[0] != n_needed and shape[1] == n_needed):
+            raise PerceptError(
+                f"Betas of {betas.path} are {shape}: they must be (trials, voxels) with"
+                f" a row for each trial up to {last_trial}."
+            )
+        n_voxels = shape[1]
+    with open_dataset(images.path, images.name) as stored:
+        shape, dtype = stored.shape, stored.dtype
+        has_axes = len(shape) == 4 and shape[1] == 3 and shape[0] > last_image
+        if not has_axes or not np.issubdtype(dtype, np.floating):
+            raise PerceptError(
+                f"Images of {images.path} are {dtype} {shape}: they must be"
+                f" floats (images, 3, height, width) with a row for each up to {last_image}."
+            )
+    return n_voxels
+
+
+def _iterate_images(images: StoredRows, image_size: int) -> Iterator[np.ndarray]:
     """Blocks of images uint8 (images, height, width, 3)."""
-    for block in _taken(images, rows, "images"):
+    for block in images.iterate_blocks():
         pixels = block.astype(np.float32)
         np.rint(np.multiply(pixels, 255, out=pixels), out=pixels)
         if not (pixels.min() >= 0 and pixels.max() <= 255):
             raise PerceptError(
-                f"{images.file.filename} has values from {block.min()} to {block.max()}: images"
+                f"{images.path} has values from {block.min()} to {block.max()}: images"
                 " must be in [0, 1]."
             )
-        upright = pixels.astype(np.uint8).transpose(0, 2, 3, 1)
-        yield np.stack([center_crop_resize(image, image_size) for image in upright])
+        channels_last = pixels.astype(np.uint8).transpose(0, 2, 3, 1)
+        yield np.stack([center_crop_resize(image, image_size) for image in channels_last])

@@ -21,26 +21,24 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from src.data.images import write_images
-from src.data.layout import (
-    check_trials,
-    dataset_folder,
-    number_repeats,
-    subject_folder,
-    write_image_table,
-    write_subject,
-)
+from src.data.layout import number_repeats
+from src.readers.recording import Recording, store_recording
 from src.utils import PerceptError
 
 TERMS = "Your own data, under your own terms."
-PER_TRIAL = ("image_index", "session", "run", "repeat", "trial", "split")
-PER_IMAGE = ("image_ids", "captions", "labels")
-TEXTS = ("units", "normalisation", "protocol")
+
+REQUIRED_KEYS = ("betas", "images")
+TRIAL_KEYS = ("image_index", "session", "run", "repeat", "trial", "split")
+IMAGE_KEYS = ("image_ids", "captions", "labels")
+TEXT_KEYS = ("units", "normalisation", "protocol")
+INTEGER_KEYS = ("image_index", "image_ids", "session", "run", "repeat", "trial")
+ROI_PREFIX = "roi_"
+
+Arrays = dict[str, np.ndarray]
 
 
 def read(
@@ -65,38 +63,41 @@ def read(
         The folder of the subject.
 
     Raises:
-        PerceptError: for a missing or unknown key, a wrong shape, or data that `write_subject`
+        PerceptError: for a missing or unknown key, a wrong shape, or data that `store_recording`
             refuses.
     """
     path = Path(source).expanduser()
     arrays = _load(path)
     betas, images = arrays["betas"], _images(arrays["images"], path)
-    _check_lengths(arrays, path)
-    ids = arrays.get("image_ids", np.arange(len(images))).astype(np.int64)
+    _check_shapes(arrays, path)
+    image_ids = arrays.get("image_ids", np.arange(len(images))).astype(np.int64)
     protocol = str(arrays.get("protocol", path.stem))
-    trials = _trials(arrays, ids, len(betas), path)
+    trials = _trials(arrays, image_ids, path)
     if "split" not in arrays:
         trials["split"] = _random_split(trials["image"].to_numpy(), val, test, seed)
         protocol += f"-random-seed{seed}"
     trials["repeat"] = arrays["repeat"] if "repeat" in arrays else number_repeats(trials)
-    check_trials(trials)
-    attributes: dict[str, Any] = {"source": f"npz: {path.name}", "protocol": protocol}
-    attributes |= {key: str(arrays.get(key, "unknown")) for key in ("units", "normalisation")}
-    folder = dataset_folder(dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_images(folder / "images.h5", images, ids)
-    for key, column in (("captions", "caption"), ("labels", "label")):
-        if key in arrays:
-            write_image_table(
-                folder / f"{key}.parquet",
-                pd.DataFrame({"image": ids, column: arrays[key].astype(str)}),
-            )
-    return write_subject(
-        subject_folder(dataset, subj), betas, trials, _voxels(arrays, betas.shape[1]), attributes
+    attributes = {
+        "source": f"npz: {path.name}",
+        "protocol": protocol,
+        "units": str(arrays.get("units", "unknown")),
+        "normalisation": str(arrays.get("normalisation", "unknown")),
+    }
+    recording = Recording(
+        betas=betas,
+        trials=trials,
+        images=images,
+        image_ids=image_ids,
+        attributes=attributes,
+        voxels=_voxels(arrays, betas.shape[1]),
+        captions=_image_table(arrays, "captions", "caption", image_ids),
+        labels=_image_table(arrays, "labels", "label", image_ids),
     )
+    return store_recording(recording, dataset, subj)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path) -> Arrays:
+    """The arrays of the file, all of them with keys that are known."""
     if not path.exists():
         raise PerceptError(
             f"{path} is missing: give the path of an .npz with the arrays betas and images."
@@ -114,29 +115,34 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             f"{path} cannot be read, it is damaged, cut off or no .npz of plain arrays ({error}):"
             " save it again with np.savez, texts as arrays of strings."
         ) from error
-    missing = [key for key in ("betas", "images") if key not in arrays]
-    known = {"betas", "images", "xyz", *PER_TRIAL, *PER_IMAGE, *TEXTS}
-    unknown = [key for key in arrays if key not in known and not key.startswith("roi_")]
+    _check_keys(arrays, path)
+    return arrays
+
+
+def _check_keys(arrays: Arrays, path: Path) -> None:
+    missing = [key for key in REQUIRED_KEYS if key not in arrays]
     if missing:
         raise PerceptError(
             f"{path} lacks the arrays {missing}: it has {sorted(arrays)}, add those that are"
             " missing."
         )
+    allowed = {*REQUIRED_KEYS, "xyz", *TRIAL_KEYS, *IMAGE_KEYS, *TEXT_KEYS}
+    unknown = [key for key in arrays if key not in allowed and not key.startswith(ROI_PREFIX)]
     if unknown:
         raise PerceptError(
-            f"{path} has the unknown {unknown}: known are {', '.join(sorted(known))} and"
+            f"{path} has the unknown {unknown}: known are {', '.join(sorted(allowed))} and"
             " roi_<name>."
         )
     if arrays["betas"].ndim != 2:
         raise PerceptError(
             f"betas of {path} have shape {arrays['betas'].shape}: they must be (trials, voxels)."
         )
-    return arrays
 
 
 def _images(images: np.ndarray, path: Path) -> np.ndarray:
     """uint8 (n, height, width, 3), grey ones repeated."""
-    images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=-1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise PerceptError(
             f"images of {path} are {images.dtype} {images.shape}: they must be uint8 (n, height,"
@@ -145,49 +151,59 @@ def _images(images: np.ndarray, path: Path) -> np.ndarray:
     return images
 
 
-def _check_lengths(arrays: dict[str, np.ndarray], path: Path) -> None:
-    n, m, v = len(arrays["betas"]), len(arrays["images"]), arrays["betas"].shape[1]
-    rois = [key for key in arrays if key.startswith("roi_")]
-    for keys, length, what in (
-        (PER_TRIAL, n, "trials"),
-        (PER_IMAGE, m, "images"),
-        (rois, v, "voxels"),
-    ):
-        for key in keys:
-            if key in arrays and arrays[key].shape != (length,):
-                raise PerceptError(
-                    f"{key} of {path} has shape {arrays[key].shape}, there are {length} {what}"
-                    f" (betas {n} x {v} are trials x voxels, {m} images): it must be ({length},)."
-                )
-    if "xyz" in arrays and arrays["xyz"].shape != (v, 3):
-        raise PerceptError(f"xyz of {path} has shape {arrays['xyz'].shape}: it must be ({v}, 3).")
-    if "image_index" not in arrays and n != m:
+def _check_shapes(arrays: Arrays, path: Path) -> None:
+    """Refuse arrays whose length is not that of the trials, images or voxels they belong to."""
+    n_trials, n_voxels = arrays["betas"].shape
+    n_images = len(arrays["images"])
+    rois = [key for key in arrays if key.startswith(ROI_PREFIX)]
+    lengths = {key: (n_trials, "trials") for key in TRIAL_KEYS}
+    lengths |= {key: (n_images, "images") for key in IMAGE_KEYS}
+    lengths |= {key: (n_voxels, "voxels") for key in rois}
+    for key, (length, unit) in lengths.items():
+        if key in arrays and arrays[key].shape != (length,):
+            raise PerceptError(
+                f"{key} of {path} has shape {arrays[key].shape}, there are {length} {unit}"
+                f" (betas {n_trials} x {n_voxels} are trials x voxels, {n_images} images): it must"
+                f" be ({length},)."
+            )
+    if "xyz" in arrays and arrays["xyz"].shape != (n_voxels, 3):
         raise PerceptError(
-            f"{path} has {n} trials of {m} images and no image_index: add the row of `images` that"
-            " each trial showed."
+            f"xyz of {path} has shape {arrays['xyz'].shape}: it must be ({n_voxels}, 3)."
         )
-    ids, counts = np.unique(arrays.get("image_ids", np.arange(m)), return_counts=True)
+    if "image_index" not in arrays and n_trials != n_images:
+        raise PerceptError(
+            f"{path} has {n_trials} trials of {n_images} images and no image_index: add the row of"
+            " `images` that each trial showed."
+        )
+    _check_integers(arrays, n_images, path)
+
+
+def _check_integers(arrays: Arrays, n_images: int, path: Path) -> None:
+    ids, counts = np.unique(arrays.get("image_ids", np.arange(n_images)), return_counts=True)
     if (counts > 1).any():
         raise PerceptError(
             f"image_ids of {path} has {ids[counts.argmax()]} {counts.max()} times: give each image"
             " its own."
         )
-    for key in ("image_index", "image_ids", "session", "run", "repeat", "trial"):
+    for key in INTEGER_KEYS:
         if key in arrays and not np.issubdtype(arrays[key].dtype, np.integer):
             raise PerceptError(f"{key} of {path} is {arrays[key].dtype}: it must hold integers.")
 
 
-def _trials(arrays: dict[str, np.ndarray], ids: np.ndarray, n: int, path: Path) -> pd.DataFrame:
-    index = arrays.get("image_index", np.arange(n))
-    wrong = np.flatnonzero((index < 0) | (index >= len(ids)))
-    if len(wrong):
+def _trials(arrays: Arrays, image_ids: np.ndarray, path: Path) -> pd.DataFrame:
+    """The table of trials, without repeat, and without split where the file has none."""
+    n_trials = len(arrays["betas"])
+    index = arrays.get("image_index", np.arange(n_trials))
+    invalid = np.flatnonzero((index < 0) | (index >= len(image_ids)))
+    if len(invalid):
         raise PerceptError(
-            f"image_index of {path} is {index[wrong[0]]} in row {wrong[0]}: the rows of `images`"
-            f" are 0 to {len(ids) - 1}."
+            f"image_index of {path} is {index[invalid[0]]} in row {invalid[0]}: the rows of"
+            f" `images` are 0 to {len(image_ids) - 1}."
         )
-    trials = pd.DataFrame({"trial": arrays.get("trial", np.arange(n)), "image": ids[index]})
+    numbers = arrays.get("trial", np.arange(n_trials))
+    trials = pd.DataFrame({"trial": numbers, "image": image_ids[index]})
     for key in ("session", "run"):
-        trials[key] = arrays.get(key, np.zeros(n, np.int64))
+        trials[key] = arrays.get(key, np.zeros(n_trials, np.int64))
     if "split" in arrays:
         trials["split"] = arrays["split"].astype(str)
     return trials
@@ -196,23 +212,42 @@ def _trials(arrays: dict[str, np.ndarray], ids: np.ndarray, n: int, path: Path) 
 def _random_split(image: np.ndarray, val: float, test: float, seed: int) -> np.ndarray:
     """Split of each trial: images at random, by image."""
     unique, position = np.unique(image, return_inverse=True)
-    least = len(unique) >= 4  # of which one each can be set aside
-    n_val, n_test = (max(round(share * len(unique)), least and share > 0) for share in (val, test))
-    if min(val, test) < 0 or len(unique) - n_val - n_test < 2:
+    n_images = len(unique)
+    n_val, n_test = _split_size(val, n_images), _split_size(test, n_images)
+    if min(val, test) < 0 or n_images - n_val - n_test < 2:
         raise PerceptError(
-            f"val={val} and test={test} of {len(unique)} images leave too few to train on: choose"
+            f"val={val} and test={test} of {n_images} images leave too few to train on: choose"
             " smaller shares."
         )
-    split = np.full(len(unique), "train", dtype=object)
-    order = np.random.default_rng(seed).permutation(len(unique))
-    split[order[:n_test]], split[order[n_test : n_test + n_val]] = "test", "val"
+    split = np.full(n_images, "train", dtype=object)
+    order = np.random.default_rng(seed).permutation(n_images)
+    split[order[:n_test]] = "test"
+    split[order[n_test : n_test + n_val]] = "val"
     return split[position]
 
 
-def _voxels(arrays: dict[str, np.ndarray], n_voxels: int) -> pd.DataFrame:
+def _split_size(share: float, n_images: int) -> int:
+    """Number of images for a share of them: at least one where there are four images or more."""
+    size = round(share * n_images)
+    if share > 0 and n_images >= 4:
+        return max(size, 1)
+    return max(size, 0)
+
+
+def _voxels(arrays: Arrays, n_voxels: int) -> pd.DataFrame:
     voxels = pd.DataFrame({"voxel": np.arange(n_voxels)})
-    for key in sorted(k for k in arrays if k.startswith("roi_")):
-        voxels[key.removeprefix("roi_")] = arrays[key].astype(bool)
+    for key in sorted(arrays):
+        if key.startswith(ROI_PREFIX):
+            voxels[key.removeprefix(ROI_PREFIX)] = arrays[key].astype(bool)
     if "xyz" in arrays:
         voxels[["x", "y", "z"]] = arrays["xyz"]
     return voxels
+
+
+def _image_table(
+    arrays: Arrays, key: str, column: str, image_ids: np.ndarray
+) -> pd.DataFrame | None:
+    """The texts of a key as a table with one row an image, or None where there are none."""
+    if key not in arrays:
+        return None
+    return pd.DataFrame({"image": image_ids, column: arrays[key].astype(str)})

@@ -3,8 +3,8 @@ sessions.
 
 - <source>/betas_csv/sub-01_ResponseData.h5, sub-01_StimulusMetadata.csv, sub-01_VoxelMetadata.csv
   (figshare plus 20492835), or OpenNeuro's names for the same,
-  derivatives/ICA-betas/sub-01/voxel-metadata/sub-01_task-things_{voxel-wise-responses.h5,stimulus-metadata.tsv,
-  voxel-metadata.tsv} (these names from public code that reads them).
+  derivatives/ICA-betas/sub-01/voxel-metadata/sub-01_task-things_{voxel-wise-responses.h5,
+  stimulus-metadata.tsv,voxel-metadata.tsv} (these names from public code that reads them).
 - ResponseData.h5 is a pandas frame in PyTables' fixed format under the key ResponseData: a row a
   voxel, a column a trial, after the column voxel_id. That format keeps columns by dtype: one block
   of floats (voxels, trials) and one of integers (voxels, 1), the voxel_id. It is read with h5py;
@@ -13,7 +13,7 @@ sessions.
   follow the rows of the stimulus metadata is inferred, as all public code takes it so.
 - The stimulus metadata has a row a trial: trial_type (train or test; catch trials are not in the
   table), session and run (from 1), stimulus (file name) and perhaps concept, else the file name up
-  to its last "_". `trial` here is the row. The 100 test images were shown in each of the 12
+  to its last "_". `trial` here is the row. The 100 test images were presented in each of the 12
   sessions, the 8,640 training images (720 concepts, 12 images each) once. Concepts of the test
   images occur in training with other images; zero_shot=True excludes these training trials, which
   leaves 7,440.
@@ -36,6 +36,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,18 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import BLOCK_BYTES, check_space, disk_errors
-from src.data.images import write_images
-from src.data.layout import (
-    check_trials,
-    dataset_folder,
-    number_repeats,
-    subject_folder,
-    write_image_table,
-    write_subject,
-)
+from src.data.files import BLOCK_BYTES, check_space
+from src.data.layout import dataset_folder, number_repeats
 from src.readers.common import (
     check_rois,
     choose_validation,
-    copy_tables,
+    count_test_images,
+    load_image_table,
     load_images,
     load_split_column,
+    parse_name_list,
 )
+from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (
@@ -85,33 +81,56 @@ PLACES = {
 
 SUBJECTS = range(1, 9)
 
-VISUAL = {
-    "V1",
-    "V2",
-    "V3",
-    "hV4",
-    "VO1",
-    "VO2",
-    "LO1 (prf)",
-    "LO2 (prf)",
-    "TO1",
-    "TO2",
-    "V3a",
-    "V3b",
-    "IT",
-    "LO",
-    "EBA",
-    "FFA",
-    "OFA",
-    "STS",
-    "PPA",
-    "RSC",
-    "TOS",
-    "OPA",
-    "LOC",
-}
+VISUAL = set(
+    "V1,V2,V3,hV4,VO1,VO2,LO1 (prf),LO2 (prf),TO1,TO2,V3a,V3b,IT,LO,"
+    "EBA,FFA,OFA,STS,PPA,RSC,TOS,OPA,LOC".split(",")
+)
 
 NO_REGION = re.compile(r"voxel_|subject_id|nc_|splithalf_|prf-")
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a subject, and the folder that holds betas_csv/ and images/."""
+
+    root: Path
+    responses: Path
+    stimuli: Path
+    voxels: Path
+
+
+@dataclass(frozen=True)
+class ResponseMatrix:
+    """The betas of a subject in ResponseData.h5, open.
+
+    Attributes:
+        values: (voxels, columns), memory-mapped where the file stores it in one piece.
+        first_trial: column of the first trial; a column before it holds voxel_id.
+    """
+
+    values: h5py.Dataset | np.memmap
+    first_trial: int
+
+    def load_trials(self, rows: np.ndarray) -> np.ndarray:
+        """The betas (trials, rows) of the voxels in some rows, ascending."""
+        if isinstance(self.values, np.memmap):
+            selected = self.values[rows]
+        else:
+            selected = self.values[rows[0] : rows[-1] + 1][rows - rows[0]]
+        return selected[:, self.first_trial :].T
+
+    def group_rows(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in groups of about 64 MB.
+
+        Of a chunked matrix a group holds rows that lie together, since whole chunks are decoded.
+        """
+        size = max(1, BLOCK_BYTES // (self.values.shape[1] * self.values.dtype.itemsize))
+        if isinstance(self.values, np.memmap):
+            group = np.arange(len(rows)) // size
+        else:
+            chunk = self.values.chunks[0] if self.values.chunks else 1
+            group = rows // (max(1, size // chunk) * chunk)
+        return np.split(rows, np.flatnonzero(np.diff(group)) + 1)
 
 
 def read(
@@ -157,77 +176,83 @@ def read(
             other, another subject's metadata, an unknown region, a missing image, or an image on
             both sides of the split.
     """
-    root, paths = _find(Path(source), subj)
-    target = dataset_folder(dataset)
-    stimuli, voxels = (
-        _stimuli(paths[1], subj),
-        _table(paths[2], {"voxel_id", "voxel_x", "voxel_y", "voxel_z"}, subj),
-    )
-    with _matrix(paths[0], voxels["voxel_id"].to_numpy(), len(stimuli)):
-        pass  # what does not fit is said before anything is made
-    kept, table = _voxels(voxels, rois, paths[2])
-    names = stimuli.drop_duplicates("stimulus")[["stimulus", "concept"]]
-    number = _numbers(root, stimuli)
-    trials = _trials(stimuli, number, root, zero_shot, val_images, seed)
-    check_trials(trials)
-    n_test = trials.loc[trials["split"] == "test", "image"].nunique()
-    about: dict[str, Any] = {
+    files = _find_files(Path(source), subj)
+    stimuli = _load_stimuli(files.stimuli, subj)
+    metadata = _load_table(files.voxels, {"voxel_id", "voxel_x", "voxel_y", "voxel_z"}, subj)
+    voxel_ids = metadata["voxel_id"].to_numpy()
+    with _open_responses(files.responses, voxel_ids, len(stimuli)):
+        pass  # a matrix that does not fit is refused before anything is written
+    rows, voxels = _select_voxels(metadata, rois, files.voxels)
+    number_of_name = _number_images(files.root, stimuli)
+    trials = _trials(stimuli, number_of_name)
+    trials["split"] = _split(trials, stimuli["concept"], files.root, zero_shot, val_images, seed)
+    published = {
         "source": "THINGS-fMRI, betas_csv",
         "units": "single-trial GLM beta (percent signal change, inferred)",
         "normalisation": "none",
-        "protocol": protocol or f"things-{n_test}{'-zeroshot' if zero_shot else ''}",
+        "protocol": protocol or _protocol(trials, zero_shot),
         "rois": rois or "visual",
-        **(attributes or {}),
     }
-    labels = pd.DataFrame(
+    presented = stimuli.drop_duplicates("stimulus")
+    names = pd.DataFrame(
         {
-            "image": names["stimulus"].map(number),
-            "name": names["stimulus"],
-            "concept": names["concept"],
+            "image": presented["stimulus"].map(number_of_name),
+            "name": presented["stimulus"],
+            "concept": presented["concept"],
         }
     )
-    _check_numbers(target / "labels.parquet", labels)
-    files = _image_files(Path(images_path).expanduser() if images_path else root / "images", names)
-    target.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target):
-        write_images(
-            target / "images.h5",
-            load_images(progress(files, "images", len(files)), "Image", image_size),
-            labels["image"].to_numpy(),
-        )
-        _write_labels(root, target, labels)
-        betas = _transposed(paths[0], voxels["voxel_id"].to_numpy(), kept, len(trials), target)
-        return write_subject(subject_folder(dataset, subj), betas, trials, table, about)
+    folder = dataset_folder(dataset)
+    _check_numbering(folder / "labels.parquet", names)
+    images_folder = Path(images_path).expanduser() if images_path else files.root / "images"
+    image_files = _find_images(images_folder, names)
+    image_ids = names["image"].to_numpy()
+    blocks = _transposed_blocks(files.responses, voxel_ids, rows, len(trials), folder)
+    recording = Recording(
+        betas=RowBlocks((len(trials), len(rows)), blocks),
+        trials=trials,
+        images=load_images(progress(image_files, "images", len(image_files)), "Image", image_size),
+        image_ids=image_ids,
+        attributes={**published, **(attributes or {})},
+        voxels=voxels,
+        captions=load_image_table("captions", image_ids, files.root),
+        labels=_labels(files.root, names),
+    )
+    return store_recording(recording, dataset, subj)
 
 
-def _find(source: Path, subj: int) -> tuple[Path, list[Path]]:
-    """The root of the data, and the subject's files: responses, stimuli, voxels."""
+def _protocol(trials: pd.DataFrame, zero_shot: bool) -> str:
+    suffix = "-zeroshot" if zero_shot else ""
+    return f"things-{count_test_images(trials)}{suffix}"
+
+
+# ------------------------------------------------------------------------------------------- files
+def _find_files(source: Path, subj: int) -> SourceFiles:
     source, code = source.expanduser(), f"{subj:02d}"
+    root = source.parent if source.name == "betas_csv" else source
     for place, names in PLACES.items():
         paths = [source / place.format(code) / name.format(code) for name in names]
         if any(path.exists() for path in paths):
-            for path, what in zip(
-                paths, ("responses", "stimulus metadata", "voxel metadata"), strict=True
-            ):
-                require_file(path, f"{what} of subject {subj}")
-            return source.parent if source.name == "betas_csv" else source, paths
+            contents = ("responses", "stimulus metadata", "voxel metadata")
+            for path, content in zip(paths, contents, strict=True):
+                require_file(path, f"{content} of subject {subj}")
+            return SourceFiles(root, *paths)
     raise PerceptError(
         f"There is no sub-{code}_ResponseData.h5 in {source} or its betas_csv/: fetch subject"
         f" {subj}, or give the folder that holds it."
     )
 
 
-def _table(path: Path, columns: set[str], subj: int) -> pd.DataFrame:
+def _load_table(path: Path, columns: set[str], subj: int) -> pd.DataFrame:
     """A table of metadata, separated by commas or tabs whatever its name says."""
+    texts = {"stimulus": str, "concept": str}  # names, also those that look like numbers
     try:
         with open(path) as file:
             separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(
-            path, sep=separator, dtype={"stimulus": str, "concept": str}
-        )  # names, also those that look like numbers
+        table = pd.read_csv(path, sep=separator, dtype=texts)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise PerceptError(f"{path} cannot be read ({error}): fetch it again.") from error
-    if missing := sorted(columns - set(table.columns)):
+    missing = sorted(columns - set(table.columns))
+    if missing:
         raise PerceptError(
             f"{path} lacks the columns {missing}: it has {list(table.columns)[:12]}."
         )
@@ -239,8 +264,9 @@ def _table(path: Path, columns: set[str], subj: int) -> pd.DataFrame:
     return table
 
 
-def _stimuli(path: Path, subj: int) -> pd.DataFrame:
-    stimuli = _table(path, {"trial_type", "session", "run", "stimulus"}, subj)
+def _load_stimuli(path: Path, subj: int) -> pd.DataFrame:
+    """The stimulus metadata, one row a trial, checked; with a column concept."""
+    stimuli = _load_table(path, {"trial_type", "session", "run", "stimulus"}, subj)
     unknown = sorted(set(stimuli["trial_type"].astype(str)) - {"train", "test"})
     if unknown:
         raise PerceptError(
@@ -253,228 +279,26 @@ def _stimuli(path: Path, subj: int) -> pd.DataFrame:
                 f"Column {column} of {path} must hold whole numbers from 1, in every row: fetch it"
                 " again."
             )
-    if missing := sorted(set(range(1, stimuli["session"].max() + 1)) - set(stimuli["session"])):
+    sessions = set(stimuli["session"])
+    missing = sorted(set(range(1, stimuli["session"].max() + 1)) - sessions)
+    if missing:
         raise PerceptError(
             f"Session {missing[0]} of subject {subj} is missing in {path}, which goes on to"
             f" {stimuli['session'].max()}: fetch it again."
         )
     stimuli["stimulus"] = stimuli["stimulus"].astype(str)
     if "concept" not in stimuli:
-        stimuli["concept"] = [
-            Path(name).stem.rpartition("_")[0] or Path(name).stem for name in stimuli["stimulus"]
-        ]
+        stems = [Path(name).stem for name in stimuli["stimulus"]]
+        stimuli["concept"] = [stem.rpartition("_")[0] or stem for stem in stems]
     return stimuli.astype({"concept": str})
 
 
-def _numbers(root: Path, stimuli: pd.DataFrame) -> dict[str, int]:
-    """Id of each image by file name: the name where all are numbers, else the place among the
-    sorted names of all subjects.
-    """
-    names = set(stimuli["stimulus"])
-    for other in SUBJECTS:
-        for place, parts in PLACES.items():
-            path = root / place.format(f"{other:02d}") / parts[1].format(f"{other:02d}")
-            if path.exists():
-                names |= set(_table(path, {"stimulus"}, other)["stimulus"].astype(str))
-    stems = {name: Path(name).stem for name in sorted(names)}
-    if all(stem.isdecimal() for stem in stems.values()) and len(
-        {int(stem) for stem in stems.values()}
-    ) == len(stems):
-        return {name: int(stem) for name, stem in stems.items()}
-    return {name: place for place, name in enumerate(stems)}
-
-
-def _check_numbers(path: Path, labels: pd.DataFrame) -> None:
-    """Refuse to add to a dataset whose images were numbered differently."""
-    known = pd.read_parquet(path) if path.exists() else pd.DataFrame()
-    if "name" not in known:
-        return
-    both = labels.merge(known[["image", "name"]], on="name", suffixes=("", "_known"))
-    wrong = both[both["image"] != both["image_known"]]
-    if len(wrong):
-        name, new, old = wrong.iloc[0][["name", "image", "image_known"]]
-        raise PerceptError(
-            f"{name} would be image {new}, but is image {int(old)} in {path}: read all subjects"
-            " from one folder that holds the metadata of all, under another dataset name."
-        )
-
-
-def _trials(
-    stimuli: pd.DataFrame,
-    number: dict[str, int],
-    root: Path,
-    zero_shot: bool,
-    val_images: int,
-    seed: int,
-) -> pd.DataFrame:
-    trials = pd.DataFrame(
-        {"trial": np.arange(len(stimuli)), "image": stimuli["stimulus"].map(number)}
-    )
-    trials["session"], trials["run"], trials["split"] = (
-        stimuli["session"] - 1,
-        stimuli["run"] - 1,
-        stimuli["trial_type"],
-    )
-    trials["repeat"] = number_repeats(trials)
-    own = load_split_column(root, trials)
-    trials["split"] = trials["split"] if own is None else own
-    if zero_shot:
-        tested = stimuli["concept"].isin(stimuli.loc[trials["split"] == "test", "concept"])
-        trials["split"] = trials["split"].mask(tested & (trials["split"] != "test"), "exclude")
-    if own is None:
-        trials["split"] = choose_validation(trials, val_images, seed)
-    return trials
-
-
-def _voxels(voxels: pd.DataFrame, rois: str, path: Path) -> tuple[np.ndarray, pd.DataFrame]:
-    """Rows of the voxels kept, and their table: regions as Boolean columns, x, y, z, noise_ceiling
-    and what else there is.
-    """
-    regions = [
-        name
-        for name in map(str, voxels)
-        if not NO_REGION.match(name) and voxels[name].isin((0, 1)).all()
-    ]
-    members: dict[str, list[str]] = {}  # FFA: [lFFA, rFFA]; V1: [V1]
-    for name in regions:
-        for key in {name, name[1:] if name[0] in "lr" else name}:
-            members.setdefault(key, []).append(name)
-    wanted = [name.strip() for name in rois.split(",") if name.strip()]
-    if rois.strip() != "all":
-        visual = [
-            name for name in regions if name in VISUAL or (name[0] in "lr" and name[1:] in VISUAL)
-        ]
-        check_rois([name for name in wanted if name not in members], visual, str(path))
-        columns = [column for name in wanted for column in members[name]] or visual
-        kept = np.flatnonzero(voxels[columns].any(axis=1))
-        if not len(kept):
-            raise PerceptError(
-                f"{path} has no voxels of {rois or 'the visual regions'}: choose other regions, or"
-                " rois='all' for every voxel."
-            )
-    else:
-        kept = np.arange(len(voxels))
-    table = (
-        voxels.iloc[kept]
-        .drop(columns="subject_id", errors="ignore")
-        .astype({name: bool for name in regions})
-    )
-    table = table.rename(columns={f"voxel_{axis}": axis for axis in "xyz"})
-    return kept, (
-        table.assign(noise_ceiling=table["nc_singletrial"] / 100)
-        if "nc_singletrial" in table
-        else table
-    )
-
-
-@contextmanager
-def _matrix(
-    path: Path, voxel_ids: np.ndarray, n_trials: int
-) -> Iterator[tuple[h5py.Dataset | np.memmap, int]]:
-    """The block of betas of a pandas frame in fixed format, memory-mapped where it is contiguous,
-    and which of its columns is the first trial.
-    """
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
-    with file:
-        blocks = (
-            [
-                d
-                for name, d in file["ResponseData"].items()
-                if re.fullmatch(r"block\d+_values", name)
-            ]
-            if "ResponseData" in file
-            else []
-        )
-        betas = [d for d in blocks if np.issubdtype(d.dtype, np.floating)]
-        ids = [d for d in blocks if np.issubdtype(d.dtype, np.integer)]
-        if len(betas) != 1:
-            raise PerceptError(
-                f"{path} has {len(betas)} tables of betas where one is expected,"
-                " ResponseData/block0_values: fetch it again."
-            )
-        shape, expected = betas[0].shape, (len(voxel_ids), n_trials)
-        first = int(
-            not ids and shape == (len(voxel_ids), n_trials + 1)
-        )  # voxel_id is a float and in the same block
-        if first:
-            ids = [betas[0][:, :1]]
-        elif shape != expected:
-            turned = ", it is trials x voxels and must be turned" if shape == expected[::-1] else ""
-            raise PerceptError(
-                f"The betas of {path} are {shape}, the metadata tell (voxels, trials) ="
-                f" {expected}{turned}: give one subject's own files."
-            )
-        if ids and not np.array_equal(ids[0][:].ravel(), voxel_ids):
-            raise PerceptError(
-                f"The voxel_id of {path} are not those of the voxel metadata: give one subject's"
-                " own files."
-            )
-        offset = betas[0].id.get_offset()
-        yield (
-            betas[0] if offset is None else np.memmap(path, betas[0].dtype, "r", offset, shape),
-            first,
-        )
-
-
-def _groups(matrix: h5py.Dataset | np.memmap, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows in groups of about 64 MB; of a chunked matrix, rows that lie together, since whole
-    chunks are decoded.
-    """
-    size = max(1, BLOCK_BYTES // (matrix.shape[1] * matrix.dtype.itemsize))
-    if isinstance(matrix, np.memmap):
-        key = np.arange(len(rows)) // size
-    else:
-        chunk = matrix.chunks[0] if matrix.chunks else 1
-        key = rows // (max(1, size // chunk) * chunk)
-    return np.split(rows, np.flatnonzero(np.diff(key)) + 1)
-
-
-def _transposed(
-    path: Path, voxel_ids: np.ndarray, rows: np.ndarray, n_trials: int, folder: Path
-) -> Iterator[np.ndarray]:
-    """Blocks (trials, voxels) of the voxels at `rows`, by way of a temporary file of transposed
-    tiles in `folder`.
-    """
-    with (
-        _matrix(path, voxel_ids, n_trials) as (matrix, first),
-        tempfile.TemporaryFile(dir=folder) as spool,
-    ):
-        dtype = np.dtype(np.float16 if matrix.dtype == np.float16 else np.float32)
-        check_space(
-            folder, 2 * len(rows) * n_trials * dtype.itemsize
-        )  # the tiles, and what is made of them
-        shapes = []
-        for group in progress(_groups(matrix, rows), "voxels"):
-            taken = (
-                matrix[group]
-                if isinstance(matrix, np.memmap)
-                else matrix[group[0] : group[-1] + 1][group - group[0]]
-            )
-            tile = np.ascontiguousarray(taken[:, first:].T, dtype)
-            spool.write(tile.data)
-            shapes.append(tile.shape)
-        spool.flush()
-        starts = np.cumsum([0, *(np.prod(shape) * dtype.itemsize for shape in shapes)])
-        tiles = [
-            np.memmap(spool, dtype, "r", int(start), shape)
-            for start, shape in zip(starts, shapes, strict=False)
-        ]
-        step = max(1, BLOCK_BYTES // (len(rows) * dtype.itemsize))
-        for start in range(0, n_trials, step):
-            yield np.concatenate([tile[start : start + step] for tile in tiles], axis=1)
-
-
-def _image_files(folder: Path, names: pd.DataFrame) -> list[Path]:
-    require_file(
-        folder,
-        "the THINGS images",
-        "fetch them from osf.io/jum2f, or give their folder as images_path",
-    )
+def _find_images(folder: Path, names: pd.DataFrame) -> list[Path]:
+    """The file of each image, <concept>/<name> or <name> below the folder."""
+    remedy = "fetch them from osf.io/jum2f, or give their folder as images_path"
+    require_file(folder, "the THINGS images", remedy)
     files = []
-    for name, concept in names.itertuples(index=False):
+    for name, concept in zip(names["name"], names["concept"], strict=True):
         nested, flat = folder / concept / name, folder / name
         files.append(nested if nested.exists() or not flat.exists() else flat)
     missing = [file for file in files if not file.exists()]
@@ -486,14 +310,211 @@ def _image_files(folder: Path, names: pd.DataFrame) -> list[Path]:
     return files
 
 
-def _write_labels(root: Path, target: Path, labels: pd.DataFrame) -> None:
-    """labels.parquet with name and concept, beside the columns that the source's own labels.parquet
-    has.
+# --------------------------------------------------------------------------------------- image ids
+def _number_images(root: Path, stimuli: pd.DataFrame) -> dict[str, int]:
+    """Id of each image by file name.
+
+    It is the name where all are numbers, else the place among the sorted names of all subjects.
     """
-    copy_tables(root, target, labels["image"].tolist())
-    if (root / "labels.parquet").exists():
-        own = pd.read_parquet(root / "labels.parquet").drop(
-            columns=["name", "concept"], errors="ignore"
+    names = set(stimuli["stimulus"])
+    for other in SUBJECTS:
+        for place, (_, stimulus_file, _) in PLACES.items():
+            path = root / place.format(f"{other:02d}") / stimulus_file.format(f"{other:02d}")
+            if path.exists():
+                names |= set(_load_table(path, {"stimulus"}, other)["stimulus"].astype(str))
+    stems = {name: Path(name).stem for name in sorted(names)}
+    if all(stem.isdecimal() for stem in stems.values()):
+        numbers = {name: int(stem) for name, stem in stems.items()}
+        if len(set(numbers.values())) == len(numbers):
+            return numbers
+    return {name: place for place, name in enumerate(stems)}
+
+
+def _check_numbering(path: Path, names: pd.DataFrame) -> None:
+    """Refuse to add to a dataset whose images were numbered differently.
+
+    Args:
+        path: labels.parquet of the dataset.
+        names: columns image and name of the images to add.
+    """
+    stored = pd.read_parquet(path) if path.exists() else pd.DataFrame()
+    if "name" not in stored:
+        return
+    common = names.merge(stored[["image", "name"]], on="name", suffixes=("", "_stored"))
+    different = common[common["image"] != common["image_stored"]]
+    if len(different):
+        name, new, old = different.iloc[0][["name", "image", "image_stored"]]
+        raise PerceptError(
+            f"{name} would be image {new}, but is image {int(old)} in {path}: read all subjects"
+            " from one folder that holds the metadata of all, under another dataset name."
         )
-        labels = labels.merge(own, on="image", how="left")
-    write_image_table(target / "labels.parquet", labels)
+
+
+def _labels(root: Path, names: pd.DataFrame) -> pd.DataFrame:
+    """Name and concept of each image, with the other columns of the source's labels.parquet."""
+    stored = load_image_table("labels", names["image"].tolist(), root)
+    if stored is None:
+        return names
+    added = stored.drop(columns=["name", "concept"], errors="ignore")
+    labels = names.merge(added, on="image", how="left")
+    return labels[list(dict.fromkeys([*stored, *labels]))]  # columns in the order of the source
+
+
+# ------------------------------------------------------------------------------------------ tables
+def _trials(stimuli: pd.DataFrame, number_of_name: dict[str, int]) -> pd.DataFrame:
+    """The table of trials, split into train and test as published."""
+    images = stimuli["stimulus"].map(number_of_name)
+    trials = pd.DataFrame({"trial": np.arange(len(stimuli)), "image": images})
+    trials["session"] = stimuli["session"] - 1
+    trials["run"] = stimuli["run"] - 1
+    trials["split"] = stimuli["trial_type"]
+    trials["repeat"] = number_repeats(trials)
+    return trials
+
+
+def _split(
+    trials: pd.DataFrame,
+    concepts: pd.Series,
+    root: Path,
+    zero_shot: bool,
+    val_images: int,
+    seed: int,
+) -> pd.Series:
+    """The column `split`: of splits.csv, else with validation images chosen at random."""
+    given_split = load_split_column(root, trials)
+    split = trials["split"] if given_split is None else given_split
+    if zero_shot:
+        is_test = split == "test"
+        in_tested_concept = concepts.isin(concepts[is_test])
+        split = split.mask(in_tested_concept & ~is_test, "exclude")
+    if given_split is None:
+        return choose_validation(trials.assign(split=split), val_images, seed)
+    return split
+
+
+def _select_voxels(
+    metadata: pd.DataFrame, rois: str, path: Path
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Rows of the selected voxels, and their table.
+
+    Its columns are the regions (Boolean), x, y, z, noise_ceiling and whatever else there is.
+    """
+    regions = _region_columns(metadata)
+    rows = np.arange(len(metadata))
+    if rois.strip() != "all":
+        rows = np.flatnonzero(metadata[_selected_columns(regions, rois, path)].any(axis=1))
+        if not len(rows):
+            raise PerceptError(
+                f"{path} has no voxels of {rois or 'the visual regions'}: choose other regions, or"
+                " rois='all' for every voxel."
+            )
+    table = metadata.iloc[rows].drop(columns="subject_id", errors="ignore")
+    table = table.astype({name: bool for name in regions})
+    table = table.rename(columns={f"voxel_{axis}": axis for axis in "xyz"})
+    if "nc_singletrial" in table:
+        table = table.assign(noise_ceiling=table["nc_singletrial"] / 100)
+    return rows, table
+
+
+def _region_columns(metadata: pd.DataFrame) -> list[str]:
+    """Names of the columns that are regions: those of zeros and ones."""
+    names = [str(name) for name in metadata if not NO_REGION.match(str(name))]
+    return [name for name in names if metadata[name].isin((0, 1)).all()]
+
+
+def _selected_columns(regions: list[str], rois: str, path: Path) -> list[str]:
+    """The region columns that `rois` names; FFA stands for lFFA and rFFA, "" for all visual."""
+    columns_of_name: dict[str, list[str]] = {}  # FFA: [lFFA, rFFA]; V1: [V1]
+    for column in regions:
+        for name in {column, _without_side(column)}:
+            columns_of_name.setdefault(name, []).append(column)
+    visual = [column for column in regions if {column, _without_side(column)} & VISUAL]
+    requested = parse_name_list(rois)
+    check_rois([name for name in requested if name not in columns_of_name], visual, str(path))
+    selected: list[str] = []
+    for name in requested:
+        selected += columns_of_name[name]
+    return selected or visual
+
+
+def _without_side(column: str) -> str:
+    """The name of a region without the l or r of its hemisphere."""
+    return column[1:] if column[0] in "lr" else column
+
+
+# ------------------------------------------------------------------------------------------- betas
+@contextmanager
+def _open_responses(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterator[ResponseMatrix]:
+    """The block of betas of a pandas frame in fixed format."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
+    with file:
+        group = file["ResponseData"] if "ResponseData" in file else {}
+        blocks = [block for name, block in group.items() if re.fullmatch(r"block\d+_values", name)]
+        floats = [block for block in blocks if np.issubdtype(block.dtype, np.floating)]
+        ids = [block for block in blocks if np.issubdtype(block.dtype, np.integer)]
+        if len(floats) != 1:
+            raise PerceptError(
+                f"{path} has {len(floats)} tables of betas where one is expected,"
+                " ResponseData/block0_values: fetch it again."
+            )
+        betas = floats[0]
+        # without a block of integers, voxel_id is a float and the first column of the betas
+        has_id_column = not ids and betas.shape == (len(voxel_ids), n_trials + 1)
+        if has_id_column:
+            ids = [betas[:, :1]]
+        else:
+            _check_matrix_shape(betas.shape, (len(voxel_ids), n_trials), path)
+        if ids and not np.array_equal(ids[0][:].ravel(), voxel_ids):
+            raise PerceptError(
+                f"The voxel_id of {path} are not those of the voxel metadata: give one subject's"
+                " own files."
+            )
+        offset = betas.id.get_offset()
+        if offset is not None:
+            betas = np.memmap(path, betas.dtype, "r", offset, betas.shape)
+        yield ResponseMatrix(betas, int(has_id_column))
+
+
+def _check_matrix_shape(shape: tuple[int, ...], expected: tuple[int, int], path: Path) -> None:
+    if shape == expected:
+        return
+    hint = ""
+    if shape == expected[::-1]:
+        hint = ", it is trials x voxels and must be turned"
+    raise PerceptError(
+        f"The betas of {path} are {shape}, the metadata tell (voxels, trials) ="
+        f" {expected}{hint}: give one subject's own files."
+    )
+
+
+def _transposed_blocks(
+    path: Path, voxel_ids: np.ndarray, rows: np.ndarray, n_trials: int, folder: Path
+) -> Iterator[np.ndarray]:
+    """Blocks (trials, voxels) of the voxels in some rows.
+
+    They go by way of a temporary file of transposed tiles in `folder`, so that memory does not grow
+    with the data.
+    """
+    with (
+        _open_responses(path, voxel_ids, n_trials) as matrix,
+        tempfile.TemporaryFile(dir=folder) as spool,
+    ):
+        dtype = np.dtype(np.float16 if matrix.values.dtype == np.float16 else np.float32)
+        # the tiles, and the betas that are written from them
+        check_space(folder, 2 * len(rows) * n_trials * dtype.itemsize)
+        shapes = []
+        for group in progress(matrix.group_rows(rows), "voxels"):
+            tile = np.ascontiguousarray(matrix.load_trials(group), dtype)
+            spool.write(tile.data)
+            shapes.append(tile.shape)
+        spool.flush()
+        tiles, offset = [], 0
+        for shape in shapes:
+            tiles.append(np.memmap(spool, dtype, "r", offset, shape))
+            offset += int(np.prod(shape)) * dtype.itemsize
+        step = max(1, BLOCK_BYTES // (len(rows) * dtype.itemsize))
+        for start in range(0, n_trials, step):
+            yield np.concatenate([tile[start : start + step] for tile in tiles], axis=1)

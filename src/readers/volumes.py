@@ -20,17 +20,24 @@ from scipy.ndimage import map_coordinates
 
 from src.utils import PerceptError, require_file
 
-NOWHERE = 9999
+NOWHERE = 9999  # in a transform: no place in the source
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
 TRANSFORM_SPACES = {"func1pt8mm": "func1pt8", "func1mm": "func1pt0"}
 
 
 def load_nifti(path: str | Path, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """The array of a NIfTI file, in the dtype that its header leads to, and its affine (4, 4),
-    voxel indices -> mm.
+    """Load a NIfTI file.
+
+    Args:
+        path: the file.
+        what: its content, for errors.
+
+    Returns:
+        The array, in the dtype that its header leads to, and its affine (4, 4), voxel indices ->
+        mm.
 
     Raises:
-        PerceptError: if it is missing or damaged; `what` says what it holds.
+        PerceptError: if it is missing or damaged.
     """
     try:
         image = nibabel.load(require_file(path, what))
@@ -70,39 +77,41 @@ def map_volume(
         raise PerceptError(
             f"interpolation is {interpolation!r}: choose one of {', '.join([*ORDERS, 'wta'])}."
         )
-    target, kept = (
-        transform.shape[:3],
-        volume.dtype if interpolation in ("nearest", "wta") else np.dtype(np.float32),
-    )
     points = transform.reshape(-1, 3).T.astype(np.float64)  # (3, target voxels)
-    given = np.isfinite(points).all(0) & (points != NOWHERE).all(0)
+    is_mapped = np.isfinite(points).all(0) & (points != NOWHERE).all(0)
     points -= 1
-    inside = given & (points >= 0).all(0) & (points <= np.array(volume.shape)[:, None] - 1).all(0)
-    mapped = np.full(len(inside), bad, kept)
+    last = np.array(volume.shape)[:, None] - 1
+    inside = is_mapped & (points >= 0).all(0) & (points <= last).all(0)
+    keeps_dtype = interpolation in ("nearest", "wta")
+    mapped = np.full(len(inside), bad, volume.dtype if keeps_dtype else np.float32)
     if interpolation == "wta":
-        mapped[inside] = _winners(volume, points[:, inside])
+        mapped[inside] = _interpolate_labels(volume, points[:, inside])
     else:
         source = volume if interpolation == "nearest" else volume.astype(np.float32)
-        mapped[inside] = map_coordinates(
-            source, points[:, inside], order=ORDERS[interpolation], mode="nearest"
-        )
-    return mapped.reshape(target)
+        order = ORDERS[interpolation]
+        mapped[inside] = map_coordinates(source, points[:, inside], order=order, mode="nearest")
+    return mapped.reshape(transform.shape[:3])
 
 
-def _winners(volume: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The label (n,) with the largest linearly interpolated indicator at points (3, n), one label
-    in memory at a time.
+def _interpolate_labels(volume: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The label with the largest linearly interpolated indicator at each point.
+
+    Args:
+        volume: (X, Y, Z) labels; the indicator of one label is in memory at a time.
+        points: (3, n) coordinates, counted from 0.
+
+    Returns:
+        (n,) of the dtype of the volume.
     """
-    best, winner = (
-        np.full(points.shape[1], -np.inf, np.float32),
-        np.zeros(points.shape[1], volume.dtype),
-    )
+    n_points = points.shape[1]
+    largest_share = np.full(n_points, -np.inf, np.float32)
+    winner = np.zeros(n_points, volume.dtype)
     for label in np.unique(volume):
-        share = map_coordinates(
-            (volume == label).astype(np.float32), points, order=1, mode="nearest"
-        )
-        better = share > best + 1e-6  # an equal share, but for rounding, leaves the smaller label
-        best[better], winner[better] = share[better], label
+        indicator = (volume == label).astype(np.float32)
+        share = map_coordinates(indicator, points, order=1, mode="nearest")
+        # an equal share, but for rounding, leaves the smaller label
+        wins = share > largest_share + 1e-6
+        largest_share[wins], winner[wins] = share[wins], label
     return winner
 
 
@@ -113,7 +122,7 @@ def load_anat_roi(
     space: str = "func1pt8mm",
     interpolation: str = "nearest",
 ) -> np.ndarray:
-    """A ROI drawn on NSD's anatomical grid (0.8 mm), on the functional grid.
+    """Load a ROI drawn on NSD's anatomical grid (0.8 mm), resampled onto the functional grid.
 
     Args:
         source: NSD root, with nsddata/.
@@ -132,11 +141,10 @@ def load_anat_roi(
     if space not in TRANSFORM_SPACES:
         raise PerceptError(f"space is {space!r}: choose one of {', '.join(TRANSFORM_SPACES)}.")
     folder = Path(source) / "nsddata" / "ppdata" / f"subj{subj:02d}"
-    labels, _ = load_nifti(
-        folder / "anat" / "roi" / f"{roi}.nii.gz", "the ROI on the anatomical grid"
-    )
+    labels_path = folder / "anat" / "roi" / f"{roi}.nii.gz"
+    transform_path = folder / "transforms" / f"anat0pt8-to-{TRANSFORM_SPACES[space]}.nii.gz"
+    labels, _ = load_nifti(labels_path, "the ROI on the anatomical grid")
     transform, _ = load_nifti(
-        folder / "transforms" / f"anat0pt8-to-{TRANSFORM_SPACES[space]}.nii.gz",
-        "the transform from the anatomical to the functional grid",
+        transform_path, "the transform from the anatomical to the functional grid"
     )
     return map_volume(labels, transform, interpolation)

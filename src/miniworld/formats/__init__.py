@@ -1,7 +1,8 @@
 """Writers of the source formats: the mini world as each reader expects its files.
 
-Each module has one `write(...)`, the inverse of the reader of the same name in `src.readers`. To add
-a format, add a module and name its function in WRITERS.
+Each module has one `write(...)`, the inverse of the reader of the same name in `src.readers`. To
+add a format, add a module and name its function in WRITERS. Writers of fMRI data sets are called
+`write(source, subj, data, **options)` with a `SourceData`.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from src.miniworld.formats import (
     nsd,
     things,
 )
+from src.miniworld.formats.source_data import SourceData
 
 WRITERS: dict[str, Callable[..., Any]] = {
     "mindeye": mindeye.write,
@@ -31,4 +33,4 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "npz": npz.write,
 }
 
-__all__ = ["WRITERS"]
+__all__ = ["WRITERS", "SourceData"]

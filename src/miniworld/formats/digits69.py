@@ -34,15 +34,14 @@ def write(
             f"digits69 needs images ({len(betas)}, 28, 28) and 0 < n_test < {len(betas)}, not "
             f"{images.shape} and {n_test}."
         )
-    flat = (
-        images.astype(np.uint8).transpose(0, 2, 1).reshape(len(images), -1)
-    )  # (images, 784), column by column
+    by_column = images.astype(np.uint8).transpose(0, 2, 1)  # (images, columns, rows)
+    arrays = {
+        "fmri": np.asarray(betas, np.float64),
+        "stim": by_column.reshape(len(images), -1),  # (images, 784)
+        "label": np.asarray(labels, np.uint8)[:, None],
+    }
     content = {}
-    for name, rows in (
-        ("fmri", np.asarray(betas, np.float64)),
-        ("stim", flat),
-        ("label", np.asarray(labels, np.uint8)[:, None]),
-    ):
+    for name, rows in arrays.items():
         content[f"{name}Trn"], content[f"{name}Test"] = rows[:-n_test], rows[-n_test:]
     with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
         scipy.io.savemat(file, content)

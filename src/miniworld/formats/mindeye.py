@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,22 +14,48 @@ import pandas as pd
 from PIL import Image
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import check_aligned, write_split, write_tables
+from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.mindeye import BETAS, EARLY, LAYOUTS, PAPER, SPLITS
 from src.utils import PerceptError, atomic, write_json
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image with some of its trials.
+
+    Attributes:
+        image: its id.
+        pixels: uint8 (height, width, 3).
+        trials: (trials,) their numbers.
+        responses: (trials, voxels) or (trials, x, y, z).
+    """
+
+    image: int
+    pixels: np.ndarray
+    trials: np.ndarray
+    responses: np.ndarray
+
+
+@dataclass(frozen=True)
+class _ShardFormat:
+    """How samples are stored.
+
+    Attributes:
+        repeats: rows of a sample's arrays; 0 for a single trial without that axis.
+        samples_per_shard: samples a tar.
+        image_format: png or jpg.
+    """
+
+    repeats: int
+    samples_per_shard: int
+    image_format: str
 
 
 def write(
     source: str | Path,
     subj: int,
-    betas: np.ndarray,
-    trials: pd.DataFrame,
-    images: np.ndarray,
-    image_ids: np.ndarray,
+    data: SourceData,
     *,
-    voxels: pd.DataFrame | None = None,
-    captions: pd.DataFrame | None = None,
-    labels: pd.DataFrame | None = None,
     layout: str = PAPER,
     repeats: int | None = None,
     samples_per_shard: int = 500,
@@ -39,15 +66,9 @@ def write(
     Args:
         source: folder in which that of the release is made; other subjects already there stay.
         subj: number of the subject.
-        betas: (trials, voxels) float, or (trials, x, y, z), stored as wholebrain_3d beside the
-            flattened nsdgeneral.
-        trials: one row for each row of betas: trial, image, split; trials of split "exclude" are
-            left out.
-        images: uint8 (n, height, width, 3).
-        image_ids: (n,) the id of each; it becomes coco73k.
-        voxels: ROI table, one row a voxel.
-        captions: columns image and caption.
-        labels: column image and categories.
+        data: of the subject; betas (trials, x, y, z) are stored as wholebrain_3d beside the
+            flattened nsdgeneral. Trials of split "exclude" are left out. The image id becomes
+            coco73k.
         layout: the release: webdataset_avg_split, webdataset_avg_new, or webdataset (a sample a
             trial: test trials become its val shards, splits.csv tells training from validation).
         repeats: rows of a sample's array, by default the most repeats that an image has; filled up
@@ -59,7 +80,7 @@ def write(
         `source`.
 
     Raises:
-        PerceptError: for arrays and tables that do not fit each other, or a full disk.
+        PerceptError: for an unknown option, or a full disk.
     """
     if image_format not in ("png", "jpg") or samples_per_shard < 1 or layout not in LAYOUTS:
         raise PerceptError(
@@ -67,104 +88,95 @@ def write(
             f" samples_per_shard={samples_per_shard} at least 1, layout={layout!r} one of"
             f" {', '.join(LAYOUTS)}."
         )
-    ordered = check_aligned(betas, trials, images, image_ids, ("trial", "image", "split"))
-    root, early = Path(source) / layout, layout == EARLY
-    place = {int(image): row for row, image in enumerate(image_ids)}
-    repeats = 0 if early else repeats or int(ordered.groupby("image").size().max())
-    folders = ordered["split"].replace({"val": "train", "test": "val"} if early else {})
+    ordered = data.sort_trials(())
+    root, is_early = Path(source) / layout, layout == EARLY
+    folders = ordered["split"]
+    if is_early:
+        repeats = 0
+        folders = folders.replace({"val": "train", "test": "val"})
+    elif not repeats:
+        repeats = int(ordered.groupby("image").size().max())
+    shard_format = _ShardFormat(repeats, samples_per_shard, image_format)
+    name = f"subj{subj:02d}"
     totals = {}
     with disk_errors(Path(source)):
         for split in SPLITS[layout]:
-            groups = [
-                rows for _, rows in ordered[folders == split].groupby("trial" if early else "image")
-            ]
-            totals[split] = len(groups)
-            parts = (
-                (
-                    int(rows["image"].iloc[0]),
-                    rows["trial"].to_numpy(),
-                    np.asarray(betas[rows.index.to_numpy()]),
-                )
-                for rows in groups
-            )
-            pictured = (
-                (image, images[place[image]], numbers, responses)
-                for image, numbers, responses in parts
-            )
-            _write_shards(
-                root / split,
-                f"{split}_subj{subj:02d}",
-                pictured,
-                repeats,
-                samples_per_shard,
-                image_format,
-            )
-        if early:
+            trials = ordered[folders == split].groupby("trial" if is_early else "image")
+            totals[split] = len(trials)
+            samples = _iterate_samples(data, [rows for _, rows in trials])
+            _write_shards(root / split, f"{split}_{name}", samples, shard_format)
+        if is_early:
             write_split(root, ordered)
-        write_json(root / f"metadata_subj{subj:02d}.json", {"totals": totals})
-        if voxels is not None:
-            with atomic(root / f"voxels_subj{subj:02d}.parquet") as temporary:
-                voxels.to_parquet(temporary)
-        write_tables(root, captions, labels)
+        write_json(root / f"metadata_{name}.json", {"totals": totals})
+        if data.voxels is not None:
+            with atomic(root / f"voxels_{name}.parquet") as temporary:
+                data.voxels.to_parquet(temporary)
+        write_tables(root, data.captions, data.labels)
     return Path(source)
 
 
-# image id, pixels, trial numbers, responses of its trials
-Sample = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+def _iterate_samples(data: SourceData, groups: list[pd.DataFrame]) -> Iterator[_Sample]:
+    """The samples of a split, one for each group of trials of one image."""
+    row_of_image = {int(image): row for row, image in enumerate(data.image_ids)}
+    for trials in groups:
+        image = int(trials["image"].iloc[0])
+        yield _Sample(
+            image=image,
+            pixels=data.images[row_of_image[image]],
+            trials=trials["trial"].to_numpy(),
+            responses=np.asarray(data.betas[trials.index.to_numpy()]),
+        )
 
 
 def _write_shards(
-    folder: Path,
-    name: str,
-    samples: Iterable[Sample],
-    repeats: int,
-    samples_per_shard: int,
-    image_format: str,
+    folder: Path, name: str, samples: Iterable[_Sample], shard_format: _ShardFormat
 ) -> None:
-    """Write the shards of a split in place of those that were there, one empty shard if there are
-    no samples.
+    """Write the shards of a split in place of those that were there.
+
+    Without any samples there is one empty shard.
     """
-    shards = 0
+    n_shards = 0
     numbered = enumerate(samples)
-    while (chunk := list(islice(numbered, samples_per_shard))) or not shards:
-        with (
-            atomic(folder / f"{name}_{shards}.tar") as temporary,
-            tarfile.open(temporary, "w") as tar,
-        ):
+    while (chunk := list(islice(numbered, shard_format.samples_per_shard))) or not n_shards:
+        path = folder / f"{name}_{n_shards}.tar"
+        with atomic(path) as temporary, tarfile.open(temporary, "w") as tar:
             for number, sample in chunk:
-                _add_sample(tar, f"{number:09d}", sample, repeats, image_format)
-        shards += 1
-    for old in folder.glob(f"{name}_*.tar"):
-        if int(old.stem.rsplit("_", 1)[1]) >= shards:
-            old.unlink()
+                _add_sample(tar, f"{number:09d}", sample, shard_format)
+        n_shards += 1
+    for stale in folder.glob(f"{name}_*.tar"):
+        if int(stale.stem.rsplit("_", 1)[1]) >= n_shards:
+            stale.unlink()
 
 
 def _add_sample(
-    tar: tarfile.TarFile, key: str, sample: Sample, repeats: int, image_format: str
+    tar: tarfile.TarFile, key: str, sample: _Sample, shard_format: _ShardFormat
 ) -> None:
-    """Add one image with its trials to a shard; copies of its repeats fill its arrays up to
-    `repeats` rows (0: one trial, without that axis).
-    """
-    image, pixels, trials, responses = sample
-    single, repeats = not repeats, repeats or 1
-    unique = min(len(trials), repeats)
-    filled = np.resize(np.arange(unique), repeats)
+    """Add one image with its trials to a shard; copies of its repeats fill its arrays up."""
+    n_rows = shard_format.repeats or 1
+    n_unique = min(len(sample.trials), n_rows)
+    rows = np.resize(np.arange(n_unique), n_rows)
+    responses = sample.responses[rows]
+    arrays = {
+        "nsdgeneral": responses.reshape(n_rows, -1),
+        "trial": sample.trials[rows],
+        "coco73k": np.array([sample.image]),
+        "num_uniques": np.array([n_unique]),
+    }
+    if responses.ndim == 4:
+        arrays["wholebrain_3d"] = responses
+    if not shard_format.repeats:
+        arrays |= {name: array[0] for name, array in arrays.items() if name in BETAS}
+    content = _encode_image(sample.pixels, shard_format.image_format)
+    add_members(tar, key, {shard_format.image_format: content}, arrays)
+
+
+def _encode_image(pixels: np.ndarray, image_format: str) -> bytes:
     buffer = io.BytesIO()
     if image_format == "png":
         Image.fromarray(pixels).save(buffer, "PNG")
     else:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    arrays = {
-        "nsdgeneral": responses[filled].reshape(repeats, -1),
-        "trial": trials[filled],
-        "coco73k": np.array([image]),
-        "num_uniques": np.array([unique]),
-    }
-    if responses.ndim == 4:
-        arrays["wholebrain_3d"] = responses[filled]
-    if single:
-        arrays |= {name: array[0] for name, array in arrays.items() if name in BETAS}
-    add_members(tar, key, {image_format: buffer.getvalue()}, arrays)
+    return buffer.getvalue()
 
 
 def add_members(

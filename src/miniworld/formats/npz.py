@@ -14,13 +14,22 @@ from src.utils import atomic
 def write(
     path: str | Path, betas: np.ndarray, images: np.ndarray, **arrays: np.ndarray | str
 ) -> Path:
-    """Write an .npz that `read` understands; the keys are those of the module.
+    """Write an .npz.
 
-    Raises PerceptError if the disk is full.
+    Args:
+        path: the file.
+        betas: (trials, voxels).
+        images: uint8 (images, height, width, 3) or (images, height, width).
+        arrays: more arrays; the keys are those of `src.readers.npz`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        PerceptError: if the disk is full.
     """
-    content: dict[str, Any] = {"betas": betas, "images": images} | {
-        k: np.asarray(v) for k, v in arrays.items()
-    }
+    content: dict[str, Any] = {"betas": betas, "images": images}
+    content |= {key: np.asarray(value) for key, value in arrays.items()}
     with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **content)
     return Path(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import h5py
@@ -12,37 +14,63 @@ import pandas as pd
 import scipy.io
 
 from src.data.files import disk_errors
-from src.miniworld.formats.common import check_aligned, write_split, write_tables
-from src.readers.nsd import (
-    SHARED,
-    _betas_folder,
-    _check_options,
-    _experiment,
-    _functional,
-    _image_ids,
-    _stimuli,
-)
+from src.miniworld.formats.source_data import SourceData, write_split, write_tables
+from src.readers.nsd import SHARED
+from src.readers.nsd_files import SUBJECTS, NsdFolders, check_options, load_image_ids
 from src.utils import PerceptError, atomic
+
+SCALE = 300  # stored integers a percent signal change
+
+LARGEST_BETA = 109  # percent signal change that an int16 can hold
+
+
+@dataclass(frozen=True)
+class _VoxelGrid:
+    """A grid (x, y, z) over which the voxels are spread evenly, in C order as the reader has it.
+
+    Attributes:
+        shape: (x, y, z).
+        n_voxels: number of voxels.
+    """
+
+    shape: tuple[int, int, int]
+    n_voxels: int
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or self.size < self.n_voxels:
+            raise PerceptError(
+                f"A grid {self.shape} has no room for {self.n_voxels} voxels: give a larger (x, y,"
+                " z)."
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of places."""
+        return int(np.prod(self.shape))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Flat index of each voxel, (voxels,)."""
+        return (np.arange(self.n_voxels) * self.size) // self.n_voxels
+
+    def fill(self, values: np.ndarray, background: float) -> np.ndarray:
+        """A volume (x, y, z) with values (voxels,) at the voxels and `background` around them."""
+        volume = np.full(self.size, background, values.dtype)
+        volume[self.places] = values
+        return volume.reshape(self.shape)
 
 
 def write(
     source: str | Path,
     subj: int,
-    betas: np.ndarray,
-    trials: pd.DataFrame,
-    images: np.ndarray,
-    image_ids: np.ndarray,
+    data: SourceData,
     *,
-    voxels: pd.DataFrame | None = None,
-    captions: pd.DataFrame | None = None,
-    labels: pd.DataFrame | None = None,
     space: str = "func1pt8mm",
     file_format: str = "hdf5",
     grid: tuple[int, int, int] | None = None,
     betas_version: str = "betas_fithrf_GLMdenoise_RR",
 ) -> Path:
-    """Write one subject as a small NSD: the voxels spread over a grid, everything else where NSD
-    has it.
+    """Write one subject as a small NSD: the voxels on a grid, everything else where NSD has it.
 
     Other than in NSD, sessions may have any number of trials, masterordering counts the trials
     through (each trial is a column of subjectim, as the order of the images may differ between
@@ -51,84 +79,54 @@ def write(
     Args:
         source: the root; other subjects already in it stay.
         subj: 1 to 8.
-        betas: (trials, voxels), percent signal change; stored as int16 of 300 times that.
-        trials: one row for each row of betas: trial (0 to n - 1), image, session (from 0, none left
-            out), run, split. At most 1000 test images.
-        images: uint8 (n, height, width, 3).
-        image_ids: (n,) the id of each.
-        voxels: Boolean columns become ROI files, noise_ceiling (single trial, fraction) becomes
-            ncsnr.
-        captions: columns image and caption.
-        labels: column image and categories.
+        data: of the subject. Betas are (trials, voxels) in percent signal change, stored as int16
+            of 300 times that. Trials are 0 to n - 1 and need session (from 0, none left out) and
+            run; at most 1000 test images. Boolean columns of voxels become ROI files,
+            noise_ceiling (single trial, fraction) becomes ncsnr.
         space: func1pt8mm or func1mm.
         file_format: hdf5 or nii.gz.
         grid: (x, y, z) with room for the voxels, by default a small one.
-        betas_version: as for `read`.
+        betas_version: as for `src.readers.nsd.read`.
 
     Returns:
         `source`.
 
     Raises:
-        PerceptError: for arrays and tables that do not fit each other or the format, or a full
-            disk.
+        PerceptError: for data that do not fit the format, or a full disk.
     """
     root = Path(source)
-    _check_options(subj, space, betas_version, file_format)
+    check_options(subj, space, betas_version, file_format)
     if file_format == "auto":
         raise PerceptError(
             "file_format is 'auto', which says nothing for writing: choose hdf5 or nii.gz."
         )
-    ordered = _check_arrays(betas, trials, images, image_ids)
-    grid = grid or _small_grid(betas.shape[1])
-    if len(grid) != 3 or np.prod(grid) < betas.shape[1]:
-        raise PerceptError(
-            f"A grid {grid} has no room for {betas.shape[1]} voxels: give a larger (x, y, z)."
-        )
-    n_voxels = betas.shape[1]
-    places = (
-        np.arange(n_voxels) * int(np.prod(grid))
-    ) // n_voxels  # C order of (x, y, z), as `read` has it
+    ordered = _sort_trials(data)
+    voxel_grid = _VoxelGrid(grid or _small_grid(data.n_voxels), data.n_voxels)
+    folders = NsdFolders(root, subj, space, betas_version)
     with disk_errors(root):
-        rows = _write_images(root, images, image_ids)
-        _write_design(root, subj, ordered, ordered["image"].map(rows).to_numpy() + 1)
-        _write_regions(root, subj, space, voxels, n_voxels, grid, places)
-        folder = _betas_folder(root, subj, space, betas_version)
-        for session in range(int(ordered["session"].max()) + 1):
-            part = ordered[ordered["session"] == session]
-            volumes = np.zeros((len(part), int(np.prod(grid))), np.int16)
-            volumes[:, places] = _integers(betas[part.index.to_numpy()])
-            _write_session(
-                folder / f"betas_session{session + 1:02d}.{file_format}",
-                volumes.reshape(len(part), *grid),
-            )
-        if voxels is not None and "noise_ceiling" in voxels:
-            ceiling = voxels["noise_ceiling"].to_numpy()
-            _write_volume(
-                folder / "ncsnr.nii.gz",
-                np.sqrt(ceiling / (1 - ceiling)).astype(np.float32),
-                grid,
-                places,
-                np.nan,
-            )
+        row_of_image = _add_images(folders, data.images, data.image_ids)
+        _write_trials(folders, ordered, ordered["image"].map(row_of_image).to_numpy() + 1)
+        _write_rois(folders, data, voxel_grid)
+        for session, trials in ordered.groupby("session"):
+            volumes = np.zeros((len(trials), voxel_grid.size), np.int16)
+            volumes[:, voxel_grid.places] = _to_integers(data.betas[trials.index.to_numpy()])
+            path = folders.betas / f"betas_session{session + 1:02d}.{file_format}"
+            _write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
+        if data.voxels is not None and "noise_ceiling" in data.voxels:
+            ceiling = data.voxels["noise_ceiling"].to_numpy()
+            ncsnr = np.sqrt(ceiling / (1 - ceiling)).astype(np.float32)
+            _save_nifti(folders.betas / "ncsnr.nii.gz", voxel_grid.fill(ncsnr, np.nan))
         write_split(root, ordered)
-        write_tables(root, captions, labels)
+        write_tables(root, data.captions, data.labels)
     return root
 
 
-def _check_arrays(
-    betas: np.ndarray, trials: pd.DataFrame, images: np.ndarray, image_ids: np.ndarray
-) -> pd.DataFrame:
-    """The trials in their order; the index says the row of betas."""
-    ordered = check_aligned(
-        betas, trials, images, image_ids, ("trial", "image", "session", "run", "split")
-    )
-    if betas.ndim != 2:
-        raise PerceptError(f"Betas have shape {betas.shape}: they must be (trials, voxels).")
-    steps = np.diff(ordered["session"], prepend=-1)
-    if (
-        not np.array_equal(ordered["trial"], np.arange(len(ordered)))
-        or not np.isin(steps, (0, 1)).all()
-    ):
+def _sort_trials(data: SourceData) -> pd.DataFrame:
+    """The trials in their order, numbered as NSD numbers them; the index is the row of betas."""
+    ordered = data.sort_trials(("session", "run"))
+    data.check_two_axes()
+    is_step = np.isin(np.diff(ordered["session"], prepend=-1), (0, 1))
+    if not np.array_equal(ordered["trial"], np.arange(len(ordered))) or not is_step.all():
         raise PerceptError(
             "Trials must count from 0 on and sessions must follow one another from 0 on: number"
             " them so, as NSD does."
@@ -141,153 +139,143 @@ def _check_arrays(
     return ordered
 
 
-def _integers(betas: np.ndarray) -> np.ndarray:
-    scaled = np.rint(np.asarray(betas, np.float64) * 300)
+def _to_integers(betas: np.ndarray) -> np.ndarray:
+    scaled = np.rint(np.asarray(betas, np.float64) * SCALE)
     if not (np.abs(scaled) <= np.iinfo(np.int16).max).all():
         raise PerceptError(
-            "A beta is not finite or above 109 percent signal change, which NSD's int16 cannot"
-            " hold: leave it out."
+            f"A beta is not finite or above {LARGEST_BETA} percent signal change, which NSD's int16"
+            " cannot hold: leave it out."
         )
     return scaled.astype(np.int16)
 
 
 def _small_grid(n_voxels: int) -> tuple[int, int, int]:
-    """Three different sides, so that the order of the axes can be told from a shape, with some room
-    beside the voxels.
-    """
+    """Three different sides, which tell the order of the axes, with some room beside the voxels."""
     side = int(np.ceil((1.3 * n_voxels) ** (1 / 3)))
     return side, side + 1, side + 2
 
 
-def _write_images(root: Path, images: np.ndarray, image_ids: np.ndarray) -> dict[int, int]:
+def _add_images(folders: NsdFolders, images: np.ndarray, image_ids: np.ndarray) -> dict[int, int]:
     """Append images to imgBrick; the row of each image id that is in it then."""
-    path, table = _stimuli(root) / "nsd_stimuli.hdf5", _image_ids(root)
-    rows = {} if table is None else {int(image): int(row) for row, image in table.items()}  # type: ignore[call-overload]
+    path, stored_ids = folders.stimuli / "nsd_stimuli.hdf5", load_image_ids(folders)
+    row_of_image: dict[int, int] = {}
+    if stored_ids is not None:
+        row_of_image = {int(image): int(row) for row, image in stored_ids.items()}  # type: ignore[call-overload]
     stored = np.empty((0, *images.shape[1:]), np.uint8)
     if path.exists():
         with h5py.File(path, "r") as file:
             stored = file["imgBrick"][:]
-    known = np.array([int(i) in rows for i in image_ids], bool)
-    if stored.shape[1:] != images.shape[1:] or not all(
-        np.array_equal(stored[rows[int(image_ids[i])]], images[i]) for i in np.flatnonzero(known)
+    is_stored = np.array([int(image) in row_of_image for image in image_ids], bool)
+    same_size = stored.shape[1:] == images.shape[1:]
+    if not same_size or not all(
+        np.array_equal(stored[row_of_image[int(image_ids[index])]], images[index])
+        for index in np.flatnonzero(is_stored)
     ):
         raise PerceptError(
-            f"{path} has images of another size, or another picture under one of these image ids:"
+            f"{path} has images of another size, or another image under one of these image ids:"
             " write into another folder."
         )
-    rows |= {int(image): len(stored) + n for n, image in enumerate(np.asarray(image_ids)[~known])}
+    for row, image in enumerate(np.asarray(image_ids)[~is_stored], len(stored)):
+        row_of_image[int(image)] = row
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        file["imgBrick"] = np.concatenate([stored, images[~known]])
+        file["imgBrick"] = np.concatenate([stored, images[~is_stored]])
     with atomic(path.with_name("image_ids.csv")) as temporary:
-        pd.DataFrame({"row": list(rows.values()), "image": list(rows)}).to_csv(
-            temporary, index=False
-        )
-    return rows
+        table = pd.DataFrame({"row": list(row_of_image.values()), "image": list(row_of_image)})
+        table.to_csv(temporary, index=False)
+    return row_of_image
 
 
-def _write_design(root: Path, subj: int, trials: pd.DataFrame, ids73k: np.ndarray) -> None:
+def _write_trials(folders: NsdFolders, trials: pd.DataFrame, ids_73k: np.ndarray) -> None:
     """Write responses.tsv and this subject's row of nsd_expdesign.mat."""
-    test = (trials["split"] == "test").to_numpy()
-    rank = {image: n for n, image in enumerate(np.unique(ids73k[test]), 1)} | {
-        image: SHARED + n for n, image in enumerate(np.unique(ids73k[~test]), 1)
-    }
-    within = trials.groupby(["session", "run"]).cumcount() + 1
+    is_test = (trials["split"] == "test").to_numpy()
+    id_10k = {image: rank for rank, image in enumerate(np.unique(ids_73k[is_test]), 1)}
+    unshared = np.unique(ids_73k[~is_test])
+    id_10k |= {image: rank for rank, image in enumerate(unshared, SHARED + 1)}
     table = pd.DataFrame(
         {
-            "SUBJECT": subj,
+            "SUBJECT": folders.subj,
             "SESSION": trials["session"] + 1,
             "RUN": trials["run"] + 1,
-            "TRIAL": within,
-            "73KID": ids73k,
-            "10KID": [rank[image] for image in ids73k],
+            "TRIAL": trials.groupby(["session", "run"]).cumcount() + 1,
+            "73KID": ids_73k,
+            "10KID": [id_10k[image] for image in ids_73k],
         }
     )
-    with atomic(
-        root / "nsddata" / "ppdata" / f"subj{subj:02d}" / "behav" / "responses.tsv"
-    ) as temporary:
+    with atomic(folders.responses) as temporary:
         table.to_csv(temporary, sep="\t", index=False)
-    path = _experiment(root) / "nsd_expdesign.mat"
-    old = (
-        scipy.io.loadmat(path)
-        if path.exists()
-        else {"subjectim": np.zeros((8, 0), np.int64), "sharedix": np.zeros((1, 0), np.int64)}
-    )
-    images = np.zeros((8, max(len(ids73k), old["subjectim"].shape[1])), np.int64)
-    images[:, : old["subjectim"].shape[1]] = old["subjectim"]
-    images[subj - 1] = 0
-    images[subj - 1, : len(ids73k)] = ids73k
+    _write_design(folders, ids_73k, ids_73k[is_test])
+
+
+def _write_design(folders: NsdFolders, ids_73k: np.ndarray, shared: np.ndarray) -> None:
+    stored_images = np.zeros((len(SUBJECTS), 0), np.int64)
+    stored_shared = np.zeros((1, 0), np.int64)
+    if folders.design.exists():
+        content = scipy.io.loadmat(folders.design)
+        stored_images, stored_shared = content["subjectim"], content["sharedix"]
+    n_stored = stored_images.shape[1]
+    images = np.zeros((len(SUBJECTS), max(len(ids_73k), n_stored)), np.int64)
+    images[:, :n_stored] = stored_images
+    images[folders.subj - 1] = 0
+    images[folders.subj - 1, : len(ids_73k)] = ids_73k
     design = {
         "masterordering": np.arange(1, images.shape[1] + 1)[None],
         "subjectim": images,
-        "sharedix": np.union1d(old["sharedix"], ids73k[test])[None].astype(np.int64),
+        "sharedix": np.union1d(stored_shared, shared)[None].astype(np.int64),
     }
-    with atomic(path) as temporary:
+    with atomic(folders.design) as temporary:
         scipy.io.savemat(temporary, design, appendmat=False)
 
 
-def _write_regions(
-    root: Path,
-    subj: int,
-    space: str,
-    voxels: pd.DataFrame | None,
-    n_voxels: int,
-    grid: tuple[int, int, int],
-    places: np.ndarray,
-) -> None:
-    """Write nsdgeneral, and the Boolean columns as the labels of as few ROI files as keep them
-    apart, with their .ctab.
-    """
-    folder = _functional(root, subj, space) / "roi"
-    _write_volume(folder / "nsdgeneral.nii.gz", np.ones(n_voxels, np.int16), grid, places, -1)
-    layers: list[tuple[np.ndarray, list[str]]] = []
-    for name in [] if voxels is None else voxels.select_dtypes("bool").columns:
-        member = voxels[name].to_numpy()  # type: ignore[index]
+def _write_rois(folders: NsdFolders, data: SourceData, grid: _VoxelGrid) -> None:
+    """Write nsdgeneral, and the Boolean columns as the labels of ROI files, with their .ctab."""
+    mask = grid.fill(np.ones(data.n_voxels, np.int16), -1)
+    _save_nifti(folders.rois / "nsdgeneral.nii.gz", mask)
+    for number, names in enumerate(_group_disjoint_rois(data), 1):
+        labels = np.zeros(data.n_voxels, np.int16)
+        for label, name in enumerate(names, 1):
+            labels[data.voxels[name].to_numpy()] = label  # type: ignore[index]
+        _save_nifti(folders.rois / f"areas-{number}.nii.gz", grid.fill(labels, -1))
+        lines = [f"{label} {name}\n" for label, name in enumerate(names, 1)]
+        with atomic(folders.label_names(folders.subject, f"areas-{number}")) as temporary:
+            temporary.write_text("0 Unknown\n" + "".join(lines))
+
+
+def _group_disjoint_rois(data: SourceData) -> list[list[str]]:
+    """Regions in as few groups as keep those that overlap apart."""
+    groups: list[list[str]] = []
+    occupied: list[np.ndarray] = []  # for each group the voxels (voxels,) of its regions
+    for name in data.roi_names:
         if name == "nsdgeneral":
             continue
-        layer = next((one for one in layers if not (one[0][member] > 0).any()), None)
-        if layer is None:
-            layers.append(layer := (np.zeros(n_voxels, np.int16), []))
-        layer[1].append(str(name))
-        layer[0][member] = len(layer[1])
-    for n, (values, names) in enumerate(layers, 1):
-        _write_volume(folder / f"areas-{n}.nii.gz", values, grid, places, -1)
-        with atomic(
-            root / "nsddata" / "freesurfer" / f"subj{subj:02d}" / "label" / f"areas-{n}.mgz.ctab"
-        ) as temporary:
-            temporary.write_text(
-                "0 Unknown\n" + "".join(f"{value} {name}\n" for value, name in enumerate(names, 1))
-            )
-
-
-def _affine(size: float, grid: tuple[int, ...]) -> np.ndarray:
-    affine = np.diag([size, size, size, 1.0])
-    affine[:3, 3] = -size * (np.array(grid[:3]) - 1) / 2
-    return affine
-
-
-def _write_volume(
-    path: Path, values: np.ndarray, grid: tuple[int, int, int], places: np.ndarray, elsewhere: float
-) -> None:
-    """Write values (voxels,) at their places of a grid, `elsewhere` around them."""
-    volume = np.full(int(np.prod(grid)), elsewhere, values.dtype)
-    volume[places] = values
-    _save_nifti(path, volume.reshape(grid))
+        is_member = data.voxels[name].to_numpy()  # type: ignore[index]
+        for group, voxels in zip(groups, occupied, strict=True):
+            if not voxels[is_member].any():
+                group.append(name)
+                voxels |= is_member
+                break
+        else:
+            groups.append([name])
+            occupied.append(is_member.copy())
+    return groups
 
 
 def _save_nifti(path: Path, array: np.ndarray) -> None:
+    """Save an array (x, y, z) or (x, y, z, trials) with the affine of NSD's functional grids."""
     size = 1.0 if "func1mm" in path.parts else 1.8
+    affine = np.diag([size, size, size, 1.0])
+    affine[:3, 3] = -size * (np.array(array.shape[:3]) - 1) / 2
     with atomic(path) as temporary, gzip.open(temporary, "wb", compresslevel=6) as file:
-        file.write(nibabel.Nifti1Image(array, _affine(size, array.shape)).to_bytes())
+        file.write(nibabel.Nifti1Image(array, affine).to_bytes())
 
 
 def _write_session(path: Path, volumes: np.ndarray) -> None:
-    """Write volumes int16 (trials, x, y, z) as NSD does: hdf5 (trials, z, y, x) with one chunk a
-    voxel, or NIfTI (x, y, z, trials).
+    """Write volumes int16 (trials, x, y, z) as NSD does.
+
+    These are hdf5 (trials, z, y, x) with one chunk a voxel, or NIfTI (x, y, z, trials).
     """
     if path.suffix == ".gz":
         _save_nifti(path, np.moveaxis(volumes, 0, -1))
         return
+    reversed_axes = volumes.transpose(0, 3, 2, 1)
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset(
-            "betas", data=volumes.transpose(0, 3, 2, 1), chunks=(len(volumes), 1, 1, 1)
-        )
+        file.create_dataset("betas", data=reversed_axes, chunks=(len(volumes), 1, 1, 1))
