@@ -58,6 +58,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, so that processes that ask for it at once take turns."""
+    import fcntl  # here, as Windows has none and must be able to import this module
+
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` on success and disappears on failure."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors
+from src.data.files import disk_errors, exclusive_lock
 from src.data.subject import Subject, open_subject
 from src.data.targets import cache_targets, hash_fingerprint
 from src.utils import PerceptError, atomic, read_json, write_json
@@ -86,8 +85,7 @@ def cluster_images(
     }
     meta = json.loads(json.dumps(record, default=str))
     path = subject.folder / f"clusters-{hash_fingerprint(meta)}.parquet"
-    with open(subject.folder / ".clusters.lock", "w") as lock, disk_errors(subject.folder):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that ask at once take turns
+    with exclusive_lock(subject.folder / ".clusters.lock"), disk_errors(subject.folder):
         if not path.exists():
             table = _find_clusters(subject, features, n_clusters, seed)
             table.attrs = meta

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from src.data.draws import choose_repeats
-from src.data.files import Ids, check_space, disk_errors, find_rows, gather_rows
+from src.data.files import Ids, check_space, disk_errors, exclusive_lock, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
 from src.utils import PerceptError, atomic, progress, read_json, same_features, write_json
@@ -238,8 +237,7 @@ def cache_targets(
     meta = json.loads(json.dumps(record, default=str))
     folder = dataset_folder(dataset) / "targets" / f"{name}-{hash_fingerprint(meta)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock, disk_errors(folder):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive_lock(folder / "lock"), disk_errors(folder):
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
         _check_meta(read_json(folder / "meta.json"), meta, folder)
