@@ -103,9 +103,9 @@ def page_file(tmp_path_factory, details):
         for i in range(N)
     ]
     pd.DataFrame(found).to_parquet(folder / "retrieved.parquet")
-    pictures = {row: torch.rand(N, 3, 32, 32) for row in ROWS}
+    images = {row: torch.rand(N, 3, 32, 32) for row in ROWS}
     Image.new("RGB", (900, 300), "red").save(folder / "umap.png")
-    return report.write_report(folder, pictures, details, torch.rand(N, SAMPLES, 3, 32, 32))
+    return report.write_report(folder, images, details, torch.rand(N, SAMPLES, 3, 32, 32))
 
 
 @pytest.fixture(scope="module")

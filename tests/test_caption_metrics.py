@@ -163,10 +163,13 @@ def cider_d(wanted, said):
         known = Counter(
             gram for some in wanted for gram in set().union(*(grams(w, n) for w in some))
         )
-        weigh = lambda text: {
-            g: c * (math.log(len(said)) - math.log(max(1, known[g])))
-            for g, c in grams(text, n).items()
-        }  # noqa: B023, E731
+
+        def weigh(text, n=n, known=known):
+            return {
+                g: c * (math.log(len(said)) - math.log(max(1, known[g])))
+                for g, c in grams(text, n).items()
+            }
+
         norm = lambda v: math.sqrt(sum(x * x for x in v.values()))  # noqa: E731
         for i, (text, some) in enumerate(zip(said, wanted, strict=True)):
             mine = weigh(text)

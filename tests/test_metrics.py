@@ -19,7 +19,7 @@ from src.metrics import METRICS, answer_metrics, two_way_each, two_way_metric
 from src.utils import PerceptError
 
 
-def pictures(n=6, side=24, seed=0):
+def make_images(n=6, side=24, seed=0):
     """Smooth random images (n, 3, side, side) in [0, 1], and noisy versions of them."""
     generator = torch.Generator().manual_seed(seed)
     images = metrics.resize(torch.rand(n, 3, 5, 5, generator=generator), side)
@@ -125,7 +125,7 @@ def test_two_way_within_groups_knows_no_other_distractors():
 
 
 def test_pairing_holds_reconstructions_against_other_images():
-    images, recons = pictures(7)
+    images, recons = make_images(7)
     order = np.array([1, 2, 3, 4, 5, 6, 0])
     for metric in (METRICS["pixcorr"], METRICS["ssim"], METRICS["mse"]):
         np.testing.assert_allclose(
@@ -143,20 +143,23 @@ def test_pairing_holds_reconstructions_against_other_images():
 
 # ------------------------------------------------------------------------------------------ pixels
 def test_bytes_and_views_are_compared_as_floats_are():
-    images, recons = pictures(5, 40)
+    images, recons = make_images(5, 40)
     as_bytes = (images * 255).round().to(torch.uint8)
     for name in ("pixcorr", "ssim", "ssim_columns"):
         exact = METRICS[name].score(as_bytes.float() / 255, recons)
         np.testing.assert_allclose(METRICS[name].score(as_bytes, recons.numpy()), exact)
         np.testing.assert_allclose(
             METRICS[name].score(
-                metrics.apply_resizing(as_bytes, "straight"), metrics.reorder_lazily(recons, np.arange(5))
+                metrics.apply_resizing(as_bytes, "straight"),
+                metrics.reorder_lazily(recons, np.arange(5)),
             ),
             exact,
         )
         small = [torchvision_resize(x, [256, 256], antialias=False) for x in (images, recons)]
         np.testing.assert_allclose(
-            METRICS[name].score(*(metrics.apply_resizing(x, "published") for x in (images, recons))),
+            METRICS[name].score(
+                *(metrics.apply_resizing(x, "published") for x in (images, recons))
+            ),
             METRICS[name].score(*small),
             atol=1e-6,
         )
@@ -169,7 +172,7 @@ def test_bytes_and_views_are_compared_as_floats_are():
     [(24, 24, False), (32, 48, False), (500, 500, False), (500, 460, True)],
 )
 def test_pixcorr_is_correlation_after_resizing(side, other, antialias):
-    images, recons = pictures(3, side)[0], pictures(3, other)[1]
+    images, recons = make_images(3, side)[0], make_images(3, other)[1]
     big = [
         torchvision_resize(x.double(), [425, 425], antialias=antialias).flatten(1).numpy()
         for x in (images, recons)
@@ -181,7 +184,7 @@ def test_pixcorr_is_correlation_after_resizing(side, other, antialias):
 
 
 def test_flat_images_correlate_with_nothing():
-    images, recons = pictures(3)
+    images, recons = make_images(3)
     recons[1] = 0.7
     values = metrics.pixcorr(images, recons)
     assert values[1] == 0 and values[0] > 0.5
@@ -192,7 +195,7 @@ def test_flat_images_correlate_with_nothing():
 
 @pytest.mark.parametrize(("name", "axis"), [("ssim", None), ("ssim_columns", 1)])
 def test_ssim_is_the_fields_call_on_grey_images(name, axis):
-    images, recons = pictures(3)
+    images, recons = make_images(3)
     expected = []
     for image, recon in zip(images, recons, strict=True):
         a, b = (
@@ -213,7 +216,7 @@ def test_ssim_is_the_fields_call_on_grey_images(name, axis):
 
 
 def test_pcc_mse_cosine_and_distance_against_numpy():
-    images, recons = (x.numpy().astype(np.float64) for x in pictures(4))
+    images, recons = (x.numpy().astype(np.float64) for x in make_images(4))
     a, b = images.reshape(4, -1), recons.reshape(4, -1)
     np.testing.assert_allclose(
         metrics.pcc(images, recons), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]
@@ -245,9 +248,9 @@ FEATURE_METRICS = [
 def test_every_metric_prefers_the_seen_image(metric):
     if metric.network:
         with pytest.raises(PerceptError, match=re.escape(metric.name) + ".*was not given"):
-            metric.score(*pictures(6))
+            metric.score(*make_images(6))
         metric = metric.through(embed)
-    images, recons = pictures(6)
+    images, recons = make_images(6)
     features = {}
     own = metric.score(images, recons, features)
     assert own.shape == (6,) and metric.prepare in features
@@ -270,7 +273,7 @@ def test_every_metric_prefers_the_seen_image(metric):
         (torch.rand(4, 8, 8), "height, width"),
     ],
 )
-def test_bad_pictures_are_refused(recons, words):
+def test_bad_images_are_refused(recons, words):
     with pytest.raises(PerceptError, match=words):
         metrics.pixcorr(torch.rand(4, 3, 8, 8), recons)
 

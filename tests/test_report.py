@@ -68,7 +68,7 @@ def score(values, floors, name="pixcorr", **change):
 
 @pytest.fixture
 def run(tmp_path):
-    """A results folder with one clear and one doubtful score, further tables, pictures and hostile
+    """A results folder with one clear and one doubtful score, further tables, images and hostile
     names.
     """
     rng = np.random.default_rng(0)
@@ -119,15 +119,15 @@ def run(tmp_path):
 
 @pytest.fixture
 def shown():
-    """Pictures by row, details and samples of 20 test images."""
+    """Images by row, details and samples of 20 test images."""
     rng = np.random.default_rng(1)
-    pictures = {row: torch.rand(20, 3, 16, 16) for row in ROWS}
+    images = {row: torch.rand(20, 3, 16, 16) for row in ROWS}
     details = pd.DataFrame(
         {"pixcorr": rng.normal(size=20), HOSTILE: rng.normal(size=20)}, index=1000 + np.arange(20)
     )
     details.iloc[3, 0] = np.nan
     details["hit"], details["caption"] = np.arange(20) % 3 > 0, "a <b>red</b> ball"
-    return pictures, details, torch.rand(20, 4, 3, 16, 16)
+    return images, details, torch.rand(20, 4, 3, 16, 16)
 
 
 def data_of(page):
@@ -140,7 +140,7 @@ def test_page_is_whole_and_self_contained(run):
     page = report.write_report(run)
     assert page == run / "report.html"
     content = Checked(page.read_text())
-    pictures = [
+    images = [
         base64.b64decode(source.split(",", 1)[1])
         for source in content.sources
         if source.startswith("data:image/")
@@ -150,7 +150,7 @@ def test_page_is_whole_and_self_contained(run):
         "image_from_brain",
         "own_picture",
     )  # the chart is drawn in the page, so scores.png is not
-    assert pictures == [(run / f"{name}.png").read_bytes() for name in names]
+    assert images == [(run / f"{name}.png").read_bytes() for name in names]
     assert all(source.startswith("data:") for source in content.sources)
     assert not re.search(r"https?://|@import|url\(", page.read_text())
     assert content.tags.count("table") == 4 and "dialog" not in content.tags
@@ -258,9 +258,9 @@ def test_further_tables_are_text_to_three_decimals(run):
     )
 
 
-def test_gallery_holds_every_picture(run, shown):
-    pictures, details, samples = shown
-    data = data_of(report.write_report(run, pictures, details, samples))
+def test_gallery_holds_every_image(run, shown):
+    images, details, samples = shown
+    data = data_of(report.write_report(run, images, details, samples))
     assert [row["name"] for row in data["rows"]] == list(ROWS) and data["ids"] == [
         str(i) for i in details.index
     ]
@@ -269,13 +269,13 @@ def test_gallery_holds_every_picture(run, shown):
         4
     ] == pytest.approx(details["pixcorr"].iloc[4], rel=1e-5)
     for row, name in zip(data["rows"], ROWS, strict=True):
-        for uri, picture in zip(row["images"], pictures[name], strict=True):
-            kept = np.asarray(
+        for uri, pixels in zip(row["images"], images[name], strict=True):
+            decoded = np.asarray(
                 Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")
             )
             np.testing.assert_array_equal(
-                kept, (picture * 255).round().byte().permute(1, 2, 0).numpy()
-            )  # small pictures lose nothing
+                decoded, (pixels * 255).round().byte().permute(1, 2, 0).numpy()
+            )  # small images lose nothing
     assert [len(each) for each in data["samples"]] == [4] * 20
     assert (
         "contact_sheet" not in run.joinpath("report.html").read_text()
@@ -284,16 +284,16 @@ def test_gallery_holds_every_picture(run, shown):
 
 
 def test_only_the_first_images_of_a_large_set(run, shown):
-    pictures, details, _ = shown
+    images, details, _ = shown
     page = report.write_report(
-        run, pictures | {"seen": torch.rand(20, 3, 300, 300)}, details, max_images=5
+        run, images | {"seen": torch.rand(20, 3, 300, 300)}, details, max_images=5
     )
     data = data_of(page)
     assert (
         "The first 5 of 20 test images, unselected." in page.read_text() and len(data["ids"]) == 5
     )
-    picture = Image.open(io.BytesIO(base64.b64decode(data["rows"][0]["images"][0].split(",")[1])))
-    assert picture.size == (256, 256)
+    first = Image.open(io.BytesIO(base64.b64decode(data["rows"][0]["images"][0].split(",")[1])))
+    assert first.size == (256, 256)
 
 
 def test_retrieved_images_replace_their_figures(run, shown):
@@ -329,28 +329,26 @@ def test_page_needs_only_the_metrics(run):
 
 
 def test_errors_are_one_sentence(run, shown, tmp_path):
-    pictures, details, samples = shown
+    images, details, samples = shown
     with pytest.raises(PerceptError, match="metrics stage"):
         report.write_report(tmp_path / "absent")
     for call, message in (
         (
-            lambda: report.write_report(run, {"ceiling": pictures["seen"]}, details),
+            lambda: report.write_report(run, {"ceiling": images["seen"]}, details),
             "needs the row 'seen'",
         ),
-        (lambda: report.write_report(run, pictures, details[:19]), "do not pair up.*details 19"),
+        (lambda: report.write_report(run, images, details[:19]), "do not pair up.*details 19"),
         (
-            lambda: report.write_report(run, pictures | {"ceiling": pictures["seen"][:7]}, details),
+            lambda: report.write_report(run, images | {"ceiling": images["seen"][:7]}, details),
             "ceiling 7",
         ),
-        (lambda: report.write_report(run, pictures, details, samples[:3]), "samples 3"),
+        (lambda: report.write_report(run, images, details, samples[:3]), "samples 3"),
         (
-            lambda: report.write_report(run, pictures, details, samples[0]),
+            lambda: report.write_report(run, images, details, samples[0]),
             "samples, 3, height, width",
         ),
         (
-            lambda: report.write_report(
-                run, pictures | {"ceiling": torch.rand(20, 16, 16)}, details
-            ),
+            lambda: report.write_report(run, images | {"ceiling": torch.rand(20, 16, 16)}, details),
             "ceiling",
         ),
         (lambda: report.write_report(run, None, details), "without images"),
@@ -362,9 +360,9 @@ def test_errors_are_one_sentence(run, shown, tmp_path):
 
 
 def test_widget_sorts_filters_and_turns_pages(shown):
-    pictures, details, samples = shown
+    images, details, samples = shown
     sort, direction, which = (
-        (box := report.gallery_widget(pictures, details, samples, page_size=6).widget)
+        (box := report.gallery_widget(images, details, samples, page_size=6).widget)
         .children[0]
         .children
     )

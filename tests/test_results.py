@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_metrics import embed, pictures
+from test_metrics import embed, make_images
 
 from src import metrics
 from src.evaluation import records as recording
@@ -23,11 +23,11 @@ from src.utils import PerceptError
 
 @pytest.fixture(scope="module")
 def table():
-    images, recons = pictures(8)
+    images, recons = make_images(8)
     rows = {
         "system": recons,
         "mean_image": images.mean(0, keepdim=True).expand(8, -1, -1, -1),
-        "nearest_train": pictures(8, seed=5)[0],
+        "nearest_train": make_images(8, seed=5)[0],
         "ceiling": images,
         "ridge": recons.roll(1, 0),
     }
@@ -94,7 +94,7 @@ def test_score_table_holds_every_row_and_image(table):
         "ridge",
     }
     assert len(scores) == len(chosen) * 8 * (5 + 4)  # five rows with one draw, one with four
-    images, recons = pictures(8)
+    images, recons = make_images(8)
     mine = scores.query("metric == 'pixcorr' and row == 'system'").sort_values("image")
     np.testing.assert_allclose(mine["value"], metrics.pixcorr(images, recons))
     ceiling = scores.query("row == 'ceiling' and metric == 'mse'")["value"]
@@ -103,7 +103,7 @@ def test_score_table_holds_every_row_and_image(table):
 
 def test_shuffled_rows_are_the_same_reconstructions_against_other_images(table):
     scores, _ = table
-    images, recons = pictures(8)
+    images, recons = make_images(8)
     order = next(statistics.derangements(8, 1, seed=0))
     drawn = scores.query("metric == 'mse' and row == 'shuffled' and draw == 0").set_index("image")[
         "value"
@@ -122,7 +122,7 @@ def test_the_true_images_are_prepared_once():
         calls.append(len(images))
         return images.flatten(1)
 
-    images, recons = pictures(5)
+    images, recons = make_images(5)
     both = [two_way_metric("two_way", counted), metrics.cosine_metric("cosine", counted)]
     score_table(images, {"system": recons, "mean_image": recons, "ceiling": images}, both, draws=3)
     assert (
@@ -147,7 +147,11 @@ def test_records_carry_floors_ceiling_and_p(table):
     with pytest.raises(PerceptError, match="no ceiling row"):
         make_records(without, chosen, protocol="test", test_set="8-abc")
     records = make_records(
-        without, chosen, protocol="test", test_set="8-abc", no_upper_bound="retrieval has no generator"
+        without,
+        chosen,
+        protocol="test",
+        test_set="8-abc",
+        no_upper_bound="retrieval has no generator",
     )
     assert records[0]["ceiling"] == {"not_applicable": "retrieval has no generator"}
 
@@ -246,7 +250,7 @@ def test_a_table_without_provenance_is_refused(table, tmp_path):
 
 # ------------------------------------------------------------------------------------------ alarms
 def test_good_outputs_raise_no_alarm():
-    assert sanity.check_outputs(pictures(6)[1]) == []
+    assert sanity.check_outputs(make_images(6)[1]) == []
 
 
 @pytest.mark.parametrize(
@@ -266,12 +270,12 @@ def test_good_outputs_raise_no_alarm():
     ],
 )
 def test_degenerate_outputs_raise_an_alarm(spoil, words):
-    alarms = sanity.check_outputs(spoil(pictures(6)[0]))
+    alarms = sanity.check_outputs(spoil(make_images(6)[0]))
     assert len(alarms) == 1 and re.search(words, alarms[0])
 
 
 def test_misaligned_rows_raise_an_alarm():
-    images, recons = pictures(40)
+    images, recons = make_images(40)
     order = next(statistics.derangements(40, 1))
     metric = two_way_metric("two_way", embed)
     good, ceiling = metric.score(images, recons), metric.score(images, images)
@@ -316,8 +320,8 @@ def test_noise_ceiling_is_what_a_perfect_decoder_reaches():
     assert statistics.noise_ceiling(np.full(5, -0.1), 3).value == 0
 
 
-# ------------------------------------------------------------------------------- anyone's pictures
-def test_pictures_of_every_kind_are_read_alike(tmp_path):
+# ------------------------------------------------------------------------------- --anyone's images
+def test_images_of_every_format_are_read_alike(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), np.uint8)
     floats = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     torch.save(floats, tmp_path / "a.pt")
@@ -325,8 +329,8 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
     np.savez(tmp_path / "c.npz", pixels)
     np.save(tmp_path / "d.npy", floats.numpy())
     (tmp_path / "folder").mkdir()
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(
             tmp_path / "folder" / f"recon_{i}.png"
         )  # 10 comes after 9, not after 1
     for name in ("a.pt", "b.pt", "c.npz", "d.npy", "folder"):
@@ -334,7 +338,9 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
         assert torch.allclose(
             found / 255 if found.dtype == torch.uint8 else found, floats, atol=1e-6
         ), name
-        assert torch.allclose(compute_mean_image(found), floats.mean(0).expand_as(floats), atol=1e-6)
+        assert torch.allclose(
+            compute_mean_image(found), floats.mean(0).expand_as(floats), atol=1e-6
+        )
         assert hash_pixels(found) == hash_pixels(floats)
     assert hash_pixels(floats) != hash_pixels(floats.flip(0)) and hash_pixels(floats).startswith(
         "12-pixels-"
@@ -351,7 +357,7 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
         ("flat.npz", {"a": np.zeros((4, 5))}, "shape .4, 5."),
     ],
 )
-def test_what_is_no_picture_is_refused(tmp_path, name, content, words):
+def test_what_is_no_image_is_refused(tmp_path, name, content, words):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content:
@@ -371,6 +377,6 @@ def test_a_pickled_file_runs_no_code(tmp_path):
 
 
 def test_most_alike_is_never_oneself():
-    images, _ = pictures(10)
+    images, _ = make_images(10)
     twins = torch.cat([images, (images * 0.97 + 0.01)])
     assert find_most_similar(twins).tolist() == [*range(10, 20), *range(10)]
