@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -79,6 +79,15 @@ class Tar:
 
     split: str
     path: Path
+
+
+class TrialRecord(NamedTuple):
+    """What a sample says of its trial, all counted from 0; run is -1 where it is unknown."""
+
+    trial: int
+    image: int
+    session: int
+    run: int
 
 
 @dataclass(frozen=True)
@@ -316,14 +325,14 @@ def _load_trials(tars: list[Tar], subj: int) -> pd.DataFrame:
             behaviour = decode_array(fields, "behav", what)
             records.append(_parse_behaviour(behaviour, subj, what))
             splits.append(tar.split)
-    columns = ["trial", "image", "session", "run"]
-    trials = pd.DataFrame(records, columns=columns, dtype=np.int64).assign(split=splits)
+    trials = pd.DataFrame(records, columns=list(TrialRecord._fields), dtype=np.int64)
+    trials = trials.assign(split=splits)
     trials = trials.sort_values("trial", kind="stable").reset_index(drop=True)
     return trials.assign(repeat=number_repeats(trials))
 
 
-def _parse_behaviour(behaviour: np.ndarray, subj: int, what: str) -> tuple[int, int, int, int]:
-    """Trial, image, session and run of a sample, all from 0 (run -1 where it is unknown)."""
+def _parse_behaviour(behaviour: np.ndarray, subj: int, what: str) -> TrialRecord:
+    """Parse behav.npy of a sample; `what` names the sample in errors."""
     values = behaviour.ravel()[:6]
     is_row = behaviour.shape in ((1, 17), (17,))
     if not is_row or not np.isfinite(values).all():
@@ -341,7 +350,7 @@ def _parse_behaviour(behaviour: np.ndarray, subj: int, what: str) -> tuple[int, 
             f"{what} names image {image}, session {session}, trial {trial}: image and trial"
             " count from 0, sessions from 1."
         )
-    return trial, image, session - 1, max(run - 1, -1)
+    return TrialRecord(trial, image, session - 1, max(run - 1, -1))
 
 
 def _check_against_tables(source: Path, subj: int, trials: pd.DataFrame, is_complete: bool) -> None:
