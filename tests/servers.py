@@ -18,24 +18,25 @@ LFS_FROM = 1000  # bytes: larger files are kept apart from git, as the hub does
 
 
 class Hub:
-    """Repositories by (kind, id), each {path: bytes}; what is asked is logged, and what goes wrong
-    is set by the test.
+    """Repositories by (kind, id), each {path: bytes}.
 
-    `cut`: bytes after which the connection breaks, one number a request, by path. `wrong`: paths
-    whose content is another of the same length. `refused`: (status, X-Error-Code) by repository id.
+    Requests are logged in `log`. A test sets what goes wrong:
+    `cut`: bytes after which the connection breaks, one number a request, by path.
+    `corrupted`: paths whose content is another of the same length.
+    `refused`: (status, X-Error-Code) by repository id.
     `gone`: paths that the listing has and the download has not.
     """
 
     def __init__(self, repos, page=1000):
         self.repos, self.page = repos, page
         self.revisions = {"main", "v2.0", "9947586218b6b7c8cab804009ddca5045249a38d"}
-        self.cut, self.wrong, self.refused, self.gone = {}, set(), {}, set()
+        self.cut, self.corrupted, self.refused, self.gone = {}, set(), {}, set()
         self.ranges, self.log, self.url = True, [], ""
 
     def commit(self, kind, repo):
         return hashlib.sha1(f"{kind} {repo}".encode()).hexdigest()
 
-    def asked(self, path):
+    def requested_ranges(self, path):
         """Range headers of the requests for a file's content, in order; "" for none."""
         return [
             header
@@ -84,17 +85,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self.headers.get("Authorization", ""),
             )
         )
-        if found := re.fullmatch(
+        if match := re.fullmatch(
             r"/api/(model|dataset)s/([^/]+/[^/]+)/(revision|tree)/([^/]+)(?:/(.*))?", path
         ):
-            kind, repo, what, revision, folder = found.groups()
-        elif found := re.fullmatch(r"/(cdn/)?(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+            kind, repo, what, revision, folder = match.groups()
+        elif match := re.fullmatch(r"/(cdn/)?(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
             kind, repo, what, revision, folder = (
-                "dataset" if found[2] else "model",
-                found[3],
-                "cdn" if found[1] else "file",
-                found[4],
-                found[5],
+                "dataset" if match[2] else "model",
+                match[3],
+                "cdn" if match[1] else "file",
+                match[4],
+                match[5],
             )
         else:
             return self.send(404)
@@ -183,13 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
                 X_Linked_ETag=tag,
                 **about,
             )
-        if path in self.hub.wrong:
+        if path in self.hub.corrupted:
             content = bytes(255 - byte for byte in content)
         start, total, status = 0, len(content), 200
         if self.hub.ranges and (
-            asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         ):
-            start, status = int(asked[1]), 206
+            start, status = int(match[1]), 206
             if start >= total:
                 return self.send(416, Content_Range=f"bytes */{total}")
             about["Content_Range"] = f"bytes {start}-{total - 1}/{total}"

@@ -323,7 +323,7 @@ def test_a_withdrawn_id_is_mapped_with_a_message(tmp_path):
 def test_a_broken_connection_is_resumed_by_range(hub, tmp_path):
     hub.cut[TAR] = [1234, 700]
     fetch("mindeye", tmp_path, mirror=hub.url)
-    assert hub.asked(TAR) == ["", "bytes=1234-", "bytes=1934-"]
+    assert hub.requested_ranges(TAR) == ["", "bytes=1234-", "bytes=1934-"]
     assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR] and not list(
         tmp_path.rglob("*.part")
     )
@@ -338,9 +338,8 @@ def test_a_later_call_goes_on_with_the_part(hub, tmp_path):
         [PlannedDownload("shards", BUNDLES["mindeye"], tmp_path, listed)]
     )
     fetch("mindeye", tmp_path, mirror=hub.url)
-    assert (
-        hub.asked(TAR) == ["bytes=4000-"] and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
-    )
+    assert hub.requested_ranges(TAR) == ["bytes=4000-"]
+    assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
 
 
 def test_a_server_without_ranges_begins_again(hub, tmp_path):
@@ -356,20 +355,19 @@ def test_a_transfer_that_stays_truncated_keeps_its_part(hub, tmp_path):
     assert (tmp_path / f"{TAR}.part").stat().st_size == 1234 and not (tmp_path / TAR).exists()
     hub.cut.clear()
     fetch("mindeye", tmp_path, mirror=hub.url)
-    assert (
-        hub.asked(TAR)[-1] == "bytes=1234-" and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
-    )
+    assert hub.requested_ranges(TAR)[-1] == "bytes=1234-"
+    assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
 
 
 @pytest.mark.parametrize(
     "path, kind", [(TAR, "sha256"), ("webdataset_avg_split/metadata_subj01.json", "git")]
 )
 def test_wrong_content_is_refused_and_removed(hub, tmp_path, path, kind):
-    hub.wrong.add(path)
+    hub.corrupted.add(path)
     with pytest.raises(PerceptError, match=rf"not the {kind} sum"):
         fetch("mindeye", tmp_path, mirror=hub.url)
     assert not (tmp_path / path).exists() and not (tmp_path / f"{path}.part").exists()
-    hub.wrong.clear()
+    hub.corrupted.clear()
     fetch("mindeye", tmp_path, mirror=hub.url)
     assert (tmp_path / path).read_bytes() == hub.repos[NSD][path]
 
@@ -421,7 +419,7 @@ def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
     assert 0 < parts[tmp_path / f"{TAR}.part"] < 4_000_000
     monkeypatch.undo()
     fetch_files(files, tmp_path)
-    assert hub.asked(TAR)[-1].startswith("bytes=") and all(
+    assert hub.requested_ranges(TAR)[-1].startswith("bytes=") and all(
         f.local.read_bytes() == hub.repos[NSD][f.path] for f in files
     )
 
@@ -435,7 +433,8 @@ def test_two_at_once_do_not_fetch_twice(hub, tmp_path):
         one.start()
     for one in fetchers:
         one.join()
-    assert len(hub.asked(TAR)) == 1 and (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
+    assert len(hub.requested_ranges(TAR)) == 1
+    assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
 
 
 # --------------------------------------------------------------------------------------- sentences

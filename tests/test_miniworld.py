@@ -9,23 +9,21 @@ from src import miniworld as world
 from src.utils import PerceptError
 
 
-def combinations(split: str, count: int) -> set[tuple[int, int, int]]:
-    made = [world.compose_image(0, i, split) for i in range(count)]
-    return {(thing.category, thing.colour, what.scene) for what in made for thing in what.objects}
+def combine(scene_object, content) -> tuple[int, int, int]:
+    return scene_object.category, scene_object.colour, content.scene
 
 
 def test_test_combinations_never_occur_in_training():
-    train, val = (
-        combinations("train", 4000),
-        {
-            (w.objects[-1].category, w.objects[-1].colour, w.scene)
-            for w in (world.compose_image(0, i, "val") for i in range(300))
-        },
-    )
-    test = {
-        (w.objects[-1].category, w.objects[-1].colour, w.scene)
-        for w in (world.compose_image(0, i, "test") for i in range(300))
-    }
+    train = set()
+    for i in range(4000):
+        content = world.compose_image(0, i, "train")
+        train |= {combine(scene_object, content) for scene_object in content.objects}
+    val, test = set(), set()
+    for i in range(300):
+        content = world.compose_image(0, i, "val")
+        val.add(combine(content.main, content))
+        content = world.compose_image(0, i, "test")
+        test.add(combine(content.main, content))
     assert not test & train and not val & train and not test & val
     for pair in ((0, 1), (0, 2), (1, 2)):  # every pair of attributes of a test image has been seen
         assert {tuple(np.array(c)[list(pair)]) for c in test} <= {
@@ -45,25 +43,22 @@ def test_images_are_a_pure_function_of_seed_split_and_index():
     assert not np.array_equal(alone, world.render_image(world.compose_image(4, 255, "test"), 4))
 
 
-@pytest.mark.parametrize("kind", range(len(world.CATEGORIES)))
-def test_every_kind_is_drawn_large_and_in_its_colour(kind):
+@pytest.mark.parametrize("category", range(len(world.CATEGORIES)))
+def test_every_kind_is_drawn_large_and_in_its_colour(category):
     def paint(colour):
-        return world.render_image(
-            world.ImageContent(
-                7, 0, 0.58, 1, (world.SceneObject(kind, colour, 0, 0.5, 0.53, 0.40, 0.0),)
-            )
-        ).astype(float)
+        scene_object = world.SceneObject(category, colour, 0, 0.5, 0.53, 0.40, 0.0)
+        content = world.ImageContent(7, 0, 0.58, 1, (scene_object,))
+        return world.render_image(content).astype(float)
 
-    changed = (
-        np.abs(paint(0) - paint(4)).sum(2) > 60
-    )  # red against blue: the pixels that carry the object's colour
+    # red against blue: the pixels that carry the object's colour
+    changed = np.abs(paint(0) - paint(4)).sum(2) > 60
     assert 0.05 < changed.mean() < 0.75
 
 
 def test_captions_are_five_different_sentences_that_name_the_object():
     for i in range(50):
-        what = world.compose_image(0, i)
-        captions, label = world.write_captions(what), world.make_label_row(what)
+        content = world.compose_image(0, i)
+        captions, label = world.write_captions(content), world.make_label_row(content)
         assert len(set(captions)) == 5
         assert all(label["kind"] in c and label["colour"] in c for c in captions)
 
@@ -80,9 +75,9 @@ def cortex():
 
 
 @pytest.fixture(scope="module")
-def shown():
-    made = [world.compose_image(0, i) for i in range(120)]
-    return np.stack([world.render_image(what) for what in made]), made
+def shown_images():
+    contents = [world.compose_image(0, i) for i in range(120)]
+    return np.stack([world.render_image(content) for content in contents]), contents
 
 
 def test_noise_ceilings_are_those_of_fmri(cortex):
@@ -95,49 +90,46 @@ def test_noise_ceilings_are_those_of_fmri(cortex):
     assert early > higher
 
 
-def test_signal_is_calibrated_and_noise_has_the_promised_size(cortex, shown):
-    signal = cortex.respond(*shown)
+def test_signal_is_calibrated_and_noise_has_the_promised_size(cortex, shown_images):
+    signal = cortex.respond(*shown_images)
     assert signal.shape == (120, world.N_VOXELS[7]) and abs(signal.std(0).mean() - 1) < 0.15
-    scan = cortex.scan(
-        signal, repeats=3, trials_per_session=360
-    )  # one session: no drift between repeats
-    responses = np.stack(
-        [scan.betas[scan.trials.row == i] for i in range(120)]
-    )  # (images, repeats, voxels)
+    # one session: no drift between repeats
+    scan = cortex.scan(signal, repeats=3, trials_per_session=360)
+    # (images, repeats, voxels)
+    responses = np.stack([scan.betas[scan.trials.row == i] for i in range(120)])
     noise, total = responses.var(1, ddof=1).mean(0), scan.betas.var(0)
     assert np.corrcoef(1 - noise / total, cortex.voxels.noise_ceiling)[0, 1] > 0.6
 
 
-def test_every_image_is_shown_three_times_over_sessions_that_drift(cortex, shown):
-    scan = cortex.scan(cortex.respond(*shown), trials_per_session=90)
+def test_every_image_is_shown_three_times_over_sessions_that_drift(cortex, shown_images):
+    scan = cortex.scan(cortex.respond(*shown_images), trials_per_session=90)
     assert (scan.trials.groupby("row").size() == 3).all() and scan.trials.session.nunique() == 4
     means = np.stack([scan.betas[scan.trials.session == s].mean(0) for s in range(4)])
     assert means.std(0).mean() > 0.2
 
 
-def test_early_voxels_see_pixels_and_higher_voxels_see_what_is_there(cortex, shown):
-    images, made = shown
+def test_early_voxels_see_pixels_and_higher_voxels_see_what_is_there(cortex, shown_images):
+    images, contents = shown_images
     early = cortex.voxels[["V1", "V2", "V3", "hV4"]].any(axis=1).to_numpy()
-    here = cortex.respond(images, made)
-    mirrored = cortex.respond(images[:, :, ::-1], made)
-    assert not np.allclose(here[:, early], mirrored[:, early]) and np.allclose(
-        here[:, ~early], mirrored[:, ~early]
-    )
-    other = cortex.respond(images, made[::-1])
-    assert np.allclose(here[:, early], other[:, early]) and not np.allclose(
-        here[:, ~early], other[:, ~early]
-    )
+    responses = cortex.respond(images, contents)
+    mirrored = cortex.respond(images[:, :, ::-1], contents)
+    assert not np.allclose(responses[:, early], mirrored[:, early])
+    assert np.allclose(responses[:, ~early], mirrored[:, ~early])
+    other = cortex.respond(images, contents[::-1])
+    assert np.allclose(responses[:, early], other[:, early])
+    assert not np.allclose(responses[:, ~early], other[:, ~early])
 
 
 def test_energy_does_not_change_with_the_sign_of_contrast(cortex):
     rng = np.random.default_rng(0)
     pattern = rng.normal(size=(1, 32, 32, 1)).repeat(3, 3)
-    cortex_even, cortex_odd = cortex.even, cortex.odd
     flat = (pattern * 0.2).transpose(0, 3, 1, 2).reshape(1, -1)
-    energy = [
-        np.sqrt((s * flat @ cortex_even.T) ** 2 + (s * flat @ cortex_odd.T) ** 2) for s in (1, -1)
-    ]
-    assert np.allclose(*energy)
+
+    def energy(contrast):
+        even, odd = contrast * flat @ cortex.even.T, contrast * flat @ cortex.odd.T
+        return np.sqrt(even**2 + odd**2)
+
+    assert np.allclose(energy(1), energy(-1))
 
 
 def test_subjects_differ_and_unknown_ones_are_refused():
