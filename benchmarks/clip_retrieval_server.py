@@ -1,8 +1,11 @@
 """clip-retrieval's own server without CLIP's weights, for asking it by embedding: what
-src/remote.py was checked against.
+`RemoteIndex` was checked against.
 
-    ENV/bin/python benchmarks/clip_retrieval_server.py FOLDER [PORT]      # serve an index that src.index.join has joined
-    .venv/bin/python benchmarks/clip_retrieval_server.py FOLDER PORT ask  # ask for rows of it by their embeddings, with and without the server's filter of doubles
+    ENV/bin/python benchmarks/clip_retrieval_server.py FOLDER [PORT]      # serve an index
+    .venv/bin/python benchmarks/clip_retrieval_server.py FOLDER PORT ask  # ask it
+
+The index is one that src.search.merge_shards has joined. It is asked for rows of it by their
+embeddings, with and without the server's filter of doubles.
 
 ENV is an environment with clip-retrieval and "setuptools<81" installed (it needs numpy 1). Percept
 must be importable for `ask` (PYTHONPATH=.).
@@ -38,30 +41,34 @@ def serve(folder: str, port: int) -> None:
 
 def ask(folder: str, port: int) -> None:
     """Rows found by `RemoteIndex` against those of `LocalIndex`, and what each takes."""
-    from src.search import LocalIndex, RemoteIndex
+    from src.search import LocalIndex, RemoteIndex, RequestOptions
 
-    here = LocalIndex(folder)
-    queries = here.embeddings.get_rows(range(0, len(here), len(here) // 50))[:50]
+    local = LocalIndex(folder)
+    queries = local.embeddings.get_rows(range(0, len(local), len(local) // 50))[:50]
     for deduplicate in (False, True):
-        there = RemoteIndex(
-            f"http://localhost:{port}/knn-service", "it", deduplicate=deduplicate, num_images=64
-        )
-        begun = time.perf_counter()
-        found = there.search(queries, 16)
-        seconds = time.perf_counter() - begun
-        own = here.search(queries, 16)
-        urls = [there.get_metadata(rows)["url"].tolist() for rows in found.row]
-        same = sum(
-            a == b
-            for rows, some in zip(own.row, urls, strict=True)
-            for a, b in zip(here.get_metadata(rows)["url"], some, strict=True)
-        )
-        gap, each = abs(found.similarity - own.similarity).max(), 1e3 * seconds / len(queries)
+        options = RequestOptions(num_images=64, deduplicate=deduplicate)
+        url = f"http://localhost:{port}/knn-service"
+        remote = RemoteIndex(url, "it", options=options)
+        start_time = time.perf_counter()
+        remote_results = remote.search(queries, 16)
+        milliseconds = 1e3 * (time.perf_counter() - start_time) / len(queries)
+        results = local.search(queries, 16)
+        same = 0
+        for rows, remote_rows in zip(results.row, remote_results.row, strict=True):
+            urls = local.get_metadata(rows)["url"].to_numpy()
+            same += int((urls == remote.get_metadata(remote_rows)["url"].to_numpy()).sum())
+        gap = abs(remote_results.similarity - results.similarity).max()
         print(
-            f"deduplicate={deduplicate}: {same} of {own.row.size} results as the local index has"
-            f" them, similarities within {gap:.1e}, {each:.1f} ms a query"
+            f"deduplicate={deduplicate}: {same} of {results.row.size} results as the local index"
+            f" has them, similarities within {gap:.1e}, {milliseconds:.1f} ms a query"
         )
+
+
+def main(folder: str, port: str = "1234", action: str = "serve") -> None:
+    """Serve an index, or ask the server."""
+    function = ask if action == "ask" else serve
+    function(folder, int(port))
 
 
 if __name__ == "__main__":
-    {"ask": ask}.get("".join(sys.argv[3:]), serve)(sys.argv[1], int((sys.argv[2:] or ["1234"])[0]))
+    main(*sys.argv[1:])

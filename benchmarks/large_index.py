@@ -103,7 +103,7 @@ def make(folder: Path, rows: int) -> None:
 
 # --------------------------------------------------------------------------------------- one index
 def factories(rows: int) -> tuple[dict[str, str], int]:
-    """What src.index builds for so many rows, by kind, and in how many rounds OPQ learns its
+    """What src.search builds for so many rows, by kind, and in how many rounds OPQ learns its
     rotation there.
     """
     from src.search import OPQ_ITERATIONS, list_index_plans
@@ -234,7 +234,9 @@ def measure(folder: Path, kind: str, mapped: bool) -> list[dict[str, Any]]:
     """Memory, latency and recall of one index with the threads that the environment gives."""
     queries, true = np.load(folder / "queries.npy"), np.load(folder / "true.npy")
     if kind.startswith("Qdrant"):
-        import src.engines  # noqa: F401 - its memory is not the index's
+        import qdrant_edge  # noqa: F401 - their memory is not the index's
+
+        import src.search  # noqa: F401
     else:
         import faiss  # noqa: F401
 

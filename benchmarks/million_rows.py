@@ -7,11 +7,11 @@ against memory, and clip-retrieval's backend beside it.
     python benchmarks/million_rows.py 10000000 --folder DIR --kinds IVF-PQ --limit 4 # built and searched with 4 GB of memory at most; 16 GB of disk
 
 The rows are those of large_index.py, in seeded parts; what is in DIR is kept and used again. Each
-index is built by `src.index.build`, and asked by `LocalIndex.search`, in processes of their own.
+index is built by `src.search.build_index`, and asked by `LocalIndex.search`, in processes of their own.
 With `--limit` these are stopped when they have more than so many GB of memory of their own
 (RssAnon; pages of mapped files can be dropped by the operating system, and do not count).
 clip-retrieval's `KnnService.knn_search` is asked on the very same index, joined by
-`src.index.join`, one query at a time, without its HTTP server, filters and metadata.
+`src.search.merge_shards`, one query at a time, without its HTTP server, filters and metadata.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def build(folder: Path, kind: str) -> dict[str, float]:
     """The index of a kind in a folder of its own, with links to the embeddings; seconds, and bytes
     of its files.
     """
-    from src.search import local as index
+    from src import search as index
 
     place = folder / kind
     place.mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def asked(search: Any, queries: np.ndarray, true: np.ndarray, every: int = 1) ->
 
 def ours(folder: Path, kind: str, mapped: bool) -> list[dict[str, Any]]:
     """What `LocalIndex` answers: for IVF-PQ with several numbers of lists looked into."""
-    from src.search import local as index
+    from src import search as index
     from src.utils import read_json, write_json
 
     queries, true = np.load(folder / "queries.npy"), np.load(folder / "true.npy")
