@@ -114,7 +114,7 @@ def test_captions_name_what_is_shown(captioner, samples):
     assert of_next["kind"] < 0.3, "of the next image they say little"
 
 
-def test_blurry_pictures_are_called_so_and_the_word_can_be_left_out(captioner, samples):
+def test_blurry_images_are_called_so_and_the_word_can_be_left_out(captioner, samples):
     blurred = F.interpolate(
         F.interpolate(as_float(samples[0]), (8, 8), mode="bilinear", antialias=True),
         (32, 32),

@@ -73,7 +73,7 @@ def test_captions_are_those_of_the_librarys_own_generate(captioner, library, sam
         pixel_values=pixels, max_length=pretrained.MAX_LENGTH, use_cache=False
     )
     assert processor.batch_decode(without_cache, skip_special_tokens=True) == reference, (
-        "the tokens of the picture are kept from word to word"
+        "the tokens of the image are kept from word to word"
     )
     beams = processor.batch_decode(
         model.generate(pixel_values=pixels, max_length=6, num_beams=3), skip_special_tokens=True
@@ -92,7 +92,7 @@ def test_tokens_are_the_last_hidden_states_of_the_image_encoder(captioner, libra
     )
 
 
-def test_no_picture_is_looked_at_when_tokens_are_given(captioner, samples, monkeypatch):
+def test_no_image_is_looked_at_when_tokens_are_given(captioner, samples, monkeypatch):
     tokens = captioner.embed_image(as_float(samples[0][:6]))
     expected = captioner.caption_tokens(tokens)
     monkeypatch.setattr(captioner, "encoder", None)
@@ -144,7 +144,7 @@ def test_captions_name_what_is_shown(captioner, samples):
         share
     )  # chance .125, .05, .125
     assert compute_naming_accuracy(captions, np.roll(samples[1], 1, axis=0))["kind"] < 0.3, (
-        "of the next picture they say little"
+        "of the next image they say little"
     )
 
 
@@ -308,19 +308,19 @@ def test_the_stage_trains_and_is_exported_as_the_library_reads_it(tmp_path, monk
 
 
 # --------------------------------------------------------------------------------------- the sheet
-def test_sentences_stand_beneath_their_pictures():
-    pictures = torch.rand(5, 3, 16, 16)
-    plain = figures.plot_contact_sheet({"seen": pictures, "made": pictures}, n=4)
-    sheet_path = figures.plot_contact_sheet(
-        {"seen": pictures, "made": pictures},
+def test_sentences_stand_beneath_their_images():
+    images = torch.rand(5, 3, 16, 16)
+    plain = figures.plot_contact_sheet({"seen": images, "made": images}, n=4)
+    captioned = figures.plot_contact_sheet(
+        {"seen": images, "made": images},
         n=4,
         captions={"brain": ["a red ball"] * 5, "image": ["a very long sentence " * 4] * 5},
     )
-    texts = [text.get_text() for text in sheet_path.axes[0].texts]
+    texts = [text.get_text() for text in captioned.axes[0].texts]
     assert sum(text.startswith("brain: a red ball\nimage: a very long") for text in texts) == 4
     assert (
-        sheet_path.get_size_inches()[0] == plain.get_size_inches()[0]
-        and sheet_path.get_size_inches()[1] > plain.get_size_inches()[1]
+        captioned.get_size_inches()[0] == plain.get_size_inches()[0]
+        and captioned.get_size_inches()[1] > plain.get_size_inches()[1]
     )
 
 
@@ -454,7 +454,7 @@ def test_the_published_files_have_their_names_shapes_and_types(refined):
     assert torch.equal(loaded["backbones"], before["backbone_network"].float())
     assert (
         torch.nn.functional.avg_pool2d(loaded["recons"], 8) - before["network"].float()
-    ).abs().mean() < 0.02  # the same pictures, larger
+    ).abs().mean() < 0.02  # the same images, larger
     assert (
         isinstance(loaded["predcaptions"], np.ndarray)
         and loaded["predcaptions"].dtype.kind == "U"

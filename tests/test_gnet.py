@@ -111,16 +111,18 @@ def trunk_by_hand(state, x, width):
     def block(x, name):
         return conv(norm(x, f"enc.{name}.bn1"), f"enc.{name}.conv1", padding=1)
 
-    x = F.max_pool2d(conv(x - state["mu"], "pre.conv1.0", stride=4, padding=2), 3, 2)
+    x = conv(x - state["mu"], "pre.conv1.0", stride=4, padding=2)
+    x = F.max_pool2d(x, 3, 2)
     c3 = conv(norm(conv(x, "pre.conv2.0", padding=2), "enc.bn1"), "enc.conv3")
     c4a = block(c3, "conv4a")
     c4b = block(c4a, "conv4b")
     c5a = block(F.max_pool2d(c4b, 3, 2, 1), "conv5a")
     c5b = block(c5a, "conv5b")
     c6a = block(c5b, "conv6a")
-    return torch.cat([c3, c4a[:, :width], c4b[:, :width]], 1), torch.cat(
-        [c5a[:, :width], c5b[:, :width], c6a[:, :width], block(c6a, "conv6b")], 1
-    )
+    c6b = block(c6a, "conv6b")
+    first = [c3, c4a[:, :width], c4b[:, :width]]
+    second = [c5a[:, :width], c5b[:, :width], c6a[:, :width], c6b]
+    return torch.cat(first, 1), torch.cat(second, 1)
 
 
 def readout_by_hand(state, maps):
@@ -145,10 +147,12 @@ def readout_by_hand(state, maps):
 
 def test_the_trunk_computes_what_its_layers_say():
     trunk, x = randomised(GNetTrunk(**TINY)), torch.rand(3, 3, 47, 47)
-    maps_of_trunk, expected = trunk(x), trunk_by_hand(trunk.state_dict(), x, TINY["trunk_width"])
-    assert [tuple(m.shape[2:]) for m in maps_of_trunk] == [(s, s) for s in trunk.sides]
-    for one, other in zip(maps_of_trunk, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    maps = trunk(x)
+    expected = trunk_by_hand(trunk.state_dict(), x, TINY["trunk_width"])
+    shapes = [tuple(m.shape[2:]) for m in maps]
+    assert shapes == [(side, side) for side in trunk.sides]
+    for feature_map, expected_map in zip(maps, expected, strict=True):
+        torch.testing.assert_close(feature_map, expected_map, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2**25])
@@ -337,8 +341,10 @@ def test_the_centred_one_takes_off_what_images_have_in_common():
 
 
 def test_responses_that_do_not_fit_are_refused():
-    ones, masks = np.random.default_rng(0).normal(size=(3, 5)), {"all": np.ones(5, bool)}
-    for predicted, measured in ((ones, ones[:, :4]), (ones[:2], ones), (ones[0], ones[0])):
+    ones = np.random.default_rng(0).normal(size=(3, 5))
+    masks = {"all": np.ones(5, bool)}
+    mismatched = [(ones, ones[:, :4]), (ones[:2], ones), (ones[0], ones[0])]
+    for predicted, measured in mismatched:
         with pytest.raises(PerceptError, match="both must be the same"):
             brain_correlation(predicted, measured, masks)
     with pytest.raises(PerceptError, match="NaN"):
@@ -352,11 +358,8 @@ def test_responses_that_do_not_fit_are_refused():
 
 def test_regions_are_found_under_the_names_of_every_reader():
     def mask(*names):
-        return roi_masks(
-            pd.DataFrame(
-                {**{n: np.arange(8) == i for i, n in enumerate(names)}, "x": np.arange(8.0)}
-            )
-        )
+        columns = {name: np.arange(8) == i for i, name in enumerate(names)}
+        return roi_masks(pd.DataFrame(columns | {"x": np.arange(8.0)}))
 
     mask_of_regions = mask("V1v", "V1d", "V2v", "V3d", "hV4", "FFA-1")
     assert list(mask_of_regions) == ["nsd_general", "V1", "V2", "V3", "V4", "higher_vis"]

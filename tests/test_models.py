@@ -341,7 +341,8 @@ def _attention_by_loops(attention, x, bias, causal):
     out = torch.zeros_like(x)
     for sample in range(len(x)):
         key_value = norm[sample] @ attention.to_kv.weight.T
-        keys = [attention.null_kv[0]] + [turn(row[:dim_head], i) for i, row in enumerate(key_value)]
+        rotated = [turn(row[:dim_head], i) for i, row in enumerate(key_value)]
+        keys = [attention.null_kv[0], *rotated]
         values = torch.stack([attention.null_kv[1], *key_value[:, dim_head:]])
         queries = norm[sample] @ attention.to_q.weight.T
         for i in range(x.shape[1]):
@@ -356,9 +357,8 @@ def _attention_by_loops(attention, x, bias, causal):
                     logits = logits[: i + 2]
                 heads.append(logits.softmax(0) @ values[: len(logits)])
             row = attention.to_out[0].weight @ torch.cat(heads)
-            out[sample, i] = (
-                (row - row.mean()) / (row.var(unbiased=False) + 1e-5).sqrt() * attention.to_out[1].g
-            )
+            std = (row.var(unbiased=False) + 1e-5).sqrt()
+            out[sample, i] = (row - row.mean()) / std * attention.to_out[1].g
     return out
 
 
@@ -387,10 +387,10 @@ def test_a_causal_transformer_does_not_see_the_future():
     other = x.clone()
     other[:, 4:] += 1
     seeing, causal = (CausalTransformer(16, 2, 8, 2, causal) for causal in (False, True))
-    torch.testing.assert_close(causal(x)[:, :4], causal(other)[:, :4])
-    assert not torch.allclose(causal(x)[:, 4:], causal(other)[:, 4:]) and not torch.allclose(
-        seeing(x)[:, :4], seeing(other)[:, :4]
-    )
+    outputs = causal(x), causal(other)
+    torch.testing.assert_close(outputs[0][:, :4], outputs[1][:, :4])
+    assert not torch.allclose(outputs[0][:, 4:], outputs[1][:, 4:])
+    assert not torch.allclose(seeing(x)[:, :4], seeing(other)[:, :4])
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,8 @@ def test_learned_query_modes(mode, queries, causal):
 
 def test_dropping_draws_the_brain_first_and_nothing_for_0_and_1():
     network = VersatileDiffusionPriorNetwork(**TINY_PRIOR)
-    image, brain, t = torch.randn(8, 5, 16), torch.randn(8, 5, 16), torch.arange(8)
+    image, brain = torch.randn(8, 5, 16), torch.randn(8, 5, 16)
+    t = torch.arange(8)
     torch.manual_seed(0)
     result = network(image, t, brain, brain_cond_drop_prob=0.5, image_cond_drop_prob=0.5)
     torch.manual_seed(0)
@@ -483,10 +484,10 @@ def test_gain_norm_has_the_published_epsilons():
     norm, x = GainNorm(6), torch.randn(3, 6) * 0.02
     for dtype, eps in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
         y = x.to(dtype).double()
-        expected = (y - y.mean(-1, keepdim=True)) / (
-            y.var(-1, unbiased=False, keepdim=True) + eps
-        ).sqrt()
-        torch.testing.assert_close(norm(x.to(dtype)).double(), expected, rtol=1e-3, atol=1e-4)
+        std = (y.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        expected = (y - y.mean(-1, keepdim=True)) / std
+        normed = norm(x.to(dtype)).double()
+        torch.testing.assert_close(normed, expected, rtol=1e-3, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- low level
@@ -516,7 +517,8 @@ def test_low_level_miniature_learns():
     network = Voxel2StableDiffusionModel(**TINY["Voxel2StableDiffusionModel"])
     for dropout in (m for m in network.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
-    voxels, latents = torch.randn(4, 11), torch.randn(4, 4, 1, 1).expand(4, 4, 16, 16)
+    voxels = torch.randn(4, 11)
+    latents = torch.randn(4, 4, 1, 1).expand(4, 4, 16, 16)
     optimiser, losses = torch.optim.Adam(network.parameters(), 3e-3), []
     for _ in range(30):
         loss = F.l1_loss(network(voxels), latents)
@@ -600,13 +602,12 @@ def test_ridge_chooses_a_penalty_a_target_by_cross_validation():
 def test_ridge_keeps_the_rows_of_a_group_in_one_fold():
     rng = np.random.default_rng(0)
     groups = np.arange(12).repeat(5)
-    x = rng.standard_normal((12, 40))[groups].astype(
-        np.float32
-    )  # the repeats of an image are the same row: memorising pays between them
+    # the repeats of an image are the same row: memorising pays between them
+    x = rng.standard_normal((12, 40))[groups].astype(np.float32)
     y = rng.standard_normal((12, 4))[groups].astype(np.float32)
-    leaking, honest = (
-        RidgeBaseline.fit(x, y, alphas=[1e-3, 1e4], cv=4, groups=g).alphas for g in (None, groups)
-    )
+    options = {"alphas": [1e-3, 1e4], "cv": 4}
+    leaking = RidgeBaseline.fit(x, y, **options).alphas
+    honest = RidgeBaseline.fit(x, y, **options, groups=groups).alphas
     assert (leaking < 1).all() and (honest > 1).all()
 
 
@@ -647,11 +648,15 @@ def test_the_map_of_tokens_is_a_ridge_regression_over_images_and_places():
         rng.normal(size=(60, 5, 3)).astype(np.float32) + 2,
         rng.normal(size=(60, 5, 4)).astype(np.float32),
     )
-    y[:, 1:] += x[:, 1:] @ rng.normal(size=(3, 4)).astype(np.float32)
+    weight = rng.normal(size=(3, 4)).astype(np.float32)
+    y[:, 1:] += x[:, 1:] @ weight
     fitted = TokenMap.fit(x, y, alphas=[0.3], batch_size=7)
-    for part, linear in ((slice(0, 1), fitted.token), (slice(1, 5), fitted.patch)):
-        rows, expected_values = x[:, part].reshape(-1, 3), y[:, part].reshape(-1, 4)
-        expected = Ridge(0.3 * len(rows) * rows.var(axis=0).mean()).fit(rows, expected_values)
+    parts = [(slice(0, 1), fitted.token), (slice(1, 5), fitted.patch)]
+    for part, linear in parts:
+        rows = x[:, part].reshape(-1, 3)
+        targets = y[:, part].reshape(-1, 4)
+        penalty = 0.3 * len(rows) * rows.var(axis=0).mean()
+        expected = Ridge(penalty).fit(rows, targets)
         np.testing.assert_allclose(linear.weight.detach(), expected.coef_, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(linear.bias.detach(), expected.intercept_, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(fitted.alphas, 0.3)
@@ -665,11 +670,16 @@ def test_the_map_of_tokens_chooses_its_penalty_on_images_that_it_was_not_fitted_
         x @ rng.normal(size=(30, 4)).astype(np.float32) * gain + noise * (1 - gain)
         for gain in (1.0, 0.0)
     )
-    fitted, hopeless = (TokenMap.fit(x, y, alphas=[1e-5, 0.1, 1e3]) for y in (clear, vague))
-    assert fitted.alphas[1] == pytest.approx(1e-5) and fitted.r2[1] > 0.99
-    assert hopeless.alphas[1] == pytest.approx(1e3) and abs(float(hopeless.r2[1])) < 0.2
+    alphas = [1e-5, 0.1, 1e3]
+    fitted = TokenMap.fit(x, clear, alphas=alphas)
+    hopeless = TokenMap.fit(x, vague, alphas=alphas)
+    assert fitted.alphas[1] == pytest.approx(1e-5)
+    assert fitted.r2[1] > 0.99
+    assert hopeless.alphas[1] == pytest.approx(1e3)
+    assert abs(float(hopeless.r2[1])) < 0.2
     with torch.no_grad():
-        np.testing.assert_allclose(fitted(torch.from_numpy(x))[:, 1:], clear[:, 1:], atol=0.05)
+        mapped = fitted(torch.from_numpy(x))
+    np.testing.assert_allclose(mapped[:, 1:], clear[:, 1:], atol=0.05)
 
 
 def test_the_map_of_tokens_resamples_the_grid():
@@ -681,10 +691,12 @@ def test_the_map_of_tokens_resamples_the_grid():
         torch.nn.init.eye_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
     with torch.no_grad():
-        mapped = network(torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1))[0, :, 0]
+        tokens = torch.tensor([9.0, 0, 1, 2, 3])
+        mapped = network(tokens.view(1, 5, 1)).flatten()
     assert mapped[0] == 9
-    torch.testing.assert_close(mapped[1:].view(4, 4)[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
-    torch.testing.assert_close(mapped[1:].view(4, 4)[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
+    grid = mapped[1:].view(4, 4)
+    torch.testing.assert_close(grid[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(grid[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
 
 
 def test_the_map_of_tokens_reads_blocks_by_image_id():

@@ -91,11 +91,12 @@ def test_autoencoder_round_trip_keeps_the_image(images):
 
 def test_few_images_at_a_time_give_the_same(images, monkeypatch):
     vae = pretrained.LatentAutoencoder("mini")
-    latents, pictures = vae.encode(as_float(images)), vae.decode(vae.encode(as_float(images)))
+    latents = vae.encode(as_float(images))
+    decoded = vae.decode(latents)
     assert vae._batch_size == 1024
     monkeypatch.setattr(pretrained.LatentAutoencoder, "_batch_size", 7)
     torch.testing.assert_close(vae.encode(as_float(images)), latents)
-    torch.testing.assert_close(vae.decode(latents), pictures)
+    torch.testing.assert_close(vae.decode(latents), decoded)
 
 
 def test_image_flow_equals_the_dual_guided_pipeline_with_mix_ratio_zero(images, diffusion):
@@ -145,7 +146,7 @@ def quiet(pipeline, scheduler=None):
 
 
 def generate_images(pipeline, *args, **options):
-    """A pipeline's pictures as (images, 3, height, width) in [0, 1]."""
+    """A pipeline's images as (images, 3, height, width) in [0, 1]."""
     return torch.from_numpy(pipeline(*args, **options, output_type="np").images).permute(0, 3, 1, 2)
 
 
@@ -265,14 +266,14 @@ def true_condition(generator, seen, captions):
 def test_the_judge_is_right_about_images_and_about_their_round_trip(held_out):
     seen, labels, _, judge = held_out
     vae = pretrained.LatentAutoencoder("mini")
-    for pictures in (seen, vae.decode(vae.encode(seen))):
-        answers = judge.classify(pictures)
+    for shown_images in (seen, vae.decode(vae.encode(seen))):
+        answers = judge.classify(shown_images)
         assert all((answers[q] == truth).mean() >= 0.95 for q, truth in labels.items())
     assert judge.chance_accuracy == {"scene": 1 / 8, "kind": 1 / 20, "colour": 1 / 8}
     assert (judge.classify(torch.full((4, 3, 32, 32), 0.5))["kind"] == "car").mean() in (
         0,
         1,
-    )  # alike pictures, alike answers
+    )  # alike images, alike answers
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.75])
@@ -642,12 +643,12 @@ def test_the_published_start_takes_its_detour():
     latents = diffusion.encode(pretrained.make_fixed_image(32))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        picture = diffusion.model.decode(latents / diffusion.scale).sample / 2 + 0.5
+        image = diffusion.model.decode(latents / diffusion.scale).sample / 2 + 0.5
         mean, std = (
             torch.tensor(v).view(1, 3, 1, 1)
             for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
         )
-        posterior = diffusion.model.encode((picture - mean) / std).latent_dist
+        posterior = diffusion.model.encode((image - mean) / std).latent_dist
     torch.testing.assert_close(
         diffusion.encode_published_start(latents, noise),
         (posterior.mean + posterior.std * noise) * diffusion.scale,

@@ -1,5 +1,5 @@
 """MindEye2's decoder: the sampler against its formula, the converter at full size without memory,
-the miniature's pictures.
+the miniature's images.
 """
 
 from types import SimpleNamespace
@@ -99,7 +99,7 @@ def decoder():
 
 def sample_images(count, split="val", seed=5):
     compositions = [miniworld.compose_image(seed, i, split) for i in range(count)]
-    pictures = np.stack([miniworld.render_image(what, seed) for what in compositions])
+    rendered = np.stack([miniworld.render_image(what, seed) for what in compositions])
     labels = [
         (
             list(miniworld.CATEGORIES)[what.objects[-1].category],
@@ -108,7 +108,7 @@ def sample_images(count, split="val", seed=5):
         )
         for what in compositions
     ]
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, np.array(labels)
+    return torch.from_numpy(rendered).permute(0, 3, 1, 2).float() / 255, np.array(labels)
 
 
 @torch.no_grad()
@@ -125,13 +125,15 @@ def noise_for(decoder, count, seed=0):
 
 def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
     images, labels = sample_images(48)
-    pictures = decoder.generate(
+    generated = decoder.generate(
         patch_tokens(images), noise_for(decoder, 48), num_inference_steps=10
     )
     assert (
-        pictures.shape == images.shape and 0 <= float(pictures.min()) and float(pictures.max()) <= 1
+        generated.shape == images.shape
+        and 0 <= float(generated.min())
+        and float(generated.max()) <= 1
     )
-    answers = pretrained.CategoryClassifier("mini").classify(pictures)
+    answers = pretrained.CategoryClassifier("mini").classify(generated)
     shares = {
         question: float((answers[question] == labels[:, i]).mean())
         for i, question in enumerate(("kind", "colour", "scene"))
@@ -141,7 +143,7 @@ def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
     )  # chance about .05 to .13
 
 
-def test_a_picture_does_not_depend_on_its_batch_but_on_its_noise(decoder):
+def test_an_image_does_not_depend_on_its_batch_but_on_its_noise(decoder):
     tokens, noise = patch_tokens(sample_images(3)[0]), noise_for(decoder, 3)
     together = decoder.generate(tokens, noise, num_inference_steps=3)
     alone = torch.cat(
@@ -195,7 +197,7 @@ def test_it_begins_as_published(decoder, monkeypatch):
     decoder.generate(torch.zeros(400, 16, 128), noise, num_inference_steps=38)
     rest = (
         starts["latents"] - starts["sigma"] * noise
-    )  # a standard normal start, and what all places of a picture share
+    )  # a standard normal start, and what all places of an image share
     shared = rest.mean((1, 2, 3)) / starts["sigma"]
     assert float(starts["sigma"]) == pytest.approx(14.6146, abs=1e-3)
     assert float(shared.std()) == pytest.approx(0.04, rel=0.2)
