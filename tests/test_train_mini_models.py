@@ -24,11 +24,12 @@ from tools.mini_models.training import load_averaged
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(home, stage, minutes, *options):
+def launch(home, stage, minutes, *extra_flags):
     env = os.environ | {"PERCEPT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    flags = [stage, "--minutes", str(minutes), "--share", "0.01", *options]
+    flags = [stage, "--minutes", str(minutes), "--share", "0.01", *extra_flags]
     command = [sys.executable, "tools/train_mini_models.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=ROOT, env=env, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     log = home / "train_logs" / "mini_models" / f"{stage}.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,10 +1,10 @@
 """Train the miniature of everything that is frozen, and export it to data/mini_models.
 
-    python tools/train_mini_models.py vae --minutes 10          # each stage resumes from its checkpoint
+    python tools/train_mini_models.py vae --minutes 10          # each stage resumes
     python tools/train_mini_models.py clip --minutes 10
     python tools/train_mini_models.py image --minutes 60 --processes 2
-    python tools/train_mini_models.py robust --minutes 25       # from tokens as vague as a decoder's
-    python tools/train_mini_models.py text --minutes 12         # text tokens instead of image tokens
+    python tools/train_mini_models.py robust --minutes 25       # from tokens as vague as decoded ones
+    python tools/train_mini_models.py text --minutes 12         # text tokens, not image tokens
     python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding, not all tokens
     python tools/train_mini_models.py stable --minutes 6        # the text encoder's hidden states
     python tools/train_mini_models.py unclip --minutes 40       # MindEye2's decoder: patch tokens
@@ -13,7 +13,7 @@
     python tools/train_mini_models.py judge --minutes 5         # the classifier that judges results
     python tools/train_mini_models.py sentence --minutes 4      # sentence embeddings
     python tools/train_mini_models.py gnet --minutes 15 --no-bf16  # the encoder of voxels
-    python tools/train_mini_models.py teacher --minutes 12      # for the low level's contrastive loss
+    python tools/train_mini_models.py teacher --minutes 12      # for the low level's second loss
     python tools/train_mini_models.py alexnet --minutes 5       # the networks of metrics; likewise
                             # efficientnet_b1, inception_v3, swav_resnet50
     python tools/train_mini_models.py laion_prior --minutes 4   # where the combined model starts

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,9 @@ COLOURS = [  # Okabe & Ito, extended
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
+Look = dict[str, Any]  # options of matplotlib's artists
+
+
 class ControlMark(NamedTuple):
     """How a baseline or the ceiling is drawn, and what the legend calls it."""
 
@@ -64,7 +67,7 @@ CONTROL_MARKS = {  # by condition of a score table
 # ------------------------------------------------------------------------------------------- style
 def apply_style() -> AbstractContextManager[None]:
     """A context in which matplotlib draws in the common style: `with apply_style(): ...`."""
-    settings: dict[str, Any] = {
+    settings: Look = {
         "figure.dpi": DPI,
         "savefig.dpi": DPI,
         "figure.facecolor": "white",
@@ -130,10 +133,11 @@ def wrap_text(text: str, width: int) -> str:
     """Break a text into lines of about `width` characters."""
     lines = [""]
     for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and len(longer) > width:
             lines.append(word)
         else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
+            lines[-1] = longer
     return "\n".join(lines)
 
 
@@ -170,17 +174,28 @@ def get_marker_options(condition: str) -> dict[str, Any]:
 
 
 def draw_interval(
-    ax: Any, x: Any, y: Any, colour: str, width: float = 2.5, zorder: float = 4
+    ax: Any,
+    x: Any,
+    y: Any,
+    colour: str,
+    width: float = 2.5,
+    zorder: float = 4,
 ) -> None:
     """Draw a confidence interval as a thick line between two points with flat ends."""
     ax.plot(x, y, color=colour, lw=width, solid_capstyle="butt", zorder=zorder)
 
 
 def draw_dot(
-    ax: Any, x: float, y: float, colour: str, size: float, edge_width: float = 1, marker: str = "o"
+    ax: Any,
+    x: float,
+    y: float,
+    colour: str,
+    size: float,
+    edge_width: float = 1,
+    marker: str = "o",
 ) -> None:
     """Draw one mark with a white edge, above lines and intervals."""
-    look: dict[str, Any] = {"marker": marker, "ms": size, "mew": edge_width, "mec": "white"}
+    look: Look = {"marker": marker, "ms": size, "mew": edge_width, "mec": "white"}
     ax.plot(x, y, color=colour, zorder=5, **look)
 
 
@@ -236,23 +251,44 @@ def add_controls_legend(
         if condition in conditions:
             mark = get_control_mark(condition)
             options = {"color": mark.colour, "ls": "none"} | get_marker_options(condition)
-            options |= {"ms": 9} | look
-            handles.append(Line2D([], [], label=mark.label, **options))
+            handles.append(make_handle(mark.label, **(options | {"ms": 9} | look)))
     add_top_legend(fig, handles, y, ncols=ncols, columnspacing=1.3, handletextpad=0.5)
 
 
-def add_top_legend(fig: Figure, handles: Sequence[Any], y: float, **options: Any) -> None:
+def make_handle(label: str, **look: Any) -> Line2D:
+    """Entry of a legend that looks as a line of the figure."""
+    return Line2D([], [], label=label, **look)
+
+
+def add_title(fig: Figure, y: float, title: str, fontsize: float) -> None:
+    """Bold title at the upper left of a figure; `y` as a share of its height."""
+    look: Look = {"va": "top", "fontweight": "bold", "fontsize": fontsize}
+    fig.text(0.012, y, title, **look)
+
+
+def add_top_legend(
+    fig: Figure,
+    handles: Sequence[Any],
+    y: float,
+    **options: Any,
+) -> None:
     """Legend in the middle of the upper edge of a figure; `y` as a share of its height."""
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, y), "fontsize": 8}
+    place: Look = {"loc": "upper center", "bbox_to_anchor": (0.5, y), "fontsize": 8}
     fig.legend(handles=handles, **place, **options)
 
 
 # -------------------------------------------------------------------------------------- statistics
+def list_unique(values: Iterable[Any]) -> list[Any]:
+    """Values without repetitions, in the order of their first appearance."""
+    return list(dict.fromkeys(values))
+
+
 def bootstrap_means(groups: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
     """Mean and 95 % bootstrap interval of each group of values, (groups, 3): mean, low, high."""
     rng, rows = np.random.default_rng(seed), []
     for values in groups:
         resampled = rng.integers(0, len(values), (1000, len(values)))
-        low, high = np.quantile(values[resampled].mean(1), [0.025, 0.975])
+        means = values[resampled].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
         rows.append((values.mean(), low, high))
     return np.array(rows)

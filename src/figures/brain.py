@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from src.figures.base import FAINT, SOFT, apply_style, draw_in_style
+from src.figures.base import FAINT, SOFT, Look, apply_style, draw_in_style
 from src.figures.canvas import choose_tile_side, make_tiles
 from src.utils import PerceptError, require_extra
 
@@ -29,14 +29,16 @@ def plot_trials(images: Any, responses: Sequence[np.ndarray], max_voxels: int = 
         max_voxels: voxels drawn, the first ones.
     """
     n = len(responses)
-    options: dict[str, Any] = {"width_ratios": (1, 8), "layout": "constrained", "squeeze": False}
-    fig, axes = plt.subplots(n, 2, figsize=(8, 0.95 * n + 0.5), **options)
+    options: Look = {"width_ratios": (1, 8), "layout": "constrained", "squeeze": False}
+    options["figsize"] = (8, 0.95 * n + 0.5)
+    fig, axes = plt.subplots(n, 2, **options)
     tiles = make_tiles(images, choose_tile_side(images), "bicubic")
     for (left, right), tile, betas in zip(axes, tiles, responses, strict=True):
         left.imshow(tile)
         left.axis("off")
-        look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "aspect": "auto"}
-        heatmap = right.imshow(betas[:, :max_voxels], interpolation="nearest", **look)
+        look: Look = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3}
+        look |= {"aspect": "auto", "interpolation": "nearest"}
+        heatmap = right.imshow(betas[:, :max_voxels], **look)
         n_repeats = len(betas)
         numbers = [str(i + 1) for i in range(n_repeats)]
         right.set(xticks=[], yticks=range(n_repeats), yticklabels=numbers)
@@ -59,7 +61,11 @@ def _describe_reliability(betas: np.ndarray) -> str:
     return f"r = {pairs.mean():.2f}"
 
 
-VIEWS = {"from behind": ("x", "z"), "from above": ("x", "y"), "from the right": ("y", "z")}
+VIEWS = {  # axes across and up
+    "from behind": ("x", "z"),
+    "from above": ("x", "y"),
+    "from the right": ("y", "z"),
+}
 
 AXIS_LABELS = {"x": "left - right (mm)", "y": "back - front (mm)", "z": "down - up (mm)"}
 
@@ -93,15 +99,22 @@ def plot_voxel_map(
     widths = [spans[across] for across, _ in VIEWS.values()]
     tallest = max(spans[up] for _, up in VIEWS.values())
     row_height = 0.9 + 8.6 * tallest / sum(widths)  # inches; one scale for all views
-    options: dict[str, Any] = {"width_ratios": widths, "squeeze": False, "layout": "constrained"}
+    options: Look = {"width_ratios": widths, "squeeze": False, "layout": "constrained"}
     size = (12, row_height * len(values))
-    fig, axes = plt.subplots(len(values), len(VIEWS), figsize=size, **options)
+    fig, axes = plt.subplots(
+        len(values),
+        len(VIEWS),
+        figsize=size,
+        **options,
+    )
     for row, (name, row_values) in zip(axes, values.items(), strict=True):
         row_values = np.asarray(row_values, float)
-        for ax, (view, (across, up)) in zip(row, VIEWS.items(), strict=True):
+        for ax, view in zip(row, VIEWS, strict=True):
+            across, up = VIEWS[view]
             dots = _scatter_voxels(ax, voxels[across], voxels[up], row_values)
             title = f"{name}, {view}" if ax is row[0] else view
-            ax.set(aspect="equal", title=title, xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up])
+            ax.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up])
+            ax.set(aspect="equal", title=title)
             _name_regions(ax, voxels, rois, across, up)
         fig.colorbar(dots, ax=row, shrink=0.8, label="mean attribution", extend="both")
     return fig
@@ -112,18 +125,35 @@ def _find_colour_limit(values: np.ndarray) -> float:
     return max(float(np.nanquantile(np.abs(values), 0.99)), 1e-12)
 
 
-def _scatter_voxels(ax: Any, x: pd.Series, y: pd.Series, values: np.ndarray) -> Any:
+def _scatter_voxels(
+    ax: Any,
+    x: pd.Series,
+    y: pd.Series,
+    values: np.ndarray,
+) -> Any:
     """Draw one view of the voxels, the strongest on top; returns the dots that have a value."""
     x, y = x.to_numpy(float), y.to_numpy(float)
     unused = np.isnan(values)
     ax.scatter(x[unused], y[unused], s=3, c=FAINT)
     order = np.argsort(np.nan_to_num(np.abs(values), nan=-1.0))
     limit = _find_colour_limit(values)
-    look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    return ax.scatter(x[order], y[order], s=11, c=values[order], lw=0.15, edgecolors=SOFT, **look)
+    look: Look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    look |= {"s": 11, "lw": 0.15, "edgecolors": SOFT}
+    return ax.scatter(
+        x[order],
+        y[order],
+        c=values[order],
+        **look,
+    )
 
 
-def _name_regions(ax: Any, voxels: pd.DataFrame, rois: Sequence[str], across: str, up: str) -> None:
+def _name_regions(
+    ax: Any,
+    voxels: pd.DataFrame,
+    rois: Sequence[str],
+    across: str,
+    up: str,
+) -> None:
     """Write the names of regions at the middle of their voxels.
 
     In the right hemisphere where both have some; names that would overlap are moved up.
@@ -143,7 +173,8 @@ def _name_regions(ax: Any, voxels: pd.DataFrame, rois: Sequence[str], across: st
             members = right
         if len(members):
             centres[roi] = members[[across, up]].median().to_numpy(float)
-    width, height = (0.02 * float(np.ptp(voxels[axis])) for axis in (across, up))
+    width = 0.02 * float(np.ptp(voxels[across]))
+    height = 0.02 * float(np.ptp(voxels[up]))
     placed: list[tuple[float, float, int]] = []  # x, y and letters of the names so far
 
     def overlaps(x: float, y: float, letters: int) -> bool:
@@ -154,15 +185,29 @@ def _name_regions(ax: Any, voxels: pd.DataFrame, rois: Sequence[str], across: st
         return False
 
     edge = [withStroke(linewidth=2.5, foreground="white")]
-    place: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 5}
-    for roi, (x, y) in sorted(centres.items(), key=lambda item: item[1][1]):
+    look: Look = {"fontsize": 8.5, "fontweight": "bold", "path_effects": edge}
+    for roi in sorted(centres, key=lambda roi: centres[roi][1]):
+        x, y = centres[roi]
         while overlaps(x, y, len(roi)):
             y += height
         placed.append((x, y, len(roi)))
-        ax.text(x, y, roi, fontsize=8.5, fontweight="bold", path_effects=edge, **place)
+        ax.text(
+            x,
+            y,
+            roi,
+            ha="center",
+            va="center",
+            zorder=5,
+            **look,
+        )
 
 
-def plot_glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str = "") -> Figure:
+def plot_glass_brain(
+    voxels: pd.DataFrame,
+    values: Any,
+    affine: Any,
+    title: str = "",
+) -> Figure:
     """Values of voxels in a glass brain: the largest along each line of sight.
 
     The outline is that of the MNI template. Where the affine is of a subject's own space, it is
@@ -186,12 +231,13 @@ def plot_glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str 
     nibabel = require_extra("nibabel", "nsd")
     indices = voxels[["i", "j", "k"]].to_numpy(int)
     volume = np.zeros(indices.max(0) + 2, np.float32)
-    volume[tuple(indices.T)] = np.nan_to_num(np.asarray(values, np.float32))
-    limit = _find_colour_limit(np.asarray(values, float))
+    values = np.asarray(values)
+    volume[tuple(indices.T)] = np.nan_to_num(values.astype(np.float32))
+    limit = _find_colour_limit(values.astype(float))
     with apply_style():
         fig = plt.figure(figsize=(10, 4.2))
         image = nibabel.Nifti1Image(volume, np.asarray(affine, float))
-        look: dict[str, Any] = {
+        look: Look = {
             "cmap": "RdBu_r",
             "vmin": -limit,
             "vmax": limit,
@@ -199,8 +245,8 @@ def plot_glass_brain(voxels: pd.DataFrame, values: Any, affine: Any, title: str 
             "plot_abs": False,
             "colorbar": True,
         }
-        place: dict[str, Any] = {"axes": (0.0, 0.0, 0.97, 0.88), "display_mode": "lyrz"}
-        plotting.plot_glass_brain(image, figure=fig, **place, **look)
+        axes = (0.0, 0.0, 0.97, 0.88)
+        plotting.plot_glass_brain(image, figure=fig, axes=axes, display_mode="lyrz", **look)
         fig.text(0.012, 0.985, title, va="top", fontweight="bold", fontsize=11)
         fig.canvas.draw()
     plt.close(fig)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from src.figures.base import DPI
+from src.figures.base import DPI, Look
 from src.utils import PerceptError
 
 ENLARGEMENTS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
@@ -44,13 +44,21 @@ def make_tiles(images: Any, side: int, enlarge: str) -> np.ndarray:
             f"Images of shape {tuple(pixels.shape)} were passed; figures expect (n, 3 or 1,"
             " height, width) in [0, 1]."
         )
-    pixels = torch.nan_to_num(pixels).clamp(0, 1).expand(-1, 3, -1, -1)
-    pixels = pixels.permute(0, 2, 3, 1)  # (n, height, width, 3)
+    pixels = torch.nan_to_num(pixels).clamp(0, 1)
+    pixels = pixels.expand(-1, 3, -1, -1).permute(
+        0,
+        2,
+        3,
+        1,
+    )  # (n, height, width, 3)
     pixels_uint8 = (pixels * 255).round().to(torch.uint8).numpy()
     shrinks = max(pixels_uint8.shape[1:3]) > side
     method = Image.Resampling.LANCZOS if shrinks else ENLARGEMENTS[enlarge]
-    tiles = [Image.fromarray(image).resize((side, side), method) for image in pixels_uint8]
-    return np.stack([np.asarray(tile) for tile in tiles])
+    tiles = []
+    for image in pixels_uint8:
+        tile = Image.fromarray(image).resize((side, side), method)
+        tiles.append(np.asarray(tile))
+    return np.stack(tiles)
 
 
 def choose_tile_side(images: Any, target: int = 112) -> int:
@@ -86,11 +94,17 @@ class PixelCanvas:
 
     def add_text(self, x: float, y: float, text: str, **kwargs: Any) -> None:
         """Write a text at x, y, centred by default; `kwargs` are those of matplotlib's texts."""
-        self.ax.text(x, y, text, **{"va": "center", "ha": "center", **kwargs})
+        self.ax.text(
+            x,
+            y,
+            text,
+            **({"va": "center", "ha": "center"} | kwargs),
+        )
 
     def finish(self) -> Figure:
         """The figure with all tiles drawn."""
         height, width = self.pixels.shape[:2]
-        look: dict[str, Any] = {"interpolation": "nearest", "aspect": "auto", "zorder": 0}
-        self.ax.imshow(self.pixels, extent=(0, width, height, 0), **look)
+        look: Look = {"interpolation": "nearest", "aspect": "auto", "zorder": 0}
+        look["extent"] = (0, width, height, 0)
+        self.ax.imshow(self.pixels, **look)
         return self.fig

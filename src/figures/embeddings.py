@@ -10,15 +10,18 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from src.figures.base import COLOURS, FAINT, INK, MARKERS, SOFT, draw_in_style
+from src.figures.base import COLOURS, FAINT, INK, MARKERS, SOFT, Look, draw_in_style, make_handle
 from src.utils import PerceptError
 
 
 @draw_in_style
 def plot_embeddings(
-    brain: Any, clip: Any, categories: Sequence[Any], seed: int = 0, max_categories: int = 8
+    brain: Any,
+    clip: Any,
+    categories: Sequence[Any],
+    seed: int = 0,
+    max_categories: int = 8,
 ) -> Figure:
     """Brain and image embeddings in one UMAP plane (McInnes et al. 2018), by category.
 
@@ -48,31 +51,43 @@ def plot_embeddings(
     for i, name in enumerate(names):
         mask = (labels == name).to_numpy()
         colour, marker = COLOURS[i % 8], MARKERS[i % 8]
-        _scatter_pairs(ax, brain_points[mask], image_points[mask], colour, (marker, marker), name)
+        points = (brain_points[mask], image_points[mask])
+        _scatter_pairs(ax, *points, colour, (marker, marker), name)
     mask = (~labels.isin(names)).to_numpy()
     if mask.any():
-        _scatter_pairs(ax, brain_points[mask], image_points[mask], SOFT, (".", "o"), "other")
-    dot: dict[str, Any] = {"color": INK, "marker": "o", "ls": "none"}
+        points = (brain_points[mask], image_points[mask])
+        _scatter_pairs(ax, *points, SOFT, (".", "o"), "other")
+    dot: Look = {"color": INK, "marker": "o", "ls": "none"}
     kinds = [
-        Line2D([], [], mfc=INK, label="from the brain", **dot),
-        Line2D([], [], mfc="none", label="of the image", **dot),
+        make_handle("from the brain", mfc=INK, **dot),
+        make_handle("of the image", mfc="none", **dot),
     ]
-    place: dict[str, Any] = {"loc": "upper left", "alignment": "left", "fontsize": 9}
-    ax.add_artist(ax.legend(handles=kinds, title="embedding", bbox_to_anchor=(1, 1), **place))
+    place: Look = {"loc": "upper left", "alignment": "left", "fontsize": 9}
+    legend = ax.legend(
+        handles=kinds,
+        title="embedding",
+        bbox_to_anchor=(1, 1),
+        **place,
+    )
+    ax.add_artist(legend)
     ax.legend(title="category", bbox_to_anchor=(1, 0.82), **place)
     ax.set(xticks=[], yticks=[], title="UMAP of brain and image embeddings (cosine)")
     ax.spines[["left", "bottom"]].set_color(FAINT)
     return fig
 
 
-def _fit_umap(brain: Any, clip: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit_umap(
+    brain: Any,
+    clip: Any,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Both embeddings (n, ...) in one UMAP plane: (n, 2) of the brain and (n, 2) of the images."""
     from umap import UMAP  # compiles for seconds when imported: only where it is used
 
-    tensors = [torch.as_tensor(embeddings).detach().float().cpu() for embeddings in (brain, clip)]
-    rows = torch.cat([tensor.flatten(1) for tensor in tensors])
+    tensors = (torch.as_tensor(embeddings).detach() for embeddings in (brain, clip))
+    rows = torch.cat([tensor.float().cpu().flatten(1) for tensor in tensors])
     n_neighbors = min(15, len(rows) - 1)
-    options: dict[str, Any] = {"metric": "cosine", "min_dist": 0.3, "n_jobs": 1}
+    options: Look = {"metric": "cosine", "min_dist": 0.3, "n_jobs": 1}
     reducer = UMAP(n_neighbors=n_neighbors, random_state=seed, **options)
     points = reducer.fit_transform(rows.numpy())  # (2n, 2)
     return points[: len(rows) // 2], points[len(rows) // 2 :]
@@ -88,7 +103,7 @@ def _scatter_pairs(
 ) -> None:
     """Draw the points of one category: filled those of the brain, open those of the images."""
     filled, hollow = markers
-    x, y = brain_points.T
-    ax.scatter(x, y, s=26, c=colour, marker=filled, lw=0, alpha=0.85, label=label)
-    x, y = image_points.T
-    ax.scatter(x, y, s=26, facecolors="none", edgecolors=colour, marker=hollow, lw=0.9)
+    look: Look = {"c": colour, "marker": filled, "lw": 0, "alpha": 0.85}
+    ax.scatter(*brain_points.T, s=26, label=label, **look)
+    look = {"facecolors": "none", "edgecolors": colour, "marker": hollow}
+    ax.scatter(*image_points.T, s=26, lw=0.9, **look)

@@ -13,11 +13,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from src.figures.base import INK, SOFT, draw_in_style, wrap_text
+from src.figures.base import INK, SOFT, Look, draw_in_style, wrap_text
 from src.figures.canvas import PixelCanvas, choose_tile_side, make_tiles
 from src.utils import PerceptError
 
 LINE_HEIGHT = 13  # pixels of a line of a caption
+
+Captions = dict[str, Sequence[str]]  # of each image, by their source
 
 
 class _SheetLayout:
@@ -26,7 +28,7 @@ class _SheetLayout:
     Args:
         side: pixels a side of an image.
         n_rows: rows of a block.
-        n_columns: images in a row.
+        row_width: pixels of the images of a row, with their gaps.
         label_width: pixels left of a row, for its label.
         caption_height: pixels beneath a row, for its captions.
     """
@@ -34,10 +36,15 @@ class _SheetLayout:
     GAP, HEAD, BETWEEN = 6, 40, 26  # between images; above all rows; between blocks
 
     def __init__(
-        self, side: int, n_rows: int, n_columns: int, label_width: int, caption_height: int
+        self,
+        side: int,
+        n_rows: int,
+        row_width: int,
+        label_width: int,
+        caption_height: int,
     ):
         self.side, self.n_rows, self.label_width = side, n_rows, label_width
-        self.block_width = label_width + n_columns * (side + self.GAP)
+        self.block_width = label_width + row_width
         self.row_height = side + self.GAP + caption_height
 
     def make_canvas(self, n_blocks: int) -> PixelCanvas:
@@ -62,7 +69,7 @@ def plot_contact_sheet(
     blocks: int = 2,
     labels: Sequence[Any] | None = None,
     enlarge: str = "bicubic",
-    captions: dict[str, Sequence[str]] | None = None,
+    captions: Captions | None = None,
 ) -> Figure:
     """The first n test images beside what was reconstructed of them.
 
@@ -93,28 +100,36 @@ def plot_contact_sheet(
     blocks = min(blocks, n)
     side = max(choose_tile_side(images) for images in columns.values())
     label_width = 14 + 7 * max(len(str(label)) for label in labels[:n])
-    texts = _join_captions(captions or {}, n, len(columns) * (side + _SheetLayout.GAP) // 7)
+    row_width = len(columns) * (side + _SheetLayout.GAP)
+    texts = _join_captions(captions or {}, n, row_width // 7)
     n_lines = max((text.count("\n") + 1 for text in texts if text), default=0)
-    layout = _SheetLayout(side, -(-n // blocks), len(columns), label_width, LINE_HEIGHT * n_lines)
+    n_rows = -(-n // blocks)
+    layout = _SheetLayout(side, n_rows, row_width, label_width, LINE_HEIGHT * n_lines)
     canvas = layout.make_canvas(blocks)
     _write_captions(canvas, layout, texts)
     for c, (title, images) in enumerate(columns.items()):
         shift = c * (side + layout.GAP)
         weight = "bold" if c == 0 else "normal"
-        look: dict[str, Any] = {"va": "bottom", "fontsize": 9, "linespacing": 1.0}
+        look: Look = {"va": "bottom", "fontsize": 9, "fontweight": weight}
         for block in range(blocks):
             x = layout.block_left(block) + shift + side / 2
-            canvas.add_text(x, layout.HEAD - 6, wrap_text(title, 15), fontweight=weight, **look)
+            text = wrap_text(title, 15)
+            canvas.add_text(x, layout.HEAD - 6, text, linespacing=1.0, **look)
         for i, tile in enumerate(make_tiles(images[:n], side, enlarge)):
             x, y = layout.row_corner(i)
             canvas.add_tile(tile, x + shift, y)
     for i, label in enumerate(labels[:n]):
         x, y = layout.row_corner(i)
-        canvas.add_text(x - 6, y + side / 2, str(label), ha="right", color=SOFT, fontsize=8)
+        _write_label(canvas, x, y + side / 2, str(label))
     return canvas.finish()
 
 
-def _join_captions(captions: dict[str, Sequence[str]], n: int, width: int) -> list[str]:
+def _write_label(canvas: PixelCanvas, x: float, y: float, label: str) -> None:
+    """Write the label of a row left of its first image, which begins at x."""
+    canvas.add_text(x - 6, y, label, ha="right", color=SOFT, fontsize=8)
+
+
+def _join_captions(captions: Captions, n: int, width: int) -> list[str]:
     """The text beneath each of n rows: a caption a source, in lines of about `width` characters."""
     texts = []
     for i in range(n):
@@ -131,7 +146,11 @@ def _write_captions(canvas: PixelCanvas, layout: _SheetLayout, texts: Sequence[s
 
 
 @draw_in_style
-def plot_image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic") -> Figure:
+def plot_image_grid(
+    rows: dict[str, Any],
+    n: int = 12,
+    enlarge: str = "bicubic",
+) -> Figure:
     """One row of images a kind, the first n of each: for a quick look.
 
     Args:
@@ -142,10 +161,12 @@ def plot_image_grid(rows: dict[str, Any], n: int = 12, enlarge: str = "bicubic")
     n = min(n, *(len(images) for images in rows.values()))
     side = min(88, max(choose_tile_side(images) for images in rows.values()))
     gap, margin = 6, 108
-    canvas = PixelCanvas(margin + n * (side + gap), gap + len(rows) * (side + gap))
+    width, height = margin + n * (side + gap), gap + len(rows) * (side + gap)
+    canvas = PixelCanvas(width, height)
     for row, (title, images) in enumerate(rows.items()):
         y = gap + row * (side + gap)
-        canvas.add_text(margin - 8, y + side / 2, wrap_text(title, 12), ha="right", fontsize=9)
+        text = wrap_text(title, 12)
+        canvas.add_text(margin - 8, y + side / 2, text, ha="right", fontsize=9)
         for i, tile in enumerate(make_tiles(images[:n], side, enlarge)):
             canvas.add_tile(tile, margin + i * (side + gap), y)
     return canvas.finish()
@@ -192,26 +213,30 @@ def plot_hits_and_misses(
             f"{len(queries)} queries, {len(candidates)} rows of candidates, {len(targets)} right"
             f" ones and {len(ranks)} ranks were passed; they must pair up."
         )
-    groups = {"hit": np.flatnonzero(ranks == 1), "miss": np.flatnonzero(ranks != 1)}
+    is_hit = ranks == 1
+    groups = {"hit": np.flatnonzero(is_hit), "miss": np.flatnonzero(~is_hit)}
+    queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     k, side = min(k, candidates.shape[1]), choose_tile_side(queries, 80)
     gap, left, head, heading = 12, 44, 46, 26
     n_rows = sum(max(1, len(rows[:n])) for rows in groups.values())
     width = left + (k + 1) * (side + gap) + 124
-    canvas = PixelCanvas(max(560, width), head + 2 * heading + n_rows * (side + gap) + 4)
-    _write_counts(canvas, gap, title, {kind: len(rows) for kind, rows in groups.items()}, n)
+    height = head + 2 * heading + n_rows * (side + gap) + 4
+    canvas = PixelCanvas(max(560, width), height)
+    counts = {kind: len(rows) for kind, rows in groups.items()}
+    _write_heading(canvas, gap, f"{title}: {_describe_counts(counts)}", n)
     y = head
     for kind, rows in groups.items():
         text = HEADINGS[kind] if len(rows) else HEADINGS[kind] + " - there are none"
-        look: dict[str, Any] = {"ha": "left", "fontsize": 9}
+        look: Look = {"ha": "left", "fontsize": 9}
         canvas.add_text(gap, y + heading / 2, text, fontweight="bold", **look)
         y += heading
         for row in rows[:n]:
-            shown = torch.as_tensor(candidates[row, :k])
-            images = [torch.as_tensor(queries)[row, None], torch.as_tensor(gallery)[shown]]
+            best = candidates[row, :k]
+            images = [queries[row, None], gallery[torch.as_tensor(best)]]
             tiles = make_tiles(torch.cat(images), side, enlarge)
-            _draw_candidates(canvas, tiles, (left, y), gap, candidates[row, :k] == targets[row])
+            _draw_candidates(canvas, tiles, (left, y), gap, best == targets[row])
             middle = y + side / 2
-            canvas.add_text(left - 6, middle, str(row + 1), ha="right", fontsize=8, color=SOFT)
+            _write_label(canvas, left, middle, str(row + 1))
             x = left + (k + 1) * (side + gap) + 22
             weight = "bold" if kind == "miss" else "normal"
             rank = f"rank {ranks[row]}\nof {len(gallery)}"
@@ -222,12 +247,18 @@ def plot_hits_and_misses(
     return canvas.finish()
 
 
-def _write_counts(canvas: PixelCanvas, x: int, title: str, counts: dict[str, int], n: int) -> None:
-    """Title of `plot_hits_and_misses` with the numbers of both, and what its rows are."""
+def _describe_counts(counts: dict[str, int]) -> str:
+    """The numbers of hits and misses in words."""
     plurals = {"hit": "hits", "miss": "misses"}
-    parts = [f"{count} {kind if count == 1 else plurals[kind]}" for kind, count in counts.items()]
-    text = f"{title}: {' and '.join(parts)} among {sum(counts.values())} test images"
-    canvas.add_text(x, 16, text, ha="left", fontsize=11, fontweight="bold")
+    parts = []
+    for kind, count in counts.items():
+        parts.append(f"{count} {kind if count == 1 else plurals[kind]}")
+    return f"{' and '.join(parts)} among {sum(counts.values())} test images"
+
+
+def _write_heading(canvas: PixelCanvas, x: int, title: str, n: int) -> None:
+    """Title of `plot_hits_and_misses`, and what its rows are."""
+    canvas.add_text(x, 16, title, ha="left", fontsize=11, fontweight="bold")
     text = (
         f"the first {n} of each, in the order of the test set; their numbers there stand at the"
         " left"
@@ -236,7 +267,11 @@ def _write_counts(canvas: PixelCanvas, x: int, title: str, counts: dict[str, int
 
 
 def _draw_candidates(
-    canvas: PixelCanvas, tiles: np.ndarray, corner: tuple[int, int], gap: int, is_target: np.ndarray
+    canvas: PixelCanvas,
+    tiles: np.ndarray,
+    corner: tuple[int, int],
+    gap: int,
+    is_target: np.ndarray,
 ) -> None:
     """One row: the seen image and, after a space, the candidates with the right one framed.
 
@@ -253,14 +288,27 @@ def _draw_candidates(
         x = left + j * (side + gap) + gap
         canvas.add_tile(tile, x, y)
         if is_target[j - 1]:
-            look: dict[str, Any] = {"lw": 3, "ec": INK, "zorder": 2}
-            frame = Rectangle((x - 2, y - 2), side + 4, side + 4, fill=False, **look)
+            look: Look = {"fill": False, "lw": 3, "ec": INK}
+            frame = Rectangle(
+                (x - 2, y - 2),
+                side + 4,
+                side + 4,
+                zorder=2,
+                **look,
+            )
+            corner_box = Rectangle((x, y), 20, 20, color=INK, zorder=2)
             canvas.ax.add_patch(frame)
-            canvas.ax.add_patch(Rectangle((x, y), 20, 20, color=INK, zorder=2))
-            canvas.add_text(x + 10, y + 10, "✓", color="white", fontsize=10, zorder=3)
+            canvas.ax.add_patch(corner_box)
+            look = {"color": "white", "fontsize": 10, "zorder": 3}
+            canvas.add_text(x + 10, y + 10, "✓", **look)
 
 
-def draw_vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) -> np.ndarray:
+def draw_vote_sheet(
+    seen: Any,
+    chosen: Any,
+    candidates: Any,
+    tile: int = 512,
+) -> np.ndarray:
     """One image as a strip: the seen image, the chosen one, a gap, and the candidates.
 
     Args:
@@ -275,8 +323,9 @@ def draw_vote_sheet(seen: Any, chosen: Any, candidates: Any, tile: int = 512) ->
     Source: the 2023 ROI project (3272 x 552 for four candidates of 512 pixels).
     """
     border, gap = 20, 60
-    pair = torch.stack([torch.as_tensor(image).float() for image in (seen, chosen)])
-    tiles = [*make_tiles(pair, tile, "bicubic"), *make_tiles(candidates, tile, "bicubic")]
+    first = [torch.as_tensor(image).float() for image in (seen, chosen)]
+    tiles = list(make_tiles(torch.stack(first), tile, "bicubic"))
+    tiles += list(make_tiles(candidates, tile, "bicubic"))
     width = len(tiles) * (tile + border) + border + gap
     sheet = np.full((tile + 2 * border, width, 3), 255, np.uint8)
     for place, pixels in enumerate(tiles):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.figures.base import COLOURS, INK, SOFT, draw_in_style
+from src.figures.base import COLOURS, INK, SOFT, Look, draw_in_style, list_unique
 from src.utils import PerceptError
 
 LEVEL_COLOURS = {"low_level": COLOURS[0], "high_level": COLOURS[1]}
@@ -34,7 +34,8 @@ def plot_roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
         voxels: one row a voxel, with Boolean columns of regions.
         sets: by name of the model the positions of its voxels (selected,), or None for all of them.
     """
-    rois = [str(name) for name in voxels.select_dtypes("bool").columns if voxels[name].any()]
+    regions = voxels.select_dtypes("bool")
+    rois = [str(name) for name in regions.columns if regions[name].any()]
     masks = _get_region_masks(voxels, rois)
     shares = np.empty((len(sets), len(masks)))
     for row, positions in enumerate(sets.values()):
@@ -45,7 +46,7 @@ def plot_roi_sets(voxels: pd.DataFrame, sets: dict[str, Any]) -> Figure:
     size = (1.6 + 0.62 * len(masks), 0.9 + 0.42 * len(sets))
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+    place: Look = {"ha": "center", "va": "center", "fontsize": 8}
     for (row, column), share in np.ndenumerate(shares):
         colour = "white" if share > 0.6 else INK
         ax.text(column, row, f"{share:.0%}", color=colour, **place)
@@ -85,16 +86,29 @@ def plot_roi_reliability(
         )
     ceilings = voxels[noise_ceiling].to_numpy(float)
     high = max(float(np.nanquantile(ceilings, 0.995)), 1e-6)
-    bins = np.linspace(min(0.0, float(np.nanmin(ceilings))), high, 41)
+    low = min(0.0, float(np.nanmin(ceilings)))
+    bins = np.linspace(low, high, 41)
     masks = _get_region_masks(voxels, rois)
     height = 0.7 + 0.52 * len(masks)
-    fig, axes = plt.subplots(len(masks), 1, figsize=(7, height), sharex=True, squeeze=False)
+    size = (7, height)
+    fig, axes = plt.subplots(
+        len(masks),
+        1,
+        figsize=size,
+        sharex=True,
+        squeeze=False,
+    )
     top, bottom = 1 - 0.32 / height, 0.48 / height
     fig.subplots_adjust(left=0.36, right=0.97, top=top, bottom=bottom, hspace=0.12)
-    for i, (ax, (name, mask)) in enumerate(zip(axes[:, 0], masks.items(), strict=True)):
+    for ax, (name, mask) in zip(axes[:, 0], masks.items(), strict=True):
         values = ceilings[mask & np.isfinite(ceilings)]
-        colour = SOFT if i == 0 else COLOURS[0]
-        ax.hist(np.clip(values, bins[0], bins[-1]), bins, color=colour, alpha=0.85)
+        colour = SOFT if ax is axes[0, 0] else COLOURS[0]
+        ax.hist(
+            np.clip(values, low, high),
+            bins,
+            color=colour,
+            alpha=0.85,
+        )
         median = "-"
         if len(values):
             median = f"{np.median(values):.2f}"
@@ -102,12 +116,18 @@ def plot_roi_reliability(
         _write_cells(ax, 0.35, (name, f"{mask.sum():,}", median), fontsize=9)
         ax.set(yticks=[])
         ax.spines["left"].set_visible(False)
-    _write_cells(axes[0, 0], 1.12, ("region", "voxels", "median"), fontsize=8, color=SOFT)
+    headings = ("region", "voxels", "median")
+    _write_cells(axes[0, 0], 1.12, headings, fontsize=8, color=SOFT)
     axes[-1, 0].set_xlabel(f"{noise_ceiling.replace('_', ' ')} (line: median)")
     return fig
 
 
-def _write_cells(ax: Any, y: float, texts: tuple[str, str, str], **look: Any) -> None:
+def _write_cells(
+    ax: Any,
+    y: float,
+    texts: Sequence[str],
+    **look: Any,
+) -> None:
     """Three cells of a table, left of a panel: name, number of voxels, median."""
     name, *numbers = texts
     look["transform"] = ax.transAxes
@@ -135,20 +155,21 @@ def plot_region_bars(
     """
     drops = table[(table["measure"] == "drop") & (table["region"] != "all")]
     shares = table[table["measure"] == "attribution"]
-    names = dict.fromkeys([*shares["region"], *drops["region"]])
+    names = list_unique([*shares["region"], *drops["region"]])
     regions = [name for name in names if name not in joint_sets]
     regions += [name for name in joint_sets if (drops["region"] == name).any()]
     panels = []  # level and score of each panel of drops
     for level in LEVEL_COLOURS:
-        scores = dict.fromkeys(drops.loc[drops["level"] == level, "score"])
+        scores = list_unique(drops.loc[drops["level"] == level, "score"])
         panels += [(level, score) for score in scores]
     if not regions or not panels:
         raise PerceptError("There are no drops of regions to draw.")
     n_panels = 1 + len(panels)
     size = (2.6 + 1.85 * n_panels, 1.5 + 0.34 * len(regions))
     fig, axes = plt.subplots(1, n_panels, figsize=size, sharey=True, layout="constrained")
-    for shift, (level, colour) in zip((-0.2, 0.2), LEVEL_COLOURS.items(), strict=True):
-        _draw_bars(axes[0], shares[shares["level"] == level], regions, shift, 0.36, colour)
+    for level, shift in (("low_level", -0.2), ("high_level", 0.2)):
+        rows = shares[shares["level"] == level]
+        _draw_bars(axes[0], rows, regions, shift, 0.36, LEVEL_COLOURS[level])
     axes[0].set_title("share of the\nattribution", fontsize=10)
     axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for ax, (level, score) in zip(axes[1:], panels, strict=True):
@@ -164,13 +185,19 @@ def plot_region_bars(
         ax.tick_params(axis="y", length=0)
         ax.xaxis.set_major_locator(MaxNLocator(3))
         if joint_sets and joint_sets[0] in regions:
-            ax.axhline(regions.index(joint_sets[0]) - 0.5, color=SOFT, lw=0.8, ls=":")
+            y = regions.index(joint_sets[0]) - 0.5
+            ax.axhline(y, color=SOFT, lw=0.8, ls=":")
     _add_levels_legend(fig)
     return fig
 
 
 def _draw_bars(
-    ax: Any, rows: pd.DataFrame, regions: Sequence[str], shift: float, height: float, colour: str
+    ax: Any,
+    rows: pd.DataFrame,
+    regions: Sequence[str],
+    shift: float,
+    height: float,
+    colour: str,
 ) -> None:
     """Horizontal bars of some regions with their intervals.
 
@@ -184,7 +211,7 @@ def _draw_bars(
     """
     positions = {name: y for y, name in enumerate(regions)}
     y = rows["region"].map(positions).to_numpy(float) + shift
-    value, low, high = (rows[name].to_numpy(float) for name in ("value", "low", "high"))
+    value, low, high = rows[["value", "low", "high"]].to_numpy(float).T
     ax.barh(y, value, height, color=colour, alpha=0.85)
     ax.hlines(y, low, high, color=INK, lw=1.3)
 
@@ -193,7 +220,16 @@ def _add_levels_legend(fig: Figure) -> None:
     """Colours of the two levels, and what the bars are."""
     handles = []
     for level, colour in LEVEL_COLOURS.items():
-        handles.append(Rectangle((0, 0), 1, 1, color=colour, label=level.replace("_", " ")))
-    look: dict[str, Any] = {"ncols": 2, "fontsize": 9, "title_fontsize": 9, "alignment": "left"}
+        label = level.replace("_", " ")
+        handles.append(
+            Rectangle(
+                (0, 0),
+                1,
+                1,
+                color=colour,
+                label=label,
+            )
+        )
+    look: Look = {"ncols": 2, "fontsize": 9, "title_fontsize": 9, "alignment": "left"}
     title = "region and its voxels; bars with 95 % intervals over images"
     fig.legend(handles=handles, loc="outside upper left", title=title, **look)

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.figures.base import (
@@ -21,7 +20,9 @@ from src.figures.base import (
     FAINT,
     MARKERS,
     SOFT,
+    Look,
     add_controls_legend,
+    add_title,
     bootstrap_means,
     describe_metric,
     draw_dot,
@@ -29,6 +30,7 @@ from src.figures.base import (
     draw_interval,
     get_control_mark,
     get_marker_options,
+    make_handle,
     make_panel_row,
     wrap_text,
 )
@@ -60,12 +62,12 @@ def plot_score_dots(records: Sequence[dict[str, Any]], title: str = "") -> Figur
     for ax, record in zip(axes[:, 0], records, strict=True):
         _draw_strip(ax, record)
     conditions = {condition for record in records for condition in _get_controls(record)}
-    dot: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ms": 8, "lw": 3}
-    first = [Line2D([], [], label="this system, 95 % interval", **dot)]
+    dot: Look = {"color": COLOURS[0], "marker": "o", "ms": 8, "lw": 3}
+    first = [make_handle("this system, 95 % interval", **dot)]
     y = 1 - (0.3 if title else 0.02) / height
     add_controls_legend(fig, conditions, first, y, ncols=5)
     if title:
-        fig.text(0.012, 1 - 0.07 / height, title, va="top", fontweight="bold", fontsize=11)
+        add_title(fig, 1 - 0.07 / height, title, fontsize=11)
     return fig
 
 
@@ -87,13 +89,21 @@ def _draw_strip(ax: Any, record: dict[str, Any]) -> None:
     ends = [record["low"], record["high"]]
     for condition, score in controls.items():
         colour = get_control_mark(condition).colour
-        ax.plot([score["low"], score["high"]], [0, 0], color=colour, lw=1.5, alpha=0.7)
+        interval = [score["low"], score["high"]]
+        ax.plot(interval, [0, 0], color=colour, lw=1.5, alpha=0.7)
         ax.plot(score["value"], 0, color=colour, **get_marker_options(condition))
-        ends += [score["low"], score["high"]]
-    draw_interval(ax, [record["low"], record["high"]], [0, 0], COLOURS[0], width=4)
+        ends += interval
+    draw_interval(
+        ax,
+        ends[:2],
+        [0, 0],
+        COLOURS[0],
+        width=4,
+    )
     draw_dot(ax, record["value"], 0, COLOURS[0], size=9)
     pad = 0.06 * ((max(ends) - min(ends)) or 1.0)
-    ax.set(xlim=(min(ends) - pad, max(ends) + pad), ylim=(-1, 1), yticks=[])
+    ax.set_xlim(min(ends) - pad, max(ends) + pad)
+    ax.set(ylim=(-1, 1), yticks=[])
     if record["better"] == "lower":
         ax.invert_xaxis()
     ax.axhline(0, color=FAINT, lw=1, zorder=0)
@@ -101,7 +111,7 @@ def _draw_strip(ax: Any, record: dict[str, Any]) -> None:
     ax.spines["bottom"].set_color(FAINT)
     ax.tick_params(axis="x", labelsize=8, length=2, pad=1.5)
     ax.xaxis.set_major_locator(MaxNLocator(6))
-    place: dict[str, Any] = {"transform": ax.transAxes, "va": "center"}
+    place: Look = {"transform": ax.transAxes, "va": "center"}
     name = wrap_text(describe_metric(record["name"], record["better"]), 20)
     ax.text(-0.02, 0.5, name, ha="right", fontsize=9, **place)
     value = f"{record['value']:.3f}  [{record['low']:.3f}, {record['high']:.3f}]"
@@ -131,10 +141,11 @@ def plot_score_by_distance(
     fig, axes = make_panel_row(min(4, len(scores)))
     for ax, (name, values) in zip(axes, scores.items(), strict=False):
         values = np.asarray(values, np.float64)
-        ax.plot(distance, values, ".", ms=4, color=SOFT, alpha=0.35, label="one image")
+        dots: Look = {"ms": 4, "color": SOFT, "alpha": 0.35}
+        ax.plot(distance, values, ".", label="one image", **dots)
         means = bootstrap_means([values[group] for group in groups])
         spread = np.abs(means[:, 1:] - means[:, :1]).T
-        look: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ms": 6, "capsize": 3}
+        look: Look = {"color": COLOURS[0], "marker": "o", "ms": 6, "capsize": 3}
         ax.errorbar(centres, means[:, 0], yerr=spread, label="mean of a fifth, 95 %", **look)
         ax.set(title=name.replace("_", " "), xlabel=xlabel)
         ax.grid(axis="y")
@@ -165,10 +176,19 @@ def plot_abstention_curve(
         ranked = np.asarray(values, np.float64)[order]
         counts = [max(2, round(share * len(ranked))) for share in shares]
         means = bootstrap_means([ranked[:count] for count in counts])
-        look: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ms": 4}
-        ax.fill_between(shares, means[:, 1], means[:, 2], color=COLOURS[0], alpha=0.15, lw=0)
-        ax.plot(shares, means[:, 0], label="the surest images, 95 %", **look)
-        ax.axhline(ranked.mean(), color=SOFT, ls="--", lw=1.2, label="all images")
+        look: Look = {"color": COLOURS[0], "marker": "o", "ms": 4}
+        mean, low, high = means.T
+        ax.fill_between(
+            shares,
+            low,
+            high,
+            color=COLOURS[0],
+            alpha=0.15,
+            lw=0,
+        )
+        ax.plot(shares, mean, label="the surest images, 95 %", **look)
+        dashed: Look = {"color": SOFT, "ls": "--", "lw": 1.2}
+        ax.axhline(ranked.mean(), label="all images", **dashed)
         title = describe_metric(name, better.get(name))
         ax.set(title=title, xlabel="share of the images that is answered")
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -190,11 +210,14 @@ def plot_retrieval_curve(table: pd.DataFrame) -> Figure:
     for i, (direction, part) in enumerate(table.groupby("direction", sort=False)):
         part = part.sort_values("pool")
         spread = [part["value"] - part["low"], part["high"] - part["value"]]
-        look: dict[str, Any] = {"marker": MARKERS[i], "ls": ["-", "--"][i % 2], "capsize": 3}
+        line = "--" if i % 2 else "-"
+        look: Look = {"marker": MARKERS[i], "ls": line, "capsize": 3}
         name = str(direction).replace("_", " ")
-        ax.errorbar(part["pool"], part["value"], yerr=spread, label=name, **look)
+        look |= {"yerr": spread, "label": name}
+        ax.errorbar(part["pool"], part["value"], **look)
     chance = table.drop_duplicates("pool").sort_values("pool")
-    ax.plot(chance["pool"], chance["chance"], color=SOFT, ls=":", label="chance")
+    look = {"color": SOFT, "ls": ":"}
+    ax.plot(chance["pool"], chance["chance"], label="chance", **look)
     pools = chance["pool"].tolist()
     ax.set(xlabel="candidates", ylabel="top-1", title="Retrieval by pool size")
     ax.set(xscale="log", ylim=(0, 1.03), xticks=pools)

@@ -18,16 +18,21 @@ from src.figures.base import (
     INK,
     MARKERS,
     SOFT,
+    Look,
     add_top_legend,
     draw_dot,
     draw_in_style,
     draw_interval,
+    list_unique,
+    make_handle,
     set_metric_title,
     wrap_text,
 )
 from src.utils import PerceptError
 
 LINE_STYLES = ["-", "--", "-.", ":"]
+
+Panel = dict[str, Any]  # scores of a sweep, see `plot_sweep_levels`
 
 LOSS_TITLES = {"train/loss": "training loss", "val/loss": "validation loss"}
 
@@ -37,8 +42,19 @@ def _assign_colours(levels: Sequence[str]) -> dict[str, str]:
     return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(levels)}
 
 
+def _shade(
+    ax: Any,
+    low: float,
+    high: float,
+    colour: str,
+    alpha: float,
+) -> None:
+    """Shade a panel between two values, behind everything."""
+    ax.axhspan(low, high, color=colour, alpha=alpha, lw=0, zorder=0)
+
+
 def _slant_tick_labels(ax: Any, labels: Sequence[str]) -> None:
-    look: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    look: Look = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(range(len(labels)), labels, fontsize=8, **look)
 
 
@@ -56,13 +72,19 @@ def plot_sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
     Raises:
         PerceptError: for histories without losses.
     """
-    columns = [name for name in LOSS_TITLES if name in histories and histories[name].notna().any()]
+    columns = [name for name in LOSS_TITLES if _has_values(histories, name)]
     if not columns:
         raise PerceptError("The histories have no column train/loss or val/loss to draw.")
-    kinds = list(dict.fromkeys(histories["kind"]))
-    colours = _assign_colours(list(dict.fromkeys(histories[factor])))
+    kinds = list_unique(histories["kind"])
+    colours = _assign_colours(list_unique(histories[factor]))
     height = 0.6 + 2.7 * len(kinds)
-    fig, axes = plt.subplots(len(kinds), len(columns), figsize=(8.8, height), squeeze=False)
+    size = (8.8, height)
+    fig, axes = plt.subplots(
+        len(kinds),
+        len(columns),
+        figsize=size,
+        squeeze=False,
+    )
     fig.subplots_adjust(left=0.08, right=0.98, hspace=0.55, wspace=0.16)
     fig.subplots_adjust(top=1 - 0.72 / height, bottom=0.5 / height)
     for row, kind in zip(axes, kinds, strict=True):
@@ -75,22 +97,32 @@ def plot_sweep_curves(histories: pd.DataFrame, factor: str) -> Figure:
             ax.set(title=title, xlabel="epoch")
     handles = []
     for i, (level, colour) in enumerate(colours.items()):
-        look: dict[str, Any] = {"color": colour, "lw": 2.4, "ls": LINE_STYLES[i % 4]}
-        handles.append(Line2D([], [], label=level, **look))
-    y = 1 - 0.02 / height
-    add_top_legend(fig, handles, y, ncols=min(6, len(handles)), handlelength=3.2)
+        line = LINE_STYLES[i % 4]
+        handles.append(make_handle(level, color=colour, lw=2.4, ls=line))
+    y, ncols = 1 - 0.02 / height, min(6, len(handles))
+    add_top_legend(fig, handles, y, ncols=ncols, handlelength=3.2)
     return fig
 
 
+def _has_values(table: pd.DataFrame, column: str) -> bool:
+    return column in table and bool(table[column].notna().any())
+
+
 def _draw_losses(
-    ax: Any, rows: pd.DataFrame, column: str, factor: str, colours: dict[str, str]
+    ax: Any,
+    rows: pd.DataFrame,
+    column: str,
+    factor: str,
+    colours: dict[str, str],
 ) -> None:
     """One panel of `plot_sweep_curves`: a loss of all runs, and the mean of each level."""
-    for (_, _, level), part in rows.groupby(["label", "model", factor], sort=False):
-        ax.plot(part["epoch"], part[column], color=colours[level], lw=0.7, alpha=0.4)
+    runs = rows.groupby(["label", "model", factor], sort=False)
+    for (_, _, level), part in runs:
+        look: Look = {"color": colours[level], "lw": 0.7, "alpha": 0.4}
+        ax.plot(part["epoch"], part[column], **look)
     for i, (level, part) in enumerate(rows.groupby(factor, sort=False)):
         mean = part.groupby("epoch")[column].mean()
-        look: dict[str, Any] = {"color": colours[level], "lw": 2.4, "ls": LINE_STYLES[i % 4]}
+        look = {"color": colours[level], "lw": 2.4, "ls": LINE_STYLES[i % 4]}
         ax.plot(mean.index, mean, zorder=4, **look)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.grid(axis="y")
@@ -99,7 +131,7 @@ def _draw_losses(
 # --------------------------------------------------------------------------- levels of a factor
 @draw_in_style
 def plot_sweep_levels(
-    panels: Sequence[dict[str, Any]],
+    panels: Sequence[Panel],
     factor: str,
     second_factor: str = "",
     title: str = "",
@@ -131,7 +163,9 @@ def plot_sweep_levels(
     if not panels:
         raise PerceptError("There are no scores of the sweep to draw.")
     levels = list(panels[0]["levels"][factor])
-    groups = list(dict.fromkeys(panels[0]["runs"][second_factor])) if second_factor else []
+    groups = [""]
+    if second_factor:
+        groups = list_unique(panels[0]["runs"][second_factor])
     if len(groups) < 2:
         second_factor, groups = "", [""]
     longest = max(map(len, levels))
@@ -158,10 +192,10 @@ def plot_sweep_levels(
         else:
             ax.set_xticks(range(len(levels)), levels, fontsize=8)
     handles = _make_level_handles(second_factor, groups)
-    place: dict[str, Any] = {"loc": "upper left", "ncols": 6, "fontsize": 8}
+    place: Look = {"loc": "upper left", "ncols": 6, "fontsize": 8}
     place["bbox_to_anchor"] = (0.3 / width, 1 - (head - 0.33) / height)
     fig.legend(handles=handles, columnspacing=1.6, handletextpad=0.9, **place)
-    look: dict[str, Any] = {"va": "top", "fontweight": "bold", "fontsize": 10}
+    look: Look = {"va": "top", "fontweight": "bold", "fontsize": 10}
     fig.text(0.14 / width, 1 - 0.09 / height, lines, **look)
     return fig
 
@@ -169,18 +203,23 @@ def plot_sweep_levels(
 def _make_level_handles(second_factor: str, groups: Sequence[str]) -> list[Line2D]:
     """Entries of the legend of `plot_sweep_levels`."""
     handles = [
-        Line2D([], [], color=SOFT, marker="o", ms=8, lw=2.5, label="mean, 95 % over seeds"),
-        Line2D([], [], color=INK, lw=5, alpha=0.45, label="2 sd of seeds"),
+        make_handle("mean, 95 % over seeds", color=SOFT, marker="o", ms=8, lw=2.5),
+        make_handle("2 sd of seeds", color=INK, lw=5, alpha=0.45),
     ]
     if second_factor:
-        hollow: dict[str, Any] = {"color": SOFT, "ls": "none", "ms": 4.5, "mfc": "none"}
+        hollow: Look = {"color": SOFT, "ls": "none", "ms": 4.5, "mfc": "none"}
         for i, group in enumerate(groups):
             label = f"{second_factor} {group}"
-            handles.append(Line2D([], [], marker=MARKERS[i % 8], label=label, **hollow))
+            handles.append(make_handle(label, **hollow, marker=MARKERS[i % 8]))
     return handles
 
 
-def _draw_gaps(ax: Any, gaps: Sequence[Any], levels: Sequence[str], sd: float) -> None:
+def _draw_gaps(
+    ax: Any,
+    gaps: Sequence[Any],
+    levels: Sequence[str],
+    sd: float,
+) -> None:
     """The panel of paired differences to the best level, with the spread of seeds as a band.
 
     Args:
@@ -191,17 +230,25 @@ def _draw_gaps(ax: Any, gaps: Sequence[Any], levels: Sequence[str], sd: float) -
     """
     colours = _assign_colours(levels)
     if np.isfinite(sd):
-        ax.axhspan(-sd, sd, color=INK, alpha=0.12, lw=0, zorder=0)
+        _shade(ax, -sd, sd, INK, 0.12)
     ax.axhline(0, color=INK, lw=1)
     best = gaps[0].best
-    draw_dot(ax, levels.index(best), 0, colours[best], size=13, marker="*")
+    draw_dot(
+        ax,
+        levels.index(best),
+        0,
+        colours[best],
+        size=13,
+        marker="*",
+    )
     for gap in gaps:
         x, colour = levels.index(gap.other), colours[gap.other]
         draw_interval(ax, [x, x], [gap.low, gap.high], colour)
-        look: dict[str, Any] = {"color": "white", "mec": colour}
+        look: Look = {"color": "white", "mec": colour}
         if gap.clear:
             look = {"color": colour, "mec": "white"}
-        ax.plot(x, gap.value, marker="o", ms=6, mew=1.4, zorder=5, **look)
+        look |= {"marker": "o", "ms": 6, "mew": 1.4}
+        ax.plot(x, gap.value, zorder=5, **look)
     ax.set(xlim=(-0.5, len(levels) - 0.5))
     ax.invert_yaxis()
     ax.set_title(f"behind {best}, paired\n(band: ± sd of seeds)", fontsize=9)
@@ -219,7 +266,8 @@ def _draw_runs(
 ) -> None:
     """Small hollow marks of the runs, left of each level; their shape is the second factor."""
     colours = _assign_colours(levels)
-    look: dict[str, Any] = {"ls": "none", "ms": 4.5, "mfc": "none", "mew": 1, "alpha": 0.85}
+    look: Look = {"ls": "none", "ms": 4.5, "mfc": "none"}
+    look |= {"mew": 1, "alpha": 0.85}
     for level, part in runs.groupby(factor, sort=False):
         x = levels.index(str(level))
         for i, group in enumerate(groups):
@@ -230,23 +278,27 @@ def _draw_runs(
             ax.plot(places, members["value"], **mark, **look)
 
 
-def _draw_level_scores(ax: Any, panel: dict[str, Any], factor: str, levels: Sequence[str]) -> None:
+def _draw_level_scores(ax: Any, panel: Panel, factor: str, levels: Sequence[str]) -> None:
     """One panel of `plot_sweep_levels` but for the runs: means, floor, ceiling, spread, limits."""
     colours, table = _assign_colours(levels), panel["levels"].set_index(factor)
     for x, level in enumerate(levels):
         if level in table.index:
             score, colour = table.loc[level], colours[level]
-            draw_interval(ax, [x + 0.2] * 2, [score["low"], score["high"]], colour)
-            draw_dot(ax, x + 0.2, score["value"], colour, size=8)
-    ends = [*panel["runs"]["value"], *table[["low", "high"]].stack().dropna()]
+            place, interval = x + 0.2, [score["low"], score["high"]]
+            draw_interval(ax, [place, place], interval, colour)
+            draw_dot(ax, place, score["value"], colour, size=8)
+    ends = list(panel["runs"]["value"])
+    ends += list(table[["low", "high"]].stack().dropna())
     low, high = _draw_references(ax, panel, min(ends), max(ends))
     span = high - low or abs(high) * 0.1 or 1.0
     if np.isfinite(panel["sd"]) and panel["sd"] > 0:
         middle, sd = table["value"].mean(), panel["sd"]
-        look: dict[str, Any] = {"color": INK, "lw": 5, "alpha": 0.45, "zorder": 3}
+        look: Look = {"color": INK, "lw": 5, "alpha": 0.45}
+        look |= {"solid_capstyle": "butt", "zorder": 3}
         x = len(levels) - 0.42
-        ax.plot([x, x], [middle - sd, middle + sd], solid_capstyle="butt", **look)
-    ax.set(xlim=(-0.5, len(levels) - 0.3), ylim=(low - 0.08 * span, high + 0.08 * span))
+        ax.plot([x, x], [middle - sd, middle + sd], **look)
+    ax.set_xlim(-0.5, len(levels) - 0.3)
+    ax.set_ylim(low - 0.08 * span, high + 0.08 * span)
     if panel["better"] == "lower":
         ax.invert_yaxis()
     set_metric_title(ax, panel["name"], panel["better"])
@@ -254,14 +306,17 @@ def _draw_level_scores(ax: Any, panel: dict[str, Any], factor: str, levels: Sequ
     ax.grid(axis="y")
 
 
-REFERENCE_LOOKS: dict[str, dict[str, Any]] = {
+REFERENCE_LOOKS: dict[str, Look] = {
     "floor": {"color": SOFT, "ls": ":"},
     "ceiling": {"color": CONTROL_MARKS["ceiling"].colour, "ls": "-"},
 }
 
 
 def _draw_references(
-    ax: Any, panel: dict[str, Any], low: float, high: float
+    ax: Any,
+    panel: Panel,
+    low: float,
+    high: float,
 ) -> tuple[float, float]:
     """Draw floor and ceiling where they are close enough to the scores to be seen.
 
@@ -282,19 +337,20 @@ def _draw_references(
         low, high = min(low, value), max(high, value)
         if key == "floor":  # everything that is worse is shaded
             worst = -1e9 if panel["better"] == "higher" else 1e9
-            ax.axhspan(value, worst, color=SOFT, alpha=0.13, lw=0, zorder=0)
+            _shade(ax, value, worst, SOFT, 0.13)
         ax.axhline(value, lw=1.1, zorder=1, **look)
-        place: dict[str, Any] = {
+        place: Look = {
             "xycoords": ("axes fraction", "data"),
             "textcoords": "offset points",
             "xytext": (0, -9 if key == "floor" else 2),
         }
-        ax.annotate(name, (0.01, value), fontsize=7.5, color=look["color"], **place)
+        place |= {"fontsize": 7.5, "color": look["color"]}
+        ax.annotate(name, (0.01, value), **place)
     return low, high
 
 
 # --------------------------------------------------------------------------------------- regions
-REGION_LOOKS: dict[str, dict[str, Any]] = {  # by the column "kind"
+REGION_LOOKS: dict[str, Look] = {  # by the column "kind"
     "alone": {"color": COLOURS[0], "marker": "o", "ls": "-", "ms": 6},
     "left out": {"color": COLOURS[1], "marker": "s", "ls": "--", "ms": 6},
 }
@@ -315,11 +371,13 @@ def plot_region_curves(table: pd.DataFrame) -> Figure:
     """
     if table.empty:
         raise PerceptError("There are no regions, alone and left out, to draw.")
-    metrics = list(dict.fromkeys(table["metric"]))
+    metrics = list_unique(table["metric"])
     regions = [region for region in dict.fromkeys(table["region"]) if region]
     width = max(8.2, (0.28 * len(regions) + 1.3) * len(metrics))
-    fig, axes = plt.subplots(1, len(metrics), figsize=(width, 3.9), squeeze=False)
-    fig.subplots_adjust(left=0.65 / width, right=0.985, top=0.79, bottom=0.17, wspace=0.24)
+    size = (width, 3.9)
+    fig, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False)
+    fig.subplots_adjust(left=0.65 / width, right=0.985, wspace=0.24)
+    fig.subplots_adjust(top=0.79, bottom=0.17)
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric]
         _draw_region_scores(ax, rows, regions)
@@ -330,10 +388,12 @@ def plot_region_curves(table: pd.DataFrame) -> Figure:
         _slant_tick_labels(ax, regions)
         ax.grid(axis="y")
     labels = {"alone": "the region alone", "left out": "all voxels but the region"}
-    handles = [Line2D([], [], label=labels[kind], **look) for kind, look in REGION_LOOKS.items()]
+    handles = []
+    for kind, look in REGION_LOOKS.items():
+        handles.append(make_handle(labels[kind], **look))
     handles += [
-        Line2D([], [], color=INK, lw=1.3, label="all voxels"),
-        Line2D([], [], color=SOFT, lw=1.3, ls=":", label="shuffled pairing"),
+        make_handle("all voxels", color=INK, lw=1.3),
+        make_handle("shuffled pairing", color=SOFT, lw=1.3, ls=":"),
     ]
     fig.legend(handles=handles, loc="upper center", ncols=4, fontsize=8)
     return fig
@@ -349,9 +409,10 @@ def _draw_region_scores(ax: Any, rows: pd.DataFrame, regions: Sequence[str]) -> 
     """
     for kind, look in REGION_LOOKS.items():
         part = rows[rows["kind"] == kind].set_index("region").reindex(regions)
-        spread = part[["low", "high"]].sub(part["value"], axis=0).abs().fillna(0).to_numpy().T
-        edge: dict[str, Any] = {"mec": "white", "mew": 0.8, "capsize": 2, "zorder": 4}
-        ax.errorbar(range(len(regions)), part["value"], yerr=spread, **look, **edge)
+        spread = part[["low", "high"]].sub(part["value"], axis=0).abs()
+        look = look | {"yerr": spread.fillna(0).to_numpy().T, "capsize": 2}
+        look |= {"mec": "white", "mew": 0.8, "zorder": 4}
+        ax.errorbar(range(len(regions)), part["value"], **look)
     all_voxels = rows[rows["kind"] == "all"]
     if len(all_voxels):
         value = all_voxels["value"].iloc[0]
@@ -359,4 +420,9 @@ def _draw_region_scores(ax: Any, rows: pd.DataFrame, regions: Sequence[str]) -> 
         ax.axhspan(low, high, color=INK, alpha=0.12, lw=0)
         ax.axhline(value, color=INK, lw=1.3)
     if rows["shuffled"].notna().any():
-        ax.axhline(rows["shuffled"].mean(), color=SOFT, lw=1.3, ls=":")
+        ax.axhline(
+            rows["shuffled"].mean(),
+            color=SOFT,
+            lw=1.3,
+            ls=":",
+        )

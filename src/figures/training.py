@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from src.figures.base import COLOURS, INK, MARKERS, draw_in_style
+from src.figures.base import COLOURS, INK, MARKERS, Look, draw_in_style, list_unique
 from src.utils import PerceptError
 
 
@@ -34,7 +34,7 @@ def plot_training_curves(
     """
     numeric = [name for name in history.select_dtypes("number").columns if "/" in name]
     if quantities is None:
-        quantities = list(dict.fromkeys(name.split("/", 1)[1] for name in numeric))
+        quantities = list_unique(_split_name(name)[1] for name in numeric)
     if not quantities:
         raise PerceptError("The history has no columns such as 'train/loss' to draw.")
     epochs = history[x].to_numpy() if x in history else np.arange(len(history))
@@ -43,8 +43,11 @@ def plot_training_curves(
     size = (3.6 * n_columns, 2.6 * n_rows)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     for ax, quantity in zip(axes.flat, quantities, strict=False):
-        names = [name for name in numeric if name.split("/", 1)[1] == quantity]
-        series = {name.split("/", 1)[0]: history[name].to_numpy() for name in names}
+        series = {}
+        for name in numeric:
+            part, quantity_of_column = _split_name(name)
+            if quantity_of_column == quantity:
+                series[part] = history[name].to_numpy()
         _draw_series(ax, epochs, series)
         ax.set(title=quantity, xlabel=x)
     for ax in axes.flat[len(quantities) :]:
@@ -57,9 +60,19 @@ def plot_training_curves(
     return fig
 
 
-def _draw_series(ax: Any, epochs: np.ndarray, series: dict[str, np.ndarray]) -> None:
+def _split_name(column: str) -> tuple[str, str]:
+    """Part and quantity of a column of the history: "train/loss" -> "train", "loss"."""
+    part, quantity = column.split("/", 1)
+    return part, quantity
+
+
+def _draw_series(
+    ax: Any,
+    epochs: np.ndarray,
+    series: dict[str, np.ndarray],
+) -> None:
     """Draw one panel: training as a line, validation dashed with dots where it was measured."""
-    looks: dict[str, dict[str, Any]] = {
+    looks: dict[str, Look] = {
         "train": {"color": COLOURS[0]},
         "val": {"color": COLOURS[1], "ls": "--", "marker": "o", "ms": 3.5},
     }
@@ -71,9 +84,14 @@ def _draw_series(ax: Any, epochs: np.ndarray, series: dict[str, np.ndarray]) -> 
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _mark_best(ax: Any, epochs: np.ndarray, losses: np.ndarray, x: str) -> None:
+def _mark_best(
+    ax: Any,
+    epochs: np.ndarray,
+    losses: np.ndarray,
+    x: str,
+) -> None:
     """Put a star at the lowest validation loss, if there is any."""
     if np.isfinite(losses).any():
         best = int(np.nanargmin(losses))
-        look: dict[str, Any] = {"marker": "*", "ms": 13, "color": INK, "ls": "none"}
+        look: Look = {"marker": "*", "ms": 13, "color": INK, "ls": "none"}
         ax.plot(epochs[best], losses[best], label=f"best, {x} {epochs[best]}", **look)

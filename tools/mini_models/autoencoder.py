@@ -30,7 +30,8 @@ def build_vae() -> AutoencoderKL:
 
 def compute_edge_loss(x: Tensor, y: Tensor) -> Tensor:
     """Mean absolute difference of the images' gradients along both axes."""
-    return sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
+    errors = (torch.diff(y, dim=d) - torch.diff(x, dim=d) for d in (2, 3))
+    return sum(error.abs().mean() for error in errors)
 
 
 def train_vae(options: Options, rank: int = 0) -> None:
@@ -45,12 +46,15 @@ def train_vae(options: Options, rank: int = 0) -> None:
         y = vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / x[0].numel()
         edges = compute_edge_loss(x, y)
-        return F.mse_loss(y.float(), x) * 4 + F.l1_loss(y.float(), x) + 0.5 * edges + 1e-3 * kl
+        squared, absolute = F.mse_loss(y.float(), x), F.l1_loss(y.float(), x)
+        return squared * 4 + absolute + 0.5 * edges + 1e-3 * kl
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         x = check_pixels.to(get_device())
-        y = model.decode(model.encode(2 * x - 1).latent_dist.mode()).sample / 2 + 0.5
-        errors = ((y.clamp(0, 1) - x) ** 2).mean(dim=(1, 2, 3))
+        latents = model.encode(2 * x - 1).latent_dist.mode()
+        y = model.decode(latents).sample / 2 + 0.5
+        errors = (y.clamp(0, 1) - x) ** 2
+        errors = errors.mean(dim=(1, 2, 3))
         psnr = -10 * torch.log10(errors)
         return {"psnr": round(float(psnr.mean()), 3)}
 

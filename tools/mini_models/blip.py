@@ -153,9 +153,10 @@ def train_blip(options: Options, rank: int = 0) -> None:
     def compute_loss(rng: np.random.Generator, batch_size: int) -> Tensor:
         way = rng.choice(3, p=list(DEGRADATION_SHARES.values()), size=batch_size)
         index = rng.integers(np.where(way == 1, len(degraded), len(images)))
-        vague, blurred = (torch.from_numpy(way == i)[:, None, None, None] for i in (1, 2))
-        x = torch.where(vague, to_pixels(degraded[index % len(degraded)]), to_pixels(images[index]))
-        x = torch.where(blurred, wash_out(x), augment.jitter_images(x))
+        is_vague, is_blurred = (torch.from_numpy(way == i).view(-1, 1, 1, 1) for i in (1, 2))
+        vague = to_pixels(degraded[index % len(degraded)])
+        x = torch.where(is_vague, vague, to_pixels(images[index]))
+        x = torch.where(is_blurred, wash_out(x), augment.jitter_images(x))
         clear_caption = rng.integers(len(NAMING_CAPTIONS), size=batch_size)
         column = np.where(way == 0, clear_caption, len(NAMING_CAPTIONS))
         pixels = normalize_for_clip(x).to(get_device())
@@ -166,10 +167,10 @@ def train_blip(options: Options, rank: int = 0) -> None:
         accuracy: dict[str, Any] = {}
         for prefix, x in check_pixels.items():
             inputs = normalize_for_clip(x).to(get_device())
-            written = write_captions(model, tokenizer, inputs)
-            for question, share in compute_naming_accuracy(written, labels).items():
+            predicted = write_captions(model, tokenizer, inputs)
+            for question, share in compute_naming_accuracy(predicted, labels).items():
                 accuracy[prefix + question] = share
-        return accuracy | {"says": written[0]}
+        return accuracy | {"says": predicted[0]}
 
     train("blip", blip, compute_loss, evaluate, options, lr=1e-3, batch_size=128, rank=rank)
 

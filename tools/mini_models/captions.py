@@ -24,12 +24,13 @@ def build_vocabulary(*extra: str, last: tuple[str, ...] = ()) -> dict[str, int]:
         extra: further words, sorted among the others.
         last: tokens that come after all words.
     """
-    words = set(extra)
+    vocabulary = set(extra)
     for i in range(2_000):  # their captions have every word many times
         for caption in miniworld.write_captions(miniworld.compose_image(SEED, i, "train")):
-            words.update(caption.split())
+            vocabulary.update(caption.split())
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return {token: i for i, token in enumerate([*special, *sorted(words), *last])}
+    tokens = [*special, *sorted(vocabulary), *last]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def find_named_attributes(caption: str) -> tuple[str, ...]:
@@ -37,10 +38,10 @@ def find_named_attributes(caption: str) -> tuple[str, ...]:
 
     The main object comes first in every caption.
     """
-    words = [SCENE_WORDS.get(word, word) for word in caption.split()]
+    candidates = [SCENE_WORDS.get(word, word) for word in caption.split()]
     named = []
     for answers in ANSWERS.values():
-        named.append(next((word for word in words if word in answers), ""))
+        named.append(next((word for word in candidates if word in answers), ""))
     return tuple(named)
 
 

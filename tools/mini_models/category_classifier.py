@@ -10,7 +10,16 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from src.pretrained import prepare_classifier_input
 
-from .data import ANSWERS, draw_indices, get_device, load_images, load_question_labels, to_pixels
+from .data import (
+    ANSWERS,
+    compute_share,
+    draw_indices,
+    draw_per_image,
+    get_device,
+    load_images,
+    load_question_labels,
+    to_pixels,
+)
 from .training import Options, train
 
 ANSWER_COUNTS = [len(answers) for answers in ANSWERS.values()]
@@ -43,16 +52,14 @@ def compute_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     parts = logits.cpu().split(ANSWER_COUNTS, dim=1)
     for i, (question, part) in enumerate(zip(ANSWERS, parts, strict=True)):
         hits = part.argmax(1) == labels[:, i]
-        accuracy[question] = round(float(hits.float().mean()), 4)
+        accuracy[question] = round(compute_share(hits), 4)
     return accuracy
 
 
 def compute_answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with label smoothing, summed over the questions; arguments as above."""
-    parts = logits.float().split(ANSWER_COUNTS, dim=1)
-    return sum(
-        F.cross_entropy(part, labels[:, i], label_smoothing=0.05) for i, part in enumerate(parts)
-    )
+    pairs = zip(logits.float().split(ANSWER_COUNTS, dim=1), labels.T, strict=True)
+    return sum(F.cross_entropy(part, column, label_smoothing=0.05) for part, column in pairs)
 
 
 def augment_images(x: Tensor) -> Tensor:
@@ -65,16 +72,19 @@ def augment_images(x: Tensor) -> Tensor:
     """
     n = len(x)
     transform = torch.eye(2, 3).repeat(n, 1, 1)
-    transform[:, :, :2] *= torch.empty(n, 1, 1).uniform_(0.92, 1.08)
+    zoom = torch.empty(n, 1, 1).uniform_(0.92, 1.08)
+    transform[:, :, :2] *= zoom
     transform[:, :, 2] = torch.empty(n, 2).uniform_(-0.1, 0.1)
     grid = F.affine_grid(transform, list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    blurred = F.avg_pool2d(padded, 3, stride=1)
     x = torch.lerp(x, blurred, torch.rand(n, 1, 1, 1))
-    tint = torch.empty(n, 3, 1, 1).uniform_(0.94, 1.06)
-    brightness = torch.empty(n, 1, 1, 1).uniform_(-0.04, 0.04)
+    tint = draw_per_image(n, 0.94, 1.06, channels=3)
+    brightness = draw_per_image(n, -0.04, 0.04)
     x = x * tint + brightness
-    return (x + 0.05 * torch.rand(n, 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
+    noise = 0.05 * torch.rand(n, 1, 1, 1) * torch.randn_like(x)
+    return (x + noise).clamp(0, 1)
 
 
 def train_classifier(options: Options, rank: int = 0) -> None:

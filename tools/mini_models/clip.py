@@ -22,7 +22,9 @@ from .data import (
     CONTEXT_LENGTH,
     DIM,
     PATCH_SIZE,
+    compute_share,
     draw_indices,
+    draw_per_image,
     get_device,
     load_descriptions,
     load_images,
@@ -67,7 +69,9 @@ def _learn_tokenizer(folder: Path) -> None:
     vocabulary += [letter for letter in letters if letter not in vocabulary]
     vocabulary = [token for token in vocabulary if not token.startswith("<|")]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # the end token has the highest id
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in learnt["merges"]]
+    merges = learnt["merges"]
+    if isinstance(merges[0], list):  # pairs of tokens, in newer versions of the library
+        merges = [" ".join(pair) for pair in merges]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     ids = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(ids))
@@ -158,7 +162,8 @@ def extract_patches(pixels: Tensor) -> Tensor:
 def compute_contrastive_loss(pooled: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """CLIP's loss (Radford et al. 2021) of embeddings (batch, dim), both directions."""
     pooled = F.normalize(pooled.float(), dim=-1)
-    logits = pooled @ F.normalize(text.float(), dim=-1).T * logit_scale.exp().clamp(max=50)
+    text = F.normalize(text.float(), dim=-1)
+    logits = pooled @ text.T * logit_scale.exp().clamp(max=50)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -169,15 +174,18 @@ def train_clip(options: Options, rank: int = 0) -> None:
     (captions, labels), (check_captions, check_labels) = (
         load_descriptions(name) for name in ("train", "check")
     )
-    ids = torch.stack([tokenize([five[k] for five in captions]) for k in range(5)], 1)
+    columns = zip(*captions, strict=True)  # the first captions of all images, the second, ...
+    ids = torch.stack([tokenize(list(column)) for column in columns], 1)
     model = ClipTrainer(build_clip()).to(get_device())
 
     def compute_loss(rng: np.random.Generator, batch_size: int) -> Tensor:
         index = draw_indices(rng, len(images), batch_size)
         x = to_pixels(images[index])
-        tint = torch.empty(batch_size, 3, 1, 1).uniform_(0.92, 1.08)
-        x = (x * tint + 0.02 * torch.randn_like(x)).clamp(0, 1).to(get_device())
-        tokens, text = model(x, ids[index, rng.integers(5, size=batch_size)].to(get_device()))
+        tint = draw_per_image(batch_size, 0.92, 1.08, channels=3)
+        x = x * tint + 0.02 * torch.randn_like(x)
+        x = x.clamp(0, 1).to(get_device())
+        chosen_ids = ids[index, rng.integers(5, size=batch_size)]
+        tokens, text = model(x, chosen_ids.to(get_device()))
         contrast = compute_contrastive_loss(tokens[:, 0], text, model.clip.logit_scale)
         targets = torch.from_numpy(labels[index]).to(x.device)
         naming = sum(
@@ -191,19 +199,21 @@ def train_clip(options: Options, rank: int = 0) -> None:
         x = check_pixels.to(get_device())
         first_captions = [five[0] for five in check_captions]
         tokens, text = model(x, tokenize(first_captions).to(get_device()))
-        similarity = F.normalize(tokens[:, 0], dim=-1) @ F.normalize(text, dim=-1).T
+        pooled, text = F.normalize(tokens[:, 0], dim=-1), F.normalize(text, dim=-1)
+        similarity = pooled @ text.T
         target = torch.arange(len(x))
-        top1 = [(similarity.argmax(d).cpu() == target).float().mean() for d in (1, 0)]
+        top1 = [compute_share(similarity.argmax(d).cpu() == target) for d in (1, 0)]
         accuracy = {}
         names = ("scene", "kind", "colour", "pattern", "light", "place")
         for i, (name, head) in enumerate(zip(names, model.heads, strict=True)):
             answers = head(tokens[:, 0]).argmax(1).cpu()
             hits = answers == torch.from_numpy(check_labels[:, i])
-            accuracy[name] = round(float(hits.float().mean()), 3)
+            accuracy[name] = round(compute_share(hits), 3)
         patches = extract_patches(2 * x - 1)
-        error = F.mse_loss(model.pixels(tokens[:, 1:]), patches) / patches.var()
+        predicted = model.pixels(tokens[:, 1:])
+        error = F.mse_loss(predicted, patches) / patches.var()
         return {
-            "top1_of_512": [round(float(share), 3) for share in top1],
+            "top1_of_512": [round(share, 3) for share in top1],
             "pixel_r2": round(1 - float(error), 3),
             **accuracy,
         }

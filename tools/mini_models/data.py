@@ -24,6 +24,8 @@ OUT = ROOT / "data" / "mini_models"
 SEED = 7_000
 CLASSIFIER_SEED = 9_000
 
+Channels = tuple[float, ...]  # a number for each of the three channels
+
 # Sizes that the mini CLIP and everything that reads its tokens share.
 PATCH_SIZE, DIM, CONTEXT_LENGTH = 8, 128, 40
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -67,7 +69,7 @@ def shrink_image_sets(share: float) -> None:
     """Shrink every set of images to a share of its size, for a quick look at a stage."""
     for name, sources in IMAGE_SETS.items():
         IMAGE_SETS[name] = [
-            ImageSource(seed, split, max(64, int(count * share))) for seed, split, count in sources
+            source._replace(count=max(64, int(source.count * share))) for source in sources
         ]
 
 
@@ -92,13 +94,25 @@ def split_images(images: np.ndarray, size: int) -> list[np.ndarray]:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    channels_last = torch.from_numpy(np.ascontiguousarray(images))
+    return channels_last.permute(0, 3, 1, 2).float() / 255
+
+
+def normalize_images(x: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """Images (batch, 3, height, width) minus a mean of each channel, over a standard deviation."""
+    means = torch.tensor(mean, device=x.device).view(1, 3, 1, 1)
+    deviations = torch.tensor(std, device=x.device).view(1, 3, 1, 1)
+    return (x - means) / deviations
 
 
 def normalize_for_clip(pixels: Tensor) -> Tensor:
     """Images (batch, 3, height, width) in [0, 1] as CLIP's processor would give them."""
-    mean, std = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), torch.tensor(CLIP_STD).view(1, 3, 1, 1)
-    return (pixels - mean) / std
+    return normalize_images(pixels, CLIP_MEAN, CLIP_STD)
+
+
+def draw_per_image(n: int, low: float, high: float, channels: int = 1) -> Tensor:
+    """Uniform random numbers (n, channels, 1, 1) between two limits."""
+    return torch.empty(n, channels, 1, 1).uniform_(low, high)
 
 
 def compose_scenes(name: str) -> Iterator[miniworld.ImageContent]:
@@ -132,6 +146,11 @@ def load_question_labels(name: str) -> Tensor:
 def draw_indices(rng: np.random.Generator, n: int, batch_size: int) -> np.ndarray:
     """Random indices of a batch below `n`, sorted, so that files are read in order."""
     return np.sort(rng.integers(n, size=batch_size))
+
+
+def compute_share(hits: Tensor) -> float:
+    """Share of the elements that are true."""
+    return float(hits.float().mean())
 
 
 def get_device() -> torch.device:

@@ -11,7 +11,7 @@ from src import pretrained
 from src.training import augment
 
 from . import data
-from .data import SEED, load_images, split_images, to_pixels
+from .data import SEED, draw_per_image, load_images, split_images, to_pixels
 
 # log10 of the variance of the noise on latents: the estimate has .85 to .43 of their variance.
 LATENT_NOISE = (0.0, 1.7)
@@ -33,7 +33,8 @@ class NoisyTokenEstimator:
     def __init__(self, tokens: np.ndarray):
         rows = torch.from_numpy(tokens[:6000].astype(np.float32)).flatten(1)
         self.mean = rows.mean(0)
-        self.variance, self.axes = torch.linalg.eigh(torch.cov((rows - self.mean).T))
+        covariance = torch.cov((rows - self.mean).T)
+        self.variance, self.axes = torch.linalg.eigh(covariance)
         self.variance = self.variance.clamp_min(0)
 
     def __call__(self, tokens: Tensor, noise: Tensor, sample: bool = False) -> Tensor:
@@ -94,7 +95,11 @@ def wash_out(x: Tensor) -> Tensor:
         x: (batch, 3, height, width) in [0, 1].
     """
     n = len(x)
-    x = augment.K.RandomGaussianBlur((9, 9), (0.7, 2.5), p=1.0)(x)
-    x = torch.lerp(x, x.mean((2, 3), keepdim=True), torch.empty(n, 1, 1, 1).uniform_(0, 0.6))
-    noise = F.interpolate(torch.randn(n, 3, 8, 8), x.shape[-2:], mode="bilinear")
-    return (x + 0.1 * torch.rand(n, 1, 1, 1) * noise).clamp(0, 1)
+    blur = augment.K.RandomGaussianBlur((9, 9), (0.7, 2.5), p=1.0)
+    x = blur(x)
+    mean_colour = x.mean((2, 3), keepdim=True)
+    x = torch.lerp(x, mean_colour, draw_per_image(n, 0, 0.6))
+    noise = torch.randn(n, 3, 8, 8)
+    noise = F.interpolate(noise, x.shape[-2:], mode="bilinear")
+    degree = 0.1 * torch.rand(n, 1, 1, 1)
+    return (x + degree * noise).clamp(0, 1)

@@ -106,7 +106,8 @@ class FlowTraining:
         """Squared error of v on a random batch."""
         latents, condition, scale = self.train_data
         index = draw_indices(rng, len(latents), batch_size)
-        x0 = torch.from_numpy(latents[index].astype(np.float32)).to(get_device()) * scale
+        x0 = torch.from_numpy(latents[index].astype(np.float32)).to(get_device())
+        x0 = x0 * scale
         if condition.ndim == 3:
             rows = condition[index]
         else:  # a random caption of each image
@@ -143,7 +144,8 @@ class FlowTraining:
 
     def judge(self, latents: Tensor) -> dict[str, float]:
         """Accuracy of the classifier on the images of the first held-out conditions."""
-        pixels = (self.vae.decode(latents / self.scale).sample / 2 + 0.5).clamp(0, 1)
+        decoded = self.vae.decode(latents / self.scale).sample
+        pixels = (decoded / 2 + 0.5).clamp(0, 1)
         logits = self.classifier(prepare_classifier_input(pixels)).logits
         return compute_accuracy(logits, self.labels)
 
@@ -156,12 +158,14 @@ class FlowTraining:
         """Error on held-out images, and what the classifier sees on images made from them."""
         generator = torch.Generator().manual_seed(1)
         x0, c = self.check_latents * self.scale, self.check_condition
-        t = torch.linspace(1, 998, len(x0)).long().to(get_device())
+        t = torch.linspace(1, 998, len(x0)).long()
+        t = t.to(get_device())
         noise = torch.randn(x0.shape, generator=generator).to(get_device())
         with self.autocast():
             prediction, target = self.predict(x0, c, t, noise)
             sampled = self.sample(c[:N_JUDGED])
-        error = ((prediction.float() - target) ** 2).mean(dim=(1, 2, 3))
+        error = (prediction.float() - target) ** 2
+        error = error.mean(dim=(1, 2, 3))
         scores: dict = {
             "held_out": round(float(error.mean()), 4),
             "held_out_high_noise": round(float(error[t > 800].mean()), 4),

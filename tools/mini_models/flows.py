@@ -112,7 +112,8 @@ def load_flow_data(flow: str, name: str) -> FlowData:
     images, latents, conditions = load_images(name), [], []
     for start in range(0, len(images), 500):
         x = to_pixels(images[start : start + 500]).to(get_device())
-        latents.append(vae.encode(2 * x - 1).latent_dist.mode().half().cpu().numpy())
+        mode = vae.encode(2 * x - 1).latent_dist.mode()
+        latents.append(mode.half().cpu().numpy())
         if flow not in TEXT_FLOWS:
             conditions.append(_compute_image_condition(clip, x, flow).half().cpu().numpy())
     if flow in TEXT_FLOWS:
@@ -203,7 +204,8 @@ def load_finished_flow(flow: str) -> UNet2DConditionModel:
 # ---------------------------------------------------------------------------------------- sampling
 def draw_timesteps(n: int, device: torch.device | None = None) -> Tensor:
     """Random timesteps, more of them towards high noise, where conditioning is learnt."""
-    return (1000 * (1 - torch.rand(n, device=device) ** 1.6)).long().clamp(0, 999)
+    share = 1 - torch.rand(n, device=device) ** 1.6
+    return (1000 * share).long().clamp(0, 999)
 
 
 @torch.no_grad()
@@ -229,10 +231,10 @@ def sample_latents(
     generator = torch.Generator().manual_seed(3)
     shape = (len(condition), 4, LATENT_SIDE, LATENT_SIDE)
     latents = torch.randn(shape, generator=generator).to(condition.device)
-    both = torch.cat([null.expand_as(condition), condition])
+    conditions = torch.cat([null.expand_as(condition), condition])
     for t in scheduler.timesteps:
         inputs = torch.cat([latents, latents])
-        predicted = unet(inputs, t, encoder_hidden_states=both).sample.float()
+        predicted = unet(inputs, t, encoder_hidden_states=conditions).sample.float()
         unconditional, conditional = predicted.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(guided, t, latents).prev_sample

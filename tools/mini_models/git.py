@@ -137,8 +137,9 @@ def fit_converter(
         steps: of Adam, 128 images each.
         lr: learning rate, falling linearly to 0.
     """
-    sizes = (patches.shape[1], targets.shape[1], patches.shape[2], targets.shape[2])
-    converter = CaptionConverter(*sizes)
+    _, n_patches, patch_dim = patches.shape
+    _, n_tokens, token_dim = targets.shape
+    converter = CaptionConverter(n_patches, n_tokens, patch_dim, token_dim)
     # Both encoders began as one; from a random start some patches end with the wrong sign.
     nn.init.eye_(converter.linear2.weight)
     optimizer = torch.optim.Adam(converter.parameters(), lr=lr)
@@ -163,9 +164,10 @@ def replace_class_token(x: Tensor) -> Tensor:
     Args:
         x: tokens (batch, 1 + patches, dim).
     """
-    weights = torch.randn(len(x), 1, x.shape[1] - 1) * torch.rand(len(x), 1, 1)
-    replaced = torch.cat([weights @ x[:, 1:], x[:, 1:]], 1)
-    return torch.where(torch.rand(len(x), 1, 1) < 0.5, replaced, x)
+    n, patches = len(x), x[:, 1:]
+    weights = torch.randn(n, 1, patches.shape[1]) * torch.rand(n, 1, 1)
+    replaced = torch.cat([weights @ patches, patches], 1)
+    return torch.where(torch.rand(n, 1, 1) < 0.5, replaced, x)
 
 
 def make_git_views(
@@ -187,13 +189,10 @@ def make_git_views(
     converter = fit_converter(reference[:, 1:], reference)
     estimate = NoisyTokenEstimator(reference[:, 1:].numpy())
     clear = compute_git_tokens(encoder, load_images(name))
-    views = {
-        "clear": clear,
-        "degraded": compute_git_tokens(encoder, load_degraded_images(name)),
-        "converted": torch.cat(
-            [converter(part.float()).half() for part in clear[:, 1:].split(500)]
-        ),
-    }
+    views = {"clear": clear}
+    views["degraded"] = compute_git_tokens(encoder, load_degraded_images(name))
+    parts = clear[:, 1:].split(500)
+    views["converted"] = torch.cat([converter(part.float()).half() for part in parts])
     for way in ("guessed", "sampled"):
         parts = []
         for part in clear[:n_guesses, 1:].float().split(500):
@@ -252,10 +251,11 @@ def train_git(options: Options, rank: int = 0) -> None:
     def evaluate(model: nn.Module) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         for way, x in check_views.items():
-            written = write_captions(model, tokenizer, x[:, None].float().to(get_device()))
-            for question, share in compute_naming_accuracy(written, labels).items():
+            inputs = x[:, None].float().to(get_device())
+            predicted = write_captions(model, tokenizer, inputs)
+            for question, share in compute_naming_accuracy(predicted, labels).items():
                 scores[f"{way}_{question}"] = share
-            scores[way] = written[0]
+            scores[way] = predicted[0]
         return scores
 
     train("git", git, compute_loss, evaluate, options, lr=1e-3, batch_size=128, rank=rank)

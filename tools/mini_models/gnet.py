@@ -81,7 +81,8 @@ def _average_repeats(world: Any, betas: np.ndarray, split: str) -> dict[str, np.
     total = np.zeros((len(ids), betas.shape[1]), np.float32)
     np.add.at(total, image, betas[rows])
     mean = total / np.bincount(image)[:, None]
-    images = world.images[np.searchsorted(world.image_ids, ids)].transpose(0, 3, 1, 2)
+    images = world.images[np.searchsorted(world.image_ids, ids)]
+    images = images.transpose(0, 3, 1, 2)
     blocks = []
     for part in data.split_images(images, 250):
         scaled = gnet.prepare_gnet_images(part, TRUNK_CONFIG["input_size"])
@@ -111,8 +112,9 @@ class GNetTrainer(nn.Module):
         super().__init__()
         self.trunk = gnet.GNetTrunk(**TRUNK_CONFIG)
         channels, sides = self.trunk.channels, self.trunk.sides
-        readouts = {str(subj): gnet.GNetReadout(n, channels, sides) for subj, n in n_voxels.items()}
-        self.readouts = nn.ModuleDict(readouts)
+        self.readouts = nn.ModuleDict()
+        for subj, n in n_voxels.items():
+            self.readouts[str(subj)] = gnet.GNetReadout(n, channels, sides)
         self.heads = nn.ModuleList(
             nn.Linear(sum(channels), len(values)) for values in LABEL_VALUES.values()
         )
@@ -120,9 +122,8 @@ class GNetTrainer(nn.Module):
     def compute_naming_loss(self, maps: list[Tensor], labels: Tensor) -> Tensor:
         """Mean cross-entropy of the heads on the trunk's maps; labels (batch, 5)."""
         pooled = torch.cat([m.amax((2, 3)) for m in maps], 1)
-        total = sum(
-            F.cross_entropy(head(pooled), labels[:, i]) for i, head in enumerate(self.heads)
-        )
+        pairs = zip(self.heads, labels.T, strict=True)
+        total = sum(F.cross_entropy(head(pooled), column) for head, column in pairs)
         return total / len(self.heads)
 
 
@@ -136,8 +137,11 @@ def train_gnet(options: Options, rank: int = 0) -> None:
     responses = {subj: load_responses(subj) for subj in SUBJECTS}
     n_voxels = {subj: arrays["train"].shape[1] for subj, arrays in responses.items()}
     model = GNetTrainer(n_voxels).to(get_device())
-    means = [arrays["train_seen"].mean((0, 2, 3)) / 255 for arrays in responses.values()]
-    model.trunk.mu.data.copy_(torch.from_numpy(np.mean(means, 0)).view(1, 3, 1, 1))
+    means = []
+    for arrays in responses.values():
+        means.append(arrays["train_seen"].mean((0, 2, 3)) / 255)
+    mean_colour = torch.from_numpy(np.mean(means, 0))
+    model.trunk.mu.data.copy_(mean_colour.view(1, 3, 1, 1))
     masks = {}
     for subj in SUBJECTS:
         masks[subj] = brain_correlation.roi_masks(miniworld.VisualCortex(subj).voxels)
@@ -155,7 +159,8 @@ def train_gnet(options: Options, rank: int = 0) -> None:
         maps = model.trunk(seen)
         labels = torch.cat(take("train_labels")).to(get_device())
         loss = 0.1 * model.compute_naming_loss(maps, labels)
-        for i, (subj, betas) in enumerate(zip(responses, take("train"), strict=True)):
+        betas_of_subjects = zip(responses, take("train"), strict=True)
+        for i, (subj, betas) in enumerate(betas_of_subjects):
             choice = rng.choice(betas.shape[1], VOXELS_PER_STEP, replace=False)
             voxels = torch.from_numpy(np.sort(choice))
             maps_of_subject = [m[i * batch_size : (i + 1) * batch_size] for m in maps]
@@ -167,8 +172,8 @@ def train_gnet(options: Options, rank: int = 0) -> None:
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         # every subject has the same validation images
-        seen = torch.from_numpy(responses[1]["val_seen"]).to(get_device()).float() / 255
-        maps = model.trunk(seen)
+        seen = torch.from_numpy(responses[1]["val_seen"]).to(get_device())
+        maps = model.trunk(seen.float() / 255)
         scores = {}
         for subj, arrays in responses.items():
             predicted = model.readouts[str(subj)](maps)

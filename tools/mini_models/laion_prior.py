@@ -15,7 +15,7 @@ from src.networks import FRESH_IN_LAION
 from src.prior import BrainDiffusionPrior
 
 from . import data
-from .data import DIM, get_device, load_descriptions, load_images, split_images
+from .data import DIM, compute_share, get_device, load_descriptions, load_images, split_images
 from .training import Options, load_averaged, train
 
 PRIOR_CONFIG = {
@@ -59,14 +59,17 @@ def load_embedding_pairs(name: str) -> tuple[Tensor, Tensor]:
         captions: list[str] = []
         for captions_of_image in load_descriptions(name)[0]:
             captions += captions_of_image
-        starts = range(0, len(captions), 250)
-        text = torch.cat([clip.embed_text(captions[start : start + 250]) for start in starts])
+        embeddings = []
+        for start in range(0, len(captions), 250):
+            embeddings.append(clip.embed_text(captions[start : start + 250]))
+        text = torch.cat(embeddings)
         parts = split_images(load_images(name), 500)
         seen = np.concatenate([clip.encode_pixels(part) for part in parts])
         text = text.view(-1, 5, DIM).half().numpy()
         np.savez(path, text=text, seen=seen.astype(np.float16))
     stored = np.load(path)
-    return torch.from_numpy(stored["text"]).float(), torch.from_numpy(stored["seen"]).float()
+    text, seen = (torch.from_numpy(stored[name]).float() for name in ("text", "seen"))
+    return text, seen
 
 
 def train_laion_prior(options: Options, rank: int = 0) -> None:
@@ -87,18 +90,20 @@ def train_laion_prior(options: Options, rank: int = 0) -> None:
 
         Of held-out combinations, from their first captions.
         """
-        condition, targets = check_text[:, 0].to(get_device()), check_seen.to(get_device())
+        condition = check_text[:, 0].to(get_device())
+        targets = check_seen.to(get_device())
         last = PRIOR_CONFIG["num_timesteps"] - 1
         times = torch.full((len(targets),), last, device=condition.device)
         mean = model.net(torch.randn_like(targets), times, condition) / model.image_embed_scale
         sample = model.sample(condition, generator=torch.Generator().manual_seed(1))
-        similarity = F.normalize(sample, dim=-1) @ F.normalize(targets, dim=-1).T
+        queries, gallery = (F.normalize(x, dim=-1) for x in (sample, targets))
+        similarity = queries @ gallery.T
         hits = similarity.argmax(1) == torch.arange(len(targets), device=targets.device)
         scores = {}
         for name, predicted in (("r2_mean", mean), ("r2_sample", sample)):
             error = (predicted - targets).square().mean() / targets.var()
             scores[name] = round(1 - float(error), 3)
-        return scores | {"top1_of_512": round(float(hits.float().mean()), 3)}
+        return scores | {"top1_of_512": round(compute_share(hits), 3)}
 
     sizes: dict[str, Any] = {"lr": 1e-3, "batch_size": 256}
     train("laion_prior", prior, compute_loss, evaluate, options, rank=rank, **sizes)

@@ -23,8 +23,15 @@ from .category_classifier import (
     compute_accuracy,
     compute_answer_loss,
 )
-from .data import draw_indices, get_device, load_images, load_question_labels, to_pixels
-from .teacher import normalize_images, score_linear_probe
+from .data import (
+    draw_indices,
+    get_device,
+    load_images,
+    load_question_labels,
+    normalize_images,
+    to_pixels,
+)
+from .teacher import score_linear_probe
 from .training import Options, load_averaged, train
 
 METRIC_NETWORKS: dict[str, dict[str, Any]] = {  # by folder under data/mini_models/metric_networks
@@ -82,7 +89,8 @@ class MetricNetworkTrainer(nn.Module):
         self.body = metric_networks.build_mini_network(METRIC_NETWORKS[name])
         self.size = METRIC_NETWORKS[name]["size"]
         with torch.no_grad():
-            dim = self.body.eval()(torch.zeros(1, 3, self.size, self.size)).shape[1]
+            example = torch.zeros(1, 3, self.size, self.size)
+            dim = self.body.eval()(example).shape[1]
         projector = nn.Sequential(
             nn.Linear(dim, 256),
             nn.BatchNorm1d(256),
@@ -92,7 +100,8 @@ class MetricNetworkTrainer(nn.Module):
         if name == SELF_SUPERVISED:
             self.head = projector
         else:
-            self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(dim, sum(ANSWER_COUNTS)))
+            classifier = nn.Linear(dim, sum(ANSWER_COUNTS))
+            self.head = nn.Sequential(nn.Dropout(0.1), classifier)
         self.train()
 
     def compute_features(self, x: Tensor) -> Tensor:
@@ -107,8 +116,8 @@ class MetricNetworkTrainer(nn.Module):
 
 
 def _compute_all_features(model: MetricNetworkTrainer, x: Tensor) -> Tensor:
-    parts = [model.compute_features(part.to(get_device())).cpu() for part in x.split(250)]
-    return torch.cat(parts)
+    parts = (part.to(get_device()) for part in x.split(250))
+    return torch.cat([model.compute_features(part).cpu() for part in parts])
 
 
 def train_metric_network(name: str, options: Options, rank: int = 0) -> None:
@@ -134,8 +143,9 @@ def _train_supervised(name: str, options: Options, rank: int) -> None:
         return compute_answer_loss(logits, labels[index].to(get_device()))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        logits = [model(part.to(get_device())).cpu() for part in check_pixels.split(250)]
-        return compute_accuracy(torch.cat(logits), check_labels)
+        parts = (part.to(get_device()) for part in check_pixels.split(250))
+        logits = torch.cat([model(part).cpu() for part in parts])
+        return compute_accuracy(logits, check_labels)
 
     train(name, network, compute_loss, evaluate, options, lr=2e-3, batch_size=128, rank=rank)
 
@@ -152,8 +162,8 @@ def _train_self_supervised(name: str, options: Options, rank: int) -> None:
     def compute_loss(rng: np.random.Generator, batch_size: int) -> Tensor:
         x = to_pixels(images[draw_indices(rng, len(images), batch_size)])
         views = torch.cat([make_view(x), make_view(x)])
-        vectors = F.normalize(network(views.to(get_device())).float(), dim=-1)
-        first, second = vectors.chunk(2)
+        vectors = network(views.to(get_device())).float()
+        first, second = F.normalize(vectors, dim=-1).chunk(2)
         return mixco_nce(first, second, temp=0.1)
 
     def evaluate(model: nn.Module) -> dict[str, float]:

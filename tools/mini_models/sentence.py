@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from . import data
 from .captions import build_vocabulary
-from .data import CONTEXT_LENGTH, get_device, load_descriptions
+from .data import CONTEXT_LENGTH, compute_share, get_device, load_descriptions
 from .training import Options, load_averaged, train
 
 SENTENCE_CONFIG = {
@@ -79,18 +79,17 @@ def train_sentence(options: Options, rank: int = 0) -> None:
     def compute_loss(rng: np.random.Generator, batch_size: int) -> Tensor:
         index = np.repeat(rng.integers(len(captions), size=batch_size), 2)  # two captions an image
         columns = rng.integers(5, size=2 * batch_size)
-        texts = [captions[i][k] for i, k in zip(index, columns, strict=True)]
-        vectors = embed_sentences(bert, texts)
+        places = zip(index, columns, strict=True)
+        vectors = embed_sentences(bert, [captions[i][k] for i, k in places])
         targets = compute_similarity(labels[index]).to(vectors.device)
         return F.mse_loss(vectors @ vectors.T, targets)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        first, second = (
-            embed_sentences(model, [five[k] for five in check_captions[:500]]).cpu() for k in (0, 3)
-        )
+        columns = ([five[k] for five in check_captions[:500]] for k in (0, 3))
+        first, second = (embed_sentences(model, column).cpu() for column in columns)
         cosine = first @ second.T
         similarity = compute_similarity(check_labels[:500])
-        top1 = float((cosine.argmax(1) == torch.arange(500)).float().mean())
+        top1 = compute_share(cosine.argmax(1) == torch.arange(500))
         pairs = torch.stack([cosine.flatten(), similarity.flatten()])
         correlation = float(torch.corrcoef(pairs)[0, 1])
         return {
@@ -113,8 +112,9 @@ def export_sentence() -> None:
         # The library's class has a pooler, which nothing here reads: zeros, so that the file has
         # all weights that the class expects.
         with_pooler = BertModel(encoder.config)
-        zeros = {k: torch.zeros_like(v) for k, v in with_pooler.state_dict().items()}
-        with_pooler.load_state_dict(zeros | encoder.state_dict())
+        for parameter in with_pooler.pooler.parameters():
+            nn.init.zeros_(parameter)
+        with_pooler.load_state_dict(with_pooler.state_dict() | encoder.state_dict())
         with_pooler.half().save_pretrained(folder)
         build_sentence_tokenizer().save_pretrained(folder)
         modules: list[Any] = [

@@ -16,19 +16,23 @@ from src.training import augment
 
 from . import data
 from .category_classifier import compute_accuracy
-from .data import ANSWERS, draw_indices, get_device, load_images, load_question_labels, to_pixels
+from .data import (
+    ANSWERS,
+    draw_indices,
+    get_device,
+    load_images,
+    load_question_labels,
+    normalize_images,
+    to_pixels,
+)
 from .training import Options, load_averaged, train
 
-TEACHER_CONFIG = {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1), "maps": (96, 96, 512)}
+TEACHER_CONFIG = {
+    "dims": (16, 32, 64, 128),
+    "depths": (1, 1, 2, 1),
+    "maps": (96, 96, 512),
+}
 TEACHER_SIZE = 128  # pixels a side of its input: four by four locations
-
-
-def normalize_images(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Images (batch, 3, height, width) minus a mean of each channel, over a standard deviation."""
-    mean_tensor, std_tensor = (
-        torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (mean, std)
-    )
-    return (x - mean_tensor) / std_tensor
 
 
 def prepare_teacher_input(x: Tensor) -> Tensor:
@@ -53,7 +57,8 @@ def score_linear_probe(
     columns = zip(labels.T, ANSWERS.values(), strict=True)
     one_hot = [F.one_hot(column, len(answers)) for column, answers in columns]
     targets = torch.cat(one_hot, 1).float()
-    weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ targets)
+    regularized = x.T @ x + 10 * torch.eye(x.shape[1])
+    weights = torch.linalg.solve(regularized, x.T @ targets)
     return compute_accuracy(check_x @ weights, check_labels)
 
 
@@ -74,7 +79,8 @@ def train_teacher(options: Options, rank: int = 0) -> None:
 
     def embed_view(x: Tensor) -> Tensor:
         inputs = prepare_teacher_input(augment.jitter_images(x)).to(get_device())
-        return F.normalize(teacher(inputs).flatten(0, 1).float(), dim=-1)
+        maps = teacher(inputs).flatten(0, 1).float()
+        return F.normalize(maps, dim=-1)
 
     def compute_loss(rng: np.random.Generator, batch_size: int) -> Tensor:
         x = to_pixels(images[draw_indices(rng, len(images), batch_size)])
@@ -85,7 +91,8 @@ def train_teacher(options: Options, rank: int = 0) -> None:
         parts = []
         for part in x.split(250):
             maps = model(prepare_teacher_input(part).to(get_device()))
-            quarters = maps.unflatten(1, (2, 2, 2, 2)).mean((2, 4))
+            grid = maps.unflatten(1, (2, 2, 2, 2))
+            quarters = grid.mean((2, 4))
             parts.append(quarters.flatten(1).cpu())
         return torch.cat(parts)
 

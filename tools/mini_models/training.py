@@ -22,6 +22,8 @@ from .data import SEED, get_device
 
 SAVE_SECONDS, LOG_SECONDS = 120, 180
 
+Evaluation = Callable[[nn.Module], dict[str, Any]]  # of a module with averaged weights
+
 
 @dataclass(frozen=True)
 class Options:
@@ -50,7 +52,8 @@ class AveragedWeights:
     """Moving average of a module's parameters (decay .999, quicker at the beginning)."""
 
     def __init__(self, module: nn.Module):
-        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        state = module.state_dict()
+        self.shadow = {name: value.detach().clone() for name, value in state.items()}
 
     def update(self, module: nn.Module, step: int) -> None:
         """Move the average towards the module's weights of this step."""
@@ -121,10 +124,11 @@ class StageRun:
         torch.save(state, temporary)
         temporary.rename(self.path)
 
-    def log(self, evaluate: Callable[[nn.Module], dict[str, Any]], batch_size: int) -> None:
+    def log(self, evaluate: Evaluation, batch_size: int) -> None:
         """Evaluate the averaged weights and append a line to the log."""
         seconds = self.get_seconds()
-        weights = {k: v.clone() for k, v in self.module.state_dict().items()}
+        state = self.module.state_dict()
+        weights = {name: value.clone() for name, value in state.items()}
         self.module.load_state_dict(self.average.shadow)
         self.module.eval()
         with torch.no_grad():
@@ -148,7 +152,7 @@ def train(
     stage: str,
     module: nn.Module,
     compute_loss: Callable[[np.random.Generator, int], Tensor],
-    evaluate: Callable[[nn.Module], dict[str, Any]],
+    evaluate: Evaluation,
     options: Options,
     lr: float,
     batch_size: int,

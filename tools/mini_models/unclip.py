@@ -161,14 +161,16 @@ class UnclipTraining:
 
     def compute_errors(self, x0: Tensor, c: Tensor, t: Tensor) -> Tensor:
         """Squared error (batch,) of v, of latents and tokens at timesteps t."""
-        noise, a = torch.randn_like(x0), self.alphas[t].view(-1, 1, 1, 1)
+        noise = torch.randn_like(x0)
+        a = self.alphas[t].view(-1, 1, 1, 1)
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        target = a.sqrt() * noise - (1 - a).sqrt() * x0
         conditions = {
             "encoder_hidden_states": c * self.factor,
             "class_labels": self.vector.expand(len(x), -1),
         }
         predicted = self.unet(x, t, **conditions).sample.float()
-        return (predicted - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
+        return (predicted - target).square().mean((1, 2, 3))
 
     def compute_loss(self, rng: np.random.Generator, batch_size: int) -> Tensor:
         """Loss of a random batch.
