@@ -3,7 +3,7 @@
     python tools/train_mini_models.py vae --minutes 10          # each stage resumes
     python tools/train_mini_models.py clip --minutes 10
     python tools/train_mini_models.py image --minutes 60 --processes 2
-    python tools/train_mini_models.py robust --minutes 25       # from tokens as vague as decoded ones
+    python tools/train_mini_models.py robust --minutes 25       # from tokens as a decoder's
     python tools/train_mini_models.py text --minutes 12         # text tokens, not image tokens
     python tools/train_mini_models.py variation --minutes 12    # one CLIP embedding, not all tokens
     python tools/train_mini_models.py stable --minutes 6        # the text encoder's hidden states
