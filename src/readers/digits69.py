@@ -178,8 +178,9 @@ def _choose_test(
     if split == "official":
         return official_test, "digits69-official"
     match = re.fullmatch(r"fold-(\d+)-of-(\d+)", split)
-    fold, n_folds = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= fold <= n_folds or not 2 <= n_folds <= np.bincount(labels)[1:].min():
+    fold, n_folds = (int(match[1]), int(match[2])) if match else (0, 0)
+    rarest = np.bincount(labels)[1:].min()
+    if not 1 <= fold <= n_folds or not 2 <= n_folds <= rarest:
         raise PerceptError(
             f"split {split!r} must be official, or e.g. fold-3-of-10 with folds counted from 1."
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,16 +104,15 @@ def check_options(subj: int, space: str, version: str, file_format: str) -> None
     Raises:
         PerceptError: naming those it has.
     """
-    choices = {
+    choices: dict[str, tuple[Any, Collection[Any]]] = {
         "subj": (subj, SUBJECTS),
         "space": (space, SPACES),
         "betas_version": (version, VERSIONS),
         "file_format": (file_format, ("auto", *FORMATS)),
     }
     for name, (value, allowed) in choices.items():
-        if value not in allowed:  # type: ignore[operator]
-            names = ", ".join(map(str, allowed))  # type: ignore[call-overload]
-            raise PerceptError(f"{name} is {value!r}: NSD has {names}.")
+        if value not in allowed:
+            raise PerceptError(f"{name} is {value!r}: NSD has {', '.join(map(str, allowed))}.")
 
 
 def find_last_session(folders: NsdFolders, responses: pd.DataFrame | None) -> int:

@@ -107,10 +107,10 @@ def write(
         row_of_image = _add_images(folders, data.images, data.image_ids)
         _write_trials(folders, ordered, ordered["image"].map(row_of_image).to_numpy() + 1)
         _write_rois(folders, data, voxel_grid)
-        for session, trials in ordered.groupby("session"):
+        for number, (_, trials) in enumerate(ordered.groupby("session"), 1):
             volumes = np.zeros((len(trials), voxel_grid.size), np.int16)
             volumes[:, voxel_grid.places] = _to_integers(data.betas[trials.index.to_numpy()])
-            path = folders.betas / f"betas_session{session + 1:02d}.{file_format}"
+            path = folders.betas / f"betas_session{number:02d}.{file_format}"
             _write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
         if data.voxels is not None and "noise_ceiling" in data.voxels:
             ceiling = data.voxels["noise_ceiling"].to_numpy()
