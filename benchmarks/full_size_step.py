@@ -1,8 +1,12 @@
 """One training step of the full-size model (subject 1, 257x768, prior on): seconds and memory by
 phase.
 
-    python benchmarks/full_size_step.py [steps] [batch]       # CPU, fp32, step_in_backward: needs 18 GB of free memory and a few minutes
-    python benchmarks/full_size_step.py 30 32                 # on a GPU: bf16, steps a second, projected time of 240 epochs (not run by us)
+    python benchmarks/full_size_step.py [steps] [batch]
+    python benchmarks/full_size_step.py 30 32
+
+On a CPU it runs in fp32 with step_in_backward, and needs 18 GB of free memory and a few minutes. On
+a GPU (not run by us) it runs in bf16, and also gives steps a second and the projected time of 240
+epochs.
 
 Random weights and random data of the published sizes, through the same `fit` and the same losses as
 notebook 01 (BiMixCo phase), targets from the cache. Nothing is written.
@@ -41,10 +45,11 @@ PAPER = {
     "timesteps": 100,
     "max_text_len": 256,
 }
-VOXELS, TOKENS, DIM, IMAGES, NEEDED = 15724, 257, 768, 8859, 18e9
+VOXELS, TOKENS, DIM, IMAGES = 15724, 257, 768, 8859
+NEEDED_BYTES = 18e9
 
 
-def full_model() -> nn.Module:
+def make_full_model() -> nn.Module:
     """The published model with cheap random weights: the usual initialisation of a billion
     parameters takes minutes.
     """
@@ -56,24 +61,21 @@ def full_model() -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
-                gain = isinstance(module, (nn.LayerNorm, GainNorm)) and name in ("weight", "g")
-                (
+                is_norm = isinstance(module, (nn.LayerNorm, GainNorm))
+                if is_norm and name in ("weight", "g"):
                     p.fill_(1.0)
-                    if gain
-                    else (
-                        p.copy_(Rotary(32).freqs)
-                        if isinstance(module, Rotary)
-                        else p.normal_(std=0.02)
-                    )
-                )
+                elif isinstance(module, Rotary):
+                    p.copy_(Rotary(32).freqs)
+                else:
+                    p.normal_(std=0.02)
     return model
 
 
-class Random:
+class RandomSamples:
     """As many random samples as the steps need, the same ones in every batch."""
 
     def __init__(self, samples: int):
-        self.samples, self.made = samples, {}
+        self.samples, self.batches = samples, {}
 
     def __len__(self) -> int:
         return self.samples
@@ -83,12 +85,12 @@ class Random:
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         n = len(indices)
-        if n not in self.made:  # once: drawing 32 images takes as long as a GPU's step
-            self.made[n] = {
+        if n not in self.batches:  # not again: drawing 32 images takes as long as a GPU's step
+            self.batches[n] = {
                 "voxels": torch.randn(n, VOXELS),
                 "tokens": torch.randn(n, TOKENS, DIM) / DIM**0.5,
             }
-        return self.made[n] | {"seed": torch.tensor(indices)}
+        return self.batches[n] | {"seed": torch.tensor(indices)}
 
 
 class Clock:
@@ -107,21 +109,21 @@ class Clock:
     @contextmanager
     def phase(self, name: str):
         """Time what stands within."""
-        begun = self.now()
+        start_time = self.now()
         yield
-        self.seconds[name].append(self.now() - begun)
+        self.seconds[name].append(self.now() - start_time)
         self.memory[name] = peak_memory()
 
 
-def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
+def time_steps(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
     """Seconds of each step."""
     starts, updates = [], []
     plain = torch.optim.AdamW.step
 
     def timed(self, *args, **kwargs):
-        begun = clock.now()
+        start_time = clock.now()
         result = plain(self, *args, **kwargs)
-        updates[-1] += clock.now() - begun
+        updates[-1] += clock.now() - start_time
         return result
 
     def step(model, batch, epoch):
@@ -130,10 +132,11 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
         with clock.phase("voxel2clip, forward"):
             voxels, *mix = mixco(batch["voxels"])
             backbone, projected = model.voxel2clip.predict_tokens(voxels)
-            nce = mixco_nce(l2_normalize(projected), l2_normalize(batch["tokens"]), 0.006, *mix)
+            embedding, target = l2_normalize(projected), l2_normalize(batch["tokens"])
+            nce = mixco_nce(embedding, target, 0.006, *mix)
         with clock.phase("prior, forward"):
             loss, _ = model(text_embed=backbone, image_embed=batch["tokens"], seeds=batch["seed"])
-        starts[-1:] = [starts[-1], clock.now()]
+        starts.append(clock.now())
         return nce + 30 * loss, {}
 
     torch.optim.AdamW.step = timed
@@ -143,7 +146,7 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
             fit(
                 model,
                 step,
-                Random(steps * batch),
+                RandomSamples(steps * batch),
                 folder=Path(folder),
                 config={},
                 batching=Batching(epochs=1, batch_size=batch),
@@ -159,36 +162,34 @@ def run(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
         end - forward - update
         for end, forward, update in zip(ends, starts[1::2], updates, strict=True)
     ]
-    return [end - begun for end, begun in zip(ends, starts[::2], strict=True)]
+    return [end - start for end, start in zip(ends, starts[::2], strict=True)]
 
 
 def main(steps: int = 4, batch: int = 4) -> None:
     """Print seconds and memory."""
     cuda = to_device("auto").startswith("cuda")
     free = psutil.virtual_memory().available
-    if not cuda and free < NEEDED:
+    if not cuda and free < NEEDED_BYTES:
         sys.exit(
-            f"This needs {NEEDED / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}: close"
-            " what else is running."
+            f"This needs {NEEDED_BYTES / 1e9:.0f} GB of free memory and there are {free / 1e9:.1f}:"
+            " close what else is running."
         )
     clock = Clock(cuda)
     base = peak_memory()
-    model = full_model()
+    model = make_full_model()
     print(
         f"{count_parameters(model):,} parameters, batch {batch}, {torch.get_num_threads()} threads;"
         f" before the model {base / 1e9:.1f} GB"
     )
-    each = run(model, steps, batch, clock)
-    print(
-        "seconds of each step, the first of which makes the optimizer's state: "
-        + ", ".join(f"{s:.1f}" for s in each)
-    )
+    seconds = time_steps(model, steps, batch, clock)
+    listed = ", ".join(f"{s:.1f}" for s in seconds)
+    print(f"seconds of each step, the first of which makes the optimizer's state: {listed}")
     for name, values in clock.seconds.items():
-        print(
-            f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s"
-            + (f", peak so far {clock.memory[name] / 1e9:.1f} GB" if name in clock.memory else "")
-        )
-    mean = sum(each[1:]) / len(each[1:])
+        line = f"{name:>20}: {sum(values[1:]) / len(values[1:]):6.2f} s"
+        if name in clock.memory:
+            line += f", peak so far {clock.memory[name] / 1e9:.1f} GB"
+        print(line)
+    mean = sum(seconds[1:]) / len(seconds[1:])
     print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak_memory() / 1e9:.1f} GB")
     if cuda:
         print(

@@ -1,10 +1,11 @@
 """Training batches a second at NSD's voxel count: the prepared, memory-mapped layout against the
 same trials streamed from tar shards with webdataset.
 
-    python benchmarks/loading.py [images]        # 1500 images by default: 0.3 GB of betas and 0.6 GB of files under the system's temporary folder
+    python benchmarks/loading.py [images]
 
+1500 images by default: 0.3 GB of betas and 0.6 GB of files under the system's temporary folder.
 Shards are streamed as MindEye streamed them: shards in random order with replacement, a shuffle
-buffer of 500, pictures and arrays decoded, batches of 32. Both sides are measured with pictures and
+buffer of 500, images and arrays decoded, batches of 32. Both sides are measured with images and
 without, in one process each, files in the page cache, a few seconds a case; then the same with one
 worker process.
 """
@@ -35,40 +36,39 @@ from src.readers import mindeye
 
 BATCH, VOXELS, SIZE, SECONDS = 32, 15_724, 256, 8.0
 
+Source = Callable[[Path, bool], Iterable[Any]]  # (folder, with images) -> batches
 
-def make(folder: Path, images: int) -> None:
+
+def write_data(folder: Path, n_images: int) -> None:
     """Shards of random betas and of mini scenes enlarged to 256 pixels, and the prepared dataset
     read from them.
     """
     rng = np.random.default_rng(0)
-    pictures = np.concatenate(
-        [
-            np.stack([np.asarray(Image.fromarray(p).resize((SIZE, SIZE))) for p in block])
-            for block in miniworld.render_blocks(0, "train", images)
-        ]
-    )
-    trials = pd.DataFrame(
-        {"trial": np.arange(3 * images), "image": rng.permutation(np.repeat(np.arange(images), 3))}
-    )
-    trials["split"] = np.where(
-        trials.image < images - 40, "train", np.where(trials.image < images - 20, "val", "test")
-    )
+    scenes = []
+    for block in miniworld.render_blocks(0, "train", n_images):
+        for scene in block:
+            scenes.append(np.asarray(Image.fromarray(scene).resize((SIZE, SIZE))))
+    images = rng.permutation(np.repeat(np.arange(n_images), 3))
+    trials = pd.DataFrame({"trial": np.arange(3 * n_images), "image": images})
+    trials["split"] = "train"
+    trials.loc[trials.image >= n_images - 40, "split"] = "val"
+    trials.loc[trials.image >= n_images - 20, "split"] = "test"
     betas = rng.standard_normal((len(trials), VOXELS), dtype=np.float32)
     mindeye_format.write(
         folder / "source",
         1,
-        SourceData(betas, trials, pictures, np.arange(images)),
+        SourceData(betas, trials, np.stack(scenes), np.arange(n_images)),
         image_format="jpg",
     )
     mindeye.read(folder / "source", folder / "prepared", 1)
 
 
-def mapped(folder: Path, pictures: bool) -> Iterator[Any]:
-    """Random batches without end: one repeat an image, z-scored by session, with its picture or
+def read_mapped(folder: Path, with_images: bool) -> Iterator[Any]:
+    """Random batches without end: one repeat an image, z-scored by session, with its image or
     without.
     """
     subject = open_subject(folder / "prepared", 1)
-    data = BrainDataset(subject, "train", normaliser=Normaliser.fit(subject), pixels=pictures)
+    data = BrainDataset(subject, "train", normaliser=Normaliser.fit(subject), pixels=with_images)
     for epoch in range(10**6):
         data.set_epoch(epoch)
         order = np.random.default_rng(epoch).permutation(len(data))
@@ -76,60 +76,60 @@ def mapped(folder: Path, pictures: bool) -> Iterator[Any]:
             yield data.__getitems__(order[start : start + BATCH].tolist())
 
 
-def _decode(sample: dict[str, bytes], pictures: bool) -> tuple[Any, ...]:
+def _decode(sample: dict[str, bytes], with_images: bool) -> tuple[Any, ...]:
     voxels = torch.from_numpy(np.load(io.BytesIO(sample["nsdgeneral.npy"]), allow_pickle=False))
-    if not pictures:
+    if not with_images:
         return (voxels,)
     image = np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
     return voxels, torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)
 
 
-def streamed(folder: Path, pictures: bool) -> Iterable[Any]:
+def stream_shards(folder: Path, with_images: bool) -> Iterable[Any]:
     """Batches from the shards without end: all three repeats, as stored."""
-    urls = sorted(str(path) for path in (folder / "source" / mindeye.PAPER / "train").glob("*.tar"))
+    shards = folder / "source" / mindeye.PAPER / "train"
+    urls = sorted(str(path) for path in shards.glob("*.tar"))
     stream = wds.WebDataset(urls, resampled=True, empty_check=False).shuffle(
         500, initial=500, rng=random.Random(42)
     )
-    return stream.map(lambda sample: _decode(sample, pictures)).batched(BATCH, partial=False)
+    return stream.map(lambda sample: _decode(sample, with_images)).batched(BATCH, partial=False)
 
 
-class Endless(torch.utils.data.IterableDataset):
-    """What a function of (folder, pictures) yields, for a DataLoader."""
+class EndlessBatches(torch.utils.data.IterableDataset):
+    """What a function of (folder, with images) yields, for a DataLoader."""
 
-    def __init__(self, source: Callable[[Path, bool], Iterable[Any]], folder: Path, pictures: bool):
-        self.source, self.folder, self.pictures = source, folder, pictures
+    def __init__(self, source: Source, folder: Path, with_images: bool):
+        self.source, self.folder, self.with_images = source, folder, with_images
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.source(self.folder, self.pictures))
+        return iter(self.source(self.folder, self.with_images))
 
 
-def rate(
-    source: Callable[[Path, bool], Iterable[Any]], folder: Path, pictures: bool, workers: int
-) -> float:
+def measure_rate(source: Source, folder: Path, with_images: bool, workers: int) -> float:
     """Batches a second, from the second batch on."""
     loader = iter(
-        DataLoader(Endless(source, folder, pictures), batch_size=None, num_workers=workers)
+        DataLoader(
+            EndlessBatches(source, folder, with_images), batch_size=None, num_workers=workers
+        )
     )
     next(loader)
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < SECONDS:
+    start_time, count = time.perf_counter(), 0
+    while time.perf_counter() - start_time < SECONDS:
         next(loader)
         count += 1
-    return count / (time.perf_counter() - begun)
+    return count / (time.perf_counter() - start_time)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    n_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), int(sys.argv[1]) if len(sys.argv) > 1 else 1500)
+        write_data(Path(folder), n_images)
         print(f"batches of {BATCH} a second, {VOXELS} voxels     prepared   webdataset   ratio")
         for workers in (0, 1):
-            for pictures in (False, True):
-                ours, theirs = (
-                    rate(source, Path(folder), pictures, workers) for source in (mapped, streamed)
-                )
-                what = (
-                    f"{'voxels and pictures' if pictures else 'voxels alone':20} {workers}"
-                    f" worker{'s' * (workers != 1)}"
-                )
-                print(f"{what:42} {ours:10.1f} {theirs:12.2f} {ours / theirs:7.1f}", flush=True)
+            for with_images in (False, True):
+                prepared = measure_rate(read_mapped, Path(folder), with_images, workers)
+                streamed = measure_rate(stream_shards, Path(folder), with_images, workers)
+                content = "voxels and images" if with_images else "voxels alone"
+                case = f"{content:20} {workers} {'worker' if workers == 1 else 'workers'}"
+                ratio = prepared / streamed
+                print(f"{case:42} {prepared:10.1f} {streamed:12.2f} {ratio:7.1f}", flush=True)

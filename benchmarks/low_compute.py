@@ -1,8 +1,11 @@
 """MindEye2 at low compute: one training step as published against ours, what folding the dead mixer
 saves, and which GPU fits what.
 
-    python benchmarks/low_compute.py [threads] [steps]   # seconds and memory of a step at batch 4, each way in a process of its own (a few minutes)
-    python benchmarks/low_compute.py memory              # estimated GPU memory over batch size and precision, as Markdown
+    python benchmarks/low_compute.py [threads] [steps]   # a few minutes
+    python benchmarks/low_compute.py memory
+
+The first measures seconds and memory of a step at batch 4, each way in a process of its own; the
+second estimates GPU memory over batch size and precision, as Markdown.
 
 Random weights and data of the published sizes (subject 1, h 1024, 49 x 768 tokens; BiMixCo phase,
 prior on, no blurry branch). "published" is our own rendering of what the published code computes:
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -45,117 +49,160 @@ PARAMETERS = {
     "timesteps": 100,
     "faithful": "",
 }
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed.
+
+    Attributes:
+        is_published: as the published code does it.
+        is_folded: without the dead mixer.
+        in_backward: whether each parameter is stepped as its gradient arrives.
+        checkpointing: of the prior's activations.
+        bf16: precision of the forward pass.
+    """
+
+    is_published: bool = False
+    is_folded: bool = True
+    in_backward: bool = False
+    checkpointing: bool = False
+    bf16: bool = False
+
+
+WAYS = {
+    "published": Way(is_published=True, is_folded=False),
+    "published, mixer folded": Way(is_published=True),
+    "ours": Way(),
+    "ours, step in backward": Way(in_backward=True),
+    "ours, gradient checkpointing": Way(checkpointing=True),
+    "ours, bf16": Way(bf16=True),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the network: width, tokens of an image and their width, with the blurry branch."""
+
+    h: int
+    tokens: int
+    dim: int
+    blurry: bool
+
+
 SIZES = {
-    "low compute (h 1024, 49 x 768)": (1024, 49, 768, False),
-    "full (h 4096, 256 x 1664, blurry branch)": (4096, 256, 1664, True),
-}
-WAYS = {  # what differs
-    "published": {"published": True},
-    "published, mixer folded": {"published": True, "folded": True},
-    "ours": {"folded": True},
-    "ours, step in backward": {"folded": True, "in_backward": True},
-    "ours, gradient checkpointing": {"folded": True, "checkpointing": True},
-    "ours, bf16": {"folded": True, "bf16": True},
+    "low compute (h 1024, 49 x 768)": Size(1024, 49, 768, False),
+    "full (h 4096, 256 x 1664, blurry branch)": Size(4096, 256, 1664, True),
 }
 
+# of the memory table: whether the optimizer's state is on the CPU, and how a step is computed
+MEMORY_WAYS = {
+    "fp32": (False, Way()),
+    "bf16": (False, Way(bf16=True)),
+    "bf16, checkpointing": (False, Way(bf16=True, checkpointing=True)),
+    "fp32, step in backward": (False, Way(in_backward=True)),
+    "bf16, ZeRO-2 offload": (True, Way(bf16=True)),
+}
 
-def as_published() -> None:
+GPUS = (8, 16, 24, 40, 80)  # GB
+
+SPARE = 1.5  # GB of a GPU that are left to libraries
+
+
+def compute_as_published() -> None:
     """Attention and norms operation by operation, also where a gradient is wanted."""
     transformer._attend_fused = transformer._attend
     inner = models.GainNorm.forward
 
     def unfused(self: models.GainNorm, x: torch.Tensor) -> torch.Tensor:
-        grad, torch.is_grad_enabled = (
-            torch.is_grad_enabled,
-            lambda: False,
-        )  # takes the written-out branch, which autograd follows all the same
+        # takes the written-out branch, which autograd follows all the same
+        is_grad_enabled = torch.is_grad_enabled
+        torch.is_grad_enabled = lambda: False
         try:
             return inner(self, x)
         finally:
-            torch.is_grad_enabled = grad
+            torch.is_grad_enabled = is_grad_enabled
 
     models.GainNorm.forward = unfused
 
 
-def measure(way: str, threads: int, steps: int, batch: int = 4) -> dict[str, float]:
+def build_model(way: Way) -> nn.Module:
+    """The network at low compute, with random weights."""
+    parameters = PARAMETERS | {"faithful": "" if way.is_folded else "dead_mixer"}
+    sizes = DecoderSizes((VOXELS,), 49, 768, LATENT)
+    model = build_decoder(build_decoder_config("01_train_mindeye2", parameters, sizes))
+    model.diffusion_prior.net.causal_transformer.checkpointing = way.checkpointing
+    return model
+
+
+def make_adamw(parameters: list, way: Way) -> torch.optim.Optimizer:
+    """AdamW, fused, or parameter by parameter as published."""
+    foreach = False if way.is_published else None
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=not way.is_published, foreach=foreach)
+
+
+def step_in_backward(groups: list[dict], way: Way) -> None:
+    """Let each parameter be stepped as soon as its gradient is there."""
+    optimizers = {}
+    for group in groups:
+        for parameter in group["params"]:
+            optimizers[parameter] = make_adamw([parameter], way)
+
+    def update(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad(set_to_none=True)
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(update)
+
+
+def measure(way_name: str, threads: int, steps: int, batch: int = 4) -> dict[str, float]:
     """Median seconds of a step and its phases, peak memory in GB, with `threads` threads."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    told = WAYS[way]
-    if told.get("published"):
-        as_published()
-    model = build_decoder(
-        build_decoder_config(
-            "01_train_mindeye2",
-            PARAMETERS | {"faithful": "" if told.get("folded") else "dead_mixer"},
-            DecoderSizes((VOXELS,), 49, 768, LATENT),
-        )
-    )
-    model.diffusion_prior.net.causal_transformer.checkpointing = bool(told.get("checkpointing"))
+    way = WAYS[way_name]
+    if way.is_published:
+        compute_as_published()
+    model = build_model(way)
     groups = group_parameters(model, 1e-2, "published")
-    make = lambda which: torch.optim.AdamW(
-        which,
-        lr=1e-5,
-        fused=not told.get("published"),
-        foreach=False if told.get("published") else None,
-    )  # noqa: E731
-    each = (
-        {p: make([p]) for group in groups for p in group["params"]}
-        if told.get("in_backward")
-        else {}
-    )
-    optimizer = None if each else make(groups)
-
-    def update(p: torch.Tensor) -> None:
-        each[p].step()
-        each[p].zero_grad(set_to_none=True)
-
-    for p in each:
-        p.register_post_accumulate_grad_hook(update)
-    voxels, tokens, rows = torch.randn(batch, 1, VOXELS), torch.randn(batch, 49, 768), []
+    optimizer = None
+    if way.in_backward:
+        step_in_backward(groups, way)
+    else:
+        optimizer = make_adamw(groups, way)
+    voxels, tokens = torch.randn(batch, 1, VOXELS), torch.randn(batch, 49, 768)
+    rows = []
     for _ in range(steps + 1):
-        begun = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16) if told.get("bf16") else nullcontext():
-            mixed, perm, betas, select = mixco(voxels)
+        start_time = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16) if way.bf16 else nullcontext():
+            mixed, *mix = mixco(voxels)
             backbone, clip, _ = model(mixed, 0)
-            loss = (
-                mixco_nce(l2_normalize(clip), l2_normalize(tokens), 0.006, perm, betas, select)
-                + 30 * model.diffusion_prior(text_embed=backbone, image_embed=tokens)[0]
-            )
-        forward = time.perf_counter()
+            nce = mixco_nce(l2_normalize(clip), l2_normalize(tokens), 0.006, *mix)
+            prior, _ = model.diffusion_prior(text_embed=backbone, image_embed=tokens)
+            loss = nce + 30 * prior
+        forward_time = time.perf_counter()
         loss.backward()
-        backward = time.perf_counter()
+        backward_time = time.perf_counter()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        rows.append(
-            (
-                forward - begun,
-                backward - forward,
-                time.perf_counter() - backward,
-                time.perf_counter() - begun,
-            )
-        )
+        end_time = time.perf_counter()
+        seconds = [forward_time - start_time, backward_time - forward_time]
+        rows.append([*seconds, end_time - backward_time, end_time - start_time])
     medians = torch.tensor(rows[1:]).median(0).values.tolist()  # the first one allocates
-    return dict(zip(("forward", "backward", "AdamW", "step"), medians, strict=True)) | {
-        "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    }
+    results = dict(zip(("forward", "backward", "AdamW", "step"), medians, strict=True))
+    return results | {"GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
 def compare(threads: int, steps: int) -> None:
     """Every way in a process of its own, in turn; ratios to the published one."""
-    found = {}
+    results: dict[str, dict[str, float]] = {}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for way in WAYS:
         command = [sys.executable, __file__, "--one", way, str(threads), str(steps)]
-        out = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        ).stdout
-        found[way] = json.loads(out.splitlines()[-1])
-        row, base = found[way], found["published"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        results[way] = json.loads(done.stdout.splitlines()[-1])
+        row, base = results[way], results["published"]
         phases = "  ".join(f"{name} {row[name]:.2f} s" for name in ("forward", "backward", "AdamW"))
         print(
             f"{way:32s} step {row['step']:.2f} s ({row['step'] / base['step']:.2f})   {phases}  "
@@ -164,77 +211,68 @@ def compare(threads: int, steps: int) -> None:
         )
 
 
-def needed(
-    h: int,
-    tokens: int,
-    dim: int,
-    blurry: bool,
-    batch: int,
-    precision: str,
-    checkpointing: bool,
-    in_backward: bool,
-) -> dict[str, float]:
+def estimate_memory(size: Size, batch: int, way: Way) -> dict[str, float]:
     """Estimated bytes of a training step by what they are for, without libraries and the GPU's own
     context.
     """
-    config = build_decoder_config(
-        "01_train_mindeye2",
-        PARAMETERS | {"hidden_dim": h, "blurry_recon": blurry},
-        DecoderSizes((VOXELS,), tokens, dim, LATENT),
-    )
+    parameters = PARAMETERS | {"hidden_dim": size.h, "blurry_recon": size.blurry}
+    sizes = DecoderSizes((VOXELS,), size.tokens, size.dim, LATENT)
+    config = build_decoder_config("01_train_mindeye2", parameters, sizes)
 
     def build() -> nn.Module:
         model = build_decoder(config)
-        model.diffusion_prior.net.causal_transformer.checkpointing = checkpointing
+        model.diffusion_prior.net.causal_transformer.checkpointing = way.checkpointing
         return model
 
     def loss(model: nn.Module) -> torch.Tensor:
-        target = torch.zeros(batch, tokens, dim)
-        backbone, clip, out = model(torch.zeros(batch, 1, VOXELS), 0)
+        target = torch.zeros(batch, size.tokens, size.dim)
+        noise, times = torch.zeros_like(target), torch.zeros(batch, dtype=torch.long)
+        backbone, clip, blurry = model(torch.zeros(batch, 1, VOXELS), 0)
         drop = torch.zeros(2, batch, dtype=torch.bool)
-        prior = model.diffusion_prior.p_losses(
-            target, torch.zeros(batch, dtype=torch.long), backbone, torch.zeros_like(target), drop
-        )[0]
-        return (
-            prior
-            + clip.square().mean()
-            + (out[0].abs().mean() + out[1].square().mean() if blurry else 0)
-        )
+        total, _ = model.diffusion_prior.p_losses(target, times, backbone, noise, drop)
+        total = total + clip.square().mean()
+        if size.blurry:
+            total = total + (blurry[0].abs().mean() + blurry[1].square().mean())
+        return total
 
-    return estimate_training_memory(build, loss, precision, in_backward)
+    precision = "bf16" if way.bf16 else "no"
+    return estimate_training_memory(build, loss, precision, way.in_backward)
 
 
-def memory_table() -> None:
-    """Markdown: gigabytes by batch size and way, and the smallest of 8, 16, 24, 40 and 80 GB GPUs
-    that has 1.5 GB to spare.
-    """
-    ways = {
-        "fp32": ("no", False, False),
-        "bf16": ("bf16", False, False),
-        "bf16, checkpointing": ("bf16", True, False),
-        "fp32, step in backward": ("no", False, True),
-        "bf16, ZeRO-2 offload": ("bf16", False, False),
-    }
-    for title, (h, tokens, dim, blurry) in SIZES.items():
-        print(f"\n| {title} | batch | " + " | ".join(ways) + " |\n|---|---|" + "---|" * len(ways))
+def choose_gpu(size: float) -> str:
+    """The smallest GPU in GB that holds so many bytes."""
+    for gpu in GPUS:
+        if size / 1e9 + SPARE <= gpu:
+            return str(gpu)
+    return f"more than {GPUS[-1]}"
+
+
+def print_memory() -> None:
+    """Markdown: gigabytes by batch size and way, and the smallest GPU that has 1.5 GB to spare."""
+    for title, size in SIZES.items():
+        print(f"\n| {title} | batch | " + " | ".join(MEMORY_WAYS) + " |")
+        print("|---|---|" + "---|" * len(MEMORY_WAYS))
         for batch in (4, 8, 16, 32):
             cells = []
-            for name, (precision, checkpointing, in_backward) in ways.items():
-                parts = needed(h, tokens, dim, blurry, batch, precision, checkpointing, in_backward)
-                total = sum(parts.values()) - (parts["optimizer state"] if "offload" in name else 0)
-                fits = next(
-                    (f"{gpu}" for gpu in (8, 16, 24, 40, 80) if total / 1e9 + 1.5 <= gpu),
-                    "more than 80",
-                )
-                cells.append(f"{total / 1e9:.1f} ({fits})")
+            for is_offloaded, way in MEMORY_WAYS.values():
+                parts = estimate_memory(size, batch, way)
+                total = sum(parts.values())
+                if is_offloaded:
+                    total -= parts["optimizer state"]
+                cells.append(f"{total / 1e9:.1f} ({choose_gpu(total)})")
             print(f"| | {batch} | " + " | ".join(cells) + " |", flush=True)
 
 
-if __name__ == "__main__":
-    given = sys.argv[1:]
-    if given[:1] == ["--one"]:
-        print(json.dumps(measure(given[1], int(given[2]), int(given[3]))))
-    elif given[:1] == ["memory"]:
-        memory_table()
+def main(first: str = "1", *rest: str) -> None:
+    """Compare all ways, measure one (--one), or estimate memory."""
+    if first == "--one":
+        way, threads, steps = rest
+        print(json.dumps(measure(way, int(threads), int(steps))))
+    elif first == "memory":
+        print_memory()
     else:
-        compare(int(given[0]) if given else 1, int(given[1]) if len(given) > 1 else 5)
+        compare(int(first), int(rest[0]) if rest else 5)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

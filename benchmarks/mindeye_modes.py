@@ -1,11 +1,12 @@
 """The mindeye recipe on the mini world in every mode, scored on the test images: what do img2img,
 samples, augmentation and the kind of tokens bring?
 
-    python benchmarks/mindeye_modes.py [images] [epochs]       # about an hour on two cores with 200 images and the recipe's epochs
+    python benchmarks/mindeye_modes.py [images] [epochs]
 
-Trains what is missing (train_logs/modes-*), reconstructs with other settings, and prints one table.
-Shares are the judge's; every row also has the paired difference in the judged kind to the first
-row, with its 95 % bootstrap interval. The table describes; nothing is chosen by it.
+That takes about an hour on two cores with 200 images and the recipe's epochs. It trains what is
+missing (train_logs/modes-*), reconstructs with other settings, and prints one table. Shares are the
+classifier's; every row also has the paired difference in the classified kind to the first row, with
+its 95 % bootstrap interval. The table describes; nothing is chosen by it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TRAINING: dict[str, tuple[str, dict[str, object]]] = {  # run -> (recipe, what d
     "aug": ("mindeye", {"use_image_aug": True}),
     "one": ("mindeye_retrieval", {}),
 }
-MODES: dict[str, tuple[str, dict[str, object]]] = {  # row -> (run, what notebook 03 is told)
+MODES: dict[str, tuple[str, dict[str, object]]] = {  # row -> (run, parameters of notebook 03)
     "img2img .85, 1 sample": ("tokens", {"img2img_strength": 0.85}),
     "no img2img, 1 sample": ("tokens", {"img2img_strength": 1.0}),
     "low-level image alone": ("tokens", {"img2img_strength": 0.0}),
@@ -61,19 +62,15 @@ MODES: dict[str, tuple[str, dict[str, object]]] = {  # row -> (run, what noteboo
 }
 
 
-def stage(notebook: str, recipe: str, run: str, settings: dict[str, object]) -> None:
+def run_stage(notebook: str, recipe: str, run: str, settings: dict[str, object]) -> None:
     """Run one notebook of a mini recipe under a name of its own, with the network alone."""
-    flags = [
-        f"--{name}={value}"
-        for name, value in ({"model_name": run, "decoder": "network"} | settings).items()
-    ]
-    files = [
-        text
-        for folder in (recipe, f"{recipe}/mini")
-        for text in ("-f", f"recipes/{folder}/{notebook}.yaml")
-    ]
+    parameters = {"model_name": run, "decoder": "network"} | settings
+    command = [sys.executable, f"notebooks/{notebook}.py"]
+    for folder in (recipe, f"{recipe}/mini"):
+        command += ["-f", f"recipes/{folder}/{notebook}.yaml"]
+    command += [f"--{name}={value}" for name, value in parameters.items()]
     done = subprocess.run(
-        [sys.executable, f"notebooks/{notebook}.py", *files, *flags],
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -83,52 +80,47 @@ def stage(notebook: str, recipe: str, run: str, settings: dict[str, object]) -> 
         raise SystemExit(f"{notebook} of {run} failed:\n{done.stderr[-2000:]}")
 
 
-def train(epochs: dict[str, object]) -> None:
+def train_runs(epochs: dict[str, object]) -> None:
     """Train the high level of every run and the low level of the first, which the others share."""
     for name, (recipe, settings) in progress(TRAINING.items(), "training"):
-        stage("01_train_high_level", recipe, f"modes-{name}", settings | epochs)
-    stage("02_train_autoencoder", "mindeye", "modes-tokens", {})
+        run_stage("01_train_high_level", recipe, f"modes-{name}", settings | epochs)
+    run_stage("02_train_autoencoder", "mindeye", "modes-tokens", {})
 
 
-def scores(results: Path, truth) -> dict[str, np.ndarray]:
+def score_run(results: Path, truth) -> dict[str, np.ndarray]:
     """Scores (images,) of one run of notebook 03, by name."""
-    made = load_file(results / "reconstructions.safetensors")
-    table = truth.loc[made["image_ids"].numpy()]
-    right = {
-        q: (a == table[q].to_numpy()).astype(float)
-        for q, a in CategoryClassifier("mini").classify(made["network"]).items()
-    }
-    found = top1_image_from_brain_each(made["projected_network"], made["true_tokens"]).astype(float)
-    return right | {"pixcorr": pixcorr(made["seen"], made["network"]), "top-1": found}
+    tensors = load_file(results / "reconstructions.safetensors")
+    labels = truth.loc[tensors["image_ids"].numpy()]
+    scores = {}
+    answers = CategoryClassifier("mini").classify(tensors["network"])
+    for question, answer in answers.items():
+        scores[question] = (answer == labels[question].to_numpy()).astype(float)
+    scores["pixcorr"] = pixcorr(tensors["seen"], tensors["network"])
+    hits = top1_image_from_brain_each(tensors["projected_network"], tensors["true_tokens"])
+    return scores | {"top-1": hits.astype(float)}
 
 
 def main(images: int = 200, epochs: int = 0) -> None:
     """Print the table."""
-    train({"num_epochs": epochs} if epochs else {})
+    train_runs({"num_epochs": epochs} if epochs else {})
     truth, reference = open_subject("mini", 1).labels.set_index("image"), None
     print(
         "| mode | scene | kind | colour | pixcorr | image from brain, top-1 | kind, difference to"
         " the first row |\n" + "|---" * 7 + "|"
     )
     for name, (run, settings) in MODES.items():
-        recipe, told = (
-            TRAINING[run][0],
-            {"first_images": images, "autoencoder_name": "modes-tokens"} | settings,
-        )
-        stage("03_reconstruct", recipe, f"modes-{run}", told)
-        found = scores(HOME / "results" / f"modes-{run}", truth)
-        reference = found["kind"] if reference is None else reference
-        difference = paired_bootstrap(found["kind"], reference)
-        cells = [
-            f"{s.value:.3f} [{s.low:.3f}, {s.high:.3f}]"
-            for s in map(bootstrap_mean, found.values())
-        ]
-        print(
-            f"| {name} | "
-            + " | ".join(cells)
-            + f" | {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] |",
-            flush=True,
-        )
+        recipe = TRAINING[run][0]
+        parameters = {"first_images": images, "autoencoder_name": "modes-tokens"} | settings
+        run_stage("03_reconstruct", recipe, f"modes-{run}", parameters)
+        scores = score_run(HOME / "results" / f"modes-{run}", truth)
+        if reference is None:
+            reference = scores["kind"]
+        cells = []
+        for mean in map(bootstrap_mean, scores.values()):
+            cells.append(f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]")
+        change = paired_bootstrap(scores["kind"], reference)
+        cells.append(f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

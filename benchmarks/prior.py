@@ -25,7 +25,7 @@ from src.utils import HOME
 SAMPLES = 8
 
 
-def candidates(
+def sample_candidates(
     decoder, voxels: np.ndarray, shape: tuple[int, int]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokens (images, samples, tokens, dim) by what made them, and the projected tokens for
@@ -34,20 +34,18 @@ def candidates(
     backbone, projected = predict_tokens(decoder, voxels, shape, PriorSampling(use_prior=False))
     sampling = PriorSampling(SAMPLES, timesteps=20)
     samples = predict_tokens(decoder, voxels, shape, sampling)[0]
-    every = predict_tokens(decoder, voxels, shape)[0]
+    full = predict_tokens(decoder, voxels, shape)[0]
     last = decoder.noise_scheduler.num_timesteps - 1
     scaled = backbone[:, 0] * decoder.image_embed_scale
     noise = torch.randn(scaled.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        once = (
-            decoder.net(noise, torch.full((len(scaled),), last), scaled)[:, None]
-            / decoder.image_embed_scale
-        )
+        times = torch.full((len(scaled),), last)
+        mean = decoder.net(noise, times, scaled)[:, None] / decoder.image_embed_scale
     return {
         "backbone, no prior": backbone,
-        "one step of the prior (its mean)": once,
+        "one step of the prior (its mean)": mean,
         "one sample, 20 steps": samples[:, :1],
-        "one sample, all steps": every,
+        "one sample, all steps": full,
         f"mean of {SAMPLES} samples": samples.mean(1, keepdim=True),
         f"best of {SAMPLES} samples by the brain's projection": samples,
     }, projected
@@ -55,16 +53,11 @@ def candidates(
 
 def main(run: str = "mindeye-mini-subj01", count: int = 300) -> None:
     """Print the table for one trained run."""
-    subject, clipper, judge, diffusion = (
-        open_subject("mini", 1),
-        Clipper("mini"),
-        CategoryClassifier("mini"),
-        VersatileDiffusion("mini"),
-    )
-    logs = HOME / "train_logs" / run
-    voxels, ids = subject.get_mean_betas(
-        "val", normaliser=Normaliser.load(logs / "normaliser.safetensors")
-    )
+    subject, logs = open_subject("mini", 1), HOME / "train_logs" / run
+    clipper, diffusion = Clipper("mini"), VersatileDiffusion("mini")
+    classifier = CategoryClassifier("mini")
+    normaliser = Normaliser.load(logs / "normaliser.safetensors")
+    voxels, ids = subject.get_mean_betas("val", normaliser=normaliser)
     voxels, ids = voxels[:count], ids[:count]
     cached = cache_targets(
         "mini",
@@ -77,34 +70,27 @@ def main(run: str = "mindeye-mini-subj01", count: int = 300) -> None:
     truth = torch.from_numpy(cached.rows(ids).astype(np.float32))
     labels = subject.labels.set_index("image").loc[ids]
     decoder, config = load_decoder(logs / "high_level" / "last.safetensors")
-    rows, projected = candidates(decoder, voxels, tuple(config["tokens"]))
+    rows, projected = sample_candidates(decoder, voxels, tuple(config["tokens"]))
     print(
         f"run {run}, {len(ids)} validation images\n\n| tokens | R2 | scene | kind | colour | kind,"
         " difference to the backbone |\n|---|---|---|---|---|---|"
     )
     reference = None
     for name, tokens in rows.items():
-        made, chosen = select_best(
-            clipper, projected, generate_images(diffusion, tokens, ids, num_inference_steps=10)
-        )
-        used = tokens[torch.arange(len(tokens)), chosen]
-        right = {
-            q: (answers == labels[q].to_numpy()).astype(float)
-            for q, answers in judge.classify(made).items()
-        }
-        shares = [bootstrap_mean(r) for r in right.values()]
-        reference = right["kind"] if reference is None else reference
-        difference = paired_bootstrap(right["kind"], reference)
-        cells = [
-            f"{1 - float(((used - truth) ** 2).mean() / truth.var()):.2f}",
-            *(f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in shares),
-        ]
-        print(
-            f"| {name} | "
-            + " | ".join(cells)
-            + f" | {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] |",
-            flush=True,
-        )
+        samples = generate_images(diffusion, tokens, ids, num_inference_steps=10)
+        images, chosen = select_best(clipper, projected, samples)
+        error = ((tokens[torch.arange(len(tokens)), chosen] - truth) ** 2).mean()
+        cells = [f"{1 - float(error / truth.var()):.2f}"]
+        hits = {}
+        for question, answers in classifier.classify(images).items():
+            hits[question] = (answers == labels[question].to_numpy()).astype(float)
+            share = bootstrap_mean(hits[question])
+            cells.append(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+        if reference is None:
+            reference = hits["kind"]
+        change = paired_bootstrap(hits["kind"], reference)
+        cells.append(f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

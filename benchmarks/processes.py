@@ -1,12 +1,12 @@
 """Loss curves of the mini recipe's high level trained by one process and by two, same global batch,
 drawn over each other.
 
-    python benchmarks/processes.py [epochs]       # writes docs/processes.png; a few minutes on two cores
+    python benchmarks/processes.py [epochs]
 
-In double precision and without dropout both give the same losses (tests/test_distributed.py: 1e-8
-over 20 steps). Here it is the recipe as it is: single and half precision, and dropout, which every
-process draws for itself. What is left between the curves is that noise; a second seed shows its
-size.
+Writes docs/processes.png; a few minutes on two cores. In double precision and without dropout both
+give the same losses (tests/test_distributed.py: 1e-8 over 20 steps). Here it is the recipe as it
+is: single and half precision, and dropout, which every process draws for itself. What is left
+between the curves is that noise; a second seed shows its size.
 """
 
 from __future__ import annotations
@@ -29,31 +29,14 @@ FILES = [
 ]
 
 
-def curve(name: str, processes: int, epochs: int, seed: int = 42) -> pd.DataFrame:
+def read_history(name: str, processes: int, epochs: int, seed: int = 42) -> pd.DataFrame:
     """History of one training."""
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
-    flags = [
-        "--model_name",
-        name,
-        "--decoder",
-        "network",
-        "--num_epochs",
-        str(epochs),
-        "--seed",
-        str(seed),
-        "--precision",
-        "no",
-    ]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher.append(f"--nproc_per_node={processes}")
+    flags = ["--model_name", name, "--decoder", "network", "--precision", "no"]
+    flags += ["--num_epochs", str(epochs), "--seed", str(seed)]
     environment = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": str(2 // processes)}
     subprocess.run(
         [*launcher, "notebooks/01_train_high_level.py", *FILES, *flags],
@@ -68,9 +51,9 @@ def curve(name: str, processes: int, epochs: int, seed: int = 42) -> pd.DataFram
 def main(epochs: int = 6) -> None:
     """Train three times and draw."""
     runs = {
-        "1 process": curve("processes-1", 1, epochs),
-        "2 processes": curve("processes-2", 2, epochs),
-        "1 process, another seed": curve("processes-1-seed", 1, epochs, seed=7),
+        "1 process": read_history("processes-1", 1, epochs),
+        "2 processes": read_history("processes-2", 2, epochs),
+        "1 process, another seed": read_history("processes-1-seed", 1, epochs, seed=7),
     }
     with apply_style():
         fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
@@ -89,10 +72,10 @@ def main(epochs: int = 6) -> None:
         save_figure(fig, ROOT / "docs" / "processes.png")
     first = runs["1 process"]
     for name, history in list(runs.items())[1:]:
-        apart = (history["train/loss"] / first["train/loss"] - 1).abs()
+        difference = (history["train/loss"] / first["train/loss"] - 1).abs()
         print(
-            f"{name}: training loss differs by {100 * apart.mean():.2f} % on average,"
-            f" {100 * apart.max():.2f} % at most"
+            f"{name}: training loss differs by {100 * difference.mean():.2f} % on average,"
+            f" {100 * difference.max():.2f} % at most"
         )
 
 

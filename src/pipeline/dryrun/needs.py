@@ -142,9 +142,9 @@ def need_mindeye2(p: Parameters, sizes: Sizes) -> Needs:
     """01_train_mindeye2: the backbone that subjects share, with its prior."""
     data, models = sizes.data, sizes.models
     subjects, widths = [data], [count_voxels(p, data)]
-    others = _list_other_subjects(p)
-    if others:
-        subjects = [find_sizes({**p, "subj": number}).data for number in others]
+    other_subjects = _list_other_subjects(p)
+    if other_subjects:
+        subjects = [find_sizes({**p, "subj": number}).data for number in other_subjects]
         widths = [subject.voxels for subject in subjects]
     settings = {**p, "prior": p["prior"] and p["use_prior"]}
     decoder_sizes = DecoderSizes(tuple(widths), models.tokens, models.dim, models.latent)
