@@ -139,7 +139,7 @@ def _join_captions(captions: Captions, n: int, width: int) -> list[str]:
 
 
 def _write_captions(canvas: PixelCanvas, layout: _SheetLayout, texts: Sequence[str]) -> None:
-    look = {"va": "top", "ha": "left", "fontsize": 7.5, "linespacing": 1.05}
+    look: Look = {"va": "top", "ha": "left", "fontsize": 7.5, "linespacing": 1.05}
     for i, text in enumerate(texts):
         x, y = layout.row_corner(i)
         canvas.add_text(x, y + layout.side + 2, text, **look)
