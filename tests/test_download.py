@@ -54,17 +54,19 @@ def content(seed, size):
 
 
 def shards(layout="webdataset_avg_split", train=3):
-    made = {
+    files_by_path = {
         f"{layout}/train/train_subj{s:02d}_{i}.tar": content(10 * s + i, 5000)
         for s in (1, 5)
         for i in range(train)
     }
-    made |= {
+    files_by_path |= {
         f"{layout}/{split}/{split}_subj{s:02d}_0.tar": content(s, 3000)
         for s in (1, 5)
         for split in ("val", "test")
     }
-    return made | {f"{layout}/metadata_subj{s:02d}.json": b'{"totals": {}}' for s in (1, 5)}
+    return files_by_path | {
+        f"{layout}/metadata_subj{s:02d}.json": b'{"totals": {}}' for s in (1, 5)
+    }
 
 
 def checkpoints():
@@ -74,11 +76,11 @@ def checkpoints():
         "autoencoder_subj01_4x_locont_no_reconst",
     )
     files = ("last.pth", "last.pth", "epoch120.pth")
-    made = {
+    files_by_path = {
         f"mindeye_models/{name}/{file}": content(i, 2000)
         for i, (name, file) in enumerate(zip(names, files, strict=True))
     }
-    return made | {f"mindeye_models/{names[0]}/replication.pth": content(9, 9000)}
+    return files_by_path | {f"mindeye_models/{names[0]}/replication.pth": content(9, 9000)}
 
 
 def mini_model(name, *folders):
@@ -91,8 +93,8 @@ def mini_model(name, *folders):
         for p in top.rglob("*")
         if p.is_file() and (not folders or p.relative_to(top).parts[0] in folders)
     ]
-    made = {str(p.relative_to(top)): p.read_bytes() for p in paths}
-    return made | {
+    files_by_path = {str(p.relative_to(top)): p.read_bytes() for p in paths}
+    return files_by_path | {
         "pytorch_model.bin": b"code",
         "flax_model.msgpack": b"x",
         "README.md": b"x",
@@ -159,8 +161,8 @@ def test_the_early_shards_come_from_their_commit(hub, tmp_path):
     assert below(tmp_path) == {
         path for path in shards("webdataset") if re.search(r"(train|val)_subj01", path)
     }
-    asked = [where for _, where, *_ in hub.log if "/revision/" in where]
-    assert asked[-1].endswith("/9947586218b6b7c8cab804009ddca5045249a38d")
+    addresses = [where for _, where, *_ in hub.log if "/revision/" in where]
+    assert addresses[-1].endswith("/9947586218b6b7c8cab804009ddca5045249a38d")
 
 
 def test_checkpoints_go_where_the_notebooks_look(hub, tmp_path):
@@ -219,19 +221,19 @@ def test_the_minimal_part_of_mindeye2(tmp_path):
     }
     with hub_server({MINDEYE2: files}) as hub:
         fetch("mindeye2", tmp_path / "one", subj=2, mirror=hub.url)
-        kept = {
+        small_files = {
             *top[:3],
             *(f"evals/{name}" for name in evals[:3]),
             "betas_all_subj02_fp32_renorm.hdf5",
             "wds/subj02/new_test/0.tar",
         }
-        assert below(tmp_path / "one") == kept | {"wds/subj02/train/0.tar"}
+        assert below(tmp_path / "one") == small_files | {"wds/subj02/train/0.tar"}
         fetch(
             "mindeye2", tmp_path / "all", subj=2, mirror=hub.url, num_sessions=0, checkpoint="final"
         )
-        assert below(tmp_path / "all") == kept | {f"wds/subj02/train/{i}.tar" for i in range(4)} | {
-            "train_logs/final/last.pth"
-        }
+        assert below(tmp_path / "all") == small_files | {
+            f"wds/subj02/train/{i}.tar" for i in range(4)
+        } | {"train_logs/final/last.pth"}
         with pytest.raises(PerceptError, match="has no session 5 of subject 2"):
             fetch("mindeye2", tmp_path / "many", subj=2, mirror=hub.url, num_sessions=5)
 
@@ -252,12 +254,12 @@ def test_a_frozen_model_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
     model = transformers.CLIPVisionModelWithProjection.from_pretrained(
         CLIP[1], cache_dir=tmp_path, local_files_only=True
     )
-    own = transformers.CLIPVisionModelWithProjection.from_pretrained(
+    original = transformers.CLIPVisionModelWithProjection.from_pretrained(
         pretrained.MINI_MODELS / "clip"
     )
     assert all(
         bool((a == b).all())
-        for a, b in zip(model.state_dict().values(), own.state_dict().values(), strict=True)
+        for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True)
     )
 
 
@@ -373,12 +375,12 @@ def test_wrong_content_is_refused_and_removed(hub, tmp_path, path, kind):
 
 
 def test_a_part_of_another_version_is_found_out(hub, tmp_path):
-    for size, wrong in ((4000, "sum"), (6000, None)):
+    for size, expected_error in ((4000, "sum"), (6000, None)):
         part = tmp_path / f"{TAR}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(b"x" * size)
-        if wrong:
-            with pytest.raises(PerceptError, match=wrong):
+        if expected_error:
+            with pytest.raises(PerceptError, match=expected_error):
                 fetch("mindeye", tmp_path, mirror=hub.url)
         fetch("mindeye", tmp_path, mirror=hub.url)
         assert (tmp_path / TAR).read_bytes() == hub.repos[NSD][TAR]
@@ -396,18 +398,18 @@ def test_a_damaged_or_short_file_that_is_there_is_fetched_again(hub, tmp_path):
 def test_an_interrupt_keeps_the_part(hub, tmp_path, monkeypatch):
     hub.repos[NSD][TAR] = content(1, 4_000_000)
     files = list_files(BUNDLES["mindeye"], tmp_path, mirror=hub.url)
-    append, begun = transfer._append_to_part, threading.Event()
+    append, has_begun = transfer._append_to_part, threading.Event()
 
     def slow(file, stop, bar):
         class Bar:
             def update(self, n):
-                begun.set()
+                has_begun.set()
                 time.sleep(0.02)
 
         append(file, stop, Bar())
 
     def interrupted(futures):
-        assert begun.wait(5)
+        assert has_begun.wait(5)
         time.sleep(0.05)
         raise KeyboardInterrupt
 
@@ -439,7 +441,7 @@ def test_two_at_once_do_not_fetch_twice(hub, tmp_path):
 
 # --------------------------------------------------------------------------------------- sentences
 @pytest.mark.parametrize(
-    "refused, words",
+    "refused, message",
     [
         (
             (401, "RepoNotFound"),
@@ -454,9 +456,9 @@ def test_two_at_once_do_not_fetch_twice(hub, tmp_path):
         ((503, ""), r"answered 503 .*try again later"),
     ],
 )
-def test_refusals(hub, tmp_path, refused, words):
+def test_refusals(hub, tmp_path, refused, message):
     hub.refused[NSD[1]] = refused
-    with pytest.raises(PerceptError, match=words) as caught:
+    with pytest.raises(PerceptError, match=message) as caught:
         fetch("mindeye", tmp_path, mirror=hub.url)
     assert "\n" not in str(caught.value)
 
@@ -562,31 +564,31 @@ BUCKET = "natural-scenes-dataset"
 
 
 def nsd_objects():
-    betas, own = (
+    betas, subject_folder = (
         "nsddata_betas/ppdata/subj01/func1pt8mm/betas_fithrf_GLMdenoise_RR",
         "nsddata/ppdata/subj01",
     )
-    made = {
+    files_by_path = {
         f"{betas}/betas_session{n:02d}.{ending}": content(n, 4000)
         for n in (1, 2, 3)
         for ending in ("hdf5", "nii.gz")
     }
-    made |= {
+    files_by_path |= {
         f"{betas}/ncsnr.nii.gz": b"n",
         f"{betas}/R2.nii.gz": b"n",
-        f"{own}/behav/responses.tsv": b"SUBJECT",
+        f"{subject_folder}/behav/responses.tsv": b"SUBJECT",
         "nsddata/experiments/nsd/nsd_expdesign.mat": b"m",
     }
-    made |= {
-        f"{own}/{grid}/roi/{roi}.nii.gz": b"roi"
+    files_by_path |= {
+        f"{subject_folder}/{grid}/roi/{roi}.nii.gz": b"roi"
         for grid in ("func1pt8mm", "anat")
         for roi in ("nsdgeneral", "prf-visualrois", "streams")
     }
-    made |= {
-        f"{own}/transforms/anat0pt8-to-func1pt8.nii.gz": b"t",
+    files_by_path |= {
+        f"{subject_folder}/transforms/anat0pt8-to-func1pt8.nii.gz": b"t",
         "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5": content(99, 6 * 2**20),
     }
-    return made
+    return files_by_path
 
 
 @pytest.fixture
@@ -655,13 +657,13 @@ def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
         for f in list_files(BUNDLES["nsd"], tmp_path, mirror=s3)
         if f.path.endswith("session02.hdf5")
     ]
-    asked, opened = [], transfer.open_remote
+    offsets, opened = [], transfer.open_remote
 
-    def noted(file, start):
-        asked.append(start)
+    def record_start(file, start):
+        offsets.append(start)
         return opened(file, start)
 
-    monkeypatch.setattr(transfer, "open_remote", noted)
+    monkeypatch.setattr(transfer, "open_remote", record_start)
     one.part.parent.mkdir(parents=True)
     one.part.write_bytes(nsd_objects()[one.path][:3000])
     with opened(one, 3000) as (offset, chunks):
@@ -669,7 +671,7 @@ def test_s3_resumes_by_range_and_checks(s3, tmp_path, monkeypatch):
             "the server sent the rest alone"
         )
     fetch_files([one], tmp_path)
-    assert asked == [3000] and one.local.read_bytes() == nsd_objects()[one.path]
+    assert offsets == [3000] and one.local.read_bytes() == nsd_objects()[one.path]
     one.local.unlink()
     one.part.write_bytes(b"x" * 3000)
     with pytest.raises(PerceptError, match="not the md5 sum"):
@@ -714,16 +716,18 @@ def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
             for one in plan_downloads(recipe, mirror=hub.url, to=str(tmp_path)):
                 fetch_planned(one)
     got = below(tmp_path)
-    wanted = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
+    expected_paths = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
         f"data/teacher/{pretrained.TEACHER_FILE}",
         "data/laion_prior/best.pth",
     }
-    wanted |= {
+    expected_paths |= {
         f"train_logs/{p.removeprefix('mindeye_models/')}"
         for p in checkpoints()
         if "replication" not in p
     }
-    assert wanted <= got and any(p.startswith("data/nsd_early/webdataset/train/") for p in got)
+    assert expected_paths <= got and any(
+        p.startswith("data/nsd_early/webdataset/train/") for p in got
+    )
     assert {Path(p).parts[1] for p in got if p.startswith("hub/")} == {
         f"models--{r[1].replace('/', '--')}" for r in (CLIP, VD)
     } | {"models--lambdalabs--sd-image-variations-diffusers"}
@@ -881,12 +885,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ]
         monkeypatch.setattr(sys, "argv", ["run.py", "download", *arguments, "--dry-run"])
         assert run.main() == 0
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert (
-            "to fetch" in said
-            and TAR in said
-            and "5 kB" in said
-            and "Data Access Agreement" in said
+            "to fetch" in output
+            and TAR in output
+            and "5 kB" in output
+            and "Data Access Agreement" in output
             and not (tmp_path / "to").exists()
         )
         assert (
@@ -895,8 +899,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         )
         capsys.readouterr()
         assert run.main(["download", *arguments]) == 0
-        said = capsys.readouterr().out
-        assert "to fetch 0 B" in said and " there " in said
+        output = capsys.readouterr().out
+        assert "to fetch 0 B" in output and " there " in output
 
 
 def test_a_place_that_cannot_be_is_one_sentence(hub, tmp_path):

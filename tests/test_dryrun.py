@@ -55,15 +55,15 @@ def test_the_trace_is_what_autograd_keeps():
     def build():
         return nn.Sequential(nn.Linear(11, 5, bias=False), nn.GELU(), nn.Linear(5, 3, bias=False))
 
-    found = dryrun.estimate_training_memory(
+    estimate = dryrun.estimate_training_memory(
         build, lambda model: model(torch.zeros(batch, 11)).square().sum()
     )
-    assert found["weights"] == weights and found["optimizer state"] == 2 * weights
+    assert estimate["weights"] == weights and estimate["optimizer state"] == 2 * weights
     # kept: the input, the input of GELU, its output, and the output for the square; on the way back
     # the gradients join while these go
-    kept = 4 * batch * (11 + 5 + 5 + 3)
-    assert found["activations and gradients"] == max(
-        kept, 4 * batch * (11 + 5 + 5) + 4 * 15, 4 * batch * 11 + weights
+    kept_bytes = 4 * batch * (11 + 5 + 5 + 3)
+    assert estimate["activations and gradients"] == max(
+        kept_bytes, 4 * batch * (11 + 5 + 5) + 4 * 15, 4 * batch * 11 + weights
     )
 
 
@@ -127,24 +127,24 @@ def measured(step_in_backward: bool) -> dict:
 
 @pytest.mark.parametrize("step_in_backward", [False, True])
 def test_prediction_is_within_15_percent_of_a_measured_training(step_in_backward):
-    found = measured(step_in_backward)
-    assert found["measured"] > 5e8
-    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
+    estimate = measured(step_in_backward)
+    assert estimate["measured"] > 5e8
+    assert estimate["predicted"] == pytest.approx(estimate["measured"], rel=0.15), estimate
 
 
 def test_the_full_model_is_what_is_published():
-    made = dryrun.plan_stage("01_train_high_level", HIGH)
-    assert sum(made.parameters.values()) == 1_003_635_088
-    assert made.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and made.memory[
+    plan = dryrun.plan_stage("01_train_high_level", HIGH)
+    assert sum(plan.parameters.values()) == 1_003_635_088
+    assert plan.memory["weights"] == pytest.approx(4.01e9, rel=0.01) and plan.memory[
         "optimizer state"
     ] == pytest.approx(8.03e9, rel=0.01)
     early = dryrun.plan_stage("01_train_high_level", HIGH | {"step_in_backward": True})
     assert (
         early.memory["activations and gradients"]
-        < 0.85 * made.memory["activations and gradients"]
+        < 0.85 * plan.memory["activations and gradients"]
         > 0.85 * 4.01e9
     )
-    assert made.disk["cached targets"] == pytest.approx(257 * 768 * 2 * 9841)
+    assert plan.disk["cached targets"] == pytest.approx(257 * 768 * 2 * 9841)
 
 
 def test_networks_are_as_wide_as_the_components():
@@ -166,16 +166,16 @@ def test_networks_are_as_wide_as_the_components():
         "batch_size": 2,
         "n_components": 30,
     }
-    made = dryrun.plan_stage("01_train_high_level", small).memory
+    plan = dryrun.plan_stage("01_train_high_level", small).memory
     trials = (
         27750 * 8559 // 9841
     )  # the voxels of the training trials in single precision are more than that network needs
-    others = sum(
-        made[name]
+    network_bytes = sum(
+        plan[name]
         for name in ("weights", "optimizer state", "activations and gradients", "frozen CLIP")
     )
-    assert made["finding components, beyond that"] == pytest.approx(
-        4 * trials * (15724 + 60) - others, rel=1e-6
+    assert plan["finding components, beyond that"] == pytest.approx(
+        4 * trials * (15724 + 60) - network_bytes, rel=1e-6
     )
 
 
@@ -207,7 +207,7 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
 
 
 def test_the_mini_world_is_known_before_it_is_drawn():
-    made = dryrun.plan_stage(
+    plan = dryrun.plan_stage(
         "01_train_high_level",
         HIGH
         | {
@@ -218,8 +218,8 @@ def test_the_mini_world_is_known_before_it_is_drawn():
             "projector_dim": 256,
         },
     )
-    assert made.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
-    assert made.parameters["voxel2clip"] < 10e6
+    assert plan.memory["mapped data"] == 4 * 16800 * 1572 + 2 * 17 * 128 * 5600
+    assert plan.parameters["voxel2clip"] < 10e6
     disk = dryrun.plan_stage(
         "00_prepare_data", {"dataset": "mini", "subj": 1, "source": "mini", "data_path": ""}
     ).disk
@@ -227,7 +227,7 @@ def test_the_mini_world_is_known_before_it_is_drawn():
 
 
 def test_images_take_the_disk_that_is_told(tmp_path):
-    told = {
+    settings = {
         "dataset": "mini",
         "subj": 1,
         "weights": "mini",
@@ -235,22 +235,22 @@ def test_images_take_the_disk_that_is_told(tmp_path):
         "first_images": 0,
         "img2img_strength": 0.85,
     }
-    told |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
-    disk = dryrun.plan_stage("03_reconstruct", told).disk
+    settings |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
+    disk = dryrun.plan_stage("03_reconstruct", settings).disk
     assert (
         disk["images"] == 300 * 3 * 32 * 32 * 2 * 9
         # in half precision, both decoders and low levels, ceiling, autoencoder; seen, mean image,
         # nearest
     )
     assert "memory" not in str(
-        dryrun.plan_stage("03_reconstruct", told)
-    ) and "trains no network" in str(dryrun.plan_stage("03_reconstruct", told))
+        dryrun.plan_stage("03_reconstruct", settings)
+    ) and "trains no network" in str(dryrun.plan_stage("03_reconstruct", settings))
     assert (
-        dryrun.plan_stage("03_reconstruct", told | {"img2img_strength": 1.0}).disk["images"]
+        dryrun.plan_stage("03_reconstruct", settings | {"img2img_strength": 1.0}).disk["images"]
         == disk["images"] * 7 / 9
     )
     more = dryrun.plan_stage(
-        "03_reconstruct", told | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}
+        "03_reconstruct", settings | {"untrained": True, "fewer_repeats": "1,2", "keep_samples": 4}
     ).disk
     assert more["images"] == disk["images"] * (9 + 1 + 2 + 4) / 9
     for recipe, tokens in (
@@ -259,11 +259,11 @@ def test_images_take_the_disk_that_is_told(tmp_path):
         ("mindeye_retrieval/mini", 1),
     ):  # the recipe's training says how many
         assert (
-            dryrun.plan_stage("03_reconstruct", told | {"recipe": recipe}).disk["tokens"]
+            dryrun.plan_stage("03_reconstruct", settings | {"recipe": recipe}).disk["tokens"]
             == disk["tokens"] * tokens / 17
         )
     full = dryrun.plan_stage(
-        "03_reconstruct", told | {"dataset": "absent", "weights": "hub", "decoder": "network"}
+        "03_reconstruct", settings | {"dataset": "absent", "weights": "hub", "decoder": "network"}
     ).disk
     assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
 
@@ -302,21 +302,21 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path):
     ],
 )
 def test_plan_of_mindeye2_counts_as_published(recipe, count):
-    known = parameters.parse_parameters(
+    declared = parameters.parse_parameters(
         parameters.read_parameters_cell(parameters.NOTEBOOKS / "01_train_mindeye2.ipynb"),
         "01_train_mindeye2",
     )
-    values = {name: p.default for name, p in known.items()}
+    values = {name: p.default for name, p in declared.items()}
     for file in parameters.find_recipe_files(recipe, "01_train_mindeye2"):
         values |= parameters.read_recipe(file)
-    made = dryrun.plan_stage("01_train_mindeye2", values | {"dataset": "absent"})
-    assert sum(made.parameters.values()) == count
-    assert made.memory["weights"] == pytest.approx(4 * count, rel=1e-3)
+    plan = dryrun.plan_stage("01_train_mindeye2", values | {"dataset": "absent"})
+    assert sum(plan.parameters.values()) == count
+    assert plan.memory["weights"] == pytest.approx(4 * count, rel=1e-3)
     if recipe == "mindeye2_small":
-        everything = dryrun.plan_stage(
+        all_sessions = dryrun.plan_stage(
             "01_train_mindeye2", values | {"dataset": "absent", "num_sessions": 0}
         )
         assert (
-            made.memory["ridge baseline, beyond that"]
-            < everything.memory["ridge baseline, beyond that"]
+            plan.memory["ridge baseline, beyond that"]
+            < all_sessions.memory["ridge baseline, beyond that"]
         )

@@ -1,6 +1,5 @@
 """src.pipeline.fingerprints: what makes a finished stage old, and what does not."""
 
-import ast
 import json
 import shutil
 import time
@@ -66,7 +65,7 @@ def write_notebook(path: Path, *cells: str) -> None:
 
 
 @pytest.fixture
-def house(tmp_path):
+def repository(tmp_path):
     for name, content in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +78,8 @@ def house(tmp_path):
     return tmp_path
 
 
-def fingerprint(house: Path) -> str:
-    return fingerprint_code(house / "stage.ipynb", house)
+def fingerprint(repository: Path) -> str:
+    return fingerprint_code(repository / "stage.ipynb", repository)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -103,10 +102,10 @@ def edit(path: Path, old: str, new: str) -> None:
         ("stage.ipynb", "Encoder().size", "Encoder().size  # tokens"),
     ],
 )
-def test_what_changes_no_result_keeps_the_stage_finished(house, name, old, new):
-    before = fingerprint(house)
-    edit(house / name, old, new)
-    assert fingerprint(house) == before
+def test_what_changes_no_result_keeps_the_stage_finished(repository, name, old, new):
+    before = fingerprint(repository)
+    edit(repository / name, old, new)
+    assert fingerprint(repository) == before
 
 
 @pytest.mark.parametrize(
@@ -123,45 +122,47 @@ def test_what_changes_no_result_keeps_the_stage_finished(house, name, old, new):
         ("stage.ipynb", "Encoder().size", "Encoder().size + 1"),
     ],
 )
-def test_changed_code_that_is_imported_makes_the_stage_old(house, name, old, new):
-    before = fingerprint(house)
-    edit(house / name, old, new)
-    assert fingerprint(house) != before
+def test_changed_code_that_is_imported_makes_the_stage_old(repository, name, old, new):
+    before = fingerprint(repository)
+    edit(repository / name, old, new)
+    assert fingerprint(repository) != before
 
 
-def test_a_package_that_imports_late_is_looked_through(house):
-    write_notebook(house / "stage.ipynb", "from src.frozen import SIZE")
-    before = fingerprint(house)
-    edit(house / "src/frozen/vae.py", "0.18", "0.13")
-    edit(house / "src/frozen/__init__.py", "raise AttributeError(name)", "raise AttributeError")
-    assert fingerprint(house) == before
-    edit(house / "src/frozen/clip.py", "224", "336")
-    assert fingerprint(house) != before
+def test_a_package_that_imports_late_is_looked_through(repository):
+    write_notebook(repository / "stage.ipynb", "from src.frozen import SIZE")
+    before = fingerprint(repository)
+    edit(repository / "src/frozen/vae.py", "0.18", "0.13")
+    edit(
+        repository / "src/frozen/__init__.py", "raise AttributeError(name)", "raise AttributeError"
+    )
+    assert fingerprint(repository) == before
+    edit(repository / "src/frozen/clip.py", "224", "336")
+    assert fingerprint(repository) != before
 
 
-def test_a_package_with_code_of_its_own_is_not_looked_through(house):
-    write_notebook(house / "stage.ipynb", "from src.frozen import SIZE")
-    edit(house / "src/frozen/__init__.py", "__all__", "RATE = 3\n__all__")
-    before = fingerprint(house)
-    edit(house / "src/frozen/vae.py", "0.18", "0.13")
-    assert fingerprint(house) != before
+def test_a_package_with_code_of_its_own_is_not_looked_through(repository):
+    write_notebook(repository / "stage.ipynb", "from src.frozen import SIZE")
+    edit(repository / "src/frozen/__init__.py", "__all__", "RATE = 3\n__all__")
+    before = fingerprint(repository)
+    edit(repository / "src/frozen/vae.py", "0.18", "0.13")
+    assert fingerprint(repository) != before
 
 
-def test_the_template_of_an_imported_module_counts(house):
-    write_notebook(house / "stage.ipynb", "from src.report import PAGE")
-    before = fingerprint(house)
-    edit(house / "src/page.html", "<p>", "<b>")
-    assert fingerprint(house) != before
+def test_the_template_of_an_imported_module_counts(repository):
+    write_notebook(repository / "stage.ipynb", "from src.report import PAGE")
+    before = fingerprint(repository)
+    edit(repository / "src/page.html", "<p>", "<b>")
+    assert fingerprint(repository) != before
 
 
-def test_versions_of_imported_libraries_count_and_of_others_do_not(house, monkeypatch):
+def test_versions_of_imported_libraries_count_and_of_others_do_not(repository, monkeypatch):
     installed = {"numpy": "2.0", "scipy": "1.0"}
     monkeypatch.setattr(fingerprints, "version", lambda name: installed[name])
-    before = fingerprint(house)
+    before = fingerprint(repository)
     installed["scipy"] = "1.1"
-    assert fingerprint(house) == before
+    assert fingerprint(repository) == before
     installed["numpy"] = "2.1"
-    assert fingerprint(house) != before
+    assert fingerprint(repository) != before
 
 
 def test_a_library_that_is_not_installed_is_absent(monkeypatch):
@@ -177,46 +178,46 @@ def test_docstrings_are_not_code_but_other_texts_are():
     assert normalise_code("x = 'a'") != normalise_code("x = 'b'")
 
 
-def test_libraries_and_modules_that_are_imported_by_name_count(house):
+def test_libraries_and_modules_that_are_imported_by_name_count(repository):
     code = (
         "from importlib import import_module\n"
         "from src.utils import require_extra\n"
         "faiss = require_extra('faiss', 'search')\n"
         "shapes = import_module('src.shapes')\n"
     )
-    closure = find_import_closure(code, house)
+    closure = find_import_closure(code, repository)
     assert "faiss" in closure.libraries
-    assert closure.modules == {house / "src/shapes.py"}
+    assert closure.modules == {repository / "src/shapes.py"}
 
 
-def test_what_only_type_checkers_import_does_not_count(house):
+def test_what_only_type_checkers_import_does_not_count(repository):
     code = "if TYPE_CHECKING:\n    import scipy\n    from src.shapes import WIDTH\n"
-    closure = find_import_closure(code, house)
+    closure = find_import_closure(code, repository)
     assert not closure.modules and not closure.libraries
 
 
-def test_a_package_that_is_imported_as_a_whole_depends_on_all_of_it(house):
+def test_a_package_that_is_imported_as_a_whole_depends_on_all_of_it(repository):
     for code in ("from src import frozen", "import src.frozen as frozen"):
-        closure = find_import_closure(code, house)
+        closure = find_import_closure(code, repository)
         names = {path.name for path in closure.modules}
         assert names == {"__init__.py", "clip.py", "vae.py"}
 
 
-def test_what_a_training_will_need_does_not_make_it_old(house):
-    write_notebook(house / "stage.ipynb", "from src.pipeline.dryrun import plan_stage")
-    plan = house / "src/pipeline/dryrun.py"
+def test_what_a_training_will_need_does_not_make_it_old(repository):
+    write_notebook(repository / "stage.ipynb", "from src.pipeline.dryrun import plan_stage")
+    plan = repository / "src/pipeline/dryrun.py"
     plan.parent.mkdir()
     plan.write_text("def plan_stage():\n    return 1\n")
-    before = fingerprint(house)
+    before = fingerprint(repository)
     edit(plan, "return 1", "return 2")
-    assert fingerprint(house) == before
+    assert fingerprint(repository) == before
 
 
 # ------------------------------------------------------------------------------ the real notebooks
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def closure_of(stage: str) -> set[str]:
+def list_closure(stage: str) -> set[str]:
     source = read_notebook_code(ROOT / "notebooks" / f"{stage}.ipynb")
     closure = find_import_closure(source, ROOT)
     return {path.relative_to(ROOT).as_posix() for path in closure.modules}
@@ -232,15 +233,15 @@ def test_real_notebooks_depend_on_their_own_code(notebook):
 
 
 def test_reconstructing_does_not_depend_on_search_downloads_or_reports():
-    names = closure_of("03_reconstruct")
-    others = ("src/search", "src/pipeline", "src/evaluation/report", "src/miniworld/formats")
-    assert not [name for name in names if name.startswith(others)]
+    names = list_closure("03_reconstruct")
+    unrelated = ("src/search", "src/pipeline", "src/evaluation/report", "src/miniworld/formats")
+    assert not [name for name in names if name.startswith(unrelated)]
     assert {"src/data/subject.py", "src/decoding/generate.py", "src/prior.py"} <= names
 
 
 @pytest.mark.parametrize("stage", ["01_train_high_level", "03_reconstruct"])
 def test_packages_that_hand_on_names_are_looked_through(stage):
-    names = closure_of(stage)
+    names = list_closure(stage)
     for package in ("data", "networks", "training", "decoding", "pretrained"):
         assert f"src/{package}/__init__.py" not in names
         assert any(name.startswith(f"src/{package}/") for name in names)
@@ -250,7 +251,7 @@ def test_packages_that_hand_on_names_are_looked_through(stage):
 def test_preparing_depends_on_every_reader_that_can_be_chosen():
     from src.readers import READERS
 
-    names = closure_of("00_prepare_data")
+    names = list_closure("00_prepare_data")
     readers = {Path(module.__file__).relative_to(ROOT).as_posix() for module in READERS.values()}
     assert len(readers) >= 9 and readers <= names
     assert "src/readers/common.py" in names

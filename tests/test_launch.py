@@ -25,7 +25,7 @@ CONFIGS = sorted(LAUNCH.glob("*.yaml"))
 JOBS = sorted(LAUNCH.glob("*.slurm"))
 
 
-def ask(*command, **other):
+def run_command(*command, **other):
     return subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, timeout=200, **other
     )
@@ -70,18 +70,18 @@ def test_the_cpu_config_starts_two_processes(tmp_path):
         "import os, sys, pathlib\npathlib.Path(sys.argv[1],"
         " os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])\n"
     )
-    done = ask(*stages.parse_launcher(str(LAUNCH / "cpu.yaml")), script, tmp_path)
+    done = run_command(*stages.parse_launcher(str(LAUNCH / "cpu.yaml")), script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
 def test_a_config_or_program_that_is_missing_is_named():
-    for how, words in (
+    for launch, message in (
         ("launch/nine.yaml", "no file launch/nine.yaml"),
         ("no-such-program --x", "no program no-such-program"),
     ):
-        with pytest.raises(PerceptError, match=words):
-            stages.parse_launcher(how)
+        with pytest.raises(PerceptError, match=message):
+            stages.parse_launcher(launch)
     assert stages.parse_launcher("") == [] and stages.parse_launcher(f"{sys.executable} -u") == [
         sys.executable,
         "-u",
@@ -138,7 +138,7 @@ def test_sigterm_is_passed_on_and_ends_with_143(training, monkeypatch):
         f" pathlib.Path({str(training / 'notebooks')!r})\nstages.launch_training('01_second',"
         f" {{'subj': 9}}, [{sys.executable!r}])\n"
     )
-    assert ask(sys.executable, "-c", script, cwd=ROOT).returncode == 143
+    assert run_command(sys.executable, "-c", script, cwd=ROOT).returncode == 143
 
 
 # ------------------------------------------------------------------------------------------- Slurm
@@ -148,7 +148,7 @@ def directives(path):
 
 @pytest.mark.parametrize("path", [*JOBS, *sorted(LAUNCH.glob("*.sh"))], ids=lambda path: path.name)
 def test_scripts_are_bash_and_name_what_is_there(path):
-    assert ask("bash", "-n", path).returncode == 0
+    assert run_command("bash", "-n", path).returncode == 0
     text = path.read_text()
     for named in re.findall(r"launch/\w+\.\w+", text):
         assert (ROOT / named).exists(), named
@@ -159,10 +159,10 @@ def test_scripts_are_bash_and_name_what_is_there(path):
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_jobs_can_be_queued_again_and_keep_their_log(path):
-    given = directives(path)
-    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120"} <= set(given)
-    assert any(word.startswith("--output=train_logs/slurm-%") for word in given)
-    assert len(given) == path.read_text().count("#SBATCH")
+    options = directives(path)
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120"} <= set(options)
+    assert any(word.startswith("--output=train_logs/slurm-%") for word in options)
+    assert len(options) == path.read_text().count("#SBATCH")
 
 
 def test_the_array_of_a_sweep_is_over_its_points():
@@ -186,13 +186,13 @@ def test_the_array_is_over_subjects_and_the_nodes_fit_their_configs():
 
 @pytest.fixture(scope="module")
 def slurm():
-    if not shutil.which("scontrol") or " UP" not in ask("scontrol", "ping").stdout:
+    if not shutil.which("scontrol") or " UP" not in run_command("scontrol", "ping").stdout:
         pytest.skip("no Slurm controller answers here: the scripts are checked without one")
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_sbatch_takes_the_job(slurm, path):
-    done = ask("sbatch", "--test-only", "--nodes=1", path, "mindeye", cwd=ROOT)
+    done = run_command("sbatch", "--test-only", "--nodes=1", path, "mindeye", cwd=ROOT)
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
 
 
@@ -200,13 +200,13 @@ def wait_for(path, text, job, seconds=150):
     """Of a job that was queued again Slurm itself waits two minutes; five seconds are needed, since
     at once the job's credential is still revoked.
     """
-    begun = time.time()
+    start_time = time.time()
     while text not in (path.read_text() if path.exists() else ""):
-        assert time.time() - begun < seconds, (
+        assert time.time() - start_time < seconds, (
             path.read_text() if path.exists() else "the job did not start"
         )
-        if time.time() - begun > 5:
-            ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        if time.time() - start_time > 5:
+            run_command("scontrol", "update", f"JobId={job}", "StartTime=now")
         time.sleep(1)
 
 
@@ -229,11 +229,11 @@ def stand_in(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("how", ["time limit", "requeued"])
-def test_a_stopped_job_goes_on_in_a_real_slurm(slurm, stand_in, how):
+@pytest.mark.parametrize("stop_by", ["time limit", "requeued"])
+def test_a_stopped_job_goes_on_in_a_real_slurm(slurm, stand_in, stop_by):
     log = stand_in / "log"
     flags = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=50M", f"--output={log}", "--parsable"]
-    job = ask(
+    job = run_command(
         "sbatch",
         *flags,
         stand_in / "launch" / "recipe.slurm",
@@ -245,17 +245,17 @@ def test_a_stopped_job_goes_on_in_a_real_slurm(slurm, stand_in, how):
     ).stdout.strip()
     try:
         wait_for(log, "begun ['--launch', 'python', 'mindeye', '-p', 'subj', '5']", job)
-        told = (
+        signal_command = (
             ("scancel", "--batch", "--signal=USR1", job)
-            if how == "time limit"
+            if stop_by == "time limit"
             else ("scontrol", "requeue", job)
         )
-        assert ask(*told).returncode == 0
+        assert run_command(*signal_command).returncode == 0
         wait_for(log, "saved", job)
         wait_for(log, "went on", job)
-        assert ("is queued again" in log.read_text()) == (how == "time limit")
+        assert ("is queued again" in log.read_text()) == (stop_by == "time limit")
     finally:
-        ask("scancel", job)
+        run_command("scancel", job)
 
 
 # ------------------------------------------------------------------------------------------ Docker
@@ -267,8 +267,8 @@ def instructions():
 
 
 def test_the_image_starts_jupyterlab_for_the_outside_and_runs_recipes():
-    found = instructions()
-    known = {
+    steps = instructions()
+    allowed = {
         "FROM",
         "RUN",
         "COPY",
@@ -279,8 +279,8 @@ def test_the_image_starts_jupyterlab_for_the_outside_and_runs_recipes():
         "EXPOSE",
         "CMD",
     }  # no ENTRYPOINT, so that another command can take CMD's place
-    assert {name for name, _ in found} <= known
-    only = {name: value for name, value in found}
+    assert {name for name, _ in steps} <= allowed
+    only = {name: value for name, value in steps}
     command = ast.literal_eval(only["CMD"])
     assert command[:2] == ["jupyter", "lab"] and {
         "--ip=0.0.0.0",
@@ -294,7 +294,7 @@ def test_the_image_starts_jupyterlab_for_the_outside_and_runs_recipes():
         and f"PATH={only['WORKDIR']}/.venv/bin" in only["ENV"]
     )
     assert (ROOT / command[-1]).is_dir() and any(
-        "setup.sh" in value for name, value in found if name == "RUN"
+        "setup.sh" in value for name, value in steps if name == "RUN"
     )
 
 
@@ -306,7 +306,9 @@ def test_the_image_has_the_code_and_none_of_the_data():
         name for name in os.listdir(ROOT) if any(fnmatch.fnmatch(name, p) for p in patterns)
     }
     assert {".git", ".venv", "data/*", "results/*", "train_logs/*"} <= set(patterns)
-    tracked = {line.split("/")[0] for line in ask("git", "ls-files", cwd=ROOT).stdout.splitlines()}
+    tracked = {
+        line.split("/")[0] for line in run_command("git", "ls-files", cwd=ROOT).stdout.splitlines()
+    }
     assert (
         not left_out & tracked
         and torch.__version__.split("+")[0] in (ROOT / "requirements.lock").read_text()

@@ -78,10 +78,10 @@ def test_runs_in_order_skips_what_is_finished_and_resumes_after_a_failure(projec
     )
     capsys.readouterr()
     runs.run_recipe("sys/mini", {})
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "00_first: finished before" in said
-        and "01_second ..." in said
+        "00_first: finished before" in output
+        and "01_second ..." in output
         and not (results / "01_second.failed.ipynb").exists()
     )
     assert not list(results.glob(".*running*"))
@@ -176,8 +176,8 @@ def test_to_ends_with_a_stage_and_the_same_without_it_goes_on(project, capsys):
     results = runs.run_recipe("sys", {}, last="00")
     assert (results / "00_first.ipynb").exists() and not (results / "01_second.ipynb").exists()
     runs.run_recipe("sys", {})
-    said = capsys.readouterr().out
-    assert "00_first: finished before" in said and "01_second ..." in said
+    output = capsys.readouterr().out
+    assert "00_first: finished before" in output and "01_second ..." in output
     with pytest.raises(PerceptError, match="--to 07 names no stage"):
         runs.run_recipe("sys", {}, last="07")
 
@@ -192,12 +192,12 @@ def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
 
 def test_a_right_kernel_is_not_registered_again():
     stages.register_kernel()
-    known = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
-    before = known.stat().st_mtime_ns
+    kernel_file = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "percept" / "kernel.json"
+    before = kernel_file.stat().st_mtime_ns
     stages.register_kernel()
     assert (
-        known.stat().st_mtime_ns == before
-        and "--log-level=ERROR" in json.loads(known.read_text())["argv"]
+        kernel_file.stat().st_mtime_ns == before
+        and "--log-level=ERROR" in json.loads(kernel_file.read_text())["argv"]
     )
 
 

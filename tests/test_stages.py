@@ -52,8 +52,8 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     )
     with Image.open(results / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 300
-    written = json.loads((results / "metrics.json").read_text())
-    for record in written["metrics"]:
+    content = json.loads((results / "metrics.json").read_text())
+    for record in content["metrics"]:
         assert {
             "name",
             "value",
@@ -77,13 +77,13 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
         "mini:judge:kind",
         "image_from_brain_top1",
         "hard_image_from_brain_top1",
-    } <= {r["name"] for r in written["metrics"]}
+    } <= {r["name"] for r in content["metrics"]}
     assert {
         "Other decoders on the same images",
         "Fewer repeats of the test images",
         "Retrieval in pools",
-    } <= {t["title"] for t in written["tables"]}
-    assert {c["stage"] for c in written["provenance"]["selection"]} == {"06_metrics"} and written[
+    } <= {t["title"] for t in content["tables"]}
+    assert {c["stage"] for c in content["provenance"]["selection"]} == {"06_metrics"} and content[
         "provenance"
     ]["test_set"]["images"] == 40
     scores = pd.read_parquet(results / "scores.parquet")
@@ -108,8 +108,8 @@ def test_the_mini_recipe_from_nothing_to_a_scored_report(tmp_path):
     anyones_reconstructions(tmp_path, results)
     for stage in ("01_train_high_level", "02_train_autoencoder"):
         memory_is_as_planned(results / f"{stage}.ipynb")
-    again = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
-    assert again.stdout.count("finished before") == 6
+    rerun = launch(tmp_path, "run.py", "mindeye", "--mini", *flags)
+    assert rerun.stdout.count("finished before") == 6
     reconstruct_with_a_released_file(tmp_path)
     the_recipe_of_one_embedding(tmp_path, flags)
     both_trainings_with_everything_on(tmp_path)
@@ -142,17 +142,17 @@ def anyones_reconstructions(home: Path, results: Path) -> None:
         "",
     )
     assert done.returncode == 0, done.stderr
-    theirs, ours = (
+    recomputed, expected = (
         {r["name"]: r for r in json.loads((folder / "metrics.json").read_text())["metrics"]}
         for folder in (results.parent / "theirs", results)
     )
     for name in ("pixcorr", "ssim", "mini:AlexNet(2)", "mini:CLIP"):
-        assert theirs[name]["value"] == pytest.approx(
-            ours[name]["value"], abs=2e-3
+        assert recomputed[name]["value"] == pytest.approx(
+            expected[name]["value"], abs=2e-3
         )  # ours went through half precision
     assert (
-        set(theirs["pixcorr"]["floors"]) == {"shuffled", "mean_seen", "other_recon"}
-        and theirs["pixcorr"]["ceiling"]["not_applicable"]
+        set(recomputed["pixcorr"]["floors"]) == {"shuffled", "mean_seen", "other_recon"}
+        and recomputed["pixcorr"]["ceiling"]["not_applicable"]
     )
     good = load_file(results / "reconstructions.safetensors")[
         "ceiling"
@@ -180,7 +180,7 @@ def anyones_reconstructions(home: Path, results: Path) -> None:
         assert alarm in alarms[0] if alarm else not alarms
     table = pd.read_csv(recons.with_suffix(".csv"), sep="\t").set_index("Metric")["Value"]
     assert (
-        table["pixcorr"] == pytest.approx(theirs["pixcorr"]["value"], abs=1e-5)
+        table["pixcorr"] == pytest.approx(recomputed["pixcorr"]["value"], abs=1e-5)
         and (results.parent / "theirs" / "report.html").exists()
     )
 
@@ -236,12 +236,12 @@ def reconstruct_with_a_released_file(home: Path) -> None:
         "2",
     )
     assert done.returncode == 0, done.stderr
-    made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")
-    ours = load_file(home / "results" / "mindeye-mini-subj01" / "reconstructions.safetensors")
-    assert made["network"].shape == (6, 3, 32, 32) and not torch.allclose(
-        made["tokens_network"], ours["tokens_network"][:6]
+    tensors = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")
+    expected = load_file(home / "results" / "mindeye-mini-subj01" / "reconstructions.safetensors")
+    assert tensors["network"].shape == (6, 3, 32, 32) and not torch.allclose(
+        tensors["tokens_network"], expected["tokens_network"][:6]
     )  # raw betas, not z-scores
-    torch.testing.assert_close(made["low_level_network"], ours["low_level_network"][:6])
+    torch.testing.assert_close(tensors["low_level_network"], expected["low_level_network"][:6])
     assert (
         home / "results" / "prior_released" / "prior_released_recons_img2img0.5_2samples.pt"
     ).exists()
@@ -254,10 +254,10 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
     done = launch(home, "run.py", "mindeye_retrieval", "--mini", *flags, "-p", "pool_images", "400")
     assert done.returncode == 0, done.stdout + done.stderr
     results = home / "results" / "mindeye_retrieval-mini-subj01"
-    made = load_file(results / "reconstructions.safetensors")
-    assert made["network"].shape == (40, 3, 32, 32) and made["projected_network"].shape == made[
-        "true_tokens"
-    ].shape == (40, 1, 128)
+    tensors = load_file(results / "reconstructions.safetensors")
+    assert tensors["network"].shape == (40, 3, 32, 32) and tensors[
+        "projected_network"
+    ].shape == tensors["true_tokens"].shape == (40, 1, 128)
     assert "image_from_brain_top1" in {
         r["name"] for r in json.loads((results / "metrics.json").read_text())["metrics"]
     }
@@ -276,18 +276,24 @@ def the_recipe_of_one_embedding(home: Path, flags: tuple[str, ...]) -> None:
         home, "notebooks/05_retrieve.py", "-f", "recipes/mindeye/mini/05_retrieve.yaml", *two
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((home / "results" / "mindeye-mini-subj01" / "metrics.json").read_text())
-    record = {r["name"]: r for r in found["metrics"]}["second_order_image_from_brain_top1"]
+    content = json.loads((home / "results" / "mindeye-mini-subj01" / "metrics.json").read_text())
+    record = {r["name"]: r for r in content["metrics"]}["second_order_image_from_brain_top1"]
     assert (
         record["value"] <= record["ceiling"]["value"]
-        and len({t["title"]: t["rows"] for t in found["tables"]}["Retrieval with two models"]) == 4
+        and len({t["title"]: t["rows"] for t in content["tables"]}["Retrieval with two models"])
+        == 4
     )
     searched = json.loads((results / "metrics.json").read_text())
     assert {"retrieved", "retrieved_ceiling"} <= set(
         pd.read_parquet(results / "scores.parquet")["row"]
     ) and "pool_top1" in {r["name"] for r in searched["metrics"]}
-    others = {t["title"]: t for t in searched["tables"]}["Other decoders on the same images"]
-    assert "exact image in pool: no" in others["note"] and "retrieved" in others["rows"][0]
+    decoders_table = {t["title"]: t for t in searched["tables"]}[
+        "Other decoders on the same images"
+    ]
+    assert (
+        "exact image in pool: no" in decoders_table["note"]
+        and "retrieved" in decoders_table["rows"][0]
+    )
     begin_at_retrieved_pictures(home, results.name)
     assert {"image_from_brain.png", "brain_from_image.png"} <= {
         p.name for p in (home / "results" / "mindeye-mini-subj01" / "figures").iterdir()
@@ -337,16 +343,18 @@ def begin_at_retrieved_pictures(home: Path, found_by: str) -> None:
         *flags,
     )
     assert done.returncode == 0, done.stderr
-    made = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")[
+    tensors = load_file(home / "results" / "prior_released" / "reconstructions.safetensors")[
         "network"
     ].float()
-    begun = load_file(home / "results" / found_by / "reconstructions.safetensors")["retrieved"][
-        :6
-    ].float()
+    start_images = load_file(home / "results" / found_by / "reconstructions.safetensors")[
+        "retrieved"
+    ][:6].float()
     seen = load_file(home / "results" / found_by / "reconstructions.safetensors")["seen"][
         :6
     ].float()
-    from_begun, from_seen = ((made - other).square().mean((1, 2, 3)) for other in (begun, seen))
+    from_begun, from_seen = (
+        (tensors - other).square().mean((1, 2, 3)) for other in (start_images, seen)
+    )
     assert (from_begun < 0.01).all() and (from_seen > 0.01).all()
 
 

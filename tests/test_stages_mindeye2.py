@@ -33,23 +33,23 @@ def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
         "untrained": False,
     }
     flags = [
-        [text for name, value in some.items() for text in ("-p", name, str(value))]
-        for some in (toy, later)
+        [text for name, value in settings.items() for text in ("-p", name, str(value))]
+        for settings in (toy, later)
     ]
     done = launch(tmp_path, "run.py", "mindeye2_small_pretrain", "--mini", *flags[0])
     assert done.returncode == 0, done.stdout + done.stderr
-    pretrained, told = load_checkpoint(
+    pretrained, config = load_checkpoint(
         tmp_path
         / "train_logs"
         / "mindeye2_small_pretrain-mini-subj01"
         / "high_level"
         / "last.safetensors"
     )
-    assert told["training"]["subjects"] == [2] and told["training"]["num_sessions"] == 0
+    assert config["training"]["subjects"] == [2] and config["training"]["num_sessions"] == 0
     done = launch(tmp_path, "run.py", "mindeye2_small_finetune", "--mini", *flags[0], *flags[1])
     assert done.returncode == 0, done.stdout + done.stderr
     name = "mindeye2_small_finetune-mini-subj01-2sessions"
-    tuned, told = load_checkpoint(
+    tuned, config = load_checkpoint(
         tmp_path / "train_logs" / name / "high_level" / "last.safetensors"
     )
     dead = [key for key in tuned if key.startswith("backbone.mixer_blocks1")]
@@ -60,7 +60,7 @@ def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
         tuned["backbone.backbone_linear.weight"], pretrained["backbone.backbone_linear.weight"]
     )
     results = tmp_path / "results" / name
-    made = load_file(results / "reconstructions.safetensors")
+    tensors = load_file(results / "reconstructions.safetensors")
     assert {
         "network",
         "ridge",
@@ -70,9 +70,9 @@ def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
         "ceiling",
         "refined",
         "tokens_network",
-    } <= set(made)
+    } <= set(tensors)
     captions = pd.read_parquet(results / "captions_brain.parquet")
-    assert len(captions) == len(made["seen"]) == 16 and (captions["brain"].str.len() > 0).all()
+    assert len(captions) == len(tensors["seen"]) == 16 and (captions["brain"].str.len() > 0).all()
     scores = {
         record["name"] for record in json.loads((results / "metrics.json").read_text())["metrics"]
     }

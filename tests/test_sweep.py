@@ -122,7 +122,7 @@ def environment(path):
     }
 
 
-def start(path, *arguments, **other):
+def start_sweep(path, *arguments, **other):
     command = [sys.executable, "-u", str(utils.ROOT / "run.py"), "sweep", str(path), *arguments]
     return subprocess.Popen(
         command,
@@ -134,10 +134,10 @@ def start(path, *arguments, **other):
     )
 
 
-def do(path, *arguments):
-    process = start(path, *arguments)
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said
+def run_sweep(path, *arguments):
+    process = start_sweep(path, *arguments)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
 
 
 def notes(path):
@@ -162,7 +162,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     write(tiny, fixed={"wait": 0.4}, grid={"rate": {"low": 0.1, "high": 0.2}, "seed": [0, 1]})
     seed = random.SystemRandom().randrange(10**6)
     print("moment drawn by seed", seed)
-    process = start(tiny, "--jobs", "2", start_new_session=True)
+    process = start_sweep(tiny, "--jobs", "2", start_new_session=True)
     while not any(what == "ended" for what, _, _ in notes(tiny)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -173,25 +173,25 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         time.time(),
         {path: text for path, text in stamps(tiny).items() if "07_sweep" not in path},
     )
-    both = [
-        start(tiny, "--jobs", "1"),
-        start(tiny, "--jobs", "1", "--only", "3,2,1,0"),
+    processes = [
+        start_sweep(tiny, "--jobs", "1"),
+        start_sweep(tiny, "--jobs", "1", "--only", "3,2,1,0"),
     ]  # two go on at the same time
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    after, made = stamps(tiny), notes(tiny)
+    output = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    after, records = stamps(tiny), notes(tiny)
     assert {path: after[path] for path in before} == before
-    assert [name for what, name, _ in made if what == "prepared"] == ["tiny/prepare"]
-    for rate, luck in itertools.product(("low", "high"), (0, 1)):
-        name = f"tiny/rate={rate},seed={luck}"
-        begun = [at for what, other, at in made if (what, other) == ("begun", name)]
+    assert [name for what, name, _ in records if what == "prepared"] == ["tiny/prepare"]
+    for rate, seed_effect in itertools.product(("low", "high"), (0, 1)):
+        name = f"tiny/rate={rate},seed={seed_effect}"
+        start_times = [at for what, other, at in records if (what, other) == ("begun", name)]
         stamped = any(name in path and "02_train" in path for path in before)
-        assert sum(at < killed for at in begun) <= 1 and sum(at > killed for at in begun) == (
-            not stamped
-        ), (seed, name, begun, killed)
+        assert sum(at < killed for at in start_times) <= 1 and sum(
+            at > killed for at in start_times
+        ) == (not stamped), (seed, name, start_times, killed)
         assert (
             tiny.parent / "home/train_logs" / name / "weights"
-        ).read_text() == f"{ {'low': 0.1, 'high': 0.2}[rate] } {luck}"
+        ).read_text() == f"{ {'low': 0.1, 'high': 0.2}[rate] } {seed_effect}"
     assert (
         run.main(["sweep", str(tiny)]) == 0
         and "4 points, 4 finished before" in capsys.readouterr().out
@@ -203,8 +203,8 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     assert (tiny.parent / "home/results/tiny/report.html").exists() and (
         tiny.parent / "home/results/tiny/07_sweep.ipynb"
     ).exists()
-    made = notes(tiny)
-    assert run.main(["sweep", str(tiny)]) == 0 and notes(tiny) == made  # no kernel at all
+    records = notes(tiny)
+    assert run.main(["sweep", str(tiny)]) == 0 and notes(tiny) == records  # no kernel at all
     write(
         tiny,
         fixed={"wait": 0.4},
@@ -234,20 +234,20 @@ def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
             {"label": "never", "rate": 0.5},
         ],
     )
-    process = start(tiny, "--jobs", "1")
+    process = start_sweep(tiny, "--jobs", "1")
     while ("begun", "tiny/slow") not in [(what, name) for what, name, _ in notes(tiny)]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 128 + signal.SIGINT
-        and "[2/3] slow: stopped after" in said
-        and "[3/3]" not in said
+        and "[2/3] slow: stopped after" in output
+        and "[3/3]" not in output
     )
     assert (
-        "[1/3] bad: failed after" in said
-        and "s: Stage 02_train stopped: ValueError: on purpose" in said
+        "[1/3] bad: failed after" in output
+        and "s: Stage 02_train stopped: ValueError: on purpose" in output
     )
     assert "ValueError: on purpose" in (tiny.parent / "home/results/tiny/bad/log.txt").read_text()
     assert [
@@ -271,7 +271,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("variables", "expected"),
     [
         ({}, (4, 4, 4)),
         ({"OMP_NUM_THREADS": "1"}, (1, 1, 1)),
@@ -280,11 +280,11 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     ],
 )
 def test_cores_are_shared_out_and_fewer_threads_hold_for_every_library(
-    monkeypatch, asked, expected
+    monkeypatch, variables, expected
 ):
     for name in THREADS:
         monkeypatch.delenv(name, raising=False)
-    for name, number in asked.items():
+    for name, number in variables.items():
         monkeypatch.setenv(name, number)
     where = job_queue.assign_devices(2, ["4", "7"], 8)
     assert [p["CUDA_VISIBLE_DEVICES"] for p in where] == ["4", "7"]
@@ -386,7 +386,7 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ({"grid": {}}, "has no points"),
         ({"grid": {"rate": []}}, "'rate' of grid .* at least one"),
@@ -424,9 +424,9 @@ def test_points_are_all_combinations_in_order_with_names_for_folders(tiny):
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, content, words):
+def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, content, message):
     write(tiny, **content)
-    with pytest.raises(PerceptError, match=words):
+    with pytest.raises(PerceptError, match=message):
         run.main(["sweep", str(tiny)])
     assert not list((tiny.parent / "home").iterdir())
 
@@ -443,10 +443,10 @@ def test_a_missing_file_and_numbers_that_no_point_has(tiny):
 def test_the_list_names_points_states_and_the_sbatch_line(tiny, capsys):
     write(tiny, grid={"rate": [1, 2], "seed": [0, 1]})
     assert run.main(["sweep", str(tiny), "--list"]) == 0
-    said = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out.splitlines()
     assert (
-        said[1].split() == ["1", "missing", "rate=1,seed=1"]
-        and said[-1] == f"sbatch --array=0-3 launch/sweep.slurm {tiny}"
+        output[1].split() == ["1", "missing", "rate=1,seed=1"]
+        and output[-1] == f"sbatch --array=0-3 launch/sweep.slurm {tiny}"
     )
     assert sweeping.format_ranges([5, 0, 1, 2]) == "0-2,5"
 
@@ -458,30 +458,30 @@ def test_points_begin_where_the_grid_says(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "HOME", tmp_path)
     path = tmp_path / "late.yaml"
     path.write_text("recipe: roi_voting/mini\nfrom: 02\nwithout: [06]\ngrid: {num_epochs: [1]}\n")
-    told = sweeping.Sweep(path)
+    sweep = sweeping.Sweep(path)
     assert (
-        told.stages[told.first] == "02_train_roi_models"
-        and told.stages[0].startswith("01")
-        and "06_metrics" not in told.stages
+        sweep.stages[sweep.first] == "02_train_roi_models"
+        and sweep.stages[0].startswith("01")
+        and "06_metrics" not in sweep.stages
     )
-    point = told.grid.points[0]
-    command = told.make_job(point, False, "").command
+    point = sweep.grid.points[0]
+    command = sweep.make_job(point, False, "").command
     assert (
         command[command.index("--from") + 1] == "02_train_roi_models"
         and command[command.index("--without") + 1] == "06"
     )
     stages, overrides = recipes.select_stages(
-        told.grid.recipe, told.merge_overrides(point), first="02", skip=["06"]
+        sweep.grid.recipe, sweep.merge_overrides(point), first="02", skip=["06"]
     )
     for step in stage_running.iterate_stages(
-        told.grid.recipe, overrides, stages
+        sweep.grid.recipe, overrides, stages
     ):  # as the point's run goes through them
         if step.stage >= "02":
-            assert not told.is_done(point)
+            assert not sweep.is_done(point)
             (step.results / f"{step.stage}.ipynb").write_text("{}")
             record = {"fingerprint": step.fingerprint, "finished": 1, "wrote": []}
             utils.write_json(step.stamp, record)
-    assert told.is_done(point)
+    assert sweep.is_done(point)
 
 
 def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
@@ -492,32 +492,32 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
         grid={"rate": [1, 2], "launch": {"plain": "", "offload": f"{config} --num_processes 1"}},
         points=[{"label": "third", "rate": 3}],
     )
-    told = sweeping.Sweep(tiny)
-    assert [p.label for p in told.grid.points] == [
+    sweep = sweeping.Sweep(tiny)
+    assert [p.label for p in sweep.grid.points] == [
         *(f"rate={r},launch={how}" for r in (1, 2) for how in ("plain", "offload")),
         "third",
     ]
-    assert [p.levels["launch"] for p in told.grid.points] == ["plain", "offload"] * 2 + [
+    assert [p.levels["launch"] for p in sweep.grid.points] == ["plain", "offload"] * 2 + [
         "plain"
-    ] and told.grid.points[1].overrides == {"rate": 1}
-    commands = [told.make_job(point, False, "python").command for point in told.grid.points]
+    ] and sweep.grid.points[1].overrides == {"rate": 1}
+    commands = [sweep.make_job(point, False, "python").command for point in sweep.grid.points]
     assert [command[command.index("--launch") + 1] for command in commands] == [
         "python",
         f"{config} --num_processes 1",
     ] * 2 + ["python"]
     monkeypatch.setattr(grid_file.importlib.util, "find_spec", lambda name: None)
     assert (
-        told.find_state(told.grid.points[0]) == "missing"
-        and told.find_state(told.grid.points[1]) == "skipped"
+        sweep.find_state(sweep.grid.points[0]) == "missing"
+        and sweep.find_state(sweep.grid.points[1]) == "skipped"
     )
     monkeypatch.setattr(sweeping, "prepare_data", lambda sweep: None)
     assert run.main(["sweep", str(tiny), "--only", "1,3"]) == 0 and not notes(tiny)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "Skipped, as deepspeed is not installed" in said
-        and "): rate=1,launch=offload, rate=2,launch=offload" in said
+        "Skipped, as deepspeed is not installed" in output
+        and "): rate=1,launch=offload, rate=2,launch=offload" in output
     )
-    assert "2 points, 0 finished before, 2 skipped" in said
+    assert "2 points, 0 finished before, 2 skipped" in output
     assert (
         run.main(["sweep", str(tiny), "--list"]) == 0 and "--array=0-4 " in capsys.readouterr().out
     )
@@ -536,7 +536,7 @@ def test_how_trainings_are_launched_can_be_varied(tiny, capsys, monkeypatch):
     "path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shipped_grids_can_be_run(path):
-    told = sweeping.Sweep(path)
+    sweep = sweeping.Sweep(path)
     points = {
         "roi_sets_mini": 36,
         "experiment1": 12,
@@ -544,7 +544,7 @@ def test_shipped_grids_can_be_run(path):
         "low_compute_mini": 32,
         "low_compute": 72,
     }
-    assert len(told.grid.points) == points.get(path.stem, 5)  # else a curve over sessions
+    assert len(sweep.grid.points) == points.get(path.stem, 5)  # else a curve over sessions
 
 
 # ---------------------------------------------------------------------------- levels against seeds
@@ -552,14 +552,14 @@ def table_of(
     levels=("a", "b", "c"), batches=("16", "32"), seeds=("0", "1", "2"), seed=0, noise=0.02
 ):
     rng = np.random.default_rng(seed)
-    effect, luck = (
+    effect, seed_effect = (
         dict(zip(levels, (0.0, 0.1, 0.3), strict=False)),
         {s: rng.normal(0, 0.5) for s in seeds},
     )
     cells = itertools.product(levels, batches, seeds)
     return pd.DataFrame(
         [
-            (a, b, s, effect[a] + 0.2 * (b == "32") + luck[s] + rng.normal(0, noise))
+            (a, b, s, effect[a] + 0.2 * (b == "32") + seed_effect[s] + rng.normal(0, noise))
             for a, b, s in cells
         ],
         columns=["rois", "batch", "seed", "value"],
@@ -568,8 +568,8 @@ def table_of(
 
 def test_t_interval_is_scipys():
     values = np.random.default_rng(1).normal(size=7)
-    found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert sweeps.t_interval(values) == pytest.approx((values.mean(), found.low, found.high))
+    result = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert sweeps.t_interval(values) == pytest.approx((values.mean(), result.low, result.high))
     assert np.isnan(sweeps.t_interval([1.0])[1:]).all() and sweeps.t_interval([1.0])[0] == 1.0
 
 
@@ -610,29 +610,29 @@ def test_more_than_noise_is_seldom_said_of_nothing():
     """Levels that do not differ: the best of four is called better than all others in at most 5 %
     of sweeps.
     """
-    rng, said = np.random.default_rng(0), 0
+    rng, clear = np.random.default_rng(0), 0
     cells = pd.DataFrame(list(itertools.product("abcd", "012")), columns=["rois", "seed"])
     for _ in range(300):
         gaps = sweeps.gaps_to_best(
             cells.assign(value=rng.normal(size=len(cells))), "rois", "seed", "lower"
         )
-        said += all(gap.clear for gap in gaps)
-    assert said / 300 <= 0.05
+        clear += all(gap.clear for gap in gaps)
+    assert clear / 300 <= 0.05
 
 
 def test_levels_and_their_spread_are_those_of_pandas():
     table = table_of()
-    found = sweeps.level_table(table, "rois", "seed").set_index("rois")
+    result = sweeps.level_table(table, "rois", "seed").set_index("rois")
     means = table.pivot_table(index="seed", columns="rois", values="value", aggfunc="mean")
-    assert found["value"].to_dict() == pytest.approx(means.mean().to_dict()) and found[
+    assert result["value"].to_dict() == pytest.approx(means.mean().to_dict()) and result[
         "sd"
     ].to_dict() == pytest.approx(means.std().to_dict())
     assert (
-        (found["seeds"] == 3).all()
-        and (found["runs"] == 6).all()
-        and list(found.index) == ["a", "b", "c"]
+        (result["seeds"] == 3).all()
+        and (result["runs"] == 6).all()
+        and list(result.index) == ["a", "b", "c"]
     )
-    assert found.loc["b", "high"] == pytest.approx(
+    assert result.loc["b", "high"] == pytest.approx(
         stats.t.interval(0.95, 2, means["b"].mean(), stats.sem(means["b"]))[1]
     )
     assert sweeps.seed_sd(table, "rois", "seed") == pytest.approx(
@@ -648,8 +648,10 @@ def test_levels_and_their_spread_are_those_of_pandas():
 def test_only_cells_that_every_level_has_are_compared():
     table = table_of()
     holes = table.drop(table.query("rois == 'b' and batch == '16' and seed == '1'").index)
-    kept = sweeps.select_complete_cells(holes, "rois", ["batch", "seed"])
-    assert len(kept) == 15 and not len(kept.query("batch == '16' and seed == '1'"))
+    complete_rows = sweeps.select_complete_cells(holes, "rois", ["batch", "seed"])
+    assert len(complete_rows) == 15 and not len(
+        complete_rows.query("batch == '16' and seed == '1'")
+    )
     assert (
         sweeps.select_complete_cells(table, "rois", ["batch", "seed"]).equals(table)
         and len(sweeps.select_complete_cells(table[:2], "batch", [])) == 2
@@ -657,7 +659,7 @@ def test_only_cells_that_every_level_has_are_compared():
 
 
 def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
-    near, far = (
+    close_gap, wide_gap = (
         sweeps.Gap("early", "all", 0.0123, 0.009, 0.0156, 3),
         sweeps.Gap("early", "V1", 0.05, 0.04, 0.06, 3),
     )
@@ -666,16 +668,17 @@ def test_the_verdict_says_by_how_much_and_whether_it_is_luck():
         " batch and seed; seeds differ by .0030 (sd): more than seed noise"
     )
     assert (
-        sweeps.describe_gaps([near, far], 0.003, "validation loss", ["batch", "seed"]) == expected
+        sweeps.describe_gaps([close_gap, wide_gap], 0.003, "validation loss", ["batch", "seed"])
+        == expected
     )
-    assert sweeps.describe_gaps([near._replace(low=-0.001), far], 0.03, "x", []).endswith(
+    assert sweeps.describe_gaps([close_gap._replace(low=-0.001), wide_gap], 0.03, "x", []).endswith(
         "not more than seed noise (cannot be told from all)"
     )
     assert sweeps.describe_gaps(
-        [near._replace(low=np.nan, high=np.nan, seeds=1)], np.nan, "x", []
+        [close_gap._replace(low=np.nan, high=np.nan, seeds=1)], np.nan, "x", []
     ).endswith("with one seed it cannot be told from seed noise")
     assert "changes nothing" in sweeps.describe_gaps(
-        [near], 0.0, "x", []
+        [close_gap], 0.0, "x", []
     ) and "one level only" in sweeps.describe_gaps([], np.nan, "x", [])
     assert [sweeps.format_significant(x) for x in (0.0, 12.34, -0.5, 0.00456)] == [
         "0",
@@ -708,15 +711,15 @@ def test_regions_are_drawn_where_they_are_alone_and_left_out():
         for s in (0, 1)
     ]
     table = pd.DataFrame(rows, columns=["rois", "seed", "metric", "value", "better", "shuffled"])
-    found = sweeps.region_table(table, rois, "rois", "seed").set_index(["region", "kind"])
-    assert set(found.index) == {
+    result = sweeps.region_table(table, rois, "rois", "seed").set_index(["region", "kind"])
+    assert set(result.index) == {
         ("V1", "alone"),
         ("V1", "left out"),
         ("V2", "alone"),
         ("V2", "left out"),
         ("", "all"),
     }
-    assert found.loc[("V2", "left out"), "value"] == pytest.approx(3.05) and found.loc[
+    assert result.loc[("V2", "left out"), "value"] == pytest.approx(3.05) and result.loc[
         ("V1", "alone"), "shuffled"
     ] == pytest.approx(0.02)
     assert sweeps.region_table(
@@ -744,12 +747,12 @@ def made_up(home, levels, batches=(16, 32, 64), seeds=(0, 1, 2), test_set="t"):
     .9 - loss.
     """
     rng, points = np.random.default_rng(0), []
-    luck = {s: rng.normal(0, 0.004) for s in seeds}
+    seed_effect = {s: rng.normal(0, 0.004) for s in seeds}
     for i, ((level, (effect, rois)), batch, s) in enumerate(
         itertools.product(levels.items(), batches, seeds)
     ):
         loss, label = (
-            effect + 0.01 * (batch == 64) + luck[s] + rng.normal(0, 0.001),
+            effect + 0.01 * (batch == 64) + seed_effect[s] + rng.normal(0, 0.001),
             f"rois={level},batch={batch},seed={s}".replace(" ", "-"),
         )
         points.append(
