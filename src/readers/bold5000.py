@@ -352,7 +352,7 @@ def _open_volumes(files: FilesByName, name: str, roi_names: list[str]) -> BetaSo
             " out.",
             stacklevel=3,
         )
-        places, voxels = places[finite], voxels[finite].reset_index(drop=True)
+        places, voxels = places[finite], voxels.loc[finite].reset_index(drop=True)
     session_sizes = [int(shape[3]) for shape in shapes]
     return BetaSource(
         n_trials=sum(session_sizes),

@@ -160,15 +160,15 @@ def read(
         "affine": json.dumps(np.asarray(mask.affine, float).tolist()),
     }
     stimuli = trials.drop_duplicates("row").sort_values("row")
-    image_of_row = stimuli.set_index("row")["image"].to_dict()
-    image_ids = stimuli["image"].to_numpy()
+    rows, image_ids = stimuli["row"].to_numpy(), stimuli["image"].to_numpy()
+    image_of_row = dict(zip(rows.tolist(), image_ids.tolist(), strict=True))
     tables = (folders.experiment, root)
     captions = load_image_table("captions", image_ids, *tables)
     recording = Recording(
         # these blocks count the flat sessions in the table of voxels, which is stored after them
         betas=RowBlocks((len(trials), len(voxels)), iterate_betas(files, mask.voxels, voxels)),
         trials=trials,
-        images=_iterate_images(folders.stimuli, stimuli["row"].to_numpy(), image_size),
+        images=_iterate_images(folders.stimuli, rows, image_size),
         image_ids=image_ids,
         attributes={**published, **(attributes or {})},
         voxels=voxels,

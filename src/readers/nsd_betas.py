@@ -164,7 +164,7 @@ class SessionBetas:
     def _load_stream(self, mask: np.ndarray) -> np.ndarray:
         """Decompress one volume (x, y, z) after the other, in Fortran order, and keep the ROI."""
         places = np.ravel_multi_index(tuple(np.argwhere(mask).T), mask.shape, order="F")
-        betas = np.empty((self.n_trials, len(places)), self.dtype)
+        betas = np.empty((self.n_trials, int(mask.sum())), self.dtype)
         size = mask.size * self.dtype.itemsize
         start, n_read, buffer = self.offset, 0, bytearray()
         # to the end of the stream, where its checksum is compared

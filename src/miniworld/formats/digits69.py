@@ -35,7 +35,7 @@ def write(
             f"{images.shape} and {n_test}."
         )
     by_column = images.astype(np.uint8).transpose(0, 2, 1)  # (images, columns, rows)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "fmri": np.asarray(betas, np.float64),
         "stim": by_column.reshape(len(images), -1),  # (images, 784)
         "label": np.asarray(labels, np.uint8)[:, None],

@@ -121,9 +121,9 @@ def _copy_images(path: Path, target: h5py.Dataset) -> None:
 def _write_betas(source: Path, subj: int, betas: np.ndarray, numbers: np.ndarray) -> None:
     """Write the betas of a trial into the row of its number."""
     single, half = (source / name.format(subj=subj) for name in NORMALISATION)
-    path, other, dtype = single, half, np.dtype(np.float32)
-    if betas.dtype == np.float16:
-        path, other, dtype = half, single, np.dtype(np.float16)
+    is_half = betas.dtype == np.float16
+    path, other = (half, single) if is_half else (single, half)
+    dtype = np.float16 if is_half else np.float32
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
         stored = file.create_dataset("betas", (numbers.max() + 1, betas.shape[1]), dtype)
         order, start = np.argsort(numbers), 0
