@@ -135,7 +135,8 @@ def test_mixco_leaves_its_input_and_mixes_the_selected_rows():
 
 def test_labels_sum_to_one_where_a_sample_is_its_own_partner():
     preds, targs, _ = _vectors(4)
-    perm, betas = torch.tensor([0, 2, 1, 3]), torch.tensor([0.3, 0.8, 0.6, 1.0])
+    perm = torch.tensor([0, 2, 1, 3])
+    betas = torch.tensor([0.3, 0.8, 0.6, 1.0])
     labels = torch.tensor([[1, 0, 0, 0], [0, 0.8, 0.2, 0], [0, 0.4, 0.6, 0], [0, 0, 0, 1.0]])
     faithful = torch.tensor([[0.7, 0, 0, 0], [0, 0.8, 0.2, 0], [0, 0.4, 0.6, 0], [0, 0, 0, 0.0]])
     for flag, expected_labels in ((False, labels), (True, faithful)):

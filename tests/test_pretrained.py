@@ -85,7 +85,8 @@ def test_autoencoder_round_trip_keeps_the_image(images):
     latents = vae.encode(as_float(images))
     assert latents.shape == (24, *vae.latent_shape)
     assert 0.7 < latents.std() < 1.4  # the scaling factor gives latents about unit variance
-    error = ((vae.decode(latents) - as_float(images)) ** 2).mean((1, 2, 3))
+    difference = vae.decode(latents) - as_float(images)
+    error = (difference**2).mean((1, 2, 3))
     assert float(-10 * torch.log10(error).mean()) > 26
 
 
@@ -147,7 +148,8 @@ def quiet(pipeline, scheduler=None):
 
 def generate_images(pipeline, *args, **options):
     """A pipeline's images as (images, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(pipeline(*args, **options, output_type="np").images).permute(0, 3, 1, 2)
+    images = pipeline(*args, **options, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 PROMPTS = ["a red ball on the sea", "a green car in the snow at night"]
@@ -553,9 +555,11 @@ def test_a_convnext_block_is_what_its_paper_says():
     x = torch.randn(1, 6, 9, 9, dtype=torch.float64)
     y = torch.nn.functional.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=6)
     mean, var = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True)
-    y = ((y - mean) / (var + 1e-6).sqrt()).permute(0, 2, 3, 1) * block.norm.weight + block.norm.bias
+    y = ((y - mean) / (var + 1e-6).sqrt()).permute(0, 2, 3, 1)
+    y = y * block.norm.weight + block.norm.bias
     y = y @ block.pwconv1.weight.T + block.pwconv1.bias
-    y = 0.5 * y * (1 + torch.erf(y / 2**0.5)) @ block.pwconv2.weight.T + block.pwconv2.bias
+    y = 0.5 * y * (1 + torch.erf(y / 2**0.5))  # GELU
+    y = y @ block.pwconv2.weight.T + block.pwconv2.bias
     torch.testing.assert_close(block(x), x + y.permute(0, 3, 1, 2))
 
 
@@ -567,12 +571,13 @@ def test_the_mini_teacher_looks_at_each_place():
     x = pretrained.make_fixed_image(32)
     plain = teacher.embed_locations(x)
     assert plain.shape == (1, 16, 512) == (1, *teacher.target_shape)
-    for place, (row, column) in {0: (0, 0), 3: (0, 24), 12: (24, 0), 15: (24, 24)}.items():
+    red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1)
+    corners = {0: (0, 0), 3: (0, 24), 12: (24, 0), 15: (24, 24)}
+    for location, (row, column) in corners.items():
         changed = x.clone()
-        changed[:, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.1, 0.1]).view(
-            1, 3, 1, 1
-        )
-        assert int((teacher.embed_locations(changed) - plain).square().sum(-1).argmax()) == place
+        changed[:, :, row : row + 8, column : column + 8] = red
+        change = teacher.embed_locations(changed) - plain
+        assert int(change.square().sum(-1).argmax()) == location
 
 
 # ------------------------------------------------------------- what does not change over the steps

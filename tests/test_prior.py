@@ -119,7 +119,8 @@ def test_ddim_sample_is_the_published_one_with_and_without_a_generator(golden, a
 # ------------------------------------------------------------------------------- by other formulas
 def test_schedule_follows_its_formulas():
     total, buffers = 20, noise_schedule(20)
-    level = [math.cos((u / total + 0.008) / 1.008 * math.pi / 2) ** 2 for u in range(total + 1)]
+    angles = [(u / total + 0.008) / 1.008 * math.pi / 2 for u in range(total + 1)]
+    level = [math.cos(angle) ** 2 for angle in angles]
     bar, previous = 1.0, 1.0
     for t in range(total):
         beta = min(max(1 - level[t + 1] / level[t], 0), 0.999)
@@ -209,7 +210,9 @@ def test_sampling_sees_weights_that_changed_since_the_last_sample():
 
 def test_guidance_extrapolates_from_the_unconditional_prediction():
     prior = _tiny().eval()
-    x, t, c = torch.randn(2, TOKENS, DIM), torch.tensor([1, 4]), torch.randn(2, TOKENS, DIM)
+    x = torch.randn(2, TOKENS, DIM)
+    t = torch.tensor([1, 4])
+    c = torch.randn(2, TOKENS, DIM)
     conditional, null = (
         prior.net(x, t, c),
         prior.net(x, t, c, brain_cond_drop_prob=1.0, image_cond_drop_prob=1.0),
@@ -267,7 +270,8 @@ def test_the_prior_learns_to_use_its_condition():
         optimiser.step()
     generator = torch.Generator().manual_seed(0)
     right = (prior.sample(condition, generator=generator) - target).square().mean()
-    shuffled = (prior.sample(condition.roll(1, 0), generator=generator) - target).square().mean()
+    of_others = prior.sample(condition.roll(1, 0), generator=generator)
+    shuffled = (of_others - target).square().mean()
     assert right < 0.7 * shuffled
 
 

@@ -178,7 +178,8 @@ def test_no_condition_is_noise_of_each_images_own(decoder):
         and float(null.std()) == pytest.approx(1, abs=0.02)
     )
     assert len({float(row[0, 0]) for row in null}) == 40
-    torch.testing.assert_close(decoder.get_null_condition(tokens[5:6], noise[5:6])[0], null[5])
+    alone = decoder.get_null_condition(tokens[5:6], noise[5:6])[0]
+    torch.testing.assert_close(alone, null[5])
     torch.testing.assert_close(
         decoder.get_null_condition(tokens + 1), decoder.get_null_condition(tokens + 1)
     )
@@ -432,7 +433,8 @@ def released(unet_rows, vae_rows, weights=None):
 
 
 def test_the_converter_fits_the_full_networks_key_for_key():
-    rows = network_keys((320, 640, 1280), (0, 2, 10), 1664, 1024), vae_keys((128, 256, 512, 512))
+    unet_rows = network_keys((320, 640, 1280), (0, 2, 10), 1664, 1024)
+    rows = unet_rows, vae_keys((128, 256, 512, 512))
     state = released(*rows)
     converted = unclip.convert_unclip_weights(state)
     with torch.device("meta"):
@@ -504,7 +506,9 @@ def test_the_released_file_is_rewritten_once_and_used(tiny_file):
         and decoder.latent_shape == (4, 8, 8)
         and decoder.vector.shape == (1, 16)
     )
-    x, tokens, vector = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 16)
+    x = torch.randn(2, 4, 8, 8)
+    tokens = torch.randn(2, 5, 12)
+    vector = torch.randn(2, 16)
     with torch.no_grad():
         expected = unet(x, 300, encoder_hidden_states=tokens, class_labels=vector).sample
         torch.testing.assert_close(

@@ -414,8 +414,8 @@ def _read_released(path: Path) -> _GNetWeights:
     """A released file, whose tensors are mapped and not yet read."""
     content = load_torch_file(path)
     best = content.get("best_params") if isinstance(content, Mapping) else None
-    trunk = best.get("enc") if isinstance(best, Mapping) else None
-    readouts = best.get("fwrfs") if isinstance(best, Mapping) else None
+    trunk: Any = best.get("enc") if isinstance(best, Mapping) else None
+    readouts: Any = best.get("fwrfs") if isinstance(best, Mapping) else None
     has_parts = isinstance(trunk, Mapping) and isinstance(readouts, Mapping)
     if not has_parts or not all(isinstance(state, Mapping) for state in readouts.values()):
         raise PerceptError(
