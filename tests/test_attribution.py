@@ -240,6 +240,12 @@ def test_regions_are_disjoint_and_the_first_has_the_voxel():
     }
 
 
+def test_without_captum_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(PerceptError, match="needs the package captum.*--extra attribution"):
+        attribution.integrated_gradients(level_of(network()))
+
+
 def test_a_region_is_moved_as_one_and_draws_are_seeded():
     seen, regions = [], {"A": np.array([0, 3]), "B": np.array([1, 2])}
     level = level_of(torch.nn.Identity(), selected=4, features=(4,))
@@ -439,7 +445,7 @@ def level_in(world, kind, **options):
 
 
 def test_higher_areas_carry_the_meaning_and_early_areas_the_look(world):
-    """The simulated truth (src/miniworld.py): V1 to hV4 measure Gabor energy and colour, LO to OPA
+    """The simulated truth (src/miniworld): V1 to hV4 measure Gabor energy and colour, LO to OPA
     what is in the picture.
     """
     levels = {kind: level_in(world, kind) for kind in world.ridges}

@@ -4,6 +4,8 @@ shuffled captions score, the mini twin, and the tables.
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -22,7 +24,7 @@ from src.evaluation.captions import (
 )
 from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
 from src.evaluation.statistics import derangements
-from src.utils import PerceptError, read_json
+from src.utils import ROOT, PerceptError, read_json
 
 SEED = 41  # no training and no demo draws with it
 BY_WORDS = [
@@ -600,3 +602,37 @@ def test_tables_hold_the_published_metrics_first_under_their_names(tmp_path):
         and tables.published_name("pixcorr, blend 0.25")[1] == "PixCorr, blend 0.25"
     )
     assert tables.retrieval_records({"tables": []}) == []
+
+
+# ------------------------------------------------------------------------------- optional packages
+OPTIONAL = (
+    "captum",
+    "nilearn",
+    "nltk",
+    "rouge_score",
+    "pycocoevalcap",
+    "sentence_transformers",
+)
+
+
+def test_the_evaluation_needs_no_optional_package_until_it_is_used():
+    code = (
+        "import sys\n"
+        f"for name in {OPTIONAL}: sys.modules[name] = None\n"
+        "import src.evaluation\n"
+        "from src.evaluation import attribution, compare, sweeps\n"
+        "from src.evaluation.captions import CAPTION_METRICS\n"
+        "print(CAPTION_METRICS['ROUGE-1'].description)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "single words" in done.stdout
+
+
+@pytest.mark.parametrize("package", ["rouge_score", "pycocoevalcap"])
+def test_a_missing_package_is_named_with_the_command_before_anything_is_scored(
+    package, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(PerceptError, match=f"needs the package {package}.*--extra captions"):
+        prepare_caption_metrics("ROUGE-1", "mini")
