@@ -58,11 +58,11 @@ from src.utils import resolve
 # the result in the format of a real source, so that the same reader reads both.
 
 # %%
-folder, everyone = (
+folder, subjects = (
     resolve(data_path),
     sorted({subj, *(int(s) for s in also.split(",") if s.strip())}),
 )
-missing = [s for s in everyone if overwrite or not subject_folder(dataset, s).exists()]
+missing = [s for s in subjects if overwrite or not subject_folder(dataset, s).exists()]
 played = source_format if source == "mini" else source
 for number in missing if source == "mini" else []:
     world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
@@ -94,16 +94,20 @@ print(
     f"options of the reader '{played}' and their defaults: {default_options(played)}\n\nterms of use:"
     f" {READERS[played].TERMS}"
 )
-given = {"trials_per_session": trials_per_session, "seed": seed, "split": digits_fold or "official"}
+reader_options = {
+    "trials_per_session": trials_per_session,
+    "seed": seed,
+    "split": digits_fold or "official",
+}
 if source == "mini":
-    given["attributes"] = {
+    reader_options["attributes"] = {
         "source": "mini world (simulated)",
         "units": "percent signal change (simulated)",
         "normalisation": "none",
         "protocol": "mini-300",
     }
 for number in missing:
-    read_source(played, folder, dataset, number, options, **given)
+    read_source(played, folder, dataset, number, options, **reader_options)
 subject = open_subject(dataset, subj)
 subject
 
@@ -178,13 +182,17 @@ pd.DataFrame(table).T.astype({"voxels": int}).rename(
 
 # %%
 normaliser = Normaliser.fit(subject)
-shown = "test" if (trials[trials.split == "test"].groupby("image").size() > 1).any() else "train"
-some = [rows for rows in subject.rows_by_image(shown) if len(rows) > 1 or not repeated][:6]
+shown_split = (
+    "test" if (trials[trials.split == "test"].groupby("image").size() > 1).any() else "train"
+)
+example_rows = [
+    rows for rows in subject.rows_by_image(shown_split) if len(rows) > 1 or not repeated
+][:6]
 order = np.argsort(-voxels.noise_ceiling.fillna(0).to_numpy(), kind="stable")[:200]
-ids = [trials.image.iloc[rows[0]] for rows in some]
+ids = [trials.image.iloc[rows[0]] for rows in example_rows]
 figure = plot_trials(
     np.moveaxis(subject.images(ids), 3, 1) / 255,
-    [subject.get_betas(rows[:10], normaliser)[:, order] for rows in some],
+    [subject.get_betas(rows[:10], normaliser)[:, order] for rows in example_rows],
 )
 save_figure(figure, run.results / "figures" / "00_trials.png")
 

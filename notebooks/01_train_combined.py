@@ -240,7 +240,7 @@ print(
 # False`), it is what it was, and the prior alone learns.
 
 # %%
-told = (
+recorded = (
     "combine_models",
     "combine_losses",
     "loss_form",
@@ -252,7 +252,7 @@ told = (
     "modality",
     "use_image_aug",
 )
-told += (
+recorded += (
     "clip_aug_mode",
     "clip_aug_prob",
     "faithful",
@@ -270,7 +270,7 @@ told += (
 sizes = DecoderSizes((normaliser.n_features,), dim=clipper.dim, volume=subject.volume_shape)
 config = {
     "model": build_decoder_config(run.stage, run.parameters, sizes),
-    "training": {name: run.parameters[name] for name in told},
+    "training": {name: run.parameters[name] for name in recorded},
     "tokens": [1, clipper.dim],
     "clip": {
         "variant": clip_variant,
@@ -321,12 +321,12 @@ def contrast(brain, image, epoch, mix):
 
 def target_of(batch):
     """Target embeddings (batch, 1, dim): from the cache, or of images that are augmented now."""
-    found = (
+    embeddings = (
         batch["embedding"]
         if "embedding" in batch
         else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
     )
-    return found[:, None]
+    return embeddings[:, None]
 
 
 # %%
@@ -345,11 +345,13 @@ def varied(model, brain, target, batch):
     chance = np.random.default_rng([seed, int(gather(batch["seed"])[0])])
     if clip_aug_mode == "none" or chance.random() >= clip_aug_prob:
         return brain, target, False
-    begun = int(chance.integers(2**31))
+    noise_seed = int(chance.integers(2**31))
     if (
         clip_aug_mode == "x"
     ):  # what the image looks like to CLIP, in place of what the brain says of it
-        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], begun)[:, None]
+        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], noise_seed)[
+            :, None
+        ]
         return (
             other / other.norm(dim=-1, keepdim=True) * brain.norm(dim=-1, keepdim=True),
             target,
@@ -362,7 +364,7 @@ def varied(model, brain, target, batch):
         )
     return (
         brain,
-        embed_variations(diffusion, clipper, guess[:, 0], batch["image"], begun)[:, None],
+        embed_variations(diffusion, clipper, guess[:, 0], batch["image"], noise_seed)[:, None],
         True,
     )
 
@@ -386,8 +388,8 @@ def step(model, batch, epoch):
     if not combine_models:
         model.voxel2clip.eval()  # frozen are its dropout and the statistics of its norms, too
     brain, _ = model.voxel2clip.predict_tokens(voxels)  # (batch, 1, dim)
-    condition, wanted, changed = varied(model, brain, target, batch)
-    mse = model(text_embed=condition, image_embed=wanted, seeds=batch["seed"])[0]
+    condition, goal, changed = varied(model, brain, target, batch)
+    mse = model(text_embed=condition, image_embed=goal, seeds=batch["seed"])[0]
     logs = {"loss_mse": mse.detach()} | (
         {f"loss_{'on' if changed else 'off'}_aug": mse.detach()} if clip_aug_mode != "none" else {}
     )
@@ -409,14 +411,16 @@ def step(model, batch, epoch):
 @torch.no_grad()
 def validate(model):
     """Losses and retrieval over the whole validation split."""
-    found = []
+    batches_seen = []
     for batch in iterate_batches(val, batch_size, next(model.parameters()).device):
         (brain, _), target = model.voxel2clip.predict_tokens(batch["voxels"]), target_of(batch)
         guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
-        found.append(
+        batches_seen.append(
             (brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2)))
         )
-    brains, targets, errors = (torch.cat(parts).float() for parts in zip(*found, strict=True))
+    brains, targets, errors = (
+        torch.cat(parts).float() for parts in zip(*batches_seen, strict=True)
+    )
     brain, image = l2_normalize(brains), l2_normalize(targets)
     right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
     mse, nce = errors.mean(), info_nce(brain, image)
@@ -466,7 +470,7 @@ def draw(model, epoch):
             figures[f"{dataset_}/FID"] = compute_fid(
                 eye,
                 seen,
-                torch.cat([made for name, made in rows.items() if name.startswith("brain")]),
+                torch.cat([samples for name, samples in rows.items() if name.startswith("brain")]),
             )
     numbers = {name: value for name, value in figures.items() if name.endswith("FID")}
     if numbers:
@@ -531,11 +535,13 @@ if decoder != "ridge":
         ids[:100],
         device=run.device,
     )
-    for name, made in (
+    for name, predicted in (
         ("one sample of the prior", tokens[:, 0]),
         ("mean of eight samples", tokens.mean(1)),
     ):
-        print(f"validation embedding R2, {name}: {1 - F.mse_loss(made, truth) / truth.var():.3f}")
+        print(
+            f"validation embedding R2, {name}: {1 - F.mse_loss(predicted, truth) / truth.var():.3f}"
+        )
 
 # %% [markdown]
 # ## The ridge baseline

@@ -171,22 +171,22 @@ if decoder != "ridge":
 
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
-everything = open_subject(dataset, subj)
+all_trials = open_subject(dataset, subj)
 subject = make_training_split(
-    everything,
+    all_trials,
     split,
     run.logs,
     lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
     n_clusters,
     num_sessions,
 )
-if subject is not everything:
-    kept = {
-        part: f"{len(subject.image_ids(part))} of {len(everything.image_ids(part))}"
+if subject is not all_trials:
+    remaining = {
+        part: f"{len(subject.image_ids(part))} of {len(all_trials.image_ids(part))}"
         for part in ("train", "val")
     }
     print(
-        f"images kept: {kept}; test images in held-out clusters:"
+        f"images kept: {remaining}; test images in held-out clusters:"
         f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
     )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
@@ -260,7 +260,7 @@ print(
 
 # %%
 prior_weight = prior_mult or (30.0 if hidden else 0.03)
-told = (
+recorded = (
     "batch_size",
     "num_epochs",
     "mixup_pct",
@@ -274,11 +274,11 @@ told = (
     "laion_prior",
     "seed",
 )
-told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
+recorded += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 sizes = DecoderSizes((normaliser.n_features,), n_tokens, dim)
 config = {
     "model": build_decoder_config(run.stage, run.parameters, sizes),
-    "training": {k: run.parameters[k] for k in told} | {"prior_mult": prior_weight},
+    "training": {k: run.parameters[k] for k in recorded} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
 }
@@ -314,12 +314,12 @@ def contrast(brain, image, epoch, mix):
 
 def target_of(batch):
     """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
-    found = (
+    embeddings = (
         batch["tokens"]
         if "tokens" in batch
         else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
     )
-    return found.view(len(found), n_tokens, dim)
+    return embeddings.view(len(embeddings), n_tokens, dim)
 
 
 # %%
@@ -358,7 +358,7 @@ def predicted(model):
     """Of all validation images: projected and true tokens (images, tokens, dim), and the errors of
     the prior and of the backbone (images,).
     """
-    found = []
+    outputs = []
     for batch in iterate_batches(
         val, batch_size, next(model.parameters()).device
     ):  # as large as in training, so that memory does not grow
@@ -370,7 +370,7 @@ def predicted(model):
             if prior
             else 0 * target
         )
-        found.append(
+        outputs.append(
             (
                 projected,
                 target,
@@ -378,7 +378,7 @@ def predicted(model):
                 direct,
             )
         )
-    return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
+    return [torch.cat(parts).float() for parts in zip(*outputs, strict=True)]
 
 
 # %%

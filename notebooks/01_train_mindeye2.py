@@ -173,7 +173,7 @@ if multi_subject and (multisubject_ckpt or num_sessions or decoder != "network")
 if decoder != "ridge":
     check_precision(run.device, precision, step_in_backward)
 listed = [int(s) for s in subjects.split(",")]
-mine = [s for s in listed if s != subj] if multi_subject else [subj]
+training_subjects = [s for s in listed if s != subj] if multi_subject else [subj]
 
 # %% [markdown]
 # ## Data
@@ -196,11 +196,11 @@ def opened(number):
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
-people = [opened(number) for number in mine]
+people = [opened(number) for number in training_subjects]
 people[0][1].save(run.logs / "normaliser.safetensors")
 images = np.unique(np.concatenate([subject.all_images for subject, _ in people]))
 train_split = "train+val" if "train_on_val" in published else "train"
-for number, (subject, normaliser) in zip(mine, people, strict=True):
+for number, (subject, normaliser) in zip(training_subjects, people, strict=True):
     print(
         f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
         f" {normaliser.n_features})   sessions {num_sessions or 'all'}"
@@ -236,11 +236,14 @@ latents = cache_targets(
     autoencoder.encode_pixels,
     autoencoder.latent_shape,
 )
-targets, known = {"tokens": tokens}, {"tokens": tokens}
+targets, validation_targets = {"tokens": tokens}, {"tokens": tokens}
 
 # %%
 if blurry_recon:
-    targets, known = targets | {"latents": latents}, known | {"latents": latents}
+    targets, validation_targets = (
+        targets | {"latents": latents},
+        validation_targets | {"latents": latents},
+    )
 train_ids = np.unique(np.concatenate([subject.image_ids(train_split) for subject, _ in people]))
 print(
     f"(tokens, dim) = {clip.target_shape}   (channels, height, width) of a blurry latent ="
@@ -293,7 +296,7 @@ train = MultiSubjectDataset(
 )
 val = MultiSubjectDataset(
     [
-        BrainDataset(subject, "val", known, normaliser, "mean", seed)
+        BrainDataset(subject, "val", validation_targets, normaliser, "mean", seed)
         for subject, normaliser in people
     ]
 )
@@ -310,7 +313,7 @@ print(
 # nor used.
 
 # %%
-told = (
+recorded = (
     "batch_size",
     "num_epochs",
     "mixup_pct",
@@ -323,7 +326,7 @@ told = (
     "use_image_aug",
     "faithful",
 )
-told += ("multi_subject", "multisubject_ckpt", "num_sessions", "rois", "seed")
+recorded += ("multi_subject", "multisubject_ckpt", "num_sessions", "rois", "seed")
 parameters = run.parameters | {"prior": prior, "faithful": published}
 voxels = tuple(normaliser.n_features for _, normaliser in people)
 sizes = DecoderSizes(voxels, n_tokens, dim, autoencoder.latent_shape)
@@ -331,7 +334,7 @@ sizes = DecoderSizes(voxels, n_tokens, dim, autoencoder.latent_shape)
 # %%
 config = {
     "model": build_decoder_config(run.stage, parameters, sizes),
-    "training": {name: run.parameters[name] for name in told} | {"subjects": mine},
+    "training": {name: run.parameters[name] for name in recorded} | {"subjects": training_subjects},
     "tokens": [n_tokens, dim],
     "clip": {
         "patch_tokens": True,
@@ -350,10 +353,10 @@ if prior:
 
 # %%
 if multisubject_ckpt:
-    given = resolve(multisubject_ckpt)
+    pretrained = resolve(multisubject_ckpt)
     pretrained = (
-        given
-        if given.is_file()
+        pretrained
+        if pretrained.is_file()
         else find_decoder(HOME / "train_logs" / multisubject_ckpt, "high_level")
     )
     fresh = load_pretrained(
@@ -446,21 +449,19 @@ def predicted(model, number):
     """Of one subject's validation images: backbone's and projected tokens, targets, and the errors
     of the prior and of the blurry latent (images,).
     """
-    found, device = [], next(model.parameters()).device
+    outputs, device = [], next(model.parameters()).device
     for batch in iterate_batches(val.datasets[number], batch_size, device):
         backbone, projected, blurry = model(batch["voxels"], number)
-        target, nothing = batch["tokens"], backbone.new_zeros(len(backbone))
+        target, zeros = batch["tokens"], backbone.new_zeros(len(backbone))
         guess = (
             model.diffusion_prior(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
             if prior
             else target
         )
         blur = (
-            (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3))
-            if blurry_recon
-            else nothing
+            (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3)) if blurry_recon else zeros
         )
-        found.append(
+        outputs.append(
             (
                 backbone,
                 projected if clip_scale else backbone,
@@ -469,7 +470,7 @@ def predicted(model, number):
                 blur,
             )
         )
-    return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
+    return [torch.cat(parts).float() for parts in zip(*outputs, strict=True)]
 
 
 # %%
@@ -502,9 +503,10 @@ def looked_at(model, number):
 @torch.no_grad()
 def validate(model):
     """The same, averaged over subjects."""
-    each = [looked_at(model, number) for number in range(len(people))]
+    per_subject = [looked_at(model, number) for number in range(len(people))]
     return {
-        f"val/{name}": float(np.mean([values[name].item() for values in each])) for name in each[0]
+        f"val/{name}": float(np.mean([values[name].item() for values in per_subject]))
+        for name in per_subject[0]
     }
 
 

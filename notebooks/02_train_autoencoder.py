@@ -117,9 +117,9 @@ if use_sobel_loss and not use_reconst:
         "use_sobel_loss looks at the decoded picture, which is not made: set use_reconst to True,"
         " too."
     )
-everything = open_subject(dataset, subj)
+all_trials = open_subject(dataset, subj)
 subject = make_training_split(
-    everything,
+    all_trials,
     split,
     run.logs,
     lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
@@ -194,7 +194,7 @@ print(
 # A residual MLP without biases, then the decoder half of an autoencoder as upsampler.
 
 # %%
-told = (
+recorded = (
     "batch_size",
     "num_epochs",
     "max_lr",
@@ -207,11 +207,11 @@ told = (
     "best_by",
     "seed",
 )
-told += ("split", "n_clusters", "num_sessions", "n_components", "rois")
+recorded += ("split", "n_clusters", "num_sessions", "n_components", "rois")
 sizes = DecoderSizes((normaliser.n_features,))
 config = {
     "model": build_decoder_config(run.stage, run.parameters, sizes),
-    "training": {k: run.parameters[k] for k in told},
+    "training": {k: run.parameters[k] for k in recorded},
     "latents": list(autoencoder.latent_shape),
 }
 model = build_decoder(config["model"])
@@ -246,8 +246,8 @@ def places(maps, like=None):
     many locations as `like` has.
     """
     if like is not None and like.shape[1] < maps.shape[1]:
-        side, fewer = (int(m.shape[1] ** 0.5) for m in (maps, like))
-        maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), fewer).flatten(2).mT
+        side, target_side = (int(m.shape[1] ** 0.5) for m in (maps, like))
+        maps = F.adaptive_avg_pool2d(maps.mT.unflatten(2, (side, side)), target_side).flatten(2).mT
     return F.normalize(maps.flatten(0, 1).float(), dim=-1)
 
 
@@ -256,19 +256,19 @@ def picture_losses(latent, pixels):
     """Differences of the decoded picture and of its edges, for latents (batch, channels, h, w) and
     uint8 pixels (batch, 3, height, width).
     """
-    some = max(1, len(latent) // 4)
+    n_decoded = max(1, len(latent) // 4)
     with torch.autocast(latent.device.type, enabled=False):
-        small = F.interpolate(latent[:some].float(), scale_factor=0.5, mode="bilinear")
-        made = autoencoder.model.decode(small / scale).sample / 2 + 0.5
-        wanted = F.interpolate(
-            pixels[:some].float() / 255, made.shape[-2:], mode="bilinear", antialias=True
+        small = F.interpolate(latent[:n_decoded].float(), scale_factor=0.5, mode="bilinear")
+        decoded = autoencoder.model.decode(small / scale).sample / 2 + 0.5
+        target = F.interpolate(
+            pixels[:n_decoded].float() / 255, decoded.shape[-2:], mode="bilinear", antialias=True
         )
-        seen = median_blur(wanted, (7, 7)) if use_blurred_training else wanted
+        seen = median_blur(target, (7, 7)) if use_blurred_training else target
         losses = {
-            "reconst": (2.0, 2 * F.l1_loss(made, seen).nan_to_num())
+            "reconst": (2.0, 2 * F.l1_loss(decoded, seen).nan_to_num())
         }  # twice, as pictures from -1 to 1 are published
         if use_sobel_loss:
-            losses["sobel"] = (16.0, sobel_loss(made, wanted))
+            losses["sobel"] = (16.0, sobel_loss(decoded, target))
     return losses
 
 
@@ -285,12 +285,12 @@ def step(model, batch, epoch):
     latent, maps = out if isinstance(out := model(voxels), tuple) else (out, None)
     losses = {"l1": (1 / scale, F.l1_loss(latent, target))}
     if use_cont and not mixing:  # of a mixture the teacher has seen no picture
-        again = (
+        augmented_maps = (
             batch["maps_aug"]
             if cached_views
             else teacher.embed_locations(augment(batch["pixels"].float() / 255))
         )
-        rows = [gather(places(m, maps)) for m in (maps, batch["maps"], again)]
+        rows = [gather(places(m, maps)) for m in (maps, batch["maps"], augmented_maps)]
         losses["cont"] = (0.1, soft_cont_loss(*rows, temp=0.075))
     if use_reconst and not mixing:
         losses |= picture_losses(latent, batch["pixels"])
@@ -322,10 +322,10 @@ def validate(model):
         "val/loss": mse.item(),
     }
     if best_by == "ssim":
-        alike = ssim(
+        similarity = ssim(
             batch["pixels"].float() / 255, autoencoder.decode(predicted.float()).cpu()
         ).mean()
-        values |= {"val/ssim": float(alike), "val/loss": 1 - float(alike)}
+        values |= {"val/ssim": float(similarity), "val/loss": 1 - float(similarity)}
     return values
 
 
@@ -399,8 +399,8 @@ for name, trained in {
     "ridge": ridge if decoder != "network" else None,
 }.items():
     if trained is not None:
-        found = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
-        rows[name] = autoencoder.decode(found).cpu()
+        latents = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
+        rows[name] = autoencoder.decode(latents).cpu()
 save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%

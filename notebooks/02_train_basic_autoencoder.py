@@ -129,12 +129,12 @@ train = BrainDataset(subject, "train", targets, normaliser, repeats, seed, pixel
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed, pixels=True)
 
 # %%
-of = (
+spread = (
     f"{', '.join(normaliser.rois) or 'all voxels'}, {normaliser.n_features}"
     f" {'components' if n_components else 'voxels'}"
 )
 print(
-    f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {of}   protocol"
+    f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {spread}   protocol"
     f" {subject.protocol}"
 )
 print(
@@ -147,7 +147,7 @@ print(
 # Linear layers with GELU, then transposed convolutions up to the latent. No norm, no dropout.
 
 # %%
-told = (
+recorded = (
     "rois",
     "n_components",
     "n_train",
@@ -162,7 +162,7 @@ told = (
 sizes = DecoderSizes((normaliser.n_features,), latent=autoencoder.latent_shape, latent_scale=scale)
 config = {
     "model": build_decoder_config(run.stage, run.parameters, sizes),
-    "training": {k: run.parameters[k] for k in told},
+    "training": {k: run.parameters[k] for k in recorded},
     "latents": list(autoencoder.latent_shape),
     "autoencoder": {"name": "stable_diffusion", "image_size": side},
 }
@@ -190,7 +190,7 @@ resize = K.Resize((side, side), antialias=True)
 
 
 @torch.no_grad()
-def wanted(pixels, changed=False):
+def to_target(pixels, changed=False):
     """uint8 pixels (batch, 3, height, width) -> pictures (batch, 3, side, side) in [-1, 1]."""
     with torch.autocast(pixels.device.type, enabled=False):
         x = pixels.float() / 255
@@ -204,7 +204,9 @@ def step(model, batch, epoch):
     """
     latent = model(batch["voxels"])
     picture = autoencoder.model.decode(latent / scale).sample
-    losses = {"pixels": (1.0, F.mse_loss(picture.float(), wanted(batch["pixels"], use_image_aug)))}
+    losses = {
+        "pixels": (1.0, F.mse_loss(picture.float(), to_target(batch["pixels"], use_image_aug)))
+    }
     if latent_mult:
         losses["latents"] = (latent_mult, F.l1_loss(latent.float(), batch["latents"]))
     return sum(weight * loss for weight, loss in losses.values()), {
@@ -220,11 +222,14 @@ def validate(model):
     """
     device = next(model.parameters()).device
     pairs = [
-        (autoencoder.model.decode(model(b["voxels"]) / scale).sample.float(), wanted(b["pixels"]))
+        (
+            autoencoder.model.decode(model(b["voxels"]) / scale).sample.float(),
+            to_target(b["pixels"]),
+        )
         for b in iterate_batches(val, 50, device)
     ]
-    made, seen = (torch.cat(x) for x in zip(*pairs, strict=True))
-    mse = F.mse_loss(made, seen)
+    predicted, seen = (torch.cat(x) for x in zip(*pairs, strict=True))
+    mse = F.mse_loss(predicted, seen)
     return {
         "val/loss": mse.item(),
         "val/r2": 1 - (mse / (seen - seen.mean(0)).square().mean()).item(),
@@ -240,7 +245,7 @@ def pairs(model, split, n):
     latents = predict_latents(
         model, voxels, autoencoder.latent_shape, device=next(model.parameters()).device
     )
-    return {"seen": wanted(seen) / 2 + 0.5, "predicted": autoencoder.decode(latents).cpu()}
+    return {"seen": to_target(seen) / 2 + 0.5, "predicted": autoencoder.decode(latents).cpu()}
 
 
 def draw(model, epoch):
@@ -329,9 +334,9 @@ save_figure(
 
 # %%
 if gallery_images:
-    shown = pairs(next(iter(trained.values())), "train", gallery_images)
+    examples = pairs(next(iter(trained.values())), "train", gallery_images)
     sheet = plot_contact_sheet(
-        {"seen in training": shown["seen"], "predicted (not scored)": shown["predicted"]},
+        {"seen in training": examples["seen"], "predicted (not scored)": examples["predicted"]},
         n=gallery_images,
         blocks=4,
     )

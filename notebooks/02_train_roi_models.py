@@ -126,15 +126,13 @@ def prepared(place, voter):
     """
     folder = run.logs / voter.name
     folder.mkdir(exist_ok=True)
-    mine = subject.bootstrap_split(train_share, voter.bag_seed)
-    normaliser = Normaliser.fit(mine, rois=voter.rois, masked=masked)
+    bag = subject.bootstrap_split(train_share, voter.bag_seed)
+    normaliser = Normaliser.fit(bag, rois=voter.rois, masked=masked)
     normaliser.save(folder / "normaliser.safetensors")
-    table = (
-        mine.trials[["image", "split"]].drop_duplicates().sort_values("image", ignore_index=True)
-    )
+    table = bag.trials[["image", "split"]].drop_duplicates().sort_values("image", ignore_index=True)
     with atomic(folder / "split.parquet") as path:
         table.to_parquet(path)
-    found = {
+    description = {
         "regions": list(normaliser.rois),
         "voxels": len(normaliser.mean[0]),
         "inputs": normaliser.n_features,
@@ -145,10 +143,10 @@ def prepared(place, voter):
         folder / "voter.json",
         {"place": place}
         | vars(voter)
-        | found
+        | description
         | {"images": table["split"].value_counts().to_dict()},
     )
-    return folder, mine, normaliser
+    return folder, bag, normaliser
 
 
 # %%
@@ -208,9 +206,9 @@ def validation(val):
 # %%
 def train(voter):
     """Fit one voter's network, or go on with it; returns its history."""
-    folder, mine, normaliser = at[voter.name]
-    data = BrainDataset(mine, "train", {"latents": latents}, normaliser, repeats, seed)
-    own = BrainDataset(mine, "val", {"latents": latents}, normaliser, "mean", seed)
+    folder, bag, normaliser = at[voter.name]
+    data = BrainDataset(bag, "train", {"latents": latents}, normaliser, repeats, seed)
+    held_out = BrainDataset(bag, "val", {"latents": latents}, normaliser, "mean", seed)
     parameters = run.parameters | {"latent_size": shape[1], "use_cont": False}
     config = {
         "model": build_decoder_config(
@@ -241,8 +239,8 @@ def train(voter):
         f"{voter.name}: {count_parameters(model):,} weights to train on"
         f" {', '.join(normaliser.rois) or 'all voxels'}"
     )
-    whole = (
-        num_epochs * ((len(mine.image_ids("train+val"))) // voter.batch_size)
+    n_cycle_steps = (
+        num_epochs * ((len(bag.image_ids("train+val"))) // voter.batch_size)
         if voter_schedule == "published_cycle"
         else 0
     )
@@ -256,7 +254,7 @@ def train(voter):
         optimisation=Optimisation(
             max_lr,
             scheduler=voter_schedule.removeprefix("published_"),
-            cycle_steps=whole,
+            cycle_steps=n_cycle_steps,
             decay="published",
         ),
         execution=Execution(run.device, precision),
@@ -265,7 +263,7 @@ def train(voter):
             ckpt_interval=ckpt_interval,
             keep_epochs=bool(ckpt_interval),
         ),
-        validate=validation(own),
+        validate=validation(held_out),
     )
 
 
@@ -287,7 +285,7 @@ if decoder != "ridge":
 
 # %%
 for voter in bag if decoder != "network" else []:
-    folder, mine, normaliser = at[voter.name]
+    folder, bag, normaliser = at[voter.name]
     config = {
         "model": None,  # the ridge's own
         "latents": list(shape),
@@ -296,7 +294,7 @@ for voter in bag if decoder != "network" else []:
     }
     ridge = fit_ridge_baseline(
         folder / "low_level_ridge.safetensors",
-        mine,
+        bag,
         normaliser,
         latents,
         config,
@@ -315,22 +313,24 @@ for voter in bag if decoder != "network" else []:
 # %%
 def errors(voter, file):
     """Errors of one decoder of a voter, a row of the table."""
-    folder, mine, normaliser = at[voter.name]
+    folder, bag, normaliser = at[voter.name]
     model = load_decoder(folder / file, run.device)[0]
-    found = {"voter": voter.name, "decoder": "ridge" if "ridge" in file else "network"}
-    for name, of, split in (
-        ("its own images", mine, "train"),
-        ("not drawn", mine, "val"),
+    row_values = {"voter": voter.name, "decoder": "ridge" if "ridge" in file else "network"}
+    for name, images_of, split in (
+        ("its own images", bag, "train"),
+        ("not drawn", bag, "val"),
         ("seen by none", subject, "val"),
     ):
-        x, some = of.get_mean_betas(split, normaliser=normaliser)
-        true = torch.from_numpy(latents.rows(some).astype(np.float32))
-        found[name] = F.l1_loss(predict_latents(model, x, shape, device=run.device), true).item()
-    made = predict_latents(model, x, shape, device=run.device)
-    mean = torch.from_numpy(latents.rows(mine.image_ids("train")[:2000]).astype(np.float32)).mean(0)
-    return found | {
+        x, image_ids = images_of.get_mean_betas(split, normaliser=normaliser)
+        true = torch.from_numpy(latents.rows(image_ids).astype(np.float32))
+        row_values[name] = F.l1_loss(
+            predict_latents(model, x, shape, device=run.device), true
+        ).item()
+    predicted = predict_latents(model, x, shape, device=run.device)
+    mean = torch.from_numpy(latents.rows(bag.image_ids("train")[:2000]).astype(np.float32)).mean(0)
+    return row_values | {
         "mean latent": (mean - true).abs().mean().item(),
-        "wrong image": F.l1_loss(made.roll(1, 0), true).item(),
+        "wrong image": F.l1_loss(predicted.roll(1, 0), true).item(),
     }
 
 
@@ -340,8 +340,8 @@ files = {
 }
 
 # %%
-wanted = files.get(decoder, files["network"] + files["ridge"])
-table = pd.DataFrame([errors(voter, file) for voter in bag for file in wanted])
+decoder_files = files.get(decoder, files["network"] + files["ridge"])
+table = pd.DataFrame([errors(voter, file) for voter in bag for file in decoder_files])
 with atomic(run.results / "voters.csv") as path:
     table.to_csv(path, index=False)
 table.round(4)
@@ -350,15 +350,15 @@ table.round(4)
 # ## A look at validation images that no voter saw
 
 # %%
-some = subject.image_ids("val")[:12]
-rows = {"seen": torch.from_numpy(subject.images(some)).permute(0, 3, 1, 2) / 255}
+example_ids = subject.image_ids("val")[:12]
+rows = {"seen": torch.from_numpy(subject.images(example_ids)).permute(0, 3, 1, 2) / 255}
 for voter in bag:
     folder, _, normaliser = at[voter.name]
     x = subject.average_rows(subject.rows_by_image("val")[:12], normaliser)
-    found = predict_latents(
-        load_decoder(folder / wanted[0], run.device)[0], x, shape, device=run.device
+    predicted = predict_latents(
+        load_decoder(folder / decoder_files[0], run.device)[0], x, shape, device=run.device
     )
-    rows[f"voter {voter.name}"] = autoencoder.decode(found).cpu()
+    rows[f"voter {voter.name}"] = autoencoder.decode(predicted).cpu()
 save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%

@@ -119,12 +119,12 @@ names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"
 main, keep = names[0], slice(0, first_images or None)
 image_ids = subject.image_ids("test")[keep]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
-most = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
-fewer = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
-if any(not (k.isdigit() and 1 <= int(k) < most) for k in fewer):
+n_repeats = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
+fewer_counts = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
+if any(not (k.isdigit() and 1 <= int(k) < n_repeats) for k in fewer_counts):
     raise PerceptError(
-        f"fewer_repeats is '{fewer_repeats}', but {most} repeats are averaged: give numbers from 1"
-        f" to {most - 1}, or leave it empty."
+        f"fewer_repeats is '{fewer_repeats}', but {n_repeats} repeats are averaged: give numbers from 1"
+        f" to {n_repeats - 1}, or leave it empty."
     )
 starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
 
@@ -135,7 +135,7 @@ if start_run and untrained:
         " would tell it: with start_run set untrained to False."
     )
 print(
-    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {most} repeats, protocol"
+    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {n_repeats} repeats, protocol"
     f" {subject.protocol}, test set {subject.test_set}"
 )
 
@@ -191,7 +191,7 @@ subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighb
 
 # %%
 decoders = {name: with_voxels(name) for name in names}
-for k in map(int, fewer):
+for k in map(int, fewer_counts):
     decoders[f"repeats_{k}"] = with_voxels(main, k)
 if untrained and "network" in names:
     seed_everything(seed)
@@ -209,14 +209,14 @@ if untrained and "network" in names:
 # %%
 config, has_tokens = high[main][1], high[main][0] is not None
 same = ("split", "n_clusters", "num_sessions", "n_components", "rois")
-told = {
+selections = {
     tuple(c["training"].get(k) or "" for k in same)
     for _, c in (*high.values(), *low.values())
     if "training" in c
 }
-if len(told) > 1:
+if len(selections) > 1:
     raise PerceptError(
-        f"The networks were trained on different images or components {sorted(told, key=str)}:"
+        f"The networks were trained on different images or components {sorted(selections, key=str)}:"
         f" train all of them with the same {', '.join(same)}."
     )
 
@@ -354,21 +354,21 @@ def reconstruct(name, rows):
         recons_per_sample, keep_samples if name == main else 1
     )  # those beyond take no part in the choice; a floor is made as the system is
     tokens, projected = tokens_of(name, rows, voxels, samples, prior)
-    begun = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
-    pictures = paint(tokens, image_ids[rows], begun, samples)
-    made = {name: select_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
+    start_latents = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
+    pictures = paint(tokens, image_ids[rows], start_latents, samples)
+    outputs = {name: select_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
-        made |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
-        made |= (
+        outputs |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
+        outputs |= (
             {}
             if latents is None
             else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
         )
     if name == main and samples > 1:
-        made |= {"spread": compute_sample_spread(clipper, pictures)} | (
+        outputs |= {"spread": compute_sample_spread(clipper, pictures)} | (
             {"samples": pictures[:, :keep_samples].half()} if keep_samples else {}
         )
-    return made
+    return outputs
 
 
 # %%
@@ -406,7 +406,7 @@ predicted = {
 level = ("projected" if prior and main == "network" else "tokens") if has_tokens else "latents"
 compared = f"{level}_{main}"
 which = 1 if level == "projected" else 0
-alone = range(most if has_tokens else 0)
+alone = range(n_repeats if has_tokens else 0)
 singles = [
     tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half()
     for k in alone
@@ -435,7 +435,7 @@ kind, frozen = (
     if has_tokens
     else ("vae_latents", diffusion)
 )
-known = cache_targets(
+train_tokens = cache_targets(
     dataset,
     kind,
     frozen.fingerprint(),
@@ -443,10 +443,10 @@ known = cache_targets(
     frozen.encode_pixels,
     frozen.target_shape,
 ).rows(train_ids)
-found = find_nearest(predicted[f"projected_{main}" if has_tokens else compared], known, k=1)[1][
-    :, 0
-]
-lookup = subject.images(train_ids[np.asarray(found)])
+nearest_rows = find_nearest(
+    predicted[f"projected_{main}" if has_tokens else compared], train_tokens, k=1
+)[1][:, 0]
+lookup = subject.images(train_ids[np.asarray(nearest_rows)])
 rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
 rows["mean_image"] = (
     (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255)
@@ -467,11 +467,11 @@ def best_possible(part):
     pictures = paint(
         tokens, image_ids[part], latents, recons_per_sample
     )  # as many samples as the system has, the nearest to the true tokens chosen
-    made = {
+    outputs = {
         "ceiling": select_best(clipper, tokens[:, 0], pictures)[0],
         "autoencoder": low_decoder.decode(latents).cpu(),
     }
-    return {name: pictures.half() for name, pictures in made.items()} | {
+    return {name: pictures.half() for name, pictures in outputs.items()} | {
         "true_tokens": tokens[:, 0]
     }
 
@@ -487,16 +487,16 @@ rows |= compute_in_chunks(
 if has_tokens:
     predicted["true_tokens"] = rows.pop("true_tokens")
     predicted["train_distance"] = (
-        1 - find_nearest(predicted["true_tokens"], known, k=1)[0][:, 0]
+        1 - find_nearest(predicted["true_tokens"], train_tokens, k=1)[0][:, 0]
     )  # of each seen image to the training image most like it
 
 # %% [markdown]
 # Pictures are stored in half precision, which a screen's 256 steps do not show.
 
 # %%
-shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
+n_shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
 about = {"begun": f"at the pictures that {start_run} retrieved"} if start_run else {}
-about |= {"main": main, "repeats": str(shown), "compared": compared, "protocol": subject.protocol}
+about |= {"main": main, "repeats": str(n_shown), "compared": compared, "protocol": subject.protocol}
 about |= {
     "test_set": (
         subject.test_set

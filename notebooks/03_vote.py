@@ -166,7 +166,7 @@ print(
 
 # %%
 # The prepared validation images, which no voter saw either, say which voter is the best one.
-known = cache_targets(
+train_tokens = cache_targets(
     dataset,
     "vae_latents",
     autoencoder.fingerprint(),
@@ -174,7 +174,7 @@ known = cache_targets(
     autoencoder.encode_pixels,
     shape,
 )
-of_val = torch.from_numpy(known.rows(subject.image_ids("val")).astype(np.float32))
+of_val = torch.from_numpy(train_tokens.rows(subject.image_ids("val")).astype(np.float32))
 off = {
     name: (
         (
@@ -273,7 +273,7 @@ mark = [
 captioner = Captioner(weights, device=run.device) if strength > 0 else None
 
 
-def kept(name, say):
+def read_or_write(name, say):
     """Captions by `say`, kept until the notebook is done, so that an interrupted run goes on."""
     file = unfinished / f"captions_{name}.json"
     if not file.exists() or read_json(file)["mark"] != json.loads(json.dumps(mark)):
@@ -285,7 +285,9 @@ def kept(name, say):
 captions = {}
 if captioner:
     captions = {
-        name: kept(name, lambda x=x: captioner.caption(x, published_pixels=published_pixels))
+        name: read_or_write(
+            name, lambda x=x: captioner.caption(x, published_pixels=published_pixels)
+        )
         for name, x in low_level.items()
     }
 
@@ -299,7 +301,7 @@ if captioner and path is not None and hidden:
         Clipper(weights, device=run.device, **clip_config),
         subject.image_ids("train")[:token_map_images],
     )
-    ours = cache_targets(
+    clip_tokens = cache_targets(
         dataset,
         "clip_tokens",
         clipper.fingerprint(),
@@ -307,7 +309,7 @@ if captioner and path is not None and hidden:
         clipper.encode_pixels,
         clipper.target_shape,
     )
-    theirs = cache_targets(
+    captioner_tokens = cache_targets(
         dataset,
         "blip_tokens",
         captioner.fingerprint(),
@@ -315,8 +317,8 @@ if captioner and path is not None and hidden:
         captioner.encode_pixels,
         captioner.target_shape,
     )
-    token_map = TokenMap.fit(ours, theirs, train_ids)
-    captions["brain_caption"] = kept(
+    token_map = TokenMap.fit(clip_tokens, captioner_tokens, train_ids)
+    captions["brain_caption"] = read_or_write(
         "brain_caption", lambda: captioner.caption_tokens(token_map(tokens[:, 0].float()))
     )
     latents["brain_caption"], low_level["brain_caption"] = (
@@ -326,27 +328,29 @@ if captioner and path is not None and hidden:
 
 # %%
 labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
-words = [
+label_columns = [
     column for column in ("kind", "colour", "scene") if labels is not None and column in labels
 ]
-said = pd.DataFrame(captions, index=image_ids)
-if words and len(said.columns):
+caption_table = pd.DataFrame(captions, index=image_ids)
+if label_columns and len(caption_table.columns):
     right = {
         name: [
-            np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)])
-            for q in words
+            np.mean(
+                [w in sentence.split() for w, sentence in zip(labels[q], sentences, strict=True)]
+            )
+            for q in label_columns
         ]
-        for name, some in captions.items()
+        for name, sentences in captions.items()
     }
     print("share of captions that name what is shown:")
-    print(pd.DataFrame(right, index=words).T.round(3).to_string())
-if subject.captions is not None and len(said.columns):
-    said.insert(
+    print(pd.DataFrame(right, index=label_columns).T.round(3).to_string())
+if subject.captions is not None and len(caption_table.columns):
+    caption_table.insert(
         0,
         "a person",
         subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna(""),
     )
-said.head(12)
+caption_table.head(12)
 
 # %% [markdown]
 # ## The step
@@ -376,7 +380,7 @@ def repaint(name, part):
         "num_inference_steps": num_inference_steps,
         "seed": seed,
     }
-    made = repaint_images(
+    repainted = repaint_images(
         pipeline,
         captions[name][part],
         low_level[name][part],
@@ -384,7 +388,7 @@ def repaint(name, part):
         batch_size=generator_batch,
         **options,
     )
-    return {name: made.half()}
+    return {name: repainted.half()}
 
 # %%
 for name in latents:
@@ -464,10 +468,13 @@ pd.DataFrame(
 
 # %%
 train_ids = subject.image_ids("train")
-of_train = known.rows(train_ids).reshape(len(train_ids), -1)
-found = find_nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
+of_train = train_tokens.rows(train_ids).reshape(len(train_ids), -1)
+nearest_rows = find_nearest(latents["latent_mean"].flatten(1), of_train, k=1)[1][:, 0]
 rows["nearest_train"] = (
-    torch.from_numpy(subject.images(train_ids[np.asarray(found)])).permute(0, 3, 1, 2).float() / 255
+    torch.from_numpy(subject.images(train_ids[np.asarray(nearest_rows)]))
+    .permute(0, 3, 1, 2)
+    .float()
+    / 255
 ).half()
 rows["mean_image"] = (
     (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255)
@@ -488,7 +495,7 @@ epoch = (
     "training images outside its bag" if checkpoint == "best" else "none: the last epoch is taken"
 )
 selection += [{"what": "epoch of each voter", "chosen": checkpoint, "split": epoch}]
-whole = len(seen) == len(subject.image_ids("test"))
+is_whole_test_set = len(seen) == len(subject.image_ids("test"))
 about = {
     "main": main_row,
     "repeats": str(test_repeats or max(len(t) for t in subject.rows_by_image("test"))),
@@ -496,7 +503,9 @@ about = {
 }
 about |= {
     "test_set": (
-        subject.test_set if whole else f"{subject.test_set}-{image_from}to{image_from + len(seen)}"
+        subject.test_set
+        if is_whole_test_set
+        else f"{subject.test_set}-{image_from}to{image_from + len(seen)}"
     ),
     "choices": json.dumps(selection),
 }
@@ -509,13 +518,13 @@ about |= {
 tensors = {"seen": seen.half(), **rows, "image_ids": torch.from_numpy(image_ids.astype(np.int64))}
 with atomic(run.results / "reconstructions.safetensors") as file:
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata=about)
-told = [
+caption_rows = [
     (image, name, sentence)
-    for name, some in captions.items()
-    for image, sentence in zip(image_ids, some, strict=True)
+    for name, sentences in captions.items()
+    for image, sentence in zip(image_ids, sentences, strict=True)
 ]
 with atomic(run.results / "captions.parquet") as file:
-    pd.DataFrame(told, columns=["image", "row", "caption"]).to_parquet(file)
+    pd.DataFrame(caption_rows, columns=["image", "row", "caption"]).to_parquet(file)
 shutil.rmtree(unfinished)
 
 # %% [markdown]

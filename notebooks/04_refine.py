@@ -134,7 +134,7 @@ if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
     pictured = open_all_sessions(dataset, subj, subject)
-    ours = cache_targets(
+    small_tokens = cache_targets(
         dataset,
         kind,
         clip.fingerprint(),
@@ -142,7 +142,7 @@ if caption:
         clip.encode_pixels,
         clip.target_shape,
     )
-    theirs = cache_targets(
+    captioner_tokens = cache_targets(
         dataset,
         "git_tokens",
         encoder.fingerprint(),
@@ -160,15 +160,19 @@ if caption:
 # %%
 if caption and caption_converter:
     converter = CaptionConverter(
-        *(size for pair in zip(ours.shape, theirs.shape, strict=True) for size in pair)
+        *(
+            size
+            for pair in zip(small_tokens.shape, captioner_tokens.shape, strict=True)
+            for size in pair
+        )
     )
     load_published(resolve(caption_converter), converter)
     converter.to(run.device).eval().requires_grad_(False)
 elif caption:
     made_by = {"clip": clip.fingerprint()["model"], "captioner": encoder.fingerprint()["model"]}
     converter, history = fit_converter(
-        TokenPairs(ours, theirs, train_ids),
-        TokenPairs(ours, theirs, val_ids),
+        TokenPairs(small_tokens, captioner_tokens, train_ids),
+        TokenPairs(small_tokens, captioner_tokens, val_ids),
         run.logs / "caption_converter",
         made_by,
         Batching(converter_epochs, converter_batch_size, seed),
@@ -198,7 +202,7 @@ mark = [
 ]
 
 
-def kept(name, write):
+def read_or_write(name, write):
     """Captions, kept until the notebook is done, so that an interrupted run goes on."""
     file = unfinished / f"captions_{name}.json"
     if not file.exists() or read_json(file)["mark"] != json.loads(json.dumps(mark)):
@@ -211,13 +215,17 @@ table, captions = run.results / "captions_brain.parquet", {}
 if caption:
     with torch.no_grad():
         predicted, best = (
-            torch.cat([converter(x.to(run.device)).cpu() for x in some.split(64)])
-            for some in (tokens, tensors["true_tokens"].float())
+            torch.cat([converter(x.to(run.device)).cpu() for x in token_rows.split(64)])
+            for token_rows in (tokens, tensors["true_tokens"].float())
         )
-    own = torch.from_numpy(theirs.rows(image_ids)).float()
+    true_captioner_tokens = torch.from_numpy(captioner_tokens.rows(image_ids)).float()
     writer = BrainCaptioner(weights, device=to_device(text_model_device))
-    for name, x in {"brain": predicted, "ceiling": best, "git_image": own}.items():
-        captions[name] = kept(
+    for name, x in {
+        "brain": predicted,
+        "ceiling": best,
+        "git_image": true_captioner_tokens,
+    }.items():
+        captions[name] = read_or_write(
             name, lambda x=x: writer.caption_tokens(x, batch_size=caption_batch_size)
         )
 elif refine:
@@ -238,36 +246,38 @@ people = (
     if subject.captions is not None
     else pd.Series(dtype=object)
 )
-written = [people.get(image, []) for image in image_ids]
-said = pd.DataFrame(
+human_captions = [people.get(image, []) for image in image_ids]
+caption_table = pd.DataFrame(
     {
         "image": image_ids,
         **captions,
-        "reference": [some[0] if some else "" for some in written],
-        "references": [json.dumps(some) for some in written],
+        "reference": [sentences[0] if sentences else "" for sentences in human_captions],
+        "references": [json.dumps(sentences) for sentences in human_captions],
     }
 )
 if caption:
     with atomic(table) as path:
-        said.to_parquet(path, index=False)
+        caption_table.to_parquet(path, index=False)
 labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
-words = [
+label_columns = [
     column for column in ("scene", "kind", "colour") if labels is not None and column in labels
 ]
 
 # %%
-if words and captions:
+if label_columns and captions:
     heard = captions | {"brain, shuffled": list(np.roll(captions["brain"], 1))}
     right = {
         name: [
-            np.mean([w in sentence.split() for w, sentence in zip(labels[q], some, strict=True)])
-            for q in words
+            np.mean(
+                [w in sentence.split() for w, sentence in zip(labels[q], sentences, strict=True)]
+            )
+            for q in label_columns
         ]
-        for name, some in heard.items()
+        for name, sentences in heard.items()
     }
     print("share of captions that name what is shown:")
-    print(pd.DataFrame(right, index=words).T.round(3).to_string())
-said.drop(columns="references").head(12)
+    print(pd.DataFrame(right, index=label_columns).T.round(3).to_string())
+caption_table.drop(columns="references").head(12)
 
 # %% [markdown]
 # ## Refining
@@ -275,7 +285,7 @@ said.drop(columns="references").head(12)
 # and is told the caption. Each picture's noise is drawn from (seed, image).
 
 # %%
-rows, wanted = (
+rows, refined_sources = (
     {},
     {"refined": (main, "brain")}
     | (
@@ -299,10 +309,10 @@ if refine:
 # %%
 def repainted(name, part):
     """What the refiner makes of one row's pictures of some images."""
-    picture, told = wanted[name]
+    picture, caption_source = refined_sources[name]
     pictures = refine_images(
         pipeline,
-        captions[told][part],
+        captions[caption_source][part],
         tensors[picture][part].float(),
         image_ids[part],
         Refinement(refine_steps, refine_run, caption_guidance),
@@ -312,13 +322,13 @@ def repainted(name, part):
     return {name: pictures.half()}
 
 
-for name in wanted if refine else ():
+for name in refined_sources if refine else ():
     rows |= compute_in_chunks(
         lambda part, name=name: repainted(name, part),
         len(seen),
         generator_batch * 8,
         unfinished,
-        [name, mark, captions[wanted[name][1]]],
+        [name, mark, captions[refined_sources[name][1]]],
     )
 
 # %% [markdown]

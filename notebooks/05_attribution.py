@@ -150,11 +150,11 @@ for kind, model in frozen.items():
 explained = {
     kind: attribution.integrated_gradients(level, target, steps) for kind, level in levels.items()
 }
-for kind, found in explained.items():
-    worst = np.abs(found.error).max()
+for kind, result in explained.items():
+    worst = np.abs(result.error).max()
     print(
-        f"{kind}: similarity changes by {found.change.mean():+.3f} on average; completeness error"
-        f" {found.relative_error:.2%} of that (largest {worst:.1e})"
+        f"{kind}: similarity changes by {result.change.mean():+.3f} on average; completeness error"
+        f" {result.relative_error:.2%} of that (largest {worst:.1e})"
     )
 voxels = attribution.voxel_table(
     subject.voxels, {kind: (level.columns, explained[kind]) for kind, level in levels.items()}
@@ -203,28 +203,30 @@ if "affine" in subject.attributes:
 scores = {kind: {} for kind in levels}
 if "low_level" in levels:
     true_latents, vae = levels["low_level"].truth.flatten(1), frozen["low_level"]
-    scores["low_level"]["pixcorr"] = lambda found: pixcorr(seen, vae.decode(found).cpu())
-    scores["low_level"]["latent correlation"] = lambda found: attribution.SIMILARITIES["low_level"][
-        1
-    ](found.flatten(1), true_latents).numpy()
+    scores["low_level"]["pixcorr"] = lambda predicted: pixcorr(seen, vae.decode(predicted).cpu())
+    scores["low_level"]["latent correlation"] = lambda predicted: attribution.SIMILARITIES[
+        "low_level"
+    ][1](predicted.flatten(1), true_latents).numpy()
 
 # %%
 if "high_level" in levels:
     true_tokens, train_ids = levels["high_level"].truth, subject.image_ids("train")
-    scores["high_level"]["top-1"] = lambda found: top1_image_from_brain_each(found, true_tokens)
-    scores["high_level"]["similarity"] = lambda found: F.cosine_similarity(
-        found.flatten(1), true_tokens.flatten(1)
+    scores["high_level"]["top-1"] = lambda predicted: top1_image_from_brain_each(
+        predicted, true_tokens
+    )
+    scores["high_level"]["similarity"] = lambda predicted: F.cosine_similarity(
+        predicted.flatten(1), true_tokens.flatten(1)
     ).numpy()
-    there = (
+    probe_columns = (
         []
         if subject.labels is None
         else [c.strip() for c in labels.split(",") if c.strip() in subject.labels]
     )
     of_test, of_train = (
-        {c: subject.categories(ids, c) for c in there} for ids in (image_ids, train_ids)
+        {c: subject.categories(ids, c) for c in probe_columns} for ids in (image_ids, train_ids)
     )
     probed = [
-        c for c in there if set(of_test[c]) <= set(of_train[c])
+        c for c in probe_columns if set(of_test[c]) <= set(of_train[c])
     ]  # a label that no training image has cannot be named
     probes = (
         attribution.fit_probes(
@@ -269,7 +271,7 @@ importance = {
 }
 tables = [attribution.attribution_table(kind, explained[kind], parts[kind]) for kind in levels]
 table = pd.concat(
-    [*tables, *(attribution.importance_table(found) for found in importance.values())],
+    [*tables, *(attribution.importance_table(importances) for importances in importance.values())],
     ignore_index=True,
 )
 
@@ -280,10 +282,10 @@ with atomic(run.results / "region_importance.csv") as path:
 save_figure(plot_region_bars(table), run.results / "figures" / "05_regions.png")
 
 # %%
-shown = table[table["measure"].isin(["intact", "drop"])].pivot_table(
+drops = table[table["measure"].isin(["intact", "drop"])].pivot_table(
     index=["measure", "region"], columns="score", values="value", sort=False
 )
-print(shown.round(3).to_string())
+print(drops.round(3).to_string())
 for sentence in attribution.describe_importance(table, shares):
     print(sentence)
 shares.round(3)

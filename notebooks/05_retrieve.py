@@ -85,7 +85,7 @@ directions = {
     "brain_from_image": retrieval.top1_brain_from_image_each,
 }
 shuffles = list(derangements(len(clip), 3, seed))
-each = {
+ranks = {
     (name, d): top1(brain[name], clip).astype(float)
     for name in names
     for d, top1 in directions.items()
@@ -101,7 +101,7 @@ common = {
 records = [
     make_record(
         f"{d}_top1" + ("" if name == names[0] else f" ({name})"),
-        each[name, d],
+        ranks[name, d],
         baselines={
             "shuffled": np.stack([directions[d](brain[name], clip[order]) for order in shuffles], 1)
         },
@@ -110,7 +110,7 @@ records = [
         source="MindEye, section 3.2",
         **common,
     )
-    for name, d in each
+    for name, d in ranks
 ]
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
@@ -150,7 +150,7 @@ if hard_negatives:
         for d in directions:
             hard = retrieval.compute_hard_negative_top1(brain[name], clip, groups, d)
             keep = hard_of[name] = np.isfinite(hard.scores)
-            each[name, f"hard_{d}"] = hard.scores[keep]
+            ranks[name, f"hard_{d}"] = hard.scores[keep]
             records.append(
                 make_record(
                     f"hard_{d}_top1" + ("" if name == names[0] else f" ({name})"),
@@ -220,8 +220,8 @@ pd.DataFrame(second)
 # %%
 differences = []
 if len(names) == 2:
-    for d in sorted({d for _, d in each}):
-        result = paired_bootstrap(each["network", d], each["ridge", d])
+    for d in sorted({d for _, d in ranks}):
+        result = paired_bootstrap(ranks["network", d], ranks["ridge", d])
         better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
         differences.append({"metric": f"{d}_top1", **result._asdict(), "better": better})
 pd.DataFrame(differences)
@@ -242,7 +242,7 @@ scores = pd.concat(
                 "value": v,
             }
         )
-        for (n, d), v in each.items()
+        for (n, d), v in ranks.items()
     ],
     ignore_index=True,
 )
@@ -272,17 +272,22 @@ about = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, data
 add_results(run.results, run.stage, scores, records, about, tables)
 
 # %%
-turned = {"image_from_brain": (brain[names[0]], clip), "brain_from_image": (clip, brain[names[0]])}
+directions = {
+    "image_from_brain": (brain[names[0]], clip),
+    "brain_from_image": (clip, brain[names[0]]),
+}
 first = []
-for d, (queries, candidates) in turned.items():
-    found = image_ids[retrieval.find_nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()]
+for d, (queries, candidates) in directions.items():
+    nearest_ids = image_ids[
+        retrieval.find_nearest(queries, candidates, k=min(8, len(clip)))[1].numpy()
+    ]
     first.append(
         pd.DataFrame(
             {
                 "direction": d,
                 "image": image_ids,
                 "rank": retrieval.rank_each(brain[names[0]], clip, d),
-                "candidates": list(found),
+                "candidates": list(nearest_ids),
             }
         )
     )

@@ -195,7 +195,7 @@ searched
 
 # %%
 test_ids = subject.image_ids("test")
-known = cache_targets(
+true_embeddings = cache_targets(
     dataset,
     "clip_tokens",
     encoder.fingerprint(),
@@ -204,7 +204,7 @@ known = cache_targets(
     encoder.target_shape,
 )
 twins = find_near_duplicates(
-    searched, known.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate
+    searched, true_embeddings.rows(test_ids).reshape(len(test_ids), -1), test_ids, near_duplicate
 )
 barred = np.empty(0, int) if keep_test_images else twins["row"].unique()
 exact = np.isin(test_ids, twins.loc[twins["exact"], "image"])
@@ -236,14 +236,14 @@ if not url and not {"image_path", "url", "image"} & set(first):
         f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
         " beside the index."
     )
-here = not url and load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
-wide = k if here else max(k, candidates)
-found = {
+is_local = not url and load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
+wide = k if is_local else max(k, candidates)
+results_by_query = {
     "retrieved": searched.search(brain, wide, barred),
     "retrieved_ceiling": searched.search(true, wide, barred),
 }
 pd.DataFrame(
-    {name: near.similarity[:, :k].mean(0) for name, near in found.items()},
+    {name: neighbours.similarity[:, :k].mean(0) for name, neighbours in results_by_query.items()},
     index=[f"cosine of number {i + 1}" for i in range(k)],
 ).T.round(3)
 
@@ -254,7 +254,9 @@ pd.DataFrame(
 
 # %%
 clean = (
-    found["retrieved"] if not keep_test_images else searched.search(brain, k, twins["row"].unique())
+    results_by_query["retrieved"]
+    if not keep_test_images
+    else searched.search(brain, k, twins["row"].unique())
 )
 unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (brain, true)]
 
@@ -263,15 +265,15 @@ def reached(order, places):
     """Whether the seen picture would be among the first places, each brain being asked for the
     picture of `order`.
     """
-    own = (unit[0] * unit[1][order]).sum(1)
-    return (clean.similarity[:, places - 1] < own).astype(float)
+    true_similarity = (unit[0] * unit[1][order]).sum(1)
+    return (clean.similarity[:, places - 1] < true_similarity).astype(float)
 
 
-many = len(searched) - twins["row"].nunique() + 1 if not url else 0
-others = (
-    f"{many - 1:,}" if many else size
+n_candidates = len(searched) - twins["row"].nunique() + 1 if not url else 0
+n_others = (
+    f"{n_candidates - 1:,}" if n_candidates else size
 )  # without any test picture, whether or not they were searched above
-each = {places: reached(np.arange(len(brain)), places) for places in sorted({1, k})}
+hits = {places: reached(np.arange(len(brain)), places) for places in sorted({1, k})}
 
 # %%
 records = [
@@ -285,15 +287,15 @@ records = [
         better="higher",
         protocol=metadata["protocol"],
         test_set=metadata["test_set"],
-        chance=places / many if many else 0.0,
+        chance=places / n_candidates if n_candidates else 0.0,
         description=(
-            f"the seen picture, put into a pool of {others} others, is among the {places} nearest"
+            f"the seen picture, put into a pool of {n_others} others, is among the {places} nearest"
             " to what the brain says"
         ),
         source="docs/large_index.md",
         exact_in_pool="yes",
     )
-    for places, values in each.items()
+    for places, values in hits.items()
 ]
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_pool"]]
 
@@ -307,20 +309,20 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 cache = ImageCache(HOME / "data" / "pictures")
 fetch_options = FetchOptions(picture_size, picture_timeout, allow_private=private_pictures)
 usable = {}
-for name, near in found.items():
-    rows = usable[name] = near.row[:, :k]
+for name, neighbours in results_by_query.items():
+    rows = usable[name] = neighbours.row[:, :k]
     if (
-        not here
-        and "url" in (told := searched.get_metadata(near.row.ravel()))
-        and "image" not in told
+        not is_local
+        and "url" in (metadata := searched.get_metadata(neighbours.row.ravel()))
+        and "image" not in metadata
     ):
         at = select_available_images(
-            told["url"].to_numpy().reshape(near.row.shape),
+            metadata["url"].to_numpy().reshape(neighbours.row.shape),
             k,
             cache,
             fetch_options,
         )
-        usable[name] = np.where(at < 0, -1, np.take_along_axis(near.row, at.clip(0), 1))
+        usable[name] = np.where(at < 0, -1, np.take_along_axis(neighbours.row, at.clip(0), 1))
 tokens, chooser = None, None
 
 # %%
@@ -340,31 +342,31 @@ def pictures(rows):
     """Pictures (images, k, 3, height, width) of rows (images, k), and whether there is one; where
     there is none another one of that image stands.
     """
-    told = searched.get_metadata(rows.ravel())
-    if here or "image" in told:
+    metadata = searched.get_metadata(rows.ravel())
+    if is_local or "image" in metadata:
         pixels, ok = (
-            load_local_images(told, picture_size)
-            if here
-            else decode_sent_images(told, picture_size)
+            load_local_images(metadata, picture_size)
+            if is_local
+            else decode_sent_images(metadata, picture_size)
         )
-        shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        candidate_images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     else:
-        urls = told["url"].tolist() if "url" in told else [None] * len(told)
+        urls = metadata["url"].tolist() if "url" in metadata else [None] * len(metadata)
         fetched = fetch_images(urls, cache, fetch_options)
-        shown, ok = fetched.images, fetched.ok
-    shown, ok = shown.unflatten(0, rows.shape), ok.reshape(rows.shape)
+        candidate_images, ok = fetched.images, fetched.ok
+    candidate_images, ok = candidate_images.unflatten(0, rows.shape), ok.reshape(rows.shape)
     first = np.where(ok, np.arange(rows.shape[1]), ok.argmax(1)[:, None])
-    return shown[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
+    return candidate_images[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
 
 
 # %%
 def chosen(name, part):
     """One picture of each image, its place among the k, and whether there is any."""
-    shown, ok = pictures(usable[name][part])
+    candidate_images, ok = pictures(usable[name][part])
     at = torch.from_numpy(ok.argmax(1))
     if chooser is not None and name == "retrieved":
-        at = select_best(chooser, tokens[part], shown)[1]
-    picked = shown[torch.arange(len(shown)), at]
+        at = select_best(chooser, tokens[part], candidate_images)[1]
+    picked = candidate_images[torch.arange(len(candidate_images)), at]
     picked[~ok.any(1)] = (
         1.0 if server_failure == "published" else 0.5
     )  # white, as published, or grey
@@ -375,14 +377,14 @@ def chosen(name, part):
 unfinished = run.results / ".searching"
 unfinished.mkdir(exist_ok=True)
 rows = {}
-for name in found:
+for name in results_by_query:
     mark = [name, run.parameters, usable[name].tolist()]
     rows |= compute_in_chunks(
         lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark
     )
 places, had = (
-    {name: rows.pop(f"{name}_place").numpy() for name in found},
-    {name: rows.pop(f"{name}_ok").numpy() for name in found},
+    {name: rows.pop(f"{name}_place").numpy() for name in results_by_query},
+    {name: rows.pop(f"{name}_ok").numpy() for name in results_by_query},
 )
 lost = {name: int((~ok).sum()) for name, ok in had.items()}
 print(
@@ -415,12 +417,12 @@ with atomic(run.results / f"{run.name}_laion_retrievals_top16.pt") as path:
 tables = []
 
 # %%
-for name, near in found.items():
+for name, neighbours in results_by_query.items():
     order = [
-        [list(near.row[q]).index(row) if row >= 0 else -1 for row in usable[name][q]]
+        [list(neighbours.row[q]).index(row) if row >= 0 else -1 for row in usable[name][q]]
         for q in range(len(brain))
     ]
-    similarity = np.take_along_axis(near.similarity, np.array(order).clip(0), 1)
+    similarity = np.take_along_axis(neighbours.similarity, np.array(order).clip(0), 1)
     part = pd.DataFrame(
         {
             "search": name,
@@ -449,7 +451,7 @@ scores = [
     pd.DataFrame(
         {"metric": f"pool_top{places}", "row": "system", "image": image_ids, "value": values}
     )
-    for places, values in each.items()
+    for places, values in hits.items()
 ]
 lines = [
     {
@@ -466,24 +468,27 @@ note = (
     f"{searched}. {exact.sum()} test pictures that were in the pool, and near copies"
     f" ({twins['row'].nunique()} rows in all), took no part; the seen picture is put in."
 )
-written = [
+result_tables = [
     {"title": "Search of a large index", "note": note, "rows": lines},
     {"title": "Retrieved pictures", "note": "What is scored as retrieved.", "rows": [about]},
 ]
 
 # %%
 what = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
-add_results(run.results, run.stage, pd.concat(scores, ignore_index=True), records, what, written)
+add_results(
+    run.results, run.stage, pd.concat(scores, ignore_index=True), records, what, result_tables
+)
 
 # %% [markdown]
 # ## The sheet
 # The first test images in their own order; nothing is selected.
 
 # %%
-shown = pictures(usable["retrieved"][:12, : min(4, k)])[0]
+candidate_images = pictures(usable["retrieved"][:12, : min(4, k)])[0]
 side = max(seen.shape[-1], min(picture_size, 128))
 columns = {"seen": resize(seen[:12], side)} | {
-    f"number {i + 1}": resize(shown[:, i], side) for i in range(shown.shape[1])
+    f"number {i + 1}": resize(candidate_images[:, i], side)
+    for i in range(candidate_images.shape[1])
 }
 columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)} if token_run else {}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}

@@ -123,8 +123,8 @@ from src.utils import HOME, PerceptError, atomic, read_json, resolve
 # repeats) are scored beside.
 
 # %%
-ours = not recon_path
-if ours:
+is_own_run = not recon_path
+if is_own_run:
     subject = open_training_split(dataset, subj, run.logs)
     tensors, metadata = load_reconstructions(run.results)
     image_ids, main = tensors["image_ids"].numpy(), metadata["main"]
@@ -170,7 +170,7 @@ print(
 # %%
 mark = f", blend {blend:g}" if blend else ""
 if blend:
-    blurry = pictures.get(f"low_level_{main}") if ours else None
+    blurry = pictures.get(f"low_level_{main}") if is_own_run else None
     if blurry is None:
         raise PerceptError(
             "blend needs the blurry pictures of a low level, which these reconstructions come"
@@ -191,7 +191,7 @@ if blend:
 alarms = check_outputs(recons)
 if refused := [alarm for alarm in alarms if "NaN" in alarm or "leave the range" in alarm]:
     raise PerceptError(f"These reconstructions cannot be scored: {refused[0]}")
-if ours:
+if is_own_run:
     train_ids = subject.image_ids("train")
     blocks = (
         block
@@ -216,8 +216,8 @@ alarms
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
 prefix = "mini:" if weights == "mini" else ""
 listed = PUBLISHED_METRICS if metrics == "published" else metrics.split(",")
-wanted = [name.strip() for name in listed if name.strip()]
-if unknown := [name for name in wanted if name not in METRICS]:
+metric_names = [name.strip() for name in listed if name.strip()]
+if unknown := [name for name in metric_names if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
 
 # %%
@@ -258,8 +258,8 @@ def looking(name):
 
 # %%
 clip_seen = clip_features(seen)
-chosen = [looking(name) for name in wanted]
-labels = subject.labels if ours else None
+chosen = [looking(name) for name in metric_names]
+labels = subject.labels if is_own_run else None
 judge = (
     CategoryClassifier(weights, run.device) if weights == "mini" and labels is not None else None
 )
@@ -271,10 +271,10 @@ if judge is not None and set(judge.categories) <= set(labels.columns):
         {q: labels[q].to_numpy() for q in judge.categories},
         judge.chance_accuracy,
     )
-    said = judge.classify(seen)
+    labels_named = judge.classify(seen)
     print(
         "the judge is right about the images that were shown:",
-        {q: round(float((said[q] == labels[q]).mean()), 3) for q in said},
+        {q: round(float((labels_named[q] == labels[q]).mean()), 3) for q in labels_named},
     )
 chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 
@@ -293,7 +293,7 @@ records = make_records(
     test_set=metadata["test_set"],
     no_upper_bound=reason,
 )
-each = {
+per_image = {
     key: part["value"].to_numpy()
     for key, part in table[table["draw"] == 0].groupby(["row", "metric"], sort=False)
 }
@@ -308,10 +308,10 @@ summary.round(3)
 two_way, pixels = f"{prefix}CLIP{mark}", f"pixcorr{mark}"
 if {two_way, pixels} <= set(summary.index):
     alarms += check_alignment(
-        each["system", two_way],
-        each["system", pixels],
+        per_image["system", two_way],
+        per_image["system", pixels],
         summary.loc[pixels, "shuffled"],
-        each.get(("ceiling", two_way)),
+        per_image.get(("ceiling", two_way)),
     )
 
 
@@ -342,7 +342,7 @@ alarms
 # share labels or a cluster with the image that was seen.
 
 # %%
-if hard_negatives and ours:
+if hard_negatives and is_own_run:
     groups, kind = (
         subject.categories(image_ids, hard_negatives),
         hard_negatives.replace(",", " and "),
@@ -352,7 +352,7 @@ else:
         KMeans(max(2, len(seen) // 20), n_init=4, random_state=seed).fit_predict(clip_seen),
         "cluster",
     )
-within = {}
+within_scores = {}
 
 # %%
 for row in [
@@ -369,21 +369,23 @@ for row in [
     )
     if name in pictures
 ]:
-    within[row] = two_way_within(clip_seen, clip_features(pictures[row]), groups)
-kept = np.isfinite(within["system"])
+    within_scores[row] = two_way_within(clip_seen, clip_features(pictures[row]), groups)
+has_group = np.isfinite(within_scores["system"])
 
 # %%
-if kept.any():
-    within = {row: values[kept] for row, values in within.items()}
+if has_group.any():
+    within_scores = {row: values[has_group] for row, values in within_scores.items()}
     floors = {
-        row: values for row, values in within.items() if row not in ("system", "ceiling", "ridge")
+        row: values
+        for row, values in within_scores.items()
+        if row not in ("system", "ceiling", "ridge")
     }
     records.append(
         make_record(
             f"{prefix}CLIP within {kind}{mark}",
-            within["system"],
+            within_scores["system"],
             baselines=floors,
-            upper_bound=within.get("ceiling", reason),
+            upper_bound=within_scores.get("ceiling", reason),
             better="higher",
             protocol=metadata["protocol"],
             test_set=metadata["test_set"],
@@ -397,17 +399,17 @@ if kept.any():
             {
                 "metric": records[-1]["name"],
                 "row": row,
-                "image": image_ids[kept],
+                "image": image_ids[has_group],
                 "draw": 0,
                 "value": v,
             }
         )
-        for row, v in within.items()
+        for row, v in within_scores.items()
     ]
     table = pd.concat([table, *parts], ignore_index=True)
 
 # %%
-print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
+print(f"{has_group.sum()} of {len(has_group)} images share their {kind} with another one")
 
 # %% [markdown]
 # ## The noise ceiling
@@ -417,22 +419,26 @@ print(f"{kept.sum()} of {len(kept)} images share their {kind} with another one")
 
 # %%
 if "repeat_agreement" in tensors:
-    true, said = (
+    true, predicted_tokens_z = (
         x.flatten(1) - x.flatten(1).mean(0)
         for x in (tensors["true_tokens"].float(), tensors[metadata["compared"]].float())
     )
-    own, noise = (
-        pcc(true, said),
+    token_correlation, noise = (
+        pcc(true, predicted_tokens_z),
         noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"])),
     )
-    wrong = np.stack(
-        [pcc(true, said, pairing=order) for order in derangements(len(own), shuffles, seed)], 1
+    shuffled_correlation = np.stack(
+        [
+            pcc(true, predicted_tokens_z, pairing=order)
+            for order in derangements(len(token_correlation), shuffles, seed)
+        ],
+        1,
     )
     records.append(
         make_record(
             "token_correlation",
-            own,
-            baselines={"shuffled": wrong},
+            token_correlation,
+            baselines={"shuffled": shuffled_correlation},
             upper_bound="the noise ceiling stands in its place",
             better="higher",
             protocol=metadata["protocol"],
@@ -441,7 +447,9 @@ if "repeat_agreement" in tensors:
             description="correlation of predicted and true CLIP tokens, image by image",
             source="docs/metrics.md",
             noise_ceiling=noise._asdict(),
-            share_of_noise_ceiling=own.mean() / noise.value if noise.value > 0 else None,
+            share_of_noise_ceiling=token_correlation.mean() / noise.value
+            if noise.value > 0
+            else None,
         )
     )
     table = pd.concat(
@@ -453,14 +461,14 @@ if "repeat_agreement" in tensors:
                     "row": "system",
                     "image": image_ids,
                     "draw": 0,
-                    "value": own,
+                    "value": token_correlation,
                 }
             ),
         ],
         ignore_index=True,
     )
     print(
-        f"predicted tokens correlate by {own.mean():.3f} with the true ones; noise ceiling"
+        f"predicted tokens correlate by {token_correlation.mean():.3f} with the true ones; noise ceiling"
         f" {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]"
     )
 
@@ -476,8 +484,8 @@ def in_region(name, mask):
     """The brain correlation of one region as a metric: pictures are prepared by the encoder, the
     truth is what was measured.
     """
-    compare = lambda true, made, pairing=slice(None): brain_correlation(
-        made, true[pairing], {name: mask}
+    compare = lambda true, reconstructed, pairing=slice(None): brain_correlation(
+        reconstructed, true[pairing], {name: mask}
     )[name]  # noqa: E731
     text = (
         f"correlation across the voxels of {name} of what GNet says of the reconstruction and what"
@@ -539,7 +547,7 @@ pd.DataFrame(records).tail(len(regional))[["name", "value", "low", "high"]]
 
 # %%
 file, captions, speech = run.results / "captions_brain.parquet", None, []
-if ours and file.exists() and subject.captions is not None and caption_metrics:
+if is_own_run and file.exists() and subject.captions is not None and caption_metrics:
     captions, trained = (
         read_captions(file, image_ids, references),
         subject.captions["image"].isin(train_ids),
@@ -556,14 +564,14 @@ if ours and file.exists() and subject.captions is not None and caption_metrics:
     )
 
 # %%
-spoken, spoken_records, said = {}, [], pd.DataFrame()
+caption_tables, spoken_records, caption_scores = {}, [], pd.DataFrame()
 
 # %%
 if speech:
     on = {"protocol": metadata["protocol"], "test_set": metadata["test_set"]}
     endings = {"brain_ref": "", "brain_img": " to image's caption"}
     for pairing, (wanted_captions, rows) in pair_captions(captions, common).items():
-        spoken[pairing] = score_table(
+        caption_tables[pairing] = score_table(
             wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids
         )
         called = [
@@ -575,14 +583,16 @@ if speech:
             for m in speech
         ]
         spoken_records += make_records(
-            spoken[pairing].assign(metric=spoken[pairing]["metric"] + endings[pairing]),
+            caption_tables[pairing].assign(
+                metric=caption_tables[pairing]["metric"] + endings[pairing]
+            ),
             called,
             **on,
         )
     alarms += beneath_floors(spoken_records)
-    said = pd.concat(
+    caption_scores = pd.concat(
         [
-            caption_table(spoken),
+            caption_table(caption_tables),
             corpus_bleu_table(captions, common, next(derangements(len(seen), 1, seed))),
         ],
         ignore_index=True,
@@ -590,10 +600,10 @@ if speech:
 
 # %%
 (
-    said.pivot(index="metric", columns="pairing", values="value")
-    .reindex(said["metric"].unique())
+    caption_scores.pivot(index="metric", columns="pairing", values="value")
+    .reindex(caption_scores["metric"].unique())
     .round(3)
-    if len(said)
+    if len(caption_scores)
     else "There are no captions."
 )
 
@@ -603,10 +613,10 @@ if speech:
 # far from all training images; images in held-out clusters.
 
 # %%
-def written(values):
+def format_interval(values):
     """Mean and interval of some images' values, as text."""
-    found = bootstrap_mean(values)
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    interval = bootstrap_mean(values)
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 repeats = sorted(row for row in pictures if row.startswith("repeats_"))
@@ -618,10 +628,12 @@ if repeats:
         {"metric": m.name}
         | {
             row.replace("repeats_", "")
-            + (" repeat" if row == "repeats_1" else " repeats"): written(each[row, m.name])
+            + (" repeat" if row == "repeats_1" else " repeats"): format_interval(
+                per_image[row, m.name]
+            )
             for row in repeats
         }
-        | {f"{metadata['repeats']} repeats": written(each["system", m.name])}
+        | {f"{metadata['repeats']} repeats": format_interval(per_image["system", m.name])}
         for m in chosen
     ]
     tables.append(
@@ -633,7 +645,7 @@ if repeats:
     )
 
 # %%
-others = []
+other_rows = []
 for record in records:
     cells = {}
     for row, entry in record.get("others", {}).items():
@@ -646,16 +658,16 @@ for record in records:
                 f"{entry['value']:.3f} ({gain[0]:+.3f} [{min(gain[1:]):+.3f},"
                 f" {max(gain[1:]):+.3f}])"
             )
-    others += [{"metric": record["name"]} | cells] if cells else []
+    other_rows += [{"metric": record["name"]} | cells] if cells else []
 pool = json.loads(metadata["retrieved"]) if "retrieved" in metadata else {}
-if others:
+if other_rows:
     note = (
         f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. "
         if pool
         else ""
     )
     note += "In brackets what the system is better by, paired by image, with its 95 % interval."
-    tables.append({"title": "Other decoders on the same images", "note": note, "rows": others})
+    tables.append({"title": "Other decoders on the same images", "note": note, "rows": other_rows})
 
 # %%
 if "train_distance" in tensors and len(seen) >= 5:
@@ -664,7 +676,7 @@ if "train_distance" in tensors and len(seen) >= 5:
     rows = [
         {"metric": m.name}
         | {
-            name: written(each["system", m.name][part])
+            name: format_interval(per_image["system", m.name][part])
             for name, part in zip(names, fifths, strict=True)
         }
         for m in chosen
@@ -683,8 +695,8 @@ if "held_out" in tensors and 0 < tensors["held_out"].sum() < len(seen):
     rows = [
         {
             "metric": m.name,
-            "held-out clusters": written(each["system", m.name][out]),
-            "kept clusters": written(each["system", m.name][~out]),
+            "held-out clusters": format_interval(per_image["system", m.name][out]),
+            "kept clusters": format_interval(per_image["system", m.name][~out]),
         }
         for m in chosen
     ]
@@ -701,8 +713,8 @@ if "held_out" in tensors and 0 < tensors["held_out"].sum() < len(seen):
 
 # %%
 if "voters" in metadata:
-    several = ensemble_gain(
-        each,
+    gains = ensemble_gain(
+        per_image,
         {m.name: m.better for m in chosen},
         metadata["voters"].split(","),
         metadata["best_voter"],
@@ -711,14 +723,14 @@ if "voters" in metadata:
     tables.append(
         {
             "title": "What the vote is worth",
-            "note": describe_ensemble_gain(several),
-            "rows": gain_table(several),
+            "note": describe_ensemble_gain(gains),
+            "rows": gain_table(gains),
         }
     )
-    print(describe_ensemble_gain(several))
+    print(describe_ensemble_gain(gains))
 
 # %%
-if len(said):
+if len(caption_scores):
     which = {
         "one": "one sentence of a person an image, as published",
         "all": "all sentences that people wrote of an image",
@@ -730,7 +742,11 @@ if len(said):
         ]
     )
     tables.append(
-        {"title": "Captions from the brain", "note": note, "rows": format_caption_table(said)}
+        {
+            "title": "Captions from the brain",
+            "note": note,
+            "rows": format_caption_table(caption_scores),
+        }
     )
 
 
@@ -755,19 +771,19 @@ lines_of("What the vote is worth")
 lines_of("By distance to the nearest training image")
 
 # %%
-def drawn(wished):
+def choose_drawn(wished):
     """Scores of the system that a figure shows: the first four there are."""
     names = [prefix + name if METRICS[name].network else name for name in METRICS] + [
         m.name.removesuffix(mark) for m in chosen if "judge" in m.name
     ]
-    known = [name + mark for name in (*wished, *names) if ("system", name + mark) in each]
-    return {name: each["system", name] for name in list(dict.fromkeys(known))[:4]}
+    candidates = [name + mark for name in (*wished, *names) if ("system", name + mark) in per_image]
+    return {name: per_image["system", name] for name in list(dict.fromkeys(candidates))[:4]}
 
 
-told = drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
+drawn_scores = choose_drawn(("mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"))
 if "train_distance" in tensors and len(seen) >= 5:
     save_figure(
-        plot_score_by_distance(tensors["train_distance"], told),
+        plot_score_by_distance(tensors["train_distance"], drawn_scores),
         run.results / "figures" / "train_distance.png",
     )
 
@@ -779,7 +795,7 @@ if "train_distance" in tensors and len(seen) >= 5:
 # %%
 if "spread" in tensors:
     save_figure(
-        plot_abstention_curve(tensors["spread"], told, {m.name: m.better for m in chosen}),
+        plot_abstention_curve(tensors["spread"], drawn_scores, {m.name: m.better for m in chosen}),
         run.results / "figures" / "abstain.png",
     )
 
@@ -790,7 +806,7 @@ if "spread" in tensors:
 # %%
 def choices():
     """The selection log: what was chosen, and on which data."""
-    if not ours:
+    if not is_own_run:
         return [
             {
                 "what": "everything",
@@ -800,16 +816,16 @@ def choices():
         ]
     if "choices" in metadata:
         return json.loads(metadata["choices"])
-    told = {
+    settings = {
         name: entry["value"]
         for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()
     }
     epoch = {
         "what": "epoch",
-        "chosen": told["checkpoint"],
-        "split": "val" if told["checkpoint"] == "best" else "none: the last epoch is taken",
+        "chosen": settings["checkpoint"],
+        "split": "val" if settings["checkpoint"] == "best" else "none: the last epoch is taken",
     }
-    samples = told["recons_per_sample"]
+    samples = settings["recons_per_sample"]
     best = {
         "what": f"one of {samples} samples an image",
         "chosen": "nearest to the tokens predicted from the brain",
@@ -820,16 +836,16 @@ def choices():
         "chosen": "by target",
         "split": "cross-validation within train",
     }
-    network = [epoch, *([best] if samples > 1 else [])] if told["decoder"] != "ridge" else []
-    return [*network, *([ridge] if told["decoder"] != "network" else [])]
+    network = [epoch, *([best] if samples > 1 else [])] if settings["decoder"] != "ridge" else []
+    return [*network, *([ridge] if settings["decoder"] != "network" else [])]
 
 # %%
 about = provenance(
     run.recipe or run.name,
     {"all": seed},
     choices(),
-    subject=subj if ours else "unknown",
-    dataset=dataset if ours else recon_path,
+    subject=subj if is_own_run else "unknown",
+    dataset=dataset if is_own_run else recon_path,
     alarms=alarms,
     protocol=metadata["protocol"],
     test_set={"id": metadata["test_set"], "images": len(seen), "pixels": hash_pixels(seen)},
@@ -840,7 +856,9 @@ about = provenance(
 add_results(run.results, run.stage, table, records, about, tables)
 save_figure(plot_score_dots(records), run.results / "figures" / "scores.png")
 if speech:
-    endless = [t.assign(metric=t["metric"] + endings[pairing]) for pairing, t in spoken.items()]
+    endless = [
+        t.assign(metric=t["metric"] + endings[pairing]) for pairing, t in caption_tables.items()
+    ]
     add_results(
         run.results,
         "06_captions",
@@ -859,16 +877,16 @@ def as_system(row, metrics, scored):
     """Records of another row in the system's place, with its own shuffled pairing, and the floors
     that do not depend on it.
     """
-    own = score_table(
+    own_scores = score_table(
         seen, {"system": pictures[row]}, metrics, draws=shuffles, seed=seed, image_ids=image_ids
     )
     floors = scored[scored["row"].isin(("mean_image", "untrained", "nearest_train"))]
     limit = "ceiling" if metrics is regional else f"{row}_ceiling"
     best = scored[scored["row"] == limit].assign(row="ceiling")
     none = "" if len(best) else "the same was not made of the true latents"
-    both = pd.concat([own, floors, best], ignore_index=True)
+    joined_scores = pd.concat([own_scores, floors, best], ignore_index=True)
     return make_records(
-        both[both["metric"].isin([m.name for m in metrics])],
+        joined_scores[joined_scores["metric"].isin([m.name for m in metrics])],
         metrics,
         protocol=metadata["protocol"],
         test_set=metadata["test_set"],
@@ -891,10 +909,10 @@ if "refined" in pictures:
         written_tables / f"{run.name}_all_enhancedrecons.csv",
         published_table([*refined, *retrieval]),
     )
-if len(said):
-    named = said.assign(Metric=said["metric"] + " " + said["pairing"])[
-        ["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]
-    ]
+if len(caption_scores):
+    named = caption_scores.assign(
+        Metric=caption_scores["metric"] + " " + caption_scores["pairing"]
+    )[["Metric", "value", "low", "high", "n", "shuffled", "common_caption"]]
     write_table(
         written_tables / f"{run.name}_caption_metrics.csv", named.rename(columns={"value": "Value"})
     )
@@ -904,9 +922,9 @@ published_table([*records, *retrieval])
 published = {
     m.name: f"{summary.loc[m.name, 'system']:.6f}"
     for m in chosen
-    if m.name.removeprefix(prefix).removesuffix(mark) in wanted
+    if m.name.removeprefix(prefix).removesuffix(mark) in metric_names
 }
-if not ours:
+if not is_own_run:
     with atomic(resolve(recon_path).with_suffix(".csv")) as path:
         pd.Series(published, name="Value").rename_axis("Metric").to_csv(path, sep="\t")
 pd.Series(published)
@@ -917,14 +935,16 @@ pd.Series(published)
 # hits or misses of the retrieval.
 
 # %%
-details = pd.DataFrame({m.name: each["system", m.name] for m in chosen}, index=image_ids)
-found = run.results / "retrieved.parquet"
-if ours and found.exists():
+details = pd.DataFrame({m.name: per_image["system", m.name] for m in chosen}, index=image_ids)
+retrieved_file = run.results / "retrieved.parquet"
+if is_own_run and retrieved_file.exists():
     ranks = (
-        pd.read_parquet(found).query("direction == 'image_from_brain'").set_index("image")["rank"]
+        pd.read_parquet(retrieved_file)
+        .query("direction == 'image_from_brain'")
+        .set_index("image")["rank"]
     )
     details["hit"] = ranks.reindex(image_ids).to_numpy() == 1
-if ours and subject.captions is not None:
+if is_own_run and subject.captions is not None:
     details["caption"] = (
         subject.captions.groupby("image")["caption"]
         .first()
@@ -942,17 +962,19 @@ if speech:
 
 # %%
 names = {
-    f"low_level_{main}" if ours else "": "low level",
+    f"low_level_{main}" if is_own_run else "": "low level",
     "system": "reconstructed",
     "refined": "refined",
     "retrieved": "found in the pool",
 }
 names |= {"nearest_train": "nearest training image", "ceiling": "ceiling"}
-shown = {"seen": seen} | {label: pictures[row] for row, label in names.items() if row in pictures}
-print(f"Report: {write_report(run.results, shown, details, tensors.get('samples'))}")
+gallery_images = {"seen": seen} | {
+    label: pictures[row] for row, label in names.items() if row in pictures
+}
+print(f"Report: {write_report(run.results, gallery_images, details, tensors.get('samples'))}")
 
 # %%
-gallery_widget(shown, details, tensors.get("samples"))
+gallery_widget(gallery_images, details, tensors.get("samples"))
 
 # %% [markdown]
 # ## What to look at

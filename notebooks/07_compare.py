@@ -51,25 +51,25 @@ from src.utils import HOME, PerceptError, atomic
 # refused where `runs` asks for them.
 
 # %%
-found = compare.read_runs(HOME / "results", runs)
-missing = [one.name for one in found if row not in one.conditions]
-if missing and (runs or len(missing) == len(found)):
+runs_read = compare.read_runs(HOME / "results", runs)
+missing = [one.name for one in runs_read if row not in one.conditions]
+if missing and (runs or len(missing) == len(runs_read)):
     raise PerceptError(
         f"{', '.join(missing)} has no scores of '{row}': choose another row, or other runs."
     )
 scored, alarms = compare.select_same_images(
-    [one for one in found if row in one.conditions], test_set, refuse=bool(runs)
+    [one for one in runs_read if row in one.conditions], test_set, refuse=bool(runs)
 )
 alarms += compare.setting_differences(scored)
 held_against = reference_run or scored[0].name
-shown = compare.choose_metrics(scored, metrics, row)
+metrics_shown = compare.choose_metrics(scored, metrics, row)
 print("\n".join(alarms or ["All runs were scored on the same test images."]))
 
 # %%
 print(
     "\n".join(
         [f"Left out, without scores of '{row}': {name}." for name in missing]
-        + ([] if metrics else compare.missing_metrics(scored, shown, row))
+        + ([] if metrics else compare.missing_metrics(scored, metrics_shown, row))
     )
 )
 pd.DataFrame(
@@ -78,7 +78,7 @@ pd.DataFrame(
         "protocol": [one.protocol for one in scored],
         "decoder": [one.training.get("decoder", "made elsewhere") for one in scored],
         "components": [one.training.get("n_components", "") or "all voxels" for one in scored],
-        "images": [len(one.values(shown[0], row)) for one in scored],
+        "images": [len(one.values(metrics_shown[0], row)) for one in scored],
     }
 )
 
@@ -88,8 +88,8 @@ pd.DataFrame(
 # decoders of the same run.
 
 # %%
-tidy = compare.comparison(scored, shown)
-table = compare.Table(scored, tidy, shown, row, seed)
+tidy = compare.comparison(scored, metrics_shown)
+table = compare.Table(scored, tidy, metrics_shown, row, seed)
 with atomic(run.results / "comparison.csv") as path:
     tidy.to_csv(path, index=False)
 with atomic(run.results / "comparison.tex") as path:
@@ -108,7 +108,7 @@ figures.save_figure(
 # chance: count how many there are.
 
 # %%
-gaps = compare.differences(scored, shown, held_against, row, seed)
+gaps = compare.differences(scored, metrics_shown, held_against, row, seed)
 with atomic(run.results / "differences.csv") as path:
     gaps.to_csv(path, index=False)
 if len(gaps):
@@ -133,7 +133,7 @@ else:
 # %%
 (
     gaps.pivot(index="metric", columns="run", values="difference [95 %]")
-    .reindex(shown)
+    .reindex(metrics_shown)
     .dropna(how="all")
     .fillna("–")
     if len(gaps)
@@ -146,7 +146,7 @@ else:
 # voxels, the rest of the brain is not what makes the picture.
 
 # %%
-points = compare.curves(scored, shown, "n_components")
+points = compare.curves(scored, metrics_shown, "n_components")
 if len(points):
     figures.save_figure(
         figures.plot_curves_over(points, "n_components", "components of the voxels"),
@@ -169,7 +169,7 @@ compare.smallest_sufficient(points, scored, seed) if len(points) else None
 # few. Intervals are over test images; one training a point says nothing of the luck of its seed.
 
 # %%
-sessions = compare.curves(scored, shown, "num_sessions")
+sessions = compare.curves(scored, metrics_shown, "num_sessions")
 if len(sessions):
     with atomic(run.results / "sessions.csv") as path:
         sessions.to_csv(path, index=False)
@@ -188,23 +188,26 @@ def by_sessions(table):
     """Scores as text, a line a metric and curve, floors and ceiling of the first curve beneath; a
     column a number of sessions.
     """
-    kept = table[(table["row"] == "system") | (table["curve"] == table["curve"].iloc[0])]
+    plotted = table[(table["row"] == "system") | (table["curve"] == table["curve"].iloc[0])]
     text = [
         f"{v:.3f} [{low:.3f}, {high:.3f}]"
-        for v, low, high in kept[["value", "low", "high"]].to_numpy()
+        for v, low, high in plotted[["value", "low", "high"]].to_numpy()
     ]
-    what = kept["curve"].where(kept["row"] == "system", kept["row"].map(compare.display_name))
-    wide = kept.assign(text=text, what=what).pivot(
+    what = plotted["curve"].where(
+        plotted["row"] == "system", plotted["row"].map(compare.display_name)
+    )
+    wide = plotted.assign(text=text, what=what).pivot(
         index=["metric", "what"], columns="num_sessions", values="text"
     )
     order = (
-        kept.assign(what=what)[["metric", "what"]]
+        plotted.assign(what=what)[["metric", "what"]]
         .drop_duplicates()
-        .sort_values("metric", key=lambda m: m.map(shown.index), kind="stable")
+        .sort_values("metric", key=lambda m: m.map(metrics_shown.index), kind="stable")
     )
     return (
         wide.reindex(
-            index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(kept["num_sessions"]))
+            index=pd.MultiIndex.from_frame(order),
+            columns=list(dict.fromkeys(plotted["num_sessions"])),
         )
         .rename(columns={0: "all"})
         .fillna("–")
@@ -224,7 +227,7 @@ def by_sessions(table):
 # image by image. Positive is more, for distances worse.
 
 # %%
-added = compare.pretraining_gain(scored, shown, seed)
+added = compare.pretraining_gain(scored, metrics_shown, seed)
 if len(added):
     with atomic(run.results / "pretraining.csv") as path:
         added.to_csv(path, index=False)
@@ -244,7 +247,7 @@ names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype
 (
     names.pivot(
         index="metric", columns=["run", "num_sessions"], values="difference [95 %]"
-    ).reindex(shown)
+    ).reindex(metrics_shown)
     if len(added)
     else None
 )
@@ -260,30 +263,34 @@ names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype
 effects = []
 
 # %%
-for without, its_row, plain, other_row in compare.held_out_pairs(scored):
-    made = load_file(HOME / "results" / without.name / "reconstructions.safetensors")
-    held_out = pd.Series(made["held_out"].numpy(), index=made["image_ids"].numpy())
+for held_out_run, its_row, plain, other_row in compare.held_out_pairs(scored):
+    tensors = load_file(HOME / "results" / held_out_run.name / "reconstructions.safetensors")
+    held_out = pd.Series(tensors["held_out"].numpy(), index=tensors["image_ids"].numpy())
     if held_out.all() or not held_out.any():
         print(
-            f"{without.name} was scored on too few images: all or none of them are in held-out"
+            f"{held_out_run.name} was scored on too few images: all or none of them are in held-out"
             " clusters."
         )
         continue
-    names = [name for name in shown if name in without.records and name in plain.records]
+    names = [
+        name for name in metrics_shown if name in held_out_run.records and name in plain.records
+    ]
     scores = [
         {name: one.values(name, which) for name in names}
-        for one, which in ((without, its_row), (plain, other_row))
+        for one, which in ((held_out_run, its_row), (plain, other_row))
     ]
-    better = {name: without.records[name]["better"] for name in names}
+    better = {name: held_out_run.records[name]["better"] for name in names}
     effects.append(
         compare.held_out_effect(*scores, held_out, better, seed=seed).assign(
-            run=without.name, row=its_row, plain=plain.name
+            run=held_out_run.name, row=its_row, plain=plain.name
         )
     )
-    title = f"{without.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
+    title = (
+        f"{held_out_run.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
+    )
     figures.save_figure(
         figures.plot_held_out_effect(effects[-1], title),
-        run.results / "figures" / f"held_out_{without.name.replace('/', '-')}_{its_row}.png",
+        run.results / "figures" / f"held_out_{held_out_run.name.replace('/', '-')}_{its_row}.png",
     )
 
 # %%
@@ -297,7 +304,7 @@ else:
     )
 
 # %%
-def told(part):
+def effect_row(part):
     """Changes as text, a line a metric."""
     texts = part.assign(
         text=[
@@ -310,7 +317,7 @@ def told(part):
     ]
 
 
-pd.concat([told(part) for part in effects]) if effects else None
+pd.concat([effect_row(part) for part in effects]) if effects else None
 
 # %% [markdown]
 # ## What to look at

@@ -56,13 +56,13 @@ if not factor:
         f"The sweep {run.name} varies nothing but {seed_name}: name that as the factor, or vary"
         " another parameter."
     )
-others = [
+other_factors = [
     name
     for name in varied
     if name not in (factor, seed_name) and points.groupby(factor)[name].nunique().max() > 1
 ]  # the rest goes with the factor
 finished = points[points["state"] == "finished"]
-pairs = " and ".join([*others, *([seed_name] if seed_name else [])])
+pairs = " and ".join([*other_factors, *([seed_name] if seed_name else [])])
 
 # %%
 print(
@@ -85,12 +85,12 @@ histories = settings.merge(
 )
 losses = settings.merge(sweeps.select_best_epoch(histories, by), on="label")
 scores = settings.merge(sweeps.read_scores(run.results, labels, metrics), on="label")
-shown = list(dict.fromkeys(scores["metric"]))
+metric_names = list(dict.fromkeys(scores["metric"]))
 if len(scores):
     first = scores.iloc[0]
     print(
         f"protocol {first['protocol']}, test set {first['test_set']}, {scores['n'].max():.0f}"
-        f" images, which no model of a bag saw; scores: {', '.join(shown)}"
+        f" images, which no model of a bag saw; scores: {', '.join(metric_names)}"
     )
 print(
     f"{histories['model'].nunique()} models a point, in"
@@ -123,7 +123,7 @@ def tables_of(table, value):
     seeds.
     """
     paired = sweeps.select_complete_cells(
-        table.dropna(subset=value), factor, [*others, *([seed_name] if seed_name else [])]
+        table.dropna(subset=value), factor, [*other_factors, *([seed_name] if seed_name else [])]
     )
     paired = paired.assign(value=paired[value])
     return (
@@ -134,8 +134,8 @@ def tables_of(table, value):
 
 
 better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
-words = by.replace("val/", "validation ").replace("train/", "training ")
-verdicts, found, gaps = {}, {}, {}
+value_name = by.replace("val/", "validation ").replace("train/", "training ")
+verdicts, tables_by_kind, gaps = {}, {}, {}
 
 # %%
 for kind, part in (
@@ -143,17 +143,24 @@ for kind, part in (
     if by in losses and factor not in sweeps.VALIDATION_FACTORS
     else ()
 ):
-    found[kind] = tables_of(part, by)
-    what = f"{words} of the {kind.replace('_', ' ')}" if losses["kind"].nunique() > 1 else words
+    tables_by_kind[kind] = tables_of(part, by)
+    what = (
+        f"{value_name} of the {kind.replace('_', ' ')}"
+        if losses["kind"].nunique() > 1
+        else value_name
+    )
     gaps[kind] = (
-        sweeps.gaps_to_best(found[kind][0], factor, seed_name, better)
-        if len(found[kind][0])
+        sweeps.gaps_to_best(tables_by_kind[kind][0], factor, seed_name, better)
+        if len(tables_by_kind[kind][0])
         else []
     )
     verdicts[kind] = sweeps.describe_gaps(
-        gaps[kind], found[kind][2], what, [*others, *([seed_name] if seed_name else [])]
+        gaps[kind],
+        tables_by_kind[kind][2],
+        what,
+        [*other_factors, *([seed_name] if seed_name else [])],
     )
-    dropped = len(part) - len(found[kind][0])
+    dropped = len(part) - len(tables_by_kind[kind][0])
     print(
         verdicts[kind]
         + "."
@@ -172,21 +179,25 @@ if not verdicts:
 # %%
 panels = [
     {
-        "name": words + (f" of the {kind.replace('_', ' ')}" if len(found) > 1 else ""),
+        "name": value_name
+        + (f" of the {kind.replace('_', ' ')}" if len(tables_by_kind) > 1 else ""),
         "better": better,
         "runs": runs,
         "levels": levels,
         "sd": sd,
     }
-    for kind, (runs, levels, sd) in found.items()
+    for kind, (runs, levels, sd) in tables_by_kind.items()
     if len(runs)
 ]
 
 # %%
-for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(panels))]:
+for metric in metric_names[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(panels))]:
     runs, levels, sd = tables_of(scores[scores["metric"] == metric], "value")
     floor, ceiling = (runs[name].astype(float).mean() for name in ("shuffled", "ceiling"))
-    beside = {"floor": (floor, "shuffled pairing"), "ceiling": (ceiling, "ceiling (true latents)")}
+    references = {
+        "floor": (floor, "shuffled pairing"),
+        "ceiling": (ceiling, "ceiling (true latents)"),
+    }
     panels += (
         [
             {
@@ -196,7 +207,7 @@ for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(
                 "levels": levels,
                 "sd": sd,
             }
-            | beside
+            | references
         ]
         if len(runs)
         else []
@@ -204,21 +215,23 @@ for metric in shown[: max(1, (3 if points[factor].nunique() <= 10 else 2) - len(
 decides = next(iter(gaps.values()), [])
 
 # %%
-for panel in panels[len(found) :] if decides else ():
+for panel in panels[len(tables_by_kind) :] if decides else ():
     rows = panel["levels"].set_index(factor)["value"]
-    told = [
-        f"{words} {value:.3f}"
-        for value, words in (panel["floor"], panel["ceiling"])
+    reference_texts = [
+        f"{label} {value:.3f}"
+        for value, label in (panel["floor"], panel["ceiling"])
         if pd.notna(value)
     ]
     print(
         f"{decides[0].best}: {panel['name']} {rows.get(decides[0].best, float('nan')):.3f}"
-        f" ({', '.join(told) or 'no floor known'})"
+        f" ({', '.join(reference_texts) or 'no floor known'})"
     )
 title = "; ".join(verdicts.values()) or f"{factor}: no validation score to name a winner by"
 if panels:
     figures.save_figure(
-        figures.plot_sweep_levels(panels, factor, others[0] if others else "", title, decides),
+        figures.plot_sweep_levels(
+            panels, factor, other_factors[0] if other_factors else "", title, decides
+        ),
         run.results / "figures" / "look.png",
     )
 
@@ -234,7 +247,9 @@ per_score = [
     if name in losses
     for kind, part in losses.groupby("kind", sort=False)
 ]
-per_score += [(f"{metric}, test", scores[scores["metric"] == metric], "value") for metric in shown]
+per_score += [
+    (f"{metric}, test", scores[scores["metric"] == metric], "value") for metric in metric_names
+]
 rows = []
 for name, part, value in per_score:
     runs, levels, sd = tables_of(part, value)
@@ -266,14 +281,16 @@ shown_as = by_level.assign(
 wide = shown_as.pivot(index="score", columns=factor, values="text").reindex(
     index=list(dict.fromkeys(by_level["score"])), columns=list(dict.fromkeys(points[factor]))
 )
-beside = (
+table_columns = (
     by_level.groupby("score", sort=False)[
         [c for c in ("chance", "shuffled", "mean_image", "ceiling") if c in by_level]
     ]
     .first()
     .round(3)
 )
-wide.join(beside).astype(object).fillna("–").rename(columns=lambda name: name.replace("_", " "))
+wide.join(table_columns).astype(object).fillna("–").rename(
+    columns=lambda name: name.replace("_", " ")
+)
 
 # %% [markdown]
 # A line a point.
@@ -289,7 +306,7 @@ for kind, part in losses.groupby("kind", sort=False):
             f", {kind}" if losses["kind"].nunique() > 1 else ""
         )
     )
-for metric in shown:
+for metric in metric_names:
     part = scores[scores["metric"] == metric].set_index("label")
     names = {"value": metric} | {
         c: f"{metric}, {c.replace('_', ' ')}"
@@ -313,18 +330,18 @@ sheet[[c for c in sheet if "," not in c or c.split(", ")[-1] in set(losses["kind
 
 # %%
 costs = sheet.reset_index()[
-    ["label", *varied, *(name for name in (by, *shown) if name in sheet)]
+    ["label", *varied, *(name for name in (by, *metric_names) if name in sheet)]
 ].merge(sweeps.read_costs(run.results, HOME / "train_logs" / run.name, labels), on="label")
 with atomic(run.results / "costs.csv") as path:
     costs.to_csv(path, index=False)
 for metric, part in scores.groupby("metric", sort=False):
-    told = {
+    best_values = {
         name.replace("_", " "): part[name].astype(float).mean()
         for name in ("chance", "shuffled", "mean_image", "nearest_train", "ceiling")
     }
     print(
         f"{metric}: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in told.items() if pd.notna(value))
+        + ", ".join(f"{name} {value:.3f}" for name, value in best_values.items() if pd.notna(value))
     )
 costs.set_index("label").round(4)
 
@@ -338,8 +355,8 @@ values = {
     p["levels"][factor]: str(p["overrides"].get(factor, p["levels"][factor]))
     for p in ledger["points"]
 }
-drawn = scores[scores["metric"].isin(shown[:3])]
-regions = sweeps.region_table(drawn, values, factor, seed_name)
+region_scores = scores[scores["metric"].isin(metric_names[:3])]
+regions = sweeps.region_table(region_scores, values, factor, seed_name)
 if len(regions):
     figure = figures.plot_region_curves(regions)
     figures.save_figure(figure, run.results / "figures" / "regions.png")

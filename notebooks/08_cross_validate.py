@@ -204,10 +204,10 @@ def decode(split, targets, name):
     """Test predictions of every row, each image predicted once: {decoder: (test images, targets)},
     and the test rows.
     """
-    made = {key: [] for key in ("ridge", "network", "class_mean", "mean_image")}
+    predictions = {key: [] for key in ("ridge", "network", "class_mean", "mean_image")}
     for number, (train, test) in enumerate(progress(splits[split], f"{name}, {split}")):
-        made["ridge"].append(ridge(x[train], targets[train]).predict(x[test]))
-        made["network"].append(
+        predictions["ridge"].append(ridge(x[train], targets[train]).predict(x[test]))
+        predictions["network"].append(
             network(x[train], targets[train], run.logs / f"{name}_{split}_{number}")(x[test])
         )
         scaler = StandardScaler().fit(x[train])
@@ -215,11 +215,11 @@ def decode(split, targets, name):
             scaler.transform(x[train]), labels[train]
         )
         decoded = classifier.predict(scaler.transform(x[test]))
-        made["class_mean"].append(
+        predictions["class_mean"].append(
             np.stack([targets[train][labels[train] == label].mean(0) for label in decoded])
         )
-        made["mean_image"].append(np.repeat(targets[train].mean(0)[None], len(test), 0))
-    return {key: np.concatenate(value) for key, value in made.items()}, np.concatenate(
+        predictions["mean_image"].append(np.repeat(targets[train].mean(0)[None], len(test), 0))
+    return {key: np.concatenate(value) for key, value in predictions.items()}, np.concatenate(
         [test for _, test in splits[split]]
     )
 
@@ -250,9 +250,9 @@ chosen = [metrics.METRICS[name] for name in ("pcc", "ssim", "mse")]
 tables, rows = [], []
 
 # %%
-for split, (made, test) in low.items():
-    pictures = {"system": as_images(made["ridge"])} | {
-        key: as_images(made[key]) for key in ("class_mean", "mean_image", "network")
+for split, (predictions, test) in low.items():
+    pictures = {"system": as_images(predictions["ridge"])} | {
+        key: as_images(predictions[key]) for key in ("class_mean", "mean_image", "network")
     }
     table = records.score_table(
         as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test]
@@ -261,18 +261,18 @@ for split, (made, test) in low.items():
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
     protocol = f"digits69-{split}"
-    found = records.make_records(
+    ridge_records = records.make_records(
         floors,
         chosen,
         protocol=protocol,
         test_set=f"{len(test)} images, {split}",
         no_upper_bound=reason,
     )
-    rows += [r | {"name": f"{r['name']} (ridge, {split})"} for r in found]
+    rows += [r | {"name": f"{r['name']} (ridge, {split})"} for r in ridge_records]
 
 # %%
-for split, (made, test) in high.items():
-    for row, predicted in made.items():
+for split, (predictions, test) in high.items():
+    for row, predicted in predictions.items():
         true = embeds[test] - embeds.mean(0)
         guess = predicted - embeds.mean(0)
         scores = {
@@ -358,9 +358,9 @@ one_table = scores.assign(metric=scores["metric"] + " (" + scores["split"] + ")"
 records.add_results(run.results, run.stage, one_table, rows, about, more)
 
 # %%
-made, test = low[f"{folds}-fold"]
+predictions, test = low[f"{folds}-fold"]
 columns = {"seen": as_images(pixels[test])} | {
-    key.replace("_", " "): as_images(made[key])
+    key.replace("_", " "): as_images(predictions[key])
     for key in ("ridge", "network", "class_mean", "mean_image")
 }
 save_figure(plot_contact_sheet(columns, n=16, enlarge="nearest"), run.results / "contact_sheet.png")
