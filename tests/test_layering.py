@@ -75,19 +75,10 @@ def place_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all imports, wherever they stand; relative ones are spelt out.
-
-    What stands under `if TYPE_CHECKING:` is for type checkers alone and does not count.
-    """
+    """Full names of all imports, wherever they stand; relative ones are spelt out."""
     names = set()
     package = ["src", *path.relative_to(SRC).parent.parts]
-    tree = ast.parse(path.read_text())
-    tree.body = [
-        node
-        for node in tree.body
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    ]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
