@@ -39,7 +39,7 @@ def list_transfer_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def plain_errors(subject: str) -> Iterator[None]:
+def explain_errors(subject: str) -> Iterator[None]:
     """Turn what the libraries raise into one sentence about `subject`."""
     try:
         yield

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from src.pipeline.download.errors import plain_errors
+from src.pipeline.download.errors import explain_errors
 from src.pipeline.download.files import CHUNK_BYTES, Bundle, RemoteFile
 from src.utils import require_extra
 
@@ -66,13 +66,13 @@ class HubServer:
         # that was named on the way.
         token = False if endpoint else None
         self.api = HfApi(endpoint=endpoint or None, token=token)
-        with plain_errors(f"{self.kind} {self.label}"):
+        with explain_errors(f"{self.kind} {self.label}"):
             info = self.api.repo_info(self.repo, repo_type=self.kind, revision=revision)
         self.commit = info.sha or revision
 
     def list_folder(self, folder: str) -> list[Entry]:
         """The files in a folder; "" is the top level alone, "**" everything."""
-        with plain_errors(f"{self.kind} {self.label}"):
+        with explain_errors(f"{self.kind} {self.label}"):
             try:
                 tree = self.api.list_repo_tree(
                     self.repo,
@@ -107,7 +107,7 @@ class BucketServer:
 
     def list_folder(self, folder: str) -> list[Entry]:
         """The files in a folder, without those of folders below it."""
-        with plain_errors(f"bucket {self.label}"):
+        with explain_errors(f"bucket {self.label}"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.label, Prefix=f"{folder}/", Delimiter="/"
             )

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from src.pipeline.download.errors import (
+    explain_errors,
     is_temporary,
     list_transfer_errors,
-    plain_errors,
     read_status,
 )
 from src.pipeline.download.files import RemoteFile, has_checksum
@@ -43,7 +43,7 @@ def fetch_files(files: list[RemoteFile], folder: Path) -> None:
     Raises:
         PerceptError: for a full disk, and as `_fetch_file`.
     """
-    with plain_errors(f"The folder {folder}"):
+    with explain_errors(f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock_file = open(folder / ".download.lock", "w")  # noqa: SIM115
     with lock_file:
@@ -107,7 +107,7 @@ def _fetch_file(file: RemoteFile, stop: threading.Event) -> None:
         desc=file.local.name,
         mininterval=0.5 if sys.stderr.isatty() else 5,
     )
-    with bar, plain_errors(file.path):
+    with bar, explain_errors(file.path):
         _fill_part(file, stop, bar)
     if stop.is_set():
         return

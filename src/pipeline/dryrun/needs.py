@@ -75,7 +75,7 @@ def _compute_contrast(embedding: Tensor, target: Tensor) -> Tensor:
     return soft_clip_loss(l2_normalize(embedding), l2_normalize(target))
 
 
-def need_high_level(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_high_level(p: Parameters, sizes: Sizes) -> Needs:
     """01_train_high_level: MindEye's backbone with its prior."""
     data, models = sizes.data, sizes.models
     n, width = p["batch_size"], count_inputs(p, data)
@@ -107,7 +107,7 @@ def need_high_level(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(_count_prior_on_meta(build), memory, {"cached targets": cached})
 
 
-def need_combined(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_combined(p: Parameters, sizes: Sizes) -> Needs:
     """01_train_combined: encoder and prior end to end."""
     data, models = sizes.data, sizes.models
     n, volume = p["batch_size"], find_volume(p)
@@ -138,7 +138,7 @@ def need_combined(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(_count_prior_on_meta(build), memory, {"cached targets": cached})
 
 
-def need_mindeye2(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_mindeye2(p: Parameters, sizes: Sizes) -> Needs:
     """01_train_mindeye2: the backbone that subjects share, with its prior."""
     data, models = sizes.data, sizes.models
     subjects, widths = [data], [count_voxels(p, data)]
@@ -192,7 +192,7 @@ def _list_other_subjects(p: Parameters) -> list[int]:
     return [number for number in numbers if number != p["subj"]]
 
 
-def need_low_level(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_low_level(p: Parameters, sizes: Sizes) -> Needs:
     """02_train_autoencoder: voxels to latents of the autoencoder."""
     data, models = sizes.data, sizes.models
     width = count_inputs(p, data)
@@ -221,7 +221,7 @@ def need_low_level(p: Parameters, sizes: Sizes) -> Needs:
     return Needs({"network": _count_all_on_meta(build)}, memory, {"cached targets": cached})
 
 
-def need_basic(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_basic(p: Parameters, sizes: Sizes) -> Needs:
     """02_train_basic_autoencoder: voxels to images through the autoencoder's frozen decoder."""
     data = sizes.data
     width = count_inputs(p, data)
@@ -252,7 +252,7 @@ def need_basic(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(counts, memory, {"cached targets": cached})
 
 
-def need_roi_models(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_roi_models(p: Parameters, sizes: Sizes) -> Needs:
     """02_train_roi_models: a low-level model for each set of ROIs, one after the other."""
     data, models = sizes.data, sizes.models
     counts: dict[str, int] = {}
@@ -263,7 +263,7 @@ def need_roi_models(p: Parameters, sizes: Sizes) -> Needs:
         if not p["masked"]:
             width = count_voxels({**p, "rois": voter.rois}, data)
         settings = {**p, "latent_size": models.latent[1], "use_cont": False}
-        count, needed = _need_voter(settings, width, voter.batch_size)
+        count, needed = _estimate_voter(settings, width, voter.batch_size)
         counts[f"voter {voter.name}"] = count
         if sum(needed.values()) > sum(memory.values()):
             memory = needed
@@ -273,7 +273,7 @@ def need_roi_models(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(counts, memory, {"cached targets": cached})
 
 
-def _need_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, dict[str, float]]:
+def _estimate_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, dict[str, float]]:
     """Parameters of one voter, and memory of its training."""
     config = build_decoder_config("02_train_roi_models", p, DecoderSizes((width,)))
 
@@ -287,14 +287,14 @@ def _need_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, dict[s
     return _count_all_on_meta(build), memory
 
 
-def need_prepared_data(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_prepared_data(p: Parameters, sizes: Sizes) -> Needs:
     """00_prepare_data: the prepared layout."""
     data = sizes.data
     images = float(data.image_bytes * data.all_images)
     return Needs(disk={"betas": data.betas_bytes, "images": images})
 
 
-def need_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     """03_reconstruct: images of all decoders and baselines, tokens, and the published files."""
     data, models = sizes.data, sizes.models
     n = p["first_images"] or data.test_images
@@ -307,7 +307,7 @@ def need_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
         rows += decoders
     if p["untrained"] and p["decoder"] != "ridge":
         rows += 1
-    image = _size_generated_image(p, sizes)
+    image = _count_image_bytes(p, sizes)
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
     tokens = 0.0
     if p["img2img_strength"]:  # else of the low level alone
@@ -320,7 +320,7 @@ def need_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(disk=disk)
 
 
-def need_votes(p: Parameters, sizes: Sizes) -> Needs:
+def estimate_votes(p: Parameters, sizes: Sizes) -> Needs:
     """03_vote: images of all voters, votes and baselines."""
     data = sizes.data
     n = (p["image_to"] or data.test_images) - p["image_from"]
@@ -330,17 +330,17 @@ def need_votes(p: Parameters, sizes: Sizes) -> Needs:
     if p["decoder"] == "both":
         rows += 1
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
-    return Needs(disk={"images": n * (rows * _size_generated_image(p, sizes) + originals)})
+    return Needs(disk={"images": n * (rows * _count_image_bytes(p, sizes) + originals)})
 
 
-def _size_generated_image(p: Parameters, sizes: Sizes) -> float:
+def _count_image_bytes(p: Parameters, sizes: Sizes) -> float:
     """Bytes of an image that a generator makes, in half precision."""
     if p["weights"] == "hub":
         return HALF_BYTES * 3 * (8 * sizes.models.latent[1]) ** 2
     return HALF_BYTES * sizes.data.image_bytes
 
 
-def size_ridge_baseline(stage: str, sizes: Sizes, width: int) -> float:
+def estimate_ridge_memory(stage: str, sizes: Sizes, width: int) -> float:
     """Bytes of fitting the ridge baseline: voxels, targets and weights, and the copies that
     centring, folds and predictions make of them.
 
@@ -366,13 +366,13 @@ def _count_all_on_meta(build: Callable[[], nn.Module]) -> int:
 
 
 NEEDS: dict[str, Callable[[Parameters, Sizes], Needs]] = {
-    "00_prepare_data": need_prepared_data,
-    "01_train_high_level": need_high_level,
-    "01_train_combined": need_combined,
-    "01_train_mindeye2": need_mindeye2,
-    "02_train_autoencoder": need_low_level,
-    "02_train_basic_autoencoder": need_basic,
-    "02_train_roi_models": need_roi_models,
-    "03_reconstruct": need_reconstructions,
-    "03_vote": need_votes,
+    "00_prepare_data": estimate_prepared_data,
+    "01_train_high_level": estimate_high_level,
+    "01_train_combined": estimate_combined,
+    "01_train_mindeye2": estimate_mindeye2,
+    "02_train_autoencoder": estimate_low_level,
+    "02_train_basic_autoencoder": estimate_basic,
+    "02_train_roi_models": estimate_roi_models,
+    "03_reconstruct": estimate_reconstructions,
+    "03_vote": estimate_votes,
 }

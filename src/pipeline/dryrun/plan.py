@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from src.data.layout import subject_folder
 from src.parameters import find_recipe_files, read_recipe
 from src.pipeline.dryrun.memory import measure_base_memory
-from src.pipeline.dryrun.needs import NEEDS, Needs, size_ridge_baseline
+from src.pipeline.dryrun.needs import NEEDS, Needs, estimate_ridge_memory
 from src.pipeline.dryrun.sizes import FLOAT_BYTES, Sizes, count_inputs, find_sizes
 from src.pretrained.base import HUB, locate_model
 from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
@@ -87,14 +87,14 @@ def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     plan = Plan(stage, needs.parameters, needs.memory, needs.disk)
     if needs.parameters:
         plan.memory = {"interpreter and libraries": base} | needs.memory
-        plan.memory |= _size_preparation(stage, parameters, sizes, needs.memory)
-        plan.disk |= _size_checkpoints(stage, parameters, needs)
+        plan.memory |= _estimate_preparation(stage, parameters, sizes, needs.memory)
+        plan.disk |= _estimate_checkpoints(stage, parameters, needs)
     plan.warnings.extend(_find_missing_inputs(stage, parameters))
     plan.warnings.extend(_find_missing_resources(plan))
     return plan
 
 
-def _size_preparation(
+def _estimate_preparation(
     stage: str, parameters: Mapping[str, Any], sizes: Sizes, memory: Mapping[str, float]
 ) -> dict[str, float]:
     """Memory of what is computed before and after the training, beyond what that takes at the same
@@ -108,12 +108,14 @@ def _size_preparation(
     beyond = {"finding components, beyond that": max(0.0, components - network)}
     if parameters["decoder"] == "both":  # fitted after the training, in what that has left
         freed = memory["optimizer state"] + memory["activations and gradients"]
-        ridge = size_ridge_baseline(stage, sizes, width)
+        ridge = estimate_ridge_memory(stage, sizes, width)
         beyond["ridge baseline, beyond that"] = max(0.0, ridge - freed)
     return beyond
 
 
-def _size_checkpoints(stage: str, parameters: Mapping[str, Any], needs: Needs) -> dict[str, float]:
+def _estimate_checkpoints(
+    stage: str, parameters: Mapping[str, Any], needs: Needs
+) -> dict[str, float]:
     """Disk of what a training writes: best and last weights, those of every few epochs, and its
     state, of which a new one is written beside the former before it takes its place.
     """
