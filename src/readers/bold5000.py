@@ -345,14 +345,14 @@ def _open_volumes(files: FilesByName, name: str, roi_names: list[str]) -> BetaSo
     places, voxels = _select_voxels(files, name, roi_names, grid)
     # a voxel without a value has none in any volume of a session, so the first one tells
     first_volumes = [next(_iterate_volumes(path, places)) for path in paths]
-    finite = np.isfinite(first_volumes).all(axis=0)
+    finite = np.logical_and.reduce([np.isfinite(volume) for volume in first_volumes])
     if not finite.all():
         warnings.warn(
             f"{int((~finite).sum())} voxels of {name} have no value in some session: they are left"
             " out.",
             stacklevel=3,
         )
-        places, voxels = places[finite], voxels.loc[finite].reset_index(drop=True)
+        places, voxels = places[finite], voxels[finite].reset_index(drop=True)
     session_sizes = [int(shape[3]) for shape in shapes]
     return BetaSource(
         n_trials=sum(session_sizes),
