@@ -284,8 +284,8 @@ def fill_levels(
     """
     levels = {}
     for name, values in factors.items():
-        label = point.levels.get(name)
-        if label not in values:
+        label = point.levels.get(name, "")
+        if name not in point.levels or label not in values:
             default = str(point.overrides.get(name, effective[name]))
             label = _find_label(values, effective[name]) or default
         levels[name] = label

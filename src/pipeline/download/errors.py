@@ -38,12 +38,17 @@ def list_transfer_errors() -> tuple[type[Exception], ...]:
     return (HTTP_ERROR, OSError, *list_s3_errors())
 
 
+def _list_explained_errors() -> tuple[type[Exception], ...]:
+    """The errors that `explain_errors` has sentences for."""
+    return (*list_transfer_errors(), HFValidationError)
+
+
 @contextmanager
 def explain_errors(subject: str) -> Iterator[None]:
     """Turn what the libraries raise into one sentence about `subject`."""
     try:
         yield
-    except (*list_transfer_errors(), HFValidationError) as error:
+    except _list_explained_errors() as error:
         raise PerceptError(_describe_error(error, subject)) from error
 
 

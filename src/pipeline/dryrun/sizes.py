@@ -159,7 +159,7 @@ def find_sizes(parameters: Mapping[str, Any]) -> Sizes:
 
 def _measure_data(dataset: str, subj: int, sessions: int) -> DataSizes:
     """Sizes of prepared data."""
-    subject = open_subject(dataset, subj).first_sessions(sessions)
+    subject = open_subject(dataset, subj).select_first_sessions(sessions)
     image = subject.images(subject.all_images[:1])
     return DataSizes(
         voxels=math.prod(subject.betas.shape[1:]),
