@@ -202,13 +202,13 @@ def test_equals_a_bare_loop(tmp_path):
 def test_each_epoch_shows_each_sample_at_most_once_in_an_order_of_its_own(tmp_path):
     data = Data()
     train(tmp_path, data=data, validate=None)
-    shown = {
+    image_ids = {
         epoch: [i for e, batch in data.seen if e == epoch for i in batch] for epoch in range(EPOCHS)
     }
-    assert all(len(set(ids)) == len(ids) == STEPS * BATCH for ids in shown.values())
+    assert all(len(set(ids)) == len(ids) == STEPS * BATCH for ids in image_ids.values())
     assert (
-        shown[0] != shown[1]
-        and shown[0] == draw_epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
+        image_ids[0] != image_ids[1]
+        and image_ids[0] == draw_epoch_order(SAMPLES, 42, 0)[: STEPS * BATCH].tolist()
     )
     assert sorted(draw_epoch_order(100, 1, 2)) == list(range(100))
     assert not np.array_equal(draw_epoch_order(100, 1, 2), draw_epoch_order(100, 2, 2))
@@ -272,20 +272,20 @@ def test_clipping_bounds_the_gradient(tmp_path):
 # ----------------------------------------------------------------------------- optimizer, schedule
 def rates(name: str, epochs: int, steps: int, max_lr: float = 3e-4):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=max_lr)
-    scheduler, found = SCHEDULERS[name](optimizer, max_lr, epochs, steps), []
+    scheduler, results = SCHEDULERS[name](optimizer, max_lr, epochs, steps), []
     for _ in range(epochs * steps):
-        found.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+        results.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
         optimizer.step()
-        if len(found) < epochs * steps:
+        if len(results) < epochs * steps:
             scheduler.step()
-    return np.array(found)
+    return np.array(results)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (2, 3), (3, 1), (10, 7)])
 def test_schedules_cover_a_run_and_stay_below_the_peak(name, epochs, steps):
-    found = rates(name, epochs, steps)[:, 0]
-    assert np.isfinite(found).all() and (found > 0).all() and found.max() <= 3e-4 * (1 + 1e-9)
+    results = rates(name, epochs, steps)[:, 0]
+    assert np.isfinite(results).all() and (results > 0).all() and results.max() <= 3e-4 * (1 + 1e-9)
 
 
 def test_cycle_is_the_published_one():
@@ -297,19 +297,19 @@ def test_cycle_is_the_published_one():
     expected = np.where(
         at <= top, peak + (start - peak) * (1 + up) / 2, end + (peak - end) * (1 + down) / 2
     )
-    found = rates("cycle", epochs, steps, peak)
-    assert np.allclose(found[:, 0], expected, rtol=1e-6)
+    results = rates("cycle", epochs, steps, peak)
+    assert np.allclose(results[:, 0], expected, rtol=1e-6)
     assert (
-        found[0, 1] == pytest.approx(0.95)
-        and found[top, 1] == pytest.approx(0.85)
-        and found[-1, 1] == pytest.approx(0.95)
+        results[0, 1] == pytest.approx(0.95)
+        and results[top, 1] == pytest.approx(0.85)
+        and results[-1, 1] == pytest.approx(0.95)
     )
 
 
 def test_linear_and_fixed():
-    found = rates("linear", 4, 5)[:, 0]
+    results = rates("linear", 4, 5)[:, 0]
     assert (
-        np.allclose(found, 3e-4 * (1 / 3 + 2 / 3 * np.arange(20) / 20))
+        np.allclose(results, 3e-4 * (1 / 3 + 2 / 3 * np.arange(20) / 20))
         and (rates("fixed", 4, 5)[:, 0] == 3e-4).all()
     )
 
@@ -331,9 +331,9 @@ def test_weight_decay_spares_biases_and_norms(decay):
     model["relative_attention_bias"] = nn.Embedding(3, 2)
     model["null"] = nn.ParameterList([torch.zeros(4)])
     model["frozen"].requires_grad_(False)
-    of = {id(p): name for name, p in model.named_parameters()}
+    name_of = {id(p): name for name, p in model.named_parameters()}
     decayed, spared = (
-        {of[id(p)] for p in group["params"]} for group in group_parameters(model, 0.3, decay)
+        {name_of[id(p)] for p in group["params"]} for group in group_parameters(model, 0.3, decay)
     )
     gains = {"norms.0.weight", "norms.1.weight", "norms.2.g"}
     assert decayed == {"lin.weight", "null.0"} | (gains if decay == "published" else set())
@@ -382,7 +382,7 @@ def in_a_fresh_process(request) -> bool:
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
     if in_a_fresh_process(request):
         return
-    whole, expected = train(tmp_path / "whole", save_steps=every)
+    full, expected = train(tmp_path / "whole", save_steps=every)
     folder = tmp_path / "killed"
     done = 0
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -403,7 +403,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
     rest = call_at(-2, None)
     killed, history = train(folder, model=network(seed=9), do=rest, save_steps=every)
     assert len(rest.calls) == EPOCHS * STEPS - done
-    assert same(whole, killed)
+    assert same(full, killed)
     pd.testing.assert_frame_equal(without_time(history), without_time(expected), check_exact=True)
     for name in ("best", "last"):
         assert same(
@@ -418,18 +418,18 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
 @pytest.mark.parametrize("at", [0, STEPS - 1, STEPS + 2, EPOCHS * STEPS - 1])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, number, error, at, caplog):
     handler = signal.getsignal(number)
-    whole, expected = train(tmp_path / "whole")
+    full, expected = train(tmp_path / "whole")
     with pytest.raises(error):
         train(tmp_path / "stopped", do=call_at(at, lambda: signal.raise_signal(number)))
     assert "the same call goes on" in caplog.text and signal.getsignal(number) == handler
     rest = call_at(-2, None)
     stopped, history = train(tmp_path / "stopped", model=network(seed=9), do=rest)
-    assert len(rest.calls) == EPOCHS * STEPS - at - 1 and same(whole, stopped)
+    assert len(rest.calls) == EPOCHS * STEPS - at - 1 and same(full, stopped)
     pd.testing.assert_frame_equal(without_time(history), without_time(expected), check_exact=True)
 
 
 def test_an_interruption_while_validating_is_kept(tmp_path):
-    whole, _ = train(tmp_path / "whole")
+    full, _ = train(tmp_path / "whole")
 
     def interrupted(model):
         signal.raise_signal(signal.SIGINT)
@@ -437,12 +437,12 @@ def test_an_interruption_while_validating_is_kept(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", validate=interrupted)
-    assert same(whole, train(tmp_path / "stopped", model=network(9))[0])
+    assert same(full, train(tmp_path / "stopped", model=network(9))[0])
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_schedule_resumes(tmp_path, scheduler):
-    whole, _ = train(tmp_path / "whole", scheduler=scheduler)
+    full, _ = train(tmp_path / "whole", scheduler=scheduler)
     with pytest.raises(RuntimeError, match="a crash"):
         train(
             tmp_path / "crashed",
@@ -451,19 +451,19 @@ def test_every_schedule_resumes(tmp_path, scheduler):
             do=call_at(10, lambda: (_ for _ in ()).throw(RuntimeError("a crash"))),
         )
     assert same(
-        whole, train(tmp_path / "crashed", model=network(9), scheduler=scheduler, save_steps=3)[0]
+        full, train(tmp_path / "crashed", model=network(9), scheduler=scheduler, save_steps=3)[0]
     )
 
 
 def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     model, history = train(tmp_path)
-    written = (tmp_path / "last.safetensors").stat().st_mtime_ns
-    again, counted = network(9), call_at(-2, None)
-    _, same_history = train(tmp_path, model=again, do=counted)
+    stored = (tmp_path / "last.safetensors").stat().st_mtime_ns
+    repeated, counted = network(9), call_at(-2, None)
+    _, same_history = train(tmp_path, model=repeated, do=counted)
     assert (
         not counted.calls
-        and same(model, again)
-        and (tmp_path / "last.safetensors").stat().st_mtime_ns == written
+        and same(model, repeated)
+        and (tmp_path / "last.safetensors").stat().st_mtime_ns == stored
     )
     pd.testing.assert_frame_equal(history, same_history)
     assert (tmp_path / "state.pt").stat().st_size < 30_000  # no second copy of the weights
@@ -570,7 +570,7 @@ def test_a_skipped_step_leaves_the_weights(tmp_path):
 
 
 def test_many_in_a_row_go_back_and_on_with_other_batches(tmp_path, caplog):
-    kept, states = training.PATIENCE, []
+    patience, states = training.PATIENCE, []
 
     def watch(model, batch, epoch):
         states.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -579,13 +579,15 @@ def test_many_in_a_row_go_back_and_on_with_other_batches(tmp_path, caplog):
     last_saved = 7  # steps 7.. are good and not saved, kept.. are bad
     model, history = train(
         tmp_path,
-        do=spoil(set(range(10, 10 + kept)), do=watch),
+        do=spoil(set(range(10, 10 + patience)), do=watch),
         epochs=5,
         save_steps=last_saved,
         save_every=1e9,
     )
-    assert "back to the last saved weights" in caplog.text and history["skipped"].sum() == kept
-    assert same(states[10 + kept], states[last_saved]) and not same(states[10], states[last_saved])
+    assert "back to the last saved weights" in caplog.text and history["skipped"].sum() == patience
+    assert same(states[10 + patience], states[last_saved]) and not same(
+        states[10], states[last_saved]
+    )
     assert len(states) == 5 * STEPS and all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -655,8 +657,8 @@ def test_the_best_epoch_is_that_of_the_monitor(tmp_path):
 def test_a_finished_run_without_checkpoints_still_has_its_weights(tmp_path):
     trained, before = train(tmp_path, checkpoints=False)
     assert not list(tmp_path.glob("*.safetensors"))
-    again, after = train(tmp_path, model=network(9), checkpoints=False)
-    assert same(trained, again)
+    repeated, after = train(tmp_path, model=network(9), checkpoints=False)
+    assert same(trained, repeated)
     pd.testing.assert_frame_equal(before, after)
 
 
@@ -667,14 +669,14 @@ def test_kept_epochs_and_save_at_end(tmp_path):
         "epoch004",
         "epoch005",
     ]
-    written = []
+    stored = []
 
     def look(model):
-        written.extend((tmp_path / "b").glob("*.safetensors"))
+        stored.extend((tmp_path / "b").glob("*.safetensors"))
         return validate(model)
 
     model, _ = train(tmp_path / "b", save_at_end=True, validate=look)
-    assert not written and same(model, load_checkpoint(tmp_path / "b" / "last.safetensors")[0])
+    assert not stored and same(model, load_checkpoint(tmp_path / "b" / "last.safetensors")[0])
     assert not (tmp_path / "b" / "best.safetensors").exists()
 
 
@@ -687,17 +689,17 @@ def test_logger_gets_each_epoch(tmp_path):
 def test_evaluate_counts_every_sample(tmp_path):
     model, data = network().eval(), Data(10)
     model.train()
-    found = evaluate(
+    results = evaluate(
         model,
         lambda m, b, e: (plain_step(m, b, e)[0], {"train/index": b["image"].float().mean()}),
         data,
         4,
     )
     assert [len(indices) for _, indices in data.seen] == [4, 4, 2] and model.training
-    whole = data.__getitems__(list(range(10)))
-    assert found["val/loss"] == pytest.approx(
-        plain_step(model.eval(), whole, 0)[0].item(), rel=1e-6
-    ) and found["val/index"] == pytest.approx(4.5)
+    full = data.__getitems__(list(range(10)))
+    assert results["val/loss"] == pytest.approx(
+        plain_step(model.eval(), full, 0)[0].item(), rel=1e-6
+    ) and results["val/index"] == pytest.approx(4.5)
     assert torch.equal(torch.cat([b["image"] for b in iterate_batches(data, 3)]), torch.arange(10))
     with pytest.raises(PerceptError, match="empty"):
         evaluate(model, plain_step, Data(0), 4)
@@ -786,7 +788,7 @@ def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changi
         return {"figure": f"drawn at {epoch}"}
 
     _, plain = train(tmp_path / "plain", epochs=5)
-    _, drawn = train(
+    _, with_figures = train(
         tmp_path / "drawn",
         epochs=5,
         draw=draw,
@@ -794,7 +796,7 @@ def test_figures_are_drawn_at_their_interval_and_reach_the_logger_without_changi
         logger=lambda row, step: rows.append(row.get("figure")),
     )
     assert seen == [1, 3, 4] and rows == [None, "drawn at 1", None, "drawn at 3", "drawn at 4"]
-    pd.testing.assert_frame_equal(without_time(plain), without_time(drawn))
+    pd.testing.assert_frame_equal(without_time(plain), without_time(with_figures))
 
 
 def test_without_checkpoints_only_the_state_is_kept(tmp_path):
@@ -860,13 +862,15 @@ def test_a_run_may_change_over_when_it_is_resumed(tmp_path):
 
 
 def test_gradients_are_never_held_together(tmp_path):
-    model, held = network(), []
+    model, gradients_in_memory = network(), []
     for p in model.parameters():
         p.register_hook(
-            lambda grad: held.append(sum(q.grad is not None for q in model.parameters()))
+            lambda grad: gradients_in_memory.append(
+                sum(q.grad is not None for q in model.parameters())
+            )
         )
     train(tmp_path / "run", model, epochs=1, step_in_backward=True)
-    assert held and max(held) <= 1
+    assert gradients_in_memory and max(gradients_in_memory) <= 1
 
 
 def test_a_gradient_that_is_not_finite_is_counted_and_its_parameter_left(tmp_path):
