@@ -14,15 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.search import qdrant as engines
-from src.search.qdrant import QdrantIndex, iterate_parts
+from src.search import QdrantIndex, iterate_parts, qdrant, qdrant_engines
 from src.utils import PerceptError
 
 edge = pytest.importorskip(
-    "qdrant_edge", reason="qdrant-edge-py is not installed (the extra `engines`)"
+    "qdrant_edge", reason="qdrant-edge-py is not installed (the extra `search`)"
 )
 qdrant_client = pytest.importorskip(
-    "qdrant_client", reason="qdrant-client is not installed (the extra `engines`)"
+    "qdrant_client", reason="qdrant-client is not installed (the extra `search`)"
 )
 ROWS, DIM = 600, 32
 
@@ -87,10 +86,10 @@ class Server(BaseHTTPRequestHandler):
             case "GET", "":
                 result = local.get_collection(name)
             case "PUT", "":
-                self.server.made = m.CreateCollection(
+                self.server.created = m.CreateCollection(
                     **body
                 )  # which refuses what the interface does not know
-                result = local.create_collection(name, vectors_config=self.server.made.vectors)
+                result = local.create_collection(name, vectors_config=self.server.created.vectors)
             case "PUT", "/points":
                 assert "wait=true" in self.path
                 result = local.upsert(name, m.Batch(**body["batch"]))
@@ -138,7 +137,7 @@ def server():
 
 
 @pytest.fixture(params=["edge", "client", "server"])
-def where(request, tmp_path):
+def location(request, tmp_path):
     """The engine in a folder; a client in its local mode; the address of a server."""
     if request.param == "server":
         return f"http://127.0.0.1:{request.getfixturevalue('server').server_port}"
@@ -150,9 +149,9 @@ def queries():
     return np.random.default_rng(1).standard_normal((70, DIM)) * 5
 
 
-def test_finds_what_numpy_finds(where, queries):
+def test_finds_what_numpy_finds(location, queries):
     x = embeddings()
-    with QdrantIndex(where) as index:
+    with QdrantIndex(location) as index:
         assert index.fill(parts(x)) == len(index) == ROWS and index.dim == DIM
         for k, exclude in (
             (1, None),
@@ -160,59 +159,56 @@ def test_finds_what_numpy_finds(where, queries):
             (10, [3, 17, -1, *range(200, 400)]),
             (10, np.array([], int)),
         ):
-            found = index.search(queries, k, exclude)
+            result = index.search(queries, k, exclude)
             similarity, rows = exact(
                 x, queries, k + 1, [e for e in ([] if exclude is None else exclude) if e >= 0]
             )
-            np.testing.assert_allclose(found.similarity, similarity[:, :k], atol=1e-3)
+            np.testing.assert_allclose(result.similarity, similarity[:, :k], atol=1e-3)
             # the engine's half precision may swap two rows whose cosines differ by less
             apart = np.abs(np.diff(similarity, axis=1)).min(1) > 5e-4
-            assert apart.mean() > 0.3 and np.array_equal(found.row[apart], rows[apart, :k])
-            assert found.row.dtype == np.int64 and found.similarity.dtype == np.float32
-            assert exclude is None or not np.isin(found.row, exclude).any()
+            assert apart.mean() > 0.3 and np.array_equal(result.row[apart], rows[apart, :k])
+            assert result.row.dtype == np.int64 and result.similarity.dtype == np.float32
+            assert exclude is None or not np.isin(result.row, exclude).any()
 
 
-def test_fewer_rows_than_asked_for(where):
+def test_fewer_rows_than_asked_for(location):
     x = embeddings(5)
-    with QdrantIndex(where) as index:
+    with QdrantIndex(location) as index:
         index.fill(parts(x))
-        found = index.search(x[:2], 7, exclude=[4])
-        assert (
-            (found.row[:, 4:] == -1).all()
-            and np.isneginf(found.similarity[:, 4:]).all()
-            and sorted(found.row[0, :4]) == [0, 1, 2, 3]
-        )
+        result = index.search(x[:2], 7, exclude=[4])
+        assert (result.row[:, 4:] == -1).all()
+        assert np.isneginf(result.similarity[:, 4:]).all()
+        assert sorted(result.row[0, :4]) == [0, 1, 2, 3]
 
 
-def test_of_equal_rows_the_lower_ones_come_first(where):
+def test_of_equal_rows_the_lower_ones_come_first(location):
     x = embeddings(100)
     x[[90, 40, 60, *range(10, 35)]] = x[5]
-    with QdrantIndex(where) as index:
+    with QdrantIndex(location) as index:
         index.fill([(x, None)])
         assert index.search(x[5:6], 4).row.tolist() == [[5, 10, 11, 12]]
 
 
-def test_an_interrupted_fill_goes_on(where, queries, monkeypatch):
-    monkeypatch.setattr(engines, "BATCH", 100)
+def test_an_interrupted_fill_goes_on(location, queries, monkeypatch):
+    monkeypatch.setattr(qdrant, "BATCH_ROWS", 100)
     x, sent = embeddings(), []
 
     def broken():
         yield from parts(x)[:2]
         raise KeyboardInterrupt
 
-    index = QdrantIndex(where)
+    index = QdrantIndex(location)
     with pytest.raises(KeyboardInterrupt):
         index.fill(broken())
     assert len(index) == 300
-    if not isinstance(where, qdrant_client.QdrantClient):
+    if not isinstance(location, qdrant_client.QdrantClient):
         index.close()
-        index = QdrantIndex(where)
+        index = QdrantIndex(location)
     add = index._engine.add
     index._engine.add = lambda rows, *rest: (sent.extend(rows), add(rows, *rest))
     assert index.fill(iter(parts(x)), total=ROWS) == len(index) == ROWS
-    assert min(sent) == 200 and sorted(set(sent)) == list(
-        range(200, ROWS)
-    )  # the last batch again, and no row before it
+    assert min(sent) == 200
+    assert sorted(set(sent)) == list(range(200, ROWS))  # the last batch again, and no row before it
     np.testing.assert_allclose(
         index.search(queries, 5).similarity, exact(x, queries, 5)[0], atol=1e-3
     )
@@ -242,9 +238,9 @@ def test_what_was_sent_survives_the_process(tmp_path):
         assert len(index) == ROWS and index.search(embeddings()[590:591], 1).row == 590
 
 
-def test_rows_of_something_else_are_refused(where):
+def test_rows_of_something_else_are_refused(location):
     x = embeddings()
-    with QdrantIndex(where) as index:
+    with QdrantIndex(location) as index:
         index.fill(parts(x)[:2])
         with pytest.raises(PerceptError, match="another embedding at row 0"):
             index.fill(parts(embeddings(seed=3)))
@@ -257,25 +253,25 @@ def test_rows_of_something_else_are_refused(where):
         assert len(index) == 300
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, 0.0])
-def test_bad_embeddings_are_refused_by_row(where, wrong):
+@pytest.mark.parametrize("bad_value", [np.nan, np.inf, 0.0])
+def test_bad_embeddings_are_refused_by_row(location, bad_value):
     x = embeddings(200)
-    x[130] = wrong
-    with QdrantIndex(where) as index, pytest.raises(PerceptError, match="embedding of row 130"):
+    x[130] = bad_value
+    with QdrantIndex(location) as index, pytest.raises(PerceptError, match="embedding of row 130"):
         index.fill(parts(x, 50))
 
 
-def test_parts_that_do_not_fit(where):
+def test_parts_that_do_not_fit(location):
     x = embeddings(10)
-    with QdrantIndex(where) as index:
+    with QdrantIndex(location) as index:
         with pytest.raises(PerceptError, match="10 embeddings and 9 lines"):
             index.fill([(x, table(9))])
         with pytest.raises(PerceptError, match=r"must be \(rows, dim\)"):
             index.fill([(x[0], None)])
 
 
-def test_bad_queries(where, queries):
-    with QdrantIndex(where) as index:
+def test_bad_queries(location, queries):
+    with QdrantIndex(location) as index:
         with pytest.raises(PerceptError, match="fill it first"):
             index.search(queries, 3)
         assert len(index) == 0
@@ -288,25 +284,25 @@ def test_bad_queries(where, queries):
             index.search(queries, 0)
 
 
-def test_metadata_comes_back_as_it_went_in(where):
-    told = table(40).assign(
+def test_metadata_comes_back_as_it_went_in(location):
+    metadata = table(40).assign(
         url=[f"http://x/{i}" if i % 3 else None for i in range(40)],
         good=[i % 2 == 0 for i in range(40)],
         tags=[[i, "ä"] for i in range(40)],
     )
-    told["seen"], told["score"] = (
+    metadata["seen"], metadata["score"] = (
         pd.Timestamp("2020-01-02"),
         np.where(np.arange(40) % 4, 0.1 + 0.2, np.nan),
     )
-    with QdrantIndex(where) as index:
-        index.fill([(embeddings(40), told)])
+    with QdrantIndex(location) as index:
+        index.fill([(embeddings(40), metadata)])
         rows = [39, 0, -1, 7, 0]
         back = index.get_metadata(rows)
         assert len(back) == 5 and back.loc[2].isna().all()
         for line, row in zip(back.drop(2).to_dict("records"), [39, 0, 7, 0], strict=True):
             for name in ("image_path", "width", "similarity", "good", "tags"):
-                assert line[name] == told[name][row]
-            assert (line["url"] == told["url"][row]) if row % 3 else pd.isna(line["url"])
+                assert line[name] == metadata[name][row]
+            assert (line["url"] == metadata["url"][row]) if row % 3 else pd.isna(line["url"])
             assert (line["score"] == 0.1 + 0.2) if row % 4 else pd.isna(line["score"])
             assert line["seen"].startswith("2020-01-02")
         assert len(index.get_metadata([])) == 0
@@ -323,44 +319,44 @@ def test_a_folder_of_embeddings(tmp_path):
         lines.to_parquet(tmp_path / "metadata" / f"metadata_{i:04d}.parquet")
     with QdrantIndex(tmp_path / "qdrant") as index:
         assert index.fill(iterate_parts(tmp_path)) == 90
-        assert (
-            index.get_metadata([85]).image_path[0] == "85.jpg"
-            and index.search(x[85:86], 1).row == 85
-        )
+        assert index.get_metadata([85]).image_path[0] == "85.jpg"
+        assert index.search(x[85:86], 1).row == 85
 
 
-@pytest.mark.parametrize("quantization", engines.QUANTIZATION)
+@pytest.mark.parametrize("quantization", qdrant.QUANTIZATION)
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_graph_and_codes_find_nearly_all(tmp_path, monkeypatch, quantization, on_disk):
-    monkeypatch.setattr(engines, "INDEXING_KB", 50)
+    monkeypatch.setattr(qdrant_engines, "INDEXING_KB", 50)
     x = embeddings(3000, 64)
-    asked = x[:100].astype(np.float32) + 0.05 * np.random.default_rng(2).standard_normal((100, 64))
+    queries = x[:100].astype(np.float32) + 0.05 * np.random.default_rng(2).standard_normal(
+        (100, 64)
+    )
     with QdrantIndex(tmp_path, "quick", quantization, on_disk) as index:
         index.fill(parts(x, 1000))
         assert index._engine.shard.info().indexed_vectors_count == 3000  # a graph there is
-        similarity, rows = exact(x, asked, 10)
-        found = index.search(asked, 10)
+        similarity, rows = exact(x, queries, 10)
+        result = index.search(queries, 10)
         assert (
-            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.row, rows, strict=True)])
+            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(result.row, rows, strict=True)])
             > 0.95
         )
-        there = np.take_along_axis(unit(asked) @ unit(x.astype(float)).T, found.row, 1)
+        cosines = np.take_along_axis(unit(queries) @ unit(x.astype(float)).T, result.row, 1)
         np.testing.assert_allclose(
-            found.similarity, there, atol=1e-3
+            result.similarity, cosines, atol=1e-3
         )  # cosines of the embeddings, not of codes
         index.exact = True
-        np.testing.assert_allclose(index.search(asked, 10).similarity, similarity, atol=1e-3)
-        found = index.search(asked, 10, exclude=rows[:, 0])
-        assert not np.isin(found.row, rows[:, 0]).any()
+        np.testing.assert_allclose(index.search(queries, 10).similarity, similarity, atol=1e-3)
+        result = index.search(queries, 10, exclude=rows[:, 0])
+        assert not np.isin(result.row, rows[:, 0]).any()
 
 
-def test_names_hold_indices_apart(where):
-    one, two = QdrantIndex(where, "one"), QdrantIndex(where, "two")
-    one.fill([(embeddings(20), None)])
-    two.fill([(embeddings(30, 16), None)])
-    assert (len(one), one.dim, len(two), two.dim) == (20, 32, 30, 16)
-    one.close()
-    two.close()
+def test_names_hold_indices_apart(location):
+    first, second = QdrantIndex(location, "one"), QdrantIndex(location, "two")
+    first.fill([(embeddings(20), None)])
+    second.fill([(embeddings(30, 16), None)])
+    assert (len(first), first.dim, len(second), second.dim) == (20, 32, 30, 16)
+    first.close()
+    second.close()
 
 
 def test_what_cannot_be_opened(tmp_path):
@@ -386,15 +382,17 @@ def test_what_a_server_is_told_of_a_new_index(server):
         f"http://127.0.0.1:{server.server_port}", quantization="product", shards=12
     ) as index:
         index.fill([(embeddings(20), None)])
-    told = server.made.model_dump(mode="json", exclude_none=True)
-    assert told["shard_number"] == 12 and told["on_disk_payload"] and told["hnsw_config"]["on_disk"]
-    assert told["vectors"] == {
+    config = server.created.model_dump(mode="json", exclude_none=True)
+    assert config["shard_number"] == 12
+    assert config["on_disk_payload"]
+    assert config["hnsw_config"]["on_disk"]
+    assert config["vectors"] == {
         "size": 32,
         "distance": "Cosine",
         "on_disk": True,
         "datatype": "float16",
     }
-    assert told["quantization_config"] == {"product": {"compression": "x32", "always_ram": True}}
+    assert config["quantization_config"] == {"product": {"compression": "x32", "always_ram": True}}
 
 
 @pytest.mark.filterwarnings("ignore:Failed to obtain server version")
@@ -404,9 +402,9 @@ def test_a_server_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    ("package", "where"), [("qdrant_edge", "folder"), ("qdrant_client", "http://127.0.0.1:9")]
+    ("package", "location"), [("qdrant_edge", "folder"), ("qdrant_client", "http://127.0.0.1:9")]
 )
-def test_a_missing_package_is_one_sentence(monkeypatch, package, where):
+def test_a_missing_package_is_one_sentence(monkeypatch, package, location):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(PerceptError, match=f"pip install {package.replace('_', '-')}"):
-        QdrantIndex(where)
+    with pytest.raises(PerceptError, match=f"needs the package {package}.*--extra search"):
+        QdrantIndex(location)

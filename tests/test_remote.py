@@ -22,18 +22,23 @@ import torch
 from PIL import Image
 from servers import serving
 
-from src.search import clip_retrieval as remote
-from src.search.clip_retrieval import (
-    PUBLISHED_SETTINGS,
+from src.search import (
+    PUBLISHED_OPTIONS,
+    FetchOptions,
     ImageCache,
     RemoteIndex,
+    RequestOptions,
+    decode_sent_images,
     fetch_images,
+    fetching,
+    http_client,
     is_public,
     select_available_images,
 )
 from src.utils import PerceptError
 
 DIM, ROWS = 8, 60
+PUBLISHED = {"options": PUBLISHED_OPTIONS, "on_failure": "published"}
 
 
 def rows_of(seed=0):
@@ -65,10 +70,10 @@ class Service(Quiet):
     def do_POST(self):
         fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.state["lock"]:
-            self.state["asked"].append(fields)
-            number = len(self.state["asked"]) - 1
-        if (fault := self.state.get("fault")) and (found := fault(number, fields)):
-            return self.send(found[0], found[1], Content_Type="text/html")
+            self.state["requests"].append(fields)
+            number = len(self.state["requests"]) - 1
+        if (fault := self.state.get("fault")) and (answer := fault(number, fields)):
+            return self.send(answer[0], answer[1], Content_Type="text/html")
         scores = rows_of() @ np.array(fields["embedding_input"], np.float32)
         order = np.argsort(-scores, kind="stable")[: fields["num_images"]]
         lines = [
@@ -90,7 +95,7 @@ class Service(Quiet):
 @pytest.fixture
 def service():
     """(url, state) of a server of `ROWS` rows."""
-    state = {"asked": [], "lock": threading.Lock()}
+    state = {"requests": [], "lock": threading.Lock()}
     with serving(Service, state=state) as server:
         yield f"http://127.0.0.1:{server.server_address[1]}/knn-service", state
 
@@ -98,9 +103,9 @@ def service():
 @pytest.fixture
 def nobody():
     """A url where nothing listens."""
-    with closing(socket.socket()) as taken:  # bound and not listening: refused
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/knn-service"
+    with closing(socket.socket()) as bound:  # bound and not listening: refused
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/knn-service"
 
 
 def index_of(url, name="mine", **options):
@@ -121,22 +126,22 @@ def exact(queries, k, exclude=()):
 def test_search_is_that_of_the_server(service):
     url, state = service
     queries = queries_of(9)
-    found = index_of(url, dim=DIM).search(queries, 4)
+    result = index_of(url, dim=DIM).search(queries, 4)
     similarity, row = exact(queries, 4)
-    assert found.row.dtype == np.int64 and found.similarity.dtype == np.float32
-    np.testing.assert_array_equal(found.row, row)
-    np.testing.assert_allclose(found.similarity, similarity, atol=1e-5)
-    assert len(state["asked"]) == 9  # one request a query
+    assert result.row.dtype == np.int64 and result.similarity.dtype == np.float32
+    np.testing.assert_array_equal(result.row, row)
+    np.testing.assert_allclose(result.similarity, similarity, atol=1e-5)
+    assert len(state["requests"]) == 9  # one request a query
     assert all(
         len(fields["embedding_input"]) == DIM and fields["num_images"] > 4
-        for fields in state["asked"]
+        for fields in state["requests"]
     )
 
 
 def test_every_field_is_sent(service):
     url, state = service
     index_of(url).search(queries_of(1), 2)
-    assert {**state["asked"][0], "embedding_input": 0} == {
+    assert {**state["requests"][0], "embedding_input": 0} == {
         "text": None,
         "image": None,
         "image_url": None,
@@ -152,9 +157,11 @@ def test_every_field_is_sent(service):
         "num_images": 8,
         "num_result_ids": 8,
     }
-    np.testing.assert_allclose(np.linalg.norm(state["asked"][0]["embedding_input"]), 1, atol=1e-6)
-    index_of(url, "laion5B-L-14", **PUBLISHED_SETTINGS).search(queries_of(1), 2)
-    sent = state["asked"][1]
+    np.testing.assert_allclose(
+        np.linalg.norm(state["requests"][0]["embedding_input"]), 1, atol=1e-6
+    )
+    index_of(url, "laion5B-L-14", options=PUBLISHED_OPTIONS).search(queries_of(1), 2)
+    sent = state["requests"][1]
     assert (sent["num_images"], sent["num_result_ids"], sent["indice_name"]) == (
         300,
         300,
@@ -171,22 +178,22 @@ def test_every_field_is_sent(service):
 def test_excluded_rows_and_doubles_never_come_back(service):
     url, state = service
     queries = queries_of(3)
-    near = np.unique(exact(queries, 30)[1])  # so many that the first answer has too few others
+    excluded = np.unique(exact(queries, 30)[1])  # so many that the first answer has too few others
     state["change"] = lambda lines: [line for line in lines for _ in range(2)]
-    found = index_of(url).search(queries, 5, exclude=near)
-    left = ROWS - len(near)
-    similarity, row = exact(queries, min(5, left), near)
-    np.testing.assert_array_equal(found.row[:, : row.shape[1]], row)
-    assert len(state["asked"]) > 3 and not np.isin(found.row, near).any()
-    for line in found.row:
+    result = index_of(url).search(queries, 5, exclude=excluded)
+    left = ROWS - len(excluded)
+    similarity, row = exact(queries, min(5, left), excluded)
+    np.testing.assert_array_equal(result.row[:, : row.shape[1]], row)
+    assert len(state["requests"]) > 3 and not np.isin(result.row, excluded).any()
+    for line in result.row:
         assert len(set(line[line >= 0])) == min(5, left) == (line >= 0).sum()
 
 
 def test_fewer_rows_than_asked_for_and_equal_similarities(service):
     url, state = service
     state["change"] = lambda lines: [line | {"similarity": 0.5} for line in lines[:3]]
-    found = index_of(url).search(queries_of(2), 5)
-    for row, similarity in zip(found.row, found.similarity, strict=True):
+    result = index_of(url).search(queries_of(2), 5)
+    for row, similarity in zip(result.row, result.similarity, strict=True):
         assert list(row[:3]) == sorted(row[:3]) and list(row[3:]) == [-1, -1]
         assert list(similarity) == [0.5] * 3 + [-np.inf] * 2
 
@@ -194,15 +201,13 @@ def test_fewer_rows_than_asked_for_and_equal_similarities(service):
 def test_metadata_is_what_the_answers_said(service):
     url, _ = service
     index = index_of(url)
-    found = index.search(queries_of(2), 3)
-    told = index.get_metadata([found.row[1, 2], -1, found.row[0, 0]])
-    assert list(told.columns) == ["url", "caption"] and len(told) == 3
-    assert (
-        told["caption"][0] == f"picture {found.row[1, 2]}"
-        and told["url"][2] == f"http://pictures.test/{found.row[0, 0]}.jpg"
-        and told.loc[1].isna().all()
-    )
-    unseen = next(row for row in range(ROWS) if row not in found.row)
+    result = index.search(queries_of(2), 3)
+    metadata = index.get_metadata([result.row[1, 2], -1, result.row[0, 0]])
+    assert list(metadata.columns) == ["url", "caption"] and len(metadata) == 3
+    assert metadata["caption"][0] == f"picture {result.row[1, 2]}"
+    assert metadata["url"][2] == f"http://pictures.test/{result.row[0, 0]}.jpg"
+    assert metadata.loc[1].isna().all()
+    unseen = next(row for row in range(ROWS) if row not in result.row)
     with pytest.raises(PerceptError, match=f"row {unseen} of mine"):
         index.get_metadata([unseen])
     assert len(index.get_metadata([])) == 0 and len(index.get_metadata([-1, -1])) == 2
@@ -221,26 +226,28 @@ def test_bad_queries_are_refused_before_anything_is_asked(service):
             index.search(queries, k)
     with pytest.raises(PerceptError, match="on_failure"):
         index_of(url, on_failure="hope")
-    assert index.search(np.empty((0, DIM)), 3).row.shape == (0, 3) and not state["asked"]
+    with pytest.raises(PerceptError, match="modality"):
+        RequestOptions(modality="sound")
+    assert index.search(np.empty((0, DIM)), 3).row.shape == (0, 3) and not state["requests"]
 
 
 def test_a_service_that_is_down_is_one_sentence_at_once(nobody, monkeypatch):
-    tries, connect = [], remote._connect
-    monkeypatch.setattr(remote, "_connect", lambda *args: (tries.append(args), connect(*args))[1])
-    for options in ({}, PUBLISHED_SETTINGS | {"wait": 0.0}):
+    tries, connect = [], http_client.open_connection
+    monkeypatch.setattr(
+        http_client, "open_connection", lambda *args: (tries.append(args), connect(*args))[1]
+    )
+    for options in ({}, PUBLISHED | {"wait": 0.0}):
         with pytest.raises(PerceptError, match="refused the connection") as error:
             RemoteIndex(nobody, "mine", **options).search(queries_of(982), 4)
-        assert (
-            nobody in str(error.value)
-            and "05_search_index" in str(error.value)
-            and "December 2023" in str(error.value)
-            and "\n" not in str(error.value)
-        )
+        assert nobody in str(error.value)
+        assert "05_search_index" in str(error.value)
+        assert "December 2023" in str(error.value)
+        assert "\n" not in str(error.value)
     assert len(tries) == 1 + 2
 
 
 @pytest.mark.parametrize(
-    "answer, words",
+    "answer, message",
     [
         ((500, b"{}"), "HTTP 500"),
         ((200, b"<html>maintenance</html>"), "JSON"),
@@ -250,12 +257,12 @@ def test_a_service_that_is_down_is_one_sentence_at_once(nobody, monkeypatch):
         ((301, b""), "HTTP 301"),
     ],
 )
-def test_what_is_no_answer_stops_at_the_first_query(service, answer, words):
+def test_what_is_no_answer_stops_at_the_first_query(service, answer, message):
     url, state = service
     state["fault"] = lambda number, fields: answer
-    with pytest.raises(PerceptError, match=words) as error:
+    with pytest.raises(PerceptError, match=message) as error:
         index_of(url).search(queries_of(50), 4)
-    assert len(state["asked"]) == 1 and url in str(error.value)
+    assert len(state["requests"]) == 1 and url in str(error.value)
 
 
 def test_a_failure_later_stops_the_rest(service):
@@ -263,7 +270,7 @@ def test_a_failure_later_stops_the_rest(service):
     state["fault"] = lambda number, fields: (502, b"") if number == 4 else None
     with pytest.raises(PerceptError, match="HTTP 502"):
         index_of(url, workers=2).search(queries_of(400), 4)
-    assert len(state["asked"]) < 390
+    assert len(state["requests"]) < 390
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -287,18 +294,16 @@ def test_published_fallback_asks_again_with_aesthetics(service):
         if np.allclose(fields["embedding_input"], bad) and fields["aesthetic_score"] != 5
         else None
     )
-    index = index_of(url, **PUBLISHED_SETTINGS | {"wait": 0.05})
-    begin = time.monotonic()
-    found = index.search(queries, 3)
-    assert time.monotonic() - begin >= 0.05
-    np.testing.assert_array_equal(found.row, exact(queries, 3)[1])
-    again = [fields for fields in state["asked"] if fields["aesthetic_score"] == 5]
-    assert (
-        len(again) == 1
-        and again[0]["aesthetic_weight"] == 1
-        and np.allclose(again[0]["embedding_input"], bad)
-        and again[0]["num_images"] == 300
-    )
+    index = index_of(url, **PUBLISHED | {"wait": 0.05})
+    start = time.monotonic()
+    result = index.search(queries, 3)
+    assert time.monotonic() - start >= 0.05
+    np.testing.assert_array_equal(result.row, exact(queries, 3)[1])
+    second_requests = [fields for fields in state["requests"] if fields["aesthetic_score"] == 5]
+    assert len(second_requests) == 1
+    assert second_requests[0]["aesthetic_weight"] == 1
+    assert np.allclose(second_requests[0]["embedding_input"], bad)
+    assert second_requests[0]["num_images"] == 300
     assert index.retried.tolist() == [2] and index.failed.tolist() == []
 
 
@@ -311,15 +316,13 @@ def test_published_fallback_counts_what_failed_twice(service):
     state["fault"] = lambda number, fields: (
         (500, b"") if np.isclose(fields["embedding_input"], bad).all(1).any() else None
     )
-    index = index_of(url, **PUBLISHED_SETTINGS | {"wait": 0.0})
+    index = index_of(url, **PUBLISHED | {"wait": 0.0})
     with pytest.warns(UserWarning, match="2 of 4 queries failed twice"):
-        found = index.search(queries, 3)
-    assert (
-        index.failed.tolist() == [0, 1]
-        and (found.row[:2] == -1).all()
-        and np.isneginf(found.similarity[:2]).all()
-    )
-    np.testing.assert_array_equal(found.row[2:], exact(queries, 3)[1][2:])
+        result = index.search(queries, 3)
+    assert index.failed.tolist() == [0, 1]
+    assert (result.row[:2] == -1).all()
+    assert np.isneginf(result.similarity[:2]).all()
+    np.testing.assert_array_equal(result.row[2:], exact(queries, 3)[1][2:])
     state["fault"] = lambda number, fields: (500, b"")
     with pytest.raises(PerceptError, match="HTTP 500"):
         index.search(queries, 3)
@@ -374,44 +377,47 @@ def test_private_addresses_are_not_connected_to(tmp_path, monkeypatch):
         "http://2130706433/a.png",
         "http://[::ffff:10.0.0.1]/",
     ]
-    got = fetch_images(urls, tmp_path, size=8)
+    got = fetch_images(urls, tmp_path, FetchOptions(size=8))
     assert not got.ok.any() and all("not a public address" in reason for reason in got.reasons)
 
 
 def test_the_checked_address_is_the_connected_one(tmp_path, monkeypatch):
     """A name that answers with a public address first and a private one from then on."""
-    looked, connected = [], []
+    lookups, connected = [], []
 
     def lookup(host, port, **options):
-        looked.append(host)
-        address = "93.184.216.34" if len(looked) == 1 else "127.0.0.1"
+        lookups.append(host)
+        address = "93.184.216.34" if len(lookups) == 1 else "127.0.0.1"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
     def connect(self, address):
         connected.append(address)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(remote.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(http_client.socket, "getaddrinfo", lookup)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    assert fetch_images(["http://rebinding.test/a.png"], tmp_path, size=8).reasons == [
-        "refused the connection"
-    ]
-    assert connected == [("93.184.216.34", 80)] and looked == ["rebinding.test"]
+    assert fetch_images(
+        ["http://rebinding.test/a.png"], tmp_path, FetchOptions(size=8)
+    ).reasons == ["refused the connection"]
+    assert connected == [("93.184.216.34", 80)] and lookups == ["rebinding.test"]
     assert (
         "127.0.0.1, which is not a public"
-        in fetch_images(["http://rebinding.test/b.png"], tmp_path, size=8).reasons[0]
+        in fetch_images(["http://rebinding.test/b.png"], tmp_path, FetchOptions(size=8)).reasons[0]
     )
     assert len(connected) == 1
 
 
 def test_one_private_address_among_several_is_enough_to_refuse(tmp_path, monkeypatch):
-    both = [
+    addresses = [
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
         for address in ("93.184.216.34", "10.0.0.1")
     ]
-    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *args, **options: both)
+    monkeypatch.setattr(http_client.socket, "getaddrinfo", lambda *args, **options: addresses)
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("connected"))
-    assert "10.0.0.1" in fetch_images(["http://both.test/a.png"], tmp_path, size=8).reasons[0]
+    assert (
+        "10.0.0.1"
+        in fetch_images(["http://both.test/a.png"], tmp_path, FetchOptions(size=8)).reasons[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -421,22 +427,22 @@ def noise(width=40, height=30):
 
 def picture(mode="RGB", size=(40, 30), kind="PNG", value=None):
     content = io.BytesIO()
-    made = (
+    image = (
         Image.fromarray(noise(*size)).convert(mode)
         if value is None
         else Image.new(mode, size, value)
     )
-    made.save(content, kind)
+    image.save(content, kind)
     return content.getvalue()
 
 
 class Host(Quiet):
     """A host of pictures; every path says what is wrong with it."""
 
-    asked: list
+    requested: list
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         name = urlsplit(self.path).path.strip("/")
         if name.isdigit() or name.startswith("ok"):
             self.send(
@@ -459,8 +465,8 @@ class Host(Quiet):
         elif name == "tiff":
             self.send(200, picture(kind="TIFF"), Content_Type="image/tiff")
         elif name in ("half.png", "half.jpg"):
-            whole = picture(kind="PNG" if name.endswith("png") else "JPEG")
-            self.send(200, whole[: len(whole) // 2], Content_Type="image/png")
+            complete = picture(kind="PNG" if name.endswith("png") else "JPEG")
+            self.send(200, complete[: len(complete) // 2], Content_Type="image/png")
         elif name == "short":
             self.send(200, picture()[:200], Content_Type="image/png", Content_Length="5000")
         elif name == "huge":
@@ -504,15 +510,15 @@ MODES = ("RGB", "L", "LA", "RGBA", "P", "CMYK")
 @pytest.fixture
 def host():
     """(url, paths that were asked for) of a host."""
-    asked, over = [], threading.Event()
-    with serving(Host, asked=asked, over=over) as server:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    requested, over = [], threading.Event()
+    with serving(Host, requested=requested, over=over) as server:
+        yield f"http://127.0.0.1:{server.server_address[1]}", requested
         over.set()
 
 
 @contextmanager
 def raw(first, then, pause=0.02):
-    """A server that sends something at once, and something more again and again; yields its port."""
+    """A server that sends `first` at once, and `then` again and again; yields its port."""
     over = threading.Event()
 
     def answer(line):
@@ -541,60 +547,56 @@ def raw(first, then, pause=0.02):
 
 
 def get(urls, cache, **options):
-    return fetch_images(
-        urls, cache, **{"size": 16, "timeout": 30.0, "allow_private": True} | options
-    )
+    fetch_options = FetchOptions(**{"size": 16, "timeout": 30.0, "allow_private": True} | options)
+    return fetch_images(urls, cache, fetch_options)
 
 
 def test_pictures_in_order_and_from_the_cache(host, tmp_path):
-    url, asked = host
+    url, requested = host
     urls = [f"{url}/{i}" for i in range(20)] + [f"{url}/gone", f"{url}/3", None, float("nan"), ""]
     got = get(urls, tmp_path)
     assert got.images.shape == (25, 3, 16, 16) and got.images.dtype == torch.float32
     assert got.ok.tolist() == [True] * 20 + [False, True, False, False, False]
-    assert (
-        got.reasons[20] == "answered with HTTP 404"
-        and got.reasons[22] == got.reasons[23] == "is no url"
-        and got.reasons[24] == "is no http or https address"
-    )
+    assert got.reasons[20] == "answered with HTTP 404"
+    assert got.reasons[22] == got.reasons[23] == "is no url"
+    assert got.reasons[24] == "is no http or https address"
     for i in [*range(20), 21]:
         expected = np.array([3 if i == 21 else i, 0, 255], np.float32) / 255
         np.testing.assert_allclose(
             got.images[i], np.broadcast_to(expected[:, None, None], (3, 16, 16))
         )
     assert (got.images[20] == 0.5).all()
-    assert sorted(asked) == sorted([*(f"/{i}" for i in range(20)), "/gone"])
-    again = get(urls[:20], tmp_path)
-    assert len(asked) == 21 and torch.equal(again.images, got.images[:20])
+    assert sorted(requested) == sorted([*(f"/{i}" for i in range(20)), "/gone"])
+    cached = get(urls[:20], tmp_path)
+    assert len(requested) == 21 and torch.equal(cached.images, got.images[:20])
     assert (
         len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20
     )  # only pictures, and no temporary files
     get(urls[20:21], tmp_path)
-    assert len(asked) == 22  # another call, with no memory of failures
+    assert len(requested) == 22  # another call, with no memory of failures
 
 
 def test_a_dead_url_is_asked_once_in_a_session_and_a_broken_file_again(host, tmp_path):
-    url, asked = host
+    url, requested = host
     cache = ImageCache(tmp_path)
     for _ in range(3):
         assert get([f"{url}/gone", f"{url}/1"], cache).ok.tolist() == [False, True]
-    assert sorted(asked) == ["/1", "/gone"] and cache.failures == {
-        f"{url}/gone": "answered with HTTP 404"
-    }
+    assert sorted(requested) == ["/1", "/gone"]
+    assert cache.failures == {f"{url}/gone": "answered with HTTP 404"}
     cache.path(f"{url}/1").write_bytes(b"half a pic")
-    assert get([f"{url}/1"], cache).ok.all() and sorted(asked) == ["/1", "/1", "/gone"]
-    assert get([f"{url}/1"], cache).ok.all() and len(asked) == 3
+    assert get([f"{url}/1"], cache).ok.all() and sorted(requested) == ["/1", "/1", "/gone"]
+    assert get([f"{url}/1"], cache).ok.all() and len(requested) == 3
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    "name, message",
     [
-        ("html", "sent text/html and no picture"),
-        ("liar", "no picture that can be read"),
-        ("svg", "no picture that can be read"),
-        ("tiff", "no picture that can be read"),
-        ("half.png", "no picture that can be read"),
-        ("half.jpg", "no picture that can be read"),
+        ("html", "sent text/html and no image"),
+        ("liar", "no image that can be read"),
+        ("svg", "no image that can be read"),
+        ("tiff", "no image that can be read"),
+        ("half.png", "no image that can be read"),
+        ("half.jpg", "no image that can be read"),
         ("short", "broke off"),
         ("huge", "more than 0.1 MB"),
         ("endless", "more than 0.1 MB"),
@@ -605,10 +607,10 @@ def test_a_dead_url_is_asked_once_in_a_session_and_a_broken_file_again(host, tmp
         ("gone", "HTTP 404"),
     ],
 )
-def test_what_is_no_good_picture(host, tmp_path, name, words):
+def test_what_is_no_good_picture(host, tmp_path, name, message):
     url, _ = host
     got = get([f"{url}/{name}"], tmp_path, max_bytes=1e5, max_pixels=1e6)
-    assert not got.ok[0] and words in got.reasons[0], got.reasons
+    assert not got.ok[0] and message in got.reasons[0], got.reasons
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -633,13 +635,13 @@ def test_what_drips_ends(host, tmp_path, scheme):
 
 def test_redirects_are_checked_one_by_one(host, tmp_path, monkeypatch):
     """This server plays a public one; where it leads to must be public too."""
-    url, asked = host
+    url, requested = host
 
     def leading(target):
         return f"{url}/to?{base64.urlsafe_b64encode(target.encode()).decode()}"
 
     monkeypatch.setattr(
-        remote, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
+        http_client, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
     )
     inside = [
         "http://10.0.0.1/a.png",
@@ -662,13 +664,10 @@ def test_redirects_are_checked_one_by_one(host, tmp_path, monkeypatch):
     assert got.ok.tolist() == [False] * 6 + [True] * 3
     for target, reason in zip(inside, got.reasons, strict=False):
         assert "not a public address" in reason and urlsplit(target).hostname in reason
-    assert got.reasons[
-        4
-    ] == "leads to file:///etc/passwd, which is no http or https address" and got.reasons[
-        5
-    ].endswith(", which is no http or https address")
+    assert got.reasons[4] == "leads to file:///etc/passwd, which is no http or https address"
+    assert got.reasons[5].endswith(", which is no http or https address")
     assert [round(255 * float(image[0, 0, 0])) for image in got.images[6:]] == [7, 8, 9]
-    assert len(asked) == 9 + 4  # four of the redirects lead back here
+    assert len(requested) == 9 + 4  # four of the redirects lead back here
 
 
 def test_modes_sizes_and_centre_crop(host, tmp_path):
@@ -685,9 +684,9 @@ def test_modes_sizes_and_centre_crop(host, tmp_path):
 
 
 def test_urls_with_spaces_and_other_letters(host, tmp_path):
-    url, asked = host
+    url, requested = host
     assert get([f"{url}/päth with space?q=ö&r=a%20b"], tmp_path).ok.all()
-    assert asked == ["/p%C3%A4th%20with%20space?q=%C3%B6&r=a%20b"]
+    assert requested == ["/p%C3%A4th%20with%20space?q=%C3%B6&r=a%20b"]
 
 
 @pytest.mark.parametrize(
@@ -713,14 +712,14 @@ def test_unknown_names_and_closed_doors(tmp_path, nobody, monkeypatch):
     def unknown(*args, **options):
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr(remote.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(http_client.socket, "getaddrinfo", unknown)
     assert get(["http://nowhere.test/a.png"], tmp_path).reasons == [
         "could not be found, as its name is unknown"
     ]
 
 
-def test_first_found_goes_down_the_lists(host, tmp_path):
-    url, asked = host
+def test_available_images_are_selected_down_the_lists(host, tmp_path):
+    url, requested = host
     lists = [
         [f"{url}/{i}" for i in range(50)],
         [f"{url}/gone{i}" if i % 2 else f"{url}/{i}" for i in range(12)],
@@ -729,41 +728,40 @@ def test_first_found_goes_down_the_lists(host, tmp_path):
         [f"{url}/gone{i}" for i in range(7)],
     ]
     cache = ImageCache(tmp_path)
-    found = select_available_images(lists, 3, cache, size=8, timeout=30.0, allow_private=True)
-    assert found.dtype == np.int64
+    result = select_available_images(
+        lists, 3, cache, FetchOptions(size=8, timeout=30.0, allow_private=True)
+    )
+    assert result.dtype == np.int64
     np.testing.assert_array_equal(
-        found, [[0, 1, 2], [0, 2, 4], [2, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+        result, [[0, 1, 2], [0, 2, 4], [2, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     )
-    assert (
-        len(asked) == len(set(asked)) and "/10" not in asked
-    )  # nothing twice, and no list further than needed
-    before = len(asked)
-    assert (
-        get([lists[q][p] for q, p in ((0, 2), (1, 4), (2, 2))], cache).ok.all()
-        and len(asked) == before
-    )
+    assert len(requested) == len(set(requested))
+    assert "/10" not in requested  # nothing twice, and no list further than needed
+    before = len(requested)
+    assert get([lists[q][p] for q, p in ((0, 2), (1, 4), (2, 2))], cache).ok.all()
+    assert len(requested) == before
     with pytest.raises(PerceptError, match="at least one"):
         select_available_images(lists, 0, cache)
 
 
 def test_interrupting_leaves_what_has_not_begun(tmp_path, monkeypatch):
-    asked = []
+    requested = []
 
     def slow(url, *args):
-        asked.append(url)
+        requested.append(url)
         time.sleep(0.005)
-        raise remote._Failed("is slow")
+        raise http_client.RequestFailed("is slow")
 
     def interrupted(iterable, *args, **options):
         yield next(iter(iterable))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(remote, "_request", slow)
-    monkeypatch.setattr(remote, "progress", interrupted)
+    monkeypatch.setattr(fetching, "request", slow)
+    monkeypatch.setattr(http_client, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get([f"http://slow.test/{i}" for i in range(400)], tmp_path, workers=2)
     before = -1
-    while before != (before := len(asked)):  # until nothing is asked for any more
+    while before != (before := len(requested)):  # until nothing is asked for any more
         time.sleep(0.1)
     assert before < 300
 
@@ -782,7 +780,7 @@ def certificate(folder):
         [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
     )
     now = datetime.now()
-    begun = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -790,8 +788,8 @@ def certificate(folder):
         .serial_number(1)
         .add_extension(names, False)
     )
-    made = (
-        begun.not_valid_before(now - timedelta(days=2))
+    signed = (
+        builder.not_valid_before(now - timedelta(days=2))
         .not_valid_after(now + timedelta(days=2))
         .sign(key, hashes.SHA256())
     )
@@ -801,25 +799,23 @@ def certificate(folder):
         serialization.NoEncryption(),
     )
     (folder / "both.pem").write_bytes(
-        made.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*plain)
+        signed.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*plain)
     )
     return folder / "both.pem"
 
 
 def test_https_checks_certificates(tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
-    file, asked, over = certificate(tmp_path), [], threading.Event()
-    with serving(Host, asked=asked, over=over) as server:
+    file, requested, over = certificate(tmp_path), [], threading.Event()
+    with serving(Host, requested=requested, over=over) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(file)
         server.socket = context.wrap_socket(server.socket, server_side=True)
         url = f"https://localhost:{server.server_address[1]}"
-        assert (
-            get([f"{url}/1"], tmp_path / "cache").reasons == ["has no valid certificate"]
-            and not asked
-        )
+        assert get([f"{url}/1"], tmp_path / "cache").reasons == ["has no valid certificate"]
+        assert not requested
         trusting = ssl.create_default_context(cafile=file)
-        monkeypatch.setattr(remote, "_tls", lambda: trusting)
+        monkeypatch.setattr(http_client, "tls_context", lambda: trusting)
         assert get([f"{url}/1"], tmp_path / "cache").ok.all()
         assert get([f"{url}/drip"], tmp_path / "cache", timeout=0.5).reasons == [
             "took longer than 0.5 s"
@@ -830,7 +826,7 @@ def test_https_checks_certificates(tmp_path, monkeypatch):
 def test_pictures_that_the_server_sends_with_its_answers():
     file = io.BytesIO()
     Image.new("RGB", (9, 9), (255, 0, 0)).save(file, "png")
-    told = pd.DataFrame(
+    metadata = pd.DataFrame(
         {
             "image": [
                 base64.b64encode(file.getvalue()).decode(),
@@ -839,9 +835,7 @@ def test_pictures_that_the_server_sends_with_its_answers():
             ]
         }
     )
-    pixels, ok = remote.decode_sent_images(told, 8)
-    assert (
-        ok.tolist() == [True, False, False]
-        and (pixels[0] == [255, 0, 0]).all()
-        and (pixels[1:] == 128).all()
-    )
+    pixels, ok = decode_sent_images(metadata, 8)
+    assert ok.tolist() == [True, False, False]
+    assert (pixels[0] == [255, 0, 0]).all()
+    assert (pixels[1:] == 128).all()

@@ -44,14 +44,12 @@ def test_reference_names_are_swapped_as_documented():
     assert fwd != bwd
     assert retrieval.top1_brain_from_image(brain, clip) == pytest.approx(fwd)
     assert retrieval.top1_image_from_brain(brain, clip) == pytest.approx(bwd)
-    assert (
-        "fwd" in retrieval.REFERENCE_NAMES["brain_from_image"]
-        and "bwd" in retrieval.REFERENCE_NAMES["image_from_brain"]
-    )
+    assert "fwd" in retrieval.REFERENCE_NAMES["brain_from_image"]
+    assert "bwd" in retrieval.REFERENCE_NAMES["image_from_brain"]
 
 
 @pytest.mark.parametrize("direction", retrieval.REFERENCE_NAMES)
-def test_ranks_and_top_k(direction, monkeypatch):
+def test_ranks(direction, monkeypatch):
     brain, clip = embeddings()
     similarity = cosines(brain, clip)
     similarity = similarity if direction == "image_from_brain" else similarity.T
@@ -59,8 +57,6 @@ def test_ranks_and_top_k(direction, monkeypatch):
     for chunk in (256, 7):
         monkeypatch.setattr(retrieval, "CHUNK", chunk)
         np.testing.assert_array_equal(retrieval.rank_each(brain, clip, direction), expected)
-    assert retrieval.top_k(brain, clip, 5, direction) == pytest.approx((expected <= 5).mean())
-    assert retrieval.top_k(brain, clip, 60, direction) == 1
 
 
 def test_scale_does_not_matter_and_perfect_is_one():
@@ -97,9 +93,9 @@ def test_published_protocol_draws_pools():
 def test_accuracy_falls_with_the_pool():
     brain, clip = embeddings(noise=2.0)
     table = retrieval.compute_retrieval_by_pool_size(brain, clip, pool_sizes=(5, 20, 1000))
-    mine = table[table["direction"] == "brain_from_image"]
-    assert mine["pool"].tolist() == [5, 20, 60] and mine["value"].is_monotonic_decreasing
-    assert mine["value"].iloc[-1] == pytest.approx(retrieval.top1_brain_from_image(brain, clip))
+    rows = table[table["direction"] == "brain_from_image"]
+    assert rows["pool"].tolist() == [5, 20, 60] and rows["value"].is_monotonic_decreasing
+    assert rows["value"].iloc[-1] == pytest.approx(retrieval.top1_brain_from_image(brain, clip))
 
 
 def test_hard_negatives_compare_within_groups_only():
@@ -118,7 +114,7 @@ def test_hard_negatives_compare_within_groups_only():
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda b, c: retrieval.compute_hard_negative_top1(b, c, range(60)), "No two images"),
         (lambda b, c: retrieval.compute_hard_negative_top1(b, c, ["a"]), "1 group labels"),
@@ -142,13 +138,13 @@ def test_hard_negatives_compare_within_groups_only():
         (lambda b, c: retrieval.find_nearest(b, c[:, :2]), "same encoder"),
     ],
 )
-def test_bad_input_is_refused(call, words):
-    with pytest.raises(PerceptError, match=words):
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(PerceptError, match=message):
         call(*embeddings())
 
 
 def test_consecutive_pools_are_runs_of_a_resampled_stream_of_shards():
-    pools = retrieval._consecutive_pools(60, 20, 2, np.random.default_rng(0))
+    pools = retrieval._sample_consecutive_pools(60, 20, 2, np.random.default_rng(0))
     stream = np.concatenate([next(pools) for _ in range(30)])
     shards = stream[: len(stream) // 30 * 30].reshape(-1, 30)
     assert {tuple(part) for part in shards} == {
@@ -177,7 +173,7 @@ def test_a_copy_in_a_consecutive_pool_is_found_once():
         clip, clip, pool_size=4, n_pools=50, sampling="consecutive", shards=4
     )
     expected = []
-    pools = retrieval._consecutive_pools(4, 4, 4, np.random.default_rng(0))
+    pools = retrieval._sample_consecutive_pools(4, 4, 4, np.random.default_rng(0))
     for pool in (next(pools) for _ in range(50)):
         order = np.argsort(
             clip.numpy()[np.ix_(pool, pool)], axis=1, kind="stable"
@@ -192,25 +188,27 @@ def test_second_order_reranks_the_k_nearest(direction, chunk, monkeypatch):
     monkeypatch.setattr(retrieval, "CHUNK", chunk)
     brain, clip = embeddings(noise=1.0)
     one_brain, one_clip = (x[:, :1] for x in embeddings(noise=2.0, seed=1))
-    two = retrieval.rerank_second_order(brain, clip, one_brain, one_clip, k=9, direction=direction)
+    result = retrieval.rerank_second_order(
+        brain, clip, one_brain, one_clip, k=9, direction=direction
+    )
     tokens, single = (
         cosines(*pair) if direction == "image_from_brain" else cosines(*pair).T
         for pair in ((brain, clip), (one_brain, one_clip))
     )
     for i in range(60):
-        near = np.argsort(-single[i])[:9]
-        again = near[np.argsort(-tokens[i][near])]
-        assert two.candidates[i].tolist() == again.tolist()
-        assert two.first_ranks[i] == 1 + list(np.argsort(-single[i])).index(i)
-        assert two.final_ranks[i] == (
-            1 + list(again).index(i) if i in again else two.first_ranks[i]
+        nearest = np.argsort(-single[i])[:9]
+        reranked = nearest[np.argsort(-tokens[i][nearest])]
+        assert result.candidates[i].tolist() == reranked.tolist()
+        assert result.first_ranks[i] == 1 + list(np.argsort(-single[i])).index(i)
+        assert result.final_ranks[i] == (
+            1 + list(reranked).index(i) if i in reranked else result.first_ranks[i]
         )
-    np.testing.assert_array_equal(two.second_ranks, retrieval.rank_each(brain, clip, direction))
-    assert (two.final_ranks == 1).mean() > (two.first_ranks == 1).mean()
-    everything = retrieval.rerank_second_order(
+    np.testing.assert_array_equal(result.second_ranks, retrieval.rank_each(brain, clip, direction))
+    assert (result.final_ranks == 1).mean() > (result.first_ranks == 1).mean()
+    all_candidates = retrieval.rerank_second_order(
         brain, clip, one_brain, one_clip, k=60, direction=direction
     )
-    np.testing.assert_array_equal(everything.final_ranks, everything.second_ranks)
+    np.testing.assert_array_equal(all_candidates.final_ranks, all_candidates.second_ranks)
 
 
 def test_second_order_does_not_reward_ties():
@@ -235,12 +233,12 @@ def test_embeddings_of_another_run_must_be_of_the_same_images(tmp_path):
     save_file(content | {"projected_network": torch.zeros(3, 1, 4)}, path)
     brain, clip = retrieval.load_run_embeddings(tmp_path / "first", [5, 6, 7])
     assert not brain.any() and clip.all() and brain.shape == clip.shape == (3, 1, 4)
-    for ids, words in (
+    for ids, message in (
         ([7, 6, 5], "the same ones in another order"),
         ([5, 6], "2 of them the same"),
         ([8, 9, 1], "0 of them the same"),
     ):
-        with pytest.raises(PerceptError, match=words):
+        with pytest.raises(PerceptError, match=message):
             retrieval.load_run_embeddings(tmp_path / "first", ids)
 
 

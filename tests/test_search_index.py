@@ -24,7 +24,7 @@ from src.data.layout import write_image_table, write_subject
 from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
 from src.pretrained.clip import Clipper
-from src.search.local import LocalIndex, load_local_images
+from src.search import LocalIndex, load_local_images
 from src.utils import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,16 +37,22 @@ def world(tmp_path_factory):
     tokens.
     """
     home = tmp_path_factory.mktemp("home")
-    made, folder = simulate(1, 40, 8, N_TEST), home / "data" / "small"
+    experiment, folder = simulate(1, 40, 8, N_TEST), home / "data" / "small"
     about = {
         "source": "mini world (simulated)",
         "units": "percent signal change",
         "normalisation": "none",
         "protocol": "mini",
     }
-    write_subject(folder / "subj01", made.scan.betas, made.scan.trials, made.scan.voxels, about)
-    write_images(folder / "images.h5", made.images, made.image_ids)
-    write_image_table(folder / "labels.parquet", made.labels)
+    write_subject(
+        folder / "subj01",
+        experiment.scan.betas,
+        experiment.scan.trials,
+        experiment.scan.voxels,
+        about,
+    )
+    write_images(folder / "images.h5", experiment.images, experiment.image_ids)
+    write_image_table(folder / "labels.parquet", experiment.labels)
     subject = open_subject(folder, 1)
     ids, rng = subject.image_ids("test"), np.random.default_rng(0)
     pixels = subject.images(ids)
@@ -119,16 +125,16 @@ def search(world, *flags):
 
 def outcome(world):
     results = world.home / "results" / "one"
-    made, found = (
+    tensors, found_rows = (
         load_file(results / "reconstructions.safetensors"),
         pd.read_parquet(results / "found.parquet"),
     )
-    written = json.loads((results / "metrics.json").read_text())
+    content = json.loads((results / "metrics.json").read_text())
     return (
-        made,
-        found,
-        {r["name"]: r for r in written["metrics"]},
-        {t["title"]: t for t in written["tables"]},
+        tensors,
+        found_rows,
+        {r["name"]: r for r in content["metrics"]},
+        {t["title"]: t for t in content["tables"]},
     )
 
 
@@ -139,72 +145,70 @@ def pooled(world):
 def test_the_test_images_are_left_out_and_everything_is_written(world):
     done = search(world, *pooled(world))
     assert done.returncode == 0, done.stdout + done.stderr
-    made, found, records, tables = outcome(world)
+    tensors, found_rows, records, tables = outcome(world)
+    assert f"In the pool are {N_TEST} of {N_TEST} test pictures" in done.stdout
+    assert "Exact image in pool: no." in done.stdout
     assert (
-        f"In the pool are {N_TEST} of {N_TEST} test pictures" in done.stdout
-        and "Exact image in pool: no." in done.stdout
+        tensors["retrieved"].shape
+        == tensors["retrieved_ceiling"].shape
+        == (
+            N_TEST,
+            3,
+            32,
+            32,
+        )
     )
-    assert made["retrieved"].shape == made["retrieved_ceiling"].shape == (N_TEST, 3, 32, 32) and {
+    assert {
         "seen",
         "network",
-    } <= set(made)
+    } <= set(tensors)
     for name in (
         "retrieved",
         "retrieved_ceiling",
     ):  # no picture is one of the test set, which are the first of the pool
-        assert (made[name].float()[:, None] - world.seen[None]).abs().amax((2, 3, 4)).min() > 0.1
-    assert (
-        found["row"].min() >= N_TEST
-        and len(found) == 2 * 4 * N_TEST
-        and found.groupby(["search", "image"])["chosen"].sum().eq(1).all()
+        assert (tensors[name].float()[:, None] - world.seen[None]).abs().amax((2, 3, 4)).min() > 0.1
+    assert found_rows["row"].min() >= N_TEST
+    assert len(found_rows) == 2 * 4 * N_TEST
+    assert found_rows.groupby(["search", "image"])["chosen"].sum().eq(1).all()
+    brain = (
+        found_rows[found_rows["search"] == "retrieved"].groupby("image")["similarity"].apply(list)
     )
-    brain = found[found["search"] == "retrieved"].groupby("image")["similarity"].apply(list)
-    assert (
-        all(values == sorted(values, reverse=True) for values in brain)
-        and found["caption"].str.len().gt(0).all()
-    )
+    assert all(values == sorted(values, reverse=True) for values in brain)
+    assert found_rows["caption"].str.len().gt(0).all()
     assert (
         records["pool_top1"]["value"]
         > 0.8
         > 0.2
         > records["pool_top1"]["floors"]["shuffled"]["value"]
-        and records["pool_top1"]["exact_in_pool"] == "yes"
     )
-    assert (
-        tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "no"
-        and tables["Retrieved pictures"]["rows"][0]["test pictures left out"] == N_TEST
-    )
+    assert records["pool_top1"]["exact_in_pool"] == "yes"
+    assert tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "no"
+    assert tables["Retrieved pictures"]["rows"][0]["test pictures left out"] == N_TEST
     assert torch.load(
         world.home / "results/one/one_laion_retrievals_top16.pt", weights_only=True
     ).shape == (N_TEST, 3, 32, 32)
-    assert (world.home / "results/one/figures/found.png").exists() and not (
-        world.home / "results/one/.searching"
-    ).exists()
+    assert (world.home / "results/one/figures/found.png").exists()
+    assert not (world.home / "results/one/.searching").exists()
 
 
 def test_asked_for_they_are_found_and_all_tokens_choose(world):
     done = search(world, *pooled(world), "--keep_test_images", "--token_run", "tokens")
     assert done.returncode == 0, done.stdout + done.stderr
-    made, found, records, tables = outcome(world)
+    tensors, found_rows, records, tables = outcome(world)
+    assert "embedding: 0" in done.stderr
+    assert "Exact image in pool: yes" in done.stdout  # nothing was new in the pool
     assert (
-        "embedding: 0" in done.stderr and "Exact image in pool: yes" in done.stdout
-    )  # nothing was new in the pool
-    assert (
-        (made["retrieved"].float() - world.seen).abs().amax((1, 2, 3)) < 1e-3
+        (tensors["retrieved"].float() - world.seen).abs().amax((1, 2, 3)) < 1e-3
     ).float().mean() > 0.9
-    torch.testing.assert_close(made["retrieved_ceiling"].float(), world.seen, atol=1e-3, rtol=0)
-    assert (
-        tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "yes"
-        and "tokens of tokens" in tables["Retrieved pictures"]["rows"][0]["chosen by"]
-    )
+    torch.testing.assert_close(tensors["retrieved_ceiling"].float(), world.seen, atol=1e-3, rtol=0)
+    assert tables["Retrieved pictures"]["rows"][0]["exact image in pool"] == "yes"
+    assert "tokens of tokens" in tables["Retrieved pictures"]["rows"][0]["chosen by"]
 
 
 def test_a_run_of_many_tokens_cannot_ask(world):
     done = search(world, *pooled(world), "--model_name", "tokens")
-    assert (
-        done.returncode
-        and "(17, 128) tokens an image, and an index is searched by one embedding" in done.stderr
-    )
+    assert done.returncode
+    assert "(17, 128) tokens an image, and an index is searched by one embedding" in done.stderr
 
 
 class Server(Quiet):
@@ -216,7 +220,7 @@ class Server(Quiet):
 
     def do_POST(self):
         fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        found = self.index.search(
+        result = self.index.search(
             np.array([fields["embedding_input"]]), min(fields["num_images"], 60)
         )
         lines = [
@@ -225,7 +229,7 @@ class Server(Quiet):
                 "similarity": float(s),
                 "url": f"http://127.0.0.1:{self.server.server_address[1]}/{row}.png",
             }
-            for s, row in zip(found.similarity[0], found.row[0], strict=True)
+            for s, row in zip(result.similarity[0], result.row[0], strict=True)
         ]
         self.send(200, json.dumps(lines).encode(), Content_Type="application/json")
 
@@ -244,8 +248,9 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
     with serving(Server, index=LocalIndex(world.home / "data/indices/small")) as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/knn-service"
         refused = search(world, "--url", url, "--candidates", "8", "--server_timeout", "60")
+        assert "without a picture" in refused.stdout
         assert (
-            "without a picture" in refused.stdout and f"'retrieved': {N_TEST}" in refused.stdout
+            f"'retrieved': {N_TEST}" in refused.stdout
         )  # pictures on this machine are not fetched unless asked for
         done = search(
             world,
@@ -260,23 +265,21 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
             "60",
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        made, found, _, tables = outcome(world)
-        assert (
-            (found["row"] % 3 > 0).all()
-            and len(found) == 2 * 4 * N_TEST
-            and found["url"].str.startswith("http").all()
-            and found["row"].min() >= N_TEST
-        )
-        shown = (
-            found[found["chosen"] & (found["search"] == "retrieved")]
+        tensors, found_rows, _, tables = outcome(world)
+        assert (found_rows["row"] % 3 > 0).all()
+        assert len(found_rows) == 2 * 4 * N_TEST
+        assert found_rows["url"].str.startswith("http").all()
+        assert found_rows["row"].min() >= N_TEST
+        chosen_rows = (
+            found_rows[found_rows["chosen"] & (found_rows["search"] == "retrieved")]
             .set_index("image")
             .loc[world.ids, "row"]
         )
         pixels, _ = load_local_images(
-            LocalIndex(world.home / "data/indices/small").get_metadata(shown), 32
+            LocalIndex(world.home / "data/indices/small").get_metadata(chosen_rows), 32
         )
         torch.testing.assert_close(
-            made["retrieved"].float(),
+            tensors["retrieved"].float(),
             torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
             atol=2e-3,
             rtol=0,
@@ -285,8 +288,6 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
 
 def test_a_server_that_is_down_is_one_sentence(world):
     done = search(world, "--url", "http://127.0.0.1:9/knn-service")
-    assert (
-        done.returncode
-        and done.stderr.strip().splitlines()[-1].count("http://127.0.0.1:9/knn-service") == 1
-        and "December 2023" in done.stderr
-    )
+    assert done.returncode
+    assert done.stderr.strip().splitlines()[-1].count("http://127.0.0.1:9/knn-service") == 1
+    assert "December 2023" in done.stderr

@@ -1,50 +1,54 @@
-"""Search in large indexes: faiss on this machine, Qdrant, clip-retrieval servers."""
+"""Search in large indexes: faiss on this machine, Qdrant, clip-retrieval servers.
 
-from src.search.clip_retrieval import (
-    PUBLISHED_SETTINGS,
+faiss and Qdrant are packages of the extra `search`; they are imported when an index is opened.
+"""
+
+from src.search.building import OPQ_ITERATIONS, build_index, merge_shards
+from src.search.clip_retrieval import PUBLISHED_OPTIONS, RemoteIndex, RequestOptions
+from src.search.embed import embed_images
+from src.search.embeddings import Embeddings, SearchResult, find_near_duplicates, select_top_k
+from src.search.fetching import (
+    FetchedImages,
+    FetchOptions,
     ImageCache,
-    RemoteIndex,
     decode_sent_images,
     fetch_images,
-    is_public,
     select_available_images,
 )
-from src.search.local import (
-    INDEX_KINDS,
-    OPQ_ITERATIONS,
-    Embeddings,
-    LocalIndex,
-    build_index,
-    choose_index,
-    embed_images,
-    find_near_duplicates,
-    find_new_parts,
-    list_index_plans,
-    load_local_images,
-    write_tars,
-)
+from src.search.http_client import is_public
+from src.search.images import decode_image, find_new_parts, load_local_images, write_tars
+from src.search.local import LocalIndex
+from src.search.plans import INDEX_KINDS, IndexPlan, choose_index, list_index_plans
 from src.search.qdrant import QdrantIndex, iterate_parts
 
 __all__ = [
     "Embeddings",
+    "FetchOptions",
+    "FetchedImages",
     "INDEX_KINDS",
-    "LocalIndex",
-    "PUBLISHED_SETTINGS",
     "ImageCache",
-    "QdrantIndex",
+    "IndexPlan",
+    "LocalIndex",
     "OPQ_ITERATIONS",
+    "PUBLISHED_OPTIONS",
+    "QdrantIndex",
     "RemoteIndex",
+    "RequestOptions",
+    "SearchResult",
     "build_index",
     "choose_index",
-    "find_new_parts",
+    "decode_image",
+    "decode_sent_images",
     "embed_images",
     "fetch_images",
-    "select_available_images",
-    "is_public",
-    "load_local_images",
     "find_near_duplicates",
+    "find_new_parts",
+    "is_public",
     "iterate_parts",
     "list_index_plans",
-    "decode_sent_images",
+    "load_local_images",
+    "merge_shards",
+    "select_available_images",
+    "select_top_k",
     "write_tars",
 ]
