@@ -63,7 +63,9 @@ folder, subjects = (
     sorted({subj, *(int(s) for s in also.split(",") if s.strip())}),
 )
 missing = [s for s in subjects if overwrite or not subject_folder(dataset, s).exists()]
-played = source_format if source == "mini" else source
+played = source
+if source == "mini":
+    played = source_format
 for number in missing if source == "mini" else []:
     world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
     WRITERS[played](folder, number, SourceData.from_world(world))
@@ -91,8 +93,8 @@ if remote_data and missing:
 
 # %%
 print(
-    f"options of the reader '{played}' and their defaults: {default_options(played)}\n\nterms of use:"
-    f" {READERS[played].TERMS}"
+    f"options of the reader '{played}' and their defaults: {default_options(played)}\n\n"
+    f"terms of use: {READERS[played].TERMS}"
 )
 reader_options = {
     "trials_per_session": trials_per_session,
@@ -182,9 +184,9 @@ pd.DataFrame(table).T.astype({"voxels": int}).rename(
 
 # %%
 normaliser = Normaliser.fit(subject)
-shown_split = (
-    "test" if (trials[trials.split == "test"].groupby("image").size() > 1).any() else "train"
-)
+shown_split = "train"
+if (trials[trials.split == "test"].groupby("image").size() > 1).any():
+    shown_split = "test"
 example_rows = [
     rows for rows in subject.rows_by_image(shown_split) if len(rows) > 1 or not repeated
 ][:6]

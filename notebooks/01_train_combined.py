@@ -191,8 +191,8 @@ print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitt
 normaliser = Normaliser.fit(subject)
 normaliser.save(run.logs / "normaliser.safetensors")
 print(
-    f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.n_features})   volume"
-    f" {subject.volume_shape}"
+    f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.n_features})  "
+    f" volume {subject.volume_shape}"
 )
 
 # %% [markdown]
@@ -303,7 +303,9 @@ print(
 # `gather` brings in the samples of other processes.
 
 # %%
-mix_epochs = int(mixup_pct * num_epochs) if use_mixco else 0
+mix_epochs = 0
+if use_mixco:
+    mix_epochs = int(mixup_pct * num_epochs)
 soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 
@@ -319,6 +321,7 @@ def contrast(brain, image, epoch, mix):
     )
 
 
+# %%
 def target_of(batch):
     """Target embeddings (batch, 1, dim): from the cache, or of images that are augmented now."""
     embeddings = (
@@ -330,15 +333,19 @@ def target_of(batch):
 
 
 # %%
-diffusion = (
-    set_sampler(load_generator(1, weights, run.device), sd_scheduler)
-    if n_samples_save or clip_aug_mode != "none"
-    else None
-)
+diffusion = None
+if n_samples_save or clip_aug_mode != "none":
+    diffusion = set_sampler(load_generator(1, weights, run.device), sd_scheduler)
 
 
 # %%
-def varied(model, brain, target, batch):
+def embed_variation(embedding, batch, noise_seed):
+    """CLIP's embedding (batch, 1, dim) of the images that the generator makes of an embedding."""
+    variation = embed_variations(diffusion, clipper, embedding[:, 0], batch["image"], noise_seed)
+    return variation[:, None]
+
+
+def vary(model, brain, target, batch):
     """Condition and target (batch, 1, dim), for some batches with an image variation in the place
     of one of them; and whether it is one of these.
     """
@@ -346,27 +353,25 @@ def varied(model, brain, target, batch):
     if clip_aug_mode == "none" or chance.random() >= clip_aug_prob:
         return brain, target, False
     noise_seed = int(chance.integers(2**31))
-    if (
-        clip_aug_mode == "x"
-    ):  # what the image looks like to CLIP, in place of what the brain says of it
-        other = embed_variations(diffusion, clipper, target[:, 0], batch["image"], noise_seed)[
-            :, None
-        ]
-        return (
-            other / other.norm(dim=-1, keepdim=True) * brain.norm(dim=-1, keepdim=True),
-            target,
-            True,
-        )
-    with torch.no_grad():  # what the prior predicts, painted, is to be predicted
-        guess = (
-            model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
-            / model.image_embed_scale
-        )
-    return (
-        brain,
-        embed_variations(diffusion, clipper, guess[:, 0], batch["image"], noise_seed)[:, None],
-        True,
-    )
+    if clip_aug_mode == "x":  # what CLIP sees in the image, in place of what the brain says of it
+        variation = embed_variation(target, batch, noise_seed)
+        direction = variation / variation.norm(dim=-1, keepdim=True)
+        return direction * brain.norm(dim=-1, keepdim=True), target, True
+    with torch.no_grad():  # the image of what the prior predicts is to be predicted
+        scaled = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
+    return brain, embed_variation(scaled / model.image_embed_scale, batch, noise_seed), True
+
+
+# %%
+def mix_batch(voxels, target, batch):
+    """Voxels mixed in pairs (MixCo), the target, mixed too where that is asked for, and the mix."""
+    with seeded(int(gather(batch["seed"])[0])):
+        mixed, *mix = mixco(gather(voxels))
+    if "mixed_targets" in published:  # the labels of the contrastive loss mix, too
+        perm, betas, _ = mix
+        share, every_target = betas[:, None, None], gather(target)
+        target = select_local_rows(share * every_target + (1 - share) * every_target[perm])
+    return select_local_rows(mixed), target, mix
 
 
 # %%
@@ -376,30 +381,21 @@ def step(model, batch, epoch):
     """
     voxels, target, mix = batch["voxels"], target_of(batch), ()
     if epoch < mix_epochs:
-        with seeded(int(gather(batch["seed"])[0])):
-            voxels, *mix = mixco(gather(voxels))
-        voxels = select_local_rows(voxels)
-        if "mixed_targets" in published:  # the labels of the contrastive loss mix, too
-            perm, betas, _ = mix
-            target = select_local_rows(
-                betas[:, None, None] * gather(target)
-                + (1 - betas[:, None, None]) * gather(target)[perm]
-            )
+        voxels, target, mix = mix_batch(voxels, target, batch)
     if not combine_models:
         model.voxel2clip.eval()  # frozen are its dropout and the statistics of its norms, too
     brain, _ = model.voxel2clip.predict_tokens(voxels)  # (batch, 1, dim)
-    condition, goal, changed = varied(model, brain, target, batch)
+    condition, goal, changed = vary(model, brain, target, batch)
     mse = model(text_embed=condition, image_embed=goal, seeds=batch["seed"])[0]
-    logs = {"loss_mse": mse.detach()} | (
-        {f"loss_{'on' if changed else 'off'}_aug": mse.detach()} if clip_aug_mode != "none" else {}
-    )
+    logs = {"loss_mse": mse.detach()}
+    if clip_aug_mode != "none":
+        logs[f"loss_{'on' if changed else 'off'}_aug"] = mse.detach()
     if not combine_losses:
         return mse, logs
-    now, nce = (
-        compute_alpha(epoch, num_epochs, alpha_schedule, alpha, alpha_end),
-        contrast(brain, target, epoch, mix),
-    )
-    return combined_loss(mse, nce, now, loss_form), logs | {"loss_nce": nce.detach(), "alpha": now}
+    weight = compute_alpha(epoch, num_epochs, alpha_schedule, alpha, alpha_end)
+    nce = contrast(brain, target, epoch, mix)
+    logs |= {"loss_nce": nce.detach(), "alpha": weight}
+    return combined_loss(mse, nce, weight, loss_form), logs
 
 
 # %% [markdown]
@@ -408,25 +404,29 @@ def step(model, batch, epoch):
 # similarity to the embedding of another image.
 
 # %%
+def predict_batch(model, batch):
+    """Of one batch: the brain's embeddings, the true ones (batch, 1, dim), and the errors of the
+    prior (batch,).
+    """
+    brain, _ = model.voxel2clip.predict_tokens(batch["voxels"])
+    target = target_of(batch)
+    guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
+    return brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2))
+
+
+# %%
 @torch.no_grad()
 def validate(model):
     """Losses and retrieval over the whole validation split."""
-    batches_seen = []
-    for batch in iterate_batches(val, batch_size, next(model.parameters()).device):
-        (brain, _), target = model.voxel2clip.predict_tokens(batch["voxels"]), target_of(batch)
-        guess = model(text_embed=brain, image_embed=target, seeds=batch["seed"])[1]
-        batches_seen.append(
-            (brain, target, (guess - target * model.image_embed_scale).square().mean((1, 2)))
-        )
-    brains, targets, errors = (
-        torch.cat(parts).float() for parts in zip(*batches_seen, strict=True)
-    )
+    device = next(model.parameters()).device
+    outputs = [predict_batch(model, batch) for batch in iterate_batches(val, batch_size, device)]
+    brains, targets, errors = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
     brain, image = l2_normalize(brains), l2_normalize(targets)
-    right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
+    similar = cosine_similarity(brain, image)
+    right = torch.arange(len(brain), device=brain.device)
     mse, nce = errors.mean(), info_nce(brain, image)
-    loss = combined_loss(mse, nce, alpha, loss_form) if combine_losses else mse
     values = {
-        "loss": loss,
+        "loss": combined_loss(mse, nce, alpha, loss_form) if combine_losses else mse,
         "loss_mse": mse,
         "loss_nce": nce,
         "cosine_sim": similar.diagonal().mean(),
@@ -443,42 +443,64 @@ def validate(model):
 # was seen needs two images and says little of so few.
 
 # %%
-eye = FeatureNetwork("InceptionV3", weights, run.device) if n_samples_save >= 2 else None
+eye = None
+if n_samples_save >= 2:
+    eye = FeatureNetwork("InceptionV3", weights, run.device)
 distances = run.results / "fid.csv"
+
+
+# %%
+def draw_split(model, split, n_images):
+    """Rows of images of a split by name: seen ones, and those made from brain and image."""
+    ids = subject.image_ids(split)[:n_images]
+    voxels = subject.average_rows(subject.rows_by_image(split)[: len(ids)], normaliser)
+    truth = captions.first(ids) if modality == "text" else images.rows(ids)
+    seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
+    rows = generate_sample_grid(
+        model, diffusion, voxels, truth, ids, steps=num_inference_steps, seed=42
+    )
+    return {"seen": seen} | rows
 
 
 # %%
 def draw(model, epoch):
     """Grids of samples and FID of an epoch by name."""
-    figures = {}
-    for dataset_, count in (("train", n_samples_save // 2), ("val", n_samples_save)):
-        ids = subject.image_ids(dataset_)[:count]
-        if not len(ids):
+    figures, distances_now = {}, {}
+    for split, n_images in (("train", n_samples_save // 2), ("val", n_samples_save)):
+        n_images = min(n_images, len(subject.image_ids(split)))
+        if not n_images:
             continue
-        x = subject.average_rows(subject.rows_by_image(dataset_)[: len(ids)], normaliser)
-        truth = captions.first(ids) if modality == "text" else images.rows(ids)
-        seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        rows = generate_sample_grid(
-            model, diffusion, x, truth, ids, steps=num_inference_steps, seed=42
-        )
-        figures[f"{dataset_}/samples"] = plot_image_grid({"seen": seen} | rows, n=len(ids))
-        save_figure(
-            figures[f"{dataset_}/samples"],
-            run.results / "figures" / f"01_samples_{dataset_}_epoch{epoch:03d}.png",
-        )
-        if len(ids) > 1:
-            figures[f"{dataset_}/FID"] = compute_fid(
-                eye,
-                seen,
-                torch.cat([samples for name, samples in rows.items() if name.startswith("brain")]),
-            )
-    numbers = {name: value for name, value in figures.items() if name.endswith("FID")}
-    if numbers:
-        pd.DataFrame([{"epoch": epoch} | numbers]).to_csv(
+        rows = draw_split(model, split, n_images)
+        figures[f"{split}/samples"] = plot_image_grid(rows, n=n_images)
+        file = run.results / "figures" / f"01_samples_{split}_epoch{epoch:03d}.png"
+        save_figure(figures[f"{split}/samples"], file)
+        if n_images > 1:
+            from_brain = [images for name, images in rows.items() if name.startswith("brain")]
+            distances_now[f"{split}/FID"] = compute_fid(eye, rows["seen"], torch.cat(from_brain))
+    if distances_now:
+        pd.DataFrame([{"epoch": epoch} | distances_now]).to_csv(
             distances, mode="a", header=not distances.exists(), index=False
         )
-    return figures
+    return figures | distances_now
 
+
+# %%
+batching = Batching(num_epochs, batch_size, seed)
+optimisation = Optimisation(
+    max_lr if lr_scheduler_type == "cycle" else initial_lr,
+    scheduler=lr_scheduler_type,
+    decay="published" if "norm_decay" in published else "no_norms",
+)
+checkpointing = Checkpointing(
+    resume=resume_from_ckpt,
+    checkpoints=ckpt_saving,
+    ckpt_interval=ckpt_interval,
+    keep_epochs=True,
+    save_at_end=save_at_end,
+)
+samples = train
+if first_batch:
+    samples = Subset(train, range(min(batch_size, len(train))))
 
 # %%
 if decoder != "ridge":
@@ -490,23 +512,13 @@ if decoder != "ridge":
     history = fit(
         model,
         step,
-        Subset(train, range(min(batch_size, len(train)))) if first_batch else train,
+        samples,
         folder=run.logs / "high_level",
         config=config,
-        batching=Batching(num_epochs, batch_size, seed),
-        optimisation=Optimisation(
-            max_lr if lr_scheduler_type == "cycle" else initial_lr,
-            scheduler=lr_scheduler_type,
-            decay="published" if "norm_decay" in published else "no_norms",
-        ),
+        batching=batching,
+        optimisation=optimisation,
         execution=Execution(run.device, precision),
-        checkpointing=Checkpointing(
-            resume=resume_from_ckpt,
-            checkpoints=ckpt_saving,
-            ckpt_interval=ckpt_interval,
-            keep_epochs=True,
-            save_at_end=save_at_end,
-        ),
+        checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if n_samples_save else None, sample_interval),
     )

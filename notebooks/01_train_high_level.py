@@ -187,12 +187,17 @@ if subject is not all_trials:
     }
     print(
         f"images kept: {remaining}; test images in held-out clusters:"
-        f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol {subject.protocol}"
+        f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol"
+        f" {subject.protocol}"
     )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 normaliser.save(run.logs / "normaliser.safetensors")
-train_split = "train+val" if "train_on_val" in published else "train"
+train_split = "train"
+
+# %%
+if "train_on_val" in published:
+    train_split = "train+val"
 
 # %%
 print(
@@ -244,12 +249,15 @@ if use_image_aug and cached_views:
     targets = {"tokens": views}
 elif use_image_aug:
     targets = {}
-repeats = "batch" if "batch_repeats" in published else "random"
+repeats = "random"
+if "batch_repeats" in published:
+    repeats = "batch"
 train = BrainDataset(subject, train_split, targets, normaliser, repeats, seed, pixels=not targets)
 val = BrainDataset(subject, "val", {"tokens": clip_tokens}, normaliser, "mean", seed)
 print(
     f"(tokens, dim) = ({n_tokens}, {dim})   targets:"
-    f" {'of augmented images, ' if use_image_aug else ''}{'cached' if targets else 'made at every step'}"
+    f" {'of augmented images, ' if use_image_aug else ''}"
+    f"{'cached' if targets else 'made at every step'}"
 )
 
 # %% [markdown]
@@ -415,38 +423,57 @@ if n_samples_save:
 
 
 # %%
+def draw_umap(model):
+    """A UMAP of the validation images: projected tokens beside true ones."""
+    projected, target, *_ = predicted(model)
+    labels = ["image"] * len(val)
+    if umap_label:
+        labels = subject.categories(val.image_ids, umap_label)
+    return plot_embeddings(projected, target, labels, seed=seed)
+
+
+def draw_samples(model, epoch):
+    """The first validation images beside what is reconstructed of them."""
+    voxels, ids = subject.get_mean_betas("val", normaliser=normaliser)
+    voxels, ids = voxels[:n_samples_save], ids[:n_samples_save]
+    sampling = PriorSampling(use_prior=prior, seed=seed)
+    tokens, _ = predict_tokens(model, voxels, (n_tokens, dim), sampling, ids, device=run.device)
+    seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
+    images = generate_images(diffusion, tokens, ids, seed=seed)[:, 0]
+    return plot_image_grid({"seen": seen, f"epoch {epoch}": images}, n=len(ids))
+
+
+# %%
 def draw(model, epoch):
     """Figures of an epoch by name."""
     figures = {}
     if plot_umap:
-        projected, target, *_ = predicted(model)
-        labels = (
-            subject.categories(val.image_ids, umap_label) if umap_label else ["image"] * len(val)
-        )
-        figures["umap"] = plot_embeddings(projected, target, labels, seed=seed)
+        figures["umap"] = draw_umap(model)
     if n_samples_save:
-        x, ids = subject.get_mean_betas("val", normaliser=normaliser)
-        x, ids = x[:n_samples_save], ids[:n_samples_save]
-        tokens, _ = predict_tokens(
-            model,
-            x,
-            (n_tokens, dim),
-            PriorSampling(use_prior=prior, seed=seed),
-            ids,
-            device=run.device,
-        )
-        seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-        figures["samples"] = plot_image_grid(
-            {
-                "seen": seen,
-                f"epoch {epoch}": generate_images(diffusion, tokens, ids, seed=seed)[:, 0],
-            },
-            n=len(ids),
-        )
+        figures["samples"] = draw_samples(model, epoch)
     for name, figure in figures.items():
         save_figure(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
     return figures
 
+
+# %%
+batching = Batching(
+    num_epochs,
+    batch_size,
+    seed,
+    order="resampled" if "resampled_epochs" in published else "shuffled",
+)
+optimisation = Optimisation(
+    max_lr,
+    scheduler=lr_scheduler_type,
+    decay="published" if "norm_decay" in published else "no_norms",
+)
+checkpointing = Checkpointing(
+    resume=resume_from_ckpt,
+    checkpoints=ckpt_saving,
+    ckpt_interval=ckpt_interval,
+    save_at_end=save_at_end or "train_on_val" in published,
+)
 
 # %%
 if decoder != "ridge":
@@ -457,24 +484,10 @@ if decoder != "ridge":
         train,
         folder=run.logs / "high_level",
         config=config,
-        batching=Batching(
-            num_epochs,
-            batch_size,
-            seed,
-            order="resampled" if "resampled_epochs" in published else "shuffled",
-        ),
-        optimisation=Optimisation(
-            max_lr,
-            scheduler=lr_scheduler_type,
-            decay="published" if "norm_decay" in published else "no_norms",
-        ),
+        batching=batching,
+        optimisation=optimisation,
         execution=Execution(run.device, precision, step_in_backward=step_in_backward),
-        checkpointing=Checkpointing(
-            resume=resume_from_ckpt,
-            checkpoints=ckpt_saving,
-            ckpt_interval=ckpt_interval,
-            save_at_end=save_at_end or "train_on_val" in published,
-        ),
+        checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if plot_umap or n_samples_save else None),
     )

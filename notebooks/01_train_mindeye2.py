@@ -199,7 +199,9 @@ def opened(number):
 people = [opened(number) for number in training_subjects]
 people[0][1].save(run.logs / "normaliser.safetensors")
 images = np.unique(np.concatenate([subject.all_images for subject, _ in people]))
-train_split = "train+val" if "train_on_val" in published else "train"
+train_split = "train"
+if "train_on_val" in published:
+    train_split = "train+val"
 for number, (subject, normaliser) in zip(training_subjects, people, strict=True):
     print(
         f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
@@ -445,31 +447,28 @@ def step(model, batch, epoch):
 # image is the nearest.
 
 # %%
-def predicted(model, number):
-    """Of one subject's validation images: backbone's and projected tokens, targets, and the errors
-    of the prior and of the blurry latent (images,).
+def predict_batch(model, batch, number):
+    """Of one batch of one subject: backbone's and projected tokens, targets, and the errors of the
+    prior and of the blurry latent (batch,).
     """
-    outputs, device = [], next(model.parameters()).device
-    for batch in iterate_batches(val.datasets[number], batch_size, device):
-        backbone, projected, blurry = model(batch["voxels"], number)
-        target, zeros = batch["tokens"], backbone.new_zeros(len(backbone))
-        guess = (
-            model.diffusion_prior(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
-            if prior
-            else target
-        )
-        blur = (
-            (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3)) if blurry_recon else zeros
-        )
-        outputs.append(
-            (
-                backbone,
-                projected if clip_scale else backbone,
-                target,
-                (guess - target).square().mean((1, 2)),
-                blur,
-            )
-        )
+    backbone, projected, blurry = model(batch["voxels"], number)
+    guess = target = batch["tokens"]
+    if prior:
+        guess = model.diffusion_prior(text_embed=backbone, image_embed=target, seeds=batch["seed"])[
+            1
+        ]
+    blur_error = backbone.new_zeros(len(backbone))
+    if blurry_recon:
+        blur_error = (blurry[0].float() - batch["latents"]).abs().mean((1, 2, 3))
+    prior_error = (guess - target).square().mean((1, 2))
+    return backbone, projected if clip_scale else backbone, target, prior_error, blur_error
+
+
+def predicted(model, number):
+    """What `predict_batch` gives for all validation images of one subject."""
+    device = next(model.parameters()).device
+    loader = iterate_batches(val.datasets[number], batch_size, device)
+    outputs = [predict_batch(model, batch, number) for batch in loader]
     return [torch.cat(parts).float() for parts in zip(*outputs, strict=True)]
 
 
@@ -528,6 +527,23 @@ if decoder != "ridge":
     print(f"device {run.device}: gradients reach {reached:,} parameters")
 
 # %%
+batching = Batching(
+    num_epochs,
+    batch_size,
+    seed,
+    order="resampled" if "resampled_epochs" in published else "shuffled",
+)
+optimisation = Optimisation(
+    max_lr,
+    scheduler=lr_scheduler_type,
+    decay="published" if "norm_decay" in published else "no_norms",
+    clip_grad=0 if step_in_backward else clip_grad,
+)
+checkpointing = Checkpointing(
+    resume=resume_from_ckpt, checkpoints=ckpt_saving, ckpt_interval=ckpt_interval
+)
+
+# %%
 if decoder != "ridge":
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
@@ -536,22 +552,10 @@ if decoder != "ridge":
         train,
         folder=run.logs / "high_level",
         config=config,
-        batching=Batching(
-            num_epochs,
-            batch_size,
-            seed,
-            order="resampled" if "resampled_epochs" in published else "shuffled",
-        ),
-        optimisation=Optimisation(
-            max_lr,
-            scheduler=lr_scheduler_type,
-            decay="published" if "norm_decay" in published else "no_norms",
-            clip_grad=0 if step_in_backward else clip_grad,
-        ),
+        batching=batching,
+        optimisation=optimisation,
         execution=Execution(run.device, precision, step_in_backward=step_in_backward),
-        checkpointing=Checkpointing(
-            resume=resume_from_ckpt, checkpoints=ckpt_saving, ckpt_interval=ckpt_interval
-        ),
+        checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger),
     )

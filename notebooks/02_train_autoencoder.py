@@ -263,7 +263,9 @@ def picture_losses(latent, pixels):
         target = F.interpolate(
             pixels[:n_decoded].float() / 255, decoded.shape[-2:], mode="bilinear", antialias=True
         )
-        seen = median_blur(target, (7, 7)) if use_blurred_training else target
+        seen = target
+        if use_blurred_training:
+            seen = median_blur(target, (7, 7))
         losses = {
             "reconst": (2.0, 2 * F.l1_loss(decoded, seen).nan_to_num())
         }  # twice, as pictures from -1 to 1 are published

@@ -134,8 +134,8 @@ spread = (
     f" {'components' if n_components else 'voxels'}"
 )
 print(
-    f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {spread}   protocol"
-    f" {subject.protocol}"
+    f"{len(train)} training samples of {len(subject.image_ids('train'))} images   {spread}  "
+    f" protocol {subject.protocol}"
 )
 print(
     f"(channels, height, width) of a latent = {autoencoder.latent_shape}, of a picture = (3,"
@@ -256,39 +256,39 @@ def draw(model, epoch):
 
 
 # %%
+schedules = {"constant": "fixed", "constant_with_warmup": "warmup"}
+optimisation = Optimisation(
+    learning_rate * (batch_size if scale_lr else 1),
+    scheduler=schedules.get(lr_scheduler, lr_scheduler),
+    warmup_steps=warmup_steps,
+    betas=(adam_beta1, adam_beta2),
+    eps=adam_epsilon,
+    weight_decay=adam_weight_decay,
+)
+batching = Batching(num_epochs, batch_size, seed, accumulate=gradient_accumulation_steps)
+checkpointing = Checkpointing(
+    resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval)
+)
+
+# %%
 if decoder != "ridge":
     logger = open_tracker(run, wandb_log, wandb_project)
-    schedules = {"constant": "fixed", "constant_with_warmup": "warmup"}
     history = fit(
         model,
         step,
         train,
         folder=run.logs / "low_level",
         config=config,
-        batching=Batching(num_epochs, batch_size, seed, accumulate=gradient_accumulation_steps),
-        optimisation=Optimisation(
-            learning_rate * (batch_size if scale_lr else 1),
-            scheduler=schedules.get(lr_scheduler, lr_scheduler),
-            warmup_steps=warmup_steps,
-            betas=(adam_beta1, adam_beta2),
-            eps=adam_epsilon,
-            weight_decay=adam_weight_decay,
-        ),
+        batching=batching,
+        optimisation=optimisation,
         execution=Execution(run.device, precision, num_workers),
-        checkpointing=Checkpointing(
-            resume=resume_from_ckpt,
-            ckpt_interval=ckpt_interval,
-            keep_epochs=bool(ckpt_interval),
-        ),
+        checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if ckpt_interval else None),
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
-    print(
-        history.iloc[history["val/loss"].argmin()][["epoch", "val/loss", "val/r2"]]
-        .round(4)
-        .to_dict()
-    )
+    best_epoch = history.iloc[history["val/loss"].argmin()]
+    print(best_epoch[["epoch", "val/loss", "val/r2"]].round(4).to_dict())
     if logger is not None:
         logger.finish()
 

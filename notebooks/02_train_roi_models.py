@@ -99,7 +99,7 @@ from src.utils import atomic, count_parameters, peak_memory, resolve, write_json
 
 # %%
 subject = open_subject(dataset, subj)
-bag = parse_voters(voters, rois, bag_seeds, batch_sizes, seed)
+all_voters = parse_voters(voters, rois, bag_seeds, batch_sizes, seed)
 print(plan_stage(run.stage, run.parameters) or "The ridge baselines alone are fitted.")
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", device=run.device)
 shape, ids = autoencoder.latent_shape, subject.image_ids("train+val")
@@ -120,7 +120,7 @@ print(
 )
 
 # %%
-def prepared(place, voter):
+def prepare_voter(place, voter):
     """What one voter is trained with: the subject as its bag splits it, the normaliser that holds
     its voxels; both are written down.
     """
@@ -138,19 +138,14 @@ def prepared(place, voter):
         "inputs": normaliser.n_features,
         "train_share": train_share,
         "test_set": subject.test_set,
+        "images": table["split"].value_counts().to_dict(),
     }
-    write_json(
-        folder / "voter.json",
-        {"place": place}
-        | vars(voter)
-        | description
-        | {"images": table["split"].value_counts().to_dict()},
-    )
+    write_json(folder / "voter.json", {"place": place} | vars(voter) | description)
     return folder, bag, normaliser
 
 
 # %%
-at = {voter.name: prepared(place, voter) for place, voter in enumerate(bag)}
+at = {voter.name: prepare_voter(place, voter) for place, voter in enumerate(all_voters)}
 pd.DataFrame(
     [
         {
@@ -162,7 +157,7 @@ pd.DataFrame(
             "batch": v.batch_size,
             "training images": len(s.image_ids("train")),
         }
-        for v in bag
+        for v in all_voters
         for _, s, n in [at[v.name]]
     ]
 )
@@ -172,7 +167,7 @@ pd.DataFrame(
 
 # %%
 save_figure(
-    plot_roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in bag}),
+    plot_roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in all_voters}),
     run.results / "figures" / "02_regions.png",
 )
 
@@ -204,72 +199,76 @@ def validation(val):
 
 
 # %%
+RECORDED = (
+    "train_share",
+    "masked",
+    "repeats",
+    "num_epochs",
+    "max_lr",
+    "voter_schedule",
+    "latents_file",
+    "seed",
+)
+
+
+def configure_voter(voter, normaliser):
+    """The config of one voter's checkpoint: its network and what it is trained with."""
+    parameters = run.parameters | {"latent_size": shape[1], "use_cont": False}
+    sizes = DecoderSizes((normaliser.n_features,))
+    return {
+        "model": build_decoder_config(run.stage, parameters, sizes),
+        "latents": list(shape),
+        "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
+        "training": vars(voter) | {name: run.parameters[name] for name in RECORDED},
+    }
+
+
+# %%
+def build_voter(voter, normaliser, config):
+    """One voter's network; every voter begins alike, whatever came before it."""
+    torch.manual_seed(seed)
+    model = build_decoder(config["model"])
+    regions = ", ".join(normaliser.rois) or "all voxels"
+    print(f"{voter.name}: {count_parameters(model):,} weights to train on {regions}")
+    return model
+
+
+def optimise_voter(voter, bag):
+    """How one voter is optimised; the published cycle counts all images of the bag."""
+    n_cycle_steps = 0
+    if voter_schedule == "published_cycle":
+        n_cycle_steps = num_epochs * (len(bag.image_ids("train+val")) // voter.batch_size)
+    schedule = voter_schedule.removeprefix("published_")
+    return Optimisation(max_lr, scheduler=schedule, cycle_steps=n_cycle_steps, decay="published")
+
+
+# %%
 def train(voter):
     """Fit one voter's network, or go on with it; returns its history."""
     folder, bag, normaliser = at[voter.name]
     data = BrainDataset(bag, "train", {"latents": latents}, normaliser, repeats, seed)
     held_out = BrainDataset(bag, "val", {"latents": latents}, normaliser, "mean", seed)
-    parameters = run.parameters | {"latent_size": shape[1], "use_cont": False}
-    config = {
-        "model": build_decoder_config(
-            run.stage, parameters, DecoderSizes((normaliser.n_features,))
-        ),
-        "latents": list(shape),
-        "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
-        "training": (
-            vars(voter)
-            | {
-                k: run.parameters[k]
-                for k in (
-                    "train_share",
-                    "masked",
-                    "repeats",
-                    "num_epochs",
-                    "max_lr",
-                    "voter_schedule",
-                    "latents_file",
-                    "seed",
-                )
-            }
-        ),
-    }
-    torch.manual_seed(seed)  # every voter begins alike, whatever came before it
-    model = build_decoder(config["model"])
-    print(
-        f"{voter.name}: {count_parameters(model):,} weights to train on"
-        f" {', '.join(normaliser.rois) or 'all voxels'}"
-    )
-    n_cycle_steps = (
-        num_epochs * ((len(bag.image_ids("train+val"))) // voter.batch_size)
-        if voter_schedule == "published_cycle"
-        else 0
+    config = configure_voter(voter, normaliser)
+    checkpointing = Checkpointing(
+        resume=resume_from_ckpt, ckpt_interval=ckpt_interval, keep_epochs=bool(ckpt_interval)
     )
     return fit(
-        model,
+        build_voter(voter, normaliser, config),
         step,
         data,
         folder=folder / "low_level",
         config=config,
         batching=Batching(num_epochs, voter.batch_size, seed),
-        optimisation=Optimisation(
-            max_lr,
-            scheduler=voter_schedule.removeprefix("published_"),
-            cycle_steps=n_cycle_steps,
-            decay="published",
-        ),
+        optimisation=optimise_voter(voter, bag),
         execution=Execution(run.device, precision),
-        checkpointing=Checkpointing(
-            resume=resume_from_ckpt,
-            ckpt_interval=ckpt_interval,
-            keep_epochs=bool(ckpt_interval),
-        ),
+        checkpointing=checkpointing,
         validate=validation(held_out),
     )
 
 
 # %%
 if decoder != "ridge":
-    histories = {voter.name: train(voter) for voter in bag}
+    histories = {voter.name: train(voter) for voter in all_voters}
     curves = pd.concat(
         [
             h[["train/loss", "val/loss"]].rename(columns=lambda c, v=v: c.replace("loss", v))
@@ -284,7 +283,7 @@ if decoder != "ridge":
 # One linear map a voter, from the same voxels of the same images.
 
 # %%
-for voter in bag if decoder != "network" else []:
+for voter in all_voters if decoder != "network" else []:
     folder, bag, normaliser = at[voter.name]
     config = {
         "model": None,  # the ridge's own
@@ -334,6 +333,7 @@ def errors(voter, file):
     }
 
 
+# %%
 files = {
     "network": [f"low_level/{checkpoint}.safetensors"],
     "ridge": ["low_level_ridge.safetensors"],
@@ -341,7 +341,7 @@ files = {
 
 # %%
 decoder_files = files.get(decoder, files["network"] + files["ridge"])
-table = pd.DataFrame([errors(voter, file) for voter in bag for file in decoder_files])
+table = pd.DataFrame([errors(voter, file) for voter in all_voters for file in decoder_files])
 with atomic(run.results / "voters.csv") as path:
     table.to_csv(path, index=False)
 table.round(4)
@@ -352,7 +352,7 @@ table.round(4)
 # %%
 example_ids = subject.image_ids("val")[:12]
 rows = {"seen": torch.from_numpy(subject.images(example_ids)).permute(0, 3, 1, 2) / 255}
-for voter in bag:
+for voter in all_voters:
     folder, _, normaliser = at[voter.name]
     x = subject.average_rows(subject.rows_by_image("val")[:12], normaliser)
     predicted = predict_latents(

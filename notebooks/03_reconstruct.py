@@ -90,6 +90,8 @@ from src.decoding import (
 )
 from src.figures import plot_contact_sheet, save_figure
 from src.models import MindEye2
+
+# %%
 from src.networks import build_decoder
 
 # %%
@@ -107,7 +109,9 @@ from src.utils import HOME, PerceptError, atomic, seed_everything
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
-low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
+low_logs = run.logs
+if autoencoder_name:
+    low_logs = HOME / "train_logs" / autoencoder_name
 files = {
     "network": (
         find_decoder(run.logs, "high_level", checkpoint),
@@ -123,10 +127,14 @@ n_repeats = test_repeats or min(len(rows) for rows in subject.rows_by_image("tes
 fewer_counts = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
 if any(not (k.isdigit() and 1 <= int(k) < n_repeats) for k in fewer_counts):
     raise PerceptError(
-        f"fewer_repeats is '{fewer_repeats}', but {n_repeats} repeats are averaged: give numbers from 1"
-        f" to {n_repeats - 1}, or leave it empty."
+        f"fewer_repeats is '{fewer_repeats}', but {n_repeats} repeats are averaged: give numbers"
+        f" from 1 to {n_repeats - 1}, or leave it empty."
     )
-starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids) if start_run else None
+starts = None
+
+# %%
+if start_run:
+    starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids)
 
 # %%
 if start_run and untrained:
@@ -135,8 +143,8 @@ if start_run and untrained:
         " would tell it: with start_run set untrained to False."
     )
 print(
-    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {n_repeats} repeats, protocol"
-    f" {subject.protocol}, test set {subject.test_set}"
+    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {n_repeats} repeats,"
+    f" protocol {subject.protocol}, test set {subject.test_set}"
 )
 
 # %%
@@ -216,8 +224,8 @@ selections = {
 }
 if len(selections) > 1:
     raise PerceptError(
-        f"The networks were trained on different images or components {sorted(selections, key=str)}:"
-        f" train all of them with the same {', '.join(same)}."
+        "The networks were trained on different images or components"
+        f" {sorted(selections, key=str)}: train all of them with the same {', '.join(same)}."
     )
 
 # %%
@@ -244,33 +252,39 @@ else:
 
 # %%
 patches = has_tokens and isinstance(clipper, PatchClip)
-low_decoder = (
-    LatentAutoencoder(weights, "image_variation", 0 if weights == "mini" else 224, run.device)
-    if patches
-    else diffusion
-)
-read = PatchClip(weights, "bigG", run.device, clipper.squeezed) if patches else None
+low_decoder = diffusion
+if patches:
+    low_decoder = LatentAutoencoder(
+        weights, "image_variation", 0 if weights == "mini" else 224, run.device
+    )
+read = None
+if patches:
+    read = PatchClip(weights, "bigG", run.device, clipper.squeezed)
 converter = None
+
+
+# %%
+def cache_patch_tokens(encoder, pictured):
+    """The patch tokens of all images of the data set, by one encoder."""
+    return cache_targets(
+        dataset,
+        "patch_tokens",
+        encoder.fingerprint(),
+        pictured.all_images,
+        encoder.encode_pixels,
+        encoder.target_shape,
+    )
+
 
 # %%
 if patches and read.target_shape != clipper.target_shape:
     pictured = open_all_sessions(dataset, subj, subject)
-    pairs = [
-        cache_targets(
-            dataset,
-            "patch_tokens",
-            c.fingerprint(),
-            pictured.all_images,
-            c.encode_pixels,
-            c.target_shape,
-        )
-        for c in (clipper, read)
-    ]
+    pairs = [cache_patch_tokens(encoder, pictured) for encoder in (clipper, read)]
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
-    splits = [pictured.image_ids(split) for split in ("train", "val")]
+    train_ids, val_ids = (pictured.image_ids(split) for split in ("train", "val"))
     converter, history = fit_converter(
-        TokenPairs(*pairs, splits[0]),
-        TokenPairs(*pairs, splits[1]),
+        TokenPairs(*pairs, train_ids),
+        TokenPairs(*pairs, val_ids),
         run.logs / "decoder_converter",
         made_by,
         Batching(converter_epochs, batch_size=128, seed=seed),
@@ -278,7 +292,7 @@ if patches and read.target_shape != clipper.target_shape:
     )
     print(
         f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on"
-        f" {len(splits[1])} validation images {history['val/r2'].max():.3f}"
+        f" {len(val_ids)} validation images {history['val/r2'].max():.3f}"
     )
 
 # %% [markdown]
@@ -336,39 +350,45 @@ def tokens_of(name, rows, voxels, samples, sampled):
 
 
 # %%
+def reconstruct_low_level(name, rows):
+    """The latents of one decoder, (images, ...); None where it has no low level."""
+    low_level, low_voxels = decoders[name][1], decoders[name][3]
+    if low_level is None:
+        return None
+    return predict_latents(low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device)
+
+
+def describe_samples(name, pictures):
+    """Of the main decoder: how far its samples are spread, and the samples to look at."""
+    if name != main or pictures.shape[1] < 2:
+        return {}
+    outputs = {"spread": compute_sample_spread(clipper, pictures)}
+    if keep_samples:
+        outputs["samples"] = pictures[:, :keep_samples].half()
+    return outputs
+
+
+# %%
 def reconstruct(name, rows):
     """What one decoder makes of some images: reconstruction, low level alone, tokens of the first
     sample and tokens for retrieval.
     """
-    _, low_level, voxels, low_voxels = decoders[name]
-    latents = (
-        None
-        if low_level is None
-        else predict_latents(
-            low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device
-        )
-    )
+    latents = reconstruct_low_level(name, rows)
     if not has_tokens:
         return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
-    samples = max(
-        recons_per_sample, keep_samples if name == main else 1
-    )  # those beyond take no part in the choice; a floor is made as the system is
-    tokens, projected = tokens_of(name, rows, voxels, samples, prior)
-    start_latents = latents if starts is None else low_decoder.encode(starts[rows]).cpu()
+    # samples beyond recons_per_sample take no part in the choice; a baseline is made as the system
+    samples = max(recons_per_sample, keep_samples if name == main else 1)
+    tokens, projected = tokens_of(name, rows, decoders[name][2], samples, prior)
+    start_latents = latents
+    if starts is not None:
+        start_latents = low_decoder.encode(starts[rows]).cpu()
     pictures = paint(tokens, image_ids[rows], start_latents, samples)
     outputs = {name: select_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
     if name in names:
         outputs |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
-        outputs |= (
-            {}
-            if latents is None
-            else {f"low_level_{name}": low_decoder.decode(latents).cpu().half()}
-        )
-    if name == main and samples > 1:
-        outputs |= {"spread": compute_sample_spread(clipper, pictures)} | (
-            {"samples": pictures[:, :keep_samples].half()} if keep_samples else {}
-        )
-    return outputs
+        if latents is not None:
+            outputs[f"low_level_{name}"] = low_decoder.decode(latents).cpu().half()
+    return outputs | describe_samples(name, pictures)
 
 
 # %%
@@ -403,9 +423,13 @@ predicted = {
 # random, the projected ones. Without tokens this is left out.
 
 # %%
-level = ("projected" if prior and main == "network" else "tokens") if has_tokens else "latents"
+level = "latents"
+if has_tokens:
+    level = "projected" if prior and main == "network" else "tokens"
 compared = f"{level}_{main}"
-which = 1 if level == "projected" else 0
+which = 0
+if level == "projected":
+    which = 1
 alone = range(n_repeats if has_tokens else 0)
 singles = [
     tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half()
@@ -495,7 +519,9 @@ if has_tokens:
 
 # %%
 n_shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
-about = {"begun": f"at the pictures that {start_run} retrieved"} if start_run else {}
+about = {}
+if start_run:
+    about = {"begun": f"at the pictures that {start_run} retrieved"}
 about |= {"main": main, "repeats": str(n_shown), "compared": compared, "protocol": subject.protocol}
 about |= {
     "test_set": (
@@ -532,7 +558,9 @@ print({name: tuple(row.shape) for name, row in rows.items()})
 # The first test images in their own order; nothing is selected.
 
 # %%
-low_level = {"low level": rows[f"low_level_{main}"]} if f"low_level_{main}" in rows else {}
+low_level = {}
+if f"low_level_{main}" in rows:
+    low_level = {"low level": rows[f"low_level_{main}"]}
 columns = (
     {"seen": seen}
     | low_level

@@ -80,6 +80,8 @@ from src.decoding import (
     repaint_images,
 )
 from src.decoding import vote as choose
+
+# %%
 from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 
 # %%
@@ -111,7 +113,9 @@ if not len(image_ids):
     )
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 files = {"network": f"low_level/{checkpoint}.safetensors", "ridge": "low_level_ridge.safetensors"}
-main = "ridge" if decoder == "ridge" else "network"
+main = "network"
+if decoder == "ridge":
+    main = "ridge"
 opened = {
     name: open_voter(folder, subject, files[main], run.device) for name, folder in folders.items()
 }
@@ -126,7 +130,7 @@ shape, names = autoencoder.latent_shape, list(folders)
 
 # %%
 def measured(normaliser):
-    """Voxels (images, voxels) of the test images as a model was trained on them, repeats averaged."""
+    """Voxels (images, voxels) of the test images as a model was trained on them, averaged."""
     return subject.get_mean_betas("test", repeats=test_repeats or None, normaliser=normaliser)[0][
         which
     ]
@@ -233,6 +237,8 @@ if path is None and (tokens_from or vote == "agreement"):
         f"There is no high level in {logs}: run notebook 01 for it, name another run in"
         " tokens_from, or choose the vote published or medoid."
     )
+
+# %%
 if path is not None:
     model, config = load_decoder(path, run.device)
     normaliser = Normaliser.for_checkpoint(path)
@@ -270,9 +276,12 @@ mark = [
     subject.test_set,
     str(path and path.stat().st_mtime_ns),
 ]
-captioner = Captioner(weights, device=run.device) if strength > 0 else None
+captioner = None
+if strength > 0:
+    captioner = Captioner(weights, device=run.device)
 
 
+# %%
 def read_or_write(name, say):
     """Captions by `say`, kept until the notebook is done, so that an interrupted run goes on."""
     file = unfinished / f"captions_{name}.json"
@@ -291,43 +300,36 @@ if captioner:
         for name, x in low_level.items()
     }
 
+
 # %% [markdown]
 # Straight from the brain: one linear map a place takes CLIP's tokens to the captioner's, fitted on
 # training images alone, without any brain.
 
 # %%
+def cache_tokens(name, encoder, ids):
+    """Tokens of some images by one encoder, computed once."""
+    return cache_targets(
+        dataset, name, encoder.fingerprint(), ids, encoder.encode_pixels, encoder.target_shape
+    )
+
+
+# %%
 if captioner and path is not None and hidden:
-    clipper, train_ids = (
-        Clipper(weights, device=run.device, **clip_config),
-        subject.image_ids("train")[:token_map_images],
-    )
-    clip_tokens = cache_targets(
-        dataset,
-        "clip_tokens",
-        clipper.fingerprint(),
-        train_ids,
-        clipper.encode_pixels,
-        clipper.target_shape,
-    )
-    captioner_tokens = cache_targets(
-        dataset,
-        "blip_tokens",
-        captioner.fingerprint(),
-        train_ids,
-        captioner.encode_pixels,
-        captioner.target_shape,
-    )
+    clipper = Clipper(weights, device=run.device, **clip_config)
+    train_ids = subject.image_ids("train")[:token_map_images]
+    clip_tokens = cache_tokens("clip_tokens", clipper, train_ids)
+    captioner_tokens = cache_tokens("blip_tokens", captioner, train_ids)
     token_map = TokenMap.fit(clip_tokens, captioner_tokens, train_ids)
     captions["brain_caption"] = read_or_write(
         "brain_caption", lambda: captioner.caption_tokens(token_map(tokens[:, 0].float()))
     )
-    latents["brain_caption"], low_level["brain_caption"] = (
-        latents["latent_mean"],
-        low_level["latent_mean"],
-    )
+    latents["brain_caption"] = latents["latent_mean"]
+    low_level["brain_caption"] = low_level["latent_mean"]
 
 # %%
-labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
+labels = None
+if subject.labels is not None:
+    labels = subject.labels.set_index("image").loc[image_ids]
 label_columns = [
     column for column in ("kind", "colour", "scene") if labels is not None and column in labels
 ]
@@ -350,6 +352,8 @@ if subject.captions is not None and len(caption_table.columns):
         "a person",
         subject.captions.groupby("image")["caption"].first().reindex(image_ids).fillna(""),
     )
+
+# %%
 caption_table.head(12)
 
 # %% [markdown]
@@ -358,13 +362,11 @@ caption_table.head(12)
 # each image from (seed, image), so that all voters begin with the same noise.
 
 # %%
-pipeline = (
-    load_stable_diffusion_pipeline(
+pipeline = None
+if captioner:
+    pipeline = load_stable_diffusion_pipeline(
         weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
     )
-    if captioner
-    else None
-)
 if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")
@@ -491,9 +493,9 @@ selection = [
         "split": "none: no true image is used",
     }
 ]
-epoch = (
-    "training images outside its bag" if checkpoint == "best" else "none: the last epoch is taken"
-)
+epoch = "none: the last epoch is taken"
+if checkpoint == "best":
+    epoch = "training images outside its bag"
 selection += [{"what": "epoch of each voter", "chosen": checkpoint, "split": epoch}]
 is_whole_test_set = len(seen) == len(subject.image_ids("test"))
 about = {
@@ -535,7 +537,9 @@ shutil.rmtree(unfinished)
 folder = run.results / "sheets"
 shutil.rmtree(folder, ignore_errors=True)
 folder.mkdir()
-tile = 512 if seen.shape[-1] > 64 else 128
+tile = 128
+if seen.shape[-1] > 64:
+    tile = 512
 for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
     sheet = Image.fromarray(draw_vote_sheet(seen[i], rows[main_row][i], candidates[i], tile))
     sheet.save(folder / f"result_{image_from + i}.png")

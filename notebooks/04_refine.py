@@ -124,32 +124,26 @@ print(
     f" channels, height, width) = {tuple(tensors[main].shape)}"
 )
 
+
 # %% [markdown]
 # ## From CLIP's tokens to the captioner's
 # Both models have seen every image of the dataset once; what they said is kept. No brain is in
 # this: training images teach the converter, validation images judge it.
 
 # %%
+def cache_tokens(name, encoder, ids):
+    """Tokens of some images by one encoder, computed once."""
+    return cache_targets(
+        dataset, name, encoder.fingerprint(), ids, encoder.encode_pixels, encoder.target_shape
+    )
+
+
 if caption:
     encoder = BrainCaptioner(weights, device=run.device)
     kind = "patch_tokens" if isinstance(clip, PatchClip) else "clip_tokens"
     pictured = open_all_sessions(dataset, subj, subject)
-    small_tokens = cache_targets(
-        dataset,
-        kind,
-        clip.fingerprint(),
-        pictured.all_images,
-        clip.encode_pixels,
-        clip.target_shape,
-    )
-    captioner_tokens = cache_targets(
-        dataset,
-        "git_tokens",
-        encoder.fingerprint(),
-        pictured.all_images,
-        encoder.encode_pixels,
-        encoder.target_shape,
-    )
+    small_tokens = cache_tokens(kind, clip, pictured.all_images)
+    captioner_tokens = cache_tokens("git_tokens", encoder, pictured.all_images)
     train_ids, val_ids = pictured.image_ids("train"), pictured.image_ids("val")
     print(
         f"{clip.target_shape} -> {encoder.target_shape}; {len(train_ids)} images to train on,"
@@ -159,16 +153,13 @@ if caption:
 
 # %%
 if caption and caption_converter:
-    converter = CaptionConverter(
-        *(
-            size
-            for pair in zip(small_tokens.shape, captioner_tokens.shape, strict=True)
-            for size in pair
-        )
-    )
+    pairs = zip(small_tokens.shape, captioner_tokens.shape, strict=True)
+    converter = CaptionConverter(*(size for pair in pairs for size in pair))
     load_published(resolve(caption_converter), converter)
     converter.to(run.device).eval().requires_grad_(False)
-elif caption:
+
+# %%
+if caption and not caption_converter:
     made_by = {"clip": clip.fingerprint()["model"], "captioner": encoder.fingerprint()["model"]}
     converter, history = fit_converter(
         TokenPairs(small_tokens, captioner_tokens, train_ids),
@@ -241,11 +232,9 @@ elif refine:
 # their first sentence, `references` all of them).
 
 # %%
-people = (
-    subject.captions.groupby("image")["caption"].agg(list)
-    if subject.captions is not None
-    else pd.Series(dtype=object)
-)
+people = pd.Series(dtype=object)
+if subject.captions is not None:
+    people = subject.captions.groupby("image")["caption"].agg(list)
 human_captions = [people.get(image, []) for image in image_ids]
 caption_table = pd.DataFrame(
     {
@@ -258,7 +247,9 @@ caption_table = pd.DataFrame(
 if caption:
     with atomic(table) as path:
         caption_table.to_parquet(path, index=False)
-labels = subject.labels.set_index("image").loc[image_ids] if subject.labels is not None else None
+labels = None
+if subject.labels is not None:
+    labels = subject.labels.set_index("image").loc[image_ids]
 label_columns = [
     column for column in ("scene", "kind", "colour") if labels is not None and column in labels
 ]
@@ -383,7 +374,9 @@ columns = (
 )
 columns |= {"refined": tensors["refined"]} if "refined" in tensors else {}
 columns |= {"refined ceiling": tensors["refined_ceiling"]} if "refined_ceiling" in tensors else {}
-beneath = {"brain": captions["brain"], "of the image": captions["git_image"]} if captions else {}
+beneath = {}
+if captions:
+    beneath = {"brain": captions["brain"], "of the image": captions["git_image"]}
 sheet = plot_contact_sheet(columns, n=sheet_images, captions=beneath)
 save_figure(sheet, run.results / "refined_sheet.png")
 

@@ -77,7 +77,9 @@ from src.utils import HOME, PerceptError, atomic
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
-low_logs = HOME / "train_logs" / autoencoder_name if autoencoder_name else run.logs
+low_logs = run.logs
+if autoencoder_name:
+    low_logs = HOME / "train_logs" / autoencoder_name
 if explained_decoder == "network":
     files = {
         "low_level": find_decoder(low_logs, "low_level", checkpoint),
@@ -91,8 +93,8 @@ else:
 files = {kind: path for kind, path in files.items() if path.exists()}
 if not files:
     raise PerceptError(
-        f"{run.logs} has no {explained_decoder} of either level: run notebook 01 or 02 first, or name another"
-        " decoder or checkpoint."
+        f"{run.logs} has no {explained_decoder} of either level: run notebook 01 or 02 first, or"
+        " name another decoder or checkpoint."
     )
 image_ids = subject.image_ids("test")[: first_images or None]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
@@ -217,28 +219,25 @@ if "high_level" in levels:
     scores["high_level"]["similarity"] = lambda predicted: F.cosine_similarity(
         predicted.flatten(1), true_tokens.flatten(1)
     ).numpy()
-    probe_columns = (
-        []
-        if subject.labels is None
-        else [c.strip() for c in labels.split(",") if c.strip() in subject.labels]
-    )
-    of_test, of_train = (
-        {c: subject.categories(ids, c) for c in probe_columns} for ids in (image_ids, train_ids)
-    )
-    probed = [
-        c for c in probe_columns if set(of_test[c]) <= set(of_train[c])
-    ]  # a label that no training image has cannot be named
-    probes = (
-        attribution.fit_probes(
-            targets["high_level"].rows(train_ids), {c: of_train[c] for c in probed}, seed=seed
-        )
-        if probed
-        else {}
-    )
-    scores["high_level"] |= {
-        c: attribution.naming_score(probe, of_test[c]) for c, probe in probes.items()
-    }
-    ceilings = {c: f"{scores['high_level'][c](true_tokens).mean():.2f}" for c in probed}
+
+# %%
+if "high_level" in levels:
+    listed = []
+    if subject.labels is not None:
+        listed = [name.strip() for name in labels.split(",")]
+    probe_columns = [name for name in listed if name in subject.labels]
+    of_test = {name: subject.categories(image_ids, name) for name in probe_columns}
+    of_train = {name: subject.categories(train_ids, name) for name in probe_columns}
+    # a label that no training image has cannot be named
+    probed = [name for name in probe_columns if set(of_test[name]) <= set(of_train[name])]
+    probes = {}
+    if probed:
+        train_tokens = targets["high_level"].rows(train_ids)
+        train_labels = {name: of_train[name] for name in probed}
+        probes = attribution.fit_probes(train_tokens, train_labels, seed=seed)
+    for name, probe in probes.items():
+        scores["high_level"][name] = attribution.naming_score(probe, of_test[name])
+    ceilings = {name: f"{scores['high_level'][name](true_tokens).mean():.2f}" for name in probed}
     print(f"labels that a probe names, with its accuracy on true tokens: {ceilings or 'none'}")
 
 # %% [markdown]

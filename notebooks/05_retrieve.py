@@ -69,7 +69,9 @@ if model_name2 == run.name:
     )
 brain = {name: tensors[f"projected_{name}"] for name in names}
 clip, image_ids = tensors["true_tokens"], tensors["image_ids"].numpy()
-groups = subject.categories(image_ids, hard_negatives) if hard_negatives else None
+groups = None
+if hard_negatives:
+    groups = subject.categories(image_ids, hard_negatives)
 categories = subject.categories(image_ids, umap_label) if umap_label else ["test image"] * len(clip)
 print(f"(test images, tokens, dim) = {tuple(clip.shape)}")
 
@@ -123,8 +125,8 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 size = min(pool_size, len(clip))
 if size < pool_size:
     print(
-        f"Pools of {size}, as there are no {pool_size} test images: every pool is the whole test set,"
-        " and the intervals have no width."
+        f"Pools of {size}, as there are no {pool_size} test images: every pool is the whole"
+        " test set, and the intervals have no width."
     )
 pools = pd.concat(
     [
@@ -173,42 +175,49 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # %%
 second = []
 
+
+# %%
+def score_reranking(result, direction):
+    """The record of two-model retrieval: first the 1x768 model's candidates, then all tokens."""
+    return make_record(
+        f"second_order_{direction}_top1",
+        (result.final_ranks == 1).astype(float),
+        baselines={f"{model_name2} alone": (result.first_ranks == 1).astype(float)},
+        chance=1 / len(clip),
+        description=f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens",
+        source="MindEye, appendix A.7",
+        **common | {"upper_bound": (result.first_ranks <= k).astype(float)},
+    )
+
+
+def compare_reranking(result, direction, name, ranks):
+    """A row of the table: re-ranked against one model alone, a paired difference."""
+    change = paired_bootstrap(result.final_ranks == 1, ranks == 1)
+    return {
+        "direction": direction,
+        "re-ranked against": name,
+        "re-ranked": (result.final_ranks == 1).mean(),
+        "alone": (ranks == 1).mean(),
+        **change._asdict(),
+    }
+
+
 # %%
 if model_name2:
-    first, k = (
-        retrieval.load_run_embeddings(HOME / "results" / model_name2, image_ids),
-        min(rerank_k, len(clip)),
-    )
-    for d in directions:
-        two = retrieval.rerank_second_order(brain[names[0]], clip, *first, k=k, direction=d)
-        reached = (two.first_ranks <= k).astype(float)
-        records.append(
-            make_record(
-                f"second_order_{d}_top1",
-                (two.final_ranks == 1).astype(float),
-                baselines={f"{model_name2} alone": (two.first_ranks == 1).astype(float)},
-                chance=1 / len(clip),
-                description=(
-                    f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens"
-                ),
-                source="MindEye, appendix A.7",
-                **common | {"upper_bound": reached},
-            )
+    first = retrieval.load_run_embeddings(HOME / "results" / model_name2, image_ids)
+    k = min(rerank_k, len(clip))
+    for direction in directions:
+        result = retrieval.rerank_second_order(
+            brain[names[0]], clip, *first, k=k, direction=direction
         )
-        for name, other in (
-            (f"{model_name2} alone", two.first_ranks),
-            (f"{run.name} alone", two.second_ranks),
-        ):
-            change = paired_bootstrap(two.final_ranks == 1, other == 1)
-            second.append(
-                {
-                    "direction": d,
-                    "re-ranked against": name,
-                    "re-ranked": (two.final_ranks == 1).mean(),
-                    "alone": (other == 1).mean(),
-                    **change._asdict(),
-                }
-            )
+        records.append(score_reranking(result, direction))
+        alone = {
+            f"{model_name2} alone": result.first_ranks,
+            f"{run.name} alone": result.second_ranks,
+        }
+        second += [
+            compare_reranking(result, direction, name, ranks) for name, ranks in alone.items()
+        ]
 
 # %%
 pd.DataFrame(second)

@@ -80,11 +80,11 @@ from safetensors.torch import save_file
 from src import miniworld
 from src.data import cache_targets, open_training_split
 from src.decoding import (
-    read_decoder_config,
-    load_encoder,
-    find_decoder,
     compute_in_chunks,
+    find_decoder,
+    load_encoder,
     load_reconstructions,
+    read_decoder_config,
     select_best,
 )
 from src.evaluation import add_results, derangements, make_record, provenance
@@ -215,7 +215,9 @@ in_pool = (
     if keep_test_images and exact.any()
     else "no"
 )
-size = f"{len(searched) - len(barred):,}" if not url else "an unknown number of"
+size = "an unknown number of"
+if not url:
+    size = f"{len(searched) - len(barred):,}"
 
 # %%
 print(
@@ -269,7 +271,9 @@ def reached(order, places):
     return (clean.similarity[:, places - 1] < true_similarity).astype(float)
 
 
-n_candidates = len(searched) - twins["row"].nunique() + 1 if not url else 0
+n_candidates = 0
+if not url:
+    n_candidates = len(searched) - twins["row"].nunique() + 1
 n_others = (
     f"{n_candidates - 1:,}" if n_candidates else size
 )  # without any test picture, whether or not they were searched above

@@ -67,43 +67,47 @@ from src.decoding import load_reconstructions
 from src.evaluation import (
     add_results,
     bootstrap_mean,
-    brain_correlation,
-    caption_table,
-    format_caption_table,
     check_alignment,
     check_leak,
     check_outputs,
-    corpus_bleu_table,
+    compute_mean_image,
     derangements,
-    gallery_widget,
+    find_most_similar,
+    hash_pixels,
     load_images,
     make_record,
     make_records,
-    compute_mean_image,
-    find_most_similar,
-    find_most_common_caption,
     noise_ceiling,
-    hash_pixels,
     provenance,
-    read_captions,
-    prepare_caption_metrics,
-    retrieval_records,
-    roi_masks,
-    published_table,
-    score_table,
-    pair_captions,
+)
+
+# %%
+from src.evaluation import (
+    brain_correlation,
+    caption_table,
+    corpus_bleu_table,
     describe_ensemble_gain,
     ensemble_gain,
+    find_most_common_caption,
+    format_caption_table,
     gain_table,
-    write_table,
+    gallery_widget,
+    pair_captions,
+    prepare_caption_metrics,
+    published_table,
+    read_captions,
+    retrieval_records,
+    roi_masks,
+    score_table,
     write_report,
+    write_table,
 )
 
 # %%
 from src.figures import plot_abstention_curve, plot_score_by_distance, plot_score_dots, save_figure
 from src.metrics import (
-    PUBLISHED_METRICS,
     METRICS,
+    PUBLISHED_METRICS,
     Metric,
     answer_metrics,
     apply_resizing,
@@ -112,7 +116,7 @@ from src.metrics import (
     resize,
     two_way_within,
 )
-from src.pretrained import Clipper, FeatureNetwork, CategoryClassifier, load_gnet
+from src.pretrained import CategoryClassifier, Clipper, FeatureNetwork, load_gnet
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 
 # %% [markdown]
@@ -168,9 +172,13 @@ print(
 # so.
 
 # %%
-mark = f", blend {blend:g}" if blend else ""
+mark = ""
 if blend:
-    blurry = pictures.get(f"low_level_{main}") if is_own_run else None
+    mark = f", blend {blend:g}"
+if blend:
+    blurry = None
+    if is_own_run:
+        blurry = pictures.get(f"low_level_{main}")
     if blurry is None:
         raise PerceptError(
             "blend needs the blurry pictures of a low level, which these reconstructions come"
@@ -214,7 +222,9 @@ alarms
 
 # %%
 clipper = Clipper(weights, hidden=False, norm_embs=True, device=run.device)
-prefix = "mini:" if weights == "mini" else ""
+prefix = ""
+if weights == "mini":
+    prefix = "mini:"
 listed = PUBLISHED_METRICS if metrics == "published" else metrics.split(",")
 metric_names = [name.strip() for name in listed if name.strip()]
 if unknown := [name for name in metric_names if name not in METRICS]:
@@ -259,10 +269,12 @@ def looking(name):
 # %%
 clip_seen = clip_features(seen)
 chosen = [looking(name) for name in metric_names]
-labels = subject.labels if is_own_run else None
-judge = (
-    CategoryClassifier(weights, run.device) if weights == "mini" and labels is not None else None
-)
+labels = None
+if is_own_run:
+    labels = subject.labels
+judge = None
+if weights == "mini" and labels is not None:
+    judge = CategoryClassifier(weights, run.device)
 if judge is not None and set(judge.categories) <= set(labels.columns):
     labels = labels.set_index("image").loc[image_ids]
     chosen += answer_metrics(
@@ -285,7 +297,9 @@ chosen = [replace(metric, name=metric.name + mark) for metric in chosen]
 
 # %%
 table = score_table(seen, pictures, chosen, draws=shuffles, seed=seed, image_ids=image_ids)
-reason = "" if "ceiling" in pictures else "the generator of these reconstructions is not known here"
+reason = "the generator of these reconstructions is not known here"
+if "ceiling" in pictures:
+    reason = ""
 records = make_records(
     table,
     chosen,
@@ -375,41 +389,33 @@ has_group = np.isfinite(within_scores["system"])
 # %%
 if has_group.any():
     within_scores = {row: values[has_group] for row, values in within_scores.items()}
-    floors = {
-        row: values
-        for row, values in within_scores.items()
-        if row not in ("system", "ceiling", "ridge")
-    }
-    records.append(
-        make_record(
-            f"{prefix}CLIP within {kind}{mark}",
-            within_scores["system"],
-            baselines=floors,
-            upper_bound=within_scores.get("ceiling", reason),
-            better="higher",
-            protocol=metadata["protocol"],
-            test_set=metadata["test_set"],
-            chance=0.5,
-            description=f"two-way identification among test images of the same {kind}",
-            source="hard distractors",
-        )
+    not_baselines = ("system", "ceiling", "ridge")
+    group_record = make_record(
+        f"{prefix}CLIP within {kind}{mark}",
+        within_scores["system"],
+        baselines={r: v for r, v in within_scores.items() if r not in not_baselines},
+        upper_bound=within_scores.get("ceiling", reason),
+        better="higher",
+        protocol=metadata["protocol"],
+        test_set=metadata["test_set"],
+        chance=0.5,
+        description=f"two-way identification among test images of the same {kind}",
+        source="hard distractors",
     )
+    records.append(group_record)
+
+# %%
+if has_group.any():
+    about_images = {"metric": group_record["name"], "image": image_ids[has_group], "draw": 0}
     parts = [
-        pd.DataFrame(
-            {
-                "metric": records[-1]["name"],
-                "row": row,
-                "image": image_ids[has_group],
-                "draw": 0,
-                "value": v,
-            }
-        )
-        for row, v in within_scores.items()
+        pd.DataFrame(about_images | {"row": row, "value": values})
+        for row, values in within_scores.items()
     ]
     table = pd.concat([table, *parts], ignore_index=True)
 
 # %%
 print(f"{has_group.sum()} of {len(has_group)} images share their {kind} with another one")
+
 
 # %% [markdown]
 # ## The noise ceiling
@@ -418,22 +424,27 @@ print(f"{has_group.sum()} of {len(has_group)} images share their {kind} with ano
 # repeats could correlate with anything, from how these agree with each other (Spearman-Brown).
 
 # %%
+def centre(tokens):
+    """Tokens (images, features) less their mean over images."""
+    flat = tokens.float().flatten(1)
+    return flat - flat.mean(0)
+
+
 if "repeat_agreement" in tensors:
-    true, predicted_tokens_z = (
-        x.flatten(1) - x.flatten(1).mean(0)
-        for x in (tensors["true_tokens"].float(), tensors[metadata["compared"]].float())
-    )
-    token_correlation, noise = (
-        pcc(true, predicted_tokens_z),
-        noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"])),
-    )
+    true_centred = centre(tensors["true_tokens"])
+    predicted_centred = centre(tensors[metadata["compared"]])
+    token_correlation = pcc(true_centred, predicted_centred)
+    noise = noise_ceiling(tensors["repeat_agreement"], int(metadata["repeats"]))
+    pairings = derangements(len(token_correlation), shuffles, seed)
     shuffled_correlation = np.stack(
-        [
-            pcc(true, predicted_tokens_z, pairing=order)
-            for order in derangements(len(token_correlation), shuffles, seed)
-        ],
-        1,
+        [pcc(true_centred, predicted_centred, pairing=order) for order in pairings], 1
     )
+
+# %%
+if "repeat_agreement" in tensors:
+    share = None
+    if noise.value > 0:
+        share = token_correlation.mean() / noise.value
     records.append(
         make_record(
             "token_correlation",
@@ -447,29 +458,18 @@ if "repeat_agreement" in tensors:
             description="correlation of predicted and true CLIP tokens, image by image",
             source="docs/metrics.md",
             noise_ceiling=noise._asdict(),
-            share_of_noise_ceiling=token_correlation.mean() / noise.value
-            if noise.value > 0
-            else None,
+            share_of_noise_ceiling=share,
         )
     )
-    table = pd.concat(
-        [
-            table,
-            pd.DataFrame(
-                {
-                    "metric": "token_correlation",
-                    "row": "system",
-                    "image": image_ids,
-                    "draw": 0,
-                    "value": token_correlation,
-                }
-            ),
-        ],
-        ignore_index=True,
-    )
+
+# %%
+if "repeat_agreement" in tensors:
+    about_images = {"metric": "token_correlation", "row": "system", "image": image_ids, "draw": 0}
+    part = pd.DataFrame(about_images | {"value": token_correlation})
+    table = pd.concat([table, part], ignore_index=True)
     print(
-        f"predicted tokens correlate by {token_correlation.mean():.3f} with the true ones; noise ceiling"
-        f" {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]"
+        f"predicted tokens correlate by {token_correlation.mean():.3f} with the true ones; noise"
+        f" ceiling {noise.value:.3f} [{noise.low:.3f}, {noise.high:.3f}]"
     )
 
 # %% [markdown]
@@ -484,16 +484,17 @@ def in_region(name, mask):
     """The brain correlation of one region as a metric: pictures are prepared by the encoder, the
     truth is what was measured.
     """
-    compare = lambda true, reconstructed, pairing=slice(None): brain_correlation(
-        reconstructed, true[pairing], {name: mask}
-    )[name]  # noqa: E731
+
+    def correlate(true, reconstructed, pairing=slice(None)):
+        return brain_correlation(reconstructed, true[pairing], {name: mask})[name]
+
     text = (
         f"correlation across the voxels of {name} of what GNet says of the reconstruction and what"
         " was measured; ceiling: the seen images"
     )
     return Metric(
         f"brain_correlation {name}{mark}",
-        compare,
+        correlate,
         "higher",
         None,
         text,
@@ -567,34 +568,32 @@ if is_own_run and file.exists() and subject.captions is not None and caption_met
 caption_tables, spoken_records, caption_scores = {}, [], pd.DataFrame()
 
 # %%
+endings = {"brain_ref": "", "brain_img": " to image's caption"}
+
+
+def rename_metric(metric, ending):
+    """A caption metric under the name that it has in one pairing."""
+    description = f"{metric.description}; ceiling: the captioner looking at the image"
+    return replace(metric, name=metric.name + ending, description=description)
+
+
 if speech:
     on = {"protocol": metadata["protocol"], "test_set": metadata["test_set"]}
-    endings = {"brain_ref": "", "brain_img": " to image's caption"}
     for pairing, (wanted_captions, rows) in pair_captions(captions, common).items():
-        caption_tables[pairing] = score_table(
+        scores = score_table(
             wanted_captions, rows, speech, draws=shuffles, seed=seed, image_ids=image_ids
         )
-        called = [
-            replace(
-                m,
-                name=m.name + endings[pairing],
-                description=f"{m.description}; ceiling: the captioner looking at the image",
-            )
-            for m in speech
-        ]
-        spoken_records += make_records(
-            caption_tables[pairing].assign(
-                metric=caption_tables[pairing]["metric"] + endings[pairing]
-            ),
-            called,
-            **on,
-        )
+        caption_tables[pairing] = scores
+        renamed = scores.assign(metric=scores["metric"] + endings[pairing])
+        called = [rename_metric(metric, endings[pairing]) for metric in speech]
+        spoken_records += make_records(renamed, called, **on)
+
+# %%
+if speech:
     alarms += beneath_floors(spoken_records)
+    order = next(derangements(len(seen), 1, seed))
     caption_scores = pd.concat(
-        [
-            caption_table(caption_tables),
-            corpus_bleu_table(captions, common, next(derangements(len(seen), 1, seed))),
-        ],
+        [caption_table(caption_tables), corpus_bleu_table(captions, common, order)],
         ignore_index=True,
     )
 
@@ -659,13 +658,15 @@ for record in records:
                 f" {max(gain[1:]):+.3f}])"
             )
     other_rows += [{"metric": record["name"]} | cells] if cells else []
-pool = json.loads(metadata["retrieved"]) if "retrieved" in metadata else {}
+pool = {}
+if "retrieved" in metadata:
+    pool = json.loads(metadata["retrieved"])
 if other_rows:
-    note = (
-        f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. "
-        if pool
-        else ""
-    )
+    note = ""
+    if pool:
+        note = (
+            f"Retrieved: from {pool['pool']}; exact image in pool: {pool['exact image in pool']}. "
+        )
     note += "In brackets what the system is better by, paired by image, with its 95 % interval."
     tables.append({"title": "Other decoders on the same images", "note": note, "rows": other_rows})
 
@@ -804,46 +805,46 @@ if "spread" in tensors:
 # With the choices that were made on the way, as notebook 03 was told.
 
 # %%
-def choices():
+def log_choice(what, chosen, split):
+    """An entry of the selection log."""
+    return {"what": what, "chosen": chosen, "split": split}
+
+
+def list_network_choices(settings):
+    """What was chosen for the network: the epoch, and one of several samples."""
+    chosen_on = "none: the last epoch is taken"
+    if settings["checkpoint"] == "best":
+        chosen_on = "val"
+    entries = [log_choice("epoch", settings["checkpoint"], chosen_on)]
+    if settings["recons_per_sample"] > 1:
+        what = f"one of {settings['recons_per_sample']} samples an image"
+        chosen = "nearest to the tokens predicted from the brain"
+        entries.append(log_choice(what, chosen, "none: no true image is used"))
+    return entries
+
+# %%
+def list_choices():
     """The selection log: what was chosen, and on which data."""
     if not is_own_run:
-        return [
-            {
-                "what": "everything",
-                "chosen": "not known: the reconstructions were made elsewhere",
-                "split": "unknown",
-            }
-        ]
+        chosen = "not known: the reconstructions were made elsewhere"
+        return [log_choice("everything", chosen, "unknown")]
     if "choices" in metadata:
         return json.loads(metadata["choices"])
-    settings = {
-        name: entry["value"]
-        for name, entry in read_json(run.results / "parameters" / "03_reconstruct.json").items()
-    }
-    epoch = {
-        "what": "epoch",
-        "chosen": settings["checkpoint"],
-        "split": "val" if settings["checkpoint"] == "best" else "none: the last epoch is taken",
-    }
-    samples = settings["recons_per_sample"]
-    best = {
-        "what": f"one of {samples} samples an image",
-        "chosen": "nearest to the tokens predicted from the brain",
-        "split": "none: no true image is used",
-    }
-    ridge = {
-        "what": "penalty of the ridge baseline",
-        "chosen": "by target",
-        "split": "cross-validation within train",
-    }
-    network = [epoch, *([best] if samples > 1 else [])] if settings["decoder"] != "ridge" else []
-    return [*network, *([ridge] if settings["decoder"] != "network" else [])]
+    recorded = read_json(run.results / "parameters" / "03_reconstruct.json")
+    settings = {name: entry["value"] for name, entry in recorded.items()}
+    entries = []
+    if settings["decoder"] != "ridge":
+        entries += list_network_choices(settings)
+    if settings["decoder"] != "network":
+        what, split = "penalty of the ridge baseline", "cross-validation within train"
+        entries.append(log_choice(what, "by target", split))
+    return entries
 
 # %%
 about = provenance(
     run.recipe or run.name,
     {"all": seed},
-    choices(),
+    list_choices(),
     subject=subj if is_own_run else "unknown",
     dataset=dataset if is_own_run else recon_path,
     alarms=alarms,
@@ -854,6 +855,8 @@ about = provenance(
     models=looked_through,
 )
 add_results(run.results, run.stage, table, records, about, tables)
+
+# %%
 save_figure(plot_score_dots(records), run.results / "figures" / "scores.png")
 if speech:
     endless = [
@@ -883,7 +886,9 @@ def as_system(row, metrics, scored):
     floors = scored[scored["row"].isin(("mean_image", "untrained", "nearest_train"))]
     limit = "ceiling" if metrics is regional else f"{row}_ceiling"
     best = scored[scored["row"] == limit].assign(row="ceiling")
-    none = "" if len(best) else "the same was not made of the true latents"
+    none = "the same was not made of the true latents"
+    if len(best):
+        none = ""
     joined_scores = pd.concat([own_scores, floors, best], ignore_index=True)
     return make_records(
         joined_scores[joined_scores["metric"].isin([m.name for m in metrics])],
@@ -894,6 +899,7 @@ def as_system(row, metrics, scored):
     )
 
 
+# %%
 written_tables, retrieval = (
     run.results / "tables",
     retrieval_records(read_json(run.results / "metrics.json")),

@@ -184,34 +184,31 @@ else:
     )
 
 # %%
+def name_curves(table):
+    """What each row of a table of curves is called: the curve, or the baseline."""
+    is_system = table["row"] == "system"
+    return table["curve"].where(is_system, table["row"].map(compare.display_name))
+
+
+def format_scores(table):
+    """Each value with its interval, as text."""
+    numbers = table[["value", "low", "high"]].to_numpy()
+    return [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in numbers]
+
+
 def by_sessions(table):
     """Scores as text, a line a metric and curve, floors and ceiling of the first curve beneath; a
     column a number of sessions.
     """
     plotted = table[(table["row"] == "system") | (table["curve"] == table["curve"].iloc[0])]
-    text = [
-        f"{v:.3f} [{low:.3f}, {high:.3f}]"
-        for v, low, high in plotted[["value", "low", "high"]].to_numpy()
-    ]
-    what = plotted["curve"].where(
-        plotted["row"] == "system", plotted["row"].map(compare.display_name)
-    )
-    wide = plotted.assign(text=text, what=what).pivot(
-        index=["metric", "what"], columns="num_sessions", values="text"
-    )
-    order = (
-        plotted.assign(what=what)[["metric", "what"]]
-        .drop_duplicates()
-        .sort_values("metric", key=lambda m: m.map(metrics_shown.index), kind="stable")
-    )
-    return (
-        wide.reindex(
-            index=pd.MultiIndex.from_frame(order),
-            columns=list(dict.fromkeys(plotted["num_sessions"])),
-        )
-        .rename(columns={0: "all"})
-        .fillna("–")
-    )
+    plotted = plotted.assign(text=format_scores(plotted), what=name_curves(plotted))
+    wide = plotted.pivot(index=["metric", "what"], columns="num_sessions", values="text")
+    lines = plotted[["metric", "what"]].drop_duplicates()
+    rank = lines["metric"].map(metrics_shown.index)
+    order = lines.assign(rank=rank).sort_values("rank", kind="stable")[["metric", "what"]]
+    sessions = list(dict.fromkeys(plotted["num_sessions"]))
+    ordered = wide.reindex(index=pd.MultiIndex.from_frame(order), columns=sessions)
+    return ordered.rename(columns={0: "all"}).fillna("–")
 
 
 # %%
@@ -263,6 +260,26 @@ names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype
 effects = []
 
 # %%
+def compare_held_out(held_out_run, its_row, plain, other_row, held_out):
+    """What a score loses on held-out clusters beyond what it loses on other images."""
+    names = [
+        name for name in metrics_shown if name in held_out_run.records and name in plain.records
+    ]
+    scores = {name: held_out_run.values(name, its_row) for name in names}
+    plain_scores = {name: plain.values(name, other_row) for name in names}
+    better = {name: held_out_run.records[name]["better"] for name in names}
+    effect = compare.held_out_effect(scores, plain_scores, held_out, better, seed=seed)
+    return effect.assign(run=held_out_run.name, row=its_row, plain=plain.name)
+
+
+def draw_held_out(effect, held_out_run, its_row, plain):
+    """Draw one such comparison into the run's figures."""
+    condition = "" if its_row == "system" else f" ({its_row})"
+    title = f"{held_out_run.name}{condition} against {plain.name}"
+    file = f"held_out_{held_out_run.name.replace('/', '-')}_{its_row}.png"
+    figures.save_figure(figures.plot_held_out_effect(effect, title), run.results / "figures" / file)
+
+# %%
 for held_out_run, its_row, plain, other_row in compare.held_out_pairs(scored):
     tensors = load_file(HOME / "results" / held_out_run.name / "reconstructions.safetensors")
     held_out = pd.Series(tensors["held_out"].numpy(), index=tensors["image_ids"].numpy())
@@ -272,26 +289,8 @@ for held_out_run, its_row, plain, other_row in compare.held_out_pairs(scored):
             " clusters."
         )
         continue
-    names = [
-        name for name in metrics_shown if name in held_out_run.records and name in plain.records
-    ]
-    scores = [
-        {name: one.values(name, which) for name in names}
-        for one, which in ((held_out_run, its_row), (plain, other_row))
-    ]
-    better = {name: held_out_run.records[name]["better"] for name in names}
-    effects.append(
-        compare.held_out_effect(*scores, held_out, better, seed=seed).assign(
-            run=held_out_run.name, row=its_row, plain=plain.name
-        )
-    )
-    title = (
-        f"{held_out_run.name}{'' if its_row == 'system' else f' ({its_row})'} against {plain.name}"
-    )
-    figures.save_figure(
-        figures.plot_held_out_effect(effects[-1], title),
-        run.results / "figures" / f"held_out_{held_out_run.name.replace('/', '-')}_{its_row}.png",
-    )
+    effects.append(compare_held_out(held_out_run, its_row, plain, other_row, held_out))
+    draw_held_out(effects[-1], held_out_run, its_row, plain)
 
 # %%
 if effects:

@@ -133,39 +133,33 @@ def tables_of(table, value):
     )
 
 
-better = "lower" if any(word in by for word in ("loss", "mse", "mae")) else "higher"
+better = "higher"
+if any(word in by for word in ("loss", "mse", "mae")):
+    better = "lower"
 value_name = by.replace("val/", "validation ").replace("train/", "training ")
 verdicts, tables_by_kind, gaps = {}, {}, {}
 
 # %%
-for kind, part in (
-    losses.dropna(subset=by).groupby("kind", sort=False)
-    if by in losses and factor not in sweeps.VALIDATION_FACTORS
-    else ()
-):
+comparable = by in losses and factor not in sweeps.VALIDATION_FACTORS
+parts = ()
+if comparable:
+    parts = losses.dropna(subset=by).groupby("kind", sort=False)
+paired_by = [*other_factors, *([seed_name] if seed_name else [])]
+for kind, part in parts:
     tables_by_kind[kind] = tables_of(part, by)
-    what = (
-        f"{value_name} of the {kind.replace('_', ' ')}"
-        if losses["kind"].nunique() > 1
-        else value_name
-    )
-    gaps[kind] = (
-        sweeps.gaps_to_best(tables_by_kind[kind][0], factor, seed_name, better)
-        if len(tables_by_kind[kind][0])
-        else []
-    )
-    verdicts[kind] = sweeps.describe_gaps(
-        gaps[kind],
-        tables_by_kind[kind][2],
-        what,
-        [*other_factors, *([seed_name] if seed_name else [])],
-    )
-    dropped = len(part) - len(tables_by_kind[kind][0])
-    print(
-        verdicts[kind]
-        + "."
-        + (f" {dropped} runs without a pair at every level are left out." if dropped else "")
-    )
+    complete, _, seed_sd = tables_by_kind[kind]
+    what = value_name
+    if losses["kind"].nunique() > 1:
+        what = f"{value_name} of the {kind.replace('_', ' ')}"
+    gaps[kind] = []
+    if len(complete):
+        gaps[kind] = sweeps.gaps_to_best(complete, factor, seed_name, better)
+    verdicts[kind] = sweeps.describe_gaps(gaps[kind], seed_sd, what, paired_by)
+    dropped = len(part) - len(complete)
+    remark = ""
+    if dropped:
+        remark = f" {dropped} runs without a pair at every level are left out."
+    print(f"{verdicts[kind]}.{remark}")
 
 # %%
 if not verdicts:

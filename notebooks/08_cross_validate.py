@@ -153,24 +153,30 @@ def step(model, batch, epoch):
 
 
 # %%
-def network(train_x, train_y, folder):
-    """Train on standardised, selected voxels and standardised targets; returns a function from
-    voxels to targets.
-    """
-    chosen = ridge(train_x, train_y).best_estimator_[:-1]
-    mean, sd = train_y.mean(0), train_y.std() + 1e-9
-    data = Rows(chosen.transform(train_x), (train_y - mean) / sd)
+def build_network(n_voxels, n_targets):
+    """A network that begins as the mean, and its config."""
     kwargs = {
-        "in_dim": data.voxels.shape[1],
-        "out_dim": train_y.shape[1],
+        "in_dim": n_voxels,
+        "out_dim": n_targets,
         "h": h,
         "n_blocks": n_blocks,
         "use_projector": False,
     }
     torch.manual_seed(seed)
     model = BrainNetwork(**kwargs)
-    torch.nn.init.zeros_(model.lin1.weight)  # it begins as the mean
-    config = {"model": {"name": "BrainNetwork", "kwargs": kwargs}, "epochs": num_epochs}
+    torch.nn.init.zeros_(model.lin1.weight)
+    return model, {"model": {"name": "BrainNetwork", "kwargs": kwargs}, "epochs": num_epochs}
+
+
+# %%
+def network(train_x, train_y, folder):
+    """Train on standardised, selected voxels and standardised targets; returns a function from
+    voxels to targets.
+    """
+    select_voxels = ridge(train_x, train_y).best_estimator_[:-1]
+    mean, sd = train_y.mean(0), train_y.std() + 1e-9
+    data = Rows(select_voxels.transform(train_x), (train_y - mean) / sd)
+    model, config = build_network(data.voxels.shape[1], train_y.shape[1])
     fit(
         model,
         step,
@@ -183,12 +189,9 @@ def network(train_x, train_y, folder):
     )
 
     def predict(voxels):
+        inputs = torch.as_tensor(select_voxels.transform(voxels), dtype=torch.float32)
         with torch.no_grad():
-            return (
-                model.cpu()(torch.as_tensor(chosen.transform(voxels), dtype=torch.float32)).numpy()
-                * sd
-                + mean
-            )
+            return model.cpu()(inputs).numpy() * sd + mean
 
     return predict
 
@@ -328,7 +331,9 @@ for (split, metric), part in per_image.groupby(["split", "metric"], sort=False):
     value = {
         row: rows.sort_values("image")["value"].to_numpy() for row, rows in part.groupby("row")
     }
-    sign = -1 if metric == "mse" else 1
+    sign = 1
+    if metric == "mse":
+        sign = -1
     result = statistics.paired_bootstrap(sign * value["network"], sign * value["ridge"])
     better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
     differences.append({"split": split, "metric": metric, **result._asdict(), "better": better})
