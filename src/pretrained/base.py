@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src import utils
+from src.pretrained.shared_weights import complete_model
 from src.utils import ROOT, PerceptError, same_features
 
 HUB = {
@@ -73,6 +75,8 @@ def locate_model(name: str, weights: str) -> str:
         if weights == "mini":
             hint = "restore data/mini_models from git"
         raise PerceptError(f"The pretrained model '{name}' is not at {folder}: {hint}.")
+    if weights == "mini":
+        folder = complete_model(folder, utils.HOME / "data" / ".mini_models")
     return str(folder)
 
 
