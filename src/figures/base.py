@@ -67,7 +67,7 @@ CONTROL_MARKS = {  # by condition of a score table
 # ------------------------------------------------------------------------------------------- style
 def apply_style() -> AbstractContextManager[None]:
     """A context in which matplotlib draws in the common style: `with apply_style(): ...`."""
-    settings: Look = {
+    settings: Any = {
         "figure.dpi": DPI,
         "savefig.dpi": DPI,
         "figure.facecolor": "white",
@@ -187,8 +187,8 @@ def draw_interval(
 
 def draw_dot(
     ax: Any,
-    x: float,
-    y: float,
+    x: Any,
+    y: Any,
     colour: str,
     size: float,
     edge_width: float = 1,

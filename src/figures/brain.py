@@ -127,12 +127,12 @@ def _find_colour_limit(values: np.ndarray) -> float:
 
 def _scatter_voxels(
     ax: Any,
-    x: pd.Series,
-    y: pd.Series,
+    across: pd.Series,
+    up: pd.Series,
     values: np.ndarray,
 ) -> Any:
     """Draw one view of the voxels, the strongest on top; returns the dots that have a value."""
-    x, y = x.to_numpy(float), y.to_numpy(float)
+    x, y = across.to_numpy(float), up.to_numpy(float)
     unused = np.isnan(values)
     ax.scatter(x[unused], y[unused], s=3, c=FAINT)
     order = np.argsort(np.nan_to_num(np.abs(values), nan=-1.0))

@@ -37,7 +37,7 @@ Panel = dict[str, Any]  # scores of a sweep, see `plot_sweep_levels`
 LOSS_TITLES = {"train/loss": "training loss", "val/loss": "validation loss"}
 
 
-def _assign_colours(levels: Sequence[str]) -> dict[str, str]:
+def _assign_colours(levels: Sequence[str]) -> dict[Any, str]:
     """Colour of each level, in order; past the eighth they repeat, and places tell them apart."""
     return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(levels)}
 
@@ -113,7 +113,7 @@ def _draw_losses(
     rows: pd.DataFrame,
     column: str,
     factor: str,
-    colours: dict[str, str],
+    colours: dict[Any, str],
 ) -> None:
     """One panel of `plot_sweep_curves`: a loss of all runs, and the mean of each level."""
     runs = rows.groupby(["label", "model", factor], sort=False)
@@ -295,8 +295,8 @@ def _draw_level_scores(ax: Any, panel: Panel, factor: str, levels: Sequence[str]
         middle, sd = table["value"].mean(), panel["sd"]
         look: Look = {"color": INK, "lw": 5, "alpha": 0.45}
         look |= {"solid_capstyle": "butt", "zorder": 3}
-        x = len(levels) - 0.42
-        ax.plot([x, x], [middle - sd, middle + sd], **look)
+        right = len(levels) - 0.42
+        ax.plot([right, right], [middle - sd, middle + sd], **look)
     ax.set_xlim(-0.5, len(levels) - 0.3)
     ax.set_ylim(low - 0.08 * span, high + 0.08 * span)
     if panel["better"] == "lower":
@@ -408,7 +408,7 @@ def _draw_region_scores(ax: Any, rows: pd.DataFrame, regions: Sequence[str]) -> 
         regions: from left to right.
     """
     for kind, look in REGION_LOOKS.items():
-        part = rows[rows["kind"] == kind].set_index("region").reindex(regions)
+        part = rows[rows["kind"] == kind].set_index("region").reindex(list(regions))
         spread = part[["low", "high"]].sub(part["value"], axis=0).abs()
         look = look | {"yerr": spread.fillna(0).to_numpy().T, "capsize": 2}
         look |= {"mec": "white", "mew": 0.8, "zorder": 4}
