@@ -22,6 +22,14 @@ def _reference(path: Path) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """Every slow test says why it is slow: `@pytest.mark.slow(reason="runs a whole recipe")`."""
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is not None and not mark.kwargs.get("reason"):
+            raise pytest.UsageError(f"{item.nodeid} is marked slow without a reason")
+
+
 @pytest.fixture(autouse=True)
 def figures_closed():
     """Close what a test drew: test_figures counts open figures, whichever file ran before it on the
