@@ -142,9 +142,10 @@ def build_scheduler(
             f"cycle_steps is {length}: it is for the schedule 'cycle' and at least the {total}"
             " steps of the run."
         )
-    return make_scheduler(
+    scheduler: LRScheduler = make_scheduler(
         optimizer, optimisation.max_lr, epochs, steps_per_epoch, warmup_steps, length
     )
+    return scheduler
 
 
 def find_entry(registry: dict[str, Any], name: str, title: str) -> Any:

@@ -260,4 +260,6 @@ def share_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         raise PerceptError(
             "Batch norms cannot be shared by several CPU processes: use one process, or GPUs."
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm  # torch gives it no types
+    shared: nn.Module = convert(model)
+    return shared

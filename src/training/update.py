@@ -85,7 +85,7 @@ class Updater:
         def update(parameter: Tensor) -> None:
             gradient = parameter.grad
             # unlike isfinite of the gradient, without copies of it
-            if torch.isfinite(torch.linalg.vector_norm(gradient)):  # type: ignore[arg-type]
+            if torch.isfinite(torch.linalg.vector_norm(gradient)):
                 # of all parameters this one alone has a gradient now
                 self.session.optimizer.step()
             else:
@@ -93,7 +93,8 @@ class Updater:
             parameter.grad = None
 
         for parameter in self.trainable:
-            parameter.register_post_accumulate_grad_hook(update)
+            register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
+            register(update)
 
     def train_step(self, batch: Batch) -> Agreement:
         """Forward, backward, check, update."""
