@@ -206,6 +206,14 @@ def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
         dryrun.plan_stage("01_train_high_level", HIGH | {"subj": 9})
 
 
+def test_preparing_the_data_of_mindeye2_needs_no_models():
+    """The stage has no parameter that says where these come from."""
+    source = {"dataset": "absent", "subj": 1, "source": "mindeye2", "data_path": "data/nowhere"}
+    plan = dryrun.plan_stage("00_prepare_data", source | {"recipe": "mindeye2"})
+    assert plan.disk["betas"] == 4 * 27750 * 15724
+    assert not [sentence for sentence in plan.warnings if "cache" in sentence]
+
+
 def test_the_mini_world_is_known_before_it_is_drawn():
     plan = dryrun.plan_stage(
         "01_train_high_level",

@@ -143,7 +143,7 @@ def _list_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
     else:
         patch_model = _find_patch_model(str(parameters.get("recipe", "")))
     if patch_model:
-        return _list_mindeye2_models(stage, parameters["weights"], patch_model)
+        return _list_mindeye2_models(stage, parameters.get("weights", ""), patch_model)
     clip = CLIP_VARIANTS[parameters.get("clip_variant", "ViT-L/14")]
     hidden = parameters.get("hidden", True)
     generator = "versatile_diffusion" if hidden else "image_variation"
