@@ -86,9 +86,8 @@ class Server(BaseHTTPRequestHandler):
             case "GET", "":
                 result = local.get_collection(name)
             case "PUT", "":
-                self.server.created = m.CreateCollection(
-                    **body
-                )  # which refuses what the interface does not know
+                # which refuses what the interface does not know
+                self.server.created = m.CreateCollection(**body)
                 result = local.create_collection(name, vectors_config=self.server.created.vectors)
             case "PUT", "/points":
                 assert "wait=true" in self.path
@@ -341,9 +340,8 @@ def test_graph_and_codes_find_nearly_all(tmp_path, monkeypatch, quantization, on
             > 0.95
         )
         cosines = np.take_along_axis(unit(queries) @ unit(x.astype(float)).T, result.row, 1)
-        np.testing.assert_allclose(
-            result.similarity, cosines, atol=1e-3
-        )  # cosines of the embeddings, not of codes
+        # cosines of the embeddings, not of codes
+        np.testing.assert_allclose(result.similarity, cosines, atol=1e-3)
         index.exact = True
         np.testing.assert_allclose(index.search(queries, 10).similarity, similarity, atol=1e-3)
         result = index.search(queries, 10, exclude=rows[:, 0])

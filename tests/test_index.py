@@ -394,9 +394,8 @@ def test_a_webdataset_of_the_mini_world(tmp_path):
     assert metadata["kind"].tolist() == [samples[i][2]["kind"] for i in (29, 13, 0)]
     images, ok = load_local_images(metadata, 32)
     assert ok.all() and all((images[j] == samples[i][0]).all() for j, i in enumerate((29, 13, 0)))
-    write_tars(
-        miniworld.generate_pool(36, n_test=4), tars, 36, rows=12
-    )  # the last of the tars is kept as it is, so that there is nothing new
+    # the last of the tars is kept as it is, so that there is nothing new
+    write_tars(miniworld.generate_pool(36, n_test=4), tars, 36, rows=12)
     assert len(embed_images(tars, tmp_path / "index", Encoder(), {"model": "toy"}, 32)) == 30
 
 

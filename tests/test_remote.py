@@ -310,9 +310,8 @@ def test_published_fallback_asks_again_with_aesthetics(service):
 def test_published_fallback_counts_what_failed_twice(service):
     url, state = service
     queries = queries_of(4)
-    bad = queries[:2] / np.linalg.norm(
-        queries[:2], axis=1, keepdims=True
-    )  # the first one too: the service did answer
+    # the first one too: the service did answer
+    bad = queries[:2] / np.linalg.norm(queries[:2], axis=1, keepdims=True)
     state["fault"] = lambda number, fields: (
         (500, b"") if np.isclose(fields["embedding_input"], bad).all(1).any() else None
     )
@@ -569,9 +568,8 @@ def test_pictures_in_order_and_from_the_cache(host, tmp_path):
     assert sorted(requested) == sorted([*(f"/{i}" for i in range(20)), "/gone"])
     cached = get(urls[:20], tmp_path)
     assert len(requested) == 21 and torch.equal(cached.images, got.images[:20])
-    assert (
-        len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20
-    )  # only pictures, and no temporary files
+    # only pictures, and no temporary files
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20
     get(urls[20:21], tmp_path)
     assert len(requested) == 22  # another call, with no memory of failures
 

@@ -25,9 +25,8 @@ def cosines(brain, clip):
 
 def test_orientation_on_a_case_where_the_directions_differ():
     clip = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    brain = torch.tensor(
-        [[1.0, 0.2], [1.0, 0.4], [-1.0, 0.1]]
-    )  # brain 1 looks like image 0, but is the best there is for image 1
+    # brain 1 looks like image 0, but is the best there is for image 1
+    brain = torch.tensor([[1.0, 0.2], [1.0, 0.4], [-1.0, 0.1]])
     assert retrieval.top1_image_from_brain(brain, clip) == pytest.approx(2 / 3)
     assert retrieval.top1_brain_from_image(brain, clip) == 1
     assert retrieval.top1_image_from_brain_each(brain, clip).tolist() == [1, 0, 1]
@@ -147,18 +146,18 @@ def test_consecutive_pools_are_runs_of_a_resampled_stream_of_shards():
     pools = retrieval._sample_consecutive_pools(60, 20, 2, np.random.default_rng(0))
     stream = np.concatenate([next(pools) for _ in range(30)])
     shards = stream[: len(stream) // 30 * 30].reshape(-1, 30)
+    # whole, in order, drawn again and again
     assert {tuple(part) for part in shards} == {
         tuple(range(30)),
         tuple(range(30, 60)),
-    }  # whole, in order, drawn again and again
+    }
     brain, clip = embeddings()
     table = retrieval.evaluate_published_protocol(
         brain, clip, pool_size=20, n_pools=400, sampling="consecutive"
     )
     similarity = cosines(brain, clip)
-    blocks = [
-        np.r_[a : a + 20] % 60 for a in (0, 20, 10, 30, 50, 40)
-    ]  # within a shard, or over the end of one
+    # within a shard, or over the end of one
+    blocks = [np.r_[a : a + 20] % 60 for a in (0, 20, 10, 30, 50, 40)]
     every = [np.mean(similarity[np.ix_(b, b)].argmax(1) == np.arange(20)) for b in blocks]
     assert (
         min(every) - 0.1
@@ -175,9 +174,8 @@ def test_a_copy_in_a_consecutive_pool_is_found_once():
     expected = []
     pools = retrieval._sample_consecutive_pools(4, 4, 4, np.random.default_rng(0))
     for pool in (next(pools) for _ in range(50)):
-        order = np.argsort(
-            clip.numpy()[np.ix_(pool, pool)], axis=1, kind="stable"
-        )  # as the published top-k
+        # as the published top-k
+        order = np.argsort(clip.numpy()[np.ix_(pool, pool)], axis=1, kind="stable")
         expected.append(np.mean(order[:, -1] == np.arange(4)))
     assert min(expected) < 1 and table["value"].tolist() == pytest.approx([np.mean(expected)] * 2)
 

@@ -249,9 +249,8 @@ def test_a_server_is_asked_and_dead_urls_are_passed_over(world):
         url = f"http://127.0.0.1:{server.server_address[1]}/knn-service"
         refused = search(world, "--url", url, "--candidates", "8", "--server_timeout", "60")
         assert "without a picture" in refused.stdout
-        assert (
-            f"'retrieved': {N_TEST}" in refused.stdout
-        )  # pictures on this machine are not fetched unless asked for
+        # pictures on this machine are not fetched unless asked for
+        assert f"'retrieved': {N_TEST}" in refused.stdout
         done = search(
             world,
             "--url",
