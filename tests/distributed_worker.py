@@ -160,7 +160,7 @@ def notebook_step():
         "mixco": mixco,
         "mixco_nce": mixco_nce,
         "soft_clip_loss": soft_clip_loss,
-        "unit": l2_normalize,
+        "l2_normalize": l2_normalize,
         "gather": gather,
         "select_local_rows": select_local_rows,
         "seeded": seeded,
