@@ -30,7 +30,7 @@ from src.training.converter import TokenPairs, fit_converter
 from src.training.options import Batching, Execution, Optimisation
 from src.training.subjects import MultiSubjectDataset, check_gradients, load_pretrained
 from src.utils import PerceptError, save_checkpoint
-from tests.test_data import prepare
+from tests.toy_data import prepare
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 VOXELS = (15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386)

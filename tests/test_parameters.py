@@ -99,8 +99,8 @@ def test_jupyterlab_kernel_takes_the_recipe_named_in_the_cell(project):
     nb.cells[0].source = CELL.replace('recipe = ""', 'recipe = "sys/mini"').replace(
         'kind = "network"', 'kind = "ridge"'
     )
-    found = printed(NotebookClient(nb, timeout=120).execute())
-    assert found == {
+    printed_values = printed(NotebookClient(nb, timeout=120).execute())
+    assert printed_values == {
         "subj": 5,
         "max_lr": 1e-3,
         "prior": True,
@@ -229,24 +229,24 @@ def test_a_value_that_papermill_only_restates_keeps_its_origin(project):
     scope = {name: p.default for name, p in parameters.parse_parameters(CELL).items()}
     injected = '# Parameters\nrecipe = "sys/mini"\nsubj = 5\nmax_lr = 2.0e-3\n'
     exec(injected, scope)
-    found = parameters.configure(
+    origins = parameters.configure(
         scope | {"In": ["", CELL, injected], "__name__": "__main__"}, "01_stage"
     ).origins
     assert (
-        found["subj"] == "mini/01_stage.yaml"
-        and found["max_lr"] == "papermill"
-        and found["kind"] == "cell"
+        origins["subj"] == "mini/01_stage.yaml"
+        and origins["max_lr"] == "papermill"
+        and origins["kind"] == "cell"
     )
 
 
 # --------------------------------------------------------------------------------- what is refused
 @pytest.fixture
-def known():
+def definitions():
     return parameters.parse_parameters(CELL)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "made"),
+    ("name", "value", "expected"),
     [
         ("subj", "3", 3),
         ("subj", 3.0, 3),
@@ -258,9 +258,9 @@ def known():
         ("recipe", 3, "3"),
     ],
 )
-def test_values_come_to_the_type_of_the_default(known, name, value, made):
-    found = parameters.coerce(known[name], value, "here")
-    assert found == made and type(found) is type(made)
+def test_values_come_to_the_type_of_the_default(definitions, name, value, expected):
+    coerced = parameters.coerce(definitions[name], value, "here")
+    assert coerced == expected and type(coerced) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -275,22 +275,22 @@ def test_values_come_to_the_type_of_the_default(known, name, value, made):
         ("recipe", [1]),
     ],
 )
-def test_wrong_types_and_choices_are_refused_by_name(known, name, value):
+def test_wrong_types_and_choices_are_refused_by_name(definitions, name, value):
     with pytest.raises(PerceptError, match=f"Parameter '{name}' from here"):
-        parameters.coerce(known[name], value, "here")
+        parameters.coerce(definitions[name], value, "here")
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "limits"),
     [(0, "must be at least 1"), (5, "must be at most 4"), (-1, "must be at least 1")],
 )
-def test_numbers_out_of_the_range_that_the_comment_gives_are_refused(value, words):
+def test_numbers_out_of_the_range_that_the_comment_gives_are_refused(value, limits):
     share = parameters.parse_parameters(
         '# %% tags=["parameters"]\nsize = 2  # of something, at least 1, at most 4; more\nrate ='
         " 0.1  # more than 0\n"
     )
     assert parameters.coerce(share["size"], 4, "here") == 4
-    with pytest.raises(PerceptError, match=f"Parameter 'size' from here is {value}, but {words}"):
+    with pytest.raises(PerceptError, match=f"Parameter 'size' from here is {value}, but {limits}"):
         parameters.coerce(share["size"], value, "here")
     with pytest.raises(PerceptError, match="must be more than 0"):
         parameters.coerce(share["rate"], 0, "here")

@@ -16,15 +16,17 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(parameters.RECIPES)))
 def test_keys_are_parameters_of_the_right_type(path):
     notebook = parameters.NOTEBOOKS / f"{path.stem}.ipynb"
-    known = parameters.parse_parameters(parameters.read_parameters_cell(notebook), path.stem)
+    definitions = parameters.parse_parameters(parameters.read_parameters_cell(notebook), path.stem)
     content = parameters.read_recipe(path)
-    parameters.check_parameter_names(content, known, str(path))
+    parameters.check_parameter_names(content, definitions, str(path))
     assert (
         content.get("recipe") == path.parent.relative_to(parameters.RECIPES).as_posix()
     )  # papermill -f tells a notebook no file names
     for name, value in content.items():
-        assert type(parameters.coerce(known[name], value, str(path))) is type(known[name].default)
-        if isinstance(known[name].default, float):
+        assert type(parameters.coerce(definitions[name], value, str(path))) is type(
+            definitions[name].default
+        )
+        if isinstance(definitions[name].default, float):
             assert not isinstance(value, str), (
                 f"{name}: YAML reads {value!r} as a text; write 1.0e-3"
             )

@@ -3,12 +3,24 @@ wrong.
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from src import parameters, utils
 from src.utils import PerceptError
+
+
+def test_imports_stay_light():
+    """A command line that lists recipes or shows its help must answer at once."""
+    code = (
+        "import src.utils, src.parameters, sys; heavy = {'torch', 'pandas', 'safetensors'};"
+        "assert not heavy & set(sys.modules);"
+        "import src.data; assert not {'torch', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=utils.ROOT)
 
 
 def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -27,8 +39,8 @@ def test_checkpoint_round_trip_carries_the_config(tmp_path):
         {"model": {"name": "x", "kwargs": {"h": 1}}},
     )
     utils.save_checkpoint(tmp_path / "m.safetensors", state, config)
-    again, found = utils.load_checkpoint(tmp_path / "m.safetensors")
-    assert torch.equal(again["w"], state["w"]) and found == config
+    loaded, loaded_config = utils.load_checkpoint(tmp_path / "m.safetensors")
+    assert torch.equal(loaded["w"], state["w"]) and loaded_config == config
 
 
 def test_strict_loading_lists_what_does_not_fit():

@@ -262,7 +262,7 @@ class Subject:
         return self.clusters["held_out"].to_numpy()[rows]
 
     def bootstrap_split(self, share: float, seed: int) -> Subject:
-        """This subject with a share of its training images, drawn by seed.
+        """This subject with a share of its training images, sampled by seed.
 
         The other training images become the validation images, and the prepared validation images
         are excluded. So models with different draws have these and the test images in common, which
@@ -286,13 +286,13 @@ class Subject:
                 f"A share of {share} of {len(ids)} training images leaves nothing to train on or"
                 " nothing to validate on: choose one between 0 and 1."
             )
-        drawn = np.random.default_rng(seed).permutation(ids)[:n_train]
-        not_drawn = self._is_in_split("train") & ~self.trials["image"].isin(drawn)
+        sampled = np.random.default_rng(seed).permutation(ids)[:n_train]
+        is_left_out = self._is_in_split("train") & ~self.trials["image"].isin(sampled)
         splits = self.trials["split"].mask(self._is_in_split("val"), "exclude")
-        return self._with_splits(splits.mask(not_drawn, "val"))
+        return self._with_splits(splits.mask(is_left_out, "val"))
 
     def subsample_train(self, n_train: int, seed: int = 42) -> Subject:
-        """This subject with at most n_train training images, drawn by seed.
+        """This subject with at most n_train training images, sampled by seed.
 
         The trials of the others are excluded.
 
