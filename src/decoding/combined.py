@@ -154,7 +154,7 @@ def generate_sample_grid(
         image_ids=image_ids,
         device=str(next(model.parameters()).device),
     )
-    options = {"seed": seed, "num_inference_steps": steps}
+    options: dict[str, Any] = {"seed": seed, "num_inference_steps": steps}
     from_brain = generate_images(diffusion, tokens, image_ids, **options)
     from_truth = generate_images(diffusion, truth, image_ids, **options)
     grid = {"true embedding": from_truth[:, 0]}
