@@ -467,8 +467,7 @@ class FeatureNetwork:
                 f"Images of shape {shape} were given; {self.name} expects (n, 3, height, width), n"
                 " at least 1."
             )
-        n_bytes = len(images) * self.dim * 4
-        if cache is None and n_bytes <= MAX_BYTES_IN_MEMORY:
+        if cache is None and self._count_bytes(images) <= MAX_BYTES_IN_MEMORY:
             features = np.empty((len(images), self.dim), np.float32)
             start = 0
             for part in self._embed_in_parts(images):
@@ -484,9 +483,13 @@ class FeatureNetwork:
                 raise
             folder = cache or f"{tempfile.gettempdir()} (TMPDIR)"
             raise PerceptError(
-                f"There is no room at {folder} for {n_bytes / 1e9:.1f} GB of features of"
-                f" {self.name}: choose a folder on a larger disk."
+                f"There is no room at {folder} for {self._count_bytes(images) / 1e9:.1f} GB of"
+                f" features of {self.name}: choose a folder on a larger disk."
             ) from error
+
+    def _count_bytes(self, images: Any) -> int:
+        """Size of the features of images, in bytes."""
+        return len(images) * self.dim * 4
 
     def _read_or_compute(self, images: Any, cache: Path) -> np.ndarray:
         path = cache / f"{self.name}-{self._hash(images)}.npy"
