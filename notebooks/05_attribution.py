@@ -253,7 +253,7 @@ parts = {
     for kind, level in levels.items()
 }
 groups = {
-    kind: attribution.group_regions(part, early or attribution.EARLY)
+    kind: attribution.group_regions(part, early or attribution.EARLY_AREAS)
     for kind, part in parts.items()
 }
 importance = {

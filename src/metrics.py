@@ -918,6 +918,18 @@ _REGISTERED = (
     Metric("mse", mse, "lower", None, _MSE, _DIGITS),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _REGISTERED}
+# of the field's tables, in their order; SSIM in both of its meanings
+PUBLISHED_METRICS = (
+    "pixcorr",
+    "ssim",
+    "ssim_columns",
+    "AlexNet(2)",
+    "AlexNet(5)",
+    "InceptionV3",
+    "CLIP",
+    "EffNet-B1",
+    "SwAV",
+)
 
 
 def answer_metrics(

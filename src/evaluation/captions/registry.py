@@ -94,7 +94,7 @@ def prepare_caption_metrics(
     """The metrics of some names, with their networks.
 
     Args:
-        names: of `CAPTION_METRICS`, separated by commas.
+        names: of `CAPTION_METRICS`, separated by commas, or "all".
         weights: "hub", "mini" or a folder, of the networks; with "mini" their metrics are called
             "mini:".
         device: torch device of these.
@@ -104,6 +104,8 @@ def prepare_caption_metrics(
         PerceptError: an unknown name, a library that is not installed, or weights that are not to
             be had.
     """
+    if names == "all":
+        names = ",".join(CAPTION_METRICS)
     requested = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in requested if name not in CAPTION_METRICS]
     if unknown:
