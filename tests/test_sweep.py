@@ -182,8 +182,8 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     after, records = stamps(tiny), notes(tiny)
     assert {path: after[path] for path in before} == before
     assert [name for what, name, _ in records if what == "prepared"] == ["tiny/prepare"]
-    for rate, seed_effect in itertools.product(("low", "high"), (0, 1)):
-        name = f"tiny/rate={rate},seed={seed_effect}"
+    for rate, number in itertools.product(("low", "high"), (0, 1)):
+        name = f"tiny/rate={rate},seed={number}"
         start_times = [at for what, other, at in records if (what, other) == ("begun", name)]
         stamped = any(name in path and "02_train" in path for path in before)
         assert sum(at < killed for at in start_times) <= 1 and sum(
@@ -191,7 +191,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
         ) == (not stamped), (seed, name, start_times, killed)
         assert (
             tiny.parent / "home/train_logs" / name / "weights"
-        ).read_text() == f"{ {'low': 0.1, 'high': 0.2}[rate] } {seed_effect}"
+        ).read_text() == f"{ {'low': 0.1, 'high': 0.2}[rate] } {number}"
     assert (
         run.main(["sweep", str(tiny)]) == 0
         and "4 points, 4 finished before" in capsys.readouterr().out
