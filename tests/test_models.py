@@ -530,7 +530,7 @@ def test_low_level_miniature_learns():
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    "options, message",
     [
         ({"ups_mode": "2x"}, "unknown"),
         ({"latent_size": 18}, "divisible"),
