@@ -319,7 +319,7 @@ class _LoadedNetwork:
         digest: hash of the file of weights.
     """
 
-    model: nn.Module
+    model: Any
     size: int
     digest: str
 
