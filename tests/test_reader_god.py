@@ -31,7 +31,7 @@ def number(name):
 
 
 def bdata(path, columns, labels, old=False, vmap=None):
-    """A file with six voxels and the given labels: {key: (samples,)}; a label of None is left out."""
+    """A file with six voxels and some labels, {key: (samples,)}; a label of None is left out."""
     labels = {key: values for key, values in labels.items() if values is not None}
     dataset = np.column_stack([columns, *labels.values()]).astype(np.float64)
     width, voxels = dataset.shape[1], columns.shape[1]
