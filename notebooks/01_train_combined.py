@@ -17,7 +17,7 @@
 # Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU
 # cores.
 #
-# Source: the combined model that preceded MindEye (arXiv 2305.18274); its code, February to May 2023.
+# Source: the combined model that preceded MindEye (arXiv 2305.18274), February to May 2023.
 
 # %% tags=["parameters"]
 recipe = ""  # a recipe folder, e.g. mindeye/mini for the embedded mini world

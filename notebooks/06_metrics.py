@@ -5,7 +5,7 @@
 # without the brain, without training, from a lookup, or with a perfect decoder? And how near do
 # captions from the brain come to what people wrote?
 #
-# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03, and the refined pictures of 04)
+# **Reads** `results/<run>/reconstructions.safetensors` (notebook 03, and the refined images of 04)
 # and `captions_brain.parquet` (04) where there are any, or anyone's reconstructions:
 # `recon_path` and `all_images_path` (the published `.pt` tensors, `.npz` or `.npy`, or folders of
 # PNG files). **Writes** its part of `results/<run>/metrics.json` (a record a score) and

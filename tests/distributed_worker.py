@@ -46,7 +46,7 @@ class Data:
 
 
 class Model(nn.Module):
-    """Two parts that a step calls by themselves, and one that it leaves alone in the first epoch."""
+    """Two parts that a step calls by themselves, and one that it skips in the first epoch."""
 
     def __init__(self, seed):
         super().__init__()

@@ -183,8 +183,12 @@ def test_everything_is_seen(page):
 def test_text_has_contrast(page):
     """At least 4.5 : 1 between text and page (WCAG 2.1, 1.4.3), in both colour schemes."""
     contrast = """names => { const css = getComputedStyle(document.documentElement);
-      const light = name => { const hex = css.getPropertyValue(name).trim(), full = hex.length === 4 ? hex.replace(/[0-9a-f]/gi, "$&$&") : hex;
-        const part = i => { const v = parseInt(full.slice(1 + 2 * i, 3 + 2 * i), 16) / 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; };
+      const light = name => {
+        const hex = css.getPropertyValue(name).trim();
+        const full = hex.length === 4 ? hex.replace(/[0-9a-f]/gi, "$&$&") : hex;
+        const part = i => {
+          const v = parseInt(full.slice(1 + 2 * i, 3 + 2 * i), 16) / 255;
+          return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; };
         return .2126 * part(0) + .7152 * part(1) + .0722 * part(2); };
       const ratio = (a, b) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
       return Math.min(...names.map(([ink, paper]) => ratio(light(ink), light(paper)))); }"""

@@ -519,7 +519,7 @@ TOY = (
 )
 
 
-def test_the_notebook_trains_end_to_end_with_samples_and_then_a_frozen_voxel2clip_with_clip_augmentation(
+def test_the_notebook_trains_end_to_end_and_then_with_a_frozen_voxel2clip_and_clip_augmentation(
     home,
 ):
     joint = (

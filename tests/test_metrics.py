@@ -279,7 +279,7 @@ def test_bad_images_are_refused(recons, words):
 
 
 # ----------------------------------------------------------------------------------------- answers
-def test_answers_are_held_against_the_labels_and_not_against_the_classifiers_view_of_the_shown_images():
+def test_answers_are_compared_with_the_labels_and_not_with_the_classifiers_view_of_the_images():
     images = torch.zeros(4, 3, 8, 8)
     images[2:] = 1.0  # two dark and two bright images
     calls = []

@@ -406,7 +406,8 @@ def test_live_widget_carries_both(shown, monkeypatch):
 
 def test_executed_notebook_shows_the_table():
     code = (
-        "import pandas as pd, torch\nfrom src.evaluation.report import gallery_widget\ngallery_widget({'seen':"
+        "import pandas as pd, torch\nfrom src.evaluation.report import gallery_widget\n"
+        "gallery_widget({'seen':"
         " torch.rand(30, 3, 8, 8), 'mine': torch.rand(30, 3, 8, 8)}, pd.DataFrame({'score':"
         " range(30)}))"
     )

@@ -351,7 +351,8 @@ KILLED = """
     import os, signal, torch
     torch.set_num_threads(1)
     from test_training import call_at, train
-    train({folder!r}, do=call_at({at}, lambda: os.kill(os.getpid(), signal.SIGKILL)), save_steps={every})
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    train({folder!r}, do=call_at({at}, kill), save_steps={every})
 """
 
 
