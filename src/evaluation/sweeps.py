@@ -132,7 +132,7 @@ def read_scores(folder: Path, labels: Sequence[str], metrics: str = "") -> pd.Da
 def _collect_scores(run: ScoredRun, metric: str) -> dict[str, Any]:
     """The score of one point, with chance, baselines and upper bound."""
     record = run.records[metric]
-    row = {"label": run.name, "metric": metric}
+    row: dict[str, Any] = {"label": run.name, "metric": metric}
     row |= {name: record.get(name) for name in RECORD_COLUMNS}
     controls = record["floors"] | {"ceiling": record["ceiling"]}
     for name, entry in controls.items():

@@ -207,7 +207,8 @@ def format_caption_table(table: pd.DataFrame) -> list[dict[str, str]]:
     """
     rows = []
     for metric, part in table.groupby("metric", sort=False):
-        lines = part.set_index("pairing").to_dict("index")
+        indexed = part.set_index("pairing")
+        lines: dict[str, Any] = {str(name): line.to_dict() for name, line in indexed.iterrows()}
         row = {"metric": str(metric)}
         for pairing, head in PAIRING_HEADS.items():
             if pairing in lines:
