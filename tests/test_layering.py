@@ -5,6 +5,8 @@ from the folders of its own layer that BESIDE names.
 """
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,41 @@ def test_functions_fit_a_screen(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
             assert lines <= limit, f"{node.name} has {lines} lines"
+
+
+EXTRAS = [
+    "nibabel",
+    "boto3",
+    "botocore",
+    "faiss",
+    "qdrant_client",
+    "qdrant_edge",
+    "grpc",
+    "nltk",
+    "rouge_score",
+    "pycocoevalcap",
+    "sentence_transformers",
+    "captum",
+    "nilearn",
+    "wandb",
+    "deepspeed",
+]
+WITHOUT_EXTRAS = """
+import importlib, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {extras!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+
+
+def test_every_module_can_be_imported_without_the_extras():
+    modules = [module_name(path) for path in MODULES]
+    code = WITHOUT_EXTRAS.format(extras=EXTRAS, modules=modules)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SRC.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -35,10 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pandas as pd
-from nibabel.filebasedimages import ImageFileError
 
 from src.data.layout import number_repeats
 from src.readers.common import (
@@ -52,7 +50,7 @@ from src.readers.common import (
     parse_name_list,
 )
 from src.readers.recording import Recording, RowBlocks, store_recording
-from src.utils import PerceptError, progress, require_file
+from src.utils import PerceptError, progress, require_extra, require_file
 
 TERMS = (
     "BOLD5000 (Chang, Pyles, Marcus, Gupta, Tarr and Aminoff) is published as CC0 on figshare"
@@ -381,9 +379,16 @@ def _find_session_files(files: FilesByName, name: str) -> list[Path]:
 
 def _open_nifti(path: Path) -> Any:
     """nibabel's array proxy: shape, dtype, offset, slope and inter."""
+    nibabel = require_extra("nibabel", "nsd")
     try:
-        return nibabel.load(path).dataobj  # type: ignore[attr-defined]
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        return nibabel.load(path).dataobj
+    except (
+        nibabel.filebasedimages.ImageFileError,
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+    ) as error:
         raise PerceptError(f"{path} cannot be read as NIfTI ({error}): fetch it again.") from error
 
 
@@ -403,6 +408,7 @@ def _select_voxels(
     files: FilesByName, name: str, roi_names: list[str], grid: tuple[int, ...]
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Places of the chosen voxels in a volume (voxels,), and their table: regions, x, y, z (mm)."""
+    nibabel = require_extra("nibabel", "nsd")
     masks = sorted(
         _match_files(files, rf"sub-{name}_mask-(LH|RH)(\w+)\.nii(?:\.gz)?"),
         key=lambda mask: mask[0].string,
@@ -429,7 +435,7 @@ def _select_voxels(
         )
     members = {region: mask[places] for region, mask in regions.items()}
     ijk = np.stack(np.unravel_index(places, grid, order="F"), axis=1)
-    affine = nibabel.load(reference).affine  # type: ignore[attr-defined]
+    affine = nibabel.load(reference).affine
     xyz = nibabel.affines.apply_affine(affine, ijk)
     table = make_roi_columns(members, len(places))
     table[["x", "y", "z"]] = xyz

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import nibabel
 import numpy as np
 import pandas as pd
 
 from src.data.files import iterate_row_blocks
-from src.utils import PerceptError, progress
+from src.utils import PerceptError, progress, require_extra
 
 SCALE = np.float32(300)  # stored integers a percent signal change
 
@@ -54,6 +53,7 @@ class SessionBetas:
         Raises:
             PerceptError: if it is damaged, or holds something else than betas.
         """
+        nibabel = require_extra("nibabel", "nsd")
         damage = (
             OSError,
             RuntimeError,
@@ -85,7 +85,8 @@ class SessionBetas:
 
     @classmethod
     def _open_nifti(cls, path: Path, session: int) -> SessionBetas:
-        stored: Any = nibabel.load(path).dataobj  # type: ignore[attr-defined]
+        nibabel = require_extra("nibabel", "nsd")
+        stored: Any = nibabel.load(path).dataobj
         if (stored.slope, stored.inter) != (1.0, 0.0):
             raise PerceptError(
                 f"{path} has a scaling of {stored.slope} and {stored.inter} in its header, NSD's"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pandas as pd
 
 from src.readers.common import check_rois, make_roi_columns, parse_name_list
 from src.readers.nsd_files import NsdFolders
 from src.readers.volumes import load_anat_roi, load_nifti
-from src.utils import PerceptError
+from src.utils import PerceptError, require_extra
 
 LABEL_NAMES = {  # documented labels, for where the .ctab is absent
     "prf-visualrois": ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"),
@@ -85,6 +84,7 @@ def select_voxels(folders: NsdFolders, mask: Mask, rois: str) -> tuple[pd.DataFr
     Raises:
         PerceptError: for an unknown label, labels without voxels, or a file on another grid.
     """
+    nibabel = require_extra("nibabel", "nsd")
     labels = _load_labels(folders, mask.voxels)
     names = parse_name_list(rois)
     check_rois(names, labels, f"Subject {folders.subj} of NSD")

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from src.utils import PerceptError, require_file
+from src.utils import PerceptError, require_extra, require_file
 
 NOWHERE = 9999  # in a transform: no place in the source
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
@@ -39,9 +38,10 @@ def load_nifti(path: str | Path, what: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         PerceptError: if it is missing or damaged.
     """
+    nibabel = require_extra("nibabel", "nsd")
     try:
         image = nibabel.load(require_file(path, what))
-        return np.asanyarray(image.dataobj), image.affine  # type: ignore[attr-defined]
+        return np.asanyarray(image.dataobj), image.affine
     except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
         raise PerceptError(
             f"{path} ({what}) cannot be read, it is damaged or no NIfTI file ({error}): fetch it"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pandas as pd
 
 from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, save_png, write_split, write_tables
 from src.readers.bold5000 import BETAS, IMAGE_LIST, PRESENTED, subject_name
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, require_extra
 
 
 def write(source: str | Path, subj: int, data: SourceData) -> Path:
@@ -61,6 +60,7 @@ def _cube_side(n_voxels: int) -> int:
 
 def _save_nifti(path: Path, flat: np.ndarray, side: int) -> None:
     """Save (volumes, side ** 3) or (side ** 3,) as .nii.gz, x fastest."""
+    nibabel = require_extra("nibabel", "nsd")
     volume = flat.T.reshape((side, side, side, *flat.shape[:-1]), order="F")
     image = nibabel.Nifti1Image(volume, np.diag([2.0, 2.0, 2.0, 1.0]))
     with atomic(path) as temporary, gzip.open(temporary, "wb", compresslevel=1) as file:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import h5py
-import nibabel
 import numpy as np
 import pandas as pd
 import scipy.io
@@ -17,7 +16,7 @@ from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.nsd import SHARED
 from src.readers.nsd_files import SUBJECTS, NsdFolders, check_options, load_image_ids
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, require_extra
 
 SCALE = 300  # stored integers a percent signal change
 
@@ -261,6 +260,7 @@ def _group_disjoint_rois(data: SourceData) -> list[list[str]]:
 
 def _save_nifti(path: Path, array: np.ndarray) -> None:
     """Save an array (x, y, z) or (x, y, z, trials) with the affine of NSD's functional grids."""
+    nibabel = require_extra("nibabel", "nsd")
     size = 1.0 if "func1mm" in path.parts else 1.8
     affine = np.diag([size, size, size, 1.0])
     affine[:3, 3] = -size * (np.array(array.shape[:3]) - 1) / 2
