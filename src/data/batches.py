@@ -140,7 +140,7 @@ class BrainDataset:
             return target.rows(ids, self.seed, self.epoch)
         if isinstance(target, TargetsById):
             return target.rows(ids)
-        return target[positions]
+        return np.asarray(target[positions])
 
     def _read_voxels(self, positions: np.ndarray) -> np.ndarray:
         if self.repeats == "mean":

@@ -19,7 +19,8 @@ def _mix(state: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 -> well mixed uint64."""
     for shift, factor in MIXING_STEPS:
         state = (state ^ (state >> shift)) * factor
-    return state ^ (state >> np.uint64(31))
+    mixed: np.ndarray = state ^ (state >> np.uint64(31))
+    return mixed
 
 
 def hash_images(seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:

@@ -60,7 +60,8 @@ class Normaliser:
         """Columns that `apply` gives: voxels (the selected ones; all if masked) or components."""
         if self.masked:
             return self.n_voxels
-        return self.mean.shape[1] if self.components is None else self.components.shape[1]
+        columns = self.mean if self.components is None else self.components
+        return int(columns.shape[1])
 
     @classmethod
     def fit(

@@ -259,7 +259,7 @@ class Subject:
             return np.zeros(len(ids), bool)
         stored = self.clusters["image"].to_numpy()
         rows = find_rows(stored, np.argsort(stored), ids, "the table of clusters")
-        return self.clusters["held_out"].to_numpy()[rows]
+        return np.asarray(self.clusters["held_out"].to_numpy()[rows])
 
     def bootstrap_split(self, share: float, seed: int) -> Subject:
         """This subject with a share of its training images, sampled by seed.
