@@ -21,9 +21,12 @@ playwright = pytest.importorskip(
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: install chromium to test the report in it"
-)
+pytestmark = [
+    pytest.mark.slow(reason="draws the report in a browser"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no browser: install chromium to test the report in it"
+    ),
+]
 N, SAMPLES = 60, 4
 ROWS = ("seen", "low level", "reconstructed", "nearest training image", "ceiling")
 HOSTILE = "</script><img src=x onerror=console.error(1)>"

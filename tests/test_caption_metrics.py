@@ -485,19 +485,19 @@ def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, wri
         pairing: lines.loc["ROUGE-L", pairing]
         for pairing in ("img_ref", "brain_ref", "brain_img", "relative")
     }
-    each = CAPTION_METRICS["ROUGE-L"].each
+    score = CAPTION_METRICS["ROUGE-L"].score
     assert (
         rouge["img_ref"]["value"]
-        == pytest.approx(each(table["reference"], table["git_image"]).mean())
+        == pytest.approx(score(table["reference"], table["git_image"]).mean())
         == pytest.approx(read["ROUGE-L"]["ceiling"]["value"])
     )
     assert (
         rouge["brain_ref"]["value"]
-        == pytest.approx(each(table["reference"], table["brain"]).mean())
+        == pytest.approx(score(table["reference"], table["brain"]).mean())
         == pytest.approx(read["ROUGE-L"]["value"])
     )
     assert rouge["brain_img"]["value"] == pytest.approx(
-        each(table["git_image"], table["brain"]).mean()
+        score(table["git_image"], table["brain"]).mean()
     )
     assert rouge["relative"]["value"] == pytest.approx(
         rouge["brain_img"]["value"] / rouge["img_ref"]["value"]

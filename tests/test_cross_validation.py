@@ -11,6 +11,8 @@ from test_stages import launch
 
 from src.miniworld.formats import digits69 as digits69_format
 
+pytestmark = pytest.mark.slow(reason="runs notebook 08 over all folds")
+
 
 def cross_validate(home: Path, source: Path, *more: str) -> pd.DataFrame:
     prepared = launch(

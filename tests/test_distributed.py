@@ -14,6 +14,8 @@ import torch
 
 from src.utils import PerceptError
 
+pytestmark = pytest.mark.slow(reason="starts several training processes for each case")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

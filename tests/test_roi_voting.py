@@ -21,6 +21,8 @@ from src.data.subject import open_subject
 from src.decoding.checkpoints import load_decoder
 from src.pretrained.clip import Clipper
 
+pytestmark = pytest.mark.slow(reason="runs the notebooks of ROI voting")
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "mini_images": 300,

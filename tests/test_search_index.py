@@ -27,6 +27,8 @@ from src.pretrained.clip import Clipper
 from src.search import LocalIndex, load_local_images
 from src.utils import save_checkpoint
 
+pytestmark = pytest.mark.slow(reason="runs notebooks on an index that it builds")
+
 ROOT = Path(__file__).resolve().parents[1]
 N_TEST, POOL = 24, 260
 

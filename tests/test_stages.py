@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from src.utils import load_checkpoint
 
+pytestmark = pytest.mark.slow(reason="runs whole notebooks in processes of their own")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

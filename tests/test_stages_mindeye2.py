@@ -5,11 +5,14 @@ pictures, captions and scores, through run.py.
 import json
 
 import pandas as pd
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_stages import launch
 
 from src.utils import load_checkpoint
+
+pytestmark = pytest.mark.slow(reason="runs MindEye2's notebooks from pretraining to captions")
 
 
 def test_mindeye2_from_pretraining_on_others_to_captions(tmp_path):
