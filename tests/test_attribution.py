@@ -637,6 +637,7 @@ def launch(world, *flags):
     )
 
 
+@pytest.mark.slow(reason="executes notebook 05")
 def test_the_notebook_reads_a_run_with_either_level(world):
     done = launch(world, "--model_name", "small", "--explained_decoder", "ridge")
     assert done.returncode == 0, done.stdout + done.stderr

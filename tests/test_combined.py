@@ -519,6 +519,7 @@ TOY = (
 )
 
 
+@pytest.mark.slow(reason="executes a training notebook")
 def test_the_notebook_trains_end_to_end_and_then_with_a_frozen_voxel2clip_and_clip_augmentation(
     home,
 ):
@@ -593,6 +594,7 @@ def test_the_notebook_trains_end_to_end_and_then_with_a_frozen_voxel2clip_and_cl
     )
 
 
+@pytest.mark.slow(reason="executes a training notebook")
 def test_the_notebook_learns_captions_from_whole_volumes_with_mixco(home):
     conv = (
         "--arch",

@@ -124,6 +124,7 @@ def notebook(home, *arguments):
     )
 
 
+@pytest.mark.slow(reason="executes notebook 07")
 def test_notebook_compares_what_can_be_compared_and_names_the_rest(home):
     done = notebook(home)
     assert done.returncode == 0, done.stderr
@@ -166,6 +167,7 @@ def test_notebook_compares_what_can_be_compared_and_names_the_rest(home):
     ) == {"all_voxels"}
 
 
+@pytest.mark.slow(reason="executes notebook 07")
 def test_notebook_refuses_named_runs_of_other_images_and_names_commands_for_what_is_missing(home):
     refused = notebook(home, "--runs", "all_voxels,another")
     assert refused.returncode != 0
@@ -451,6 +453,7 @@ def test_pretraining_is_held_against_the_run_that_is_alike(tmp_path):
     assert compare.pretraining_gain(runs[:1], ["pixcorr"]).empty
 
 
+@pytest.mark.slow(reason="executes notebook 07")
 def test_notebook_shows_sessions_and_pretraining(tmp_path):
     grow(tmp_path)
     done = notebook(tmp_path, "--runs", "mindeye*,sweep/*")

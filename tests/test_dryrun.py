@@ -125,6 +125,7 @@ def measured(step_in_backward: bool) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow(reason="measures trainings in processes of their own")
 @pytest.mark.parametrize("step_in_backward", [False, True])
 def test_prediction_is_within_15_percent_of_a_measured_training(step_in_backward):
     estimate = measured(step_in_backward)
@@ -276,6 +277,7 @@ def test_images_take_the_disk_that_is_told(tmp_path):
     assert full["published files"] == 982 * 4 * 3 * (512**2 + 256**2)
 
 
+@pytest.mark.slow(reason="starts the command line")
 def test_the_command_line_tells_and_writes_nothing(tmp_path):
     environment = os.environ | {"PERCEPT_HOME": str(tmp_path / "home")}
     command = [

@@ -205,6 +205,7 @@ index.build_index(sys.argv[1], index.choose_index(2000, 32, kind="SQ8")[0], shar
 """
 
 
+@pytest.mark.slow(reason="builds an index in a process that is killed")
 def test_a_build_that_was_killed_goes_on_to_the_same_index(clusters, tmp_path):
     plan = choose_index(2000, DIM, kind="SQ8")[0]
     complete, killed = (

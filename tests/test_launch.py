@@ -20,6 +20,8 @@ from test_run import ROOT, project  # noqa: F401  # two tiny stages and a recipe
 from src.pipeline import runs, stages
 from src.utils import PerceptError
 
+pytestmark = pytest.mark.slow(reason="starts trainings under launchers and Slurm")
+
 LAUNCH = ROOT / "launch"
 CONFIGS = sorted(LAUNCH.glob("*.yaml"))
 JOBS = sorted(LAUNCH.glob("*.slurm"))

@@ -404,6 +404,7 @@ def test_live_widget_carries_both(shown, monkeypatch):
     )
 
 
+@pytest.mark.slow(reason="starts a kernel")
 def test_executed_notebook_shows_the_table():
     code = (
         "import pandas as pd, torch\nfrom src.evaluation.report import gallery_widget\n"

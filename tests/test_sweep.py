@@ -158,6 +158,7 @@ def stamps(path):
 
 
 # -------------------------------------------------------------------------------------------- runs
+@pytest.mark.slow(reason="kills runs of whole recipes at many moments")
 def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     write(tiny, fixed={"wait": 0.4}, grid={"rate": {"low": 0.1, "high": 0.2}, "seed": [0, 1]})
     seed = random.SystemRandom().randrange(10**6)
@@ -835,6 +836,7 @@ def notebook(home, *flags):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow(reason="executes notebook 07")
 def test_the_notebook_names_the_winner_on_validation_images(tmp_path):
     ledger = made_up(tmp_path, EARLY)
     ledger["points"][0]["state"] = "missing"
@@ -916,6 +918,7 @@ def test_costs_of_points_that_trained_nothing(tmp_path):
     ) == ["label"]
 
 
+@pytest.mark.slow(reason="executes notebook 07")
 def test_the_notebook_draws_regions_and_refuses_what_does_not_belong_together(tmp_path):
     made_up(tmp_path / "regions", ALONE, batches=(16,), seeds=(0, 1))
     assert (

@@ -21,6 +21,8 @@ from tools.mini_models import metric_networks as metric_training
 from tools.mini_models.captions import NAMING_CAPTIONS, find_named_attributes
 from tools.mini_models.training import load_averaged
 
+pytestmark = pytest.mark.slow(reason="trains miniatures in processes of their own")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

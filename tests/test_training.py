@@ -379,6 +379,7 @@ def in_a_fresh_process(request) -> bool:
     return True
 
 
+@pytest.mark.slow(reason="trains, is killed and trains again in processes of its own")
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
     if in_a_fresh_process(request):
@@ -413,6 +414,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
         )
 
 
+@pytest.mark.slow(reason="trains several times over")
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
