@@ -247,14 +247,14 @@ def backbone(folded=True, cls=MixerBrainNetwork, drop=0.0, **options):
 
 def test_what_the_mixer_adds_does_not_depend_on_the_dead_weights():
     network, x = backbone(folded=False).double().eval(), torch.randn(5, 1, 12).double()
-    before = network._mixed(x) - x
+    before = network._mix(x) - x
     assert torch.allclose(
         before, before[:1, :, :1].expand_as(before), atol=1e-12
     )  # one number for all samples and channels
     with torch.no_grad():
         for p in network.mixer_blocks1.parameters():
             p.normal_()
-    assert torch.equal(network._mixed(x) - x, before)
+    assert torch.equal(network._mix(x) - x, before)
 
 
 def test_folded_and_unfolded_are_the_same_network():
