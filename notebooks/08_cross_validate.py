@@ -49,13 +49,14 @@ import pandas as pd
 import torch
 from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from src import metrics, retrieval
 from src.data import open_subject
 from src.evaluation import records, statistics, write_report
+from src.evaluation.folds import find_labels, parse_voxel_counts, split_into_folds
 from src.figures import plot_contact_sheet, save_figure
 from src.models import BrainNetwork
 from src.pretrained import Clipper
@@ -64,31 +65,30 @@ from src.utils import progress
 
 # %% [markdown]
 # ## Data
-# Grey images as they are, and the CLIP embedding of each for the high level. The official split is
-# the one that the file brings.
+# The brain data of an image are the mean over its repeats. Pixels are grey; for the high level each
+# image has its CLIP embedding. The official split is the one of the prepared data.
 
 # %%
 subject = open_subject(dataset, subj)
-ids = subject.all_images
-rows = subject.trials.set_index("image").loc[ids]
-x = np.asarray(subject.betas, np.float64)[np.searchsorted(subject.trials.image.to_numpy(), ids)]
-pictures = subject.images(ids)
-side = pictures.shape[1]
-pixels = pictures[..., 0].reshape(len(ids), -1) / 255.0  # (images, pixels)
+voxels, ids = subject.get_mean_betas("train+val+test")
+x = voxels.astype(np.float64)  # (images, voxels), rows in the order of ids
+images = subject.images(ids)
+height, width = images.shape[1:3]
+pixels = images.mean(-1).reshape(len(ids), -1) / 255.0  # (images, pixels)
 clipper = Clipper(weights, hidden=False, norm_embs=False, device=run.device)
-embeds = clipper.encode_pixels(pictures).astype(np.float64)  # (images, dim)
-labels = subject.labels.set_index("image").loc[ids].iloc[:, 0].to_numpy()
+embeds = clipper.encode_pixels(images).astype(np.float64)  # (images, dim)
+labels = find_labels(subject, ids)  # (images,), or None
 print(
     f"(images, voxels) = {x.shape}   (images, pixels) = {pixels.shape}   (images, dim) ="
     f" {embeds.shape}   protocol {subject.protocol}"
 )
 
 # %%
-official = rows.split.to_numpy() == "test"
-splits = {"official": [(np.flatnonzero(~official), np.flatnonzero(official))]}
-splits[f"{folds}-fold"] = list(
-    StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, labels)
-)
+is_test = np.isin(ids, subject.image_ids("test"))
+splits = {
+    "official": [(np.flatnonzero(~is_test), np.flatnonzero(is_test))],
+    f"{folds}-fold": split_into_folds(len(ids), labels, folds, seed),
+}
 
 
 # %% [markdown]
@@ -115,7 +115,7 @@ def ridge(train_x, train_y):
     """The fitted pipeline, its settings chosen inside the training images."""
     pipeline = make_pipeline(StandardScaler(), SelectKBest(relevance), Ridge())
     grid = {
-        "selectkbest__k": [int(k) for k in voxels_kept.split(",")],
+        "selectkbest__k": parse_voxel_counts(voxels_kept, train_x.shape[1]),
         "ridge__alpha": [float(a) for a in alphas.split(",")],
     }
     inner = KFold(inner_folds, shuffle=True, random_state=seed)
@@ -199,32 +199,41 @@ def network(train_x, train_y, folder):
 # %% [markdown]
 # ## Every fold
 # For both targets and both decoders. Beside them: the mean training image, and the mean image of
-# the class that a classifier decodes from the brain, which knows which digit it was and nothing
-# else.
+# the class that a classifier decodes from the brain, which knows which class it was and nothing
+# else; images without labels have no such row.
+
+# %%
+def predict_class_mean(train, test, targets):
+    """Mean target of the class that a classifier decodes from the brain: (test images, targets)."""
+    scaler = StandardScaler().fit(x[train])
+    classifier = LogisticRegression(C=1e-3, max_iter=500)
+    classifier.fit(scaler.transform(x[train]), labels[train])
+    decoded = classifier.predict(scaler.transform(x[test]))
+    return np.stack([targets[train][labels[train] == label].mean(0) for label in decoded])
+
+
+def predict_fold(train, test, targets, folder):
+    """Predicted targets of one fold's test images: {decoder: (test images, targets)}."""
+    predictions = {"ridge": ridge(x[train], targets[train]).predict(x[test])}
+    predictions["network"] = network(x[train], targets[train], folder)(x[test])
+    if labels is not None:
+        predictions["class_mean"] = predict_class_mean(train, test, targets)
+    predictions["mean_image"] = np.repeat(targets[train].mean(0)[None], len(test), 0)
+    return predictions
+
 
 # %%
 def decode(split, targets, name):
-    """Test predictions of every row, each image predicted once: {decoder: (test images, targets)},
-    and the test rows.
-    """
-    predictions = {key: [] for key in ("ridge", "network", "class_mean", "mean_image")}
+    """Predictions of all folds of a split: {decoder: (test images, targets)}, and the test rows."""
+    folds_done = []
     for number, (train, test) in enumerate(progress(splits[split], f"{name}, {split}")):
-        predictions["ridge"].append(ridge(x[train], targets[train]).predict(x[test]))
-        predictions["network"].append(
-            network(x[train], targets[train], run.logs / f"{name}_{split}_{number}")(x[test])
-        )
-        scaler = StandardScaler().fit(x[train])
-        classifier = LogisticRegression(C=1e-3, max_iter=500).fit(
-            scaler.transform(x[train]), labels[train]
-        )
-        decoded = classifier.predict(scaler.transform(x[test]))
-        predictions["class_mean"].append(
-            np.stack([targets[train][labels[train] == label].mean(0) for label in decoded])
-        )
-        predictions["mean_image"].append(np.repeat(targets[train].mean(0)[None], len(test), 0))
-    return {key: np.concatenate(value) for key, value in predictions.items()}, np.concatenate(
-        [test for _, test in splits[split]]
-    )
+        folder = run.logs / f"{name}_{split}_{number}"
+        folds_done.append(predict_fold(train, test, targets, folder))
+    test_rows = np.concatenate([test for _, test in splits[split]])
+    predictions = {
+        decoder: np.concatenate([fold[decoder] for fold in folds_done]) for decoder in folds_done[0]
+    }
+    return predictions, test_rows
 
 
 # %%
@@ -243,7 +252,7 @@ def as_images(flat):
     """(images, pixels) -> (images, 3, height, width) in [0, 1]."""
     return (
         torch.as_tensor(np.clip(flat, 0, 1), dtype=torch.float32)
-        .view(-1, 1, side, side)
+        .view(-1, 1, height, width)
         .expand(-1, 3, -1, -1)
         .contiguous()
     )
@@ -254,16 +263,16 @@ tables, rows = [], []
 
 # %%
 for split, (predictions, test) in low.items():
-    pictures = {"system": as_images(predictions["ridge"])} | {
-        key: as_images(predictions[key]) for key in ("class_mean", "mean_image", "network")
-    }
+    others = [name for name in ("class_mean", "mean_image", "network") if name in predictions]
+    reconstructions = {"system": as_images(predictions["ridge"])}
+    reconstructions |= {name: as_images(predictions[name]) for name in others}
     table = records.score_table(
-        as_images(pixels[test]), pictures, chosen, seed=seed, image_ids=ids[test]
+        as_images(pixels[test]), reconstructions, chosen, seed=seed, image_ids=ids[test]
     )
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
-    protocol = f"digits69-{split}"
+    protocol = f"{subject.protocol}-{split}"
     ridge_records = records.make_records(
         floors,
         chosen,
@@ -365,15 +374,14 @@ records.add_results(run.results, run.stage, one_table, rows, about, more)
 # %%
 predictions, test = low[f"{folds}-fold"]
 columns = {"seen": as_images(pixels[test])} | {
-    key.replace("_", " "): as_images(predictions[key])
-    for key in ("ridge", "network", "class_mean", "mean_image")
+    name.replace("_", " "): as_images(predicted) for name, predicted in predictions.items()
 }
 save_figure(plot_contact_sheet(columns, n=16, enlarge="nearest"), run.results / "contact_sheet.png")
 print(write_report(run.results))
 
 # %% [markdown]
 # ## What to look at
-# On the official split the mean image alone already correlates .65 with the test digits: compare
-# differences with the floors, not scores with zero. SSIM rewards sharpness; the class mean, which
-# only knows six from nine, is a hard floor for it. Data were provided (in part) by the Donders
+# On the official split of digits69 the mean image alone already correlates .65 with the test digits:
+# compare differences with the floors, not scores with zero. SSIM rewards sharpness; the class mean,
+# which only knows six from nine, is a hard floor for it. Data were provided (in part) by the Donders
 # Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
