@@ -381,7 +381,7 @@ print(write_report(run.results))
 
 # %% [markdown]
 # ## What to look at
-# On the official split of digits69 the mean image alone already correlates .65 with the test digits:
-# compare differences with the floors, not scores with zero. SSIM rewards sharpness; the class mean,
-# which only knows six from nine, is a hard floor for it. Data were provided (in part) by the Donders
-# Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
+# On the official split of digits69 the mean image alone already correlates .65 with the test
+# digits: compare differences with the floors, not scores with zero. SSIM rewards sharpness; the
+# class mean, which only knows six from nine, is a hard floor for it. Data were provided (in part) by
+# the Donders Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
