@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 LAYERS = [
-    {"utils", "safe_pickle"},
+    {"utils", "safe_pickle", "ownership", "foreign_files", "image_files"},
     {
         "parameters",
         "losses",
@@ -34,6 +34,9 @@ LAYERS = [
 ]
 BESIDE = {
     "safe_pickle": {"utils"},
+    "foreign_files": {"utils"},
+    "image_files": {"utils", "foreign_files"},
+    "ownership": {"utils"},
     "readers": {"data", "parameters"},
     "miniworld": {"data", "readers"},
     "models": {"networks"},

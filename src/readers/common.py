@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from src.image_files import decode_image
 from src.utils import PerceptError
 
 DEFAULT_SPLIT_SIZE = 300  # images that become validation (or test) images where no one says more
@@ -52,7 +53,7 @@ def _crop_resize(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def load_image(source: str | Path | BinaryIO, what: str, image_size: int = 0) -> np.ndarray:
-    """Decode an image file: uint8 (height, width, 3), through `center_crop_resize`.
+    """Decode an image file into uint8 (height, width, 3), through `center_crop_resize`.
 
     Args:
         source: the file, or its open content.
@@ -60,16 +61,9 @@ def load_image(source: str | Path | BinaryIO, what: str, image_size: int = 0) ->
         image_size: largest side, 0 to keep the image as it is.
 
     Raises:
-        PerceptError: if it is missing or cannot be decoded.
+        PerceptError: if it is missing or cannot be decoded, see `decode_image`.
     """
-    try:
-        with Image.open(source) as image:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
-            return np.asarray(_crop_resize(rgb, image_size) if image_size else rgb)
-    except FileNotFoundError as error:
-        raise PerceptError(f"{what} is missing: there is no {source}.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise PerceptError(f"{what} cannot be decoded ({error}): fetch it again.") from error
+    return center_crop_resize(decode_image(source, what), image_size)
 
 
 def load_images(

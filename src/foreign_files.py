@@ -1,0 +1,229 @@
+"""Files that others wrote: finding them, and saying what is wrong with one that cannot be read.
+
+That a file cannot be opened has many causes, of which damage is one. `explain_unreadable` tells
+them apart, so that nobody fetches 40 GB again because another process has the file open.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from src.utils import PerceptError
+
+FETCH_AGAIN = "fetch it again"
+
+# what libraries raise over a file that they cannot read
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,  # also UnicodeDecodeError, and what pandas and pyarrow derive from it
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
+    RuntimeError,  # also RecursionError, and zipfile's for a password
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+# beginnings of files that often lie where others are expected
+HEADS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run `git lfs pull`",
+    b"/annex/objects/": "a pointer of git-annex, not the file itself: run `datalad get` or"
+    " `git annex get`",
+    b"\x00\x05\x16\x07": "what a Mac keeps beside a file (AppleDouble), not the file itself: take"
+    " the one without ._ in its name",
+    b"MATLAB 7.3 MAT-file": "saved by MATLAB as v7.3: save it again with save(name, '-v7')",
+}
+
+WEB_PAGE = re.compile(rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
+
+# by error number, for causes that are neither damage nor absence
+CAUSES = {
+    errno.EACCES: "may not be read by this user: ask its owner for the right (chmod a+r)",
+    errno.EPERM: "may not be read by this user: ask its owner for the right (chmod a+r)",
+    errno.ELOOP: "is a link that leads back to itself: mend the link",
+    errno.EISDIR: "is a folder, where a file is expected: give the file",
+    errno.ENAMETOOLONG: "has a name that is too long for this disk: shorten it",
+    errno.EMFILE: "cannot be opened, as this process has too many files open: raise `ulimit -n`",
+    errno.EIO: "cannot be read because the disk gives errors: check the disk, then try again",
+    errno.ESTALE: "has been moved or replaced on its server meanwhile: try again",
+    errno.ETIMEDOUT: "cannot be read because its server does not answer: try again",
+    errno.ENOTCONN: "cannot be read because its disk is not connected: mount it again",
+}
+
+LOCKED = "is open for writing in another process: wait until that has closed it"
+
+NATURAL = re.compile(r"(\d+)")
+
+
+# ---------------------------------------------------------------------------------------- messages
+@contextmanager
+def read_errors(path: str | Path, remedy: str = FETCH_AGAIN) -> Iterator[None]:
+    """Turn what libraries raise over a file into one PerceptError, see `explain_unreadable`.
+
+    Only the calls that read belong inside, as a mistake of one's own would be taken for damage.
+    """
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise explain_unreadable(path, error, remedy) from error
+
+
+def explain_unreadable(
+    path: str | Path, error: BaseException, remedy: str = FETCH_AGAIN
+) -> PerceptError:
+    """Return the error to raise for a file that cannot be read, with its cause in one sentence.
+
+    Args:
+        path: the file.
+        error: what was raised over it.
+        remedy: what to do where the file is damaged or of another kind.
+    """
+    path = Path(path)
+    cause = _explain_absence(path) or _explain_system_error(path, error) or _explain_content(path)
+    if cause is None:
+        cause = _explain_message(error, remedy)
+    return PerceptError(f"{path} {cause}.")
+
+
+def _explain_absence(path: Path) -> str | None:
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in CAUSES:
+            return CAUSES[error.errno]
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)}, which is not there: mend the link"
+        return "is missing: fetch it, or give the folder that holds it"
+    if path.is_dir():
+        return CAUSES[errno.EISDIR]
+    return None if os.access(path, os.R_OK) else CAUSES[errno.EACCES]
+
+
+def _explain_system_error(path: Path, error: BaseException) -> str | None:
+    """The cause that an error of the system, or of HDF5, tells."""
+    text = str(error)
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"errno = (\d+)", text)):
+        number = int(match[1])
+    if "unable to lock file" in text or number in (errno.EAGAIN, errno.EWOULDBLOCK):
+        return f"{LOCKED}, or set HDF5_USE_FILE_LOCKING=FALSE if its disk has no locks"
+    if "already open for" in text:
+        return f"{LOCKED}, or run `h5clear -s` on it if it was left open by one that died"
+    if "external file" in text:
+        match = re.search(r"external link file name = '([^']*)'", text)
+        target = match[1] if match else "another file"
+        return f"holds a link to {target}, which cannot be opened: put that file beside it"
+    if "too many links" in text:
+        return "holds a link that leads back to itself: fetch it again"
+    if isinstance(error, MemoryError):
+        return "announces more than fits into memory: fetch it again, or use a larger machine"
+    return CAUSES.get(number) if number is not None else None
+
+
+def _explain_content(path: Path) -> str | None:
+    """The cause that the first bytes of a file tell."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return CAUSES.get(error.errno or 0)
+    return explain_head(head)
+
+
+def explain_head(head: bytes) -> str | None:
+    """What a file is by its first bytes, where that explains why it cannot be read, else None."""
+    if not head:
+        return "is empty (0 bytes): fetch it again"
+    for beginning, meaning in HEADS.items():
+        if head.startswith(beginning):
+            return f"is {meaning}"
+    if WEB_PAGE.match(head):
+        return "is a web page, such as a server sends in place of a file: fetch it again"
+    return None
+
+
+def _explain_message(error: BaseException, remedy: str) -> str:
+    """The cause that is left: the file is damaged, or of another kind."""
+    text = shorten(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"is no text in UTF-8 ({text}): save it as such, or {remedy}"
+    if "password" in text or "encrypted" in text:
+        return "is protected by a password: save it without one"
+    if isinstance(error, NotImplementedError):
+        return f"is packed in a way that is not known here ({text}): save it again, or {remedy}"
+    return f"cannot be read, it is damaged, cut off or of another kind ({text}): {remedy}"
+
+
+def shorten(error: BaseException | str, length: int = 200) -> str:
+    """The message of an error on one line, of at most `length` characters."""
+    text = " ".join(str(error).split()).strip(". ") or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+# ----------------------------------------------------------------------------------------- folders
+def natural_key(name: str | Path) -> list[tuple[int, int, str]]:
+    """A sort key that puts recon_10 after recon_9: the digits of a name are compared as numbers."""
+    parts = NATURAL.split(str(name))
+    return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def walk_files(root: str | Path) -> list[Path]:
+    """Find all files below a folder, those in linked folders too, sorted by path.
+
+    A folder that several links lead to is searched once; links may lead in circles. What begins
+    with a dot is passed over, such as the ._ files that a Mac puts beside others.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        PerceptError: for a folder that cannot be listed.
+
+    Warns:
+        UserWarning: with the number of links that lead nowhere.
+    """
+    files: list[Path] = []
+    broken: list[Path] = []
+    folders, linked = [Path(root)], list[Path]()
+    searched: set[tuple[int, int]] = set()
+    while folders or linked:
+        # folders of the root itself come before linked ones, whose content may be the same
+        folder = folders.pop() if folders else linked.pop(0)
+        with read_errors(folder, "give a folder that can be listed"):
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if (status.st_dev, status.st_ino) in searched:
+            continue
+        searched.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not path.exists():
+                broken.append(path)
+            elif path.is_dir():
+                (linked if entry.is_symlink() else folders).append(path)
+            elif path.is_file():
+                files.append(path)
+    if broken:
+        warnings.warn(
+            f"{len(broken)} links below {root} lead nowhere and are passed over, such as"
+            f" {min(broken)}.",
+            stacklevel=2,
+        )
+    return sorted(files)
