@@ -15,7 +15,6 @@ import json
 import os
 import random
 import re
-import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,10 @@ HOME = Path(os.environ.get("PERCEPT_HOME", ROOT)).expanduser().resolve()
 
 FEATURE_TOLERANCE = 0.02  # of the largest feature, see `same_features`
 
+MAX_NAME_BYTES = 150  # of a run, a data set, ...; file systems allow 255 with all that is added
+
+SEEDS = range(2**32)  # what numpy takes
+
 
 class PerceptError(Exception):
     """Bad input, in one sentence."""
@@ -44,7 +47,58 @@ class PerceptError(Exception):
         return [f"PerceptError: {self}"]
 
 
+class UsageError(PerceptError):
+    """A command line, recipe or parameter that cannot be used; programs end with exit code 2."""
+
+
 # ------------------------------------------------------------------------------------------- paths
+def check_name(name: object, what: str, parts: int = 1) -> str:
+    """Return a name that becomes part of a path, if it cannot lead anywhere else.
+
+    Args:
+        name: of a run, a data set, a cache entry, a file on a server, ...
+        what: what it names, for the message, e.g. "model_name".
+        parts: how many names it may hold, separated by slashes, as in the run <sweep>/<point>.
+
+    Raises:
+        UsageError: if a part is empty, begins with a dot, a dash, a tilde or a space, ends with a
+            space, holds a backslash or a character that cannot be printed (such as the end of a
+            line), or has more than MAX_NAME_BYTES bytes; or if there are too many parts.
+    """
+    text = str(name)
+    names = text.split("/")
+    reason = next(filter(None, map(_find_fault_of_name, names)), "")
+    if len(names) > parts:
+        reason = "holds a slash" if parts == 1 else f"has more than {parts} parts between slashes"
+    if reason:
+        shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
+        raise UsageError(
+            f"{what} is {shown}, which {reason}, so it cannot name a file or folder: choose"
+            f" a name of at most {MAX_NAME_BYTES} letters, digits and - _ . that begins with a"
+            " letter or a digit."
+        )
+    return text
+
+
+def _find_fault_of_name(name: str) -> str:
+    """Why a name cannot be that of a file or folder, "" if it can."""
+    if not name:
+        return "is empty or absolute, or has an empty part"
+    if name in (".", ".."):
+        return "leads to another folder"
+    if name[0] in ".-~":
+        return f"has a part that begins with {name[0]!r}"
+    if "\\" in name:
+        return "holds a backslash"
+    if not name.isprintable():
+        return "holds a character that cannot be printed"
+    if name != name.strip():
+        return "begins or ends with a space"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        return f"is longer than {MAX_NAME_BYTES} bytes"
+    return ""
+
+
 def require_file(
     path: str | Path, description: str, remedy: str = "fetch it, or give the folder that holds it"
 ) -> Path:
@@ -187,7 +241,13 @@ def same_features(recorded: Sequence[float], current: Sequence[float]) -> bool:
 
 # --------------------------------------------------------------------------- devices and randomness
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
+    """Seed python, numpy and torch.
+
+    Raises:
+        UsageError: for a seed below 0 or beyond 32 bits.
+    """
+    if seed not in SEEDS:
+        raise UsageError(f"seed is {seed}, but must be at least 0 and at most {SEEDS[-1]}.")
     import numpy as np
     import torch
 
@@ -237,7 +297,8 @@ def mixed_precision(use_mp: bool, precision: str, device: str = "auto") -> str:
 def peak_memory(device: str = "auto") -> float:
     """Largest memory that this process has used so far, in bytes.
 
-    Of the GPU where there is one (device "auto"), else resident memory (also with "cpu").
+    Of the GPU where there is one (device "auto"), else resident memory (also with "cpu"); 0 on a
+    system that does not tell.
     """
     if to_device(device).startswith("cuda"):
         import torch
@@ -248,6 +309,10 @@ def peak_memory(device: str = "auto") -> float:
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
     if peak is not None:
         return 1024.0 * int(peak[1])
+    try:
+        import resource  # here, as Windows has none and must be able to import this module
+    except ModuleNotFoundError:
+        return 0.0
     unit = 1.0 if sys.platform == "darwin" else 1024.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
