@@ -263,9 +263,10 @@ tables, rows = [], []
 
 # %%
 for split, (predictions, test) in low.items():
-    others = [name for name in ("class_mean", "mean_image", "network") if name in predictions]
     reconstructions = {"system": as_images(predictions["ridge"])}
-    reconstructions |= {name: as_images(predictions[name]) for name in others}
+    for decoder in ("class_mean", "mean_image", "network"):
+        if decoder in predictions:
+            reconstructions[decoder] = as_images(predictions[decoder])
     table = records.score_table(
         as_images(pixels[test]), reconstructions, chosen, seed=seed, image_ids=ids[test]
     )
@@ -383,5 +384,5 @@ print(write_report(run.results))
 # ## What to look at
 # On the official split of digits69 the mean image alone already correlates .65 with the test
 # digits: compare differences with the floors, not scores with zero. SSIM rewards sharpness; the
-# class mean, which only knows six from nine, is a hard floor for it. Data were provided (in part) by
-# the Donders Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
+# class mean, which only knows six from nine, is a hard floor for it. Data were provided (in part)
+# by the Donders Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
