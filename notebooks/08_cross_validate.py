@@ -273,7 +273,7 @@ for split, (predictions, test) in low.items():
     tables.append(table.replace({"row": {"system": "ridge"}}).assign(split=split))
     reason = "pixels are decoded directly, without a generator"
     floors = table[table.row != "network"]
-    protocol = f"{subject.protocol}-{split}"
+    protocol = subject.protocol if split == "official" else f"{dataset}-{split}"
     ridge_records = records.make_records(
         floors,
         chosen,
