@@ -252,6 +252,7 @@ def launch(home: Path, *command: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_the_mini_recipe_and_a_users_own_file(tmp_path):
     recipe_file = tmp_path / "my.yaml"
     recipe_file.write_text(

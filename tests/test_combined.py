@@ -633,6 +633,7 @@ def test_the_notebook_learns_captions_from_whole_volumes_with_mixco(home):
     assert done.returncode != 0 and "voxel_dims is 1" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_remote_data_come_from_the_hub_into_the_cache_and_then_from_there(home, tmp_path):
     rng, n = np.random.default_rng(1), 330
     trials = pd.DataFrame(

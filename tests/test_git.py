@@ -281,6 +281,7 @@ def test_samples_of_vague_tokens_vary_as_much_as_tokens_and_their_mean_is_the_gu
     assert sample_error == pytest.approx(2 * error, rel=0.1)
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_the_stage_trains_and_is_exported_as_the_library_reads_it(tmp_path, monkeypatch):
     env = os.environ | {"PERCEPT_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tools/train_mini_models.py", "git"]
@@ -525,6 +526,7 @@ def test_rows_join_the_reconstructions_and_nothing_is_lost(refined):
         assert min(sheet.size) > 200
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_only_training_images_teach_the_converter(refined):
     """Where the kept tokens of all other images are wiped out, the same converter is trained."""
     home, subject, _, _, _ = refined
@@ -567,6 +569,7 @@ def test_only_training_images_teach_the_converter(refined):
     )
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_again_without_captions_and_with_a_released_converter(refined):
     home, _, _, _, _ = refined
     path = home / "results" / "run" / "captions_brain.parquet"
@@ -592,6 +595,7 @@ def test_again_without_captions_and_with_a_released_converter(refined):
     assert refused.returncode and "does not fit CaptionConverter" in refused.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_a_run_of_versatile_diffusions_tokens_and_one_whose_tokens_are_others(refined):
     home = refined[0]
     clip = pretrained.Clipper("mini")
