@@ -28,8 +28,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from src.command_line import CommandLine
 from src.pipeline.runs import print_plan, print_recipes, run_recipe
-from src.utils import PerceptError
+from src.utils import PerceptError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def recipe_command(arguments: Sequence[str]) -> int:
     """`run.py <recipe>` and `run.py list`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandLine(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("recipe", help="a recipe, or `list`; `download` and `sweep` have a --help of their own")
     add("--mini", action="store_true", help="lay the recipe's miniature overlay over it")
     file_help = "YAML file of overrides (repeatable; later ones win, -p wins over all)"
     add("-f", dest="files", action="append", default=[], metavar="FILE", help=file_help)
-    add_overrides(parser, "override one parameter")
+    parser.add_pairs("override one parameter; the value may begin with a dash")
     from_help = "begin at this stage, taking the earlier ones as they are"
     add("--from", dest="first", default="", metavar="NN", help=from_help)
     add("--to", dest="last", default="", metavar="NN", help="end with this stage")
@@ -73,7 +74,7 @@ def recipe_command(arguments: Sequence[str]) -> int:
         return 0
     recipe = f"{args.recipe}/mini" if args.mini else args.recipe
     skip = [stage for stage in args.skip.split(",") if stage]
-    selection = (recipe, dict(args.overrides), args.first, args.last, skip, args.files)
+    selection = (recipe, dict(args.pairs), args.first, args.last, skip, args.files)
     if args.dry_run:
         print_plan(*selection)
     else:
@@ -83,14 +84,14 @@ def recipe_command(arguments: Sequence[str]) -> int:
 
 def download_command(arguments: Sequence[str]) -> int:
     """`run.py download`: say what would be fetched, and fetch it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="run.py download",
         description="Fetch what a recipe needs; files that are there are left (docs/downloads.md).",
     )
     add = parser.add_argument
     name_help = "a recipe, a bundle (docs/downloads.md), or the id of a model on the hub"
     add("name", help=name_help)
-    add_overrides(parser, "subj, data_path, vd_cache_dir, num_sessions, ...")
+    parser.add_pairs("subj, data_path, vd_cache_dir, num_sessions, ...")
     only_help = "some parts of a recipe, e.g. shards,checkpoints"
     add("--only", default="", metavar="PARTS", help=only_help)
     mirror_help = "a folder with the files, or the address of a mirror of the hub or of S3"
@@ -108,7 +109,7 @@ def download_command(arguments: Sequence[str]) -> int:
         only=args.only,
         to=args.to,
         mirror=args.mirror,
-        overrides=dict(args.overrides),
+        overrides=dict(args.pairs),
     )
     print(format_downloads(downloads), flush=True)
     if not args.dry_run:
@@ -119,7 +120,7 @@ def download_command(arguments: Sequence[str]) -> int:
 
 def sweep_command(arguments: Sequence[str]) -> int:
     """`run.py sweep`: run the points of a grid file that are not finished."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="run.py sweep",
         description=(
             "Run a recipe at every point of a grid; called again it goes on (docs/sweeps.md)."
@@ -155,7 +156,7 @@ def sweep_command(arguments: Sequence[str]) -> int:
     sweep = Sweep(args.grid)
     numbers = parse_point_numbers(args.only, len(sweep.grid.points))
     if args.jobs < 0:
-        raise PerceptError(f"--jobs takes a number of at least 1 (it was {args.jobs}).")
+        raise UsageError(f"--jobs takes a number of at least 1 (it was {args.jobs}).")
     parse_launcher(args.launch)
     if args.list:
         show_points(sweep)
@@ -169,19 +170,6 @@ def sweep_command(arguments: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
-    """Let a command take -p NAME VALUE, as often as wanted."""
-    parser.add_argument(
-        "-p",
-        dest="overrides",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help=text,
-    )
-
-
 def show_warning(message: Warning | str, *details: object) -> None:
     """Show a warning as one sentence, without its place in the code."""
     print(f"run.py: {message}", file=sys.stderr)
@@ -191,7 +179,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except PerceptError as error:
-        sys.exit(f"run.py: {error}")
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # the reader of `run.py list | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

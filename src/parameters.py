@@ -10,9 +10,9 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-import yaml
-
 from src import utils
-from src.utils import ROOT, PerceptError, resolve, seed_everything, to_device, write_json
+from src.command_line import PAIR_FLAG, CommandLine, split_command
+from src.utils import (
+    ROOT,
+    SEEDS,
+    PerceptError,
+    UsageError,
+    check_name,
+    resolve,
+    seed_everything,
+    to_device,
+    write_json,
+)
+from src.yaml_files import UnclearNumber, WrittenFloat, read_yaml
 
 NOTEBOOKS, RECIPES = ROOT / "notebooks", ROOT / "recipes"
 
 Value = bool | int | float | str
+
+DEFAULT_DATASET = "nsd"  # of notebooks that read prepared data, where a recipe names no other
 
 IN_CELL = "cell"  # origin of a value that nothing has overridden
 
@@ -37,6 +49,24 @@ LIMITS: dict[str, Callable[[float, float], bool]] = {
     "at most": lambda value, limit: value <= limit,
     "more than": lambda value, limit: value > limit,
 }
+
+INTEGERS = range(-(2**63), 2**63)  # what arrays hold
+
+# Parameters that name runs or data sets, which become folders, and how many names each may hold
+# between slashes: a point of a sweep is <sweep>/<point>, a voter is <run>/<voter>.
+NAME_PARTS = {
+    "dataset": 1,
+    "model_name": 2,
+    "model_name2": 2,
+    "autoencoder_name": 3,
+    "start_run": 2,
+    "token_run": 2,
+    "tokens_from": 2,
+    "reference_run": 2,
+}
+
+# the same for parameters that name several, separated by commas; * stands for any letters
+LIST_PARTS = {"runs": 2, "voters": 3}
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,17 @@ class Run:
     def results(self) -> Path:
         """results/<run>/, created on first use."""
         return _create_folder(utils.HOME / "results" / self.name)
+
+    def record_parameters(self) -> None:
+        """Write the parameters down, results/<run>/parameters/<stage>.json: the stage has checked
+        them and goes on to work with them. A stage that refuses them leaves what is there.
+        """
+        if int(os.environ.get("RANK", 0)) == 0:
+            record = {
+                name: {"value": value, "from": self.origins[name]}
+                for name, value in self.parameters.items()
+            }
+            write_json(self.results / "parameters" / f"{self.stage}.json", record)
 
     @property
     def device(self) -> str:
@@ -215,18 +256,48 @@ def coerce(parameter: Parameter, value: object, origin: str) -> Value:
     convert, expected = CONVERSIONS[type(parameter.default)]
     converted = convert(value)
     if converted is None:
-        raise PerceptError(
-            f"{complaint} {value!r}, but must be {expected} like its default {parameter.default!r}."
+        raise UsageError(
+            f"{complaint} {_show(value)}, but must be {expected} like its default"
+            f" {_show(parameter.default)}."
         )
     if parameter.choices and str(converted) not in parameter.choices:
-        raise PerceptError(
-            f"{complaint} {converted!r}: choose one of {', '.join(parameter.choices)}."
+        raise UsageError(
+            f"{complaint} {_show(converted)}: choose one of {', '.join(parameter.choices)}."
         )
+    if isinstance(converted, str):
+        check_names_of(parameter.name, converted)
     if isinstance(converted, bool | str):
         return converted
+    if parameter.name == "seed" and converted not in SEEDS:
+        raise UsageError(
+            f"{complaint} {converted!r}, but must be at least 0 and at most {SEEDS[-1]}."
+        )
     if limits := parameter.violated_limits(converted):
-        raise PerceptError(f"{complaint} {converted!r}, but must be {limits}.")
+        raise UsageError(f"{complaint} {converted!r}, but must be {limits}.")
     return converted
+
+
+def check_names_of(parameter: str, value: str) -> None:
+    """Refuse names of runs and data sets that lead to other folders (NAME_PARTS, LIST_PARTS).
+
+    Args:
+        parameter: its name; any may be given.
+        value: its value.
+
+    Raises:
+        UsageError: see `check_name`.
+    """
+    if parameter in NAME_PARTS and value:
+        check_name(value, parameter, NAME_PARTS[parameter])
+    if parameter in LIST_PARTS:
+        for name in filter(None, (part.strip(" /") for part in value.split(","))):
+            check_name(name, f"A name in {parameter}", LIST_PARTS[parameter])
+
+
+def _show(value: object) -> str:
+    """A value for a message, on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _to_bool(value: object) -> bool | None:
@@ -236,31 +307,43 @@ def _to_bool(value: object) -> bool | None:
 
 
 def _to_text(value: object) -> str | None:
+    value = as_written(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number or isinstance(value, str) else None
+    text = str(value) if is_number or isinstance(value, str) else None
+    return None if text is None or "\0" in text else text
+
+
+def as_written(value: object) -> object:
+    """A value of a YAML file as it was written there, for a parameter that is a text: 1.10."""
+    return value.text if isinstance(value, WrittenFloat) else value
 
 
 def _to_float(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | SupportsFloat):
+    if isinstance(value, bool | UnclearNumber) or not isinstance(value, str | SupportsFloat):
         return None
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _to_int(value: object) -> int | None:
-    if re.fullmatch(r"[+-]?\d+", str(value)):
-        return int(str(value))  # not by way of float, which holds 53 bits only
-    number = _to_float(value)
-    return int(number) if number is not None and number.is_integer() else None
+    if isinstance(value, UnclearNumber):
+        return None
+    number: float | int | None = _to_float(value)
+    if re.fullmatch(r"[+-]?\d{1,30}", str(value)):
+        number = int(str(value))  # not by way of float, which holds 53 bits only
+    if number is None or number != int(number) or int(number) not in INTEGERS:
+        return None
+    return int(number)
 
 
 CONVERSIONS: dict[type, tuple[Callable[[object], Value | None], str]] = {
     bool: (_to_bool, "True or False"),
     str: (_to_text, "a text"),
-    int: (_to_int, "a whole number"),
-    float: (_to_float, "a number"),
+    int: (_to_int, "a whole number in decimals, of at most 64 bits,"),
+    float: (_to_float, "a finite number in decimals"),
 }
 
 
@@ -275,7 +358,7 @@ def check_parameter_names(names: Iterable[str], allowed: Collection[str], origin
             matches = difflib.get_close_matches(name, allowed, 1)
             known_names = f"known are {', '.join(allowed)}."
             hint = f"did you mean '{matches[0]}'?" if matches else known_names
-            raise PerceptError(f"There is no parameter '{name}' (from {origin}): {hint}")
+            raise UsageError(f"There is no parameter {_show(name)} (from {origin}): {hint}")
 
 
 def parse_names(text: str, choices: Sequence[str], parameter: str) -> set[str]:
@@ -292,8 +375,8 @@ def parse_names(text: str, choices: Sequence[str], parameter: str) -> set[str]:
     names = {part.strip() for part in text.split(",")} - {""}
     unknown = sorted(names - set(choices))
     if unknown:
-        raise PerceptError(
-            f"{parameter} does not know '{unknown[0]}': choose among {', '.join(choices)}."
+        raise UsageError(
+            f"{parameter} does not know {_show(unknown[0])}: choose among {', '.join(choices)}."
         )
     return names
 
@@ -310,40 +393,34 @@ def find_recipe_files(recipe: str, stage: str) -> list[Path]:
     """
     folder, files = RECIPES, []
     for part in recipe.strip("/").split("/"):
-        folder = folder / part
+        folder = folder / check_name(part, "The name of a recipe")
         if not folder.is_dir():
             recipes = sorted(str(d.relative_to(RECIPES)) for d in RECIPES.rglob("*") if d.is_dir())
-            raise PerceptError(
-                f"There is no recipe '{recipe}': choose one of {', '.join(recipes)}."
-            )
+            raise UsageError(f"There is no recipe '{recipe}': choose one of {', '.join(recipes)}.")
         files.append(folder / f"{stage}.yaml")
     return [file for file in files if file.exists()]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read the parameters in one YAML file.
+    """Read the parameters in one YAML file, see `read_yaml`.
 
     Raises:
-        PerceptError: if the file is missing or is not a mapping.
+        UsageError: if the file is missing, is not a mapping, or is unclear.
+        PerceptError: if it cannot be read.
     """
     if not Path(path).exists():
-        raise PerceptError(
+        raise UsageError(
             f"There is no recipe file {path}: give the path of a YAML file, e.g."
             " recipes/mindeye/mini/01_train_high_level.yaml."
         )
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise PerceptError(
-            f"The recipe file {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from error
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise PerceptError(
+        raise UsageError(
             f"The recipe file {path} must hold lines `name: value`, not {type(values).__name__}."
         )
-    return {str(name): value for name, value in values.items()}
+    return values
 
 
 def _find_recipe_of(files: Sequence[str]) -> str:
@@ -356,25 +433,48 @@ def _find_recipe_of(files: Sequence[str]) -> str:
     return inside[-1] if inside else ""
 
 
+def _list_levels(recipe: str) -> list[Path]:
+    """The folders of a recipe, the miniature last: recipes/mindeye, recipes/mindeye/mini."""
+    if not recipe.strip("/"):
+        return []
+    levels = (Path(recipe.strip("/")).parent.as_posix(), recipe.strip("/"))
+    return [RECIPES / level for level in levels if level != "."]
+
+
 def _count_sessions(recipe: str) -> int:
     """`num_sessions` as a recipe's own training has it, 0 where it says nothing."""
-    levels = (str(Path(recipe).parent), recipe)
     n_sessions = 0
-    for folder in [RECIPES / level for level in levels if level not in (".", "")]:
+    for folder in _list_levels(recipe):
         for file in sorted(folder.glob("01_*.yaml")):
             n_sessions = read_recipe(file).get("num_sessions", 0) or n_sessions
     return int(n_sessions)
 
 
-def make_run_name(recipe: str, parameters: Mapping[str, Any]) -> str:
-    """Name of a run: `model_name`, by default <recipe>[-mini]-subj01.
+def _find_own_dataset(recipe: str) -> str:
+    """The data set that a recipe's files name, else DEFAULT_DATASET."""
+    dataset = DEFAULT_DATASET
+    for folder in _list_levels(recipe):
+        for file in sorted(folder.glob("[0-9][0-9]_*.yaml")):
+            named = read_recipe(file).get("dataset")
+            if named:
+                dataset = str(named)
+                break
+    return dataset
 
-    The default is followed by -cluster-held-out, -4sessions and -pca30 where the training differs
-    in these. The number of sessions that the recipe itself asks for is not part of the name.
+
+def make_run_name(recipe: str, parameters: Mapping[str, Any]) -> str:
+    """Name of a run: `model_name`, by default <recipe>[-mini][-<dataset>]-subj01.
+
+    The data set is part of it where it is not the recipe's own. The default is followed by
+    -cluster-held-out, -4sessions and -pca30 where the training differs in these. The number of
+    sessions that the recipe itself asks for is not part of the name.
     """
     if parameters.get("model_name"):
-        return str(parameters["model_name"])
+        return check_name(parameters["model_name"], "model_name", NAME_PARTS["model_name"])
     name = recipe.strip("/").replace("/", "-") or "mindeye"
+    dataset = str(parameters.get("dataset", ""))
+    if dataset and dataset != _find_own_dataset(recipe):
+        name += f"-{dataset}"
     if "subj" in parameters:
         name += f"-subj{int(parameters['subj']):02d}"
     if parameters.get("split", "images") != "images":
@@ -398,13 +498,13 @@ class _Flags:
     origin: str
 
 
-def _build_flag_parser(definitions: Mapping[str, Parameter], stage: str) -> argparse.ArgumentParser:
+def _build_flag_parser(definitions: Mapping[str, Parameter], stage: str) -> CommandLine:
     """Command line of a stage: -f FILE (repeatable), -p NAME VALUE, and a flag for each parameter.
 
     A flag has the type of the parameter; its help has comment and default.
     """
     description = f"Stage {stage}; see the notebook for what it does."
-    parser = argparse.ArgumentParser(f"{stage}.py", description=description, allow_abbrev=False)
+    parser = CommandLine(f"{stage}.py", description=description, allow_abbrev=False)
     parser.add_argument(
         "-f",
         dest="_files",
@@ -413,21 +513,13 @@ def _build_flag_parser(definitions: Mapping[str, Parameter], stage: str) -> argp
         metavar="FILE",
         help="recipe file (YAML); later ones win",
     )
-    parser.add_argument(
-        "-p",
-        dest="_pairs",
-        action="append",
-        default=[],
-        nargs=2,
-        metavar=("NAME", "VALUE"),
-        help="one parameter, as papermill has it",
-    )
+    parser.add_pairs("one parameter, as papermill has it")
     for parameter in definitions.values():
         _add_flag(parser, parameter)
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
+def _add_flag(parser: CommandLine, parameter: Parameter) -> None:
     """Add --name VALUE; for a boolean --name, --no-name, --name=True and --name False."""
     flag, default = f"--{parameter.name}", parameter.default
     description = f"{parameter.comment} (default: {default!r})".replace("%", "%%")
@@ -453,22 +545,29 @@ def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
 
 
 def _read_flags(is_script: bool, definitions: Mapping[str, Parameter], stage: str) -> _Flags:
-    """Parse the command line of a script, or PERCEPT_ARGS where a notebook runs."""
-    if is_script:
-        arguments, origin = sys.argv[1:], "the command line"
-    else:
-        arguments, origin = shlex.split(os.environ.get("PERCEPT_ARGS", "")), "PERCEPT_ARGS"
-    parsed, unparsed = _build_flag_parser(definitions, stage).parse_known_args(arguments)
+    """Parse the command line of a script, or PERCEPT_ARGS where a notebook runs.
+
+    Raises:
+        UsageError: for what is not a flag with a value, an unknown name, or a quote that is not
+            closed.
+    """
+    parser = _build_flag_parser(definitions, stage)
+    arguments, origin = sys.argv[1:], "the command line"
+    if not is_script:
+        origin = parser.origin = "PERCEPT_ARGS"
+        arguments = split_command(os.environ.get(origin, ""), origin)
+    parsed, unparsed = parser.parse_known_args(arguments)
     if unparsed:
         name = unparsed[0].lstrip("-").split("=")[0]
         positive = name.removeprefix("no-")
         check_parameter_names([positive if positive in definitions else name], definitions, origin)
-        raise PerceptError(
-            f"{origin} has {unparsed[0]!r}, which is not a flag with a value: write --name value."
+        raise UsageError(
+            f"{origin} has {_show(unparsed[0])}, which is not a flag with a value: write --name"
+            " value."
         )
     values = dict(vars(parsed))
-    files, pairs = values.pop("_files"), dict(values.pop("_pairs"))
-    check_parameter_names(pairs, definitions, f"-p of {origin}")
+    files, pairs = values.pop("_files"), dict(values.pop("pairs"))
+    check_parameter_names(pairs, definitions, f"{PAIR_FLAG} of {origin}")
     return _Flags(files, values | pairs, origin)
 
 
@@ -478,6 +577,9 @@ def _read_injected(
     """Overrides of papermill, from the cell that it has put into the running kernel.
 
     That cell begins with "# Parameters".
+
+    Raises:
+        UsageError: for an unknown name, or a number where a text should be.
     """
     history = [cell for cell in scope.get("In", []) if isinstance(cell, str)]
     cells = [cell for cell in history if cell.startswith("# Parameters")]
@@ -486,7 +588,55 @@ def _read_injected(
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             names.append(statement.targets[0].id)
     check_parameter_names(names, definitions, "papermill")
-    return {name: scope[name] for name in names}
+    values = {name: scope[name] for name in names}
+    if any(_is_number_for_text(definitions[name], values[name]) for name in names):
+        values |= _restore_texts(values, definitions)
+    return values
+
+
+def _is_number_for_text(parameter: Parameter, value: object) -> bool:
+    return isinstance(parameter.default, str) and not isinstance(value, str)
+
+
+def _restore_texts(
+    values: Mapping[str, Any], definitions: Mapping[str, Parameter]
+) -> dict[str, str]:
+    """Values of parameters that are texts, of which papermill has made numbers, True or None.
+
+    `papermill -p` makes 7 of 007, and 1000.0 of 1e3; its command line tells what was typed.
+
+    Raises:
+        UsageError: where that cannot be found out.
+    """
+    typed_texts, texts = _read_papermill_command(), {}
+    for name, value in values.items():
+        if not _is_number_for_text(definitions[name], value):
+            continue
+        if name not in typed_texts:
+            raise UsageError(
+                f"Parameter '{name}' from papermill is {_show(value)}, but must be a text, and"
+                f" papermill does not tell how it was written: give it with -r {name} VALUE"
+                " instead of -p, or in quotes."
+            )
+        texts[name] = typed_texts[name]
+    return texts
+
+
+def _read_papermill_command() -> dict[str, str]:
+    """Values of -p on the command line of the papermill that started this kernel, by name.
+
+    Empty where the kernel was started by another program.
+    """
+    import psutil
+
+    try:
+        arguments = psutil.Process(int(os.environ.get("JPY_PARENT_PID", ""))).cmdline()
+    except (ValueError, psutil.Error):
+        return {}
+    if not any("papermill" in argument for argument in arguments[:4]):
+        return {}
+    triples = zip(arguments, arguments[1:], arguments[2:], strict=False)
+    return {name: value for flag, name, value in triples if flag in ("-p", "--parameters")}
 
 
 # ------------------------------------------------------------------------------- the start of a run
@@ -534,8 +684,8 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
     the environment variable PERCEPT_ARGS. The globals are updated in place.
 
     Raises:
-        PerceptError: for unknown names, wrong types, missing recipes, or data that have not been
-            prepared.
+        UsageError: for unknown names, values that a parameter cannot have, missing recipes.
+        PerceptError: for data that have not been prepared.
     """
     is_script = scope.get("__name__") == "__main__" and "In" not in scope
     script = scope.get("__file__") if is_script else None
@@ -571,9 +721,15 @@ def _report_error(
     """What a script prints when it stops.
 
     Our own errors are for the reader of the sentence, all others for a developer.
+
+    Raises:
+        SystemExit: with 2 after a command line that cannot be used; after others Python ends with
+            1.
     """
     if issubclass(kind, PerceptError):
         sys.stderr.write(f"error: {error}\n")
+        if issubclass(kind, UsageError):
+            raise SystemExit(2)
     elif issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
     else:
@@ -581,7 +737,7 @@ def _report_error(
 
 
 def _start(run: Run) -> None:
-    """Check that data are prepared, seed, and record the parameters in the results of the run."""
+    """Check that data are prepared, and seed."""
     values = run.parameters
     if values.get("vd_cache_dir"):
         _keep_hub_in(resolve(str(values["vd_cache_dir"])))
@@ -590,11 +746,6 @@ def _start(run: Run) -> None:
         _check_prepared(str(values["dataset"]), int(values["subj"]))
     if "seed" in values:
         seed_everything(int(values["seed"]))
-    if int(os.environ.get("RANK", 0)) == 0:
-        record = {
-            name: {"value": value, "from": run.origins[name]} for name, value in values.items()
-        }
-        write_json(run.results / "parameters" / f"{run.stage}.json", record)
 
 
 def _check_prepared(dataset: str, subj: int) -> None:

@@ -12,7 +12,15 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 LAYERS = [
-    {"utils", "safe_pickle", "ownership", "foreign_files", "image_files"},
+    {
+        "utils",
+        "safe_pickle",
+        "ownership",
+        "foreign_files",
+        "image_files",
+        "yaml_files",
+        "command_line",
+    },
     {
         "parameters",
         "losses",
@@ -33,10 +41,12 @@ LAYERS = [
     {"pipeline"},
 ]
 BESIDE = {
-    "safe_pickle": {"utils"},
+    "safe_pickle": {"utils", "foreign_files"},
     "foreign_files": {"utils"},
     "image_files": {"utils", "foreign_files"},
     "ownership": {"utils"},
+    "yaml_files": {"utils", "foreign_files"},
+    "command_line": {"utils"},
     "readers": {"data", "parameters"},
     "miniworld": {"data", "readers"},
     "models": {"networks"},

@@ -6,14 +6,14 @@ import hashlib
 import importlib.util
 import itertools
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from src.command_line import split_command
 from src.parameters import read_recipe
-from src.utils import PerceptError, to_device
+from src.utils import UsageError, check_name, to_device
 
 KEYS = ("name", "recipe", "from", "without", "fixed", "grid", "points", "report")  # of a grid file
 
@@ -76,14 +76,15 @@ def read_grid(path: str | Path) -> Grid:
     the recipe.
 
     Raises:
-        PerceptError: for a missing or malformed file, an empty grid, a value given twice, points
+        UsageError: for a missing or malformed file, an empty grid, a value given twice, points
             whose folders would have one name.
     """
     path = Path(path)
     content = _read_content(path)
     name, recipe = str(content.get("name") or path.stem), str(content.get("recipe") or "")
+    check_name(name, f"The name of the sweep in {path}")
     if not recipe or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise PerceptError(
+        raise UsageError(
             f"{path} needs `recipe: mindeye/mini` or another, and a name of letters, digits, - and"
             f" . (it is {name!r})."
         )
@@ -108,14 +109,14 @@ def read_grid(path: str | Path) -> Grid:
 def _read_content(path: Path) -> dict[str, Any]:
     """The entries of a grid file."""
     if not path.is_file():
-        raise PerceptError(
+        raise UsageError(
             f"There is no grid file {path}: launch/sweeps/ holds some, and docs/sweeps.md says how"
             " to write one."
         )
     content = read_recipe(path)
     unknown = [key for key in content if key not in KEYS]
     if unknown:
-        raise PerceptError(
+        raise UsageError(
             f"{path} has the entry '{unknown[0]}', which a grid file has not: choose among"
             f" {', '.join(KEYS)}."
         )
@@ -126,7 +127,7 @@ def _read_mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str,
     """An entry of a grid file that must be lines `name: value`; empty where it is missing."""
     value = content.get(key) or {}
     if not isinstance(value, dict):
-        raise PerceptError(
+        raise UsageError(
             f"'{key}' in {path} must hold lines `name: value`, not {type(value).__name__}."
         )
     return {str(name): entry for name, entry in value.items()}
@@ -140,12 +141,12 @@ def _read_levels(name: str, values: Any, path: Path) -> dict[str, Any]:
     elif isinstance(values, list):
         levels = {str(value): value for value in values}
     if not levels:
-        raise PerceptError(
+        raise UsageError(
             f"'{name}' of grid in {path} must be a list of values, or a mapping label: value, with"
             " at least one."
         )
     if len(levels) != len(values):
-        raise PerceptError(
+        raise UsageError(
             f"'{name}' of grid in {path} has a value twice: {', '.join(map(str, values))}; give"
             " each once."
         )
@@ -157,7 +158,7 @@ def _read_levels(name: str, values: Any, path: Path) -> dict[str, Any]:
 def _check_plain(name: str, value: Any, path: Path) -> None:
     """Refuse a value that no parameter can have, such as a list or an empty entry."""
     if not isinstance(value, bool | int | float | str):
-        raise PerceptError(
+        raise UsageError(
             f"'{name}' in {path} is {value!r}, but must be a number, a text or true/false; put a"
             " text such as - or !V1 in quotes."
         )
@@ -178,7 +179,7 @@ def _read_listed_points(content: Mapping[str, Any], path: Path) -> list[Point]:
     """The points that the entry `points` lists."""
     entries = content.get("points") or []
     if not isinstance(entries, list):
-        raise PerceptError(
+        raise UsageError(
             f"'points' in {path} must be a list of overrides, not {type(entries).__name__}."
         )
     return [_read_listed_point(entry, path) for entry in entries]
@@ -187,7 +188,7 @@ def _read_listed_points(content: Mapping[str, Any], path: Path) -> list[Point]:
 def _read_listed_point(entry: Any, path: Path) -> Point:
     """One entry of `points`."""
     if not isinstance(entry, dict) or not set(entry) - {"label"}:
-        raise PerceptError(
+        raise UsageError(
             f"An entry of points in {path} is {entry!r}, but must be overrides `name: value`, with"
             " a label where you like."
         )
@@ -248,25 +249,26 @@ def _read_skipped_stages(content: Mapping[str, Any]) -> list[str]:
 def _check_points(points: Sequence[Point], fixed: Mapping[str, Any], path: Path) -> None:
     """Refuse a grid without points, and points that cannot be told apart."""
     if not points:
-        raise PerceptError(
+        raise UsageError(
             f"{path} has no points: give `grid`, with a list of values a parameter, or `points`."
         )
     labels = [point.label for point in points]
     duplicates = [label for label in labels if labels.count(label) > 1]
     if duplicates:
-        raise PerceptError(
+        raise UsageError(
             f"Two points of {path} would both be called {duplicates[0]}: give values other labels,"
             " or leave one out."
         )
     reserved = [label for label in labels if label in RESERVED or not label]
     if reserved:
-        raise PerceptError(
+        raise UsageError(
             f"A point of {path} cannot be called {reserved[0]!r}: give it another label."
         )
     for point in points:
+        check_name(point.label, f"The label of a point of {path}")
         for name in point.overrides:
             if name in fixed:
-                raise PerceptError(
+                raise UsageError(
                     f"'{name}' is both fixed and varied in {path}: leave it in one place."
                 )
 
@@ -307,7 +309,7 @@ def missing_requirement(launch: str) -> str:
     Args:
         launch: as `Point.launch`.
     """
-    config = next(iter(shlex.split(launch)), "")
+    config = next(iter(split_command(launch, "launch")), "")
     if not config.endswith((".yaml", ".yml")):
         return ""
     if read_recipe(config).get("distributed_type") != "DEEPSPEED":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src import parameters
-from src.utils import PerceptError
+from src.utils import UsageError
 
 
 def list_recipes() -> list[Path]:
@@ -25,13 +25,13 @@ def list_stages(recipe: str) -> list[str]:
     """The stages of a recipe, in order: the names of its YAML files.
 
     Raises:
-        PerceptError: if there is no such recipe.
+        UsageError: if there is no such recipe.
     """
     folder = parameters.RECIPES / recipe
     stages = sorted(path.stem for path in folder.glob("[0-9][0-9]_*.yaml"))
     if not stages:
         names = ", ".join(path.name for path in list_recipes())
-        raise PerceptError(f"There is no recipe '{recipe}': choose one of {names}.")
+        raise UsageError(f"There is no recipe '{recipe}': choose one of {names}.")
     return stages
 
 
@@ -39,11 +39,11 @@ def find_notebook(stage: str) -> Path:
     """The notebook of a stage.
 
     Raises:
-        PerceptError: if there is none.
+        UsageError: if there is none.
     """
     path = parameters.NOTEBOOKS / f"{stage}.ipynb"
     if not path.exists():
-        raise PerceptError(
+        raise UsageError(
             f"The recipe asks for the stage {stage}, but there is no {path}: rename the recipe file"
             " or restore the notebook."
         )
@@ -116,7 +116,7 @@ def check_overrides(stages: Iterable[str], overrides: Iterable[str], origin: str
     """Refuse an override that no stage has.
 
     Raises:
-        PerceptError: naming the override and `origin`, the file or flag that it comes from.
+        UsageError: naming the override and `origin`, the file or flag that it comes from.
     """
     declared: dict[str, parameters.Parameter] = {}
     for stage in stages:
@@ -146,7 +146,7 @@ def select_stages(
         The stages without those to skip, and the overrides in one dictionary, with `model_name`.
 
     Raises:
-        PerceptError: for an override or a stage that the recipe does not have.
+        UsageError: for an override or a stage that the recipe does not have.
     """
     stages = list_stages(recipe.split("/")[0])
     merged: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def select_stages(
 def _check_stage(prefix: str, flag: str, recipe: str, stages: Sequence[str]) -> None:
     """Refuse a number or name that no stage begins with."""
     if prefix and not any(stage.startswith(prefix) for stage in stages):
-        raise PerceptError(
+        raise UsageError(
             f"{flag} {prefix} names no stage of {recipe}: choose among {', '.join(stages)}."
         )
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from src import parameters, utils
+from src.command_line import split_command
 from src.pipeline.fingerprints import fingerprint_code
 from src.pipeline.recipes import (
     find_notebook,
     read_declared_parameters,
     read_stage_parameters,
 )
-from src.utils import PerceptError
+from src.utils import PerceptError, UsageError
 
 # glibc's allocator gives large blocks back at once and asks for them again in the next step, which
 # costs page faults on a CPU: it shall keep them. Huge pages take a step of the full-size model from
@@ -211,7 +212,7 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
     except PapermillExecutionError as error:
         os.replace(running, failed)
         reason = f"{error.ename}: {error.evalue}"
-        if error.ename == "PerceptError":
+        if any(line.startswith("PerceptError: ") for line in error.traceback):  # a kind of it
             reason = str(error.evalue).strip()
         raise PerceptError(
             f"Stage {stage} stopped: {reason} (the notebook with its traceback is {failed})"
@@ -257,21 +258,23 @@ def parse_launcher(launch: str) -> list[str]:
     """The command that --launch stands for: an accelerate config, or what is put before a script.
 
     Raises:
-        PerceptError: for a config or a program that is not there.
+        UsageError: for a config or a program that is not there, a config that is not YAML, or a
+            quote that is not closed.
     """
-    command = shlex.split(launch)
+    command = split_command(launch, "--launch")
     if not command:
         return []
     program = command[0]
     if program.endswith((".yaml", ".yml")):
-        if not Path(program).exists():
-            raise PerceptError(
+        if not Path(program).is_file():
+            raise UsageError(
                 f"--launch {launch}: there is no file {program}: choose a config of launch/, or"
                 " give the path of your own."
             )
+        parameters.read_recipe(program)  # accelerate would end with a traceback
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *command]
     if not shutil.which(program):
-        raise PerceptError(
+        raise UsageError(
             f"--launch {launch}: there is no program {program}: give an accelerate config (.yaml),"
             " or activate .venv and give a command."
         )

@@ -34,7 +34,7 @@ from src.pipeline.stages import (
     register_kernel,
     run_stage,
 )
-from src.utils import PerceptError
+from src.utils import UsageError
 
 REPORT = "07_sweep"  # the notebook that every sweep ends with
 
@@ -62,7 +62,7 @@ class Sweep:
         prepare: name of the run that prepares the data.
 
     Raises:
-        PerceptError: for whatever of the grid file cannot be run.
+        UsageError: for whatever of the grid file cannot be run.
     """
 
     def __init__(self, path: str | Path):
@@ -94,12 +94,12 @@ class Sweep:
         """The index of the stage that an entry of the grid file names.
 
         Raises:
-            PerceptError: if there is none.
+            UsageError: if there is none.
         """
         for index, stage in enumerate(self.stages):
             if stage.startswith(prefix):
                 return index
-        raise PerceptError(
+        raise UsageError(
             f"{key}: {prefix} in {self.path} names no stage that comes after the preparation:"
             f" choose among {', '.join(self.stages)}."
         )
@@ -110,7 +110,7 @@ class Sweep:
         names = [*self.grid.fixed, *varied]
         for name in names:
             if name in ("recipe", "model_name"):
-                raise PerceptError(
+                raise UsageError(
                     f"'{name}' in {self.path} is the sweep's own: leave it out there, and set"
                     " `name` or `recipe` of the file instead."
                 )
@@ -121,7 +121,7 @@ class Sweep:
         for name in varied:
             is_of_the_data = name not in later_names or name in ("dataset", "subj")
             if self.preparing and is_of_the_data:
-                raise PerceptError(
+                raise UsageError(
                     f"'{name}' in {self.path} is of the data, which are prepared once for a sweep:"
                     " put it under `fixed`, and make a sweep for each value."
                 )
@@ -154,7 +154,7 @@ class Sweep:
             key = json.dumps([values, point.launch], sort_keys=True)
             other = labels.setdefault(key, point.label)
             if other != point.label:
-                raise PerceptError(
+                raise UsageError(
                     f"The points {other} and {point.label} of {self.path} are the same setting:"
                     " leave one out."
                 )
@@ -237,7 +237,9 @@ class Sweep:
         """
         results = self.folder / point.label
         overrides = results / "overrides.yaml"
-        utils.write_json(overrides, self.grid.fixed | point.overrides)  # JSON is YAML
+        values = self.grid.fixed | point.overrides
+        written = {name: parameters.as_written(value) for name, value in values.items()}
+        utils.write_json(overrides, written)  # JSON is YAML
         for stamp in self.find_prepared():
             utils.write_json(results / ".stages" / stamp.name, utils.read_json(stamp))
         command = [sys.executable, "-u", str(utils.ROOT / "run.py"), self.grid.recipe]
@@ -434,12 +436,12 @@ def parse_point_numbers(text: str, n_points: int) -> list[int]:
     """The numbers in --only, separated by commas.
 
     Raises:
-        PerceptError: for one that no point has.
+        UsageError: for one that no point has.
     """
     numbers = []
     for part in text.split(",") if text else []:
         if not part.strip().isdecimal() or int(part) >= n_points:
-            raise PerceptError(
+            raise UsageError(
                 f"--only takes numbers of points, 0 to {n_points - 1} and separated by commas (it"
                 f" was {text!r})."
             )
