@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,11 +34,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 HOME = Path(os.environ.get("PERCEPT_HOME", ROOT)).expanduser().resolve()
 
+MAKE_AGAIN = "copy it again, or run the stage that writes it again"
+
 FEATURE_TOLERANCE = 0.02  # of the largest feature, see `same_features`
 
 MAX_NAME_BYTES = 150  # of a run, a data set, ...; file systems allow 255 with all that is added
 
 SEEDS = range(2**32)  # what numpy takes
+
+LITTLE_SPACE = 1 << 20  # bytes; a disk with less free is full to a library that does not say why
+
+# how libraries write that the system refused a write
+NAMED_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ESTALE,
+    errno.EIO,
+)
+ERROR_NUMBER = re.compile(r"(?:\[Errno |\berrno = |\bos error |\berrno: )(\d+)")
+QUOTED_NAME = re.compile(r"name = '([^']+)'")  # h5py
+WRITE_FAILED = re.compile(
+    r"PytorchStreamWriter|enforce fail|iostream error|write failed|write error"
+    r"|requested and \d+ written|disk is full|readonly database"
+)
 
 
 class PerceptError(Exception):
@@ -135,24 +159,201 @@ def resolve(path: str) -> Path:
 
 # ------------------------------------------------------------------------------------------- files
 @contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into one sentence, whatever library raises it.
+
+    A full or read-only disk, a quota, a folder that has vanished or may not be written, and a name
+    that is too long are meant; other errors pass.
+
+    Args:
+        path: the file or folder that is written.
+
+    Raises:
+        PerceptError: naming it, the reason and what to do.
+    """
+    try:
+        yield
+    except PerceptError:
+        raise
+    except Exception as error:
+        reason = _explain_failed_write(Path(path), error)
+        if not reason:
+            raise
+        raise PerceptError(f"{path} could not be written: {reason}.") from error
+
+
+def _explain_failed_write(path: Path, error: Exception) -> str:
+    """Why a write failed and what to do, "" if it is not for the disk or the folder."""
+    number, folder = _find_error_number(error), path.parent
+    if _is_about_other_file(error, path):
+        return ""
+    if number is None and WRITE_FAILED.search(str(error)):  # torch, for instance, tells no more
+        number = _probe_folder(folder)
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if number in (errno.EEXIST, errno.ENOTDIR) and not existing.is_dir():
+        return f"{existing} is a file where a folder is needed: move it away"
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return _explain_absence(path, error, number)
+    place, free = f"the disk that holds {folder}", _measure_free(existing)
+    elsewhere = "set PERCEPT_HOME to a folder on"
+    advice = {
+        0: f"{_first_line(error)} ({free} on {place}): run this again",
+        errno.ENOSPC: f"{place} filled up ({free}): free some space, or {elsewhere} a larger disk,"
+        " and run this again (earlier files are intact)",
+        errno.EDQUOT: f"your quota on {place} is used up: free some space, or {elsewhere} another"
+        " disk, and run this again (earlier files are intact)",
+        errno.EFBIG: f"it is larger than {place}, or a limit (ulimit -f), allows: {elsewhere}"
+        " another disk",
+        errno.EROFS: f"{place} is read-only: {elsewhere} a disk that you may write",
+        errno.EACCES: f"you may not write there, on {place}: ask the owner of the folder, or"
+        f" {elsewhere} a disk that you may write",
+        errno.ENAMETOOLONG: f"its name is longer than {place} allows: choose a shorter one",
+        errno.EIO: f"{place} reports an error ({_first_line(error)}): check the disk, and run this"
+        " again",
+        errno.EISDIR: "there is a folder of that name: move it away",
+        errno.EEXIST: "there is a file of that name: move it away",
+    }
+    advice[errno.EPERM] = advice[errno.EACCES]
+    return "" if number is None else advice.get(number, "")
+
+
+def _explain_absence(path: Path, error: Exception, number: int) -> str:
+    """Why something was not there that a write needs, "" if that was not its folder."""
+    folder, named = path.parent, Path(str(getattr(error, "filename", "")))
+    if not folder.is_dir() or number == errno.ESTALE:
+        return f"the folder {folder} has vanished: see whether its disk is there, then try again"
+    if named.name.startswith(f".{path.name}."):
+        return "what was written of it has vanished: see that no other program cleans its folder"
+    return ""
+
+
+def _measure_free(folder: Path) -> str:
+    """How much a disk has free, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
+    except OSError:
+        return "it does not say what is free"
+
+
+def _find_error_number(error: BaseException) -> int | None:
+    """The number that the system gave to an error: its own, or one that its text holds."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    numbered = ERROR_NUMBER.search(str(error))
+    if numbered:
+        return int(numbered[1])
+    return next((n for n in NAMED_ERRORS if os.strerror(n) in str(error)), None)
+
+
+def _is_about_other_file(error: Exception, path: Path) -> bool:
+    """Whether an error is about a file that is not in the folder of `path`, such as one to read."""
+    quoted = QUOTED_NAME.search(str(error))
+    name = getattr(error, "filename", None) or (quoted and quoted[1])
+    if not isinstance(name, str | os.PathLike):
+        return False
+    folder, named = path.parent.absolute(), Path(os.path.abspath(name))
+    return named not in (folder, *folder.parents) and not named.is_relative_to(folder)
+
+
+def _probe_folder(folder: Path) -> int:
+    """Number of the error that a write to a folder would meet, 0 if none is seen."""
+    if not folder.is_dir():
+        return errno.ENOENT
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return errno.EACCES
+    return errno.ENOSPC if shutil.disk_usage(folder).free < LITTLE_SPACE else 0
+
+
+def _first_line(error: BaseException) -> str:
+    """Beginning of an error's message, for a sentence."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line[:200].rstrip(". ")
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        PerceptError: as `write_errors`.
+    """
+    with write_errors(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def name_temporary(path: str | Path, kind: str = "tmp") -> Path:
+    """The name beside `path` under which this process writes before it renames."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+@contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`.
 
-    The file is renamed to `path` on success and removed on failure.
+    The file is renamed to `path` on success and removed on failure. Its permissions are those of
+    any new file.
+
+    Raises:
+        PerceptError: as `write_errors`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    make_folder(path.parent)
+    temporary = name_temporary(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with write_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            if temporary.stat().st_mode != mode:  # safetensors writes for the owner alone
+                temporary.chmod(mode)
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text())
+def read_json(path: str | Path, keys: Sequence[str] | None = None, remedy: str = MAKE_AGAIN) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        keys: that it must have, as an object; None: it may hold anything.
+        remedy: what to do where it cannot be used, for the message.
+
+    Raises:
+        PerceptError: naming the file, if it is missing, may not be read, is empty, damaged, cut off
+            or something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _explain_unopened(path, error, remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise PerceptError(
+            f"{path} is no JSON file, or is damaged or cut off ({error}): {remedy}."
+        ) from error
+    if keys is None:
+        return content
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        raise PerceptError(
+            f"{path} is no such file as is expected here: it has no {', '.join(missing)} in it;"
+            f" {remedy}."
+        )
+    return content
+
+
+def _explain_unopened(path: str | Path, error: OSError, remedy: str) -> PerceptError:
+    """The error to raise for a file that could not be opened."""
+    if isinstance(error, FileNotFoundError):
+        return PerceptError(f"{path} is missing: {remedy}.")
+    if isinstance(error, PermissionError):
+        return PerceptError(f"{path} may not be read by this user: ask its owner for the right.")
+    reason = error.strerror or error
+    return PerceptError(f"{path} cannot be read ({reason}): {remedy}.")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -182,16 +383,91 @@ def save_checkpoint(
         save_file(tensors, temporary, metadata={"config": json.dumps(config)})
 
 
+@contextmanager
+def open_tensors(
+    path: str | Path, framework: str = "pt", device: str = "cpu", remedy: str = MAKE_AGAIN
+) -> Iterator[Any]:
+    """Open a safetensors file; yields the handle of safetensors' `safe_open`.
+
+    The file's own head is checked against its size, so that none can announce more than it holds.
+
+    Args:
+        path: the file.
+        framework: "pt" for tensors of torch, "np" for arrays.
+        device: where tensors go.
+        remedy: what to do where it cannot be used, for the message.
+
+    Raises:
+        PerceptError: naming the file, if it is missing, may not be read, is damaged, cut off or
+            something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        try:
+            handle = safe_open(require_file(path, "tensors", remedy), framework, device=device)
+        except OSError as error:
+            raise _explain_unopened(path, error, remedy) from error
+        with handle as file:
+            yield file
+    except SafetensorError as error:
+        raise PerceptError(
+            f"{path} is no safetensors file, or is damaged or cut off ({error}): {remedy}."
+        ) from error
+
+
+def read_tensors(
+    path: str | Path,
+    required: Iterable[str] = (),
+    device: str = "cpu",
+    remedy: str = MAKE_AGAIN,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all of a safetensors file: tensors by name, and the texts stored with them.
+
+    Raises:
+        PerceptError: as `open_tensors`, or if a tensor that is required is not in it.
+    """
+    with open_tensors(path, device=device, remedy=remedy) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        texts = dict(file.metadata() or {})
+    missing = [name for name in required if name not in tensors]
+    if missing:
+        raise PerceptError(f"{path} has no {', '.join(missing)} in it: {remedy}.")
+    return tensors, texts
+
+
+def parse_config(texts: Mapping[str, str] | None, path: str | Path) -> dict[str, Any]:
+    """The config among the texts that a checkpoint stores, {} where it has none.
+
+    Raises:
+        PerceptError: naming the file, if the config is no JSON object.
+    """
+    try:
+        config = json.loads((texts or {}).get("config", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise PerceptError(
+            f"{path} carries a config that is no JSON ({error}): take the checkpoint as it was"
+            " written."
+        ) from error
+    if not isinstance(config, dict):
+        raise PerceptError(
+            f"{path} carries a config that is a {type(config).__name__}, not an object: take the"
+            " checkpoint as it was written."
+        )
+    return config
+
+
 def load_checkpoint(
     path: str | Path, device: str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a file of `save_checkpoint`: state dict and config."""
-    from safetensors import safe_open
+    """Read a file of `save_checkpoint`: state dict and config.
 
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
-    return state_dict, json.loads(metadata.get("config", "{}"))
+    Raises:
+        PerceptError: as `open_tensors` and `parse_config`.
+    """
+    remedy = "copy it again, or train again"
+    state_dict, texts = read_tensors(path, device=str(device), remedy=remedy)
+    return state_dict, parse_config(texts, path)
 
 
 def load_strictly(module: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -203,7 +479,8 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, torch.Tensor], ori
         origin: where they come from, for the message.
 
     Raises:
-        PerceptError: naming keys that are missing or unexpected, and weights of another shape.
+        PerceptError: naming keys that are missing or unexpected, and weights of another shape, of
+            another kind (whole numbers for fractions), or that are not finite.
     """
     expected = module.state_dict()
     missing = sorted(set(expected) - set(state_dict))
@@ -219,7 +496,56 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, torch.Tensor], ori
             f" {unexpected[:5]}, wrong shape {misshapen[:5]}; take the checkpoint of this very"
             " model."
         )
+    check_weights(state_dict, expected, origin)
     module.load_state_dict(state_dict)
+
+
+def check_weights(
+    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], origin: str
+) -> None:
+    """Refuse weights that torch would convert without a word, and those that are not finite.
+
+    Args:
+        state_dict: the weights by key.
+        expected: those of the network that takes them, by the same keys.
+        origin: where they come from, for the message.
+
+    Raises:
+        PerceptError: naming the first such weight.
+    """
+    for key, tensor in state_dict.items():
+        kind, expected_kind = _name_kind(tensor), _name_kind(expected[key])
+        if kind != expected_kind:
+            raise PerceptError(
+                f"{origin} holds {key} as {kind} ({tensor.dtype}) where the network has"
+                f" {expected_kind}: take the checkpoint as it was written."
+            )
+        if not _is_finite(tensor):
+            raise PerceptError(
+                f"{origin} holds NaN or infinity in {key}: its training had broken down, or the"
+                " file is damaged; take another checkpoint, or train again."
+            )
+
+
+def _name_kind(tensor: torch.Tensor) -> str:
+    """What a tensor holds, in words."""
+    if tensor.is_floating_point():
+        return "fractions"
+    if tensor.is_complex():
+        return "complex numbers"
+    return "whole numbers"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite, without a copy of the tensor."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    if tensor.itemsize == 1:  # of which torch has no extremes
+        tensor = tensor.float()
+    lowest, highest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,0 +1,235 @@
+"""Every write that fails ends in one sentence, and leaves earlier files as they were."""
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from src.utils import PerceptError, atomic, make_folder, save_checkpoint, write_errors, write_json
+
+MUCH = 1 << 20  # bytes, more than the disk of these tests has free
+
+
+def write_tar(path):
+    with tarfile.open(path, "w") as tar:
+        tar.add(__file__)
+        for _ in range(200):
+            tar.add(__file__)
+
+
+def write_figure(path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6))
+    noise = np.random.default_rng(0).random((600, 600))
+    figure.subplots().imshow(noise, interpolation="nearest")
+    figure.savefig(path, format="png", dpi=200)
+
+
+def write_index(path):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatIP(64)
+    index.add(np.ones((MUCH // 64, 64), np.float32))
+    faiss.write_index(index, str(path))
+
+
+def write_h5(path):
+    with h5py.File(path, "w") as file:
+        file["a"] = np.random.default_rng(0).random(MUCH)
+
+
+def write_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a", bytes(MUCH))
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * MUCH),
+    "npy": lambda path: np.save(open(path, "wb"), np.ones(MUCH)),  # noqa: SIM115
+    "npz": lambda path: np.savez(open(path, "wb"), a=np.ones(MUCH)),  # noqa: SIM115
+    "torch": lambda path: torch.save({"a": torch.ones(MUCH)}, path),
+    "safetensors": lambda path: save_file({"a": torch.ones(MUCH)}, path),
+    "parquet": lambda path: pd.DataFrame({"a": np.random.random(MUCH)}).to_parquet(path),
+    "csv": lambda path: pd.DataFrame({"a": np.arange(MUCH)}).to_csv(path),
+    "hdf5": write_h5,
+    "picture": lambda path: Image.fromarray(NOISE).save(path, "PNG"),
+    "figure": write_figure,
+    "tar": write_tar,
+    "zip": write_zip,
+    "faiss": write_index,
+}
+
+GUARDED = {
+    "json": lambda path: write_json(path, ["x" * MUCH]),
+    "checkpoint": lambda path: save_checkpoint(path, {"a": torch.ones(MUCH)}, {}),
+}
+
+
+def list_files(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != "filler")
+
+
+def check_sentence(message, *words):
+    assert "\n" not in message and len(message) < 700
+    for word in ("could not be written", *words):
+        assert word in message, message
+
+
+def write_guarded(path, name):
+    """By a function of ours that guards itself, or by a library within `atomic`."""
+    if name in GUARDED:
+        GUARDED[name](path)
+        return
+    with atomic(path) as temporary:
+        WRITERS[name](temporary)
+
+
+@contextlib.contextmanager
+def small_disk(folder, options="size=4m"):
+    """A disk of its own, where this may be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(disk, leave):
+    """Fill a disk up to about `leave` bytes."""
+    free = shutil.disk_usage(disk).free
+    with open(disk / "filler", "wb") as file:
+        file.write(bytes(free - leave))
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *GUARDED])
+def test_a_full_disk_is_one_sentence_whatever_writes(tmp_path, name):
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "earlier").write_text("before")
+        fill(disk, 1 << 16)
+        with pytest.raises(PerceptError) as raised:
+            write_guarded(disk / "earlier", name)
+        check_sentence(
+            str(raised.value), str(disk / "earlier"), "filled up", "free", "PERCEPT_HOME"
+        )
+        assert (disk / "earlier").read_text() == "before"
+        assert list_files(disk) == ["earlier"]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *GUARDED])
+def test_a_write_that_the_system_refuses_is_one_sentence(tmp_path, name):
+    """The same without the right to mount a disk: no file may be larger than 100 kB."""
+    (tmp_path / "earlier").write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(PerceptError) as raised:
+            write_guarded(tmp_path / "earlier", name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    check_sentence(str(raised.value), str(tmp_path / "earlier"))
+    assert (tmp_path / "earlier").read_text() == "before"
+    assert list_files(tmp_path) == ["earlier"]
+
+
+@pytest.mark.parametrize("name", ["text", "torch", "safetensors", "faiss", "hdf5", "json"])
+def test_a_read_only_disk_is_one_sentence(tmp_path, name):
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "earlier").write_text("before")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for path in (disk / "earlier", disk / "new" / "file"):
+            with pytest.raises(PerceptError) as raised:
+                write_guarded(path, name)
+            check_sentence(str(raised.value), "read-only", "PERCEPT_HOME")
+        assert (disk / "earlier").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (errno.ENOSPC, "filled up"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "may not write"),
+        (errno.EIO, "reports an error"),
+        (errno.ESTALE, "vanished"),
+        (errno.EFBIG, "larger than"),
+    ],
+)
+def test_what_the_system_says_is_explained(tmp_path, number, word):
+    with pytest.raises(PerceptError) as raised, atomic(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+    check_sentence(str(raised.value), word, str(tmp_path / "file"))
+    assert list_files(tmp_path) == []
+
+
+def test_a_folder_that_vanishes_is_one_sentence(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(PerceptError) as raised, atomic(folder / "file") as temporary:
+        temporary.write_text("x")
+        shutil.rmtree(folder)
+    check_sentence(str(raised.value), f"the folder {folder} has vanished")
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    with pytest.raises(PerceptError) as raised:
+        write_json(tmp_path / ("x" * 250), {})
+    check_sentence(str(raised.value), "shorter")
+
+
+def test_a_file_where_a_folder_is_needed_and_the_other_way_round(tmp_path):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(PerceptError) as raised:
+        write_json(tmp_path / "file" / "a.json", {})
+    check_sentence(str(raised.value), f"{tmp_path / 'file'}", "there is a file of that name")
+    with pytest.raises(PerceptError) as raised:
+        write_json(tmp_path / "file" / "b" / "a.json", {})
+    check_sentence(str(raised.value), f"{tmp_path / 'file'} is a file where a folder is needed")
+    with pytest.raises(PerceptError, match="a file of that name"):
+        make_folder(tmp_path / "file")
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(PerceptError, match="a folder of that name"):
+        write_json(tmp_path / "folder", {})
+    assert list_files(tmp_path) == ["file", "folder"]
+
+
+def test_errors_of_other_files_and_of_the_program_pass(tmp_path):
+    """What is read while something is written has its own errors."""
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "out" / "a") as temporary:
+        shutil.copy(tmp_path / "source", temporary)
+    with pytest.raises(OSError, match="open file"), atomic(tmp_path / "out" / "a"):
+        h5py.File(tmp_path / "source.h5", "r")
+    with pytest.raises(ValueError, match="of the program"), write_errors(tmp_path / "a"):
+        raise ValueError("of the program")
+    assert list_files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["text", "torch", "safetensors", "npy", "json", "checkpoint"])
+def test_files_have_ordinary_permissions(tmp_path, name):
+    mask = os.umask(0o022)
+    try:
+        write_guarded(tmp_path / "a", name)
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+        os.umask(0o002)
+        write_guarded(tmp_path / "a", name)
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o664
+    finally:
+        os.umask(mask)
