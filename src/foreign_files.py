@@ -67,6 +67,12 @@ CAUSES = {
 
 LOCKED = "is open for writing in another process: wait until that has closed it"
 
+UNSAFE_ADVICE = re.compile(r"weights_only|allow_pickle|pickle\.load|add_safe_globals")
+
+# a file may unpack to so many times its size, or to so many bytes whatever its size is
+MAX_EXPANSION = 200
+FREE_EXPANSION = 1 << 30
+
 NATURAL = re.compile(r"(\d+)")
 
 
@@ -170,9 +176,36 @@ def _explain_message(error: BaseException, remedy: str) -> str:
 
 
 def shorten(error: BaseException | str, length: int = 200) -> str:
-    """The message of an error on one line, of at most `length` characters."""
+    """The message of an error on one line, of at most `length` characters.
+
+    Libraries advise to load what they refuse without their protection: that is not passed on.
+    """
     text = " ".join(str(error).split()).strip(". ") or type(error).__name__
+    if UNSAFE_ADVICE.search(text):
+        asked = re.search(r"GLOBAL ([\w.]+)", text)
+        text = "it is damaged, or holds more than plain arrays, numbers and texts"
+        text += f", namely {asked[1]}" if asked else ""
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+# ------------------------------------------------------------------------------------------ limits
+def check_expansion(path: str | Path, what: str, n_bytes: int, n_stored: int) -> None:
+    """Refuse a file that would unpack to far more than it can hold, before memory is taken.
+
+    Args:
+        path: the file.
+        what: the part of it that is unpacked, for the message.
+        n_bytes: size that it announces.
+        n_stored: bytes that are stored of it.
+
+    Raises:
+        PerceptError: if it announces more than 200 times what is stored, and more than 1 GiB.
+    """
+    if n_bytes > max(FREE_EXPANSION, MAX_EXPANSION * n_stored):
+        raise PerceptError(
+            f"{path} announces {n_bytes / 1e9:,.1f} GB of {what}, but stores {n_stored:,} bytes of"
+            f" it; the limit is {MAX_EXPANSION} times what is stored: fetch it again."
+        )
 
 
 # ----------------------------------------------------------------------------------------- folders

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import collections
+import math
+import os
 import pickle
 import re
+import tarfile
 import types
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError as UnpicklingError
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from src.foreign_files import READ_ERRORS, explain_head, explain_unreadable, shorten
 from src.utils import PerceptError, require_file
 
 
@@ -72,9 +79,21 @@ def _encode_latin1(text: object = "", encoding: object = "") -> object:
     return InertObject()
 
 
+def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *further: Any) -> Tensor:
+    """A tensor of a file, unless it announces more numbers than the file holds for it."""
+    if math.prod(size) > len(storage):
+        raise UnpicklingError(
+            f"a tensor of {' x '.join(map(str, size))} numbers has {len(storage)} in the file"
+        )
+    tensor: Tensor = torch._utils._rebuild_tensor_v2(  # type: ignore[no-untyped-call]
+        storage, offset, size, stride, *further
+    )
+    return tensor
+
+
 _TRUSTED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("numpy", "dtype"): _InertDtype,
     ("numpy.core.multiarray", "scalar"): _rebuild_number,  # numpy 1
@@ -106,14 +125,18 @@ def load_torch_file(path: str | Path) -> Any:
     The tensors are mapped and not yet read; anything else is inert.
 
     Raises:
-        PerceptError: if the file is missing or damaged.
+        PerceptError: if the file is missing, damaged, a TorchScript archive, or of a format that
+            was given up before the files of these systems were released.
     """
-    if not Path(path).exists():
+    path, remedy = Path(path), "download it again"
+    if not path.exists():
         raise PerceptError(
             f"There is no checkpoint at {path}: download it, or correct the name of the run."
         )
-    damage = (RuntimeError, UnpicklingError, EOFError, ValueError, TypeError, AttributeError)
-    try:
+    is_zip = _check_archive(path, remedy)
+    with _file_errors(path, remedy):
+        if not is_zip:
+            raise UnpicklingError("it is no archive that PyTorch 1.6 or later writes")
         return torch.load(
             path,
             map_location="cpu",
@@ -121,10 +144,110 @@ def load_torch_file(path: str | Path) -> Any:
             weights_only=False,
             pickle_module=TENSORS_ONLY_PICKLE,
         )
-    except damage as error:
+
+
+def load_plain_torch_file(
+    path: str | Path, remedy: str = "fetch it again", mapped: bool = True
+) -> Any:
+    """Load a file that must hold nothing but plain tensors, numbers, texts and containers.
+
+    Args:
+        path: the file, also in the format from before PyTorch 1.6.
+        remedy: what to do where it cannot be read, for the message.
+        mapped: map the tensors instead of reading them, where the format allows it.
+
+    Raises:
+        PerceptError: if it is missing, damaged, holds anything else, or is a TorchScript archive.
+    """
+    path = Path(path)
+    is_zip = _check_archive(path, remedy)
+    with _file_errors(path, remedy):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive, which is a program: torch would run it on loading.
+
+    Raises:
+        PerceptError: if the file is missing or damaged.
+    """
+    with _file_errors(Path(path), "fetch it again"):
+        return _is_zip(Path(path)) and _holds_program(Path(path))
+
+
+def _check_archive(path: Path, remedy: str) -> bool:
+    """Refuse files of which torch.load would do more than unpickle.
+
+    Returns:
+        Whether it is a zip archive, the format since PyTorch 1.6.
+
+    Raises:
+        PerceptError: for a TorchScript archive, an archive that was packed again (its tensors
+            cannot be mapped), a tar archive (the format of 2016), and a file that is damaged.
+    """
+    with _file_errors(path, remedy):
+        is_zip = _is_zip(path)
+        is_program = is_zip and _holds_program(path)
+        is_packed = is_zip and _holds_packed_members(path)
+        is_tar = not is_zip and _is_tar(path)
+    if is_program:
         raise PerceptError(
-            f"{path} cannot be read as a PyTorch checkpoint ({str(error).splitlines()[0]}):"
-            " download it again."
+            f"{path} is a TorchScript archive, a program that would run while it is loaded: take"
+            " the file with the weights alone."
+        )
+    if is_packed or is_tar:
+        kind = "compressed again since PyTorch wrote it" if is_packed else "a tar archive"
+        raise PerceptError(
+            f"{path} cannot be read as a PyTorch checkpoint, it is {kind}: take the file as it was"
+            " released."
+        )
+    return is_zip
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch.load takes a file for a zip archive."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _holds_program(path: Path) -> bool:
+    """Whether torch.load takes a zip archive for TorchScript; read by torch's own reader."""
+    records = torch._C.PyTorchFileReader(str(path)).get_all_records()
+    return any(name == "constants.pkl" or name.startswith("code/") for name in records)
+
+
+def _holds_packed_members(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether torch.load takes a file for a tar archive."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
+
+
+@contextmanager
+def _file_errors(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what torch raises over a file into one sentence, without advice to trust the file."""
+    try:
+        yield
+    except (*READ_ERRORS, pickle.PickleError) as error:
+        if isinstance(error, OSError) or not os.access(path, os.R_OK):
+            raise explain_unreadable(path, error, remedy) from error
+        with open(path, "rb") as file:
+            head = file.read(512)
+        kind, _, _ = (explain_head(head) or "").partition(":")
+        if kind:
+            raise PerceptError(f"{path} {kind}: {remedy}.") from error
+        reason = "it is damaged, cut off or of another kind"
+        if isinstance(error, RuntimeError | pickle.PickleError):
+            reason = shorten(error)
+        raise PerceptError(
+            f"{path} cannot be read as a PyTorch checkpoint ({reason}): {remedy}."
         ) from error
 
 

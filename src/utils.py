@@ -289,6 +289,9 @@ def name_temporary(path: str | Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
+unfinished: set[Path] = set()  # what this process is writing under temporary names
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`.
@@ -302,6 +305,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     temporary = name_temporary(path)
+    unfinished.add(temporary)
     try:
         with write_errors(path):
             temporary.touch()
@@ -311,6 +315,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
                 temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
+        unfinished.discard(temporary)
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
