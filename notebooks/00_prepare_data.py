@@ -35,7 +35,6 @@ overwrite = False  # prepare again although the prepared data are there
 seed = 42  # of everything random here
 
 # %%
-from src.miniworld.formats import WRITERS, SourceData
 from src.parameters import configure
 
 run = configure(globals(), "00_prepare_data")
@@ -47,10 +46,43 @@ import numpy as np
 import pandas as pd
 
 from src import miniworld
-from src.data import Normaliser, estimate_noise_ceiling, open_subject, subject_folder
+from src.data import Normaliser, estimate_noise_ceiling, open_subject
 from src.figures import plot_image_grid, plot_roi_reliability, plot_trials, save_figure
-from src.readers import READERS, default_options, parse_options, read_source
+from src.miniworld.formats import WRITERS, SourceData
+from src.readers import (
+    READERS,
+    default_options,
+    describe_preparation,
+    needs_preparing,
+    parse_options,
+    read_source,
+)
 from src.utils import resolve
+
+# %% [markdown]
+# ## What is asked for
+# A subject that is prepared is used as it is, if it is what is asked for: the same source, files
+# and options. Otherwise it is refused; `overwrite` prepares it again, another `dataset` beside it.
+
+# %%
+folder, played, world = resolve(data_path), source, {}
+reader_options = {
+    "trials_per_session": trials_per_session,
+    "seed": seed,
+    "split": digits_fold or "official",
+}
+if source == "mini":
+    played = source_format
+    world = {"mini_images": mini_images, "trials_per_session": trials_per_session}
+    reader_options["attributes"] = {
+        "source": "mini world (simulated)",
+        "units": "percent signal change (simulated)",
+        "normalisation": "none",
+        "protocol": "mini-300",
+    }
+subjects = sorted({subj, *(int(s) for s in also.split(",") if s.strip())})
+preparation = describe_preparation(played, folder, options, world, **reader_options)
+missing = [s for s in subjects if needs_preparing(preparation, dataset, s, overwrite)]
 
 # %% [markdown]
 # ## The mini world plays COCO and the scanner
@@ -58,20 +90,12 @@ from src.utils import resolve
 # the result in the format of a real source, so that the same reader reads both.
 
 # %%
-folder, subjects = (
-    resolve(data_path),
-    sorted({subj, *(int(s) for s in also.split(",") if s.strip())}),
-)
-missing = [s for s in subjects if overwrite or not subject_folder(dataset, s).exists()]
-played = source
-if source == "mini":
-    played = source_format
 for number in missing if source == "mini" else []:
-    world = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
-    WRITERS[played](folder, number, SourceData.from_world(world))
+    simulated = miniworld.simulate(number, mini_images, trials_per_session=trials_per_session)
+    WRITERS[played](folder, number, SourceData.from_world(simulated))
     print(
-        f"(trials, voxels) = {world.scan.betas.shape}   (images, height, width, channels) ="
-        f" {world.images.shape}"
+        f"(trials, voxels) = {simulated.scan.betas.shape}   (images, height, width, channels) ="
+        f" {simulated.images.shape}"
     )
 
 # %% [markdown]
@@ -96,21 +120,10 @@ print(
     f"options of the reader '{played}' and their defaults: {default_options(played)}\n\n"
     f"terms of use: {READERS[played].TERMS}"
 )
-reader_options = {
-    "trials_per_session": trials_per_session,
-    "seed": seed,
-    "split": digits_fold or "official",
-}
-if source == "mini":
-    reader_options["attributes"] = {
-        "source": "mini world (simulated)",
-        "units": "percent signal change (simulated)",
-        "normalisation": "none",
-        "protocol": "mini-300",
-    }
 for number in missing:
-    read_source(played, folder, dataset, number, options, **reader_options)
+    read_source(played, folder, dataset, number, options, world, **reader_options)
 subject = open_subject(dataset, subj)
+run.record_parameters()
 subject
 
 # %% [markdown]

@@ -151,12 +151,14 @@ from src.training import (
     Reporting,
     build_clip_augmentation,
     check_precision,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
     gather,
     iterate_batches,
     open_tracker,
+    record_training,
     select_local_rows,
 )
 from src.utils import PerceptError, count_parameters, peak_memory, resolve, seeded
@@ -189,7 +191,6 @@ subject = open_subject(dataset, subj)
 check_volumes(voxel_dims, subject.volume_shape)
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject)
-normaliser.save(run.logs / "normaliser.safetensors")
 print(
     f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.n_features})  "
     f" volume {subject.volume_shape}"
@@ -279,6 +280,8 @@ config = {
         "clamp_embs": clamp_embs,
     },
 }
+check_run(run.logs, config, [subject], resume_from_ckpt)
+record_run = record_training(run, subject, normaliser)
 model = build_decoder(config["model"])
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
@@ -443,6 +446,13 @@ def validate(model):
 # was seen needs two images and says little of so few.
 
 # %%
+def begin():
+    """Write down what the run is trained with, once it is found to be of these settings."""
+    record_run()
+    if decoder != "ridge" and not resume_from_ckpt:
+        distances.unlink(missing_ok=True)
+
+
 eye = None
 if n_samples_save >= 2:
     eye = FeatureNetwork("InceptionV3", weights, run.device)
@@ -507,8 +517,6 @@ if decoder != "ridge":
     logger = open_tracker(
         run, wandb_log, wandb_project, name=wandb_run_name, notes=wandb_notes, host=wandb_host
     )
-    if not resume_from_ckpt:
-        distances.unlink(missing_ok=True)
     history = fit(
         model,
         step,
@@ -521,6 +529,7 @@ if decoder != "ridge":
         checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if n_samples_save else None, sample_interval),
+        begin=begin,
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -563,6 +572,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
+    record_run()
     ridge = fit_ridge_baseline(
         run.logs / "high_level_ridge.safetensors",
         subject,

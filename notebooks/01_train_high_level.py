@@ -98,8 +98,8 @@ from src.data import (
     Normaliser,
     cache_augmented_targets,
     cache_targets,
-    make_training_split,
     open_subject,
+    select_training_split,
 )
 from src.decoding import DecoderSizes, PriorSampling, build_decoder_config, predict_tokens
 from src.figures import plot_embeddings, plot_image_grid, plot_training_curves, save_figure
@@ -127,12 +127,14 @@ from src.training import (
     apply_augmentation,
     build_clip_augmentation,
     check_precision,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
     gather,
     iterate_batches,
     open_tracker,
+    record_training,
     select_local_rows,
 )
 from src.utils import PerceptError, peak_memory, resolve, seeded
@@ -172,10 +174,9 @@ if decoder != "ridge":
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 all_trials = open_subject(dataset, subj)
-subject = make_training_split(
+subject = select_training_split(
     all_trials,
     split,
-    run.logs,
     lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
     n_clusters,
     num_sessions,
@@ -192,7 +193,6 @@ if subject is not all_trials:
     )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
-normaliser.save(run.logs / "normaliser.safetensors")
 train_split = "train"
 
 # %%
@@ -290,9 +290,11 @@ config = {
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
 }
+check_run(run.logs, config, [subject], resume_from_ckpt)
 model = build_decoder(config["model"])
 
 # %%
+begin = record_training(run, subject, normaliser)
 if laion_prior:
     fresh = load_laion_prior(resolve(laion_prior), model)
     print(
@@ -490,6 +492,7 @@ if decoder != "ridge":
         checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if plot_umap or n_samples_save else None),
+        begin=begin,
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -531,6 +534,7 @@ if decoder != "ridge" and prior:
 
 # %%
 if decoder != "network":
+    begin()
     ridge = fit_ridge_baseline(
         run.logs / "high_level_ridge.safetensors",
         subject,

@@ -97,7 +97,6 @@ from src.data import (
     Normaliser,
     cache_augmented_targets,
     cache_targets,
-    make_training_split,
     open_subject,
 )
 from src.decoding import DecoderSizes, build_decoder_config, find_decoder
@@ -113,12 +112,11 @@ from src.losses import (
     soft_cont_loss,
 )
 from src.networks import build_decoder
+from src.parameters import parse_names
 
 # %%
-from src.parameters import parse_names
-from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
-from src.readers import prepare_if_missing
+from src.readers import check_protocol, prepare_if_missing
 from src.training import (
     Batching,
     Checkpointing,
@@ -131,6 +129,7 @@ from src.training import (
     build_teacher_augmentation,
     check_gradients,
     check_precision,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
@@ -138,10 +137,12 @@ from src.training import (
     iterate_batches,
     load_pretrained,
     open_tracker,
+    record_training,
     select_local_rows,
 )
 
 # %%
+from src.pipeline.dryrun import plan_stage
 from src.utils import (
     HOME,
     PerceptError,
@@ -185,19 +186,16 @@ training_subjects = [s for s in listed if s != subj] if multi_subject else [subj
 # %%
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
-    prepare_if_missing(
-        "mindeye2", data_path, dataset, number, protocol="nsd-1000" if new_test else "nsd-982"
-    )
+    protocol = "nsd-1000" if new_test else "nsd-982"
+    prepare_if_missing("mindeye2", data_path, dataset, number, protocol=protocol)
     subject = open_subject(dataset, number)
+    check_protocol(subject, protocol, ("nsd-1000", "nsd-982"))
     if not multi_subject:
-        subject = make_training_split(
-            subject, "images", run.logs, PatchClip, num_sessions=num_sessions
-        )
+        subject = subject.select_first_sessions(num_sessions)
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
 people = [opened(number) for number in training_subjects]
-people[0][1].save(run.logs / "normaliser.safetensors")
 images = np.unique(np.concatenate([subject.all_images for subject, _ in people]))
 train_split = "train"
 if "train_on_val" in published:
@@ -347,6 +345,8 @@ config = {
     "latents": list(autoencoder.latent_shape),
     "neighbours": [seq_past, seq_future],
 }
+check_run(run.logs, config, [subject for subject, _ in people], resume_from_ckpt)
+begin = record_training(run, *people[0])
 model = build_decoder(config["model"])
 if blurry_recon:
     model.backbone.b_maps_projector.requires_grad_(use_cont)
@@ -558,6 +558,7 @@ if decoder != "ridge":
         checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger),
+        begin=begin,
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
@@ -573,6 +574,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
+    begin()
     subject, normaliser = people[0]
     ridge_config = {name: value for name, value in config.items() if name != "model"}
     for level, target in (("high_level", tokens), ("low_level", latents)):

@@ -77,8 +77,8 @@ from src.data import (
     Normaliser,
     cache_augmented_targets,
     cache_targets,
-    make_training_split,
     open_subject,
+    select_training_split,
 )
 from src.decoding import DecoderSizes, build_decoder_config, predict_latents
 from src.figures import plot_image_grid, plot_training_curves, save_figure
@@ -97,11 +97,13 @@ from src.training import (
     Reporting,
     apply_augmentation,
     build_teacher_augmentation,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
     gather,
     open_tracker,
+    record_training,
 )
 from src.utils import PerceptError, mixed_precision, peak_memory
 
@@ -118,17 +120,15 @@ if use_sobel_loss and not use_reconst:
         " too."
     )
 all_trials = open_subject(dataset, subj)
-subject = make_training_split(
+subject = select_training_split(
     all_trials,
     split,
-    run.logs,
     lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
     n_clusters,
     num_sessions,
 )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
-normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, device=run.device)
 
 # %%
@@ -214,6 +214,8 @@ config = {
     "training": {k: run.parameters[k] for k in recorded},
     "latents": list(autoencoder.latent_shape),
 }
+check_run(run.logs, config, [subject], resume_from_ckpt)
+begin = record_training(run, subject, normaliser)
 model = build_decoder(config["model"])
 
 # %% [markdown]
@@ -363,6 +365,7 @@ if decoder != "ridge":
         ),
         validate=validate,
         reporting=Reporting(logger, draw if ckpt_interval else None),
+        begin=begin,
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     if logger is not None:
@@ -373,6 +376,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
+    begin()
     ridge = fit_ridge_baseline(
         run.logs / "low_level_ridge.safetensors",
         subject,

@@ -80,20 +80,22 @@ from src.figures import plot_contact_sheet, plot_image_grid, plot_training_curve
 from src.networks import build_decoder
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
+
+# %%
 from src.training import (
     Batching,
     Checkpointing,
     Execution,
     Optimisation,
     Reporting,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
     iterate_batches,
     open_tracker,
+    record_training,
 )
-
-# %%
 from src.utils import PerceptError, count_parameters, peak_memory
 
 # %% [markdown]
@@ -111,7 +113,6 @@ subject = open_subject(dataset, subj)
 subject = subject.subsample_train(n_train, seed) if n_train else subject
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
-normaliser.save(run.logs / "normaliser.safetensors")
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", image_size, run.device)
 side, scale = autoencoder.image_size, autoencoder.scale
 targets = {}
@@ -166,6 +167,8 @@ config = {
     "latents": list(autoencoder.latent_shape),
     "autoencoder": {"name": "stable_diffusion", "image_size": side},
 }
+check_run(run.logs, config, [subject], resume_from_ckpt)
+begin = record_training(run, subject, normaliser)
 model = build_decoder(config["model"])
 print(f"{count_parameters(model):,} weights to train")
 
@@ -285,6 +288,7 @@ if decoder != "ridge":
         checkpointing=checkpointing,
         validate=validate,
         reporting=Reporting(logger, draw if ckpt_interval else None),
+        begin=begin,
     )
     save_figure(plot_training_curves(history), run.results / "figures" / "02_training.png")
     best_epoch = history.iloc[history["val/loss"].argmin()]
@@ -298,6 +302,7 @@ if decoder != "ridge":
 
 # %%
 if decoder != "network":
+    begin()
     ridge = fit_ridge_baseline(
         run.logs / "low_level_ridge.safetensors",
         subject,

@@ -84,6 +84,7 @@ from src.training import (
     Checkpointing,
     Execution,
     Optimisation,
+    check_run,
     describe_ridge,
     fit,
     fit_ridge_baseline,
@@ -120,14 +121,18 @@ print(
 )
 
 # %%
-def prepare_voter(place, voter):
-    """What one voter is trained with: the subject as its bag splits it, the normaliser that holds
-    its voxels; both are written down.
+def prepare_voter(voter):
+    """What one voter is trained with: its folder, the subject as its bag splits it, the normaliser
+    that holds its voxels.
     """
-    folder = run.logs / voter.name
-    folder.mkdir(exist_ok=True)
     bag = subject.bootstrap_split(train_share, voter.bag_seed)
-    normaliser = Normaliser.fit(bag, rois=voter.rois, masked=masked)
+    return run.logs / voter.name, bag, Normaliser.fit(bag, rois=voter.rois, masked=masked)
+
+
+# %%
+def record_voter(voter):
+    """Write down what one voter is trained with, and with the last one the parameters of all."""
+    folder, bag, normaliser = at[voter.name]
     normaliser.save(folder / "normaliser.safetensors")
     table = bag.trials[["image", "split"]].drop_duplicates().sort_values("image", ignore_index=True)
     with atomic(folder / "split.parquet") as path:
@@ -140,12 +145,14 @@ def prepare_voter(place, voter):
         "test_set": subject.test_set,
         "images": table["split"].value_counts().to_dict(),
     }
+    place = all_voters.index(voter)
     write_json(folder / "voter.json", {"place": place} | vars(voter) | description)
-    return folder, bag, normaliser
+    if voter == all_voters[-1]:
+        run.record_parameters()
 
 
 # %%
-at = {voter.name: prepare_voter(place, voter) for place, voter in enumerate(all_voters)}
+at = {voter.name: prepare_voter(voter) for voter in all_voters}
 pd.DataFrame(
     [
         {
@@ -224,6 +231,12 @@ def configure_voter(voter, normaliser):
 
 
 # %%
+for voter in all_voters:
+    folder, bag, normaliser = at[voter.name]
+    check_run(folder, configure_voter(voter, normaliser), [bag], resume_from_ckpt)
+
+
+# %%
 def build_voter(voter, normaliser, config):
     """One voter's network; every voter begins alike, whatever came before it."""
     torch.manual_seed(seed)
@@ -263,6 +276,7 @@ def train(voter):
         execution=Execution(run.device, precision),
         checkpointing=checkpointing,
         validate=validation(held_out),
+        begin=lambda: record_voter(voter),
     )
 
 
@@ -284,6 +298,7 @@ if decoder != "ridge":
 
 # %%
 for voter in all_voters if decoder != "network" else []:
+    record_voter(voter)
     folder, bag, normaliser = at[voter.name]
     config = {
         "model": None,  # the ridge's own

@@ -71,7 +71,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cache_targets, open_all_sessions, open_training_split
+# %%
+from src.data import (
+    Normaliser,
+    cache_targets,
+    check_trained_on,
+    format_identity,
+    open_all_sessions,
+    open_training_split,
+)
 from src.decoding import (
     PriorSampling,
     compute_in_chunks,
@@ -89,9 +97,9 @@ from src.decoding import (
     select_best,
 )
 from src.figures import plot_contact_sheet, save_figure
-from src.models import MindEye2
 
 # %%
+from src.models import MindEye2
 from src.networks import build_decoder
 
 # %%
@@ -112,6 +120,7 @@ subject = open_training_split(dataset, subj, run.logs)
 low_logs = run.logs
 if autoencoder_name:
     low_logs = HOME / "train_logs" / autoencoder_name
+    check_trained_on(low_logs, subject.key, subject.identity)
 files = {
     "network": (
         find_decoder(run.logs, "high_level", checkpoint),
@@ -227,6 +236,7 @@ if len(selections) > 1:
         "The networks were trained on different images or components"
         f" {sorted(selections, key=str)}: train all of them with the same {', '.join(same)}."
     )
+run.record_parameters()
 
 # %%
 if has_tokens:
@@ -281,6 +291,7 @@ if patches and read.target_shape != clipper.target_shape:
     pictured = open_all_sessions(dataset, subj, subject)
     pairs = [cache_patch_tokens(encoder, pictured) for encoder in (clipper, read)]
     made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
+    made_by["images"] = pictured.identity["images"]
     train_ids, val_ids = (pictured.image_ids(split) for split in ("train", "val"))
     converter, history = fit_converter(
         TokenPairs(*pairs, train_ids),
@@ -403,7 +414,7 @@ for name in decoders:
             for path in files.get(name, files[main])
             if path.exists()
         ],
-        subject.test_set,
+        subject.identity,
     ]
     part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
     rows |= compute_in_chunks(
@@ -506,7 +517,7 @@ rows |= compute_in_chunks(
     len(seen),
     max(1, generator_batch // recons_per_sample),
     unfinished,
-    ["ceiling", run.parameters, subject.test_set],
+    ["ceiling", run.parameters, subject.identity],
 )
 if has_tokens:
     predicted["true_tokens"] = rows.pop("true_tokens")
@@ -522,6 +533,7 @@ n_shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("t
 about = {}
 if start_run:
     about = {"begun": f"at the pictures that {start_run} retrieved"}
+about |= {"data": format_identity(subject.identity)}
 about |= {"main": main, "repeats": str(n_shown), "compared": compared, "protocol": subject.protocol}
 about |= {
     "test_set": (

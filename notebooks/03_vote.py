@@ -64,7 +64,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from src.data import Normaliser, cache_targets, open_subject
+# %%
+from src.data import (
+    Normaliser,
+    cache_targets,
+    check_trained_on,
+    format_identity,
+    open_subject,
+)
 from src.decoding import (
     VOTES,
     PriorSampling,
@@ -237,6 +244,8 @@ if path is None and (tokens_from or vote == "agreement"):
         f"There is no high level in {logs}: run notebook 01 for it, name another run in"
         " tokens_from, or choose the vote published or medoid."
     )
+check_trained_on(logs, subject.key, subject.identity)
+run.record_parameters()
 
 # %%
 if path is not None:
@@ -273,7 +282,7 @@ stamps = [
 mark = [
     {k: v for k, v in run.parameters.items() if k not in ("vote", "sheets")},
     stamps,
-    subject.test_set,
+    subject.identity,
     str(path and path.stat().st_mtime_ns),
 ]
 captioner = None
@@ -516,6 +525,7 @@ about |= {
 about |= {
     "voters": ",".join(f"voter_{name}" for name in names),
     "best_voter": f"voter_{min(off, key=off.get)}",
+    "data": format_identity(subject.identity),
 }
 tensors = {"seen": seen.half(), **rows, "image_ids": torch.from_numpy(image_ids.astype(np.int64))}
 with atomic(run.results / "reconstructions.safetensors") as file:

@@ -66,7 +66,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from src.data import cache_targets, open_all_sessions, open_training_split
+from src.data import cache_targets, check_made_from, open_all_sessions, open_training_split
 from src.decoding import (
     Refinement,
     compute_in_chunks,
@@ -103,6 +103,7 @@ from src.utils import (
 # %%
 subject = open_training_split(dataset, subj, run.logs)
 tensors, metadata = load_reconstructions(run.results)
+check_made_from(metadata, subject.identity, run.name)
 main, image_ids = metadata["main"], tensors["image_ids"].numpy()
 if f"tokens_{main}" not in tensors:
     raise PerceptError(
@@ -161,6 +162,7 @@ if caption and caption_converter:
 # %%
 if caption and not caption_converter:
     made_by = {"clip": clip.fingerprint()["model"], "captioner": encoder.fingerprint()["model"]}
+    made_by["images"] = pictured.identity["images"]
     converter, history = fit_converter(
         TokenPairs(small_tokens, captioner_tokens, train_ids),
         TokenPairs(small_tokens, captioner_tokens, val_ids),
@@ -184,6 +186,7 @@ if caption and not caption_converter:
 # seen. The last is the usual reference of caption metrics, beside what people wrote.
 
 # %%
+run.record_parameters()
 unfinished = run.results / ".refining"
 unfinished.mkdir(exist_ok=True)
 stamp = [(run.results / "reconstructions.safetensors").stat().st_mtime_ns]

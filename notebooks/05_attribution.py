@@ -59,7 +59,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from src.data import cache_targets, open_training_split
+from src.data import cache_targets, check_trained_on, open_training_split
 from src.decoding import find_decoder, load_decoder
 from src.evaluation import attribution
 from src.figures import plot_glass_brain, plot_region_bars, plot_voxel_map, save_figure
@@ -80,6 +80,7 @@ subject = open_training_split(dataset, subj, run.logs)
 low_logs = run.logs
 if autoencoder_name:
     low_logs = HOME / "train_logs" / autoencoder_name
+    check_trained_on(low_logs, subject.key, subject.identity)
 if explained_decoder == "network":
     files = {
         "low_level": find_decoder(low_logs, "low_level", checkpoint),
@@ -161,6 +162,7 @@ for kind, result in explained.items():
 voxels = attribution.voxel_table(
     subject.voxels, {kind: (level.columns, explained[kind]) for kind, level in levels.items()}
 )
+run.record_parameters()
 with atomic(run.results / "attribution.parquet") as path:
     voxels.to_parquet(path, index=False)
 

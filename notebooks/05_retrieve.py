@@ -50,7 +50,7 @@ import numpy as np
 import pandas as pd
 
 from src import retrieval
-from src.data import open_training_split
+from src.data import check_made_from, open_training_split
 from src.decoding import load_reconstructions
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.figures import plot_embeddings, plot_hits_and_misses, plot_retrieval_curve, save_figure
@@ -61,6 +61,7 @@ from src.utils import HOME, PerceptError, atomic
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
 tensors, metadata = load_reconstructions(run.results)
+check_made_from(metadata, subject.identity, run.name)
 names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
 if model_name2 == run.name:
     raise PerceptError(
@@ -137,6 +138,7 @@ pools = pd.concat(
     ]
 )
 curve = retrieval.compute_retrieval_by_pool_size(brain[names[0]], clip, n_pools=n_pools, seed=seed)
+run.record_parameters()
 save_figure(plot_retrieval_curve(curve), run.results / "figures" / "retrieval_curve.png")
 pools
 
@@ -277,7 +279,8 @@ if second:
             "rows": second,
         }
     )
-about = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
+origin = {"subject": subj, "dataset": dataset, "data": subject.identity}
+about = provenance(run.recipe or run.name, {"all": seed}, [], **origin)
 add_results(run.results, run.stage, scores, records, about, tables)
 
 # %%

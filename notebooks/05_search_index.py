@@ -78,7 +78,7 @@ import torch
 from safetensors.torch import save_file
 
 from src import miniworld
-from src.data import cache_targets, open_training_split
+from src.data import cache_targets, check_made_from, open_training_split
 from src.decoding import (
     compute_in_chunks,
     find_decoder,
@@ -123,6 +123,7 @@ from src.utils import HOME, PerceptError, atomic, resolve
 # %%
 subject = open_training_split(dataset, subj, run.logs)
 tensors, metadata = load_reconstructions(run.results)
+check_made_from(metadata, subject.identity, run.name)
 main, image_ids, seen = metadata["main"], tensors["image_ids"].numpy(), tensors["seen"].float()
 encoder = load_encoder(
     read_decoder_config(find_decoder(run.logs, "high_level", checkpoint)), weights, run.device
@@ -378,6 +379,7 @@ def chosen(name, part):
 
 
 # %%
+run.record_parameters()
 unfinished = run.results / ".searching"
 unfinished.mkdir(exist_ok=True)
 rows = {}
@@ -478,7 +480,8 @@ result_tables = [
 ]
 
 # %%
-what = provenance(run.recipe or run.name, {"all": seed}, [], subject=subj, dataset=dataset)
+origin = {"subject": subj, "dataset": dataset, "data": subject.identity}
+what = provenance(run.recipe or run.name, {"all": seed}, [], **origin)
 add_results(
     run.results, run.stage, pd.concat(scores, ignore_index=True), records, what, result_tables
 )

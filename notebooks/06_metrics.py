@@ -60,7 +60,7 @@ import pandas as pd
 import torch
 from sklearn.cluster import KMeans
 
-from src.data import Normaliser, open_training_split
+from src.data import Normaliser, check_made_from, open_training_split
 from src.decoding import load_reconstructions
 
 # %%
@@ -154,6 +154,8 @@ else:
 seen, recons = pictures.pop("seen"), pictures["system"]
 
 # %%
+if is_own_run:
+    check_made_from(metadata, subject.identity, run.name)
 if not 2 <= len(seen) == len(recons):
     raise PerceptError(
         f"{len(seen)} seen and {len(recons)} reconstructed pictures were given: give as many of"
@@ -229,6 +231,7 @@ listed = PUBLISHED_METRICS if metrics == "published" else metrics.split(",")
 metric_names = [name.strip() for name in listed if name.strip()]
 if unknown := [name for name in metric_names if name not in METRICS]:
     raise PerceptError(f"metrics names {', '.join(unknown)}: choose among {', '.join(METRICS)}.")
+run.record_parameters()
 
 # %%
 at_one_size = partial(apply_resizing, resizing=resizing)
@@ -847,6 +850,7 @@ about = provenance(
     list_choices(),
     subject=subj if is_own_run else "unknown",
     dataset=dataset if is_own_run else recon_path,
+    data=subject.identity if is_own_run else {},
     alarms=alarms,
     protocol=metadata["protocol"],
     test_set={"id": metadata["test_set"], "images": len(seen), "pixels": hash_pixels(seen)},

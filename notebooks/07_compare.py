@@ -90,6 +90,7 @@ pd.DataFrame(
 # %%
 tidy = compare.comparison(scored, metrics_shown)
 table = compare.Table(scored, tidy, metrics_shown, row, seed)
+run.record_parameters()
 with atomic(run.results / "comparison.csv") as path:
     tidy.to_csv(path, index=False)
 with atomic(run.results / "comparison.tex") as path:

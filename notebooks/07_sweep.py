@@ -63,6 +63,7 @@ other_factors = [
 ]  # the rest goes with the factor
 finished = points[points["state"] == "finished"]
 pairs = " and ".join([*other_factors, *([seed_name] if seed_name else [])])
+run.record_parameters()
 
 # %%
 print(

@@ -131,6 +131,8 @@ def ridge(train_x, train_y):
 class Rows(torch.utils.data.Dataset):
     """Training rows as `fit` asks for them."""
 
+    identity = {subject.key: subject.identity}  # compared where a training goes on
+
     def __init__(self, voxels, targets):
         self.voxels, self.targets = (
             torch.as_tensor(voxels, dtype=torch.float32),
@@ -320,6 +322,7 @@ lines = [
     for (s, m, r), part in per_image.groupby(["split", "metric", "row"], sort=False)
 ]
 summary = pd.DataFrame(lines).round(4)
+run.record_parameters()
 summary.to_csv(run.results / "cross_validation.csv", index=False)
 text = summary.assign(
     score=[
@@ -362,6 +365,7 @@ about = records.provenance(
     {"all": seed},
     selection,
     dataset=dataset,
+    data=subject.identity,
     acknowledgement=subject.attributes.get("acknowledgement", ""),
 )
 note = "Paired over the same images, positive where the network is better."

@@ -15,13 +15,22 @@ from src.data.normaliser import Normaliser
 from src.data.reliability import estimate_noise_ceiling
 from src.data.splits import (
     cluster_images,
-    make_training_split,
     open_all_sessions,
     open_training_split,
+    record_training_split,
+    select_training_split,
 )
 from src.data.subject import open_subject
 from src.utils import PerceptError
 from tests.toy_data import ATTRIBUTES, N_VOXELS, make_trials
+
+
+def make_training_split(subject, split, logs, encoder, **options):
+    """What a training is given, recorded as one does that begins."""
+    selected = select_training_split(subject, split, encoder, **options)
+    logs.mkdir(exist_ok=True)
+    record_training_split(selected, logs)
+    return selected
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@
 
 from src.data.batches import BrainDataset
 from src.data.draws import choose_repeats
-from src.data.files import BLOCK_BYTES, check_space, disk_errors, iterate_row_blocks
+from src.data.files import BLOCK_BYTES, check_space, iterate_row_blocks
+from src.data.identity import check_made_from, check_trained_on, format_identity
 from src.data.images import ImageStore, write_images
 from src.data.layout import (
     TRIAL_COLUMNS,
@@ -33,9 +34,10 @@ from src.data.reliability import estimate_noise_ceiling
 from src.data.rois import ROI_SETS
 from src.data.splits import (
     cluster_images,
-    make_training_split,
     open_all_sessions,
     open_training_split,
+    record_training_split,
+    select_training_split,
 )
 from src.data.subject import Subject, open_subject
 from src.data.targets import (
@@ -59,19 +61,22 @@ __all__ = [
     "TargetCache",
     "cache_augmented_targets",
     "cache_targets",
+    "check_made_from",
     "check_space",
+    "check_trained_on",
     "check_trials",
     "choose_repeats",
     "cluster_images",
     "dataset_folder",
-    "disk_errors",
     "estimate_noise_ceiling",
+    "format_identity",
     "iterate_row_blocks",
-    "make_training_split",
     "number_repeats",
     "open_all_sessions",
     "open_subject",
     "open_training_split",
+    "record_training_split",
+    "select_training_split",
     "subject_folder",
     "write_image_table",
     "write_images",

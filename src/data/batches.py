@@ -9,6 +9,7 @@ import numpy as np
 
 from src.data.draws import choose_repeats, hash_images
 from src.data.files import Ids
+from src.data.identity import Identity
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
 from src.data.targets import AugmentedTargets
@@ -103,6 +104,11 @@ class BrainDataset:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def identity(self) -> Identity:
+        """What the prepared data are: {"subj01": `Subject.identity`}."""
+        return {self.subject.key: self.subject.identity}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other repeats, views and seeds from now on."""

@@ -11,7 +11,9 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors, iterate_row_blocks, replace_folder, write_rows
+from src.data.files import iterate_row_blocks, replace_folder, write_rows
+from src.data.identity import write_preparation
+from src.ownership import own
 from src.utils import HOME, PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")
@@ -111,7 +113,7 @@ def number_repeats(trials: pd.DataFrame) -> pd.Series:
 def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table about images (captions or labels, with a column `image`) as parquet.
 
-    Rows of other images already there are kept.
+    Rows of other images already there are kept. Processes that write it at once take turns.
 
     Raises:
         PerceptError: if there is no column `image`, or the disk is full.
@@ -121,12 +123,14 @@ def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
         raise PerceptError(
             f"The table for {path.name} has no column image (it has {list(table.columns)})."
         )
-    if path.exists():
-        old = pd.read_parquet(path)
-        remaining = old[~old["image"].isin(table["image"])]
-        table = pd.concat([remaining, table], ignore_index=True)
-    with disk_errors(path.parent), atomic(path) as temporary:
-        table.sort_values("image", kind="stable").reset_index(drop=True).to_parquet(temporary)
+    with own(path, f"writing {path.name}", wait=True, beside=True):
+        if path.exists():
+            old = pd.read_parquet(path)
+            remaining = old[~old["image"].isin(table["image"])]
+            table = pd.concat([remaining, table], ignore_index=True)
+        table = table.sort_values("image", kind="stable").reset_index(drop=True)
+        with atomic(path) as temporary:
+            table.to_parquet(temporary)
 
 
 # ------------------------------------------------------------------------------------- one subject
@@ -202,6 +206,8 @@ def write_subject(
 ) -> Path:
     """Write one subject: betas.h5, trials.parquet, voxels.parquet.
 
+    Where `read_source` has called the reader, also prepared.json, which says how.
+
     The folder appears, or is replaced, only when all of it is written.
 
     Args:
@@ -224,7 +230,7 @@ def write_subject(
     check_trials(trials)
     _check_attributes(attributes)
     check = _BetaCheck(trials, None if voxels is None else len(voxels))
-    with disk_errors(folder.parent), replace_folder(folder) as temporary:
+    with replace_folder(folder) as temporary:
         path = temporary / "betas.h5"
         shape = write_rows(path, "betas", iterate_row_blocks(betas), len(trials), check)
         n_voxels = int(np.prod(shape[1:]))
@@ -241,4 +247,5 @@ def write_subject(
         table = trials[list(TRIAL_COLUMNS)].reset_index(drop=True).astype(dtypes)
         table.to_parquet(temporary / "trials.parquet")
         voxels.reset_index(drop=True).to_parquet(temporary / "voxels.parquet")
+        write_preparation(temporary)
     return folder

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors, exclusive_lock
+from src.data.identity import check_trained_on
 from src.data.subject import Subject, open_subject
 from src.data.targets import cache_targets, hash_fingerprint
+from src.ownership import own
 from src.utils import PerceptError, atomic, read_json, write_json
 
 # what a training was given less than everything, in the folder of its run
@@ -85,7 +86,9 @@ def cluster_images(
     }
     meta = json.loads(json.dumps(record, default=str))
     path = subject.folder / f"clusters-{hash_fingerprint(meta)}.parquet"
-    with exclusive_lock(subject.folder / ".clusters.lock"), disk_errors(subject.folder):
+    if path.exists():
+        return pd.read_parquet(path)
+    with own(path, "clustering images", wait=True, beside=True):
         if not path.exists():
             table = _find_clusters(subject, features, n_clusters, seed)
             table.attrs = meta
@@ -146,25 +149,20 @@ def _choose_held_out(counts: np.ndarray, seed: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------- what a training is given
-def make_training_split(
+def select_training_split(
     subject: Subject,
     split: str,
-    logs: str | Path,
     encoder: Callable[[], ImageEncoder],
     n_clusters: int = 20,
     num_sessions: int = 0,
 ) -> Subject:
-    """Select the images that a training may see, and record them in the folder of its run.
-
-    `open_training_split` reads this record.
+    """Select the images that a training may see. Nothing is written into the folder of its run:
+    `record_training_split` does that, when the training has begun.
 
     Args:
         subject: from `open_subject`.
         split: "images" (all of them), or "cluster-held-out" (no training or validation image of a
             quarter of the clusters).
-        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are
-            held out, and loses it where they are not; sessions.json likewise, where the first
-            sessions alone are used.
         encoder: gives the frozen model whose features are clustered; not called for "images".
         n_clusters: as for `cluster_images`. Clusters are of the images of all sessions, so that
             they are the same however many are used.
@@ -179,21 +177,32 @@ def make_training_split(
     """
     if split not in ("images", "cluster-held-out"):
         raise PerceptError(f"split is {split!r}: choose one of images, cluster-held-out.")
-    clusters_file, sessions_file = Path(logs) / CLUSTERS_FILE, Path(logs) / SESSIONS_FILE
-    selected = subject.select_first_sessions(num_sessions)  # refuses before anything is written
+    selected = subject.select_first_sessions(num_sessions)  # refuses before anything is clustered
     if split == "images":
+        return selected
+    clusters = _cluster_encoded_images(subject, encoder(), n_clusters)
+    return subject.exclude_clusters(clusters).select_first_sessions(num_sessions)
+
+
+def record_training_split(subject: Subject, logs: str | Path) -> None:
+    """Record what a training is given less than everything; `open_training_split` reads it.
+
+    Args:
+        subject: of `select_training_split`.
+        logs: folder of the run, train_logs/<run>/; receives clusters.parquet where clusters are
+            held out, and loses it where they are not; sessions.json likewise, where the first
+            sessions alone are used.
+    """
+    clusters_file, sessions_file = Path(logs) / CLUSTERS_FILE, Path(logs) / SESSIONS_FILE
+    if subject.clusters is None:
         clusters_file.unlink(missing_ok=True)
     else:
-        clusters = _cluster_encoded_images(subject, encoder(), n_clusters)
-        remaining = subject.exclude_clusters(clusters)
         with atomic(clusters_file) as temporary:
-            clusters.to_parquet(temporary)
-        selected = remaining.select_first_sessions(num_sessions)
-    if num_sessions:
-        write_json(sessions_file, {"num_sessions": num_sessions})
+            subject.clusters.to_parquet(temporary)
+    if subject.num_sessions:
+        write_json(sessions_file, {"num_sessions": subject.num_sessions})
     else:
         sessions_file.unlink(missing_ok=True)
-    return selected
 
 
 def _cluster_encoded_images(
@@ -216,17 +225,19 @@ def _cluster_encoded_images(
 def open_training_split(dataset: str | Path, subj: int, logs: str | Path) -> Subject:
     """Open a prepared subject as the training of a run saw it.
 
-    That is `open_subject`, less what `make_training_split` has recorded in `logs`.
+    That is `open_subject`, less what `record_training_split` has recorded in `logs`.
 
     Args:
         dataset, subj: as for `open_subject`.
         logs: folder of the run, train_logs/<run>/.
 
     Raises:
-        PerceptError: as `open_subject`, or if there is no such folder, or if the clusters are of
-            other test images than the subject has, or it has fewer sessions.
+        PerceptError: as `open_subject`, or if there is no such folder, or if the run was trained on
+            other data than are prepared now, or the clusters are of other test images than the
+            subject has, or it has fewer sessions.
     """
     subject = open_subject(dataset, subj)
+    check_trained_on(logs, subject.key, subject.identity)
     clusters_file, sessions_file = Path(logs) / CLUSTERS_FILE, Path(logs) / SESSIONS_FILE
     if not Path(logs).is_dir():
         raise PerceptError(

@@ -14,6 +14,13 @@ import numpy as np
 import pandas as pd
 
 from src.data.files import Ids, find_rows, gather_rows, iterate_row_blocks, memory_map_h5
+from src.data.identity import (
+    Identity,
+    describe_options,
+    hash_images,
+    hash_table,
+    read_preparation,
+)
 from src.data.images import ImageStore
 from src.data.layout import SPLITS, check_trials, dataset_folder, subject_folder
 from src.data.rois import select_voxels
@@ -62,6 +69,8 @@ class Subject:
         clusters: what `cluster_images` gave, where clusters of images are excluded, else None.
         adjacent_rows: int64 (trials, trials read together), rows of the betas, -1 for none; see
             `with_adjacent_trials`.
+        num_sessions: what `select_first_sessions` was given, 0 for all.
+        prepared_trials: `trials` as they were prepared, whatever was excluded since.
     """
 
     def __init__(self, folder: str | Path, subj: int):
@@ -82,6 +91,8 @@ class Subject:
         self.protocol = str(self.attributes.get("protocol", ""))
         self.clusters: pd.DataFrame | None = None
         self.adjacent_rows: np.ndarray | None = None
+        self.num_sessions = 0
+        self.prepared_trials = self.trials
 
     def _check_files(self) -> None:
         names = ("betas.h5", "trials.parquet", "voxels.parquet")
@@ -107,6 +118,30 @@ class Subject:
     @property
     def _name(self) -> str:
         return f"Subject {self.subj} of {self.folder.name}"
+
+    # ---------------------------------------------------------------------------- what it is
+    @property
+    def key(self) -> str:
+        """Name of its folder, e.g. "subj01"."""
+        return self.path.name
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the prepared data are, whatever was excluded since: source, options, protocol,
+        number of sessions, checksums of betas, trials, voxels and images.
+        """
+        trials, store = self.prepared_trials, self.image_store
+        images = np.unique(trials["image"].to_numpy())
+        return {
+            "source": str(self.attributes.get("source", "")),
+            "options": describe_options(read_preparation(self.path)),
+            "protocol": str(self.attributes.get("protocol", "")),
+            "sessions": int(trials["session"].nunique()),
+            "betas": str(self.attributes.get("checksum", "")),
+            "trials": hash_table(trials),
+            "voxels": hash_table(self.voxels),
+            "images": hash_images(images, store.crc[store.positions(images)]),
+        }
 
     # ---------------------------------------------------------------------------- what was seen
     @cached_property
@@ -333,6 +368,7 @@ class Subject:
         is_later = ~self.trials["session"].isin(sessions[:n])
         is_excluded = self._is_in_split("train+val") & is_later
         derived = self._with_splits(self.trials["split"].mask(is_excluded, "exclude"))
+        derived.num_sessions = n
         if len(self.image_ids("val")) and not len(derived.image_ids("val")):
             raise PerceptError(
                 f"The first {n} of the {len(sessions)} sessions of {self._name} show no validation"

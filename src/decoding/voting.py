@@ -21,6 +21,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.data.identity import check_trained_on
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
 from src.decoding.checkpoints import load_decoder
@@ -156,8 +157,9 @@ def open_voter(
 
     Raises:
         PerceptError: if the regions that the checkpoint names are not the voxels that its
-            normaliser selects in this subject.
+            normaliser selects in this subject, or it was trained on other data.
     """
+    check_trained_on(folder, subject.key, subject.identity)
     decoder, config = load_decoder(folder / file, device)
     normaliser = Normaliser.load(folder / "normaliser.safetensors")
     rois = str(config.get("training", {}).get("rois", ""))

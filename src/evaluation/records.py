@@ -12,6 +12,7 @@ are stored.
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from src.data.identity import compare_identities
 from src.evaluation.statistics import (
     bootstrap_mean,
     check_values,
@@ -31,6 +33,8 @@ from src.evaluation.statistics import (
 )
 from src.metrics import RESIZING, SIZE, Metric
 from src.utils import PerceptError, atomic, progress, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 BASELINES = {  # what a score has to beat; the floors of metrics.json
     "shuffled": (
@@ -426,7 +430,7 @@ def add_results(
     tables: Sequence[Entry] = (),
 ) -> None:
     """Add what a stage scored to the results of a run, in place of what it wrote there before;
-    other stages' results stay.
+    other stages' results stay, unless they are of other data.
 
     Args:
         folder: results/<run>; `scores.parquet` and `metrics.json` are written there.
@@ -444,6 +448,9 @@ def add_results(
     stored: dict[str, Any] = {"metrics": [], "tables": [], "provenance": {}}
     if (folder / "metrics.json").exists():
         stored = read_json(folder / "metrics.json")
+    is_same_data = _is_same_data(stored["provenance"], provenance, folder)
+    if not is_same_data:
+        stored = {"metrics": [], "tables": [], "provenance": {}}
     new_records = _mark_stage(records, stage)
     old_records = _drop_stage(stored["metrics"], stage)
     for record in new_records:
@@ -453,13 +460,27 @@ def add_results(
 
     all_records = [*old_records, *new_records]
     all_tables = [*_drop_stage(stored.get("tables", []), stage), *_mark_stage(tables, stage)]
-    _add_scores(folder / "scores.parquet", stage, scores)
+    _add_scores(folder / "scores.parquet", stage, scores, keep_others=is_same_data)
     write_metrics(
         folder / "metrics.json",
         _sort_by_stage(all_records),
         _merge_provenance(stored["provenance"], provenance, stage),
         _sort_by_stage(all_tables),
     )
+
+
+def _is_same_data(old: Entry, new: Entry, folder: Path) -> bool:
+    """Whether two provenances are of the same prepared data, as far as both say so."""
+    before, now = old.get("data"), new.get("data")
+    if not before or not now or before == now:
+        return True
+    difference = compare_identities(before, now)
+    log.warning(
+        "the scores of other stages in %s were of other data (%s) and are left out",
+        folder,
+        difference,
+    )
+    return False
 
 
 def _check_test_sets(
@@ -501,11 +522,11 @@ def _sort_by_stage(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry["stage"])
 
 
-def _add_scores(path: Path, stage: str, scores: pd.DataFrame) -> None:
-    """Put a stage's per-image scores into the parquet file, in place of its old ones."""
+def _add_scores(path: Path, stage: str, scores: pd.DataFrame, keep_others: bool) -> None:
+    """Put a stage's per-image scores into the parquet file, in place of its old ones, or of all."""
     missing = {name: 0 for name in ("sample", "draw") if name not in scores}
     table = scores.assign(stage=stage, **missing)[COLUMNS]
-    stored = pd.read_parquet(path) if path.exists() else None
+    stored = pd.read_parquet(path) if path.exists() and keep_others else None
     # a table with other columns is of an earlier format, which had no stages
     if stored is not None and list(stored.columns) == COLUMNS:
         table = pd.concat([stored[stored["stage"] != stage], table], ignore_index=True)

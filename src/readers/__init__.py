@@ -7,14 +7,26 @@ what they wrote. To add a format, add a module with `read` and `TERMS` and name 
 """
 
 import inspect
+import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
-from src.data.files import exclusive_lock
+from src.data.identity import (
+    Preparation,
+    explain_difference,
+    find_changed_files,
+    preparing,
+    read_preparation,
+    survey_files,
+)
 from src.data.layout import subject_folder
+from src.data.subject import Subject
+from src.ownership import own
 from src.parameters import check_parameter_names
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
 from src.readers.recording import Recording, RowBlocks, store_recording
@@ -38,11 +50,14 @@ __all__ = [
     "RowBlocks",
     "algonauts",
     "bold5000",
+    "check_protocol",
     "default_options",
+    "describe_preparation",
     "digits69",
     "god",
     "mindeye",
     "mindeye2",
+    "needs_preparing",
     "npz",
     "nsd",
     "parse_options",
@@ -115,12 +130,54 @@ def _has_type_of(value: Any, default: Any) -> bool:
     return isinstance(default, float) and isinstance(value, int)
 
 
+def describe_preparation(
+    source: str,
+    data_path: str | Path,
+    options: str = "",
+    world: dict[str, Any] | None = None,
+    **common: Any,
+) -> Preparation:
+    """What is asked for when a source is to be prepared.
+
+    Args:
+        source: name of the reader.
+        data_path: where the source's files lie.
+        options, common: see `parse_options`.
+        world: size of the mini world, where that is simulated and written in this format.
+    """
+    defaults = default_options(source)
+    chosen = parse_options(source, options, **common)
+    changed = {name: value for name, value in chosen.items() if value != defaults[name]}
+    as_stored = json.loads(json.dumps(changed, default=str))
+    return Preparation(source, str(data_path), as_stored, world or {})
+
+
+def needs_preparing(
+    asked: Preparation, dataset: str | Path, subj: int, overwrite: bool = False
+) -> bool:
+    """Whether a subject has to be prepared: it is not there, or is to be overwritten.
+
+    Raises:
+        PerceptError: if it is there, but prepared in another way than is asked for, or from files
+            that have changed since; both are named.
+    """
+    folder = subject_folder(dataset, subj)
+    if overwrite or not folder.exists():
+        return True
+    if difference := explain_difference(read_preparation(folder), asked, subj):
+        raise PerceptError(
+            f"{folder} holds other data than are asked for: {difference}. Set overwrite to True"
+            " (-p overwrite True) to prepare them again, or choose another dataset."
+        )
+    return False
+
+
 def prepare_if_missing(
     source: str, data_path: str, dataset: str, subj: int, options: str = "", **common: Any
 ) -> None:
     """Read a subject that is not prepared yet, for whoever begins with a later notebook.
 
-    Nothing happens without a `data_path`, or when the subject is prepared. Of several processes one
+    Nothing is read without a `data_path`, or when the subject is prepared. Of several processes one
     reads, and the others wait for it.
 
     Args:
@@ -130,14 +187,49 @@ def prepare_if_missing(
         dataset: name of the prepared dataset.
         subj: number of the subject.
         options, common: see `parse_options`.
+
+    Raises:
+        PerceptError: if the subject is prepared, but from other files than those of `data_path`, or
+            with another protocol than is asked for.
     """
     folder = subject_folder(dataset, subj)
-    if not data_path or folder.exists():
+    if folder.exists():
+        _check_same_source(folder, resolve(data_path) if data_path else None, subj)
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder.parent / f".subj{subj:02d}.lock"):
+    if not data_path:
+        return
+    with own(folder, f"preparing {folder.name}", wait=True, beside=True):
         if not folder.exists():
             read_source(source, resolve(data_path), dataset, subj, options, **common)
+
+
+def _check_same_source(folder: Path, data_path: Path | None, subj: int) -> None:
+    """Refuse prepared data that were read from other files than those of a path."""
+    prepared = read_preparation(folder)
+    if prepared is None or prepared.world or data_path is None:
+        return
+    if changed := find_changed_files(prepared, data_path, subj):
+        raise PerceptError(
+            f"{folder} is {prepared.describe()}, but {data_path} has other files: {changed}. Run"
+            " notebook 00_prepare_data with overwrite True to prepare them, or choose another"
+            " dataset."
+        )
+
+
+def check_protocol(subject: Subject, protocol: str, choices: Collection[str]) -> None:
+    """Refuse a subject that was prepared with another protocol than is asked for.
+
+    Args:
+        subject: prepared.
+        protocol: that is asked for.
+        choices: protocols that exclude each other; a subject of any other is taken as it is.
+    """
+    if subject.protocol in choices and subject.protocol != protocol:
+        raise PerceptError(
+            f"{subject.path} was prepared with protocol {subject.protocol}, {protocol} is asked"
+            " for: run notebook 00_prepare_data with that protocol and overwrite True, or choose"
+            " another dataset."
+        )
 
 
 def read_source(
@@ -146,9 +238,10 @@ def read_source(
     dataset: str | Path,
     subj: int,
     options: str = "",
+    world: dict[str, Any] | None = None,
     **common: Any,
 ) -> Path:
-    """Read one subject of a source into the prepared layout.
+    """Read one subject of a source into the prepared layout, and record how.
 
     Args:
         source: name of the reader.
@@ -156,9 +249,18 @@ def read_source(
         dataset: name or folder of the prepared dataset.
         subj: number of the subject.
         options, common: see `parse_options`.
+        world: size of the mini world, where that was simulated and written in this format.
 
     Returns:
         The folder of the subject.
+
+    Raises:
+        PerceptError: if another process prepares the subject, and as the reader.
     """
+    preparation = describe_preparation(source, data_path, options, world, **common)
+    if not world:  # taken first: a file that changes meanwhile is another one afterwards
+        preparation = replace(preparation, files=survey_files(data_path, subj))
     reader_options = parse_options(source, options, **common)
-    return READERS[source].read(data_path, dataset, subj, **reader_options)
+    folder = subject_folder(dataset, subj)
+    with own(folder, f"preparing {folder.name}", beside=True), preparing(preparation):
+        return READERS[source].read(data_path, dataset, subj, **reader_options)

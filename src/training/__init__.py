@@ -11,6 +11,7 @@ from src.training.loop import fit, load_best
 from src.training.optim import DECAYS, SCHEDULERS, group_parameters
 from src.training.options import Batching, Checkpointing, Execution, Optimisation, Reporting
 from src.training.processes import PRECISIONS, check_precision, gather, select_local_rows
+from src.training.records import check_run, record_training
 from src.training.ridge import describe_ridge, fit_ridge_baseline
 from src.training.subjects import MultiSubjectDataset, check_gradients, load_pretrained
 from src.training.tracker import open_tracker
@@ -34,6 +35,7 @@ __all__ = [
     "build_teacher_augmentation",
     "check_gradients",
     "check_precision",
+    "check_run",
     "describe_ridge",
     "draw_epoch_order",
     "evaluate",
@@ -45,6 +47,7 @@ __all__ = [
     "iterate_batches",
     "load_best",
     "load_pretrained",
+    "record_training",
     "open_tracker",
     "select_local_rows",
 ]

@@ -2,8 +2,9 @@
 
 - The science is in the notebook's `step(model, batch, epoch) -> (loss, logs)`; here is what
   surrounds it: order, optimizer, schedule, checkpoints.
-- Resuming is exact: on CPU, a run that was killed and started again ends with bitwise the weights
-  of one that was not. The order of an epoch is a pure function of (seed, epoch); state.pt holds
+- Resuming is exact: on CPU, and with the same number of threads, a run that was killed and started
+  again ends with bitwise the weights of one that was not (another number of threads adds numbers
+  in another order; it is recorded, and a change is said). The order of an epoch is a pure function of (seed, epoch); state.pt holds
   weights, optimizer, schedule and the random generators of every process (store.py).
 - `batch_size` is global and the learning rate is what it says: nothing is scaled by the number of
   processes. The whole step runs inside accelerate's wrapper, so it may call any part of the model;
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from src.data.identity import find_identity
 from src.training.batches import collate, set_epoch
 from src.training.epochs import draw_figures, summarise_epoch, write_epoch
 from src.training.interrupt import StopRequest
+from src.training.memory import explain_out_of_memory
 from src.training.options import (
     Batching,
     Checkpointing,
@@ -41,7 +45,7 @@ from src.training.state import RunningMeans
 from src.training.store import StateStore
 from src.training.types import Step, TrainingData, Validate, log
 from src.training.update import Updater
-from src.utils import PerceptError, load_checkpoint, load_strictly
+from src.utils import PerceptError, is_out_of_memory, load_checkpoint, load_strictly
 
 
 class _Training:
@@ -66,6 +70,7 @@ class _Training:
         self.session, self.store, self.updater = session, store, updater
         self.dataset, self.checkpointing = dataset, checkpointing
         self.stop = updater.stop
+        self.doing = "a step"  # key of `REMEDIES`, for the message where memory ends
 
     def run(self, validate: Validate | None, reporting: Reporting) -> None:
         """All the epochs that are left, with one bar."""
@@ -82,13 +87,42 @@ class _Training:
         self.store.saved_at = time.monotonic()
         with bar, self.stop:
             while not session.is_finished:
-                self._train_epoch()
-                row = self._end_epoch(validate)
-                figures = draw_figures(session, reporting, self.checkpointing)
+                row, figures = self._run_epoch(validate, reporting)
                 bar.set_postfix(self._summarise(row), refresh=False)
                 bar.update()
                 if reporting.logger is not None and session.is_main:
                     reporting.logger(row | figures, int(row["train/num_steps"]))
+
+    def _run_epoch(
+        self, validate: Validate | None, reporting: Reporting
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The rest of an epoch and its end: the row of its history, and its figures."""
+        try:
+            self.doing = "a step"
+            self._train_epoch()
+            row = self._end_epoch(validate)
+            self.doing = "the figures"
+            return row, draw_figures(self.session, reporting, self.checkpointing)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_out_of_memory(self.session, self.doing, self._keep_state()) from error
+
+    def _keep_state(self) -> str:
+        """Save the state when memory has ended, if it is whole; says what is on the disk."""
+        session, path = self.session, self.store.path
+        session.optimizer.zero_grad(set_to_none=True)
+        # of several processes the others wait for this one; an update is not half done
+        if session.processes == 1 and not self.updater.is_updating:
+            try:
+                self.store.save()
+                return f"the state is saved in {path}"
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        if path.exists():
+            return f"the state of the last save is kept in {path}"
+        return "there is no state to go on from yet"
 
     def _summarise(self, row: dict[str, float]) -> dict[str, str]:
         """Loss, monitored column and learning rate for the bar."""
@@ -129,7 +163,10 @@ class _Training:
     def _end_epoch(self, validate: Validate | None) -> dict[str, float]:
         """Validate, write history and checkpoints, move on."""
         session, position = self.session, self.session.position
+        self._check_skipped()
+        self.doing = "the validation"
         row = summarise_epoch(session, validate, self.checkpointing.monitor)
+        self.doing = "saving"
         position.history.append(row)
         if session.is_main:
             write_epoch(session, self.store.folder, self.store.config, self.checkpointing, row)
@@ -144,6 +181,27 @@ class _Training:
             position.rollbacks = 0
             self.store.save()
         return row
+
+    def _check_skipped(self) -> None:
+        """Do not let a run end as finished when most of its updates were skipped.
+
+        Raises:
+            PerceptError: at the end of such a run; its state is saved, and it stays unfinished.
+        """
+        session, position = self.session, self.session.position
+        if position.epoch + 1 < session.batching.epochs:
+            return
+        skipped = position.skipped + sum(int(row["skipped"]) for row in position.history)
+        steps = session.batching.epochs * session.steps_per_epoch
+        if 2 * skipped <= steps:
+            return
+        self.store.save()
+        raise PerceptError(
+            f"{skipped} of the {steps} updates of {self.store.folder} were skipped, as loss or"
+            " gradient were not finite, so that this training does not count as finished: lower"
+            " max_lr, choose precision 'no', or look for NaN in the data, and set resume_from_ckpt"
+            f" to False to begin anew (its state is kept in {self.store.path})."
+        )
 
     def _leave(self) -> None:
         """Save the state and end as the signal asks for."""
@@ -173,6 +231,7 @@ def fit(
     checkpointing: Checkpointing | None = None,
     validate: Validate | None = None,
     reporting: Reporting | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> pd.DataFrame:
     """Train a model; called again after an interruption, it goes on where it was, and for a
     finished run it returns at once.
@@ -187,7 +246,7 @@ def fit(
             incomplete last batch.
         folder: for best.safetensors, last.safetensors, history.csv and state.pt.
         config: JSON-like; stored with each checkpoint (with the epoch beside it), and checked when
-            resuming.
+            resuming; so are the data of the samples, as its entry "data" (`find_identity`).
         batching: epochs, batch size, seed, order.
         optimisation: AdamW and its learning rate.
         execution: device, precision, workers.
@@ -195,6 +254,8 @@ def fit(
         validate: model -> {"val/loss": ...} on the validation split (never the test split), called
             in eval mode, without gradient, in every process.
         reporting: logger and figures.
+        begin: called by the main process when the run is found to be of these settings, before the
+            first step: writes what belongs to the run beside its weights.
 
     Returns:
         The history, one row an epoch: epoch, train/..., val/..., train/lr, train/num_steps, skipped
@@ -209,12 +270,16 @@ def fit(
     """
     execution, checkpointing = execution or Execution(), checkpointing or Checkpointing()
     settings = describe_run(batching, optimisation, execution, len(dataset))
+    if data := find_identity(dataset):
+        config = config | {"data": data}
     session = Session(model, len(dataset), batching, optimisation, execution)
     store = StateStore(
         session, Path(folder), config, settings, keep_weights=not checkpointing.checkpoints
     )
     updater = Updater(session, step, store, checkpointing, StopRequest())
     store.open(checkpointing.resume)
+    if begin is not None and session.is_main:
+        begin()
     if not session.is_finished:
         training = _Training(session, store, updater, dataset, checkpointing)
         training.run(validate, reporting or Reporting())

@@ -32,7 +32,7 @@ def fit_ridge_baseline(
         subject: with its training split.
         normaliser: of its voxels.
         targets: frozen targets of the training images.
-        config: stored with it; its entry "model" becomes the baseline's.
+        config: stored with it; its entry "model" becomes the baseline's, "data" the subject's.
         target_shape: of one target, e.g. (tokens, dim); by default as `targets` has it.
         folds: of the cross-validation that chooses the penalties.
         seed: of the folds.
@@ -44,7 +44,8 @@ def fit_ridge_baseline(
     # neighbouring trials (images, trials, voxels) are features like any others
     voxels = betas.reshape(len(betas), -1)
     ridge = RidgeBaseline.fit(voxels, rows, cv=folds, seed=seed)
-    save_checkpoint(path, ridge.state_dict(), config | {"model": ridge.config})
+    data = {subject.key: subject.identity}
+    save_checkpoint(path, ridge.state_dict(), config | {"model": ridge.config, "data": data})
     return ridge
 
 

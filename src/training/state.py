@@ -112,10 +112,14 @@ def _flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def check_same_settings(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuse to resume a run under other settings, naming the first that differs."""
+    """Refuse to resume a run under other settings or with other data, naming the first that
+    differs. A run of an earlier version, which did not record its data, is taken as it is.
+    """
     before, after = _flatten(saved), _flatten(current)
     missing = "not there"
     names = list({**before, **after})
+    if "data" not in saved:
+        names = [name for name in names if not name.startswith("data.")]
     differing = [k for k in names if before.get(k, missing) != after.get(k, missing)]
     if differing:
         first = differing[0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.data.batches import BrainDataset
+from src.data.identity import Identity
 from src.networks.mindeye2 import MindEye2
 from src.networks.released import read_weights
 from src.training.types import Batch, Step
@@ -43,6 +44,14 @@ class MultiSubjectDataset:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def identity(self) -> Identity:
+        """What the prepared data of all subjects are, {"subj01": `Subject.identity`, ...}."""
+        identities: Identity = {}
+        for dataset in self.datasets:
+            identities |= dataset.identity
+        return identities
 
     def set_epoch(self, epoch: int) -> None:
         """As `BrainDataset.set_epoch`."""
