@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from pretend_gpu import pretend_gpu
 
 torch.set_num_threads(1)
 SHARED = Path(os.environ.get("PERCEPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -37,6 +38,25 @@ def figures_closed():
     """
     yield
     plt.close("all")
+
+
+@pytest.fixture(
+    params=[
+        "pretended",
+        pytest.param(
+            "real", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ]
+)
+def gpu(request):
+    """A GPU under the name "cuda": pretended on every machine, real where there is one. What the
+    pretended one counts, None of the real one.
+    """
+    if request.param == "real":
+        yield None
+        return
+    with pretend_gpu() as counts:
+        yield counts
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,11 @@ class PretendedGenerator(_RealGenerator):
     def device(self) -> torch.device:
         return self.pretended
 
+    def manual_seed(self, seed: int) -> PretendedGenerator:
+        """Begin at a seed; the GPU's numbers are others than the CPU's, as they really are."""
+        super().manual_seed(seed ^ 0x5EED if self.pretended.type == "cuda" else seed)
+        return self
+
 
 class PretendedGpu(TorchFunctionMode):
     """The rules of CUDA, applied to each call of torch.
@@ -162,6 +167,8 @@ class PretendedGpu(TorchFunctionMode):
             "cpu": self._move,
             "cuda": self._move,
             "copy_": self._copy_into,
+            "as_tensor": self._convert,
+            "asarray": self._convert,
             "type_as": lambda f, args, kwargs: args[0].to(args[1]),
             "numpy": self._read_array,
             "__array__": self._read_array,
@@ -186,6 +193,11 @@ class PretendedGpu(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if name in self.special:
             return self.special[name](func, args, kwargs)
+        return self._run(func, name, args, kwargs)
+
+    # -------------------------------------------------------------------------------- any function
+    def _run(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Check, count, call and mark."""
         device = self._choose_device(name, args, kwargs)
         if device.type == "cuda":
             self._count(name, args, kwargs)
@@ -195,7 +207,6 @@ class PretendedGpu(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         return self._mark(self._call(func, name, device, args, kwargs), device, args, kwargs)
 
-    # -------------------------------------------------------------------------------- any function
     def _choose_device(self, name: str, args: Any, kwargs: dict[str, Any]) -> torch.device:
         """The device on which a function runs."""
         tensors = list_tensors(args, kwargs)
@@ -351,6 +362,14 @@ class PretendedGpu(TorchFunctionMode):
         if not (is_quick and target.type == "cuda" and is_pinned(tensor)):
             self._count_copy(f"copy to {target.type}", source, target)
         return set_device(result.clone() if result is tensor else result, target)
+
+    def _convert(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """`as_tensor` and `asarray`; of a tensor they are `to`."""
+        if not isinstance(args[0], Tensor):
+            return self._run(func, func.__name__, args, kwargs)
+        names = [kwargs.get("device"), kwargs.get("dtype")]
+        target = (get_device(args[0]) if names[0] is None else names[0], names[1] or args[0].dtype)
+        return self._move(Tensor.to, (args[0], *target), {})
 
     def _copy_into(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         source, target = get_device(args[1]), get_device(args[0])

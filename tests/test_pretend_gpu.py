@@ -83,7 +83,7 @@ def test_what_cuda_allows_is_allowed():
         gpu.copy_(host)
         assert get_device(gpu) == GPU and torch.equal(gpu.cpu(), host)
         assert np.array_equal(gpu.cpu().numpy(), host.numpy())
-        assert get_device(torch.stack([gpu, gpu]).view(-1)[3:].T) == GPU
+        assert get_device(torch.stack([gpu, gpu]).view(4, 3)[1:].T) == GPU
         assert get_device(torch.zeros_like(gpu)) == get_device(gpu.new_zeros(2)) == GPU
         assert get_device(torch.zeros(2)) == get_device(host.to(gpu).cpu()) == CPU
         assert host.device.type == "cpu" and gpu.is_cuda and str(gpu.device) == "cuda:0"

@@ -80,10 +80,9 @@ def plain_step(model, batch, epoch):
 
 
 def validate(model):
-    data = Data()
-    return {
-        "val/loss": (model(data.x) - data.y).square().mean().item() + 0.01 * torch.rand(()).item()
-    }
+    data, device = Data(), next(model.parameters()).device
+    error = (model(data.x.to(device)) - data.y.to(device)).square().mean()
+    return {"val/loss": error.item() + 0.01 * torch.rand(()).item()}
 
 
 def train(folder, model=None, do=step, data=None, config=None, **other):
@@ -739,9 +738,8 @@ def test_a_missing_gpu_is_named(tmp_path):
         train(tmp_path, device="cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", training.PRECISIONS)
-def test_on_a_gpu_it_learns_and_resumes(tmp_path, precision):
+def test_on_a_gpu_it_learns_and_resumes(tmp_path, precision, gpu):
     _, history = train(tmp_path / "whole", device="cuda", precision=precision, epochs=10)
     assert history["train/loss"].iloc[-1] < 0.7 * history["train/loss"].iloc[0]
     with pytest.raises(KeyboardInterrupt):
