@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from src.utils import PerceptError
+from src.utils import PerceptError, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 NO_WRITES = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
 # of `atomic`, `replace_folder` and downloads: .<name>.<process>.<kind>
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(tmp|old|link)")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old|link)")
+
+LEFTOVER_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # it does not say whose it is
 
 
 class FolderInUse(PerceptError):
@@ -314,19 +316,38 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     except OSError:
         return
     for entry in entries:
-        match = LEFTOVER.fullmatch(entry.name)
-        if match is None or (name and match["name"] != name) or _is_alive(int(match["process"])):
+        if not name and LEFTOVER_OF_SAFETENSORS.fullmatch(entry.name):
+            _remove(entry)
             continue
-        log.info("removing %s, which a process that was stopped has left", entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
+        match = LEFTOVER.fullmatch(entry.name)
+        if match is None or (name and match["name"] != name):
+            continue
+        if Path(entry.path).absolute() in unfinished or _is_alive(int(match["process"])):
+            continue
+        target = folder / match["name"]
+        if match["kind"] == "old" and not target.exists():  # its successor has not come
             with suppress(OSError):
-                os.unlink(entry.path)
+                os.replace(entry.path, target)
+            continue
+        _remove(entry)
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    log.info("removing %s, which a process that was stopped has left", entry.path)
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(entry.path)
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether another process of this number runs on this machine.
+
+    Not this one: in a container the one that was killed may have had the same number.
+    """
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

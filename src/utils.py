@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-HOME = Path(os.environ.get("PERCEPT_HOME", ROOT)).expanduser().resolve()
+HOME = Path(os.environ.get("PERCEPT_HOME") or ROOT).expanduser().resolve()
 
 MAKE_AGAIN = "copy it again, or run the stage that writes it again"
 
@@ -91,7 +91,7 @@ def check_name(name: object, what: str, parts: int = 1) -> str:
     """
     text = str(name)
     names = text.split("/")
-    reason = next(filter(None, map(_find_fault_of_name, names)), "")
+    reason = next(filter(None, map(find_fault_of_name, names)), "")
     if len(names) > parts:
         reason = "holds a slash" if parts == 1 else f"has more than {parts} parts between slashes"
     if reason:
@@ -104,7 +104,7 @@ def check_name(name: object, what: str, parts: int = 1) -> str:
     return text
 
 
-def _find_fault_of_name(name: str) -> str:
+def find_fault_of_name(name: str) -> str:
     """Why a name cannot be that of a file or folder, "" if it can."""
     if not name:
         return "is empty or absolute, or has an empty part"
@@ -140,6 +140,22 @@ def require_file(
     if not path.exists():
         raise PerceptError(f"{path} ({description}) is missing: {remedy}.")
     return path
+
+
+def check_home() -> None:
+    """Refuse a PERCEPT_HOME that means another folder to each process.
+
+    The kernels of notebooks stand in other folders than the commands that start them.
+
+    Raises:
+        UsageError: if it is a relative path.
+    """
+    given = os.environ.get("PERCEPT_HOME", "")
+    if given and not Path(given).expanduser().is_absolute():
+        raise UsageError(
+            f"PERCEPT_HOME is {given!r}, a relative path, which is another folder to every process"
+            f" that stands elsewhere: give it as an absolute one, here {HOME}."
+        )
 
 
 def resolve(path: str) -> Path:
@@ -305,7 +321,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     temporary = name_temporary(path)
-    unfinished.add(temporary)
+    unfinished.add(temporary.absolute())
     try:
         with write_errors(path):
             temporary.touch()
@@ -315,7 +331,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
                 temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
-        unfinished.discard(temporary)
+        unfinished.discard(temporary.absolute())
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -525,7 +541,7 @@ def check_weights(
                 f"{origin} holds {key} as {kind} ({tensor.dtype}) where the network has"
                 f" {expected_kind}: take the checkpoint as it was written."
             )
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise PerceptError(
                 f"{origin} holds NaN or infinity in {key}: its training had broken down, or the"
                 " file is damaged; take another checkpoint, or train again."
@@ -541,7 +557,7 @@ def _name_kind(tensor: torch.Tensor) -> str:
     return "whole numbers"
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite, without a copy of the tensor."""
     import torch
 
@@ -646,6 +662,47 @@ def peak_memory(device: str = "auto") -> float:
         return 0.0
     unit = 1.0 if sys.platform == "darwin" else 1024.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_peak_memory(device: str = "auto") -> str:
+    """The most memory used so far in words, e.g. "the peak was 71.3 of 80.0 GB"."""
+    peak = f"the peak was {peak_memory(device) / 1e9:.1f}"
+    if to_device(device).startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(to_device(device)).total_memory
+            return f"{peak} of {total / 1e9:.1f} GB"
+    return f"{peak} GB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on a GPU or in this process."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextmanager
+def memory_errors(doing: str, remedy: str, device: str = "auto") -> Iterator[None]:
+    """Turn running out of memory into one PerceptError.
+
+    Args:
+        doing: what needs the memory, for the message, e.g. "generating images".
+        remedy: what to lower, for the message.
+        device: where it runs, for the peak.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PerceptError(
+            f"Memory ran out while {doing} ({describe_peak_memory(device)}): {remedy}."
+        ) from error
 
 
 # --------------------------------------------------------------------------------- notebook and log

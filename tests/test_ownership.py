@@ -200,13 +200,17 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path):
         os._exit(0)
     os.waitpid(dead, 0)
     kept = [f".a.{os.getppid()}.tmp", "a.tmp", ".hidden", ".a.tmp", "state.pt"]
-    for name in (f".a.{dead}.tmp", f".b.c.{dead}.tmp", *kept):
+    for name in (f".a.{dead}.tmp", f".b.c.{dead}.tmp", ".tmpAb12xY", *kept):
         (tmp_path / name).write_text("x")
-    (tmp_path / f".subj01.{dead}.old").mkdir()
-    (tmp_path / f".subj01.{dead}.old" / "betas.h5").write_text("x")
+    for name in ("subj01", f".subj01.{dead}.old", f".subj02.{dead}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "betas.h5").write_text(name)
     remove_leftovers(tmp_path, "a")
     assert not (tmp_path / f".a.{dead}.tmp").exists()
     assert (tmp_path / f".b.c.{dead}.tmp").exists()
     with own(tmp_path, "writing"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    expected = [*kept, "subj01", "subj02"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+    assert (tmp_path / "subj01" / "betas.h5").read_text() == "subj01"
+    assert (tmp_path / "subj02" / "betas.h5").read_text() == f".subj02.{dead}.old"

@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import tarfile
@@ -19,6 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from src import ownership
+from src.data import ImageStore, cache_targets, files, write_image_table, write_images
+from src.data.files import replace_folder, restore_folder
 from src.utils import PerceptError, atomic, make_folder, save_checkpoint, write_errors, write_json
 
 MUCH = 1 << 20  # bytes, more than the disk of these tests has free
@@ -233,3 +237,179 @@ def test_files_have_ordinary_permissions(tmp_path, name):
         assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o664
     finally:
         os.umask(mask)
+
+
+# ------------------------------------------------------------------------------ folders, as a whole
+def write_version(folder, version):
+    with replace_folder(folder) as temporary:
+        for name in ("betas", "trials"):
+            (temporary / name).write_text(version)
+
+
+def read_version(folder):
+    return {path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(
+    tmp_path, monkeypatch, has_exchange
+):
+    """Killed before each change of the disk in turn, until one goes through."""
+    folder = tmp_path / "subj01"
+    if not has_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    n_killed = 0
+    while True:
+        write_version(folder, "old")
+        child = os.fork()
+        if not child:
+            kill_before_change(n_killed)
+            write_version(folder, "new")
+            os._exit(0)
+        was_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        restore_folder(folder)
+        version = read_version(folder)
+        assert version in ({"old"}, {"new"}) and (was_killed or version == {"new"})
+        write_version(folder, "newest")
+        assert read_version(folder) == {"newest"}
+        assert [path.name for path in tmp_path.iterdir()] == ["subj01"]
+        if not was_killed:
+            break
+        n_killed += 1
+    assert n_killed > 5
+
+
+def kill_before_change(number):
+    """End this process before the call `number` of those that change a disk."""
+    calls = 0
+
+    def count(function):
+        def counted(*args, **options):
+            nonlocal calls
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return function(*args, **options)
+
+        return counted
+
+    for name in ("replace", "mkdir", "rmdir", "unlink"):
+        setattr(os, name, count(getattr(os, name)))
+    files._exchange = count(files._exchange)
+
+
+def test_a_folder_whose_write_fails_is_as_before(tmp_path):
+    write_version(tmp_path / "subj01", "old")
+    with pytest.raises(PerceptError, match="filled up"), replace_folder(tmp_path / "subj01") as new:
+        (new / "betas").write_text("new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert read_version(tmp_path / "subj01") == {"old"}
+    assert list_files(tmp_path) == ["subj01"]
+
+
+def test_a_folder_is_replaced_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "GRACE_SECONDS", 0.1)
+    with replace_folder(tmp_path / "subj01") as temporary:
+        (temporary / "betas").write_text("first")
+        child = os.fork()
+        if not child:
+            try:
+                write_version(tmp_path / "subj01", "second")
+            except ownership.FolderInUse:
+                os._exit(3)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert read_version(tmp_path / "subj01") == {"first"}
+
+
+# ------------------------------------------------------------------------------------ prepared data
+def make_images(ids):
+    rows = np.arange(len(ids) * 12, dtype=np.uint8).reshape(len(ids), 2, 2, 3)
+    return rows + np.asarray(ids, np.uint8)[:, None, None, None]
+
+
+def test_subjects_prepared_at_once_lose_no_images(tmp_path):
+    """Both add theirs to one file and to one table."""
+    children = []
+    for first in (0, 100):
+        child = os.fork()
+        if not child:
+            try:
+                for ids in np.arange(first, first + 12).reshape(4, 3):
+                    write_images(tmp_path / "images.h5", make_images(ids), ids)
+                    write_image_table(tmp_path / "labels.parquet", pd.DataFrame({"image": ids}))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    expected = [*range(12), *range(100, 112)]
+    assert sorted(ImageStore(tmp_path / "images.h5").image_ids) == expected
+    assert pd.read_parquet(tmp_path / "labels.parquet")["image"].tolist() == expected
+    assert list_files(tmp_path) == ["images.h5", "labels.parquet"]
+
+
+def cache(folder, encode, n=8, shape=(3,), **options):
+    return cache_targets(folder, "x", {"a": 1}, np.arange(n), encode, shape, "float32", **options)
+
+
+def encode_means(images):
+    return images.reshape(len(images), -1).mean(1)[:, None].repeat(3, 1)
+
+
+def test_targets_that_are_complete_are_read_without_a_write(tmp_path):
+    with small_disk(tmp_path / "disk", "size=40m") as disk:
+        write_images(disk / "images.h5", make_images(np.arange(8)), np.arange(8))
+        made = cache(disk, encode_means).rows(np.arange(8))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        np.testing.assert_array_equal(cache(disk, None).rows(np.arange(8)), made)
+        with pytest.raises(PerceptError, match="could not be written: .* read-only"):
+            cache_targets(disk, "y", {}, np.arange(8), encode_means, (3,))
+
+
+def test_a_disk_that_fills_up_while_targets_are_made_is_one_sentence(tmp_path):
+    shape = (1 << 16,)
+
+    def encode(images):
+        if not (disk / "filler").exists():
+            fill(disk, 1 << 18)
+        return np.ones((len(images), *shape), np.float32)
+
+    with small_disk(tmp_path / "disk", "size=40m") as disk:
+        write_images(disk / "images.h5", make_images(np.arange(8)), np.arange(8))
+        with pytest.raises(PerceptError) as raised:
+            cache(disk, encode, shape=shape, batch_size=2)
+        check_sentence(str(raised.value), "filled up", "targets")
+        (disk / "filler").unlink()
+        assert len(cache(disk, lambda x: np.ones((len(x), *shape)), shape=shape)) == 8
+
+
+@pytest.mark.parametrize("damage", ["none", "shorter", "other", "state"])
+def test_targets_go_on_after_an_interruption(tmp_path, damage):
+    """And end as those that were not interrupted; what was damaged meanwhile is made again."""
+    write_images(tmp_path / "images.h5", make_images(np.arange(40)), np.arange(40))
+    n_encoded = 0
+
+    def encode(images):
+        nonlocal n_encoded
+        n_encoded += len(images)
+        if n_encoded == 35:
+            raise KeyboardInterrupt
+        return encode_means(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path, encode, n=40, batch_size=1)
+    (folder,) = (tmp_path / "targets").iterdir()
+    partial = folder / "part-000.partial"
+    if damage == "shorter":
+        partial.write_bytes(partial.read_bytes()[:200])
+    elif damage == "other":
+        partial.write_bytes(b"<html>" + partial.read_bytes()[6:])
+    elif damage == "state":
+        (folder / "progress.json").write_text("{")
+    n_encoded = 100
+    targets = cache(tmp_path, encode, n=40, batch_size=1)
+    assert n_encoded - 100 == (8 if damage == "none" else 40)
+    images = make_images(np.arange(40))
+    np.testing.assert_array_equal(targets.rows(np.arange(40)), encode_means(images).astype("f4"))
+    assert list_files(folder) == ["meta.json", "part-000.ids", "part-000.npy"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import errno
+import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from src.utils import PerceptError
+from src.ownership import FolderInUse, own
+from src.utils import PerceptError, name_temporary, unfinished, write_errors
 
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 
@@ -43,51 +45,65 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk that fills up during a write into one clear PerceptError; other errors pass."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not is_full:
-            raise
-        raise PerceptError(
-            f"The disk of {folder} filled up during the write: free some space and run this"
-            " again (earlier files are intact)."
-        ) from error
-
-
-@contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, so that processes that ask for it at once take turns."""
-    import fcntl  # here, as Windows has none and must be able to import this module
-
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` on success and disappears on failure."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)
+    """Yield a temporary folder that replaces `folder` on success and disappears on failure.
+
+    This process owns the folder meanwhile. Killed at any moment it leaves the old folder or the new
+    one: they change places in one step, or where the disk cannot do that, `restore_folder` brings
+    the old one back.
+
+    Raises:
+        PerceptError: if another process writes the folder, and as `write_errors`.
+    """
+    temporary, old = name_temporary(folder), name_temporary(folder, "old")
+    with own(folder, f"writing {folder.name}", beside=True):
+        unfinished.add(temporary.absolute())
         try:
-            os.replace(temporary, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            with write_errors(folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                yield temporary
+                _put_in_place(temporary, folder, old)
+        finally:
+            unfinished.discard(temporary.absolute())
+            shutil.rmtree(temporary, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
+    """Give a folder the name of another one; that one, if there is any, takes its name or `old`."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    if _exchange(temporary, folder):
+        return
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change names in one step; whether this system and disk can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back a missing folder of which a process that was killed has only changed the name.
+
+    Nothing happens while another process writes it.
+    """
+    if folder.exists() or not list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
+        return
+    with suppress(FolderInUse), own(folder, f"restoring {folder.name}", beside=True):
+        pass  # what was left behind is dealt with by every owner
 
 
 def iterate_row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -15,13 +15,13 @@ import numpy as np
 
 from src.data.files import (
     Ids,
-    disk_errors,
     find_rows,
     gather_rows,
     iterate_row_blocks,
     memory_map_h5,
     write_rows,
 )
+from src.ownership import own
 from src.utils import PerceptError, atomic
 
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -122,7 +122,7 @@ def _select_new_images(
         warnings.warn(
             f"{n_recompressed} images were stored already with slightly different pixels; the"
             " stored ones are kept.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -131,7 +131,7 @@ def write_images(
 ) -> None:
     """Write the images of a dataset, or add to those already there.
 
-    Several subjects share one file.
+    Several subjects share one file; processes that add to it at once take turns.
 
     Args:
         path: the file, data/<dataset>/images.h5.
@@ -149,7 +149,11 @@ def write_images(
             f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be"
             " unique."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with own(path, f"adding images to {path.name}", wait=True, beside=True):
+        _add_images(path, images, ids)
+
+
+def _add_images(path: Path, images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray) -> None:
     store = ImageStore(path) if path.exists() else None
     new_images = _select_new_images(images, ids, store)
     if store is None:
@@ -172,7 +176,7 @@ def _write_store(path: Path, blocks: Iterable[np.ndarray], ids: np.ndarray) -> N
         crc.extend(zlib.crc32(np.ascontiguousarray(image).data) for image in block)
         return block
 
-    with disk_errors(path.parent), atomic(path) as temporary:
+    with atomic(path) as temporary:
         write_rows(temporary, "images", blocks, len(ids), add_checksums)
         with h5py.File(temporary, "r+") as file:
             file["image_id"], file["crc"] = ids, np.array(crc, dtype=np.int64)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,19 @@ from typing import Any
 import numpy as np
 
 from src.data.draws import choose_repeats
-from src.data.files import Ids, check_space, disk_errors, exclusive_lock, find_rows, gather_rows
+from src.data.files import Ids, check_space, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
-from src.utils import PerceptError, atomic, progress, read_json, same_features, write_json
+from src.ownership import own
+from src.utils import (
+    PerceptError,
+    atomic,
+    progress,
+    read_json,
+    same_features,
+    write_errors,
+    write_json,
+)
 
 Encode = Callable[[np.ndarray], np.ndarray]
 
@@ -216,6 +227,7 @@ def cache_targets(
     They are stored under data/<dataset>/targets/<name>-<hash>/. An interrupted run goes on where it
     stopped; images asked for later, or whose pixels have changed since, are added as a further
     part. Processes that ask at once take turns: the first computes, the others find the result.
+    Where all of them are there, nothing is written, so that data may be shared read-only.
 
     Args:
         dataset: as for `open_subject`.
@@ -236,8 +248,10 @@ def cache_targets(
     record = {"name": name, "fingerprint": fingerprint, "shape": list(shape), "dtype": dtype}
     meta = json.loads(json.dumps(record, default=str))
     folder = dataset_folder(dataset) / "targets" / f"{name}-{hash_fingerprint(meta)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder / "lock"), disk_errors(folder):
+    targets = _open_complete(folder, store, meta, image_ids)
+    if targets is not None:
+        return targets
+    with own(folder, f"making the targets {name}", wait=True):
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
         _check_meta(read_json(folder / "meta.json"), meta, folder)
@@ -248,6 +262,17 @@ def cache_targets(
             _add_part(folder, store, missing, encoder)
             targets = TargetCache(folder, store)
     return targets
+
+
+def _open_complete(
+    folder: Path, store: ImageStore, meta: dict[str, Any], image_ids: Ids
+) -> TargetCache | None:
+    """The targets in a folder, if it has those of all these images; nothing is written."""
+    if not (folder / "meta.json").exists():
+        return None
+    _check_meta(read_json(folder / "meta.json"), meta, folder)
+    targets = TargetCache(folder, store)
+    return None if len(np.setdiff1d(image_ids, targets.image_ids)) else targets
 
 
 def cache_augmented_targets(
@@ -318,36 +343,103 @@ def _add_part(folder: Path, store: ImageStore, ids: np.ndarray, encoder: _Target
     part = folder / f"part-{len(list(folder.glob('part-???.npy'))):03d}.npy"
     partial, state = part.with_suffix(".partial"), folder / "progress.json"
     key = hashlib.sha256(identities.tobytes()).hexdigest()
-    done = _count_done(partial, state, key)
-    array = _open_partial(partial, done, (len(ids), *encoder.shape), encoder.dtype)
+    rows = _RowFile(partial, (len(ids), *encoder.shape), encoder.dtype)
+    done = rows.open(_count_done(partial, state, key))
     n_saved = done
     starts = range(done, len(ids), encoder.batch_size)
-    for start in progress(starts, f"targets {folder.name}", len(starts)):
-        batch = ids[start : start + encoder.batch_size]
-        stop = start + len(batch)
-        array[start:stop] = encoder.compute(store.rows(batch), batch)
-        if stop - n_saved >= 8 * encoder.batch_size:
-            array.flush()
-            n_saved = stop
-            write_json(state, {"key": key, "done": n_saved})
-    array.flush()
+    with rows:
+        for start in progress(starts, f"targets {folder.name}", len(starts)):
+            batch = ids[start : start + encoder.batch_size]
+            stop = start + len(batch)
+            rows.append(encoder.compute(store.rows(batch), batch))
+            if stop - n_saved >= 8 * encoder.batch_size:
+                rows.flush()
+                n_saved = stop
+                write_json(state, {"key": key, "done": n_saved})
+        rows.flush()
     with atomic(_ids_file(part)) as temporary, open(temporary, "wb") as file:
         np.save(file, identities, allow_pickle=False)
-    os.replace(partial, part)
-    state.unlink(missing_ok=True)
+    with write_errors(part):
+        os.replace(partial, part)  # from here on the part counts
+        state.unlink(missing_ok=True)
 
 
 def _count_done(partial: Path, state: Path, key: str) -> int:
     """Number of targets that an interrupted run of the same images has stored."""
     if not partial.exists() or not state.exists():
         return 0
-    content = read_json(state)
+    try:
+        content = read_json(state, ("key", "done"))
+    except PerceptError:  # damaged: all of them are made again
+        return 0
     return int(content["done"]) if content["key"] == key else 0
 
 
-def _open_partial(path: Path, done: int, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """Open a part that was begun, or begin one where nothing of it is done."""
-    if done:
-        return np.lib.format.open_memmap(path, "r+")
-    check_space(path.parent, int(np.prod(shape)) * dtype.itemsize)
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+class _RowFile:
+    """An .npy file that is written row by row.
+
+    It is written and not memory-mapped: on a full disk a memory map ends the process by a signal.
+
+    Args:
+        path: of the file.
+        shape: (rows, ...) of the whole array.
+        dtype: of the array.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+
+    def open(self, n_rows: int) -> int:
+        """Open the file to go on after `n_rows`, or from the first where it holds fewer.
+
+        Returns:
+            Number of rows that it has.
+
+        Raises:
+            PerceptError: if the disk cannot hold the rest, and as `write_errors`.
+        """
+        head = self._make_head()
+        if n_rows and not self._holds(head, n_rows):
+            n_rows = 0
+        size = self.path.stat().st_size if self.path.exists() else 0
+        whole = len(head) + self.shape[0] * self.row_bytes
+        with write_errors(self.path):
+            check_space(self.path.parent, whole - min(size, whole))
+            self.file = open(self.path, "r+b" if n_rows else "wb")  # noqa: SIM115
+            if not n_rows:
+                self.file.write(head)
+            self.file.seek(len(head) + n_rows * self.row_bytes)
+            self.file.truncate()
+        return n_rows
+
+    def _make_head(self) -> bytes:
+        stream = io.BytesIO()
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        content = {"descr": descr, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(stream, content)
+        return stream.getvalue()
+
+    def _holds(self, head: bytes, n_rows: int) -> bool:
+        """Whether the file is of this array and has so many rows."""
+        with open(self.path, "rb") as file:
+            is_same = file.read(len(head)) == head
+        return is_same and self.path.stat().st_size >= len(head) + n_rows * self.row_bytes
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write the next rows."""
+        with write_errors(self.path):
+            self.file.write(np.ascontiguousarray(rows).data)
+
+    def flush(self) -> None:
+        """Bring to the disk what was written so far."""
+        with write_errors(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def __enter__(self) -> _RowFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):  # that of the write counts
+            self.file.close()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors
 from src.data.images import write_images
 from src.data.layout import (
     check_trials,
@@ -135,16 +134,14 @@ def store_recording(recording: Recording, dataset: str | Path, subj: int) -> Pat
             or a full disk.
     """
     folder = dataset_folder(dataset)
-    folder.mkdir(parents=True, exist_ok=True)
     betas = recording.betas
-    with disk_errors(folder):
-        write_images(folder / "images.h5", recording.images, recording.image_ids)
-        for name, table in recording.image_tables.items():
-            write_image_table(folder / f"{name}.parquet", table)
-        return write_subject(
-            subject_folder(dataset, subj),
-            betas.blocks if isinstance(betas, RowBlocks) else betas,
-            recording.trials,
-            recording.voxels,
-            recording.attributes,
-        )
+    write_images(folder / "images.h5", recording.images, recording.image_ids)
+    for name, table in recording.image_tables.items():
+        write_image_table(folder / f"{name}.parquet", table)
+    return write_subject(
+        subject_folder(dataset, subj),
+        betas.blocks if isinstance(betas, RowBlocks) else betas,
+        recording.trials,
+        recording.voxels,
+        recording.attributes,
+    )

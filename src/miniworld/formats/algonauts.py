@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.algonauts import FLAVOURS, HEMISPHERES, REGIONS
-from src.utils import PerceptError
+from src.utils import PerceptError, write_errors
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def write(
     root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".subj{subj:02d}.", dir=root))
     try:
-        with disk_errors(root):
+        with write_errors(root):
             _write_training(temporary / "training_split", averages, n_left, flavour)
             _write_masks(temporary / "roi_masks", data, n_left, flavour)
             write_split(temporary, _renumber(averages.split, new_id))

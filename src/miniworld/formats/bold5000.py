@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, save_png, write_split, write_tables
 from src.readers.bold5000 import BETAS, IMAGE_LIST, PRESENTED, subject_name
-from src.utils import PerceptError, atomic, require_extra
+from src.utils import PerceptError, atomic, require_extra, write_errors
 
 
 def write(source: str | Path, subj: int, data: SourceData) -> Path:
@@ -41,7 +40,7 @@ def write(source: str | Path, subj: int, data: SourceData) -> Path:
             " files do: number them so."
         )
     images_folder = root / "BOLD5000_Stimuli" / "Scene_Stimuli" / PRESENTED / "Scene"
-    with disk_errors(root):
+    with write_errors(root):
         _write_sessions(root, name, data.betas, ordered)
         _write_masks(root, name, data)
         with atomic(root / IMAGE_LIST.format(name)) as temporary:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from src.data.files import disk_errors
 from src.utils import PerceptError, atomic
 
 
@@ -43,6 +42,6 @@ def write(
     content = {}
     for name, rows in arrays.items():
         content[f"{name}Trn"], content[f"{name}Test"] = rows[:-n_test], rows[-n_test:]
-    with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         scipy.io.savemat(file, content)
     return Path(path)

@@ -8,10 +8,9 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, save_png, write_split, write_tables
 from src.readers.god import TEST, TRAINING, UNIT, format_image_name
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, write_errors
 
 
 def write(source: str | Path, subj: int, data: SourceData) -> Path:
@@ -44,7 +43,7 @@ def write(source: str | Path, subj: int, data: SourceData) -> Path:
             )
     root, ordered = Path(source), data.sort_trials(("session", "run"))
     test_images = set(ordered.loc[ordered["split"] == "test", "image"])
-    with disk_errors(root):
+    with write_errors(root):
         _write_bdata(root / f"Subject{subj}.h5", data, ordered)
         for pixels, image in zip(data.images, data.image_ids, strict=True):
             folder = "test" if image in test_images else "training"

@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.mindeye import BETAS, EARLY, LAYOUTS, PAPER, SPLITS
-from src.utils import PerceptError, atomic, write_json
+from src.utils import PerceptError, atomic, write_errors, write_json
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def write(
     shard_format = _ShardFormat(repeats, samples_per_shard, image_format)
     name = f"subj{subj:02d}"
     totals = {}
-    with disk_errors(Path(source)):
+    with write_errors(Path(source)):
         for split in SPLITS[layout]:
             trials = ordered[folders == split].groupby("trial" if is_early else "image")
             totals[split] = len(trials)

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import disk_errors, iterate_row_blocks
+from src.data.files import iterate_row_blocks
 from src.miniworld.formats.mindeye import add_members
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.mindeye2 import (
@@ -23,7 +23,7 @@ from src.readers.mindeye2 import (
     open_dataset,
     open_h5,
 )
-from src.utils import PerceptError, atomic, progress
+from src.utils import PerceptError, atomic, progress, write_errors
 
 # rows of the arrays about other trials
 NEIGHBOURS = {"past_behav": 15, "future_behav": 15, "olds_behav": 3}
@@ -62,7 +62,7 @@ def write(
         raise PerceptError(
             "Trial numbers are rows of the betas: they must count from 0, each once."
         )
-    with disk_errors(source):
+    with write_errors(source):
         source.mkdir(parents=True, exist_ok=True)
         row_of_image = _add_images(source, data.images, data.image_ids)
         ordered["coco"] = ordered["image"].map(row_of_image)

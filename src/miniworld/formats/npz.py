@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from src.data.files import disk_errors
 from src.utils import atomic
 
 
@@ -30,6 +29,6 @@ def write(
     """
     content: dict[str, Any] = {"betas": betas, "images": images}
     content |= {key: np.asarray(value) for key, value in arrays.items()}
-    with disk_errors(Path(path).parent), atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **content)
     return Path(path)

@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 import scipy.io
 
-from src.data.files import disk_errors
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
 from src.readers.nsd import SHARED
 from src.readers.nsd_files import SUBJECTS, NsdFolders, check_options, load_image_ids
-from src.utils import PerceptError, atomic, require_extra
+from src.utils import PerceptError, atomic, require_extra, write_errors
 
 SCALE = 300  # stored integers a percent signal change
 
@@ -102,7 +101,7 @@ def write(
     ordered = _sort_trials(data)
     voxel_grid = _VoxelGrid(grid or _small_grid(data.n_voxels), data.n_voxels)
     folders = NsdFolders(root, subj, space, betas_version)
-    with disk_errors(root):
+    with write_errors(root):
         row_of_image = _add_images(folders, data.images, data.image_ids)
         _write_trials(folders, ordered, ordered["image"].map(row_of_image).to_numpy() + 1)
         _write_rois(folders, data, voxel_grid)

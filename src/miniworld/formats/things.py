@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import BLOCK_BYTES, disk_errors
+from src.data.files import BLOCK_BYTES
 from src.miniworld.formats.source_data import SourceData, save_png, write_split, write_tables
 from src.readers.things import FIGSHARE
-from src.utils import atomic
+from src.utils import atomic, write_errors
 
 
 def write(source: str | Path, subj: int, data: SourceData, *, concept: str = "kind") -> Path:
@@ -44,7 +44,7 @@ def write(source: str | Path, subj: int, data: SourceData, *, concept: str = "ki
     concept_of_image = dict(zip(ordered["image"], stimuli["concept"], strict=True))
     names = [name.format(f"{subj:02d}") for name in FIGSHARE]
     responses_path, stimuli_path, voxels_path = (root / "betas_csv" / name for name in names)
-    with disk_errors(root):
+    with write_errors(root):
         with atomic(responses_path) as temporary:
             _write_frame(temporary, data.betas, ordered.index.to_numpy())
         _write_csv(stimuli_path, stimuli)
