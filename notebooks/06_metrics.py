@@ -26,7 +26,7 @@ model_name = ""  # name of the run, by default made from recipe and subject
 dataset = "nsd"  # prepared data set under data/
 subj = 1  # subject, at least 1
 recon_path = ""  # other reconstructions to score, a .pt, .npz or .npy file or a folder of PNG files
-all_images_path = ""  # with recon_path, the images that were seen, in the same order
+all_images_path = ""  # with recon_path, the images that were seen; folders are paired by file name
 
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
@@ -74,7 +74,7 @@ from src.evaluation import (
     derangements,
     find_most_similar,
     hash_pixels,
-    load_images,
+    load_image_pairs,
     make_record,
     make_records,
     noise_ceiling,
@@ -140,10 +140,8 @@ else:
             "recon_path needs all_images_path (the images that were seen) and model_name (a name"
             " for the results)."
         )
-    pictures = {
-        "seen": load_images(resolve(all_images_path)),
-        "system": load_images(resolve(recon_path)),
-    }
+    pairs = load_image_pairs(resolve(all_images_path), resolve(recon_path))
+    pictures = {"seen": pairs.seen, "system": pairs.recons}
     pictures["mean_seen"] = compute_mean_image(pictures["seen"])
     image_ids, metadata, tensors, subject = (
         np.arange(len(pictures["seen"])),

@@ -7,17 +7,24 @@ them apart, so that nobody fetches 40 GB again because another process has the f
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from src.utils import PerceptError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 FETCH_AGAIN = "fetch it again"
 
@@ -85,7 +92,9 @@ def read_errors(path: str | Path, remedy: str = FETCH_AGAIN) -> Iterator[None]:
     """
     try:
         yield
-    except READ_ERRORS as error:
+    except PerceptError:
+        raise
+    except Exception as error:  # libraries have errors of their own beside READ_ERRORS
         raise explain_unreadable(path, error, remedy) from error
 
 
@@ -186,6 +195,93 @@ def shorten(error: BaseException | str, length: int = 200) -> str:
         text = "it is damaged, or holds more than plain arrays, numbers and texts"
         text += f", namely {asked[1]}" if asked else ""
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+# ----------------------------------------------------------------------------- tables and arrays
+def load_parquet(path: str | Path, remedy: str = FETCH_AGAIN) -> pd.DataFrame:
+    """Load a table; errors as of `read_errors`."""
+    import pandas as pd
+
+    with read_errors(path, remedy):
+        return pd.read_parquet(path)
+
+
+def load_csv(
+    path: str | Path, columns: Collection[str] = (), remedy: str = FETCH_AGAIN, **options: Any
+) -> pd.DataFrame:
+    """Load a table of text in UTF-8.
+
+    Args:
+        path: the file.
+        columns: that it must have.
+        remedy: what to do where it cannot be read, for the message.
+        options: of pandas.read_csv.
+
+    Raises:
+        PerceptError: if it cannot be read, or lacks a column.
+    """
+    import pandas as pd
+
+    with read_errors(path, remedy):
+        table: pd.DataFrame = pd.read_csv(path, **{"encoding": "utf-8-sig"} | options)
+    missing = [name for name in columns if name not in table]
+    if missing:
+        names = shorten(", ".join(map(str, table)))
+        raise PerceptError(
+            f"{path} lacks the columns {', '.join(missing)}: it has {names}, so {remedy}."
+        )
+    return table
+
+
+def load_json(path: str | Path, remedy: str = FETCH_AGAIN) -> dict[str, Any]:
+    """Load a JSON file that holds an object.
+
+    Raises:
+        PerceptError: if it cannot be read, or holds something else.
+    """
+    with read_errors(path, remedy):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise PerceptError(
+            f"{path} holds a {type(content).__name__}, where an object in braces is expected:"
+            f" {remedy}."
+        )
+    return content
+
+
+def load_npz(path: str | Path, remedy: str = FETCH_AGAIN) -> dict[str, np.ndarray]:
+    """Load the plain arrays of an .npz, whose sizes are compared first with what is stored.
+
+    Raises:
+        PerceptError: if it cannot be read, is protected by a password, packed in an unknown way, or
+            announces more than it can hold.
+    """
+    import numpy as np
+
+    with read_errors(path, remedy), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            check_expansion(path, member.filename, member.file_size, member.compress_size)
+            with archive.open(member) as file:
+                _check_npy_size(path, member.filename, file, member.file_size)
+    with read_errors(path, remedy), np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _check_npy_size(path: str | Path, name: str, file: IO[bytes], n_stored: int) -> None:
+    """Refuse an .npy that announces a larger array than there are bytes, before it is read."""
+    import numpy as np
+
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and n_bytes > n_stored:
+        raise PerceptError(
+            f"{path} announces {n_bytes / 1e9:,.1f} GB for {name}, {dtype} {shape}, and stores"
+            f" {n_stored:,} bytes: fetch it again, or save it again."
+        )
 
 
 # ------------------------------------------------------------------------------------------ limits

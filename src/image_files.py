@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from src.foreign_files import explain_head, explain_unreadable, shorten
 from src.utils import PerceptError
@@ -189,7 +189,9 @@ def _explain_failure(
     else:
         content_or_path.seek(0)
         head = content_or_path.read(512)
-    cause = (
-        explain_head(head) or f"cannot be decoded as an image ({shorten(error)}): fetch it again"
-    )
+    cause = explain_head(head)
+    if cause is None:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        text = f"it is none of {', '.join(FORMATS)}" if is_unknown else shorten(error)
+        cause = f"cannot be decoded as an image ({text}): fetch it again"
     return PerceptError(f"{origin} {cause}.")

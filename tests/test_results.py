@@ -14,7 +14,13 @@ from src import metrics
 from src.evaluation import records as recording
 from src.evaluation import sanity_checks as sanity
 from src.evaluation import statistics
-from src.evaluation.images import compute_mean_image, find_most_similar, hash_pixels, load_images
+from src.evaluation.images import (
+    compute_mean_image,
+    find_most_similar,
+    hash_pixels,
+    load_image_pairs,
+    load_images,
+)
 from src.evaluation.records import make_records, score_table
 from src.evaluation.statistics import bootstrap_mean
 from src.metrics import METRICS, two_way_metric
@@ -374,6 +380,60 @@ def test_a_pickled_file_runs_no_code(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PerceptError, match="no PNG or JPEG files"):
         load_images(tmp_path / "empty")
+
+
+def save_folder(folder, names, size=6):
+    """A folder of images whose grey level tells the place in `names`."""
+    folder.mkdir()
+    for place, name in enumerate(names):
+        Image.fromarray(np.full((size, size), 20 * place, np.uint8)).save(folder / name)
+    return folder
+
+
+def test_folders_are_paired_by_the_names_of_their_files(tmp_path):
+    names = [f"{place}.png" for place in range(11)]
+    seen = save_folder(tmp_path / "seen", names)
+    (seen / "._0.png").write_bytes(b"\x00\x05\x16\x07")  # as a Mac leaves them
+    shuffled = np.random.default_rng(0).permutation(11)
+    padded = [f"recon_{place:03d}.png" for place in range(11)]
+    same = save_folder(tmp_path / "same", names, 9)
+    numbered = save_folder(tmp_path / "numbered", padded)
+    for other in (same, numbered):
+        pairs = load_image_pairs(seen, other)
+        assert pairs.seen.shape == (11, 3, 6, 6) and len(pairs.recons) == 11
+        assert (pairs.seen[:, 0, 0, 0] == pairs.recons[:, 0, 0, 0]).all()
+    lettered = save_folder(tmp_path / "lettered", [f"{chr(97 + place)}.png" for place in shuffled])
+    with pytest.raises(PerceptError, match="do not pair by their names: .*0.png has no other side"):
+        load_image_pairs(seen, lettered)
+    (same / "7.png").rename(same / "12.png")
+    with pytest.raises(PerceptError, match="do not pair by their names: .*7.png"):
+        load_image_pairs(seen, same)
+
+
+def test_a_folder_beside_an_array_must_be_numbered(tmp_path):
+    np.save(tmp_path / "all.npy", np.zeros((3, 6, 6, 3), np.uint8))
+    numbered = save_folder(tmp_path / "numbered", ["recon_1.png", "recon_2.png", "recon_3.png"])
+    assert len(load_image_pairs(tmp_path / "all.npy", numbered).recons) == 3
+    gap = save_folder(tmp_path / "gap", ["4.png", "5.png", "7.png"])
+    with pytest.raises(PerceptError, match="not numbered from 0 or 1 without a gap"):
+        load_image_pairs(tmp_path / "all.npy", gap)
+    with pytest.raises(PerceptError, match="holds 3 seen images and .* 2 reconstructions"):
+        (numbered / "recon_3.png").unlink()
+        load_image_pairs(tmp_path / "all.npy", numbered)
+
+
+def test_images_of_a_folder_that_cannot_be_read_are_counted(tmp_path):
+    folder = save_folder(tmp_path / "pictures", ["0.png", "1.png", "2.png", "3.png"])
+    for name in ("1.png", "3.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(PerceptError, match="2 of 4 images in .*pictures cannot be read: .*1.png"):
+        load_images(folder)
+    (folder / "2.jpg").write_bytes((folder / "2.png").read_bytes())
+    with pytest.raises(PerceptError, match="holds 2 in several formats"):
+        load_images(folder)
+    np.save(tmp_path / "wide.npy", np.zeros((3, 6, 6, 3), np.uint16))
+    with pytest.raises(PerceptError, match="wide.npy holds uint16 numbers"):
+        load_images(tmp_path / "wide.npy")
 
 
 def test_most_alike_is_never_oneself():

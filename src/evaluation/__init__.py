@@ -13,7 +13,14 @@ from src.evaluation.captions import (
     prepare_caption_metrics,
     read_captions,
 )
-from src.evaluation.images import compute_mean_image, find_most_similar, hash_pixels, load_images
+from src.evaluation.images import (
+    ImagePairs,
+    compute_mean_image,
+    find_most_similar,
+    hash_pixels,
+    load_image_pairs,
+    load_images,
+)
 from src.evaluation.records import add_results, make_record, make_records, provenance, score_table
 from src.evaluation.report import gallery_widget, write_report
 from src.evaluation.sanity_checks import check_alignment, check_leak, check_outputs
@@ -23,6 +30,7 @@ from src.evaluation.votes import describe_ensemble_gain, ensemble_gain, gain_tab
 
 __all__ = [
     "CAPTION_METRICS",
+    "ImagePairs",
     "SentenceEncoder",
     "add_results",
     "bootstrap_mean",
@@ -44,6 +52,7 @@ __all__ = [
     "gain_table",
     "gallery_widget",
     "hash_pixels",
+    "load_image_pairs",
     "load_images",
     "make_record",
     "make_records",

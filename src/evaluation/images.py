@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from src.foreign_files import load_npz, natural_key, read_errors
+from src.image_files import IMAGE_SUFFIXES, decode_image
 from src.metrics import CHUNK, apply_resizing, resize
+from src.safe_pickle import load_plain_torch_file
 from src.utils import PerceptError
 
 TORCH_SUFFIXES = (".pt", ".pth")
 NUMPY_SUFFIXES = (".npz", ".npy")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+PLAIN = "save it as plain numbers, no Python objects"  # what to do with a file that is refused
 
 SMALL_SIDE = 32  # pixels a side at which images are compared with each other
 SEARCH_BLOCK = 512  # images whose neighbours are searched at once
+
+
+@dataclass(frozen=True)
+class ImagePairs:
+    """Seen images and their reconstructions, (n, 3, height, width) each, in the same order."""
+
+    seen: Tensor
+    recons: Tensor
 
 
 def load_images(path: str | Path) -> Tensor:
@@ -47,7 +59,10 @@ def load_images(path: str | Path) -> Tensor:
             f"There are no images at {path}: give a .pt, .npz or .npy file, or a folder of PNG"
             " files."
         )
-    stored = _read_folder(path) if path.is_dir() else _read_array(path)
+    return _to_channels_first(_read_folder(path) if path.is_dir() else _read_array(path), path)
+
+
+def _to_channels_first(stored: Any, path: Path) -> Tensor:
     images = torch.as_tensor(stored)
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
         images = images.permute(0, 3, 1, 2)
@@ -56,27 +71,134 @@ def load_images(path: str | Path) -> Tensor:
             f"{path} holds an array of shape {tuple(images.shape)}: images are (n, 3, height,"
             " width) or (n, height, width, 3)."
         )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise PerceptError(
+            f"{path} holds {str(images.dtype).removeprefix('torch.')} numbers: images are bytes, or"
+            " floats in [0, 1]."
+        )
     return images
+
+
+def load_image_pairs(seen_path: str | Path, recon_path: str | Path) -> ImagePairs:
+    """Load seen images and anyone's reconstructions of them, each beside its own.
+
+    Files of two folders are paired by name: by the whole name without its ending, else by the
+    numbers in it, so that seen_003.png belongs to recon_3.png. Where one side is an array, whose
+    rows have no names, the files of a folder must be numbered from 0 or 1 without a gap. Rows of
+    two arrays are paired in their order.
+
+    Args:
+        seen_path, recon_path: as for `load_images`.
+
+    Raises:
+        PerceptError: as `load_images`; for names that do not pair one to one, for another number of
+            images, or fewer than two.
+    """
+    folders = [Path(path) for path in (seen_path, recon_path) if Path(path).is_dir()]
+    if len(folders) == 2:
+        seen_files, recon_files = _pair_files(*folders)
+        pairs = ImagePairs(
+            seen=_to_channels_first(_decode_files(seen_files, folders[0]), folders[0]),
+            recons=_to_channels_first(_decode_files(recon_files, folders[1]), folders[1]),
+        )
+    else:
+        for folder in folders:
+            _check_numbering(_list_images(folder), folder)
+        pairs = ImagePairs(seen=load_images(seen_path), recons=load_images(recon_path))
+    if not 2 <= len(pairs.seen) == len(pairs.recons):
+        raise PerceptError(
+            f"{seen_path} holds {len(pairs.seen)} seen images and {recon_path} {len(pairs.recons)}"
+            " reconstructions: give as many of both, and at least two."
+        )
+    return pairs
 
 
 def _read_folder(folder: Path) -> np.ndarray:
     """The image files of a folder, uint8 (n, height, width, 3)."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-    arrays = [
-        np.asarray(Image.open(file).convert("RGB")) for file in sorted(files, key=_split_numbers)
-    ]
-    if len({array.shape for array in arrays}) != 1:
-        problem = "images of several sizes" if arrays else "no PNG or JPEG files"
+    return _decode_files(_list_images(folder), folder)
+
+
+def _list_images(folder: Path) -> list[Path]:
+    """The image files of a folder in natural order, each name once."""
+    with read_errors(folder):
+        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    files = [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise PerceptError(f"The folder {folder} holds no PNG or JPEG files: put all images there.")
+    files.sort(key=lambda path: natural_key(path.name))
+    stems = Counter(path.stem for path in files)
+    if stems.most_common(1)[0][1] > 1:
         raise PerceptError(
-            f"The folder {folder} holds {problem}: put all images there, numbered, in one size."
+            f"The folder {folder} holds {stems.most_common(1)[0][0]} in several formats: keep one"
+            " file an image."
         )
-    return np.stack(arrays)
+    return files
 
 
-def _split_numbers(path: Path) -> list[Any]:
-    """A sort key that puts recon_10 after recon_9: parts of a file's name, digits as numbers."""
-    parts = re.split(r"(\d+)", path.name)
-    return [int(part) if part.isdigit() else part for part in parts]
+def _decode_files(files: list[Path], folder: Path) -> np.ndarray:
+    """Decode image files of one size; those that cannot be read are counted, and the first named.
+
+    Raises:
+        PerceptError: if one of them cannot be read, or they are of several sizes.
+    """
+    images, failures = [], []
+    for path in files:
+        try:
+            images.append(decode_image(path, str(path)))
+        except PerceptError as error:
+            failures.append(str(error))
+    if failures:
+        raise PerceptError(
+            f"{len(failures)} of {len(files)} images in {folder} cannot be read: {failures[0]}"
+        )
+    if len({image.shape for image in images}) != 1:
+        raise PerceptError(
+            f"The folder {folder} holds images of several sizes: bring all of them to one size."
+        )
+    return np.stack(images)
+
+
+def _pair_files(seen_folder: Path, recon_folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of two folders in the same order, by their names or else the numbers in these."""
+    seen, recons = _list_images(seen_folder), _list_images(recon_folder)
+    for get_key in (_get_name, _get_numbers):
+        by_key = {get_key(path): path for path in recons}
+        keys = [get_key(path) for path in seen]
+        if len(by_key) == len(recons) == len(seen) and set(keys) == set(by_key):
+            return seen, [by_key[key] for key in keys]
+    alone = _find_unpaired(seen, recons) or _find_unpaired(recons, seen)
+    raise PerceptError(
+        f"{len(seen)} images in {seen_folder} and {len(recons)} in {recon_folder} do not pair by"
+        f" their names: {alone or seen[0]} has no other side; give both the same names or numbers."
+    )
+
+
+def _find_unpaired(files: list[Path], others: list[Path]) -> Path | None:
+    """The first file that has no other one of its name or numbers."""
+    names = {_get_name(path) for path in others} | {_get_numbers(path) for path in others}
+    unpaired = (path for path in files if not {_get_name(path), _get_numbers(path)} & names)
+    return next(unpaired, None)
+
+
+def _get_name(path: Path) -> str | tuple[int, ...]:
+    return path.stem
+
+
+def _get_numbers(path: Path) -> str | tuple[int, ...]:
+    """The numbers in a file's name, or the name where it has none."""
+    return tuple(map(int, re.findall(r"[0-9]+", path.stem))) or path.stem
+
+
+def _check_numbering(files: list[Path], folder: Path) -> None:
+    """Refuse names of files that do not say their rows: numbers from 0 or 1, without a gap."""
+    numbers = [_get_numbers(path) for path in files]
+    rows = [number[-1] if isinstance(number, tuple) else -1 for number in numbers]
+    if rows not in ([*range(len(files))], [*range(1, len(files) + 1)]):
+        raise PerceptError(
+            f"The files in {folder}, such as {files[0].name}, are not numbered from 0 or 1 without"
+            " a gap, so that their rows in the other file cannot be told: give two folders of the"
+            " same names."
+        )
 
 
 def _read_array(path: Path) -> Any:
@@ -86,14 +208,8 @@ def _read_array(path: Path) -> Any:
             f"{path} cannot be read as images: give a .pt, .npz or .npy file, or a folder of PNG"
             " files."
         )
-    try:
-        content = _open_array(path)
-        arrays = list(content.values()) if isinstance(content, Mapping) else [content]
-    except Exception as error:
-        raise PerceptError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): it must hold plain numbers, no"
-            " Python objects."
-        ) from error
+    content = _open_array(path)
+    arrays = list(content.values()) if isinstance(content, Mapping) else [content]
     if len(arrays) != 1 or not hasattr(arrays[0], "shape"):
         raise PerceptError(
             f"{path} holds {len(arrays)} entries where one array of images is expected."
@@ -104,10 +220,11 @@ def _read_array(path: Path) -> Any:
 def _open_array(path: Path) -> Any:
     """The content of a file of torch or numpy, mapped where the format allows it."""
     if path.suffix in TORCH_SUFFIXES:
-        can_map = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-    mode: Any = "c" if path.suffix == ".npy" else None
-    return np.load(path, allow_pickle=False, mmap_mode=mode)
+        return load_plain_torch_file(path, PLAIN)
+    if path.suffix == ".npz":
+        return load_npz(path, PLAIN)
+    with read_errors(path, PLAIN):
+        return np.load(path, allow_pickle=False, mmap_mode="c")
 
 
 def hash_pixels(images: Any) -> str:
