@@ -25,10 +25,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
-from src.utils import PerceptError
+from src.utils import PerceptError, is_finite, open_tensors
 
 CHUNK = 256  # queries compared at once
 
@@ -370,7 +369,8 @@ def load_run_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Ten
         raise PerceptError(
             f"{path} is missing: run notebook 03 for the run {run} first, or correct its name."
         )
-    with safe_open(path, framework="pt") as file:
+    remedy = f"run notebook 03 for the run {run} again"
+    with open_tensors(path, remedy=remedy) as file:
         names = ("projected_network", "true_tokens", "image_ids")
         missing = sorted(set(names) - set(file.keys()))
         if missing:
@@ -379,6 +379,14 @@ def load_run_embeddings(folder: str | Path, image_ids: Any) -> tuple[Tensor, Ten
                 " decoder = network or both."
             )
         brain, clip, run_ids = (file.get_tensor(name) for name in names)
+    if brain.shape != clip.shape or run_ids.shape != brain.shape[:1]:
+        raise PerceptError(
+            f"{path} has {tuple(brain.shape)} predicted and {tuple(clip.shape)} true embeddings for"
+            f" {tuple(run_ids.shape)} images: {remedy}."
+        )
+    for name, tensor in {"projected_network": brain, "true_tokens": clip}.items():
+        if not is_finite(tensor):
+            raise PerceptError(f"{path} has NaN or infinity in {name}: {remedy}.")
     _check_same_images(np.asarray(image_ids), run_ids.numpy(), run)
     return brain, clip
 

@@ -308,6 +308,18 @@ def name_temporary(path: str | Path, kind: str = "tmp") -> Path:
 unfinished: set[Path] = set()  # what this process is writing under temporary names
 
 
+def check_writable(folder: str | Path) -> None:
+    """Refuse to begin long work whose result could not be written.
+
+    Raises:
+        PerceptError: as `write_errors`, if a file cannot be made in the folder.
+    """
+    probe = name_temporary(make_folder(folder) / "probe")
+    with write_errors(Path(folder) / "files"):
+        probe.touch()
+        probe.unlink()
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`.

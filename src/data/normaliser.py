@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from src.data.files import Ids
 from src.data.subject import Subject
-from src.utils import PerceptError, atomic, require_file
+from src.utils import PerceptError, atomic, open_tensors, require_file
 
 FILE_NAME = "normaliser.safetensors"
+
+REMEDY = "run the training notebook of this run again"
 
 
 class Normaliser:
@@ -211,29 +212,81 @@ class Normaliser:
             PerceptError: if it is missing or something else.
         """
         path = require_file(path, "normaliser", "run the training notebook of this run first")
-        try:
-            with safe_open(path, framework="np") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
+        with open_tensors(path, framework="np", remedy=REMEDY) as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            texts = file.metadata() or {}
+        if not {"mean", "std"} <= set(arrays):
             raise PerceptError(
-                f"{path} is no safetensors file ({error}): run the training notebook of this run"
-                " again."
-            ) from error
-        if not {"mean", "std"} <= set(tensors):
-            raise PerceptError(
-                f"{path} holds {sorted(tensors)}, not the mean and std of a normaliser."
+                f"{path} holds {sorted(arrays)}, not the mean and std of a normaliser."
             )
+        _check_dimensions(arrays, path)
+        n_voxels = texts.get("n_voxels", str(arrays["mean"].shape[1]))
+        _check_arrays(arrays, n_voxels, path)
         return cls(
-            tensors["mean"],
-            tensors["std"],
-            tensors.get("sessions"),
-            tensors.get("components"),
-            tensors.get("columns"),
-            tuple(name for name in metadata.get("rois", "").split(",") if name),
-            int(metadata.get("n_voxels", 0)),
-            bool(metadata.get("masked")),
+            arrays["mean"],
+            arrays["std"],
+            arrays.get("sessions"),
+            arrays.get("components"),
+            arrays.get("columns"),
+            tuple(name for name in texts.get("rois", "").split(",") if name),
+            int(n_voxels),
+            bool(texts.get("masked")),
         )
+
+
+def _check_dimensions(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Refuse arrays of a file that have another number of axes than those of a normaliser."""
+    for name, axes in {"mean": 2, "std": 2, "components": 2, "sessions": 1, "columns": 1}.items():
+        if name in arrays and arrays[name].ndim != axes:
+            raise PerceptError(f"{path} holds a {name} of shape {arrays[name].shape}: {REMEDY}.")
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], n_voxels: str, path: Path) -> None:
+    """Refuse the arrays of a file that are no normaliser of so many voxels.
+
+    Raises:
+        PerceptError: naming the file and what is wrong.
+    """
+    mean, std = arrays["mean"], arrays["std"]
+    n_rows, selected = mean.shape
+    sessions, columns = arrays.get("sessions"), arrays.get("columns")
+    components = arrays.get("components")
+    voxels = int(n_voxels) if n_voxels.isdecimal() else -1
+    problem = ""
+    if std.shape != mean.shape:
+        problem = f"a mean of {mean.shape} and a std of {std.shape}"
+    elif n_rows != (1 if sessions is None else len(sessions)):
+        problem = f"{n_rows} rows, which are not one a session"
+    elif sessions is not None and not _is_ascending(sessions):
+        problem = "sessions that are no ascending numbers"
+    elif columns is None and voxels != selected:
+        problem = f"{selected} voxels, where its texts say {n_voxels}"
+    elif columns is not None and not _are_positions(columns, selected, voxels):
+        problem = f"columns that are not {selected} of {n_voxels} voxels"
+    elif components is not None and len(components) != selected:
+        problem = f"components of {len(components)} voxels for {selected}"
+    elif not _are_finite(mean, std, components) or not (std > 0).all():
+        problem = "NaN, infinity or a std that is not above 0"
+    if problem:
+        raise PerceptError(f"{path} holds {problem}: {REMEDY}.")
+
+
+def _are_finite(*arrays: np.ndarray | None) -> bool:
+    """Whether these are fractions, and all of them finite."""
+    present = [array for array in arrays if array is not None]
+    return all(array.dtype.kind == "f" and np.isfinite(array).all() for array in present)
+
+
+def _is_ascending(numbers: np.ndarray) -> bool:
+    """Whether these are whole numbers (n,), each larger than the one before."""
+    return numbers.ndim == 1 and numbers.dtype.kind == "i" and bool((np.diff(numbers) > 0).all())
+
+
+def _are_positions(columns: np.ndarray, count: int, stop: int) -> bool:
+    """Whether these are `count` ascending positions from 0 to `stop`, without it."""
+    if len(columns) != count or not _is_ascending(columns):
+        return False
+    return bool(count == 0 or (columns[0] >= 0 and columns[-1] < stop))
 
 
 def _group_training_rows(subject: Subject, sessions: np.ndarray | None) -> list[np.ndarray]:

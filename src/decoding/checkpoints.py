@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from src.decoding.configs import PATCHES
-from src.networks.rebuild import build_decoder, infer_published_config
+from src.networks.rebuild import build_decoder, check_config, infer_published_config
 from src.networks.released import read_published
-from src.utils import PerceptError, load_checkpoint, load_strictly
+from src.utils import PerceptError, load_checkpoint, load_strictly, open_tensors, parse_config
 
 
 def _is_released(path: str | Path) -> bool:
@@ -36,12 +34,14 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
             weights).
 
     Raises:
-        PerceptError: if the file is missing or does not fit the model that it names.
+        PerceptError: if the file is missing or damaged, does not fit the model that it names, or
+            holds weights that are not finite.
     """
     if _is_released(path):
         state, config = _read_released(path)
     else:
         state, config = load_checkpoint(path, device)
+        check_config(config, state, str(path))
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
     return decoder.to(device).eval().requires_grad_(False), config
@@ -51,12 +51,12 @@ def read_decoder_config(path: str | Path) -> dict[str, Any]:
     """The config that comes with a decoder's file, without its weights; as `load_decoder` gives it.
 
     Raises:
-        PerceptError: if the file is missing.
+        PerceptError: if the file is missing or damaged.
     """
     if _is_released(path):
         return _read_released(path)[1]
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("config", "{}"))
+    with open_tensors(path, remedy="copy it again, or train again") as file:
+        return parse_config(file.metadata(), path)
 
 
 def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Path:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from src.utils import PerceptError, atomic
+from src.utils import PerceptError, atomic, is_finite, read_tensors
+
+log = logging.getLogger(__name__)
+
+REMEDY = "run notebook 03 for this run again, or copy the file again"
+
+ABOUT = ("main", "protocol", "test_set")  # texts that come with reconstructions
 
 
 def compute_in_chunks(
@@ -41,13 +47,33 @@ def compute_in_chunks(
         for start in range(0, n, size):
             path = folder / f"{key}-{start:06d}.safetensors"
             rows = slice(start, min(start + size, n))
-            if not path.exists():
-                tensors = {name: value.contiguous() for name, value in compute(rows).items()}
+            tensors = _read_chunk(path, rows.stop - rows.start)
+            if tensors is None:
+                computed = compute(rows)
+                tensors = {name: value.contiguous() for name, value in computed.items()}
                 with atomic(path) as temporary:
                     save_file(tensors, temporary)
-            chunks.append(load_file(path))
+                tensors = read_tensors(path)[0]
+            chunks.append(tensors)
             bar.update(rows.stop - rows.start)
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _read_chunk(path: Path, images: int) -> dict[str, Tensor] | None:
+    """The finished slice in a file; None where there is none, or a damaged one, which is then
+    computed again.
+    """
+    if not path.exists():
+        return None
+    try:
+        tensors = read_tensors(path)[0]
+    except PerceptError as error:
+        log.warning("%s It is computed again.", error)
+        return None
+    if not tensors or any(tensor.shape[:1] != (images,) for tensor in tensors.values()):
+        log.warning("%s does not hold %d images: it is computed again.", path, images)
+        return None
+    return tensors
 
 
 def load_reconstructions(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -57,14 +83,39 @@ def load_reconstructions(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
     Images are in half precision.
 
     Raises:
-        PerceptError: there is no such file.
+        PerceptError: there is no such file, it is damaged, or it is of something else: without the
+            ids of the images or the main row, with another number of rows than ids, or with images
+            that are not finite.
     """
     path = Path(folder) / "reconstructions.safetensors"
     if not path.exists():
         raise PerceptError(f"{path} is missing: run notebook 03 for this run first.")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        return tensors, dict(file.metadata() or {})
+    tensors, about = read_tensors(path, required=("image_ids", "seen"), remedy=REMEDY)
+    missing = [name for name in ABOUT if name not in about]
+    if missing or about["main"] not in tensors:
+        what = f"no {', '.join(missing)} among its texts"
+        if not missing:
+            what = f"no row '{about['main']}', which it calls the main one"
+        raise PerceptError(f"{path} has {what}: {REMEDY}.")
+    _check_rows(tensors, path)
+    return tensors, about
+
+
+def _check_rows(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse reconstructions whose rows are not one an image, or not finite."""
+    ids = tensors["image_ids"]
+    is_list_of_ids = ids.ndim == 1 and not ids.is_floating_point()
+    if not is_list_of_ids or len(ids.unique()) < len(ids):
+        raise PerceptError(f"{path} has image_ids that are not one id an image: {REMEDY}.")
+    for name, tensor in tensors.items():
+        if tensor.ndim != 4:
+            continue
+        if len(tensor) != len(ids):
+            raise PerceptError(
+                f"{path} has {len(ids)} image_ids and {len(tensor)} images '{name}': {REMEDY}."
+            )
+        if not is_finite(tensor):
+            raise PerceptError(f"{path} has images '{name}' with NaN or infinity: {REMEDY}.")
 
 
 def load_condition(folder: str | Path, condition: str, image_ids: np.ndarray) -> Tensor:

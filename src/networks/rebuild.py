@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from src.foreign_files import shorten
 from src.networks.low_level import UPS_MODES
 from src.networks.mindeye2 import MindEye2
 from src.networks.mismatch import check_fits
@@ -25,6 +27,19 @@ from src.utils import PerceptError
 
 State = Mapping[str, Tensor]
 Reader = Callable[[State], Any]
+
+# what building a network raises over sizes that are no sizes
+BUILD_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    RuntimeError,
+)
 
 
 def build_decoder(config: Mapping[str, Any]) -> nn.Module:
@@ -46,10 +61,85 @@ def build_decoder(config: Mapping[str, Any]) -> nn.Module:
     return build_network(dict(config))
 
 
-def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a config, without memory for its weights."""
-    with torch.device("meta"):
+def build_on_meta(config: Mapping[str, Any], weights: int | None = None) -> nn.Module:
+    """The network of a config, without memory for its weights.
+
+    Args:
+        config: as for `build_decoder`.
+        weights: how many tensors there are for it. A config of a file may ask for millions of
+            layers, so building ends where there are clearly more; None: there is no limit.
+
+    Raises:
+        ValueError: if it has far more parameters than `weights`.
+    """
+    with _limit_parameters(weights), torch.device("meta"):
         return build_decoder(config)
+
+
+@contextmanager
+def _limit_parameters(weights: int | None) -> Iterator[None]:
+    """Context in which no more parameters are made than `weights` tensors can be for.
+
+    Some networks make layers that they replace, hence the slack.
+    """
+    if weights is None:
+        yield
+        return
+    limit, count = 4 * weights + 1000, 0
+
+    def count_one(module: nn.Module, *_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise ValueError(f"it asks for more than {limit} layers, the file has {weights}")
+
+    handles = [
+        nn.modules.module.register_module_parameter_registration_hook(count_one),
+        nn.modules.module.register_module_module_registration_hook(count_one),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_config(config: Mapping[str, Any], state: State, origin: str) -> None:
+    """Refuse a checkpoint whose config and weights do not go together.
+
+    The network is made without memory for its weights, so that a config cannot ask for more than
+    the file holds.
+
+    Args:
+        config: of the checkpoint.
+        state: its weights by key.
+        origin: where both come from, for the message.
+
+    Raises:
+        PerceptError: if the config has no network, one that cannot be made, or one that the weights
+            do not fit; or if its number of tokens is none.
+    """
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        raise PerceptError(
+            f"{origin} carries no config of the network that it is of: take a checkpoint that the"
+            " training notebooks wrote, or build the network and use load_strictly."
+        )
+    tokens = config.get("tokens", [1, 1])
+    is_shape = isinstance(tokens, list) and len(tokens) == 2
+    if not is_shape or not all(type(size) is int and size > 0 for size in tokens):
+        raise PerceptError(
+            f"{origin} carries a config whose tokens are {shorten(repr(tokens), 80)}, not their"
+            " number and dim: take the checkpoint as it was written."
+        )
+    try:
+        network = build_on_meta(model, len(state))
+    except (PerceptError, *BUILD_ERRORS) as error:
+        raise PerceptError(
+            f"{origin} carries a config of which no network can be made ({shorten(error)}): take"
+            " the checkpoint as it was written."
+        ) from error
+    check_fits(state, network, origin)
 
 
 def infer_published_config(state: State, origin: str = "This state dict") -> dict[str, Any]:
@@ -74,14 +164,13 @@ def infer_published_config(state: State, origin: str = "This state dict") -> dic
         )
     try:
         config = _read_config(name, state)
-        network = build_on_meta(config)
+        network = build_on_meta(config, len(state))
     except _NotReleased as error:
         raise PerceptError(f"{origin} {error}") from error
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+    except BUILD_ERRORS as error:
+        problem = f"has weights of a shape that no such network has ({shorten(error)})"
         if isinstance(error, KeyError):
             problem = f"has no {error.args[0]}"
-        else:
-            problem = f"has weights of a shape that no such network has ({error})"
         raise PerceptError(
             f"{origin} is of a released network but {problem}, so its sizes cannot be read: take"
             " the file as it was released."

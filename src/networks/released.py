@@ -22,16 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.foreign_files import explain_unreadable
 from src.networks.mindeye2 import MindEye2
 from src.networks.mismatch import FRESH_IN_LAION, check_fits
 from src.networks.rebuild import build_on_meta, infer_published_config, select_prefix
 from src.networks.registry import rename_published_keys
 from src.prior import BrainDiffusionPrior
 from src.safe_pickle import load_torch_file
-from src.utils import PerceptError, atomic, load_checkpoint
+from src.utils import PerceptError, atomic, check_name, load_checkpoint, load_strictly
 
 # a number that early voxel2clip networks carried and never used
 STRAY_KEYS = ("temp", "voxel2clip.temp")
+
+DEEPSPEED_REMEDY = "copy the whole folder again, as DeepSpeed wrote it"
 
 CURVES = ("train_losses", "val_losses", "lrs")
 
@@ -98,9 +101,7 @@ def _read_deepspeed(folder: Path) -> dict[str, Tensor]:
     First those of the model in the precision of the computation, then, in their place, the
     optimizer's in single precision.
     """
-    tag = folder / "latest"
-    if tag.exists():
-        folder = folder / tag.read_text().strip()
+    folder = _follow_tag(folder)
     models = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if len(models) != 1:
         raise PerceptError(
@@ -108,27 +109,90 @@ def _read_deepspeed(folder: Path) -> dict[str, Tensor]:
             " folder of a checkpoint that DeepSpeed's stage 1 or 2 wrote."
         )
     model = load_torch_file(models[0])
-    state: dict[str, Any] = {}
-    if isinstance(model, Mapping) and isinstance(model.get("module"), Mapping):
-        state = dict(model["module"])
+    if not isinstance(model, Mapping) or not isinstance(model.get("module"), Mapping):
+        raise PerceptError(f"{models[0]} holds no 'module' with weights: {DEEPSPEED_REMEDY}.")
+    state = {name: value for name, value in model["module"].items() if isinstance(value, Tensor)}
     pieces = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_read_rank)
-    groups = []
-    for path in pieces:
-        optimizer = load_torch_file(path)["optimizer_state_dict"]
-        groups.append(optimizer.get("single_partition_of_fp32_groups", []))
-    all_shapes = model.get("param_shapes", []) if pieces else []
-    for number, shapes in enumerate(all_shapes):
-        flat = torch.cat([group[number].flatten() for group in groups])
-        for name, shape in shapes.items():
+    if pieces:
+        state |= _join_pieces(model.get("param_shapes"), models[0], pieces)
+    return state
+
+
+def _follow_tag(folder: Path) -> Path:
+    """The folder with the files of a checkpoint, which a file "latest" names."""
+    tag = folder / "latest"
+    if not tag.exists():
+        return folder
+    try:
+        with open(tag, encoding="utf-8") as file:
+            name = file.read(1000).strip()
+    except (OSError, ValueError) as error:
+        raise explain_unreadable(tag, error, DEEPSPEED_REMEDY) from error
+    return folder / check_name(name, f"The folder that {tag} names")
+
+
+def _join_pieces(shapes: Any, origin: Path, pieces: list[Path]) -> dict[str, Tensor]:
+    """Weights in single precision, of which each process of a training had a piece.
+
+    Args:
+        shapes: of each group of parameters, the shape of a parameter by its name.
+        origin: the file that holds them.
+        pieces: files of the processes, in their order.
+    """
+    is_list = isinstance(shapes, list) and all(isinstance(group, Mapping) for group in shapes)
+    if not is_list or not all(_is_shape(shape) for group in shapes for shape in group.values()):
+        raise PerceptError(f"{origin} holds no shapes of its parameters: {DEEPSPEED_REMEDY}.")
+    flat_groups = [_read_piece(path, len(shapes)) for path in pieces]
+    state: dict[str, Tensor] = {}
+    for number, group in enumerate(shapes):
+        flat = torch.cat([groups[number].flatten() for groups in flat_groups])
+        needed = sum(math.prod(shape) for shape in group.values())
+        if needed > len(flat):
+            raise PerceptError(
+                f"{pieces[0].parent} holds {len(flat):,} of the {needed:,} numbers of its weights"
+                f" in {len(pieces)} files *_optim_states.pt: {DEEPSPEED_REMEDY}."
+            )
+        for name, shape in group.items():
             size = math.prod(shape)
-            state[name] = flat[:size].view(*shape)
+            state[str(name)] = flat[:size].view(*shape)
             flat = flat[size:]  # what is left at the end fills up the last piece
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return state
+
+
+def _read_piece(path: Path, groups: int) -> list[Tensor]:
+    """What one process held of each group of parameters, in single precision."""
+    content = load_torch_file(path)
+    optimizer = content.get("optimizer_state_dict") if isinstance(content, Mapping) else None
+    partitions: Any = []
+    if isinstance(optimizer, Mapping):
+        partitions = optimizer.get("single_partition_of_fp32_groups")
+    is_list = isinstance(partitions, list) and len(partitions) >= groups
+    if not is_list or not all(isinstance(part, Tensor) for part in partitions):
+        raise PerceptError(
+            f"{path} holds no weights in single precision of {groups} groups of parameters:"
+            f" {DEEPSPEED_REMEDY}."
+        )
+    weights: list[Tensor] = partitions
+    return weights
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether something read from a file is a shape."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(size, int) and size >= 0 for size in value
+    )
 
 
 def _read_rank(path: Path) -> int:
-    """Number of the process in a file's name, ..zero_pp_rank_<number>_mp_rank_..."""
-    return int(path.name.partition("pp_rank_")[2].partition("_")[0])
+    """Number of the process in a file's name, ..zero_pp_rank_<number>_mp_rank_...
+
+    Raises:
+        PerceptError: if there is none.
+    """
+    rank = path.name.partition("pp_rank_")[2].partition("_")[0]
+    if not rank.isdecimal():
+        raise PerceptError(f"{path} names no number of a process: {DEEPSPEED_REMEDY}.")
+    return int(rank)
 
 
 def read_history(path: str | Path) -> dict[str, Any]:
@@ -178,7 +242,7 @@ def load_published(path: str | Path, model: nn.Module) -> None:
     """
     state = read_published(path)
     check_fits(state, model, str(path))
-    model.load_state_dict(state)
+    load_strictly(model, state, str(path))
 
 
 def load_laion_prior(path: str | Path, prior: BrainDiffusionPrior) -> list[str]:
@@ -200,7 +264,7 @@ def load_laion_prior(path: str | Path, prior: BrainDiffusionPrior) -> list[str]:
             fresh.append(key)
     state |= {key: initial[key] for key in fresh}
     check_fits(state, prior, str(path))
-    prior.load_state_dict(state)
+    load_strictly(prior, state, str(path))
     return fresh
 
 
@@ -219,7 +283,7 @@ def load_voxel2clip(path: str | Path, network: nn.Module) -> None:
     state = read_weights(path)
     state = select_prefix(state, "voxel2clip.") or state
     check_fits(state, network, str(path))
-    network.load_state_dict(state)
+    load_strictly(network, state, str(path))
 
 
 def write_published(

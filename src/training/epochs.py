@@ -27,11 +27,12 @@ def call_isolated(
     before = get_random_state(session.device)
     seed_everything(session.batching.seed)
     session.model.eval()
-    with torch.no_grad(), session.accelerator.autocast():
-        values = function(*args)
-    session.model.train()
-    set_random_state(before, session.device)
-    return values
+    try:
+        with torch.no_grad(), session.accelerator.autocast():
+            return function(*args)
+    finally:  # the state may be saved after an error
+        session.model.train()
+        set_random_state(before, session.device)
 
 
 def summarise_epoch(session: Session, validate: Validate | None, monitor: str) -> dict[str, float]:
@@ -94,7 +95,7 @@ def write_epoch(
             save_checkpoint(
                 folder / f"{name}.safetensors",
                 session.model.state_dict(),
-                config | {"epoch": session.position.epoch},
+                config | {"epoch": session.position.epoch, "threads": torch.get_num_threads()},
             )
     with atomic(folder / "history.csv") as temporary:
         pd.DataFrame(session.position.history).to_csv(temporary, index=False)

@@ -2,10 +2,13 @@
 
 - The science is in the notebook's `step(model, batch, epoch) -> (loss, logs)`; here is what
   surrounds it: order, optimizer, schedule, checkpoints.
-- Resuming is exact: on CPU, and with the same number of threads, a run that was killed and started
-  again ends with bitwise the weights of one that was not (another number of threads adds numbers
-  in another order; it is recorded, and a change is said). The order of an epoch is a pure function of (seed, epoch); state.pt holds
-  weights, optimizer, schedule and the random generators of every process (store.py).
+- Resuming is exact: on CPU, with as many threads, a run that was killed and started again ends with
+  bitwise the weights of one that was not. Another number of threads adds numbers in another order,
+  so it is recorded, and a change is said. The order of an epoch is a pure function of (seed,
+  epoch); state.pt holds weights, optimizer, schedule and the random generators of every process
+  (store.py).
+- Where memory ends, one sentence says what to lower, and the state is saved if it is whole. Random
+  numbers then differ from those of a run that had memory enough.
 - `batch_size` is global and the learning rate is what it says: nothing is scaled by the number of
   processes. The whole step runs inside accelerate's wrapper, so it may call any part of the model;
   a loss that compares samples uses `gather` (processes.py).
@@ -40,12 +43,20 @@ from src.training.options import (
     Reporting,
     describe_run,
 )
+from src.training.owner import own_training
 from src.training.session import Session
 from src.training.state import RunningMeans
 from src.training.store import StateStore
 from src.training.types import Step, TrainingData, Validate, log
 from src.training.update import Updater
-from src.utils import PerceptError, is_out_of_memory, load_checkpoint, load_strictly
+from src.utils import (
+    PerceptError,
+    check_writable,
+    is_out_of_memory,
+    load_checkpoint,
+    load_strictly,
+    memory_errors,
+)
 
 
 class _Training:
@@ -191,7 +202,7 @@ class _Training:
         session, position = self.session, self.session.position
         if position.epoch + 1 < session.batching.epochs:
             return
-        skipped = position.skipped + sum(int(row["skipped"]) for row in position.history)
+        skipped = position.skipped + sum(int(row.get("skipped", 0)) for row in position.history)
         steps = session.batching.epochs * session.steps_per_epoch
         if 2 * skipped <= steps:
             return
@@ -263,8 +274,9 @@ def fit(
             far, with all that it holds beside the training) and, on a GPU, gpu_memory (GB, there).
 
     Raises:
-        PerceptError: for settings that are impossible or that differ from the run on disk, or when
-            training cannot be kept finite.
+        PerceptError: for settings that are impossible or that differ from the run on disk, for a
+            folder that cannot be written or that another training is writing, or when training
+            cannot be kept finite.
         KeyboardInterrupt: after Ctrl-C, when the step is done and the state saved (SystemExit after
             SIGTERM).
     """
@@ -272,17 +284,22 @@ def fit(
     settings = describe_run(batching, optimisation, execution, len(dataset))
     if data := find_identity(dataset):
         config = config | {"data": data}
-    session = Session(model, len(dataset), batching, optimisation, execution)
+    with memory_errors("setting up the training", "choose a smaller network, or free memory"):
+        session = Session(model, len(dataset), batching, optimisation, execution)
     store = StateStore(
         session, Path(folder), config, settings, keep_weights=not checkpointing.checkpoints
     )
     updater = Updater(session, step, store, checkpointing, StopRequest())
-    store.open(checkpointing.resume)
-    if begin is not None and session.is_main:
-        begin()
-    if not session.is_finished:
-        training = _Training(session, store, updater, dataset, checkpointing)
-        training.run(validate, reporting or Reporting())
+    with own_training(session, store.folder):
+        with memory_errors("reading the state", "choose a smaller network, or free memory"):
+            store.open(checkpointing.resume)
+        if session.is_main and not session.is_finished:
+            check_writable(store.folder)
+        if begin is not None and session.is_main:
+            begin()
+        if not session.is_finished:
+            training = _Training(session, store, updater, dataset, checkpointing)
+            training.run(validate, reporting or Reporting())
     if session.sharded:
         session.sharded.engine.destroy()  # takes its hooks off the model
     model.eval()

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from src.foreign_files import shorten
+from src.safe_pickle import load_plain_torch_file
 from src.training.session import Session
 from src.training.state import (
     Position,
@@ -26,7 +28,21 @@ from src.training.state import (
     set_random_state,
 )
 from src.training.types import log
-from src.utils import PerceptError, atomic, load_checkpoint, load_strictly, seed_everything
+from src.utils import (
+    PerceptError,
+    atomic,
+    is_finite,
+    is_out_of_memory,
+    load_checkpoint,
+    load_strictly,
+    seed_everything,
+)
+
+# entries of state.pt that a run which is not finished has beside its settings and position
+TRAINED_STATE = ("model", "optimizer", "scheduler", "scaler", "processes")
+
+# what torch raises over a state that is not of the training that it is given to
+STATE_ERRORS = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError)
 
 WRITTEN_BY_FIT = ("state.pt", "history.csv", "best.safetensors", "last.safetensors")
 
@@ -76,6 +92,7 @@ class StateStore:
             "identity": self._identity(),
             "position": vars(session.position),
             "processes": gather_object([process]),
+            "threads": torch.get_num_threads(),
         }
         if session.is_main:
             self._write(content)
@@ -140,7 +157,7 @@ class StateStore:
         seed_everything(session.batching.seed + session.rank)
         identity = self._identity()
         if resume and self.path.exists():
-            content = self._read(self.path)
+            content = self._read_state()
             check_same_settings(content["identity"]["config"], identity["config"], self.folder)
             check_same_settings(content["identity"]["fit"], identity["fit"], self.folder)
             self._restore(content)
@@ -154,17 +171,46 @@ class StateStore:
         # mapped for a GPU, whose process then reads only what it copies; the optimizer may keep its
         # piece as it is
         mapped = self.session.device.type == "cuda" and path == self.path
-        try:
-            content: dict[str, Any] = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=mapped
-            )
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            state = "it" if path == self.path else self.path
-            raise PerceptError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}): delete {state}, or set"
-                " resume_from_ckpt to False to begin anew."
-            ) from error
+        content = load_plain_torch_file(path, self._remedy(path), mapped)
+        if not isinstance(content, dict):
+            raise self._refuse(path, f"holds a {type(content).__name__}, no state of a training")
         return content
+
+    def _remedy(self, path: Path) -> str:
+        state = "it" if path == self.path else self.path
+        return f"delete {state}, or set resume_from_ckpt to False to begin anew"
+
+    def _refuse(self, path: Path, problem: str) -> PerceptError:
+        return PerceptError(f"{path} {problem}: {self._remedy(path)}.")
+
+    def _read_state(self) -> dict[str, Any]:
+        """Content of state.pt, of the form that this version writes and earlier ones wrote."""
+        content = self._read(self.path)
+        identity, position = content.get("identity"), content.get("position")
+        is_described = isinstance(identity, dict) and {"config", "fit"} <= identity.keys()
+        if not is_described or not isinstance(position, dict):
+            raise self._refuse(self.path, "holds no settings and position of a training")
+        self._check_position(position)
+        if position["epoch"] < self.session.batching.epochs:
+            missing = [name for name in TRAINED_STATE if name not in content]
+            if missing:
+                raise self._refuse(self.path, f"has no {', '.join(missing)} in it")
+        return content
+
+    def _check_position(self, position: dict[str, Any]) -> None:
+        """Refuse a position that this version does not know, or that is none."""
+        known = vars(Position())
+        unknown = sorted(set(position) - set(known))
+        if unknown:
+            raise self._refuse(
+                self.path,
+                f"is of another version of this repository, it holds {', '.join(unknown)}, which"
+                " this one does not know",
+            )
+        missing = {"epoch", "step"} - set(position)
+        wrong = {n: v for n, v in position.items() if not _is_like(v, known[n])}
+        for name, value in (wrong | dict.fromkeys(missing)).items():
+            raise self._refuse(self.path, f"has {value!r} for the {name} that it stands at")
 
     def _restore(self, content: dict[str, Any]) -> None:
         session = self.session
@@ -173,13 +219,33 @@ class StateStore:
             self._restore_finished(content.get("model"))
             return
         self._check_pieces(content.get("pieces", 0))
-        self._restore_weights(content)
-        session.scheduler.load_state_dict(content["scheduler"])
-        if content["scaler"] and session.accelerator.scaler:
-            session.accelerator.scaler.load_state_dict(content["scaler"])
-        self._restore_process(content["processes"])
+        try:
+            self._restore_weights(content)
+            session.scheduler.load_state_dict(content["scheduler"])
+            if content["scaler"] and session.accelerator.scaler:
+                session.accelerator.scaler.load_state_dict(content["scaler"])
+            self._restore_process(content["processes"])
+        except STATE_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._refuse(
+                self.path, f"does not fit this training ({shorten(error, 100)})"
+            ) from error
+        self._compare_threads(content.get("threads"))
         position = session.position
         log.info("resuming %s at epoch %d, step %d", self.folder, position.epoch, position.step)
+
+    def _compare_threads(self, before: int | None) -> None:
+        """Say where a run goes on with another number of threads, which changes its last digits."""
+        threads = torch.get_num_threads()
+        if before not in (None, threads) and self.session.device.type == "cpu":
+            log.warning(
+                "%s goes on with %d threads and was begun with %d: it will not end with the same"
+                " bits as a run that was not interrupted (set OMP_NUM_THREADS)",
+                self.folder,
+                threads,
+                before,
+            )
 
     def _restore_finished(self, weights: dict[str, Tensor] | None) -> None:
         path = self.path
@@ -234,6 +300,19 @@ class StateStore:
             session.sharded.engine.optimizer.refresh_fp32_params()
             optimizer_state = self._read(self._piece_path(content["position"], session.rank))
         session.optimizer.load_state_dict(optimizer_state)
+        self._check_moments()
+
+    def _check_moments(self) -> None:
+        """Refuse moments of an optimizer that are not finite or not of their parameters."""
+        if self.session.sharded:
+            return
+        for parameter, moments in self.session.optimizer.state.items():
+            for name, value in moments.items():
+                if not isinstance(value, Tensor):
+                    continue
+                is_of_parameter = value.ndim == 0 or value.shape == parameter.shape
+                if not is_of_parameter or not is_finite(value):
+                    raise self._refuse(self.path, f"holds {name} that are not of this network")
 
     def roll_back(self) -> None:
         """Weights and moments of the last saved state; the learning rate stays that of the
@@ -246,3 +325,12 @@ class StateStore:
         self._restore_weights(self._read(self.path))
         for group, values in zip(optimizer.param_groups, current, strict=True):
             group.update(values)
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether an entry of a stored position can be one, as the example is."""
+    if isinstance(example, list):
+        return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    if isinstance(example, int):
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, int | float) and not math.isnan(value)

@@ -63,6 +63,7 @@ class Updater:
         )
         self.trainable = [p for p in session.model.parameters() if p.requires_grad]
         self.broken_gradient = False
+        self.is_updating = False  # whether the weights are between two steps
         if session.execution.step_in_backward:
             self._step_as_gradients_arrive()
 
@@ -102,11 +103,14 @@ class Updater:
         position.lr = session.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         self.broken_gradient = False
+        # an update in the backward pass may end between two parameters
+        self.is_updating = session.execution.step_in_backward
         logged, finite = self._run_parts(batch)
         norm = self._gradient_norm()
         finite_gradient = torch.isfinite(norm) & (not self.broken_gradient)
         flags = [self.is_save_due(), bool(self.stop.signal)]
         bad_loss, bad_gradient, save, stop = session.agree([finite, finite_gradient], flags)
+        self.is_updating = True
         if bad_loss or bad_gradient:
             self._skip(bad_loss)
         else:
@@ -114,6 +118,7 @@ class Updater:
             for values in logged:
                 session.means.add(values, weight=1 / session.batching.accumulate)
         position.step += 1
+        self.is_updating = False
         return Agreement(save=save and not position.bad, stop=stop)
 
     def _run_parts(self, batch: Batch) -> tuple[list[dict[str, Any]], Tensor]:
