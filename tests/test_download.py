@@ -119,11 +119,7 @@ def quick(monkeypatch, tmp_path):
 
 
 def below(folder):
-    return {
-        str(p.relative_to(folder))
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".download.lock"
-    }
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
 # --------------------------------------------------------------------------------- what is fetched

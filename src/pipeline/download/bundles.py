@@ -18,7 +18,7 @@ from src.pipeline.download.patterns import (
     list_shards,
     list_whole_model,
 )
-from src.utils import PerceptError
+from src.utils import UsageError, check_name
 
 # Hub repositories that have been withdrawn, and the ids under which they live on.
 MOVED_REPOS = {
@@ -319,15 +319,16 @@ def find_bundle(name: str) -> Bundle:
     moved).
 
     Raises:
-        PerceptError: for another name.
+        UsageError: for another name.
     """
     if name in BUNDLES:
         return BUNDLES[name]
     if "/" not in name:
-        raise PerceptError(
+        raise UsageError(
             f"There is nothing called '{name}' to fetch: choose one of {', '.join(BUNDLES)}, or the"
             " id of a model on the hub."
         )
+    check_name(name, "The id of a model on the hub", parts=2)
     repo, message = find_moved_repo(name)
     if message:
         warnings.warn(message, stacklevel=2)

@@ -23,14 +23,18 @@ from src.utils import PerceptError
 # hub's own.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
+# what it raises for an address that is none, such as a server may redirect to
+INVALID_URL: type[Exception] = sys.modules[HTTP_ERROR.__module__.partition(".")[0]].InvalidURL
+
 
 def list_s3_errors() -> tuple[type[Exception], ...]:
     """The errors of S3's client; none as long as that optional package has not been imported."""
     if "botocore" not in sys.modules:
         return ()
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
-    return (BotoCoreError, ClientError)
+    return (BotoCoreError, ClientError, ResponseParserError)
 
 
 def list_transfer_errors() -> tuple[type[Exception], ...]:
@@ -40,7 +44,7 @@ def list_transfer_errors() -> tuple[type[Exception], ...]:
 
 def _list_explained_errors() -> tuple[type[Exception], ...]:
     """The errors that `explain_errors` has sentences for."""
-    return (*list_transfer_errors(), HFValidationError)
+    return (*list_transfer_errors(), HFValidationError, INVALID_URL)
 
 
 @contextmanager
@@ -136,6 +140,8 @@ def _describe_server_error(error: BaseException, subject: str) -> str:
         )
     if isinstance(error, HFValidationError):
         return f"The hub can have no {subject}: write its id as owner/name."
+    if isinstance(error, INVALID_URL):
+        return f"The server redirects {subject} to what is no address: take another mirror."
     if status:
         return f"The server answered {status} for {subject}: try again later."
     return (

@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from src.pipeline.download.answers import Entry
 from src.pipeline.download.files import Bundle, FilePattern, RemoteFile
 from src.pipeline.download.servers import (
     TOP_LEVEL,
     BucketServer,
-    Entry,
     FolderServer,
     HubServer,
     Server,
 )
-from src.utils import PerceptError
+from src.utils import PerceptError, UsageError, check_name, find_fault_of_name
 
 SUBJECTS = range(1, 9)  # of NSD
 
@@ -49,11 +49,13 @@ def list_files(
         PerceptError: where the server cannot be reached or refuses, and where something is missing,
             saying what.
     """
+    if revision:
+        check_name(revision, "revision", parts=4)
     if subj not in SUBJECTS:
-        raise PerceptError(f"subj is {subj}: NSD has the subjects 1 to 8.")
+        raise UsageError(f"subj is {subj}: NSD has the subjects 1 to 8.")
     unknown = sorted(set(options) - set(bundle.options))
     if unknown:
-        raise PerceptError(
+        raise UsageError(
             f"'{unknown[0]}' is no option of {bundle.title}: choose among"
             f" {', '.join(['subj', *bundle.options])}."
         )
@@ -73,13 +75,27 @@ def list_files(
                 server.commit,
                 server.locate(entry.path),
                 server.endpoint,
-                target / match.expand(pattern.local_path),
+                target / _check_path(match.expand(pattern.local_path), server.label),
                 entry.size,
                 entry.checksum,
             )
     if bundle.folder:
         return list(files.values())
     return [file for path, file in files.items() if not _is_superseded(path, files)]
+
+
+def _check_path(path: str, label: str) -> str:
+    """A path below a folder, as a server tells it.
+
+    Raises:
+        PerceptError: if it may lead out of the folder, or cannot be the name of a file.
+    """
+    fault = next(filter(None, map(find_fault_of_name, path.split("/"))), "")
+    if fault:
+        raise PerceptError(
+            f"{label} lists the file {path[:80]!r}, which {fault}: take another mirror."
+        )
+    return path
 
 
 def open_server(bundle: Bundle, mirror: str, revision: str) -> Server:
@@ -106,7 +122,7 @@ def _find_mirror_folder(mirror: str, bundle: Bundle) -> Path:
     """The folder of a mirror that stands for a repository: one of its name, or the mirror."""
     top = Path(mirror).expanduser().resolve()
     if not top.is_dir():
-        raise PerceptError(
+        raise UsageError(
             f"The mirror {mirror} is neither a folder nor an address that begins with http:// or"
             " https://: correct it."
         )

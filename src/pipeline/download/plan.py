@@ -19,7 +19,7 @@ from src.pipeline.download.bundles import (
 from src.pipeline.download.files import Bundle, RemoteFile
 from src.pipeline.download.listing import FilesNotFound, find_cache_folder, list_files
 from src.pipeline.download.transfer import fetch_files
-from src.utils import PerceptError, atomic
+from src.utils import UsageError, atomic
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,11 @@ def plan_downloads(
             or values.
 
     Raises:
-        PerceptError: for unknown names, and see `list_files`.
+        UsageError: for unknown names.
+        PerceptError: see `list_files`.
     """
     if recipe not in RECIPE_BUNDLES and recipe not in BUNDLES and "/" not in recipe:
-        raise PerceptError(
+        raise UsageError(
             f"Nothing is known to download for '{recipe}': choose one of"
             f" {', '.join(RECIPE_BUNDLES)}, a bundle of {', '.join(BUNDLES)}, or a hub id."
         )
@@ -121,7 +122,7 @@ def plan_downloads(
     values = _read_values(bundles.values(), recipe, overrides or {})
     subj, revision = int(values["subj"]), str(values["revision"])
     if revision and len(bundles) > 1:
-        raise PerceptError("revision belongs to one repository: choose a single part with --only.")
+        raise UsageError("revision belongs to one repository: choose a single part with --only.")
     downloads = []
     for part, bundle in bundles.items():
         folder = _choose_folder(bundle, str(values.get(bundle.folder_parameter, "")), to)

@@ -6,32 +6,33 @@ import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, get_session, hf_hub_url
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
+from src.pipeline.download.answers import (
+    ANSWER_SECONDS,
+    MAX_PAGES,
+    TIMEOUT_SECONDS,
+    Entry,
+    begin_within,
+    open_answer,
+    read_commit,
+    read_entries,
+    read_json_pages,
+)
 from src.pipeline.download.errors import explain_errors
 from src.pipeline.download.files import CHUNK_BYTES, Bundle, RemoteFile
-from src.utils import require_extra
-
-TIMEOUT_SECONDS = 30.0  # without a byte
+from src.utils import PerceptError, require_extra
 
 S3_REGION = "us-east-2"  # NSD's
 
 LOCAL_COMMIT = "0" * 40  # stands for the commit of a model that came from a folder
 
 TOP_LEVEL = ("", "**")  # folders of a FilePattern that are the repository itself
-
-
-class Entry(NamedTuple):
-    """A file of a repository: its path there, its bytes, and its checksum or ""."""
-
-    path: str
-    size: int
-    checksum: str
 
 
 class Server(Protocol):
@@ -62,32 +63,29 @@ class HubServer:
     def __init__(self, bundle: Bundle, revision: str, endpoint: str):
         self.repo, self.kind, self.endpoint = bundle.repo, bundle.kind, endpoint
         self.label = f"{bundle.repo} at {revision}"
+        self.subject = f"{self.kind} {self.label}"
+        address = endpoint or constants.ENDPOINT
+        self.url = f"{address}/api/{self.kind}s/{self.repo}"
         # A token of the user's is for the hub (or for what HF_ENDPOINT names), not for a mirror
         # that was named on the way.
-        token = False if endpoint else None
-        self.api = HfApi(endpoint=endpoint or None, token=token)
-        with explain_errors(f"{self.kind} {self.label}"):
-            info = self.api.repo_info(self.repo, repo_type=self.kind, revision=revision)
-        self.commit = info.sha or revision
+        self.headers = build_hf_headers(token=False if endpoint else None)
+        with explain_errors(self.subject):
+            validate_repo_id(self.repo)
+            address = f"{self.url}/revision/{quote(revision, safe='')}"
+            answer = next(read_json_pages(address, self.headers, self.subject))
+        self.commit = read_commit(answer, self.subject)
 
     def list_folder(self, folder: str) -> list[Entry]:
         """The files in a folder; "" is the top level alone, "**" everything."""
-        with explain_errors(f"{self.kind} {self.label}"):
+        path = "" if folder in TOP_LEVEL else f"/{quote(folder, safe='')}"
+        address = f"{self.url}/tree/{self.commit}{path}?recursive={bool(folder)}&expand=False"
+        entries: list[Entry] = []
+        with explain_errors(self.subject):
             try:
-                tree = self.api.list_repo_tree(
-                    self.repo,
-                    None if folder in TOP_LEVEL else folder,
-                    recursive=bool(folder),
-                    revision=self.commit,
-                    repo_type=self.kind,
-                )
-                files = [file for file in tree if isinstance(file, RepoFile)]
+                for page in read_json_pages(address, self.headers, self.subject):
+                    entries += read_entries(page, self.subject)
             except EntryNotFoundError:
                 return []
-        entries = []
-        for file in files:
-            checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-            entries.append(Entry(file.path, file.size, checksum))
         return entries
 
     def locate(self, path: str) -> str:
@@ -107,17 +105,31 @@ class BucketServer:
 
     def list_folder(self, folder: str) -> list[Entry]:
         """The files in a folder, without those of folders below it."""
-        with explain_errors(f"bucket {self.label}"):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.label, Prefix=f"{folder}/", Delimiter="/"
+        subject = f"bucket {self.label}"
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.label, Prefix=f"{folder}/", Delimiter="/"
+        )
+        waiting = iter(pages)
+        entries: list[Entry] = []
+        for _ in range(MAX_PAGES):
+            with explain_errors(subject):
+                page = begin_within(ANSWER_SECONDS, lambda: next(waiting, None), subject)
+            if page is None:
+                return entries
+            entries += [self._read_entry(content) for content in page.get("Contents", [])]
+        raise PerceptError(f"{subject} lists more than {MAX_PAGES} pages: take another mirror.")
+
+    def _read_entry(self, content: dict[str, Any]) -> Entry:
+        """One file of a listing."""
+        path, size, tag = (content.get(name) for name in ("Key", "Size", "ETag"))
+        if not isinstance(path, str) or not isinstance(size, int) or size < 0:
+            raise PerceptError(
+                f"The listing of bucket {self.label} has a file without its path or size"
+                f" ({repr(content)[:120]}): take another mirror."
             )
-            objects = [entry for page in pages for entry in page.get("Contents", [])]
-        entries = []
-        for entry in objects:
-            tag = entry["ETag"].strip('"')
-            is_md5 = re.fullmatch("[0-9a-f]{32}", tag)  # not of what was uploaded in parts
-            entries.append(Entry(entry["Key"], entry["Size"], f"md5:{tag}" if is_md5 else ""))
-        return entries
+        tag = str(tag).strip('"')
+        is_md5 = re.fullmatch("[0-9a-f]{32}", tag)  # not of what was uploaded in parts
+        return Entry(path, size, f"md5:{tag}" if is_md5 else "")
 
     def locate(self, path: str) -> str:
         """The key in the bucket."""
@@ -137,12 +149,13 @@ class FolderServer:
     def list_folder(self, folder: str) -> list[Entry]:
         """The files in a folder; "" is the top level alone, "**" everything."""
         top = self.root if folder in TOP_LEVEL else self.root / folder
-        paths = top.rglob("*") if folder else top.glob("*")
-        return [
-            Entry(str(path.relative_to(self.root)), path.stat().st_size, "")
-            for path in sorted(paths)
-            if path.is_file()
-        ]
+        with explain_errors(f"The mirror {top}"):
+            paths = top.rglob("*") if folder else top.glob("*")
+            return [
+                Entry(str(path.relative_to(self.root)), path.stat().st_size, "")
+                for path in sorted(paths)
+                if path.is_file()
+            ]
 
     def locate(self, path: str) -> str:
         """The absolute path."""
@@ -181,9 +194,13 @@ def open_remote(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
             yield start, iter(lambda: source.read(CHUNK_BYTES), b"")
     elif file.kind == "bucket":
         client = make_s3_client(file.endpoint)
-        answer = client.get_object(Bucket=file.repo, Key=file.path, **headers)
-        offset = start if "ContentRange" in answer else 0
+        answer = begin_within(
+            ANSWER_SECONDS,
+            lambda: client.get_object(Bucket=file.repo, Key=file.path, **headers),
+            file.path,
+        )
         with closing(answer["Body"]) as body:
+            offset = _read_offset(file, start, answer.get("ContentRange"))
             yield offset, body.iter_chunks(CHUNK_BYTES)
     else:
         url = hf_hub_url(
@@ -194,8 +211,25 @@ def open_remote(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
             endpoint=file.endpoint or None,
         )
         headers |= build_hf_headers(token=False if file.endpoint else None)
-        headers["Accept-Encoding"] = "identity"
-        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
-            hf_raise_for_status(response)
-            offset = start if response.status_code == 206 else 0
-            yield offset, response.iter_bytes()  # as they arrive: a break costs nothing
+        with open_answer(url, headers, file.path) as response:
+            content_range = response.headers.get("Content-Range", "")
+            offset = 0
+            if response.status_code == 206:
+                offset = _read_offset(file, start, content_range)
+            yield offset, response.iter_raw()  # as they arrive: a break costs nothing
+
+
+def _read_offset(file: RemoteFile, start: int, content_range: str | None) -> int:
+    """Where an answer begins, by its header Content-Range; without one, at 0.
+
+    Raises:
+        PerceptError: if it is another part than was asked for.
+    """
+    if content_range is None:
+        return 0
+    if not content_range.startswith(f"bytes {start}-"):
+        raise PerceptError(
+            f"The server was asked for {file.path} from byte {start} on, and sends"
+            f" {content_range[:40]!r}: take another mirror, or remove {file.part}."
+        )
+    return start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -14,6 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from src.ownership import own
+from src.pipeline.download.answers import SpeedCheck
 from src.pipeline.download.errors import (
     explain_errors,
     is_temporary,
@@ -45,11 +46,10 @@ def fetch_files(files: list[RemoteFile], folder: Path) -> None:
     """
     with explain_errors(f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock_file = open(folder / ".download.lock", "w")  # noqa: SIM115
-    with lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        missing = [file for file in files if not file.is_complete]
-        check_space(missing)
+    with own(folder, "downloading", wait=True):
+        with explain_errors(f"The folder {folder}"):
+            missing = [file for file in files if not file.is_complete]
+            check_space(missing)
         stop = threading.Event()
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             try:
@@ -93,6 +93,12 @@ def _fetch_file(file: RemoteFile, stop: threading.Event) -> None:
     Raises:
         PerceptError: with a sentence; the part stays, except when its checksum or size is wrong.
     """
+    with explain_errors(file.path):
+        _fetch_into_place(file, stop)
+
+
+def _fetch_into_place(file: RemoteFile, stop: threading.Event) -> None:
+    """Bring one file into its place, with the errors of the libraries."""
     file.local.parent.mkdir(parents=True, exist_ok=True)
     if file.kind == "folder" and _link_file(file):
         return
@@ -107,7 +113,7 @@ def _fetch_file(file: RemoteFile, stop: threading.Event) -> None:
         desc=file.local.name,
         mininterval=0.5 if sys.stderr.isatty() else 5,
     )
-    with bar, explain_errors(file.path):
+    with bar:
         _fill_part(file, stop, bar)
     if stop.is_set():
         return
@@ -176,8 +182,12 @@ def _fill_part(file: RemoteFile, stop: threading.Event, bar: Any) -> None:
 
 
 def _append_to_part(file: RemoteFile, stop: threading.Event, bar: Any) -> None:
-    """Add to the part what one connection gives."""
-    size = file.part.stat().st_size
+    """Add to the part what one connection gives, up to the size that was announced.
+
+    Raises:
+        PerceptError: if it gives more, or hardly anything.
+    """
+    size, speed = file.part.stat().st_size, SpeedCheck(file.path)
     with open_remote(file, size) as (offset, chunks), open(file.part, "r+b") as part:
         part.truncate(offset)
         part.seek(offset)
@@ -185,5 +195,8 @@ def _append_to_part(file: RemoteFile, stop: threading.Event, bar: Any) -> None:
         for chunk in chunks:
             if stop.is_set():
                 return
+            speed.add(len(chunk))
+            if part.tell() + len(chunk) > file.size:
+                _discard_part(file, f"more than the {file.size:,} bytes that were announced")
             part.write(chunk)
             bar.update(len(chunk))
