@@ -15,6 +15,7 @@ LAYERS = [
     {
         "utils",
         "safe_pickle",
+        "weights",
         "ownership",
         "foreign_files",
         "image_files",
@@ -42,6 +43,7 @@ LAYERS = [
 ]
 BESIDE = {
     "safe_pickle": {"utils", "foreign_files"},
+    "weights": {"utils", "foreign_files"},
     "foreign_files": {"utils"},
     "image_files": {"utils", "foreign_files"},
     "ownership": {"utils"},

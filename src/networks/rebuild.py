@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,22 +23,10 @@ from src.networks.mismatch import check_fits
 from src.networks.registry import build_network
 from src.prior import BrainDiffusionPrior
 from src.utils import PerceptError
+from src.weights import BUILD_ERRORS, build_within, plan_network
 
 State = Mapping[str, Tensor]
 Reader = Callable[[State], Any]
-
-# what building a network raises over sizes that are no sizes
-BUILD_ERRORS = (
-    TypeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    RuntimeError,
-)
 
 
 def build_decoder(config: Mapping[str, Any]) -> nn.Module:
@@ -61,47 +48,10 @@ def build_decoder(config: Mapping[str, Any]) -> nn.Module:
     return build_network(dict(config))
 
 
-def build_on_meta(config: Mapping[str, Any], weights: int | None = None) -> nn.Module:
-    """The network of a config, without memory for its weights.
-
-    Args:
-        config: as for `build_decoder`.
-        weights: how many tensors there are for it. A config of a file may ask for millions of
-            layers, so building ends where there are clearly more; None: there is no limit.
-
-    Raises:
-        ValueError: if it has far more parameters than `weights`.
-    """
-    with _limit_parameters(weights), torch.device("meta"):
+def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a config, without memory for its weights."""
+    with torch.device("meta"):
         return build_decoder(config)
-
-
-@contextmanager
-def _limit_parameters(weights: int | None) -> Iterator[None]:
-    """Context in which no more parameters are made than `weights` tensors can be for.
-
-    Some networks make layers that they replace, hence the slack.
-    """
-    if weights is None:
-        yield
-        return
-    limit, count = 4 * weights + 1000, 0
-
-    def count_one(module: nn.Module, *_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise ValueError(f"it asks for more than {limit} layers, the file has {weights}")
-
-    handles = [
-        nn.modules.module.register_module_parameter_registration_hook(count_one),
-        nn.modules.module.register_module_module_registration_hook(count_one),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_config(config: Mapping[str, Any], state: State, origin: str) -> None:
@@ -132,13 +82,7 @@ def check_config(config: Mapping[str, Any], state: State, origin: str) -> None:
             f"{origin} carries a config whose tokens are {shorten(repr(tokens), 80)}, not their"
             " number and dim: take the checkpoint as it was written."
         )
-    try:
-        network = build_on_meta(model, len(state))
-    except (PerceptError, *BUILD_ERRORS) as error:
-        raise PerceptError(
-            f"{origin} carries a config of which no network can be made ({shorten(error)}): take"
-            " the checkpoint as it was written."
-        ) from error
+    network = plan_network(lambda: build_decoder(model), state, origin)
     check_fits(state, network, origin)
 
 
@@ -164,7 +108,7 @@ def infer_published_config(state: State, origin: str = "This state dict") -> dic
         )
     try:
         config = _read_config(name, state)
-        network = build_on_meta(config, len(state))
+        network = build_within(lambda: build_decoder(config), len(state))
     except _NotReleased as error:
         raise PerceptError(f"{origin} {error}") from error
     except BUILD_ERRORS as error:

@@ -24,11 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from src import utils
-from src.pretrained.shared_weights import complete_model
-from src.utils import ROOT, PerceptError, same_features
+from src.foreign_files import READ_ERRORS, shorten
+from src.pretrained.shared_weights import REMEDY, complete_model
+from src.safe_pickle import UnpicklingError
+from src.utils import ROOT, PerceptError, is_out_of_memory, read_json, same_features
 
 HUB = {
     "clip": "openai/clip-vit-large-patch14",
@@ -47,6 +50,9 @@ REVISIONS = {HUB["image_variation"]: "v2.0"}  # of the others the latest
 MINI_ONLY = ("judge", "teacher", "unclip")
 
 MINI_MODELS = ROOT / "data" / "mini_models"
+
+# what the libraries raise over files that are missing, damaged or of something else
+LOAD_ERRORS = (*READ_ERRORS, SafetensorError, UnpicklingError)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -111,19 +117,21 @@ def load_frozen(cls: Any, location: str, **options: Any) -> Any:
         options: of `from_pretrained`.
 
     Raises:
-        PerceptError: when a file is missing or the hub cannot be reached.
+        PerceptError: when a file is missing, damaged or holds more than tensors, or the hub cannot
+            be reached.
     """
     if location in REVISIONS:
         options = {"revision": REVISIONS[location], **options}
     try:
         with silence_libraries():
             return cls.from_pretrained(location, **options)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         part = f" ({options['subfolder']})" if "subfolder" in options else ""
         raise PerceptError(
-            f"Could not load {cls.__name__} from '{location}'{part}: {str(error).splitlines()[0]}"
-            " Check the connection to the hub, or set weights to 'mini' or to a folder that holds"
-            " the model."
+            f"Could not load {cls.__name__} from '{location}'{part}: {shorten(error)}. Check the"
+            " connection to the hub, or set weights to 'mini' or to a folder that holds the model."
         ) from error
 
 
@@ -272,7 +280,7 @@ class FrozenModel:
         if not path.exists():
             return
         key = json.dumps([type(self).__name__, self.get_options()], sort_keys=True)
-        recorded = json.loads(path.read_text()).get(key)
+        recorded = read_json(path, keys=(), remedy=REMEDY).get(key)
         if recorded is None or same_features(recorded, golden):
             return
         worst = max(abs(a - b) for a, b in zip(golden, recorded, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.foreign_files import shorten
 from src.pretrained.base import (
+    LOAD_ERRORS,
     FrozenModel,
     crop_center,
     freeze,
@@ -21,7 +24,8 @@ from src.pretrained.base import (
     normalise_for_clip,
     tokenize_captions,
 )
-from src.utils import PerceptError
+from src.safe_pickle import is_torchscript, load_plain_torch_file
+from src.utils import PerceptError, check_weights
 
 # variant -> name of the model; the ResNets come through OpenAI's own package
 CLIP_VARIANTS = {
@@ -65,17 +69,53 @@ class _ResNetClip(nn.Module):
                     f"There is no {self.location}: put OpenAI's file there, or set weights to"
                     " 'hub'."
                 )
-        try:
-            model, _ = clip.load(self.location, device="cpu", jit=False)
-        except (OSError, RuntimeError, KeyError) as error:
-            raise PerceptError(
-                f"CLIP {variant} could not be loaded from '{self.location}':"
-                f" {str(error).splitlines()[0]} Check connection or file."
-            ) from error
+        model: Any = self._load_file(variant) if weights != "hub" else self._download(variant)
         self.model = model.float()
         self.tokenize = clip.tokenize
         self.size = self.model.visual.input_resolution
         self.dim = self.model.text_projection.shape[1]
+
+    def _download(self, variant: str) -> nn.Module:
+        """OpenAI's network from its cache or server; the package compares its checksum."""
+        import clip
+
+        try:
+            return clip.load(variant, device="cpu", jit=False)[0]
+        except LOAD_ERRORS as error:
+            raise PerceptError(
+                f"CLIP {variant} could not be loaded from OpenAI's server ({shorten(error)}): check"
+                " the connection, or set weights to a folder that holds its file."
+            ) from error
+
+    def _load_file(self, variant: str) -> nn.Module:
+        """The network of a file: OpenAI's own TorchScript archive, known by its checksum, as it is
+        a program; or a plain state dict.
+        """
+        import clip.model
+
+        path = self.location
+        if is_torchscript(path):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != clip.clip._MODELS[variant].split("/")[-2]:
+                raise PerceptError(
+                    f"{path} is a TorchScript archive, a program that would run while it is loaded,"
+                    f" and not OpenAI's file of {variant} (sha256 {digest[:12]}): put OpenAI's file"
+                    " there, or one with the weights alone."
+                )
+            return clip.load(path, device="cpu", jit=False)[0]
+        state = load_plain_torch_file(path, "put OpenAI's file there again")
+        try:
+            model = clip.model.build_model(dict(state))
+            expected = model.state_dict()
+        except LOAD_ERRORS as error:
+            raise PerceptError(
+                f"{path} holds no weights of CLIP {variant} ({shorten(error)}): put OpenAI's file"
+                " there."
+            ) from error
+        weights = {key: value for key, value in state.items() if key in expected}
+        check_weights(weights, expected, path)
+        return model
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (batch, 3, size, size) -> (batch, dim)."""

@@ -30,11 +30,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from src.pretrained.shared_weights import REMEDY
 from src.safe_pickle import load_torch_file
-from src.utils import HOME, ROOT, PerceptError, load_strictly, progress, read_json
+from src.utils import (
+    HOME,
+    ROOT,
+    PerceptError,
+    load_strictly,
+    open_tensors,
+    progress,
+    read_json,
+)
+from src.weights import plan_network
 
 MINI_GNET = ROOT / "data" / "mini_models" / "gnet"
 
@@ -397,13 +406,18 @@ def load_gnet(weights: str | Path = "hub", subj: int = 1, device: str = "cpu") -
             f" {', '.join(map(str, sorted(readouts)))}."
         )
     readout = readouts[subj]
-    if "w" not in readout or not isinstance(readout["w"], Tensor):
+    values = [*weights_of_file.trunk.values(), *readout.values()]
+    if "w" not in readout or not all(isinstance(value, Tensor) for value in values):
         raise PerceptError(
-            f"{path} holds a readout of subject {subj} without its weights w: take the file as it"
+            f"{path} holds a readout of subject {subj} without its weights w, or other things than"
+            " tensors: take the file as it"
             " was released."
         )
-    with torch.device("meta"):
-        encoder = GNetEncoder(len(readout["w"]), **weights_of_file.config)
+    encoder = plan_network(
+        lambda: GNetEncoder(len(readout["w"]), **weights_of_file.config),
+        {**weights_of_file.trunk, **readout},
+        str(path),
+    )
     encoder.to_empty(device=device)
     load_strictly(encoder.trunk, dict(weights_of_file.trunk), f"The trunk in {path}")
     load_strictly(encoder.readout, dict(readout), f"The readout of subject {subj} in {path}")
@@ -432,15 +446,17 @@ def _read_mini(path: Path, subj: int) -> _GNetWeights:
     """
     trunk: dict[str, Tensor] = {}
     readouts: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path, remedy=REMEDY) as file:
         for name in file.keys():  # noqa: SIM118
-            part, key = name.split(".", 1)
+            part, _, key = name.partition(".")
             if part == "enc":
                 trunk[key] = file.get_tensor(name).float()
             elif part == "fwrfs":
-                subject, key = key.split(".", 1)
+                subject, _, key = key.partition(".")
+                if not subject.isdecimal():
+                    raise PerceptError(f"{path} has {name}, of no subject: {REMEDY}.")
                 readout = readouts.setdefault(int(subject), {})
                 if int(subject) == subj:
                     readout[key] = file.get_tensor(name).float()
-    config = read_json(path.with_name("config.json"))["trunk"]
+    config = read_json(path.with_name("config.json"), ("trunk",), REMEDY)["trunk"]
     return _GNetWeights(config, trunk, readouts)

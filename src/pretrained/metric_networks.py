@@ -29,16 +29,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from tqdm.auto import tqdm
 
+from src.foreign_files import shorten
 from src.pretrained.base import freeze, normalise_colours
-from src.safe_pickle import UnpicklingError
-from src.utils import ROOT, PerceptError, atomic, load_strictly
+from src.pretrained.shared_weights import REMEDY
+from src.safe_pickle import UnpicklingError, load_plain_torch_file
+from src.utils import ROOT, PerceptError, atomic, load_strictly, read_json, read_tensors
+from src.weights import plan_network
 
 MINI_METRIC_NETWORKS = ROOT / "data" / "mini_models" / "metric_networks"
 
@@ -261,7 +263,7 @@ def _read_published_state(architecture: str, weights: str, file: Path) -> dict[s
     source = ARCHITECTURES[architecture]
     try:
         if weights != "hub":
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return load_plain_torch_file(file, f"take the file of {source.url} again")
         if source.enum is not None:
             return source.enum.get_state_dict(
                 progress=True, check_hash=True, map_location="cpu", weights_only=True
@@ -272,20 +274,18 @@ def _read_published_state(architecture: str, weights: str, file: Path) -> dict[s
             source.url, map_location="cpu", progress=True, weights_only=True
         )
     except HUB_ERRORS as error:
-        if weights == "hub":
-            action = f"downloaded from {source.url} to {file.parent}"
-            remedy = "put that file there by hand, or set weights to a folder that holds it"
-        else:
-            action = f"read from {file}"
-            remedy = f"take the file of {source.url} again"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PerceptError(
-            f"The weights of {architecture} could not be {action} ({reason}): {remedy}."
+            f"The weights of {architecture} could not be downloaded from {source.url} to"
+            f" {file.parent} ({shorten(error)}): put that file there by hand, or set weights to a"
+            " folder that holds it."
         ) from error
 
 
 def _build_published(architecture: str, state: dict[str, Tensor], origin: str) -> nn.Module:
     """The network with published weights, without the layers after its last node."""
+    is_state = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    if not is_state or not all(isinstance(key, str) for key in state):
+        raise PerceptError(f"{origin} holds no state dict: take it again as it is published.")
     model = ARCHITECTURES[architecture].build()
     if architecture == "swav_resnet50":
         _remove_head(model, "fc")  # the file has no classifier
@@ -334,11 +334,13 @@ def _load_network(
     """
     size = 0
     if weights == "mini":
-        config = json.loads((file.parent / "config.json").read_text())
-        model, size = build_mini_network(config), int(config["size"])
+        path = file.parent / "config.json"
+        config = read_json(path, ("class", "settings", "size"), REMEDY)
         state = {}
-        for key, value in load_file(file).items():
+        for key, value in read_tensors(file, remedy=REMEDY)[0].items():
             state[key] = value.float() if value.is_floating_point() else value
+        plan_network(lambda: build_mini_network(config), state, str(path))
+        model, size = build_mini_network(config), int(config["size"])
         load_strictly(model, state, str(file))
     else:
         state = _read_published_state(architecture, weights, file)

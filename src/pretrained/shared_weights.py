@@ -16,11 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.utils import PerceptError, read_json
+from src.utils import PerceptError, open_tensors, read_json
 
 MANIFEST = "shared_weights.json"
 REMEDY = "restore data/mini_models from git"
@@ -44,8 +43,9 @@ def complete_model(folder: Path, cache: Path) -> Path:
         return folder
     hashes = "".join(entry["sha256"] for entry in entries.values())
     target = cache / f"{folder.name}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
-    if target.is_dir():
+    if target.is_dir() and _is_whole(folder, entries, target):
         return target
+    shutil.rmtree(target, ignore_errors=True)  # damaged
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=cache, prefix=".") as temporary:
         complete = Path(temporary) / folder.name
@@ -56,6 +56,24 @@ def complete_model(folder: Path, cache: Path) -> Path:
             if not target.is_dir():
                 raise
     return target
+
+
+def _is_whole(folder: Path, entries: Mapping[str, Any], target: Path) -> bool:
+    """Whether a complete copy of a model has all its files, none of them cut off."""
+    for source in folder.rglob("*"):
+        name = source.relative_to(folder).as_posix()
+        copy = target / name
+        if name in entries or source.is_dir():
+            continue
+        if not copy.is_file() or copy.stat().st_size != source.stat().st_size:
+            return False
+    try:
+        for path in entries:
+            with open_tensors(target / path):
+                pass  # its head is compared with its size
+    except PerceptError:
+        return False
+    return True
 
 
 def read_entries(folder: Path) -> dict[str, Any]:
@@ -69,11 +87,15 @@ def read_entries(folder: Path) -> dict[str, Any]:
     if not manifest.exists():
         return {}
     prefix = f"{folder.name}/"
-    return {
+    entries = {
         path.removeprefix(prefix): entry
-        for path, entry in read_json(manifest).items()
+        for path, entry in read_json(manifest, keys=(), remedy=REMEDY).items()
         if path.startswith(prefix)
     }
+    for entry in entries.values():
+        if not isinstance(entry, dict) or not {"sha256", "tensors"} <= entry.keys():
+            raise PerceptError(f"{manifest} lists weights without their sha256: {REMEDY}.")
+    return entries
 
 
 def read_tensors(path: Path, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
@@ -83,7 +105,7 @@ def read_tensors(path: Path, names: Mapping[str, str] | None = None) -> dict[str
         path: the file.
         names: by the name that a tensor gets, its name in the file.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path, remedy=REMEDY) as file:
         if names is None:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return {name: file.get_tensor(stored) for name, stored in names.items()}
@@ -107,7 +129,7 @@ def complete_file(root: Path, path: Path, entry: Mapping[str, Any], target: Path
         sources.setdefault(source, {})[name] = stored
     for source, names in sources.items():
         tensors |= read_tensors(root / source, names)
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path, remedy=REMEDY) as file:
         metadata = file.metadata()
     save_file(tensors, target, metadata=metadata)
     if compute_sha256(target) != entry["sha256"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from src.pretrained.base import (
@@ -20,7 +18,9 @@ from src.pretrained.base import (
     normalise_colours,
     resize_images,
 )
-from src.utils import HOME, PerceptError, load_strictly
+from src.safe_pickle import load_plain_torch_file
+from src.utils import HOME, PerceptError, load_strictly, read_json, read_tensors
+from src.weights import plan_network
 
 
 class _ChannelNorm(nn.LayerNorm):
@@ -131,10 +131,17 @@ class Teacher(FrozenModel):
         else:
             self.location = locate_model("teacher", weights)
         config_file = Path(self.location) / "config.json"
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
-        self.image_size = int(config.pop("image_size", 512))
-        self.model = ConvNeXtMaps(**config)
-        load_strictly(self.model, self._read_state(), self.location)
+        config = read_json(config_file, keys=()) if config_file.exists() else {}
+        self.image_size = config.pop("image_size", 512)
+        if not isinstance(self.image_size, int) or not 32 <= self.image_size <= 4096:
+            raise PerceptError(
+                f"{config_file} gives {self.image_size!r} as image_size: give pixels a side, from"
+                " 32 to 4096."
+            )
+        state = self._read_state()
+        self.model = plan_network(lambda: ConvNeXtMaps(**config), state, str(config_file))
+        self.model.to_empty(device="cpu")
+        load_strictly(self.model, state, self.location)
         freeze(self.model, self.device)
         self.dim = self.model.width
 
@@ -142,16 +149,19 @@ class Teacher(FrozenModel):
         """Weights of the miniature, or of the authors' file without VICRegL's other heads."""
         miniature = Path(self.location) / "model.safetensors"
         if miniature.exists():
-            return {key: value.float() for key, value in load_file(miniature).items()}
+            return {key: value.float() for key, value in read_tensors(miniature)[0].items()}
         path = Path(self.location) / TEACHER_FILE
         if not path.exists():
             raise PerceptError(
                 f"The teacher of the low level is not at {path}: put VICRegL's file there (its"
                 " authors give it), or set use_cont to False."
             )
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = load_plain_torch_file(path, "get VICRegL's file from its authors again")
+        weights = content.get("model", content) if isinstance(content, dict) else None
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise PerceptError(f"{path} holds no weights: get VICRegL's file from its authors.")
         state = {}
-        for key, value in content.get("model", content).items():
+        for key, value in weights.items():
             key = key.removeprefix("module.")
             if key.startswith(("backbone.", "maps_projector.")):
                 state[key] = value

@@ -366,13 +366,10 @@ def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
     if folder.exists():
         raise PerceptError(f"{folder} exists already: remove it to convert {path} again.")
     content = load_torch_file(path)
-    if not isinstance(content, Mapping):
-        content = {}
-    tensors = {
-        key: value
-        for key, value in content.get("state_dict", content).items()
-        if isinstance(value, Tensor)
-    }
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    tensors = {}
+    if isinstance(state, Mapping):
+        tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     unet_state, vae_state = convert_unclip_weights(tensors)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
