@@ -684,13 +684,15 @@ def configure(scope: dict[str, Any], stage: str) -> Run:
     the environment variable PERCEPT_ARGS. The globals are updated in place.
 
     Raises:
-        UsageError: for unknown names, values that a parameter cannot have, missing recipes.
+        UsageError: for unknown names, values that a parameter cannot have, missing recipes, a
+            relative PERCEPT_HOME.
         PerceptError: for data that have not been prepared.
     """
     is_script = scope.get("__name__") == "__main__" and "In" not in scope
     script = scope.get("__file__") if is_script else None
     if script:
         sys.excepthook = _report_error
+    utils.check_home()
     source = Path(script) if script else NOTEBOOKS / f"{stage}.ipynb"
     definitions = parse_parameters(read_parameters_cell(source), stage)
     settings = _Settings(definitions, scope)

@@ -35,6 +35,9 @@ MAX_FILES = 200_000  # of a source; the first so many are looked at
 # a file that names a subject, e.g. train_subj01_0.tar, sub-01/, Subject1.h5, CSI1_GLMbetas.mat
 SUBJECT_NUMBER = re.compile(r"(?:subj|subject|sub-|csi)[_-]?0*(\d+)", re.IGNORECASE)
 
+# what lies in the folder of a prepared data set
+PREPARED_NAME = re.compile(r"subj\d+|targets|images\.h5|(captions|labels|clusters-\w+)\.parquet")
+
 Identity = dict[str, Any]
 
 
@@ -201,11 +204,14 @@ def read_preparation(folder: Path) -> Preparation | None:
         return None
 
 
-def survey_files(source: str | Path, subj: int) -> dict[str, list[Any]]:
+def survey_files(
+    source: str | Path, subj: int | None = None, dataset: Path | None = None
+) -> dict[str, list[Any]]:
     """Size and time of the files of a source, as far as they concern a subject.
 
-    Files that name another subject are passed over. Names that differ in numbers alone (the shards
-    of a data set, the sessions of a subject) are counted together.
+    Files that name another subject are passed over, where a subject is given. Names that differ in
+    numbers alone (the shards of a data set, the sessions of a subject) are counted together. What
+    is prepared in `dataset`, where that lies in the source, is no part of it.
 
     Returns:
         [number of files, hash of names, sizes and times] by name without its numbers; {} where
@@ -215,8 +221,10 @@ def survey_files(source: str | Path, subj: int) -> dict[str, list[Any]]:
     root = Path(source)
     for path in _iterate_files(root):
         name = path.name if path == root else path.relative_to(root).as_posix()
+        if dataset is not None and _is_prepared(path, dataset):
+            continue
         numbers = {int(number) for number in SUBJECT_NUMBER.findall(name)}
-        if numbers and subj not in numbers:
+        if subj is not None and numbers and subj not in numbers:
             continue
         try:
             status = path.stat()
@@ -228,6 +236,14 @@ def survey_files(source: str | Path, subj: int) -> dict[str, list[Any]]:
         name: [len(lines), hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]]
         for name, lines in sorted(groups.items())
     }
+
+
+def _is_prepared(path: Path, dataset: Path) -> bool:
+    """Whether a file belongs to the prepared layout of a data set."""
+    if not path.is_relative_to(dataset):
+        return False
+    first = path.relative_to(dataset).parts[0]
+    return PREPARED_NAME.fullmatch(first) is not None
 
 
 def _iterate_files(root: Path) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from src.pipeline.recipes import (
     read_stage_parameters,
     select_stages,
 )
-from src.pipeline.stages import is_finished, iterate_stages, parse_launcher, run_stage
+from src.pipeline.stages import check_environment, iterate_stages, parse_launcher, run_stage
 
 # what a finished run points to, where it has made them
 HIGHLIGHTS = (
@@ -53,6 +53,7 @@ def run_recipe(
         PerceptError: for what the recipe does not have, and with the sentence of a stage that
             fails.
     """
+    check_environment()
     launcher = parse_launcher(launch)
     stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     results = utils.HOME / "results" / overrides["model_name"]
@@ -61,7 +62,7 @@ def run_recipe(
         results.mkdir(parents=True, exist_ok=True)
         has_begun = has_begun or run.stage.startswith(first)
         title = f"[{number}/{len(stages)}] {run.stage}"
-        finished = is_finished(run.stamp, run.fingerprint)
+        finished = run.is_finished()
         if has_begun and (force or not finished):
             show(f"{title} ...")
             seconds = run_stage(run, launcher)

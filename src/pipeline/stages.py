@@ -1,7 +1,9 @@
 """One stage of a run: executing its notebook, and the stamp that says it is finished.
 
 A stamp is results/<run>/.stages/<stage>.json. It holds the fingerprint of the stage (of its code,
-parameters and earlier stages), when it ended, and the files that it wrote for later stages.
+parameters and earlier stages), what the stage read (the identity of the prepared data, and the
+files that its parameters name), the parameters that the stage itself says that it ran with, when it
+ended, and the files that it wrote for later stages.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from typing import Any
 from src import parameters, utils
 from src.command_line import split_command
 from src.pipeline.fingerprints import fingerprint_code
+from src.pipeline.inputs import describe_inputs
 from src.pipeline.recipes import (
     find_notebook,
     read_declared_parameters,
+    read_defaults,
     read_stage_parameters,
 )
 from src.utils import PerceptError, UsageError
@@ -61,6 +65,19 @@ class StageRun:
         """results/<run>/."""
         return self.stamp.parents[1]
 
+    @property
+    def all_parameters(self) -> dict[str, Any]:
+        """The parameters with the defaults of the notebook."""
+        return read_defaults(self.stage) | self.parameters
+
+    def is_finished(self) -> bool:
+        """Whether the stage was finished with what it reads now."""
+        if not is_finished(self.stamp, self.fingerprint):
+            return False
+        return bool(
+            _read_stamp(self.stamp).get("inputs", {}) == describe_inputs(self.all_parameters)
+        )
+
 
 def find_stamp(run: str, stage: str) -> Path:
     """The place of a stage's stamp."""
@@ -94,14 +111,14 @@ def fingerprint_stage(stage: str, values: dict[str, Any], previous: str) -> str:
     digest = hashlib.sha256(previous.encode())
     digest.update(fingerprint_code(find_notebook(stage), utils.ROOT).encode())
     for path in _find_compared_scores(values):
-        digest.update(path.parent.name.encode() + path.read_bytes())
+        digest.update(path.relative_to(utils.HOME).as_posix().encode() + path.read_bytes())
     digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _find_compared_scores(values: dict[str, Any]) -> list[Path]:
-    """The metrics.json of all runs that a comparison may read: all in results/, and those in a
-    folder of runs that its parameter `runs` names.
+    """metrics.json and scores.parquet of all runs that a comparison may read: all in results/, and
+    those in a folder of runs that its parameter `runs` names.
     """
     if "runs" not in values:
         return []
@@ -109,22 +126,30 @@ def _find_compared_scores(values: dict[str, Any]) -> list[Path]:
     patterns = ["*", *(name for name in names if "/" in name)]
     paths: list[Path] = []
     for pattern in patterns:
-        paths.extend((utils.HOME / "results").glob(f"{pattern}/metrics.json"))
+        for name in ("metrics.json", "scores.parquet"):
+            paths.extend((utils.HOME / "results").glob(f"{pattern}/{name}"))
     return sorted(paths)
+
+
+def _read_stamp(stamp: Path) -> dict[str, Any]:
+    """The content of a stamp, {} where it is missing or damaged: such a stage is not finished."""
+    try:
+        content = json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_execution_id(stamp: Path) -> str:
     """What the next stage's fingerprint takes from this one: which execution its files are of."""
-    record = utils.read_json(stamp) if stamp.exists() else {}
+    record = _read_stamp(stamp)
     return f"{record.get('fingerprint', '')} {record.get('finished', '')}"
 
 
 def is_finished(stamp: Path, fingerprint: str) -> bool:
     """Whether a stamp has this fingerprint, and all that the stage wrote is still there."""
-    if not stamp.exists():
-        return False
-    record = utils.read_json(stamp)
-    if record["fingerprint"] != fingerprint:
+    record = _read_stamp(stamp)
+    if not record or record.get("fingerprint") != fingerprint:
         return False
     outputs = [stamp.parents[1] / f"{stamp.stem}.ipynb"]
     outputs += [utils.HOME / path for path in record.get("wrote", [])]
@@ -157,32 +182,91 @@ def _is_cache(path: Path) -> bool:
 def run_stage(run: StageRun, launcher: Sequence[str] = ()) -> float:
     """Execute a stage and stamp it; return the seconds.
 
-    The old stamp is removed first: a stage that fails half-way has changed its files.
+    The old stamp is removed first: a stage that fails half-way has changed its files. One that
+    refuses its parameters has not, and gets its stamp back.
 
     Args:
         run: what to execute.
         launcher: command that a stage that trains is started with, from `parse_launcher`.
     """
+    old_stamp, recorded_before = _read_stamp(run.stamp), _find_record_time(run)
     run.stamp.unlink(missing_ok=True)
     name = run.results.relative_to(utils.HOME / "results").as_posix()
-    before, start_time = list_outputs(run.parameters, name), time.time()
+    before, start_time = list_outputs(run.all_parameters, name), time.time()
+    try:
+        values = _execute_launched(run, launcher)
+    except BaseException:
+        if old_stamp and recorded_before and _find_record_time(run) == recorded_before:
+            utils.write_json(run.stamp, old_stamp)
+        raise
+    parameters_used = run.parameters
+    if _find_record_time(run) != recorded_before:
+        parameters_used = _read_own_record(run, values)
+    after = list_outputs(run.all_parameters, name)
+    seconds = round(time.time() - start_time, 1)
+    record = {
+        "fingerprint": run.fingerprint,
+        "inputs": describe_inputs(run.all_parameters),
+        "finished": time.time_ns(),
+        "seconds": seconds,
+        "parameters": parameters_used,
+        "wrote": [path for path, changed in after.items() if before.get(path) != changed],
+    }
+    utils.write_json(run.stamp, record)
+    return seconds
+
+
+def _execute_launched(run: StageRun, launcher: Sequence[str]) -> dict[str, Any]:
+    """Execute a stage, one that trains under a launcher first; returns what it was given."""
     values = run.parameters
     if launcher and "resume_from_ckpt" in read_declared_parameters(run.stage):
         launch_training(run.stage, values, launcher)
         # the notebook then loads the finished training, and shows it
         values = values | {"resume_from_ckpt": True}
     execute_stage(run.stage, values, run.results)
-    seconds = round(time.time() - start_time, 1)
-    after = list_outputs(run.parameters, name)
-    record = {
-        "fingerprint": run.fingerprint,
-        "finished": time.time_ns(),
-        "seconds": seconds,
-        "parameters": run.parameters,
-        "wrote": [path for path, changed in after.items() if before.get(path) != changed],
-    }
-    utils.write_json(run.stamp, record)
-    return seconds
+    return values
+
+
+def _find_record(run: StageRun) -> Path:
+    """Where a stage writes down its parameters (`Run.record_parameters`)."""
+    return run.results / "parameters" / f"{run.stage}.json"
+
+
+def _find_record_time(run: StageRun) -> int:
+    """When a stage has last written down its parameters, 0 for never."""
+    path = _find_record(run)
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _read_own_record(run: StageRun, values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a stage says that it ran with.
+
+    Raises:
+        PerceptError: if it was given others.
+    """
+    record = utils.read_json(_find_record(run))
+    used = {name: entry["value"] for name, entry in record.items()}
+    for name, value in values.items():
+        if name in used and used[name] != value:
+            raise PerceptError(
+                f"Stage {run.stage} ran with {name} {used[name]!r}, where {value!r} was asked for"
+                f" (its value came from {record[name]['from']}): remove that, and run it again."
+            )
+    return used
+
+
+def check_environment() -> None:
+    """Refuse settings of the environment that would give the stages other values than run.py says.
+
+    Raises:
+        UsageError: for a PERCEPT_ARGS, or a PERCEPT_HOME that is relative.
+    """
+    utils.check_home()
+    if arguments := os.environ.get("PERCEPT_ARGS", "").strip():
+        raise UsageError(
+            f"PERCEPT_ARGS is set ({arguments[:100]!r}) and would override what run.py gives the"
+            " stages: unset it, and give values with -p."
+        )
 
 
 def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
@@ -198,7 +282,7 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
     running, failed = results / f".{stage}.running.ipynb", results / f"{stage}.failed.ipynb"
     register_kernel()
     try:
-        papermill.execute_notebook(
+        executed = papermill.execute_notebook(
             find_notebook(stage),
             running,
             values,
@@ -207,6 +291,7 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
             log_output=False,
             cwd=str(utils.ROOT),
         )
+        _check_complete(executed.cells, stage, failed, running)
         os.replace(running, results / f"{stage}.ipynb")
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
@@ -225,6 +310,27 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
         ) from None
     finally:
         running.unlink(missing_ok=True)
+
+
+def _check_complete(
+    cells: Sequence[dict[str, Any]], stage: str, failed: Path, running: Path
+) -> None:
+    """Refuse a notebook that has ended before its last cell, as by `sys.exit()`, without an error.
+
+    Raises:
+        PerceptError: if a cell of code was not run to its end.
+    """
+    states = [
+        cell["metadata"].get("papermill", {}).get("status")
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    if set(states) - {"completed"}:
+        os.replace(running, failed)
+        raise PerceptError(
+            f"Stage {stage} ended before its last cell, without an error, so it is not finished"
+            f" (the notebook is {failed})."
+        )
 
 
 def register_kernel() -> None:

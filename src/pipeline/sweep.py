@@ -13,7 +13,7 @@ from typing import Any
 from src import parameters, utils
 from src.pipeline.console import show
 from src.pipeline.grid import Point, fill_levels, missing_requirement, read_grid
-from src.pipeline.jobs import Job, JobResult, assign_devices, lock, run_jobs
+from src.pipeline.jobs import Job, JobResult, assign_devices, run_jobs
 from src.pipeline.recipes import (
     check_overrides,
     drop_stages,
@@ -25,9 +25,9 @@ from src.pipeline.recipes import (
 from src.pipeline.runs import print_plan, run_recipe
 from src.pipeline.stages import (
     StageRun,
+    check_environment,
     find_stamp,
     fingerprint_stage,
-    is_finished,
     iterate_stages,
     parse_launcher,
     read_execution_id,
@@ -168,7 +168,7 @@ class Sweep:
         """The stamp of the preparation, if it is finished."""
         overrides = self.grid.fixed | {"model_name": self.prepare}
         runs = iterate_stages(self.grid.recipe, overrides, self.preparing)
-        return [run.stamp for run in runs if is_finished(run.stamp, run.fingerprint)]
+        return [run.stamp for run in runs if run.is_finished()]
 
     def is_done(self, point: Point) -> bool:
         """Whether all stages of a point are finished, from their stamps."""
@@ -176,24 +176,21 @@ class Sweep:
         previous = "".join(read_execution_id(stamp) for stamp in stamps)
         overrides = self.merge_overrides(point)
         runs = list(iterate_stages(self.grid.recipe, overrides, self.stages, previous))
-        return all(is_finished(run.stamp, run.fingerprint) for run in runs[self.first :])
+        return all(run.is_finished() for run in runs[self.first :])
 
     def find_state(self, point: Point) -> str:
         """One of finished, skipped (the machine cannot start it), running (in some process),
         failed, begun, missing.
         """
         results = self.folder / point.label
-        lock_path = results / ".lock"
         if self.is_done(point):
             return "finished"
         if missing_requirement(point.launch):
             return "skipped"
-        if not lock_path.exists():
-            return "missing"
-        lock_file = lock(lock_path)
-        if lock_file is None:
+        if is_owned(results / LOCK_NAME):
             return "running"
-        lock_file.close()
+        if not (results / LOG_NAME).exists():
+            return "missing"
         return "failed" if list(results.glob("*.failed.ipynb")) else "begun"
 
     def write_ledger(self, states: dict[str, str]) -> list[str]:
@@ -253,7 +250,7 @@ class Sweep:
         launch = point.launch or launch
         if launch:
             command += ["--launch", launch]
-        return Job(point.label, command, results / "log.txt", results / ".lock")
+        return Job(point.label, command, results / LOG_NAME, results / LOCK_NAME)
 
 
 def run_sweep(
@@ -275,6 +272,7 @@ def run_sweep(
     Returns:
         Why points failed, in one sentence each, by their labels.
     """
+    check_environment()
     prepare_data(sweep)
     points = sweep.grid.points
     states = {point.label: sweep.find_state(point) for point in points}
@@ -306,9 +304,8 @@ def prepare_data(sweep: Sweep) -> None:
     overrides = sweep.grid.fixed | {"model_name": sweep.prepare}
     values = read_stage_parameters(sweep.preparing[0], sweep.grid.recipe, overrides)
     dataset = values.get("dataset", "nsd")
-    lock_file = lock(utils.HOME / "data" / f".{dataset}.lock", wait=True)
-    assert lock_file is not None
-    with lock_file:
+    folder = utils.HOME / "data" / str(dataset)
+    with own(folder, f"preparing {dataset}", wait=True, beside=True):
         if not sweep.find_prepared():
             run_recipe(sweep.grid.recipe, overrides, last=sweep.preparing[-1])
 
@@ -390,8 +387,6 @@ def write_report(sweep: Sweep, force: bool) -> None:
     """Execute notebook 07_sweep into results/<sweep>/, and its page without code, unless nothing
     has changed since.
     """
-    lock_file = lock(sweep.folder / ".lock", wait=True)
-    assert lock_file is not None
     values = sweep.grid.report | {"recipe": sweep.grid.recipe, "model_name": sweep.grid.name}
     point_stamps = [
         sweep.folder / point.label / ".stages" / f"{sweep.stages[-1]}.json"
@@ -401,8 +396,8 @@ def write_report(sweep: Sweep, force: bool) -> None:
     stamp = find_stamp(sweep.grid.name, REPORT)
     run = StageRun(REPORT, values, stamp, fingerprint_stage(REPORT, values, previous))
     page = sweep.folder / "report.html"
-    with lock_file:
-        if force or not is_finished(stamp, run.fingerprint) or not page.exists():
+    with own(sweep.folder, f"reporting on {sweep.grid.name}", wait=True):
+        if force or not run.is_finished() or not page.exists():
             run_stage(run)
             _export_page(sweep.folder / f"{REPORT}.ipynb", page)
         show(f"Look at:\n  {page}\n  {sweep.folder / 'sweep.csv'}")

@@ -24,7 +24,7 @@ from src.data.identity import (
     read_preparation,
     survey_files,
 )
-from src.data.layout import subject_folder
+from src.data.layout import dataset_folder, subject_folder
 from src.data.subject import Subject
 from src.ownership import own
 from src.parameters import check_parameter_names
@@ -259,7 +259,8 @@ def read_source(
     """
     preparation = describe_preparation(source, data_path, options, world, **common)
     if not world:  # taken first: a file that changes meanwhile is another one afterwards
-        preparation = replace(preparation, files=survey_files(data_path, subj))
+        files = survey_files(data_path, subj, dataset_folder(dataset))
+        preparation = replace(preparation, files=files)
     reader_options = parse_options(source, options, **common)
     folder = subject_folder(dataset, subj)
     with own(folder, f"preparing {folder.name}", beside=True), preparing(preparation):

@@ -5,7 +5,6 @@ Also the folders: `WORK` for checkpoints, logs and caches, `OUT` for the models 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from src import miniworld
+from src.utils import HOME
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = Path(os.environ.get("PERCEPT_HOME", ROOT)) / "train_logs" / "mini_models"
+WORK = HOME / "train_logs" / "mini_models"
 OUT = ROOT / "data" / "mini_models"
 
 # The mini world of the demo uses another seed: its images differ as well as the combinations.
