@@ -23,7 +23,7 @@ from src.utils import PerceptError
 
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = 30.0  # without a byte
+TIMEOUT_SECONDS = 20.0  # without a byte
 
 ANSWER_SECONDS = 60.0  # until an answer has begun
 

@@ -24,7 +24,10 @@ from src.utils import PerceptError
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 # what it raises for an address that is none, such as a server may redirect to
-INVALID_URL: type[Exception] = sys.modules[HTTP_ERROR.__module__.partition(".")[0]].InvalidURL
+INVALID_URL: tuple[type[Exception], ...] = (
+    sys.modules[HTTP_ERROR.__module__.partition(".")[0]].InvalidURL,
+    UnicodeError,
+)
 
 
 def list_s3_errors() -> tuple[type[Exception], ...]:
@@ -44,7 +47,7 @@ def list_transfer_errors() -> tuple[type[Exception], ...]:
 
 def _list_explained_errors() -> tuple[type[Exception], ...]:
     """The errors that `explain_errors` has sentences for."""
-    return (*list_transfer_errors(), HFValidationError, INVALID_URL)
+    return (*list_transfer_errors(), HFValidationError, *INVALID_URL)
 
 
 @contextmanager
