@@ -48,7 +48,7 @@ class Tracker:
             name=self.name,
             notes=self.notes or None,
             settings=wandb.Settings(base_url=self.host) if self.host else None,
-            id=f"{self.run.name}-{self.run.stage}",
+            id=f"{self.run.name}-{self.run.stage}".replace("/", "-"),  # of a sweep: <sweep>/<point>
             resume="allow",
             dir=self.run.logs,
             job_type=self.run.stage,
