@@ -8,13 +8,12 @@ what they wrote. To add a format, add a module with `read` and `TERMS` and name 
 
 import inspect
 import json
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import yaml
 
 from src.data.identity import (
     Preparation,
@@ -30,7 +29,8 @@ from src.ownership import own
 from src.parameters import check_parameter_names
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
 from src.readers.recording import Recording, RowBlocks, store_recording
-from src.utils import PerceptError, resolve
+from src.utils import SEEDS, PerceptError, UsageError, resolve
+from src.yaml_files import UnclearNumber, parse_yaml
 
 READERS: dict[str, ModuleType] = {
     "mindeye": mindeye,
@@ -96,38 +96,48 @@ def parse_options(source: str, options: str, **common: Any) -> dict[str, Any]:
         The options by name; those of the text go before the common ones.
 
     Raises:
-        PerceptError: for text that is no mapping, an option that the reader does not have, or a
+        UsageError: for text that is no mapping, an option that the reader does not have, or a
             value of another type.
     """
     defaults = default_options(source)
+    shown = repr(options if len(options) <= 200 else f"{options[:200]}...")
     try:
-        chosen = yaml.safe_load(options) or {}
-    except yaml.YAMLError as error:
-        raise PerceptError(
-            f"options is {options!r}, which is not YAML ({error}): write it as {{name: value,"
-            " ...}."
+        chosen = parse_yaml(options, "it") or {}
+    except UsageError as error:
+        raise UsageError(
+            f"options is {shown}, which is not YAML that can be used ({str(error).rstrip('.')}):"
+            " write it as {name: value, ...}."
         ) from error
     if not isinstance(chosen, dict):
-        raise PerceptError(
-            f"options is {options!r}: write it as {{name: value, ...}}; {source} knows"
+        raise UsageError(
+            f"options is {shown}: write it as {{name: value, ...}}; {source} knows"
             f" {', '.join(defaults)}."
         )
     check_parameter_names(chosen, defaults, f"options for {source}")
     for name, value in chosen.items():
         if not _has_type_of(value, defaults[name]):
-            raise PerceptError(
-                f"Option {name} of {source} is {value!r}: it must be of the type of its default"
-                f" {defaults[name]!r}."
+            raise UsageError(
+                f"Option {name} of {source} is {repr(value)[:100]}: it must be of the type of its"
+                f" default {defaults[name]!r}."
             )
+        if name == "seed" and value not in SEEDS:
+            raise UsageError(f"Option seed of {source} is {value}: choose 0 to {SEEDS[-1]}.")
     applicable = {name: value for name, value in common.items() if name in defaults}
     return applicable | chosen
 
 
 def _has_type_of(value: Any, default: Any) -> bool:
-    """Whether a value is of the type of a default; None is of any, a float may be an int."""
-    if default is None or isinstance(value, type(default)):
+    """Whether a value is of the type of a default; None is of any, a float may be an int.
+
+    A number is finite, and written in decimals.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if default is None:
         return True
-    return isinstance(default, float) and isinstance(value, int)
+    if isinstance(value, UnclearNumber) or isinstance(value, bool) != isinstance(default, bool):
+        return False
+    return isinstance(value, type(default) | int if isinstance(default, float) else type(default))
 
 
 def describe_preparation(
