@@ -158,7 +158,11 @@ def own(
 
 
 def acquire(
-    path: Path, purpose: str, wait: bool = False, subject: str | Path | None = None
+    path: Path,
+    purpose: str,
+    wait: bool = False,
+    subject: str | Path | None = None,
+    grace: float | None = None,
 ) -> Lock:
     """Take a lock file; the caller releases what comes back. See `own`.
 
@@ -166,6 +170,7 @@ def acquire(
         path: the lock file, made where it is missing; its folder exists.
         purpose, wait: as for `own`.
         subject: what is locked, for the message; by default the folder of the lock file.
+        grace: seconds until another owner counts as one; by default GRACE_SECONDS.
 
     Raises:
         FolderInUse: naming the owner, if there is one and `wait` is not set.
@@ -175,7 +180,8 @@ def acquire(
     if held is not None and held.thread == threading.get_ident():
         held.depth += 1
         return held
-    descriptor = _lock_file(path, wait, subject or path.parent)
+    seconds = GRACE_SECONDS if grace is None else grace
+    descriptor = _lock_file(path, wait, subject or path.parent, seconds)
     lock = Lock(path, descriptor)
     _held[path] = lock
     if descriptor is not None:
@@ -192,7 +198,7 @@ def is_owned(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return _try_flock(descriptor, path) is False
+        return _try_flock(descriptor, path, only_look=True) is False
     finally:
         os.close(descriptor)
 
@@ -206,9 +212,9 @@ def read_owner(path: Path) -> Owner | None:
         return None
 
 
-def _lock_file(path: Path, wait: bool, subject: str | Path) -> int | None:
+def _lock_file(path: Path, wait: bool, subject: str | Path, grace: float) -> int | None:
     """Open and lock a file, as soon as it is free; None where nothing can be locked."""
-    deadline, said = time.monotonic() + GRACE_SECONDS, False
+    deadline, said = time.monotonic() + grace, False
     while True:
         descriptor = _open(path)
         if descriptor is None:
@@ -255,12 +261,16 @@ def _open(path: Path) -> int | None:
         return None
 
 
-def _try_flock(descriptor: int, path: Path) -> bool | None:
-    """Lock an open file if it is free; None on a disk, or a system, without locks."""
+def _try_flock(descriptor: int, path: Path, only_look: bool = False) -> bool | None:
+    """Lock an open file if it is free; None on a disk, or a system, without locks.
+
+    Those that only look share the lock.
+    """
     try:
         import fcntl  # here, as Windows has none and must be able to import this module
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if only_look else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         return True
     except ModuleNotFoundError:
         _warn_once("this system has no flock", path)

@@ -321,21 +321,17 @@ def test_jobs_share_places_and_failures_are_told(tmp_path):
 
 
 def test_a_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
-    lock = job_queue.lock(tmp_path / "lock")
-    child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
-    lock.close()
-    assert job_queue.lock(tmp_path / "lock") is None
-    assert [
-        one.outcome
-        for one in job_queue.run_jobs(
-            [job_queue.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")],
-            [{}],
-            lambda _: False,
-        )
-    ] == ["elsewhere"]
+    one_job = job_queue.Job("x", ["true"], tmp_path / "log", tmp_path / "lock")
+    lock = job_queue.lock_job(one_job)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.descriptor])
+    lock.abandon()
+    assert job_queue.lock_job(one_job) is None
+    assert [one.outcome for one in job_queue.run_jobs([one_job], [{}], lambda _: False)] == [
+        "elsewhere"
+    ]
     child.kill()
     child.wait()
-    job_queue.lock(tmp_path / "lock").close()
+    job_queue.lock_job(one_job).release()
 
 
 def test_sigterm_is_passed_on_and_no_more_is_begun(tmp_path):
@@ -873,6 +869,36 @@ def test_the_notebook_names_the_winner_on_validation_images(tmp_path):
         ["weights", "memory", "training", "02_train", "06_metrics", "all stages"]
     ].tolist() == pytest.approx([3 * 64 + 3, 4.5, 30, 66, 39, 105])
     assert "pixcorr: shuffled 0.210, mean image 0.150, ceiling 0.950" in done.stdout
+
+
+def test_the_factor_is_what_varies_beside_the_seed():
+    assert sweeps.choose_factor(["rois", "seed"]) == ("rois", "seed")
+    assert sweeps.choose_factor(["seed", "rois"], factor="seed") == ("seed", "")
+    assert sweeps.choose_factor(["rois"]) == ("rois", "")
+    assert sweeps.choose_factor(["seed"]) == sweeps.choose_factor(["seed"], "seed") == ("seed", "")
+    assert sweeps.choose_factor(["seed", "bag_seeds"]) == ("bag_seeds", "seed")
+    with pytest.raises(PerceptError, match="does not vary 'depth': choose among rois, seed"):
+        sweeps.choose_factor(["rois", "seed"], "depth")
+
+
+def test_seeds_alone_have_a_spread_and_no_winner():
+    text = sweeps.describe_seeds([0.5, 0.6, 0.7], "loss")
+    assert text.startswith("loss is .60 over 3 seeds [.35, .85]; they differ by .10 (sd)")
+    assert "one seed does not tell" in sweeps.describe_seeds([0.5], "loss")
+
+
+@pytest.mark.slow(reason="executes notebook 07")
+def test_a_sweep_of_seeds_alone_is_reported(tmp_path):
+    ledger = made_up(tmp_path, {"V1": (0.5, "V1")}, batches=(16,))
+    ledger["factors"] = ["seed"]
+    for point in ledger["points"]:
+        point["levels"] = {"seed": point["levels"]["seed"]}
+    utils.write_json(tmp_path / "results" / "made" / "points.json", ledger)
+    done = notebook(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"validation loss is \.\d+ over 3 seeds .* no seed is better", done.stdout)
+    assert (tmp_path / "results/made/figures/look.png").exists()
+    assert len(pd.read_csv(tmp_path / "results/made/sweep.csv")) == 3
 
 
 def test_other_sessions_have_other_validation_images_and_name_no_winner(tmp_path):

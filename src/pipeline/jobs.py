@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import signal
@@ -13,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
+
+from src.ownership import FolderInUse, Lock, acquire
+from src.utils import make_folder, write_errors
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -21,7 +23,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 POLL_SECONDS = 0.1
 
-LOCK_ATTEMPTS = 5  # `sweep --list` holds a point's lock for a moment
+LOCK_SECONDS = 0.5  # `sweep --list` holds a point's lock for a moment
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _RunningJob:
         job: the job.
         process: its process.
         environment: what `assign_devices` gave to it.
-        lock_file: the lock, open.
+        lock: that the process has inherited.
         log_offset: length of the log before the job, in bytes.
         start_time: by the monotonic clock, in seconds.
     """
@@ -74,39 +76,22 @@ class _RunningJob:
     job: Job
     process: subprocess.Popen
     environment: dict[str, str]
-    lock_file: TextIO
+    lock: Lock
     log_offset: int
     start_time: float
 
 
-def lock(path: Path, wait: bool = False) -> TextIO | None:
-    """Lock a file; the caller closes what comes back, which frees it.
+def lock_job(job: Job) -> Lock | None:
+    """Lock a job; None where another process, or the command of one that was killed, runs it.
 
-    The lock belongs to the open file, which a child process inherits. So it is free when this
-    process and the child have both ended, however they ended.
-
-    Args:
-        path: the lock file; it and its folder are made where they are missing.
-        wait: whether to wait until it is free.
-
-    Returns:
-        The open file; None if another process has the lock, and `wait` is not set.
+    The command inherits the lock, so that it is free when this process and the command have both
+    ended, however they ended.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115
-    operation = fcntl.LOCK_EX
-    if not wait:
-        operation |= fcntl.LOCK_NB
-    for attempt in range(LOCK_ATTEMPTS):
-        if attempt:
-            time.sleep(POLL_SECONDS)
-        try:
-            fcntl.flock(file, operation)
-            return file
-        except BlockingIOError:
-            continue
-    file.close()
-    return None
+    make_folder(job.lock_path.parent)
+    try:
+        return acquire(job.lock_path, f"running {job.name}", grace=LOCK_SECONDS)
+    except FolderInUse:
+        return None
 
 
 def assign_devices(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
@@ -167,10 +152,10 @@ def _pass_on_signals(running: list[_RunningJob]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(job: Job, environment: dict[str, str], lock_file: TextIO) -> _RunningJob:
+def _start(job: Job, environment: dict[str, str], lock: Lock) -> _RunningJob:
     """Start the process of a job, its output added to the job's log."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "ab") as log:
+    make_folder(job.log.parent)
+    with write_errors(job.log), open(job.log, "ab") as log:
         log_offset = log.tell()
         process = subprocess.Popen(
             job.command,
@@ -178,14 +163,14 @@ def _start(job: Job, environment: dict[str, str], lock_file: TextIO) -> _Running
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
-            pass_fds=[lock_file.fileno()],
+            pass_fds=[] if lock.descriptor is None else [lock.descriptor],
         )
-    return _RunningJob(job, process, environment, lock_file, log_offset, time.monotonic())
+    return _RunningJob(job, process, environment, lock, log_offset, time.monotonic())
 
 
 def _collect_result(entry: _RunningJob, is_stopping: bool) -> JobResult:
     """Free the lock of a process that has ended, and say how it ended."""
-    entry.lock_file.close()
+    entry.lock.release()
     name = entry.job.name
     code = entry.process.returncode
     seconds = time.monotonic() - entry.start_time
@@ -232,14 +217,14 @@ def run_jobs(
         while running or (waiting and not received):
             while waiting and free and not received:
                 job = waiting.popleft()
-                lock_file = lock(job.lock_path)
-                if lock_file is None:
+                lock = lock_job(job)
+                if lock is None:
                     yield JobResult(job.name, "elsewhere")
                 elif is_finished(job.name):
-                    lock_file.close()
+                    lock.release()
                     yield JobResult(job.name, "before")
                 else:
-                    running.append(_start(job, free.popleft(), lock_file))
+                    running.append(_start(job, free.popleft(), lock))
                     if received:  # between the check above and the start
                         running[-1].process.terminate()
             for entry in list(running):

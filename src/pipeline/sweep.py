@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from src import parameters, utils
+from src.ownership import LOCK_NAME, is_owned, own
 from src.pipeline.console import show
 from src.pipeline.grid import Point, fill_levels, missing_requirement, read_grid
 from src.pipeline.jobs import Job, JobResult, assign_devices, run_jobs
@@ -36,7 +38,11 @@ from src.pipeline.stages import (
 )
 from src.utils import UsageError
 
+log = logging.getLogger(__name__)
+
 REPORT = "07_sweep"  # the notebook that every sweep ends with
+
+LOG_NAME = "log.txt"  # of a point, beside its results
 
 # what is shown of a job that did not run here, and the state of its point
 MESSAGES = {
@@ -198,8 +204,7 @@ class Sweep:
         grid of this name that are left as they are.
         """
         path, grid = self.folder / "points.json", self.grid
-        earlier = utils.read_json(path) if path.exists() else {"points": [], "removed": []}
-        earlier_labels = [*earlier["removed"], *(entry["label"] for entry in earlier["points"])]
+        earlier_labels = _read_labels(path) if path.exists() else []
         labels = {point.label for point in grid.points}
         removed = [
             label
@@ -251,6 +256,19 @@ class Sweep:
         if launch:
             command += ["--launch", launch]
         return Job(point.label, command, results / LOG_NAME, results / LOCK_NAME)
+
+
+def _read_labels(ledger: Path) -> list[str]:
+    """Labels of the points in a ledger, those of earlier grids first; none of a damaged one, which
+    is written anew.
+    """
+    try:
+        content = utils.read_json(ledger, ("points", "removed"))
+        points = [str(entry["label"]) for entry in content["points"]]
+        return [str(label) for label in content["removed"]] + points
+    except (utils.PerceptError, TypeError, KeyError) as error:
+        log.warning("%s is written anew, as it cannot be used (%s)", ledger, error)
+        return []
 
 
 def run_sweep(
