@@ -96,20 +96,30 @@ from src.retrieval import load_run_embeddings
 # %%
 from src.search import (
     Embeddings,
+    LocalIndex,
+    build_index,
+    choose_index,
+    embed_images,
+    needs_building,
+)
+
+# %%
+from src.search import (
     FetchOptions,
     ImageCache,
-    LocalIndex,
     QdrantIndex,
     RemoteIndex,
     RequestOptions,
-    build_index,
-    choose_index,
+    check_neighbours,
+    check_pictures,
     decode_sent_images,
-    embed_images,
+    describe_encoder,
     fetch_images,
     find_near_duplicates,
+    find_picture_source,
     iterate_parts,
     load_local_images,
+    make_storable,
     select_available_images,
     write_tars,
 )
@@ -141,7 +151,8 @@ print(f"(test images, dim) = {brain.shape} of {encoder.fingerprint()['model']}")
 # ## The index
 # Exact as long as it fits into the memory given, compressed beyond; whatever it is, the pictures
 # that it finds are ordered by their true cosine. Only what is new in the pool is embedded, and
-# only the shards that grew are made again.
+# only the shards that grew are made again. An `image.index` that somebody else built is searched as
+# it is, and left as it is; with an `index_kind` other than `auto`, ours is built beside it.
 
 # %%
 made_by = {
@@ -158,8 +169,8 @@ if pool == "mini":
     )
 if pool:
     embed_images(source, folder, encoder.encode_pixels, made_by, encoder.size)
-embedded = (folder / "img_emb").is_dir() and not url
-if embedded:
+builds = not url and not qdrant and needs_building(folder, index_kind)
+if builds:
     stored = Embeddings(folder)
     plan, table = choose_index(len(stored), stored.dim, memory_gb, index_kind, mapped)
     print(
@@ -175,18 +186,14 @@ if url:
     )
 elif qdrant:
     searched = QdrantIndex(qdrant if "://" in qdrant else resolve(qdrant), indice_name)
-    if embedded:
+    if (folder / "img_emb").is_dir():
         searched.fill(iterate_parts(folder))
 else:
-    if embedded:
+    if builds:
         build_index(folder, plan, shard_rows, jobs, seed)
     searched = LocalIndex(folder, run.device)
-    if searched.encoder and searched.encoder != made_by:
-        raise PerceptError(
-            f"{folder} holds embeddings of {searched.encoder}, and the brain's are of {made_by}:"
-            " search an index of the same encoder."
-        )
-searched
+encoder_known = describe_encoder(searched, made_by)
+print(f"{searched}\nencoder of the index: {encoder_known}")
 
 # %% [markdown]
 # ## Test pictures in the pool
@@ -233,18 +240,17 @@ print(f"{len(barred)} are left out, {size} pictures are searched. Exact image in
 # there is, which no brain can beat.
 
 # %%
-first = pd.DataFrame() if url else searched.get_metadata(np.arange(min(8, len(searched))))
-if not url and not {"image_path", "url", "image"} & set(first):
-    raise PerceptError(
-        f"{searched} says of no row where its picture is (image_path, url): put its metadata/"
-        " beside the index."
-    )
-is_local = not url and load_local_images(first, 8)[1].any()  # pictures on this machine, or urls
-wide = k if is_local else max(k, candidates)
+picture_source = ""
+if not url:
+    check_neighbours(searched, barred, k)
+    picture_source = find_picture_source(searched)
+wide = k if picture_source == "local" else max(k, candidates)
 results_by_query = {
     "retrieved": searched.search(brain, wide, barred),
     "retrieved_ceiling": searched.search(true, wide, barred),
 }
+if url:
+    picture_source = find_picture_source(searched, results_by_query["retrieved"].row)
 pd.DataFrame(
     {name: neighbours.similarity[:, :k].mean(0) for name, neighbours in results_by_query.items()},
     index=[f"cosine of number {i + 1}" for i in range(k)],
@@ -306,7 +312,8 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 
 # %% [markdown]
 # ## The pictures
-# Those that can be had, in the order of the search. With `token_run` all the tokens of another run
+# Those that can be had, in the order of the search. A test image without any stops the notebook:
+# nothing is scored in its place. With `token_run` all the tokens of another run
 # choose one of the `k`, as the paper's second-order selection does; otherwise the nearest one is
 # taken. What was seen plays no part.
 
@@ -316,13 +323,11 @@ fetch_options = FetchOptions(picture_size, picture_timeout, allow_private=privat
 usable = {}
 for name, neighbours in results_by_query.items():
     rows = usable[name] = neighbours.row[:, :k]
-    if (
-        not is_local
-        and "url" in (metadata := searched.get_metadata(neighbours.row.ravel()))
-        and "image" not in metadata
-    ):
+    if picture_source == "url":
         at = select_available_images(
-            metadata["url"].to_numpy().reshape(neighbours.row.shape),
+            searched.get_metadata(neighbours.row.ravel())["url"]
+            .to_numpy()
+            .reshape(neighbours.row.shape),
             k,
             cache,
             fetch_options,
@@ -347,18 +352,15 @@ def pictures(rows):
     """Pictures (images, k, 3, height, width) of rows (images, k), and whether there is one; where
     there is none another one of that image stands.
     """
-    metadata = searched.get_metadata(rows.ravel())
-    if is_local or "image" in metadata:
-        pixels, ok = (
-            load_local_images(metadata, picture_size)
-            if is_local
-            else decode_sent_images(metadata, picture_size)
-        )
-        candidate_images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    else:
-        urls = metadata["url"].tolist() if "url" in metadata else [None] * len(metadata)
+    lines = searched.get_metadata(rows.ravel())
+    if picture_source == "url":
+        urls = lines["url"].tolist() if "url" in lines else [None] * len(lines)
         fetched = fetch_images(urls, cache, fetch_options)
         candidate_images, ok = fetched.images, fetched.ok
+    else:
+        read = load_local_images if picture_source == "local" else decode_sent_images
+        pixels, ok = read(lines, picture_size)
+        candidate_images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     candidate_images, ok = candidate_images.unflatten(0, rows.shape), ok.reshape(rows.shape)
     first = np.where(ok, np.arange(rows.shape[1]), ok.argmax(1)[:, None])
     return candidate_images[torch.arange(len(rows))[:, None], torch.from_numpy(first)], ok
@@ -372,9 +374,6 @@ def chosen(name, part):
     if chooser is not None and name == "retrieved":
         at = select_best(chooser, tokens[part], candidate_images)[1]
     picked = candidate_images[torch.arange(len(candidate_images)), at]
-    picked[~ok.any(1)] = (
-        1.0 if server_failure == "published" else 0.5
-    )  # white, as published, or grey
     return {name: picked.half(), f"{name}_place": at, f"{name}_ok": torch.from_numpy(ok.any(1))}
 
 
@@ -384,7 +383,8 @@ unfinished = run.results / ".searching"
 unfinished.mkdir(exist_ok=True)
 rows = {}
 for name in results_by_query:
-    mark = [name, run.parameters, usable[name].tolist()]
+    lines = searched.get_metadata(usable[name].ravel()).filter(["url", "image_path", "tar_offset"])
+    mark = [name, run.parameters, usable[name].tolist(), lines.astype(str).to_numpy().tolist()]
     rows |= compute_in_chunks(
         lambda part, name=name: chosen(name, part), len(brain), 32, unfinished, mark
     )
@@ -393,10 +393,11 @@ places, had = (
     {name: rows.pop(f"{name}_ok").numpy() for name in results_by_query},
 )
 lost = {name: int((~ok).sum()) for name, ok in had.items()}
-print(
-    f"without a picture, and {'white' if server_failure == 'published' else 'grey'} in what"
-    f" follows: {lost} of {len(brain)} test images"
-)
+print(f"without a picture: {lost} of {len(brain)} test images")
+if any(lost.values()):
+    shutil.rmtree(unfinished)
+for name, available in had.items():
+    check_pictures(available, image_ids, name)
 
 # %% [markdown]
 # ## Into the run's reconstructions
@@ -405,6 +406,7 @@ print(
 
 # %%
 about = {"pool": str(searched), "pictures": size, "exact image in pool": in_pool}
+about |= {"encoder of the index": encoder_known}
 about |= {
     "test pictures left out": int(exact.sum()) * (not keep_test_images),
     "pictures left out, near copies included": len(barred),
@@ -440,14 +442,11 @@ for name, neighbours in results_by_query.items():
     part = part.assign(
         similarity=similarity.ravel(), chosen=part["place"] == np.repeat(places[name], k)
     )
-    tables.append(
-        pd.concat(
-            [part, searched.get_metadata(part["row"]).filter(["url", "image_path", "caption"])],
-            axis=1,
-        )
-    )
+    lines = searched.get_metadata(part["row"]).filter(["url", "image_path", "caption"])
+    tables.append(pd.concat([part, lines], axis=1))
 with atomic(run.results / "found.parquet") as path:
-    pd.concat(tables, ignore_index=True).query("row >= 0").to_parquet(path, index=False)
+    lines = pd.concat(tables, ignore_index=True).query("row >= 0")
+    make_storable(lines).to_parquet(path, index=False)
 
 # %%
 pd.Series(about)

@@ -20,6 +20,14 @@ from src.search.images import decode_image, find_new_parts, load_local_images, w
 from src.search.local import LocalIndex
 from src.search.plans import INDEX_KINDS, IndexPlan, choose_index, list_index_plans
 from src.search.qdrant import QdrantIndex, iterate_parts
+from src.search.records import find_foreign_index, needs_building
+from src.search.results import (
+    check_neighbours,
+    check_pictures,
+    describe_encoder,
+    find_picture_source,
+)
+from src.search.tables import make_storable
 
 __all__ = [
     "Embeddings",
@@ -36,18 +44,25 @@ __all__ = [
     "RequestOptions",
     "SearchResult",
     "build_index",
+    "check_neighbours",
+    "check_pictures",
     "choose_index",
     "decode_image",
     "decode_sent_images",
+    "describe_encoder",
     "embed_images",
     "fetch_images",
+    "find_foreign_index",
     "find_near_duplicates",
     "find_new_parts",
+    "find_picture_source",
     "is_public",
     "iterate_parts",
     "list_index_plans",
     "load_local_images",
+    "make_storable",
     "merge_shards",
+    "needs_building",
     "select_available_images",
     "select_top_k",
     "write_tars",

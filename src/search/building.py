@@ -3,13 +3,13 @@
     image.index/trained.index                 centres and codes, learnt once for all shards
     image.index/0000.index, 0001.index, ...   `shard_rows` rows each
 
-What is built, and how many rows each shard has, is recorded in index.json.
+What is built, and how many rows each shard has, is recorded in index.json. An image.index that
+somebody else built is left as it is: ours lies in percept.index then.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,10 +20,19 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from src.search.embed import prepare_folder, read_state
+from src.ownership import own
 from src.search.embeddings import Embeddings
 from src.search.local import LocalIndex
 from src.search.plans import IndexPlan
+from src.search.records import (
+    check_writable,
+    choose_index_folder,
+    find_own_index,
+    list_own_shards,
+    list_visible,
+    prepare_folder,
+    read_state,
+)
 from src.utils import PerceptError, atomic, require_extra, write_json
 
 # Steps in which a compressed index turns its axes (OPQ). faiss's own 50 take five times as long.
@@ -31,6 +40,8 @@ OPQ_ITERATIONS = 10
 
 # Rows that a compressed index is learnt from: 39 for each of the 256 centres of a code.
 MIN_TRAINING_ROWS = 10_000
+
+MERGED = ("populated.index", "merged_index.ivfdata")  # files of `merge_shards`
 
 
 def build_index(
@@ -42,24 +53,37 @@ def build_index(
 
     Args:
         folder: of the index, with its embeddings.
-        plan: of `choose_index`. If the folder holds an index of the same type, what was learnt for
-            it (centres, codes) stays; an index of another type is replaced.
+        plan: of `choose_index`. If we built an index of the same type, what was learnt for it
+            (centres, codes) stays; an index of ours of another type is replaced.
         shard_rows: rows a shard.
         jobs: processes that build shards side by side.
         seed: of the sample that centres and codes are learnt from.
 
     Raises:
-        PerceptError: too few rows for this type, or faiss is not installed.
+        PerceptError: too few rows for this type, embeddings that are none, another process writes
+            the folder, or faiss is not installed.
     """
-    faiss = require_extra("faiss", "search")
+    require_extra("faiss", "search")
     folder, embeddings = Path(folder), Embeddings(folder)
-    index_folder = folder / "image.index"
+    check_writable(folder)
+    _check_trainable(plan, len(embeddings))
+    with own(folder, "building the index"):
+        _build_own_index(folder, embeddings, plan, shard_rows, jobs, seed)
+    return LocalIndex(folder)
+
+
+def _build_own_index(
+    folder: Path, embeddings: Embeddings, plan: IndexPlan, shard_rows: int, jobs: int, seed: int
+) -> None:
+    faiss = require_extra("faiss", "search")
     state = _prepare_state(folder, plan, shard_rows)
+    index_folder = folder / state["index"]["folder"]
     prepare_folder(index_folder)
     trained = index_folder / "trained.index"
-    if not trained.exists():
+    if not (state["index"]["trained"] and trained.exists()):
         with atomic(trained) as temporary:
             faiss.write_index(_train(embeddings, plan, seed), str(temporary))
+        state["index"]["trained"] = True
     write_json(folder / "index.json", state)
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
     missing = []
@@ -67,51 +91,76 @@ def build_index(
         path = index_folder / f"{number:04d}.index"
         stop = min(start + shard_rows, len(embeddings))
         shard = _Shard(number, start, stop, path, str(folder), str(trained), threads)
-        if [start, stop] not in state["shards"][number : number + 1] or not path.exists():
+        if [start, stop] not in state["shards"] or not path.exists():
             missing.append(shard)
+    if missing:  # what was merged is of other rows
+        for name in MERGED:
+            (index_folder / name).unlink(missing_ok=True)
     n_rows = sum(shard.stop - shard.start for shard in missing)
     with tqdm(desc="indexing", unit="row", unit_scale=True, mininterval=2, total=n_rows) as bar:
 
         def record(shard: _Shard) -> None:
-            state["shards"][shard.number : shard.number + 1] = [[shard.start, shard.stop]]
+            others = [rows for rows in state["shards"] if rows[0] != shard.start]
+            state["shards"] = sorted([*others, [shard.start, shard.stop]])
             write_json(folder / "index.json", state)
             bar.update(shard.stop - shard.start)
 
         _build_shards(missing, record, jobs)
-    return LocalIndex(folder)
 
 
 def _prepare_state(folder: Path, plan: IndexPlan, shard_rows: int) -> dict[str, Any]:
-    """Return the new content of index.json, after removing what of the index does not fit it."""
-    state = read_state(folder)
-    index_folder, previous = folder / "image.index", state.get("index", {})
-    if previous.get("kind") != plan.kind or not index_folder.is_dir():
-        _remove(index_folder)
+    """Return the new content of index.json, after removing what of our index does not fit it."""
+    state = {"shards": []} | read_state(folder)
+    index_folder = choose_index_folder(folder, state)
+    previous = state.get("index", {})
+    is_same = previous.get("kind") == plan.kind and index_folder.is_dir()
+    is_outdated = not is_same or previous.get("shard_rows") != shard_rows
+    old_files = _list_own_files(index_folder, state) if is_outdated else []
+    if not is_same:
         state["index"] = {
             "kind": plan.kind,
-            "shard_rows": shard_rows,
             "factory": plan.factory,
-            "mapped": plan.mapped,
             "candidates": plan.candidates,
             "probes": plan.probes,
+            "trained": False,
         }
+    if is_outdated:
         state["shards"] = []
-    elif previous["shard_rows"] != shard_rows:
-        state["index"]["shard_rows"], state["shards"] = shard_rows, []
-        for shard in index_folder.glob("[0-9]*.index"):
-            shard.unlink()
-    state["index"]["mapped"] = plan.mapped
+    state["index"].setdefault("trained", True)  # of earlier versions, which recorded nothing before
+    state["index"] |= {
+        "folder": index_folder.name,
+        "shard_rows": shard_rows,
+        "mapped": plan.mapped,
+    }
+    # recorded first, so that nothing of ours is ever taken for somebody else's, or for finished
+    write_json(folder / "index.json", state)
+    for path in old_files:
+        if is_same and path.name == "trained.index":
+            continue
+        path.unlink(missing_ok=True)
     return state
+
+
+def _list_own_files(index_folder: Path, state: dict[str, Any]) -> list[Path]:
+    """List the files of our index: none in a folder that is not recorded as ours."""
+    if find_own_index(index_folder.parent, state) != index_folder:
+        return []
+    return [index_folder / name for name in ("trained.index", *MERGED)] + list_visible(
+        index_folder, "[0-9]*.index"
+    )
+
+
+def _check_trainable(plan: IndexPlan, rows: int) -> None:
+    if plan.kind == "IVF-PQ" and rows < MIN_TRAINING_ROWS:
+        raise PerceptError(
+            f"{rows:,} images are too few to learn {plan.factory} from, which takes"
+            f" {MIN_TRAINING_ROWS:,}: choose Flat."
+        )
 
 
 def _train(embeddings: Embeddings, plan: IndexPlan, seed: int) -> Any:
     """Return an empty index that has learnt its centres and codes from a sample of the rows."""
     faiss = require_extra("faiss", "search")
-    if plan.kind == "IVF-PQ" and len(embeddings) < MIN_TRAINING_ROWS:
-        raise PerceptError(
-            f"{len(embeddings):,} images are too few to learn {plan.factory} from, which takes"
-            f" {MIN_TRAINING_ROWS:,}: choose Flat."
-        )
     index = faiss.index_factory(embeddings.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         if plan.kind == "IVF-PQ":
@@ -161,40 +210,35 @@ def _build_shard(shard: _Shard) -> None:
         faiss.write_index(index, str(temporary))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def merge_shards(folder: str | Path) -> Path:
-    """Merge all shards into one file, image.index/populated.index, for `clip-retrieval back`.
+    """Merge all shards of our index into one file, populated.index, for `clip-retrieval back`.
 
     The lists of IVF-PQ stay on disk, in merged_index.ivfdata.
 
     Raises:
-        PerceptError: shards are missing, or faiss is not installed.
+        PerceptError: shards are missing, another process writes the folder, or faiss is not
+            installed.
     """
     faiss = require_extra("faiss", "search")
     folder = Path(folder)
-    state, index_folder = read_state(folder), folder / "image.index"
-    paths = [index_folder / f"{i:04d}.index" for i in range(len(state.get("shards", [])))]
-    if not paths or not all(path.exists() for path in paths):
+    state = read_state(folder)
+    index_folder, paths = find_own_index(folder, state), list_own_shards(folder, state)
+    if index_folder is None or not paths or not all(path.exists() for path in paths):
         raise PerceptError(f"{folder} has no finished index to join: build it first.")
     merged = index_folder / "populated.index"
-    _remove(merged)
-    if len(paths) == 1:
-        os.link(paths[0], merged)
-        return merged
-    index = faiss.read_index(str(index_folder / "trained.index"))
-    if state["index"]["kind"] == "IVF-PQ":
-        ondisk = require_extra("faiss.contrib.ondisk", "search")
-        lists = str(index_folder / "merged_index.ivfdata")
-        ondisk.merge_ondisk(index, [str(path) for path in paths], lists, shift_ids=True)
-    else:
-        for path in paths:
-            index.merge_from(faiss.read_index(str(path)))
-    with atomic(merged) as temporary:
-        faiss.write_index(index, str(temporary))
+    with own(folder, "merging the index"):
+        if len(paths) == 1:
+            with atomic(merged) as temporary:
+                os.link(paths[0], temporary)
+            return merged
+        index = faiss.read_index(str(index_folder / "trained.index"))
+        if state["index"]["kind"] == "IVF-PQ":
+            ondisk = require_extra("faiss.contrib.ondisk", "search")
+            lists = str(index_folder / "merged_index.ivfdata")
+            ondisk.merge_ondisk(index, [str(path) for path in paths], lists, shift_ids=True)
+        else:
+            for path in paths:
+                index.merge_from(faiss.read_index(str(path)))
+        with atomic(merged) as temporary:
+            faiss.write_index(index, str(temporary))
     return merged

@@ -18,7 +18,11 @@ import pandas as pd
 
 from src.search.embeddings import SearchResult, check_queries, select_top_k, unique_rows
 from src.search.http_client import RequestFailed, RequestLimits, request, run_in_parallel
+from src.search.tables import clean_fields, make_table
 from src.utils import PerceptError
+
+# Cosines are at most 1; an index that stores rows compressed may tell a little more.
+LARGEST_COSINE = 1.1
 
 ANSWER_BYTES = 200e6  # of an answer of the service, which is large if it holds images
 
@@ -223,7 +227,7 @@ class RemoteIndex:
                 " this session has found."
             )
         lines = [self._metadata.get(row, {}) for row in row_list]
-        return pd.DataFrame(lines, index=range(len(row_list)))
+        return make_table(lines)
 
     def _store_metadata(self, outcomes: list[_QueryOutcome], result: SearchResult) -> None:
         """Store the metadata of the rows of a result.
@@ -234,7 +238,7 @@ class RemoteIndex:
             for line in outcome.lines:
                 if line["id"] in rows:
                     fields = {k: v for k, v in line.items() if k not in ("id", "similarity")}
-                    self._metadata[line["id"]] = fields
+                    self._metadata[line["id"]] = clean_fields(fields)
 
     def _ask(self, query: np.ndarray, k: int, excluded: frozenset[int]) -> _QueryOutcome:
         """Ask for the rows of one query (dim,), twice if `on_failure` says so."""
@@ -292,6 +296,7 @@ class RemoteIndex:
             raise RequestFailed(
                 "did not answer with a list of rows that have an id and a similarity"
             )
+        _check_similarities(lines)
         return lines
 
     def _count_failures(self, outcomes: list[_QueryOutcome]) -> None:
@@ -331,4 +336,24 @@ def _is_line(line: Any) -> bool:
     similarity: Any = line.get("similarity")
     if type(row) is not int or not 0 <= row < 2**63:
         return False
-    return type(similarity) in (int, float) and math.isfinite(similarity)
+    if type(similarity) not in (int, float):
+        return False
+    try:
+        return math.isfinite(float(similarity))
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _check_similarities(lines: list[dict[str, Any]]) -> None:
+    """Refuse lines whose similarities are no cosines, such as distances, best first."""
+    similarities = np.array([line["similarity"] for line in lines], float)
+    if not len(lines):
+        return
+    furthest = similarities[np.abs(similarities).argmax()]
+    if abs(furthest) > LARGEST_COSINE:
+        raise RequestFailed(f"answered with a similarity of {furthest:.6g}, which is no cosine")
+    steps = np.diff(similarities)
+    if len(steps) > 1 and steps.min() >= 0 and steps.max() > 0:
+        raise RequestFailed(
+            "answered with the smallest similarities first, as an index of distances does"
+        )

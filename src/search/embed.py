@@ -1,40 +1,105 @@
 """Embedding the images of a folder or a webdataset into the folder of an index.
 
-The file index.json of that folder records what made the embeddings, which tar files are done and
-how many images could not be read; `src.search.building` adds the type and the shards of the index.
+What is done is recorded in index.json, see `src.search.records`. Images that cannot be read are
+left out one by one, tar files that do not end where they should as a whole; both are named.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from src.foreign_files import shorten
+from src.ownership import own
 from src.search.embeddings import Embeddings
-from src.search.images import SourcePart, decode_image, find_new_parts, iterate_samples
-from src.utils import PerceptError, atomic, read_json, write_json
+from src.search.images import (
+    Sample,
+    SourcePart,
+    decode_image,
+    describe_file,
+    iterate_samples,
+    list_source,
+)
+from src.search.known_parts import adopt_parts, compare_parts
+from src.search.records import (
+    check_writable,
+    embeddings_path,
+    find_foreign_index,
+    list_visible,
+    metadata_path,
+    prepare_folder,
+    read_state,
+    remove_unwritten,
+)
+from src.search.tables import make_table
+from src.utils import PerceptError, atomic, write_json
 
 Encode = Callable[[np.ndarray], np.ndarray]
 
+MAX_NAMES = 20  # of unreadable images that index.json lists
 
-@dataclass(frozen=True)
+
+@dataclass
 class _EmbeddedPart:
-    """Embeddings (rows, dim) float16 of a part, a line of metadata a row, and unreadable images."""
+    """What came of a part.
 
-    embeddings: np.ndarray
-    metadata: pd.DataFrame
-    n_unread: int
+    Attributes:
+        embeddings: (rows, dim) float16, in blocks.
+        samples: of each row, without its content.
+        unread: names of the images that could not be read or embedded.
+        n_seen: images in all.
+    """
+
+    embeddings: list[np.ndarray] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    n_seen: int = 0
+
+
+@dataclass
+class _Report:
+    """What was left out of this call, for its last words."""
+
+    n_seen: int = 0
+    unread: list[str] = field(default_factory=list)
+    ignored_texts: list[str] = field(default_factory=list)
+    bad_tars: list[tuple[str, str]] = field(default_factory=list)
+
+    def warn(self, source: Any) -> None:
+        """Warn of the images that were left out, and of texts that were not used."""
+        for names, what in (
+            (self.unread, "images could not be read and are left out"),
+            (self.ignored_texts, "images have a .json beside them that is no JSON object"),
+        ):
+            if names:
+                listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                warnings.warn(
+                    f"{source}: {len(names)} of {self.n_seen} {what} ({listed}).", stacklevel=4
+                )
+
+    def check_tars(self, source: Any) -> None:
+        """Refuse a source of which tar files could not be read; all others are embedded."""
+        if not self.bad_tars:
+            return
+        name, reason = self.bad_tars[0]
+        others = ""
+        if len(self.bad_tars) > 1:
+            others = f", nor can {len(self.bad_tars) - 1} more of its tar files"
+        raise PerceptError(
+            f"The part of {source} that begins with {name} cannot be read ({reason}){others}: fetch"
+            " it again, or take it away; all that could be read is embedded."
+        )
 
 
 def embed_images(
@@ -49,7 +114,8 @@ def embed_images(
     """Embed all images of a source that the folder of an index does not hold yet.
 
     Each part is complete on disk before the next one begins, so that an interrupted call goes on.
-    Images that cannot be read are left out and counted (`index.json`).
+    Images that cannot be read are left out, counted and named (`index.json`, and a warning). Files
+    that were replaced since they were embedded are embedded again.
 
     Args:
         source: folder of images or of tar files (`find_new_parts`).
@@ -61,38 +127,36 @@ def embed_images(
         batch_size: images at a time.
 
     Raises:
-        PerceptError: the folder holds embeddings of another encoder, or none of the images can be
-            read.
+        PerceptError: the folder holds embeddings of another encoder, or of one that is not
+            recorded, or another process writes it; none of the images can be read; a tar file
+            cannot be read or does not end where it should (all others are embedded then).
     """
     folder = Path(folder)
-    state = read_state(folder)
-    if state.setdefault("encoder", encoder) != encoder:
-        stored_name, new_name = _encoder_name(state["encoder"]), _encoder_name(encoder)
-        raise PerceptError(
-            f"{folder} holds embeddings of another encoder, {stored_name} and not {new_name}: give"
-            " another folder, or the weights that made it."
-        )
-    finished = [*state["done"], *_embedded_paths(folder, Path(source))]
-    parts = find_new_parts(source, part_rows, finished)
-    prepare_folder(folder / "img_emb")
-    prepare_folder(folder / "metadata")
-    n_images = sum(len(part.paths) for part in parts) or None
-    with tqdm(desc="embedding", unit="image", mininterval=2, total=n_images) as bar:
-        for part in parts:
-            try:
-                embedded = _embed_part(part, size, encode, batch_size, bar)
-            except (tarfile.TarError, json.JSONDecodeError) as error:
-                raise PerceptError(
-                    f"The part of {source} that begins with {part.name} cannot be read ({error}):"
-                    " fetch it again, or take it away."
-                ) from error
-            if len(embedded.embeddings):
-                _write_part(folder, embedded)
-            if part.tar is not None:
-                state["done"].append(part.name)
-            state["unread"] += embedded.n_unread
-            write_json(folder / "index.json", state)
-    if not _count_parts(folder):
+    files = list_source(source)
+    _check_encoder(folder, encoder)
+    with own(folder, "embedding images"):
+        state = _open_state(folder, encoder)
+        state, finished = compare_parts(folder, state, files)
+        write_json(folder / "index.json", state)
+        remove_unwritten(folder, state)
+        parts = files.group(part_rows, finished)
+        report = _Report()
+        n_tar_unread = sum(part.get("unread", 0) for part in state["parts"])
+        n_images = sum(len(part.paths) for part in parts) or None
+        with tqdm(desc="embedding", unit="image", mininterval=2, total=n_images) as bar:
+            for part in parts:
+                try:
+                    embedded = _embed_part(part, size, encode, batch_size, bar)
+                except (tarfile.TarError, OSError) as error:
+                    report.bad_tars.append((part.name, shorten(error)))
+                    continue
+                _write_part(folder, state, part, files.root, embedded, report)
+                state["unread"] = n_tar_unread + len(report.unread)
+                state["unread_names"] = report.unread[:MAX_NAMES]
+                write_json(folder / "index.json", state)
+    report.warn(source)
+    report.check_tars(source)
+    if not any(part["rows"] for part in state["parts"]):
         raise PerceptError(
             f"None of the {state['unread']} files in {source} could be read as an image: look at"
             " one of them."
@@ -100,76 +164,130 @@ def embed_images(
     return Embeddings(folder)
 
 
+# -------------------------------------------------------------------------------- one part
 def _embed_part(
     part: SourcePart, size: int, encode: Encode, batch_size: int, bar: Any
 ) -> _EmbeddedPart:
-    embeddings, lines, n_unread = [], [], 0
+    embedded = _EmbeddedPart()
     samples = iterate_samples(part)
+
+    def decode(sample: Sample) -> np.ndarray | None:
+        return None if sample.content is None else decode_image(sample.content, size)
+
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        while True:
-            batch = list(islice(samples, batch_size))
-            decoded = pool.map(lambda sample: decode_image(sample[0], size), batch)
-            images = []
-            for image, (_, line) in zip(decoded, batch, strict=True):
-                if image is not None:
-                    images.append(image)
-                    lines.append(line)
-            n_unread += len(batch) - len(images)
-            if images:
-                embeddings.append(_embed_batch(images, encode))
+        while batch := list(islice(samples, batch_size)):
+            pixels = list(pool.map(decode, batch))
+            for sample in batch:
+                sample.content = None
+            _embed_batch(embedded, batch, pixels, encode)
             bar.update(len(batch))
-            if len(batch) < batch_size:
-                break
-    if not embeddings:
-        return _EmbeddedPart(np.empty((0, 0), np.float16), pd.DataFrame(), n_unread)
-    return _EmbeddedPart(np.concatenate(embeddings), pd.DataFrame(lines), n_unread)
+    return embedded
 
 
-def _embed_batch(images: list[np.ndarray], encode: Encode) -> np.ndarray:
-    """Images (size, size, 3) -> (images, dim) float16 of length one."""
-    encoded = np.asarray(encode(np.stack(images)))
-    embeddings = encoded.reshape(len(images), -1).astype(np.float32)
-    length = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return (embeddings / length).astype(np.float16)
+def _embed_batch(
+    embedded: _EmbeddedPart,
+    samples: Sequence[Sample],
+    pixels: Sequence[np.ndarray | None],
+    encode: Encode,
+) -> None:
+    """Embed those samples that have pixels (size, size, 3), and name the others."""
+    readable = [sample for sample, image in zip(samples, pixels, strict=True) if image is not None]
+    images = [image for image in pixels if image is not None]
+    embedded.n_seen += len(samples)
+    usable = np.empty(0, bool)
+    if images:
+        rows = np.asarray(encode(np.stack(images))).reshape(len(images), -1).astype(np.float32)
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        usable = (np.isfinite(length) & (length > 0))[:, 0]
+        if not usable.any():
+            raise PerceptError(
+                f"The encoder gives NaN, infinite values or nothing but zeros for {len(images)}"
+                f" images, such as {readable[0].name}: look at its weights."
+            )
+        embedded.embeddings.append((rows[usable] / length[usable]).astype(np.float16))
+    kept = [sample for sample, is_usable in zip(readable, usable, strict=True) if is_usable]
+    embedded.samples += kept
+    kept_ids = set(map(id, kept))
+    embedded.unread += [sample.name for sample in samples if id(sample) not in kept_ids]
 
 
-def _write_part(folder: Path, part: _EmbeddedPart) -> None:
-    """Write metadata first: without embeddings beside it, a metadata file does not count."""
-    number = _count_parts(folder)
-    with atomic(folder / "metadata" / f"metadata_{number:06d}.parquet") as path:
-        part.metadata.to_parquet(path, index=False)
-    with atomic(folder / "img_emb" / f"img_emb_{number:06d}.npy") as path, open(path, "wb") as file:
-        np.save(file, part.embeddings)
+def _write_part(
+    folder: Path,
+    state: dict[str, Any],
+    part: SourcePart,
+    root: Path,
+    embedded: _EmbeddedPart,
+    report: _Report,
+) -> None:
+    """Write a part and add it to the state, which the caller records: only then it counts."""
+    report.n_seen += embedded.n_seen
+    report.unread += embedded.unread
+    number = None
+    if embedded.samples:
+        number = _next_number(folder, state)
+        state["unwritten"] = [number]
+        write_json(folder / "index.json", state)
+        with atomic(metadata_path(folder, number)) as path:
+            _make_metadata(embedded.samples, report).to_parquet(path, index=False)
+        with atomic(embeddings_path(folder, number)) as path, open(path, "wb") as file:
+            np.save(file, np.concatenate(embedded.embeddings))
+        state["unwritten"] = []
+    record: dict[str, Any] = {"number": number, "rows": len(embedded.samples), "name": part.name}
+    if part.tar is not None:
+        record |= {"tar": str(part.tar), "unread": len(embedded.unread)} | describe_file(part.tar)
+    if number is not None or part.tar is not None:
+        state["parts"].append(record | {"source": str(root)})
 
 
-def _count_parts(folder: Path) -> int:
-    return len(list((folder / "img_emb").glob("*.npy")))
+def _make_metadata(samples: Sequence[Sample], report: _Report) -> pd.DataFrame:
+    lines = []
+    for sample in samples:
+        line, usable = sample.to_line()
+        lines.append(line)
+        if not usable:
+            report.ignored_texts.append(sample.name)
+    return make_table(lines)
 
 
-def _embedded_paths(folder: Path, source: Path) -> Iterator[str]:
-    """Yield the images of a source that have embeddings already, relative to it."""
-    for table_path in sorted((folder / "metadata").glob("*.parquet")):
-        embeddings_name = table_path.name.replace("metadata", "img_emb")
-        if not (folder / "img_emb" / embeddings_name).with_suffix(".npy").exists():
-            continue
-        for path in pq.read_table(table_path, columns=["image_path"])["image_path"].to_pylist():
-            if Path(path).is_relative_to(source):
-                yield str(Path(path).relative_to(source))
+def _next_number(folder: Path, state: dict[str, Any]) -> int:
+    """Return a number that no file of the folder has."""
+    numbers = [part["number"] for part in state["parts"] if part["number"] is not None]
+    for path in list_visible(folder / "img_emb", "img_emb_*.npy"):
+        digits = path.stem.removeprefix("img_emb_")
+        numbers += [int(digits)] if digits.isdecimal() else []
+    return max(numbers, default=-1) + 1
+
+
+# ------------------------------------------------------------------------------------ what is done
+def _check_encoder(folder: Path, encoder: dict[str, Any]) -> None:
+    """Refuse to mix images into embeddings of another encoder, or of one that is not recorded."""
+    check_writable(folder)
+    recorded = read_state(folder).get("encoder")
+    if recorded is None and (
+        list_visible(folder / "img_emb", "*.npy") or find_foreign_index(folder) is not None
+    ):
+        raise PerceptError(
+            f"{folder} holds an index whose encoder is not recorded, so that images cannot be added"
+            " to it: give another folder for the images (index)."
+        )
+    if recorded is not None and recorded != encoder:
+        raise PerceptError(
+            f"{folder} holds embeddings of another encoder, {_encoder_name(recorded)} and not"
+            f" {_encoder_name(encoder)}: give another folder, or the weights that made it."
+        )
+
+
+def _open_state(folder: Path, encoder: dict[str, Any]) -> dict[str, Any]:
+    """Read the record of a folder that this process owns, and remove what does not count."""
+    _check_encoder(folder, encoder)
+    state = {"encoder": encoder, "unread": 0} | read_state(folder)
+    prepare_folder(folder / "img_emb")
+    prepare_folder(folder / "metadata")
+    if "parts" not in state:
+        state["parts"] = adopt_parts(folder)
+    remove_unwritten(folder, state)
+    return state
 
 
 def _encoder_name(encoder: dict[str, Any]) -> str:
     return str(encoder.get("model", encoder.get("name", "unknown")))
-
-
-# ------------------------------------------------------------------------------ state of a folder
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read index.json of an index, or begin it where there is none."""
-    path = folder / "index.json"
-    return read_json(path) if path.exists() else {"done": [], "unread": 0}
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make a folder, or remove the half-written files that a killed call left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*.tmp"):
-        unfinished.unlink(missing_ok=True)

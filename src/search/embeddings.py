@@ -10,6 +10,8 @@ Rows are numbered through all files, in the order of the file names.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
+from src.foreign_files import READ_ERRORS, explain_unreadable
+from src.search.records import list_embeddings, list_metadata
 from src.utils import PerceptError
+
+MAKE_AGAIN = "make that part again"
+
+MAX_NEIGHBOURS = 2**20  # that a search may ask for
 
 BLOCK_ROWS = 65_536  # rows read at a time
 
@@ -50,7 +58,8 @@ def check_queries(queries: Any, dim: int, k: int) -> np.ndarray:
     """Return queries (queries, dim) as float32 of length one.
 
     Raises:
-        PerceptError: another dim, numbers that are not finite, a query that is all 0, or k below 1.
+        PerceptError: another dim, numbers that are not finite, a query that is all 0, or k below 1
+            or above MAX_NEIGHBOURS.
     """
     queries = np.atleast_2d(np.asarray(queries, np.float32))
     if queries.shape[1] != dim:
@@ -64,8 +73,10 @@ def check_queries(queries: Any, dim: int, k: int) -> np.ndarray:
             "A query holds NaN or infinite values, or nothing but zeros: look at the embeddings"
             " that the brain predicted."
         )
-    if k < 1:
-        raise PerceptError(f"{k} neighbours were asked for: ask for at least one.")
+    if not 1 <= k <= MAX_NEIGHBOURS:
+        raise PerceptError(
+            f"{k} neighbours were asked for: ask for at least one, and at most {MAX_NEIGHBOURS:,}."
+        )
     return queries / length
 
 
@@ -107,12 +118,17 @@ def read_checked(
     """Read a file with `read`.
 
     Raises:
-        PerceptError: the file is cut short or of another format; the sentence ends with `remedy`.
+        PerceptError: the file may not be read, is cut short or of another format; the sentence ends
+            with `remedy`.
     """
     try:
         return read(str(path), *arguments, **options)
+    except (PermissionError, FileNotFoundError, MemoryError) as error:
+        raise explain_unreadable(path, error, remedy) from error
     # faiss raises RuntimeError, numpy and pyarrow ValueError, an empty file EOFError
-    except (RuntimeError, ValueError, EOFError) as error:
+    except READ_ERRORS as error:
+        if not os.access(path, os.R_OK):
+            raise explain_unreadable(path, error, remedy) from error
         raise PerceptError(
             f"{path} cannot be read, as it is cut short or of another kind: {remedy}."
         ) from error
@@ -132,7 +148,8 @@ class Metadata:
     """
 
     def __init__(self, folder: str | Path, n_files: int | None = None):
-        self.paths = sorted((Path(folder) / "metadata").glob("*.parquet"))[:n_files]
+        self.folder = Path(folder)
+        self.paths = list_metadata(folder)[:n_files]
         self.lengths = [self._count_rows(path) for path in self.paths]
         self.offsets = np.cumsum([0, *self.lengths])
 
@@ -141,20 +158,29 @@ class Metadata:
 
     @staticmethod
     def _count_rows(path: Path) -> int:
-        return int(read_checked(path, "make that part again", pq.read_metadata).num_rows)
+        return int(read_checked(path, MAKE_AGAIN, pq.read_metadata).num_rows)
 
     def get_rows(self, rows: Any) -> pd.DataFrame:
         """Return one line for each of `rows` (n,), in that order.
 
         All columns are missing for row -1, and there are none if the folder has no files.
+
+        Raises:
+            PerceptError: a row that does not exist, or a file cannot be read.
         """
         rows = np.asarray(rows, np.int64)
+        if self.paths and len(rows) and not -1 <= rows.min() <= rows.max() < len(self):
+            wrong = rows[(rows < -1) | (rows >= len(self))][0]
+            raise PerceptError(
+                f"{self.folder} has no row {wrong}, as its metadata is of {len(self):,} rows: ask"
+                " for rows that a search returned."
+            )
         tables = []
         if self.paths:
             file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
             for file in np.unique(file_of_row[rows >= 0]):
                 positions = np.flatnonzero((file_of_row == file) & (rows >= 0))
-                table = pq.read_table(self.paths[file])
+                table = read_checked(self.paths[file], MAKE_AGAIN, pq.read_table)
                 lines = table.take(rows[positions] - self.offsets[file]).to_pandas()
                 tables.append(lines.set_axis(positions))
         table = pd.concat(tables) if tables else pd.DataFrame()
@@ -168,28 +194,38 @@ class Embeddings:
         arrays: (rows, dim) of each file, in the order of their names.
         offsets: number of the first row of each file, and the number of all rows.
         dim: numbers an embedding.
+        paths: of the files.
 
     Raises:
-        PerceptError: there are none, a file is cut short, they are not of one dim, or metadata has
-            other rows.
+        PerceptError: there are none, a file is cut short or not of floating-point numbers, they are
+            not of one dim, or metadata has other rows.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        paths = sorted((self.folder / "img_emb").glob("*.npy"))
-        if not paths:
+        self.paths = list_embeddings(folder)
+        if not self.paths:
             raise PerceptError(
                 f"{self.folder / 'img_emb'} holds no .npy files: give a folder that clip-retrieval,"
                 " or notebook 05_search_index, wrote embeddings into."
             )
         options = {"mmap_mode": "r", "allow_pickle": False}
-        self.arrays = [
-            read_checked(path, "make that part again", np.load, **options) for path in paths
-        ]
+        self.arrays = [read_checked(path, MAKE_AGAIN, np.load, **options) for path in self.paths]
+        self._check_types()
         self.dim = self._check_shapes()
         lengths = [len(array) for array in self.arrays]
         self.offsets = np.cumsum([0, *lengths])
         self._check_metadata(lengths)
+
+    def _check_types(self) -> None:
+        """Refuse files of anything but floating-point numbers."""
+        for path, array in zip(self.paths, self.arrays, strict=True):
+            kind = getattr(array, "dtype", type(array).__name__)
+            if getattr(kind, "kind", "") != "f":
+                raise PerceptError(
+                    f"{path} holds {kind} and no floating-point numbers, so that it is no file of"
+                    f" embeddings: {MAKE_AGAIN}."
+                )
 
     def _check_shapes(self) -> int:
         """Return the common dim of all files."""
@@ -201,12 +237,21 @@ class Embeddings:
                 f"The embeddings in {self.folder / 'img_emb'} are not all (rows, dim) with one dim:"
                 f" {shapes}."
             )
+        if not any(array.size for array in self.arrays):
+            raise PerceptError(
+                f"The embeddings in {self.folder / 'img_emb'} are empty, {self.arrays[0].shape}:"
+                f" {MAKE_AGAIN}."
+            )
         return int(dims.pop()[0])
 
     def _check_metadata(self, lengths: list[int]) -> None:
         """Refuse metadata files whose rows are not those of the embeddings."""
-        metadata_lengths = Metadata(self.folder, len(lengths)).lengths
-        if not metadata_lengths or metadata_lengths == lengths:
+        metadata = Metadata(self.folder, len(lengths))
+        metadata_lengths = metadata.lengths
+        if not metadata_lengths:
+            return
+        if metadata_lengths == lengths:
+            self._check_numbers(metadata.paths)
             return
         pairs = zip(metadata_lengths, lengths, strict=False)
         differing = [file for file, pair in enumerate(pairs) if pair[0] != pair[1]]
@@ -216,11 +261,25 @@ class Embeddings:
             " on: make that part again."
         )
 
+    def _check_numbers(self, metadata_paths: list[Path]) -> None:
+        """Refuse files of embeddings and metadata that belong to parts of other numbers."""
+        for path, metadata_path in zip(self.paths, metadata_paths, strict=True):
+            numbers = [re.findall(r"\d+", file.stem)[-1:] for file in (path, metadata_path)]
+            if all(numbers) and int(numbers[0][0]) != int(numbers[1][0]):
+                raise PerceptError(
+                    f"{path} and {metadata_path} would be of the same rows by their order, and are"
+                    " not by their numbers: add the file that is missing, or take the other away."
+                )
+
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
     def get_rows(self, rows: Any) -> np.ndarray:
-        """Return the embeddings of `rows` (n,) as (n, dim) float32 of length one."""
+        """Return the embeddings of `rows` (n,) as (n, dim) float32 of length one.
+
+        Raises:
+            PerceptError: an embedding is NaN, infinite, or nothing but zeros.
+        """
         rows = np.asarray(rows, np.int64)
         embeddings = np.empty((len(rows), self.dim), np.float32)
         file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
@@ -229,8 +288,19 @@ class Embeddings:
             embeddings[selected] = self.arrays[file][rows[selected] - self.offsets[file]]
         # without a copy of the embeddings, as a sample to learn from may take gigabytes
         length = np.einsum("ij,ij->i", embeddings, embeddings)[:, None] ** 0.5
-        embeddings /= np.maximum(length, 1e-12)
+        if not (np.isfinite(length) & (length > 0)).all():
+            self._name_unusable(rows, length[:, 0])
+        embeddings /= length
         return embeddings
+
+    def _name_unusable(self, rows: np.ndarray, length: np.ndarray) -> None:
+        """Raise over the first embedding whose length says that it is none."""
+        row = int(rows[np.flatnonzero(~(np.isfinite(length) & (length > 0)))[0]])
+        file = int(np.searchsorted(self.offsets, row, side="right") - 1)
+        raise PerceptError(
+            f"{self.paths[file]} holds NaN, infinite values or nothing but zeros as embedding"
+            f" {row - int(self.offsets[file])} (row {row} of the index): {MAKE_AGAIN}."
+        )
 
     def iterate_blocks(
         self, start: int = 0, stop: int | None = None
@@ -296,10 +366,11 @@ def find_near_duplicates(
     pairs = []
     remaining, k = np.arange(len(images)), 16
     while len(remaining):
+        k = min(k, MAX_NEIGHBOURS)
         result = search(images[remaining], k)
         similar = result.similarity >= threshold
         # where all k rows are near duplicates there may be more: search again with a larger k
-        incomplete = similar.all(1) & (result.row >= 0).all(1)
+        incomplete = similar.all(1) & (result.row >= 0).all(1) & (k < MAX_NEIGHBOURS)
         for position in np.flatnonzero(~incomplete):
             image = ids[remaining[position]]
             for column in np.flatnonzero(similar[position]):

@@ -24,8 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from src import image_files
 from src.search.http_client import RequestFailed, RequestLimits, request, run_in_parallel
-from src.search.images import decode_image, stack_images
+from src.search.images import decode_image, fit_image, stack_images
+from src.search.tables import clean_text
 from src.utils import PerceptError, atomic
 
 MAX_REDIRECTS = 5
@@ -80,7 +82,8 @@ class FetchedImages:
     """Images by their urls.
 
     Attributes:
-        images: (n, 3, size, size) float32 in [0, 1], grey (0.5) where there is none.
+        images: (n, 3, size, size) float32 in [0, 1], grey (0.5) where there is none, to fill the
+            array: it is not to be scored.
         ok: (n,) bool, whether there is one.
         reasons: n texts, why there is none; "" where there is one.
     """
@@ -95,7 +98,7 @@ def fetch_images(
 ) -> FetchedImages:
     """Fetch images by their urls, in their order.
 
-    Grey images become RGB, transparency is dropped.
+    Every kind of pixels becomes RGB, see `src.image_files`.
 
     Args:
         urls: n. What is no text counts as a url that cannot be fetched; the same url is fetched
@@ -182,7 +185,10 @@ def decode_sent_images(metadata: pd.DataFrame, size: int) -> tuple[np.ndarray, n
     """
     images = []
     for text in metadata["image"]:
-        content = base64.b64decode(text) if isinstance(text, str) else b""
+        try:
+            content = base64.b64decode(text) if isinstance(text, str) else b""
+        except ValueError:  # no base64
+            content = b""
         images.append(decode_image(content, size))
     return stack_images(images, size)
 
@@ -235,7 +241,7 @@ class _Fetcher:
         path = self.cache.path(url)
         try:
             # a cached file that is incomplete is fetched again
-            with suppress(RequestFailed, FileNotFoundError):
+            with suppress(RequestFailed, OSError):
                 return self._decode(path.read_bytes())
             content = self._download(url)
             pixels = self._decode(content)
@@ -256,7 +262,7 @@ class _Fetcher:
                 location = response.headers["Location"]
                 if response.status not in (301, 302, 303, 307, 308) or not location:
                     raise RequestFailed(f"answered with HTTP {response.status}")
-                address = urljoin(address, location)
+                address = _join_address(address, location)
             except RequestFailed as failure:
                 if address == url:
                     raise
@@ -268,11 +274,13 @@ class _Fetcher:
 
         Its size is read from its head before it is unpacked.
         """
+        size = self.options.size
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as image:
                 self._check_size(*image.size)
-                image.verify()
-            pixels = decode_image(content, self.options.size)
+            pixels = image_files.decode_image(
+                content, "it", self.options.max_pixels, size, formats=FORMATS
+            )
         except RequestFailed:
             raise
         except Image.DecompressionBombError as error:
@@ -280,9 +288,7 @@ class _Fetcher:
         # a decoder may raise anything over a file that was made to break it
         except Exception as error:
             raise RequestFailed("holds no image that can be read") from error
-        if pixels is None:
-            raise RequestFailed("holds no image that can be read")
-        return pixels
+        return fit_image(pixels, size)
 
     def _check_size(self, width: int, height: int) -> None:
         longer, shorter = max(width, height), max(1, min(width, height))
@@ -291,6 +297,15 @@ class _Fetcher:
             raise RequestFailed(
                 f"holds an image of {width} x {height} pixels, which is too large or too narrow"
             )
+
+
+def _join_address(address: str, location: str) -> str:
+    """Address that a redirect leads to, which may be relative."""
+    try:
+        return urljoin(address, location)
+    except ValueError as error:
+        place = clean_text(location[:100])
+        raise RequestFailed(f"leads to {place}, which is no http or https address") from error
 
 
 def _unique_texts(urls: Sequence[Any]) -> list[str]:

@@ -127,7 +127,7 @@ def request(
         # a connection that was cut can look like one that came to its end
         if time.monotonic() < deadline:
             return response
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         if time.monotonic() < deadline and not isinstance(error, TimeoutError):
             raise RequestFailed(_describe_error(error), reached=False) from error
     except RequestFailed:

@@ -5,10 +5,13 @@ serve it:
 
     img_emb/, metadata/   see `src.search.embeddings`
     image.index           faiss's file, or a folder of shards, see `src.search.building`
-    index.json            what made the embeddings, the type of the index, rows of each shard
+    percept.index         our shards, where image.index is somebody else's
+    index.json            what of it is ours, see `src.search.records`
 
 Candidates that faiss finds are scored again with the embeddings themselves. So similarities are
-cosines whatever the type of the index, and a compressed index's order is corrected.
+cosines whatever the type of the index, and a compressed index's order is corrected. Without
+embeddings, what faiss tells must be cosines, see `src.search.foreign_index`. Searching writes
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.search.embed import read_state
+from src.foreign_files import natural_key
 from src.search.embeddings import (
     Embeddings,
     Metadata,
@@ -32,13 +35,22 @@ from src.search.embeddings import (
     select_top_k,
     unique_rows,
 )
+from src.search.foreign_index import check_metric, check_same_rows, to_cosines
+from src.search.records import (
+    INDEX_FOLDERS,
+    find_own_index,
+    list_own_shards,
+    list_visible,
+    read_state,
+)
 from src.utils import PerceptError, require_extra
 
 
 class LocalIndex:
     """An index on this machine, made by `build_index` or by clip-retrieval.
 
-    clip-retrieval's image.index is a file, or a folder with populated.index.
+    clip-retrieval's image.index is a file, or a folder with populated.index. Where there is one and
+    an index of ours too, ours is searched.
 
     Args:
         folder: of the index.
@@ -54,13 +66,15 @@ class LocalIndex:
 
     Raises:
         PerceptError: there is no index in the folder, a file is cut short, its parts have other
-            numbers of rows, or faiss is not installed.
+            numbers of rows, it tells no cosines, it is not of the embeddings beside it, or faiss is
+            not installed.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
         self.folder, self.device = Path(folder), device
         state = read_state(self.folder)
         self.encoder, settings = state.get("encoder", {}), state.get("index", {})
+        self.paths = self._list_shards(state)
         self.shards = self._open_shards(settings.get("mapped", False))
         # kept open, as each new thread would make faiss begin new threads
         self._pool = ThreadPoolExecutor(min(len(self.shards), os.cpu_count() or 1))
@@ -75,23 +89,43 @@ class LocalIndex:
             n_files = len(self.embeddings.arrays)
         self._metadata = Metadata(self.folder, n_files)
         self._check_rows()
+        self._tells_distances = [False] * len(self.shards)
+        if self.embeddings is None:
+            pairs = zip(self.shards, self.paths, strict=True)
+            self._tells_distances = [check_metric(shard, path) for shard, path in pairs]
+        elif not self._searches_embeddings:
+            check_same_rows(self._find_rows, self.embeddings, self.paths[0].parent)
+
+    def _list_shards(self, state: dict[str, Any]) -> list[Path]:
+        """List the files of our index, or of somebody else's if there is none of ours."""
+        own_index = find_own_index(self.folder, state)
+        if own_index is not None:
+            return list_own_shards(self.folder, state) or [own_index / "0000.index"]
+        path = self.folder / "image.index"
+        if not path.is_dir():
+            return [path]
+        if (path / "populated.index").exists():
+            return [path / "populated.index"]
+        shards = sorted(list_visible(path, "*.index"), key=natural_key)
+        return [shard for shard in shards if shard.name != "trained.index"] or [path / "*.index"]
 
     def _open_shards(self, mapped: bool) -> list[Any]:
         faiss = require_extra("faiss", "search")
-        path = self.folder / "image.index"
-        paths = sorted(path.glob("[0-9]*.index"))
-        if not paths:
-            paths = [path / "populated.index" if path.is_dir() else path]
-        if not paths[0].exists():
-            raise PerceptError(
-                f"{self.folder} holds no image.index: build one with notebook 05_search_index, or"
-                " give the folder of an index."
-            )
+        for path in self.paths:
+            if not path.exists():
+                raise PerceptError(
+                    f"{self.folder} holds no image.index, or not all of it ({path.name} is"
+                    " missing): build one with notebook 05_search_index, or give the folder of an"
+                    " index."
+                )
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mapped else 0
-        if paths[0].name == "populated.index":
+        if self.paths[0].name == "populated.index":
             flags |= faiss.IO_FLAG_ONDISK_SAME_DIR
         remedy = "delete it, and build the index again"
-        return [read_checked(path, remedy, faiss.read_index, flags) for path in paths]
+        shards = [read_checked(path, remedy, faiss.read_index, flags) for path in self.paths]
+        if not sum(shard.ntotal for shard in shards):
+            raise PerceptError(f"{self.paths[0]} holds no rows: build it again.")
+        return shards
 
     def _check_rows(self) -> None:
         n_embeddings = len(self.embeddings) if self.embeddings is not None else 0
@@ -102,8 +136,20 @@ class LocalIndex:
             if rows not in (0, len(self)):
                 raise PerceptError(
                     f"{self.folder} has {rows:,} {name} and an index of {len(self):,} rows:"
-                    " build the index again."
+                    f" {self._explain_rebuilding()}."
                 )
+        dims = {shard.d for shard in self.shards}
+        dims |= {self.embeddings.dim} if self.embeddings is not None else set()
+        if len(dims) > 1:
+            raise PerceptError(
+                f"{self.folder} has an index and embeddings of different numbers a row"
+                f" ({', '.join(map(str, sorted(dims)))}): {self._explain_rebuilding()}."
+            )
+
+    def _explain_rebuilding(self) -> str:
+        if self.paths[0].parent.name == INDEX_FOLDERS[1] or self.paths[0].name == "0000.index":
+            return "build the index again"
+        return "build the index again, beside this one with an index_kind other than auto"
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -156,11 +202,31 @@ class LocalIndex:
     ) -> SearchResult:
         """Find the k nearest of one shard, numbered as rows of the whole index."""
         shard = self.shards[number]
+        if not shard.ntotal:
+            nothing = np.empty((len(queries), 0), np.float32)
+            return SearchResult(nothing, nothing.astype(np.int64))
         first, stop = self.offsets[number : number + 2]
         in_shard = excluded[(excluded >= first) & (excluded < stop)] - first
         parameters = _search_parameters(shard, in_shard, self.probes)
         values, rows = shard.search(queries, min(k, shard.ntotal), params=parameters)
+        if rows.max(initial=-1) >= stop - first:
+            raise PerceptError(
+                f"{self.paths[number]} finds row {rows.max()}, and has {stop - first:,} rows: its"
+                " rows have ids of their own, so build it again without."
+            )
+        if self._tells_distances[number]:
+            values = to_cosines(values)
+        elif shard.metric_type == require_extra("faiss", "search").METRIC_L2:
+            values = -values  # scored again with the embeddings
         return SearchResult(values, np.where(rows < 0, -1, rows + first))
+
+    def _find_rows(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Rows (queries, k) that faiss finds."""
+        results = [
+            self._search_shard(number, queries, k, np.empty(0, np.int64))
+            for number in range(len(self.shards))
+        ]
+        return concatenate_results(results, k).row
 
     def _compute_cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Cosines (queries, candidates) of each query with its candidates; -inf for row -1."""
@@ -211,6 +277,7 @@ def _search_parameters(index: Any, excluded: np.ndarray, probes: int) -> Any:
         probes: lists that a query looks into; 0: as many as the index says.
     """
     faiss = require_extra("faiss", "search")
+    index = faiss.downcast_index(index)
     selector = None
     if len(excluded):
         selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(excluded))
@@ -218,6 +285,8 @@ def _search_parameters(index: Any, excluded: np.ndarray, probes: int) -> Any:
         inner = _search_parameters(faiss.downcast_index(index.index), excluded, probes)
         parameters = faiss.SearchParametersPreTransform(index_params=inner)
         parameters.inner = inner  # faiss does not keep it alive
+    elif isinstance(index, faiss.IndexIDMap):
+        return _search_parameters(index.index, excluded, probes)
     elif isinstance(index, faiss.IndexIVF):
         parameters = faiss.SearchParametersIVF(sel=selector, nprobe=probes or index.nprobe)
     elif isinstance(index, faiss.IndexHNSW):
