@@ -44,7 +44,8 @@ def project(tmp_path, monkeypatch):
         f" Path({str(notebooks)!r})\nparameters.RECIPES = Path({str(tmp_path / 'recipes')!r})\n"
     )
     configure = (
-        where + 'from src.parameters import configure\nrun = configure(globals(), "01_stage")'
+        where + 'from src.parameters import configure\nrun = configure(globals(), "01_stage")\n'
+        "run.record_parameters()"
     )
     cells = [
         nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]}),
@@ -343,3 +344,40 @@ def test_without_data_the_first_cell_names_both_ways_on(project, monkeypatch):
     with pytest.raises(PerceptError, match='notebook 00.*recipe = "mindeye/mini"') as caught:
         parameters.configure(scope, "01_stage")
     assert caught.value._render_traceback_() == [f"PerceptError: {caught.value}"]
+
+
+# ------------------------------------------------------------------------------ what is changed
+def test_a_call_that_is_refused_leaves_the_record_of_the_parameters(project):
+    path = project / "home" / "results" / "sys-subj01" / "parameters" / "01_stage.json"
+    scope = {name: p.default for name, p in parameters.parse_parameters(CELL).items()}
+    scope |= {"In": [], "__name__": "__main__", "recipe": "sys", "subj": 1}
+    run = parameters.configure(dict(scope, model_name="sys-subj01"), "01_stage")
+    assert not path.exists()
+    run.record_parameters()
+    before = path.read_bytes()
+    parameters.configure(dict(scope, model_name="sys-subj01", kind="ridge"), "01_stage")
+    assert path.read_bytes() == before and json.loads(before)["kind"]["value"] == "network"
+
+
+def test_a_relative_home_is_refused_by_a_stage(project, monkeypatch):
+    monkeypatch.setenv("PERCEPT_HOME", "home")
+    done = script(project)
+    assert done.returncode and "PERCEPT_HOME is 'home', a relative path" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset", "name"),
+    [
+        ("mindeye", "nsd", "mindeye-subj01"),
+        ("mindeye", "nsd_fithrf", "mindeye-nsd_fithrf-subj01"),
+        ("mindeye/mini", "mini", "mindeye-mini-subj01"),
+        ("mindeye/mini", "mine", "mindeye-mini-mine-subj01"),
+        ("mindeye2_small", "nsd_mindeye2", "mindeye2_small-1sessions-subj01"),
+        ("mindeye2_small", "nsd", "mindeye2_small-nsd-subj01"),
+        ("", "nsd", "mindeye-subj01"),
+        ("", "mine", "mindeye-mine-subj01"),
+    ],
+)
+def test_a_data_set_that_is_not_the_recipes_own_is_in_the_name(recipe, dataset, name):
+    made = parameters.make_run_name(recipe, {"dataset": dataset, "subj": 1})
+    assert made == name.replace("-1sessions", "")

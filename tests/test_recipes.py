@@ -5,6 +5,7 @@ would only warn.
 import pytest
 
 from src import parameters
+from src.pipeline import recipes
 
 FILES = sorted(parameters.RECIPES.rglob("*.yaml"))
 
@@ -50,3 +51,20 @@ def test_stages_of_a_recipe_agree_on_what_they_share(recipe):
             if (value := parameters.read_recipe(path).get(name)) is not None:
                 shared.setdefault(f"{path.parent.name} {name}", set()).add(value)
     assert all(len(values) == 1 for values in shared.values()), shared
+
+
+def test_recipes_that_read_other_sources_do_not_share_a_data_set():
+    origins: dict[str, set] = {}
+    for folder in recipes.list_recipes():
+        stages = recipes.list_stages(folder.name)
+        if not stages[0].startswith("00"):
+            continue
+        values = recipes.read_defaults(stages[0])
+        values |= recipes.read_stage_parameters(stages[0], folder.name, {})
+        origin = (values["source"], values["data_path"], values["options"])
+        origins.setdefault(values["dataset"], set()).add(origin)
+        for stage in stages[1:]:
+            others = recipes.read_defaults(stage)
+            others |= recipes.read_stage_parameters(stage, folder.name, {})
+            assert others.get("dataset", values["dataset"]) == values["dataset"], stage
+    assert len(origins) > 3 and all(len(sources) == 1 for sources in origins.values()), origins

@@ -12,7 +12,7 @@ import pytest
 import run
 from src import parameters, utils
 from src.pipeline import recipes, runs, stages
-from src.utils import PerceptError
+from src.utils import PerceptError, UsageError
 
 ROOT = Path(run.__file__).parent
 
@@ -188,6 +188,93 @@ def test_without_leaves_stages_out_and_refuses_what_is_none(project, capsys):
     assert "[1/1] 00_first ..." in capsys.readouterr().out
     with pytest.raises(PerceptError, match="--without 07 names no stage"):
         runs.run_recipe("sys", {}, skip=["01", "07"])
+
+
+def test_percept_args_and_a_relative_home_are_refused_before_anything_runs(project, monkeypatch):
+    for name, value in (("PERCEPT_ARGS", "--number 2"), ("PERCEPT_HOME", "work")):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, value)
+            with pytest.raises(UsageError, match=f"{name} is "):
+                runs.run_recipe("sys", {})
+    assert not (project / "home").exists()
+
+
+def add_to_second(project, text):
+    """Put a line at the end of the second stage's third cell."""
+    notebook = project / "notebooks" / "01_second.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[2].source += f"\n{text}"
+    nbformat.write(content, notebook)
+
+
+def test_a_stage_that_ends_early_is_not_finished(project):
+    add_to_second(project, "raise SystemExit(0)")
+    with pytest.raises(PerceptError, match="01_second ended before its last cell"):
+        runs.run_recipe("sys", {})
+    results = project / "home" / "results" / "sys-subj01"
+    assert not (results / ".stages" / "01_second.json").exists()
+    assert not (results / "01_second.ipynb").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"fingerprint"', "\xff"])
+def test_a_damaged_stamp_is_that_of_a_stage_to_run(tmp_path, damage):
+    stamp = tmp_path / ".stages" / "00_first.json"
+    stamp.parent.mkdir()
+    stamp.write_bytes(damage.encode("latin-1"))
+    assert not stages.is_finished(stamp, "x")
+    assert stages.read_execution_id(stamp) == stages.read_execution_id(tmp_path / "none")
+
+
+def record(project, kind):
+    """A line that writes down parameters of the second stage, as `Run.record_parameters` does."""
+    path = project / "home" / "results" / "sys-subj01" / "parameters" / "01_second.json"
+    content = {"subj": {"value": kind, "from": "the environment"}}
+    return (
+        "import json, pathlib\n"
+        f"record = pathlib.Path({str(path)!r})\n"
+        "record.parent.mkdir(parents=True, exist_ok=True)\n"
+        f"record.write_text(json.dumps({content!r}))"
+    )
+
+
+def test_a_stamp_says_what_the_stage_says(project):
+    add_to_second(project, record(project, 3))
+    with pytest.raises(PerceptError, match="ran with subj 3, where 1 was asked for .*environment"):
+        runs.run_recipe("sys", {"subj": "1", "model_name": "sys-subj01"})
+    stamp = project / "home" / "results" / "sys-subj01" / ".stages" / "01_second.json"
+    assert not stamp.exists()
+    runs.run_recipe("sys", {"subj": "3", "model_name": "sys-subj01"})
+    assert json.loads(stamp.read_text())["parameters"] == {"subj": 3}
+
+
+def test_a_stage_that_refuses_keeps_its_stamp(project, capsys):
+    add_to_second(project, record(project, 1))  # after the line that fails on purpose
+    runs.run_recipe("sys", {})
+    with pytest.raises(PerceptError, match="on purpose"):
+        runs.run_recipe("sys", {"fail": "true"})
+    capsys.readouterr()
+    runs.run_recipe("sys", {})
+    assert capsys.readouterr().out.count("finished before") == 2
+
+
+def test_a_file_or_run_that_a_parameter_names_makes_the_stage_old_when_it_changes(
+    project, capsys, tmp_path
+):
+    notebook = project / "notebooks" / "01_second.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[1].source += '\nlatents_file = ""  # a file\ntoken_run = ""  # a run'
+    nbformat.write(content, notebook)
+    file, weights = tmp_path / "latents.npy", project / "home" / "train_logs" / "other" / "w.pt"
+    weights.parent.mkdir(parents=True)
+    given = {"latents_file": str(file), "token_run": "other"}
+    for path in (file, weights):
+        for text in ("one", "two!"):
+            path.write_text(text)
+            capsys.readouterr()
+            runs.run_recipe("sys", given)
+            assert "01_second ..." in capsys.readouterr().out
+    runs.run_recipe("sys", given)
+    assert "01_second: finished before" in capsys.readouterr().out
 
 
 def test_a_right_kernel_is_not_registered_again():
