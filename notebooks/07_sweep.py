@@ -35,7 +35,7 @@ import pandas as pd
 
 from src import figures
 from src.evaluation import sweeps
-from src.utils import HOME, PerceptError, atomic
+from src.utils import HOME, atomic
 
 # %% [markdown]
 # ## What is there
@@ -45,17 +45,7 @@ from src.utils import HOME, PerceptError, atomic
 # %%
 ledger, points = sweeps.read_points(run.results)
 varied = ledger["factors"]
-seed_name = seed_name or next((name for name in sweeps.SEEDS if name in varied), "")
-factor = factor or next((name for name in varied if name != seed_name), "")
-if unknown := [name for name in (factor, seed_name) if name and name not in varied]:
-    raise PerceptError(
-        f"The sweep {run.name} does not vary '{unknown[0]}': choose among {', '.join(varied)}."
-    )
-if not factor:
-    raise PerceptError(
-        f"The sweep {run.name} varies nothing but {seed_name}: name that as the factor, or vary"
-        " another parameter."
-    )
+factor, seed_name = sweeps.choose_factor(varied, factor, seed_name)
 other_factors = [
     name
     for name in varied
@@ -153,9 +143,12 @@ for kind, part in parts:
     if losses["kind"].nunique() > 1:
         what = f"{value_name} of the {kind.replace('_', ' ')}"
     gaps[kind] = []
-    if len(complete):
-        gaps[kind] = sweeps.gaps_to_best(complete, factor, seed_name, better)
-    verdicts[kind] = sweeps.describe_gaps(gaps[kind], seed_sd, what, paired_by)
+    if factor in sweeps.SEEDS:  # no seed is better than another
+        verdicts[kind] = sweeps.describe_seeds(complete["value"], what)
+    else:
+        if len(complete):
+            gaps[kind] = sweeps.gaps_to_best(complete, factor, seed_name, better)
+        verdicts[kind] = sweeps.describe_gaps(gaps[kind], seed_sd, what, paired_by)
     dropped = len(part) - len(complete)
     remark = ""
     if dropped:

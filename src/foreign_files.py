@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 from src.utils import PerceptError
 
@@ -108,11 +108,18 @@ def explain_unreadable(
         error: what was raised over it.
         remedy: what to do where the file is damaged or of another kind.
     """
-    path = Path(path)
-    cause = _explain_absence(path) or _explain_system_error(path, error) or _explain_content(path)
+    cause = find_cause(path, error)
+    if cause is not None and cause.endswith(FETCH_AGAIN):
+        cause = cause.removesuffix(FETCH_AGAIN) + remedy
     if cause is None:
         cause = _explain_message(error, remedy)
     return PerceptError(f"{path} {cause}.")
+
+
+def find_cause(path: str | Path, error: BaseException) -> str | None:
+    """Why a file cannot be read, where it is neither damaged nor of another kind, else None."""
+    path = Path(path)
+    return _explain_absence(path) or _explain_system_error(path, error) or _explain_content(path)
 
 
 def _explain_absence(path: Path) -> str | None:
@@ -181,7 +188,7 @@ def _explain_message(error: BaseException, remedy: str) -> str:
         return "is protected by a password: save it without one"
     if isinstance(error, NotImplementedError):
         return f"is packed in a way that is not known here ({text}): save it again, or {remedy}"
-    return f"cannot be read, it is damaged, cut off or of another kind ({text}): {remedy}"
+    return f"is damaged or cut off, or of another kind, and cannot be read ({text}): {remedy}"
 
 
 def shorten(error: BaseException | str, length: int = 200) -> str:
@@ -198,16 +205,38 @@ def shorten(error: BaseException | str, length: int = 200) -> str:
 
 
 # ----------------------------------------------------------------------------- tables and arrays
-def load_parquet(path: str | Path, remedy: str = FETCH_AGAIN) -> pd.DataFrame:
-    """Load a table; errors as of `read_errors`."""
+def load_parquet(
+    path: str | Path, remedy: str = FETCH_AGAIN, columns: Collection[str] = ()
+) -> pd.DataFrame:
+    """Load a table, whose size is compared first with what is stored.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read, for the message.
+        columns: that it must have.
+
+    Raises:
+        PerceptError: if it cannot be read, announces more than it can hold, or lacks a column.
+    """
     import pandas as pd
+    from pyarrow.parquet import read_metadata
 
     with read_errors(path, remedy):
-        return pd.read_parquet(path)
+        head = read_metadata(path)
+        n_bytes = 8 * head.num_rows * head.num_columns
+        check_expansion(path, "a table", n_bytes, Path(path).stat().st_size)
+        table = pd.read_parquet(path)
+    missing = [name for name in columns if name not in table]
+    if missing:
+        names = shorten(", ".join(map(str, table)))
+        raise PerceptError(
+            f"{path} lacks the columns {', '.join(missing)}: it has {names}, so {remedy}."
+        )
+    return table
 
 
 def load_csv(
-    path: str | Path, columns: Collection[str] = (), remedy: str = FETCH_AGAIN, **options: Any
+    path: str | Path, columns: Collection[str | int] = (), remedy: str = FETCH_AGAIN, **options: Any
 ) -> pd.DataFrame:
     """Load a table of text in UTF-8.
 
@@ -223,13 +252,13 @@ def load_csv(
     import pandas as pd
 
     with read_errors(path, remedy):
-        table: pd.DataFrame = pd.read_csv(path, **{"encoding": "utf-8-sig"} | options)
+        read: Any = pd.read_csv  # whose overloads do not know of options in a dictionary
+        table: pd.DataFrame = read(path, **{"encoding": "utf-8-sig"} | options)
     missing = [name for name in columns if name not in table]
     if missing:
         names = shorten(", ".join(map(str, table)))
-        raise PerceptError(
-            f"{path} lacks the columns {', '.join(missing)}: it has {names}, so {remedy}."
-        )
+        lacking = ", ".join(map(str, missing))
+        raise PerceptError(f"{path} lacks the columns {lacking}: it has {names}, so {remedy}.")
     return table
 
 
@@ -267,20 +296,53 @@ def load_npz(path: str | Path, remedy: str = FETCH_AGAIN) -> dict[str, np.ndarra
         return {name: arrays[name] for name in arrays.files}
 
 
-def _check_npy_size(path: str | Path, name: str, file: IO[bytes], n_stored: int) -> None:
-    """Refuse an .npy that announces a larger array than there are bytes, before it is read."""
+def load_npy(
+    path: str | Path, remedy: str = FETCH_AGAIN, mode: Literal["r", "c"] | None = None
+) -> np.ndarray:
+    """Load a plain array, whose size is compared first with what is stored.
+
+    Args:
+        path: an .npy.
+        remedy: what to do where it cannot be read, for the message.
+        mode: None reads it; "r" and "c" map it, read-only or with changes that stay in memory.
+
+    Raises:
+        PerceptError: if it cannot be read, is pickled, or announces more than it can hold.
+    """
     import numpy as np
 
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and n_bytes > n_stored:
+    with read_errors(path, remedy):
+        with open(path, "rb") as file:
+            _check_npy_size(path, "its array", file, Path(path).stat().st_size)
+        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+    return array
+
+
+class NpyHeader(NamedTuple):
+    """Header of an .npy."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+
+
+def parse_npy_header(file: IO[bytes]) -> NpyHeader:
+    """Read the header of an .npy from its open content, up to where the array begins."""
+    import numpy as np
+
+    if np.lib.format.read_magic(file) == (1, 0):
+        return NpyHeader(*np.lib.format.read_array_header_1_0(file))
+    return NpyHeader(*np.lib.format.read_array_header_2_0(file))
+
+
+def _check_npy_size(path: str | Path, name: str, file: IO[bytes], n_stored: int) -> None:
+    """Refuse an .npy that announces a larger array than there are bytes, before it is read."""
+    header = parse_npy_header(file)
+    n_bytes = math.prod(header.shape) * header.dtype.itemsize
+    if not header.dtype.hasobject and n_bytes > n_stored:
         raise PerceptError(
-            f"{path} announces {n_bytes / 1e9:,.1f} GB for {name}, {dtype} {shape}, and stores"
-            f" {n_stored:,} bytes: fetch it again, or save it again."
+            f"{path} announces {n_bytes / 1e9:,.1f} GB for {name}, {header.dtype} {header.shape},"
+            f" and stores {n_stored:,} bytes: fetch it again, or save it again."
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from src.data.identity import compare_identities
 from src.evaluation.statistics import (
@@ -31,6 +32,7 @@ from src.evaluation.statistics import (
     paired_bootstrap,
     permutation_p,
 )
+from src.foreign_files import load_parquet
 from src.metrics import RESIZING, SIZE, Metric
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
@@ -77,6 +79,11 @@ CONTROLS = {
 COLUMNS = ["stage", "metric", "row", "image", "sample", "draw", "value"]  # of scores.parquet
 
 REQUIRED = ("name", "value", "low", "high", "n", "better", "protocol", "test_set")  # of a record
+
+# of a record that is read again
+NEEDED_TO_COMPARE = ("name", "value", "better", "protocol", "test_set", "floors", "ceiling")
+
+REMEDY = "delete it, and run the stages that scored this run again (05, 06)"
 
 PACKAGES = (  # whose versions the provenance records
     "numpy",
@@ -336,6 +343,8 @@ def provenance(
         "seeds": dict(seeds),
         "selection": list(selection),
         "versions": versions,
+        # sums over another number of threads differ in their last digits
+        "threads": torch.get_num_threads(),
         "settings": settings,
         **entries,
     }
@@ -367,6 +376,28 @@ def write_metrics(
     _check_provenance(provenance)
     content = {"metrics": list(records), "tables": list(tables), "provenance": provenance}
     write_json(Path(path), _to_json(content))
+
+
+def read_metrics(path: str | Path) -> Entry:
+    """Read the metrics.json of a run.
+
+    Raises:
+        PerceptError: naming the file, if it is missing, damaged or of something else.
+    """
+    content: Entry = read_json(path, ("metrics", "provenance"), REMEDY)
+    records, about = content["metrics"], content["provenance"]
+    lists = (records, content.get("tables", []))
+    is_list = all(isinstance(entries, list) for entries in lists)
+    if not is_list or not all(isinstance(entry, dict) for entries in lists for entry in entries):
+        raise PerceptError(f"{path} holds no list of scores: {REMEDY}.")
+    if not isinstance(about, dict):
+        raise PerceptError(f"{path} holds no provenance of its scores: {REMEDY}.")
+    for record in records:
+        missing = [name for name in NEEDED_TO_COMPARE if name not in record]
+        if missing:
+            name = record.get("name", "a score")
+            raise PerceptError(f"{path} gives no {', '.join(missing)} of {name}: {REMEDY}.")
+    return content
 
 
 def _check_record(record: Entry) -> None:
@@ -447,7 +478,7 @@ def add_results(
     folder = Path(folder)
     stored: dict[str, Any] = {"metrics": [], "tables": [], "provenance": {}}
     if (folder / "metrics.json").exists():
-        stored = read_json(folder / "metrics.json")
+        stored = read_metrics(folder / "metrics.json")
     is_same_data = _is_same_data(stored["provenance"], provenance, folder)
     if not is_same_data:
         stored = {"metrics": [], "tables": [], "provenance": {}}
@@ -526,7 +557,7 @@ def _add_scores(path: Path, stage: str, scores: pd.DataFrame, keep_others: bool)
     """Put a stage's per-image scores into the parquet file, in place of its old ones, or of all."""
     missing = {name: 0 for name in ("sample", "draw") if name not in scores}
     table = scores.assign(stage=stage, **missing)[COLUMNS]
-    stored = pd.read_parquet(path) if path.exists() and keep_others else None
+    stored = load_parquet(path, REMEDY) if path.exists() and keep_others else None
     # a table with other columns is of an earlier format, which had no stages
     if stored is not None and list(stored.columns) == COLUMNS:
         table = pd.concat([stored[stored["stage"] != stage], table], ignore_index=True)

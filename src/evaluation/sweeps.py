@@ -15,17 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 from scipy import stats
 
 from src.evaluation.compare.runs import ScoredRun, choose_metrics, read_runs, select_same_images
 from src.evaluation.statistics import CONFIDENCE
-from src.utils import PerceptError, read_json
+from src.foreign_files import load_csv, shorten
+from src.utils import PerceptError, open_tensors, read_json
 
 SEEDS = ("seed", "bag_seeds")  # parameters that are the luck of a run
 
 # parameters with which the validation images change, so that no level can be named the best by them
 VALIDATION_FACTORS = ("num_sessions", "split")
+
+REMEDY = "run `python run.py sweep GRID.yaml` again"
 
 RECORD_COLUMNS = ("value", "better", "n", "protocol", "test_set", "chance")
 CONTROL_COLUMNS = ("shuffled", "mean_image", "nearest_train", "ceiling")
@@ -49,12 +51,41 @@ def read_points(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             f"{folder} holds no sweep (points.json): run `python run.py sweep GRID.yaml` first, and"
             " give its name as model_name."
         )
-    ledger = read_json(folder / "points.json")
-    rows = []
-    for point in ledger["points"]:
-        columns = {name: point[name] for name in ("number", "label", "state")}
-        rows.append(columns | point["levels"])
-    return ledger, pd.DataFrame(rows).astype(dict.fromkeys(ledger["factors"], str))
+    path = folder / "points.json"
+    ledger = read_json(path, ("points", "factors"), REMEDY)
+    try:
+        rows = []
+        for point in ledger["points"]:
+            columns = {name: point[name] for name in ("number", "label", "state")}
+            rows.append(columns | point["levels"])
+        return ledger, pd.DataFrame(rows).astype(dict.fromkeys(ledger["factors"], str))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PerceptError(
+            f"{path} holds no points of a sweep ({shorten(repr(error))}): {REMEDY}."
+        ) from error
+
+
+def choose_factor(varied: Sequence[str], factor: str = "", seed_name: str = "") -> tuple[str, str]:
+    """The varied parameter whose levels are compared, and the one that is the luck of a run.
+
+    Where nothing but a seed varies, its values are the levels, and there is no luck beside them.
+
+    Args:
+        varied: parameters of the grid.
+        factor: "" for the first that is no seed.
+        seed_name: "" for the first of `SEEDS` that varies.
+
+    Raises:
+        PerceptError: if the grid does not vary what is named.
+    """
+    for name in (factor, seed_name):
+        if name and name not in varied:
+            raise PerceptError(
+                f"The sweep does not vary '{name}': choose among {', '.join(varied)}."
+            )
+    seed_name = seed_name or next((name for name in SEEDS if name in varied), "")
+    factor = factor or next((name for name in varied if name != seed_name), seed_name)
+    return factor, "" if factor == seed_name else seed_name
 
 
 def read_histories(logs: Path, labels: Sequence[str]) -> pd.DataFrame:
@@ -70,8 +101,8 @@ def read_histories(logs: Path, labels: Sequence[str]) -> pd.DataFrame:
     for label in labels:
         for path in sorted((logs / label).rglob("history.csv")):
             model = path.parent.relative_to(logs / label).as_posix()
-            table = pd.read_csv(path).assign(label=label, kind=path.parent.name, model=model)
-            tables.append(table)
+            table = load_csv(path, ("epoch",), "train that point again")
+            tables.append(table.assign(label=label, kind=path.parent.name, model=model))
     if not tables:
         return pd.DataFrame(columns=["label", "kind", "model", "epoch"])
     return pd.concat(tables, ignore_index=True)
@@ -161,7 +192,7 @@ def read_costs(results: Path, logs: Path, labels: Sequence[str]) -> pd.DataFrame
         seconds = {}
         for path in sorted((results / label / ".stages").glob("*.json")):
             if not path.stem.startswith("00"):  # the data are prepared once for all
-                seconds[path.stem] = read_json(path)["seconds"]
+                seconds[path.stem] = read_json(path, ("seconds",), REMEDY)["seconds"]
         total = {"all stages": round(sum(seconds.values()), 1)}
         rows.append({"label": label} | _read_training_costs(logs, label) | seconds | total)
     if not rows:
@@ -194,7 +225,7 @@ def _count_weights(folder: Path) -> int:
     for name in ("last", "best"):
         path = folder / f"{name}.safetensors"
         if path.exists():
-            with safe_open(path, framework="np") as file:
+            with open_tensors(path, framework="np", remedy="train that point again") as file:
                 shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
             return sum(math.prod(shape) for shape in shapes)
     return 0
@@ -343,6 +374,22 @@ def describe_gaps(gaps: Sequence[Gap], sd: float, score: str, paired_by: Sequenc
     if unclear:
         conclusion = f"not more than seed noise (cannot be told from {', '.join(unclear)})"
     return f"{head}; seeds differ by {format_significant(sd)} (sd): {conclusion}"
+
+
+def describe_seeds(values: Sequence[float], score: str) -> str:
+    """The sentence about runs that differ in their seed alone: none of them is the best.
+
+    Args:
+        values: scores (runs,).
+        score: its name for a reader.
+    """
+    mean, low, high = t_interval(values)
+    text = f"{score} is {format_significant(mean)} over {len(values)} seeds"
+    if len(values) < 2:
+        return f"{text}, whose luck one seed does not tell"
+    sd = format_significant(float(np.std(values, ddof=1)))
+    interval = f"[{format_significant(low)}, {format_significant(high)}]"
+    return f"{text} {interval}; they differ by {sd} (sd), and no seed is better than another"
 
 
 # ------------------------------------------------------------------------------------------ regions

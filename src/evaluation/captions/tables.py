@@ -12,6 +12,7 @@ import pandas as pd
 
 from src.evaluation.captions.word_metrics import corpus_bleu
 from src.evaluation.statistics import Interval, bootstrap_mean, percentile_interval
+from src.foreign_files import load_parquet, shorten
 from src.utils import PerceptError
 
 PAIRINGS = {  # as published: which column is scored against which
@@ -53,7 +54,7 @@ def read_captions(path: str | Path, image_ids: Any, references: str = "one") -> 
         PerceptError: columns are missing, the captions are of other images, or an image has no
             reference.
     """
-    table = pd.read_parquet(path)
+    table = load_parquet(path, "run notebook 04 again")
     missing = sorted(REQUIRED_COLUMNS - set(table.columns))
     if missing:
         raise PerceptError(f"{path} lacks the columns {', '.join(missing)}: run notebook 04 again.")
@@ -70,8 +71,23 @@ def read_captions(path: str | Path, image_ids: Any, references: str = "one") -> 
             " captions.parquet of the dataset must have one for each."
         )
     if references == "all":
-        return table.assign(reference=[json.loads(texts) for texts in table["references"]])
+        texts: list[Any] = [_parse_texts(entry, path) for entry in table["references"]]
+        return table.assign(reference=texts)
     return table
+
+
+def _parse_texts(texts: str, path: str | Path) -> list[str]:
+    """The texts of a JSON list in a table."""
+    try:
+        parsed = json.loads(texts)
+    except (TypeError, ValueError) as error:
+        raise PerceptError(
+            f"{path} holds references that are no JSON list ({shorten(error)}): run notebook 04"
+            " again."
+        ) from error
+    if not isinstance(parsed, list) or not all(isinstance(text, str) for text in parsed):
+        raise PerceptError(f"{path} holds references that are no list of texts: run 04 again.")
+    return parsed
 
 
 def find_most_common_caption(captions: Sequence[str]) -> str:

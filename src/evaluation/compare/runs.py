@@ -5,6 +5,7 @@ Only runs that were scored on the same images are compared (`select_same_images`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.evaluation.records import CONTROLS
+from src.evaluation.records import CONTROLS, REMEDY, read_metrics
 from src.evaluation.sanity_checks import check_same_test
+from src.foreign_files import load_parquet
 from src.utils import PerceptError, read_json
 
 NO_BRAIN = ("autoencoder",)  # a condition that no brain takes part in: the low level's upper bound
@@ -110,14 +112,20 @@ def read_runs(results: str | Path, runs: str = "") -> list[ScoredRun]:
             for any letters, so that <sweep>/* are its points.
 
     Raises:
-        PerceptError: a named run has no scores, or nothing has.
+        PerceptError: a named run has no scores or damaged ones, or nothing has.
+
+    Warns:
+        UserWarning: naming a run that is left out, as its files are damaged.
     """
     results = Path(results)
     parts = [part.strip(" /") for part in runs.split(",")]
     names = list(dict.fromkeys(filter(None, parts)))
     by_name: dict[str, ScoredRun] = {}
+    damaged: list[PerceptError] = []
     for pattern in names or ["*"]:
-        matches = _read_matching(results, pattern)
+        matches = _read_matching(results, pattern, damaged)
+        if damaged and pattern in names and not matches:
+            raise damaged[-1]  # what was asked for is not left out
         if names and not matches:
             scored = sorted(folder.parent.name for folder in results.glob("*/metrics.json"))
             raise PerceptError(
@@ -126,32 +134,53 @@ def read_runs(results: str | Path, runs: str = "") -> list[ScoredRun]:
             )
         for run in matches:
             by_name.setdefault(run.name, run)
+    if not by_name and damaged:
+        raise damaged[0]
     if not by_name:
         raise PerceptError(
             f"There are no scores under {results} to compare: run `python run.py mindeye --mini`"
             " first."
         )
+    for error in damaged:
+        warnings.warn(f"A run is left out: {error}", stacklevel=2)
     return list(by_name.values())
 
 
-def _read_matching(results: Path, pattern: str) -> list[ScoredRun]:
-    """The runs with scores in the folders that match a pattern."""
+def _read_matching(results: Path, pattern: str, damaged: list[PerceptError]) -> list[ScoredRun]:
+    """The runs with scores in the folders that match a pattern.
+
+    Args:
+        results: folder of the results.
+        pattern: of names of runs.
+        damaged: gets the error of each run that cannot be read; the others are read all the same.
+    """
     runs = []
     for folder in sorted(results.glob(f"{pattern}/")):
-        run = _read_run(folder, folder.relative_to(results).as_posix())
+        try:
+            run = _read_run(folder, folder.relative_to(results).as_posix())
+        except PerceptError as error:
+            damaged.append(error)
+            continue
         if run is not None:
             runs.append(run)
     return runs
 
 
 def _read_run(folder: Path, name: str) -> ScoredRun | None:
-    """The scores of a run; none where it has not been scored."""
+    """The scores of a run; none where it has not been scored.
+
+    Raises:
+        PerceptError: if one of its files is damaged or of something else.
+    """
     if not (folder / "metrics.json").exists() or not (folder / "scores.parquet").exists():
         return None
-    content = read_json(folder / "metrics.json")
-    scores = pd.read_parquet(folder / "scores.parquet")
+    content = read_metrics(folder / "metrics.json")
+    scores = load_parquet(folder / "scores.parquet", REMEDY)
     if not {"metric", "row", "image", "value"} <= set(scores.columns):
         return None
+    if not pd.api.types.is_numeric_dtype(scores["value"]):
+        path = folder / "scores.parquet"
+        raise PerceptError(f"{path} holds values that are no numbers: {REMEDY}.")
     metrics = set(scores["metric"])  # "top1 (ridge)" is a condition of top1, not a metric
     records = {record["name"]: record for record in content["metrics"] if record["name"] in metrics}
     if not records:
@@ -169,7 +198,9 @@ def _read_training(folder: Path) -> dict[str, Any]:
     for stage in TRAININGS:
         path = folder / "parameters" / f"{stage}.json"
         if path.exists():
-            return {name: entry["value"] for name, entry in read_json(path).items()}
+            parameters = read_json(path, keys=(), remedy="run that stage again")
+            values = parameters.items()
+            return {name: entry["value"] for name, entry in values if "value" in entry}
     return {}
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment
 from PIL import Image
 
-from src.evaluation.records import CONTROLS
+from src.evaluation.records import CONTROLS, read_metrics
 from src.evaluation.report.chart import (
     Record,
     assign_marks,
@@ -34,7 +34,8 @@ from src.evaluation.report.labels import (
     make_heading,
 )
 from src.evaluation.tables import display_name
-from src.utils import PerceptError, atomic, read_json
+from src.foreign_files import load_parquet
+from src.utils import PerceptError, atomic
 
 
 class FigureText(NamedTuple):
@@ -133,7 +134,7 @@ def write_report(
         raise PerceptError(
             "Details or samples were given without images; give the images they belong to."
         )
-    content = read_json(folder / "metrics.json")
+    content = read_metrics(folder / "metrics.json")
     replaced = {"scores"}  # figures that the page shows in another way
     sections: dict[str, Any] = {"gallery": None, "static": "", "panels": []}
     if images is not None:
@@ -270,7 +271,9 @@ def _collect_panels(
     """
     if not (folder / "retrieved.parquet").exists():
         return []
-    table = pd.read_parquet(folder / "retrieved.parquet")
+    path = folder / "retrieved.parquet"
+    columns = ("direction", "image", "rank", "candidates")
+    table = load_parquet(path, "delete it, and run notebook 05 again", columns)
     ids = range(1, len(images["seen"]) + 1) if details is None else details.index
     tiles = _Tiles(images["seen"], ids)
     places = [tiles.places.get(str(image), -1) for image in table["image"]]
