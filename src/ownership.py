@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from src.utils import PerceptError, unfinished
+from src.utils import PerceptError, name_temporary, unfinished, write_errors
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +315,93 @@ def _write_owner(descriptor: int, purpose: str) -> None:
         os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
 
 
+# ------------------------------------------------------------------------------------ whole folders
+@contextmanager
+def replace_folder(folder: str | Path, wait: bool = False) -> Iterator[Path]:
+    """Yield a new temporary folder that replaces `folder` on success and disappears on failure.
+
+    This process owns the folder meanwhile. Killed at any moment it leaves the old folder or the new
+    one: they change places in one step, or where the disk cannot do that, `restore_folder` brings
+    the old one back.
+
+    Args:
+        folder: that is written.
+        wait: whether to wait for another process that is writing it.
+
+    Raises:
+        PerceptError: if another process writes the folder, and as `write_errors`.
+    """
+    folder = Path(folder)
+    temporary, old = name_temporary(folder), name_temporary(folder, "old")
+    with own(folder, f"writing {folder.name}", wait, beside=True):
+        unfinished.add(temporary.absolute())
+        try:
+            with write_errors(folder):
+                _remove_folder(temporary)
+                temporary.mkdir(parents=True)
+                yield temporary
+                _open_to_others(temporary)
+                _put_in_place(temporary, folder, old)
+        finally:
+            unfinished.discard(temporary.absolute())
+            _remove_folder(temporary)
+            if folder.exists():
+                _remove_folder(old)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give files that a library has made for the owner alone the permissions of any new file."""
+    ordinary = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.lstat(path).st_mode & 0o777 == 0o600:
+                os.chmod(path, ordinary)
+
+
+def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
+    """Give a folder the name of another one; that one, if there is any, takes its name or `old`."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    if _exchange(temporary, folder):
+        return
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change names in one step; whether this system and disk can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back a missing folder of which a process that was killed has only changed the name.
+
+    Nothing happens while another process writes it.
+    """
+    if folder.exists() or not list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
+        return
+    with suppress(FolderInUse), own(folder, f"restoring {folder.name}", beside=True):
+        pass  # what was left behind is dealt with by every owner
+
+
 # --------------------------------------------------------------------------------------- leftovers
 def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove temporary files and folders of processes that have ended; the folder must be owned.
@@ -344,8 +433,8 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 def _remove(entry: os.DirEntry[str]) -> None:
     log.info("removing %s, which a process that was stopped has left", entry.path)
-    if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path, ignore_errors=True)
+    if entry.is_dir():
+        _remove_folder(Path(entry.path))
     else:
         with suppress(OSError):
             os.unlink(entry.path)

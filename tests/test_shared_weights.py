@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,19 @@ def test_committed_models_are_complete_when_located(name, tmp_path, monkeypatch)
     folder = Path(locate_model(name, "mini"))
     for path, entry in read_entries(MINI_MODELS / name).items():
         assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def test_a_copy_has_ordinary_permissions_and_takes_none_of_the_source(models, tmp_path):
+    """An installation may be read-only; safetensors writes for the owner alone."""
+    share_weights(models)
+    (models / "b" / "model.safetensors").chmod(0o400)
+    (models / "b").chmod(0o555)
+    mask = os.umask(0o022)
+    try:
+        folder = complete_model(models / "b", tmp_path / "cache")
+    finally:
+        os.umask(mask)
+        (models / "b").chmod(0o755)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from src import ownership
-from src.data import ImageStore, cache_targets, files, write_image_table, write_images
-from src.data.files import replace_folder, restore_folder
+from src.data import ImageStore, cache_targets, write_image_table, write_images
+from src.ownership import replace_folder, restore_folder
 from src.utils import PerceptError, atomic, make_folder, save_checkpoint, write_errors, write_json
 
 MUCH = 1 << 20  # bytes, more than the disk of these tests has free
@@ -257,7 +257,7 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(
     """Killed before each change of the disk in turn, until one goes through."""
     folder = tmp_path / "subj01"
     if not has_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(ownership, "_exchange", lambda first, second: False)
     n_killed = 0
     while True:
         write_version(folder, "old")
@@ -295,7 +295,29 @@ def kill_before_change(number):
 
     for name in ("replace", "mkdir", "rmdir", "unlink"):
         setattr(os, name, count(getattr(os, name)))
-    files._exchange = count(files._exchange)
+    ownership._exchange = count(ownership._exchange)
+
+
+def test_a_folder_has_ordinary_permissions_whoever_wrote_its_files(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        with replace_folder(tmp_path / "model") as temporary:
+            save_file({"a": torch.ones(3)}, temporary / "model.safetensors")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "model" / "model.safetensors").stat().st_mode) == 0o644
+
+
+def test_a_link_to_a_folder_gives_way_to_a_folder(tmp_path):
+    """The folder that it leads to is left alone."""
+    write_version(tmp_path / "elsewhere" / "subj01", "old")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "subj01").symlink_to(tmp_path / "elsewhere" / "subj01")
+    write_version(tmp_path / "data" / "subj01", "new")
+    assert read_version(tmp_path / "data" / "subj01") == {"new"}
+    assert read_version(tmp_path / "elsewhere" / "subj01") == {"old"}
+    assert list_files(tmp_path / "data") == ["subj01"]
 
 
 def test_a_folder_whose_write_fails_is_as_before(tmp_path):

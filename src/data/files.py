@@ -1,21 +1,16 @@
-"""Large arrays on disk: space, atomic replacement, blocks of rows, memory maps of HDF5 files."""
+"""Large arrays on disk: space, blocks of rows, memory maps of HDF5 files."""
 
 from __future__ import annotations
 
-import ctypes
-import glob
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from src.ownership import FolderInUse, own
-from src.utils import PerceptError, name_temporary, unfinished, write_errors
+from src.utils import PerceptError
 
 BLOCK_BYTES = 64 << 20  # rows are read, checked and written in blocks of about this size
 
@@ -42,68 +37,6 @@ def check_space(folder: Path, n_bytes: int) -> None:
             f"No space for {n_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
             "free some, or set PERCEPT_HOME to a folder on a larger disk."
         )
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` on success and disappears on failure.
-
-    This process owns the folder meanwhile. Killed at any moment it leaves the old folder or the new
-    one: they change places in one step, or where the disk cannot do that, `restore_folder` brings
-    the old one back.
-
-    Raises:
-        PerceptError: if another process writes the folder, and as `write_errors`.
-    """
-    temporary, old = name_temporary(folder), name_temporary(folder, "old")
-    with own(folder, f"writing {folder.name}", beside=True):
-        unfinished.add(temporary.absolute())
-        try:
-            with write_errors(folder):
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                yield temporary
-                _put_in_place(temporary, folder, old)
-        finally:
-            unfinished.discard(temporary.absolute())
-            shutil.rmtree(temporary, ignore_errors=True)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
-    """Give a folder the name of another one; that one, if there is any, takes its name or `old`."""
-    if not folder.exists():
-        os.replace(temporary, folder)
-        return
-    if _exchange(temporary, folder):
-        return
-    os.replace(folder, old)
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        os.replace(old, folder)
-        raise
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change names in one step; whether this system and disk can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
-    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
-
-
-def restore_folder(folder: Path) -> None:
-    """Bring back a missing folder of which a process that was killed has only changed the name.
-
-    Nothing happens while another process writes it.
-    """
-    if folder.exists() or not list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
-        return
-    with suppress(FolderInUse), own(folder, f"restoring {folder.name}", beside=True):
-        pass  # what was left behind is dealt with by every owner
 
 
 def iterate_row_blocks(rows: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:

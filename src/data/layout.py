@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from src.data.files import iterate_row_blocks, replace_folder, write_rows
+from src.data.files import iterate_row_blocks, write_rows
 from src.data.identity import write_preparation
-from src.ownership import own
+from src.ownership import own, replace_folder
 from src.utils import HOME, PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")

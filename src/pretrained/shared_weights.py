@@ -13,13 +13,13 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.utils import PerceptError, open_tensors, read_json
+from src.ownership import own, replace_folder
+from src.utils import PerceptError, atomic, open_tensors, read_json
 
 MANIFEST = "shared_weights.json"
 REMEDY = "restore data/mini_models from git"
@@ -45,16 +45,10 @@ def complete_model(folder: Path, cache: Path) -> Path:
     target = cache / f"{folder.name}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
     if target.is_dir() and _is_whole(folder, entries, target):
         return target
-    shutil.rmtree(target, ignore_errors=True)  # damaged
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache, prefix=".") as temporary:
-        complete = Path(temporary) / folder.name
-        _assemble(folder, entries, complete)
-        try:
-            complete.rename(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
+    with own(target, f"completing {folder.name}", wait=True, beside=True):
+        if not target.is_dir() or not _is_whole(folder, entries, target):  # missing or damaged
+            with replace_folder(target) as temporary:
+                _assemble(folder, entries, temporary)
     return target
 
 
@@ -131,7 +125,8 @@ def complete_file(root: Path, path: Path, entry: Mapping[str, Any], target: Path
         tensors |= read_tensors(root / source, names)
     with open_tensors(path, remedy=REMEDY) as file:
         metadata = file.metadata()
-    save_file(tensors, target, metadata=metadata)
+    with atomic(target) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     if compute_sha256(target) != entry["sha256"]:
         raise PerceptError(
             f"The weights that {path} shares with others have changed since they were left out of"
@@ -145,8 +140,13 @@ def compute_sha256(path: Path) -> str:
 
 
 def _assemble(folder: Path, entries: Mapping[str, Any], target: Path) -> None:
-    """Copy a model's folder, its files completed."""
-    shutil.copytree(folder, target)
+    """Copy a model's folder, its files completed; it may be one that nobody may write."""
+    for source in sorted(folder.rglob("*")):
+        copy = target / source.relative_to(folder)
+        if source.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copyfile(source, copy)
     for path, entry in entries.items():
         try:
             complete_file(folder.parent, folder / path, entry, target / path)

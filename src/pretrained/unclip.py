@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from src.ownership import own, replace_folder
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.base import choose_dtype, freeze, load_frozen
 from src.pretrained.generators import ImageGenerator, cache_condition
@@ -371,8 +370,7 @@ def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
     if isinstance(state, Mapping):
         tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     unet_state, vae_state = convert_unclip_weights(tensors)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with replace_folder(folder) as temporary:
         unet = _build_on_cpu(UNet2DConditionModel, UNET, torch.float16)
         load_strictly(unet, unet_state, str(path))
         unet.save_pretrained(temporary / "unet")
@@ -381,9 +379,6 @@ def convert_unclip_checkpoint(path: str | Path, folder: str | Path) -> None:
         vae.save_pretrained(temporary / "vae")
         scheduler: Any = EulerDiscreteScheduler(**SCHEDULER)
         scheduler.save_pretrained(temporary / "scheduler")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _build_on_cpu(cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -403,5 +398,7 @@ def _make_released_folder() -> Path:
                 f"The unCLIP decoder is neither at {folder} nor at {source}: run 'python run.py"
                 " download unclip', or set weights to a folder."
             )
-        convert_unclip_checkpoint(source, folder)
+        with own(folder, "converting the unCLIP decoder", wait=True, beside=True):
+            if not folder.is_dir():
+                convert_unclip_checkpoint(source, folder)
     return folder

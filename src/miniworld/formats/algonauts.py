@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,9 @@ import pandas as pd
 from PIL import Image
 
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
+from src.ownership import replace_folder
 from src.readers.algonauts import FLAVOURS, HEMISPHERES, REGIONS
-from src.utils import PerceptError, write_errors
+from src.utils import PerceptError
 
 
 @dataclass(frozen=True)
@@ -76,24 +74,15 @@ def write(
     if flavour == "course":
         new_id = {image: row for row, image in enumerate(averages.ids)}
     root = Path(source)
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".subj{subj:02d}.", dir=root))
-    try:
-        with write_errors(root):
-            _write_training(temporary / "training_split", averages, n_left, flavour)
-            _write_masks(temporary / "roi_masks", data, n_left, flavour)
-            write_split(temporary, _renumber(averages.split, new_id))
-            captions, labels = (
-                None if table is None else _renumber(table, new_id)
-                for table in (data.captions, data.labels)
-            )
-            write_tables(temporary, captions, labels)
-            folder = root / f"subj{subj:02d}"
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.chmod(0o755)
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replace_folder(root / f"subj{subj:02d}") as temporary:
+        _write_training(temporary / "training_split", averages, n_left, flavour)
+        _write_masks(temporary / "roi_masks", data, n_left, flavour)
+        write_split(temporary, _renumber(averages.split, new_id))
+        captions, labels = (
+            None if table is None else _renumber(table, new_id)
+            for table in (data.captions, data.labels)
+        )
+        write_tables(temporary, captions, labels)
     return root
 
 
