@@ -348,8 +348,9 @@ class BrainDiffusionPrior(nn.Module):
         bar = self.noise_scheduler.alphas_cumprod.double().cpu()
         alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
         log_snr = (alpha / sigma).log()
-        # from noise to the level next to clean
-        grid = torch.linspace(0, len(bar) - 1, steps + 1).round().long()[1:].flip(0)
+        # from noise to the level next to clean, or with as many steps as levels to the cleanest
+        first = int(steps < len(bar))
+        grid = torch.linspace(0, len(bar) - 1, steps + first).round().long()[first:].flip(0)
         previous_x0 = x
         for i, step in enumerate(grid):
             t = torch.full((len(x),), int(step), device=x.device)

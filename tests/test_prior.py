@@ -383,6 +383,12 @@ def test_dpm_solver_comes_nearer_to_the_exact_solution_with_more_steps():
     assert prior.net.calls == 10
 
 
+@pytest.mark.parametrize("steps", [0, 5, 6])
+def test_dpm_solver_takes_every_number_of_steps(steps):
+    prior = _tiny(timesteps=6).eval()
+    assert prior.sample(torch.randn(2, TOKENS, DIM), steps, solver="dpm++").isfinite().all()
+
+
 def test_an_unknown_solver_is_refused():
     with pytest.raises(PerceptError, match="no solver 'euler'"):
         _tiny().sample(torch.zeros(1, TOKENS, DIM), solver="euler")
