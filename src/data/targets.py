@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ from src.data.draws import choose_repeats
 from src.data.files import Ids, check_space, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
+from src.foreign_files import load_npy, shorten
 from src.ownership import own
 from src.utils import (
     PerceptError,
     atomic,
+    memory_errors,
     progress,
     read_json,
     same_features,
@@ -31,7 +34,11 @@ from src.utils import (
     write_json,
 )
 
+log = logging.getLogger(__name__)
+
 Encode = Callable[[np.ndarray], np.ndarray]
+
+REMEDY = "its targets are computed again"
 
 
 # --------------------------------------------------------------------------------- reading targets
@@ -43,19 +50,26 @@ class TargetCache:
         image_ids: int64 (images,), ascending.
         shape: shape of one target.
         dtype: as stored.
+        damaged: parts that cannot be read, whose images count as missing.
     """
 
     def __init__(self, folder: Path, store: ImageStore):
         meta = read_json(folder / "meta.json")
         self.folder, self.shape, self.dtype = folder, tuple(meta["shape"]), np.dtype(meta["dtype"])
-        self.parts = sorted(folder.glob("part-???.npy"))
+        self.parts: list[Path] = []
+        self.damaged: list[Path] = []
         crc = dict(zip(store.image_ids.tolist(), store.crc.tolist(), strict=True))
         locations: dict[int, tuple[int, int]] = {}  # image -> (part, row)
-        for number, part in enumerate(self.parts):
-            stored = np.load(_ids_file(part), allow_pickle=False).tolist()
+        for part in sorted(folder.glob("part-???.npy")):
+            stored = self._read_identities(part)
+            if stored is None:
+                self.damaged.append(part)
+                continue
             for row, (image, checksum) in enumerate(stored):
                 if crc.get(image) == checksum:
-                    locations[image] = (number, row)  # a later part, made from newer pixels, wins
+                    # a later part, made from newer pixels, wins
+                    locations[image] = (len(self.parts), row)
+            self.parts.append(part)
         images = sorted(locations)
         self.image_ids = np.array(images, dtype=np.int64)
         pairs = [locations[image] for image in images]
@@ -68,9 +82,25 @@ class TargetCache:
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_maps"}
 
+    def _read_identities(self, part: Path) -> list[list[int]] | None:
+        """The images of a part, [id, CRC-32 of the pixels] each; None where the part is damaged."""
+        try:
+            stored = load_npy(_ids_file(part), REMEDY)
+            array = load_npy(part, REMEDY, mode="r")
+        except PerceptError as error:
+            log.warning("%s", error)
+            return None
+        is_table = stored.ndim == 2 and stored.shape[1] == 2 and stored.dtype == np.int64
+        expected = (stored.shape[0] if stored.ndim else 0, *self.shape)
+        if not is_table or array.shape != expected or array.dtype != self.dtype:
+            log.warning("%s is not %s %s: %s", part, self.dtype, expected, REMEDY)
+            return None
+        identities: list[list[int]] = stored.tolist()
+        return identities
+
     @cached_property
     def _maps(self) -> list[np.ndarray]:
-        return [np.load(part, mmap_mode="r", allow_pickle=False) for part in self.parts]
+        return [load_npy(part, REMEDY, mode="r") for part in self.parts]
 
     def check(self, image_ids: Ids) -> None:
         """Raise PerceptError if the target of one of these images is missing."""
@@ -114,12 +144,12 @@ class LatentFile:
     def __init__(self, path: str | Path, shape: tuple[int, ...]):
         self.path, self.shape = Path(path), tuple(shape)
         try:
-            self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            self._array = load_npy(self.path, mode="r")
+        except PerceptError as error:
             raise PerceptError(
-                f"{path} is no array of latents that can be read ({error}): give the .npy file, or"
-                " leave latents_file empty."
-            ) from None
+                f"{path} is no array of latents that can be read ({shorten(error)}): give the .npy"
+                " file, or leave latents_file empty."
+            ) from error
         row_shapes = (self.shape, (1, *self.shape))
         if self._array.dtype.kind != "f" or self._array.shape[1:] not in row_shapes:
             expected = f"floats (images, {', '.join(map(str, self.shape))})"
@@ -194,7 +224,8 @@ class _TargetEncoder:
 
     def compute(self, images: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Targets of images (n, height, width, 3), checked, in the dtype to be stored."""
-        targets = np.asarray(self.encode(images))
+        with memory_errors("computing targets", "free memory, or choose another device"):
+            targets = np.asarray(self.encode(images))
         expected = (len(ids), *self.shape)
         if targets.shape != expected:
             raise PerceptError(
@@ -254,8 +285,11 @@ def cache_targets(
     with own(folder, f"making the targets {name}", wait=True):
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
-        _check_meta(read_json(folder / "meta.json"), meta, folder)
+        _check_meta(folder, meta)
         targets = TargetCache(folder, store)
+        for part in targets.damaged:
+            part.unlink()
+            _ids_file(part).unlink(missing_ok=True)
         missing = np.setdiff1d(image_ids, targets.image_ids)
         if len(missing):
             encoder = _TargetEncoder(encode, tuple(shape), np.dtype(dtype), batch_size)
@@ -270,7 +304,7 @@ def _open_complete(
     """The targets in a folder, if it has those of all these images; nothing is written."""
     if not (folder / "meta.json").exists():
         return None
-    _check_meta(read_json(folder / "meta.json"), meta, folder)
+    _check_meta(folder, meta)
     targets = TargetCache(folder, store)
     return None if len(np.setdiff1d(image_ids, targets.image_ids)) else targets
 
@@ -322,13 +356,21 @@ def hash_fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _check_meta(stored: dict[str, Any], meta: dict[str, Any], folder: Path) -> None:
+def _check_meta(folder: Path, meta: dict[str, Any]) -> None:
     """Refuse targets of another fingerprint, or of a model whose features have changed."""
+    remedy = f"delete {folder}, so that the targets are made again"
+    path = folder / "meta.json"
+    stored = read_json(path, ("name", "fingerprint", "shape", "dtype"), remedy)
+    if not isinstance(stored["fingerprint"], dict):
+        raise PerceptError(f"{path} holds no fingerprint of the targets: {remedy}.")
     if hash_fingerprint(stored) != hash_fingerprint(meta):
         raise PerceptError(
             f"{folder} was made with another fingerprint than its name says: delete it."
         )
     recorded, current = (part["fingerprint"].get("golden", []) for part in (stored, meta))
+    is_list = isinstance(recorded, list) and all(isinstance(v, int | float) for v in recorded)
+    if not is_list:
+        raise PerceptError(f"{path} holds no features of its model: {remedy}.")
     if not same_features(recorded, current):
         raise PerceptError(
             f"{folder} was made by a model that no longer gives the same features: delete it, so"
@@ -340,7 +382,8 @@ def _add_part(folder: Path, store: ImageStore, ids: np.ndarray, encoder: _Target
     """Compute and store the targets of `ids` as the next part, going on with an interrupted one."""
     checksums = store.crc[store.positions(ids)]
     identities = np.stack([ids, checksums], axis=1)
-    part = folder / f"part-{len(list(folder.glob('part-???.npy'))):03d}.npy"
+    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-[0-9]??.npy")]
+    part = folder / f"part-{max(numbers, default=-1) + 1:03d}.npy"
     partial, state = part.with_suffix(".partial"), folder / "progress.json"
     key = hashlib.sha256(identities.tobytes()).hexdigest()
     rows = _RowFile(partial, (len(ids), *encoder.shape), encoder.dtype)
@@ -372,7 +415,8 @@ def _count_done(partial: Path, state: Path, key: str) -> int:
         content = read_json(state, ("key", "done"))
     except PerceptError:  # damaged: all of them are made again
         return 0
-    return int(content["done"]) if content["key"] == key else 0
+    done = content["done"] if content["key"] == key else 0
+    return done if isinstance(done, int) and done >= 0 else 0
 
 
 class _RowFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import pandas as pd
 from src.data.draws import choose_repeats
 from src.data.layout import dataset_folder
 from src.data.targets import AugmentedTargets
+from src.foreign_files import load_npy
 from src.pretrained.clip import Clipper
 from src.utils import PerceptError, atomic
+
+log = logging.getLogger(__name__)
 
 
 class CaptionTargets(AugmentedTargets):
@@ -98,11 +102,23 @@ def embed_captions(
     described = json.dumps([fingerprint, texts], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()[:12]
     path = dataset_folder(dataset) / "targets" / f"captions-{key}.npy"
-    if not path.exists():
+    embeddings = _read_embeddings(path, len(texts)) if path.exists() else None
+    if embeddings is None:
         parts = []
         for start in range(0, len(texts), 256):
             embedded = clipper.embed_text(texts[start : start + 256])
             parts.append(embedded.half().cpu().numpy())
         with atomic(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(parts))
-    return CaptionTargets(captions, np.load(path, mmap_mode="r", allow_pickle=False))
+        embeddings = load_npy(path, mode="r")
+    return CaptionTargets(captions, embeddings)
+
+
+def _read_embeddings(path: Path, captions: int) -> np.ndarray | None:
+    """Stored embeddings of so many captions; None where the file is damaged or of others."""
+    try:
+        embeddings = load_npy(path, "they are computed again", mode="r")
+    except PerceptError as error:
+        log.warning("%s", error)
+        return None
+    return embeddings if embeddings.ndim == 2 and len(embeddings) == captions else None

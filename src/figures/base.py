@@ -75,6 +75,8 @@ def apply_style() -> AbstractContextManager[None]:
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
+        # names of runs, regions and captions may hold dollar signs, which are no formulas
+        "text.parse_math": False,
         "axes.edgecolor": SOFT,
         "axes.labelcolor": INK,
         "axes.titlesize": 11,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,12 +36,14 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from tqdm.auto import tqdm
 
-from src.foreign_files import shorten
+from src.foreign_files import load_npy, shorten
 from src.pretrained.base import freeze, normalise_colours
 from src.pretrained.shared_weights import REMEDY
 from src.safe_pickle import UnpicklingError, load_plain_torch_file
 from src.utils import ROOT, PerceptError, atomic, load_strictly, read_json, read_tensors
 from src.weights import plan_network
+
+log = logging.getLogger(__name__)
 
 MINI_METRIC_NETWORKS = ROOT / "data" / "mini_models" / "metric_networks"
 
@@ -495,12 +498,23 @@ class FeatureNetwork:
 
     def _read_or_compute(self, images: Any, cache: Path) -> np.ndarray:
         path = cache / f"{self.name}-{self._hash(images)}.npy"
-        if not path.exists():
+        features = self._read_features(path, len(images)) if path.exists() else None
+        if features is None:
             # a computation that stops leaves nothing behind
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 self._write(images, file)
-        # copy on write: torch warns of arrays that may not be written
-        return np.load(path, mmap_mode="c")
+            # copy on write: torch warns of arrays that may not be written
+            features = load_npy(path, mode="c")
+        return features
+
+    def _read_features(self, path: Path, images: int) -> np.ndarray | None:
+        """Stored features; None where the file is damaged, which are then computed again."""
+        try:
+            features = load_npy(path, "its features are computed again", mode="c")
+        except PerceptError as error:
+            log.warning("%s", error)
+            return None
+        return features if features.shape == (images, self.dim) else None
 
     def _compute_in_file(self, images: Any) -> np.ndarray:
         with tempfile.TemporaryFile() as file:  # nameless, it exists as long as it is mapped
