@@ -9,7 +9,8 @@ a GPU (not run by us) it runs in bf16, and also gives steps a second and the pro
 epochs.
 
 Random weights and random data of the published sizes, through the same `fit` and the same losses as
-notebook 01 (BiMixCo phase), targets from the cache. Nothing is written.
+notebook 01 (BiMixCo phase). Left out is what surrounds a step: reading betas and targets, CLIP of
+augmented images, validation, and the checkpoints of an epoch (4 GB each).
 """
 
 from __future__ import annotations
@@ -117,13 +118,14 @@ class Clock:
 
 def time_steps(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[float]:
     """Seconds of each step."""
-    starts, updates = [], []
+    starts, updates, ends_of_updates = [], [], []
     plain = torch.optim.AdamW.step
 
     def timed(self, *args, **kwargs):
         start_time = clock.now()
         result = plain(self, *args, **kwargs)
-        updates[-1] += clock.now() - start_time
+        ends_of_updates.append(clock.now())
+        updates[-1] += ends_of_updates[-1] - start_time
         return result
 
     def step(model, batch, epoch):
@@ -156,7 +158,7 @@ def time_steps(model: nn.Module, steps: int, batch: int, clock: Clock) -> list[f
             )
     finally:
         torch.optim.AdamW.step = plain
-    ends = [*starts[2::2], clock.now()]
+    ends = [*starts[2::2], ends_of_updates[-1]]  # fit then saves its state
     clock.seconds["update"] = updates
     clock.seconds["backward"] = [
         end - forward - update

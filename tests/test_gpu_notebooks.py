@@ -26,7 +26,10 @@ WALKS = {
         ("06_metrics", {"shuffles": 1}),
     ],
     "mindeye2_small": [
-        ("01_train_mindeye2", {"num_epochs": 1, "prior_depth": 1, "ridge_folds": 2}),
+        (
+            "01_train_mindeye2",
+            {"num_epochs": 1, "prior_depth": 1, "ridge_folds": 2, "batch_size": 4},
+        ),
         ("03_reconstruct", SHORT | {"first_images": 8, "converter_epochs": 1}),
         ("04_refine", SHORT | {"converter_epochs": 1}),
     ],

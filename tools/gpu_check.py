@@ -171,6 +171,9 @@ def run_tests(check: Check) -> None:
     limit = min(200.0, max(30.0, check.remaining))
     output = run_program(command, limit)
     counts = parse_counts(output.stdout)
+    if not counts:
+        lines = (output.stdout + output.stderr).strip().splitlines() or [""]
+        check.add("GPU tests", None, "", f"failed: exit {output.returncode}: {lines[-1][:200]}")
     for name in ("passed", "failed", "error", "skipped", "xfailed"):
         check.add(f"GPU tests {name}", float(counts.get(name, 0)))
     for line in output.stdout.splitlines():
