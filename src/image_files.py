@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.foreign_files import explain_head, explain_unreadable, shorten
+from src.foreign_files import explain_head, find_cause, shorten
 from src.utils import PerceptError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -181,15 +181,12 @@ def _explain_failure(
 ) -> PerceptError:
     """The error to raise over an image that could not be decoded."""
     if isinstance(content_or_path, str | Path):
-        cause = str(explain_unreadable(content_or_path, error))
-        cause = cause.removeprefix(f"{content_or_path} ")
-        return PerceptError(f"{origin} {cause}")
-    if isinstance(content_or_path, bytes):
-        head = content_or_path[:512]
+        cause = find_cause(content_or_path, error)
+    elif isinstance(content_or_path, bytes):
+        cause = explain_head(content_or_path[:512])
     else:
         content_or_path.seek(0)
-        head = content_or_path.read(512)
-    cause = explain_head(head)
+        cause = explain_head(content_or_path.read(512))
     if cause is None:
         is_unknown = isinstance(error, UnidentifiedImageError)
         text = f"it is none of {', '.join(FORMATS)}" if is_unknown else shorten(error)

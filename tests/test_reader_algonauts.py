@@ -287,7 +287,7 @@ def test_wrong_options_and_folders(tmp_path, responses, pictures):
     with pytest.raises(PerceptError, match="None of the 10"):
         read(tmp_path, test="shared1000")
     (tmp_path / "shared1000.txt").write_text("one")
-    with pytest.raises(PerceptError, match="shared images cannot be read"):
+    with pytest.raises(PerceptError, match="shared1000.txt .*cannot be read .*give nsd_exp"):
         read(tmp_path, test="shared1000")
 
 

@@ -348,7 +348,7 @@ def both_sides(root):
         ),
         (
             lambda root: (root / f"CSI2_{BETAS}_ses-01.nii.gz").write_bytes(b"no"),
-            "cannot be read as NIfTI",
+            "ses-01.nii.gz is damaged .*not a gzip file",
         ),
         (lambda root: (root / "CSI2_imgnames.txt").unlink(), "CSI2_imgnames.txt .* is missing"),
         (without_picture, "names coralreef3.jpg in line 3"),

@@ -399,9 +399,9 @@ BETAS, PICTURES, INDICES, MASKS = (
             lambda s, b: (s / "wds/subj02/new_test/0.tar").unlink(),
             "new_test/0.tar .*nsd-1000.* is missing",
         ),
-        (lambda s, b: cut(s / BETAS), "betas_all_subj02.* is cut off"),
-        (lambda s, b: cut(s / PICTURES), "coco_images.* is cut off"),
-        (lambda s, b: cut(s / INDICES), "COCO_73k.* is cut off"),
+        (lambda s, b: cut(s / BETAS), "betas_all_subj02.* is damaged or cut off"),
+        (lambda s, b: cut(s / PICTURES), "coco_images.* is damaged or cut off"),
+        (lambda s, b: cut(s / INDICES), "COCO_73k.* is damaged or cut off"),
         (lambda s, b: cut(s / "wds/subj02/train/1.tar", 0.1), "train/1.tar is .*cut off"),
         (
             lambda s, b: replace(s, BETAS, "betas", lambda a: a.T),
@@ -439,7 +439,7 @@ BETAS, PICTURES, INDICES, MASKS = (
             "Trial 9 is in split test, of which .*shared1000.npy says otherwise",
         ),
         (lambda s, b: cut(s / "shared1000.npy", 0.9), "shared1000.npy is damaged or cut off"),
-        (lambda s, b: cut(s / "shared1000.npy", 0), "shared1000.npy is damaged or cut off"),
+        (lambda s, b: cut(s / "shared1000.npy", 0), "shared1000.npy is empty"),
         (
             lambda s, b: (s / "wds/subj02/train/4.tar").unlink(),
             "Trial 16 and 2 more .* in no training tar: .*the first 4 sessions",

@@ -403,12 +403,12 @@ REFUSED = [
     (
         lambda r: (r / "nsddata/ppdata/subj01/behav/responses.tsv").write_bytes(b""),
         {},
-        "responses.tsv is damaged, cut off",
+        "responses.tsv is empty .0 bytes.",
     ),
     (
         lambda r: edit_responses(r, lambda t: t.loc.__setitem__((13, "73KID"), np.nan)),
         {},
-        "responses.tsv is damaged.*whole numbers",
+        "Column 73KID of .*responses.tsv .*whole numbers",
     ),
     (
         lambda r: (r / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5").unlink(),

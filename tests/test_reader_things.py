@@ -271,7 +271,7 @@ def spoil(folder, what, betas):
         ("column", "lacks the columns .'run'"),
         ("type", "type catch"),
         ("sides", r"Image 2 is in train .* and test"),
-        ("empty", "cannot be read"),
+        ("empty", "StimulusMetadata.csv is empty"),
         ("nan", "is nan"),
     ],
 )

@@ -271,7 +271,7 @@ def test_mindeye_a_failed_reading_leaves_the_subject_as_it_was(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     metadata = tmp_path / "webdataset_avg_split" / "metadata_subj01.json"
     metadata.write_text(metadata.read_text()[:-9])
-    with pytest.raises(PerceptError, match="metadata_subj01.json cannot be read"):
+    with pytest.raises(PerceptError, match="metadata_subj01.json .*cannot be read"):
         mindeye.read(tmp_path, tmp_path / "out", 1)
     make_shards(
         tmp_path,
@@ -557,7 +557,7 @@ def test_mindeye_images_of_trials_come_from_the_table_where_shards_lack_them(tmp
     with pytest.warns(UserWarning, match="Trial 4 shows image 15 in the shards, but 3 in COCO_73k"):
         mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
     (tmp_path / "COCO_73k_subj_indices.hdf5").write_bytes(b"no HDF5")
-    with pytest.raises(PerceptError, match="COCO_73k_subj_indices.hdf5 cannot be read"):
+    with pytest.raises(PerceptError, match="COCO_73k_subj_indices.hdf5 .*cannot be read"):
         mindeye.read(tmp_path, tmp_path / "out", 1, val_images=1)
 
 

@@ -37,21 +37,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.io
 
 from src.data.files import BLOCK_BYTES
 from src.data.layout import number_repeats
+from src.foreign_files import read_errors
 from src.readers.common import (
     check_rois,
     choose_validation,
     default_split_size,
     find_in_folders,
+    list_files,
     load_image_table,
     load_images,
+    load_mat,
     load_split_column,
     make_roi_columns,
     map_npy,
     parse_name_list,
+    to_integers,
+    to_mask,
 )
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.safe_pickle import unpickle_npy
@@ -233,8 +237,8 @@ def _find_folders(source: Path, subj: int) -> SourceFolders:
 
 def _part_names(folders: SourceFolders, test: str) -> list[str]:
     """The parts to read: training, and test where the official test set is to be used."""
-    test_files = (folders.subject / "test_split" / "test_fmri").glob("*.npy")
-    if test == "official" or (test == "auto" and any(test_files)):
+    test_files = list_files(folders.subject / "test_split" / "test_fmri", "*.npy")
+    if test == "official" or (test == "auto" and test_files):
         return ["training", "test"]
     return ["training"]
 
@@ -296,7 +300,7 @@ def _check_vertices(widths: tuple[int, int], subj: int, place: Path) -> None:
 def _find_stimuli(folder: Path, prefix: str) -> StimulusFiles:
     """Image files in the order of the rows, with NSD numbers or rows as their ids."""
     require_file(folder, "images")
-    files = {path.name: path for path in folder.glob("*.png")}
+    files = {path.name: path for path in list_files(folder, "*.png")}
     official = re.compile(rf"{prefix}-(?P<row>\d+)_nsd-(?P<id>\d+)\.png")
     course = re.compile(r"(?P<id>(?P<row>\d+))\.png")
     for pattern, first in ((official, 1), (course, 0)):
@@ -377,7 +381,7 @@ def _select_vertices(
 def _load_regions(folder: Path, widths: tuple[int, int]) -> dict[str, np.ndarray]:
     """Masks (vertices,) of all regions, empty ones included."""
     masks: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob("mapping_*.npy")):
+    for path in list_files(folder, "mapping_*.npy"):
         roi_class, names = path.stem.removeprefix("mapping_"), unpickle_npy(path)
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise PerceptError(f"{path} must hold a dictionary from label to name: fetch it again.")
@@ -409,7 +413,7 @@ def _load_labels(folder: Path, side: str, roi_class: str, width: int) -> np.ndar
             f"{path} has shape {labels.shape}, the responses have {width} vertices there: take the"
             " masks of this very subject."
         )
-    return labels
+    return to_integers(labels, f"A label in {path}")
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -487,19 +491,14 @@ def _load_shared_ids(path: Path) -> np.ndarray:
     """NSD numbers, from 0, of the images that all subjects were to see."""
     remedy = "give nsd_expdesign.mat, or their numbers as text or .npy"
     require_file(path, "the list of NSD's shared images", remedy)
-    try:
-        if path.suffix == ".mat":
-            content = scipy.io.loadmat(path, variable_names=["sharedix"])
-            return content["sharedix"].ravel().astype(np.int64) - 1  # MATLAB counts from 1
+    if path.suffix == ".mat":
+        shared = load_mat(path, ["sharedix"], remedy)["sharedix"]
+        return to_integers(shared.ravel(), f"sharedix of {path}") - 1  # MATLAB counts from 1
+    with read_errors(path, remedy):
         if path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)
         else:
             values = np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (ValueError, KeyError, OSError, EOFError) as error:
-        raise PerceptError(
-            f"The shared images cannot be read from {path} ({error}): give nsd_expdesign.mat, or"
-            " numbers as text or .npy."
-        ) from error
     if values.dtype == bool or values.shape == (NSD_IMAGES,):
-        return np.flatnonzero(values)
-    return values.ravel().astype(np.int64)
+        return np.flatnonzero(to_mask(values, str(path)))
+    return to_integers(values.ravel(), str(path))

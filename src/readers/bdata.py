@@ -9,6 +9,8 @@ import h5py
 import numpy as np
 
 from src.data.files import BLOCK_BYTES
+from src.foreign_files import read_errors
+from src.readers.hdf5 import find_dataset, open_h5
 from src.utils import PerceptError, progress
 
 
@@ -30,21 +32,15 @@ class BData:
 
     def __init__(self, path: Path, data_type: int = 0):
         self.path, self.data_type = path, data_type
-        try:
-            with h5py.File(path, "r") as file:
-                is_new = "dataset" in file
-                self._name = "dataset" if is_new else "dataSet"
-                group = "metadata" if is_new else "metaData"
-                self.shape = file[self._name].shape
-                self._itemsize = file[self._name].dtype.itemsize
-                keys, values = file[f"{group}/key"].asstr()[:], file[f"{group}/value"][:]
-                names = file.get("vmap/stimulus_name", {})
-                self.stimulus_names = {float(value): names[value].asstr()[()] for value in names}
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise PerceptError(
-                f"{path} cannot be read as BData, it is damaged, cut off or of another format"
-                f" ({error}): fetch it again."
-            ) from error
+        with open_h5(path, "samples in bdpy's format") as file, read_errors(path):
+            is_new = "dataset" in file
+            self._name = "dataset" if is_new else "dataSet"
+            group = "metadata" if is_new else "metaData"
+            stored, marks = find_dataset(file, self._name), find_dataset(file, f"{group}/value")
+            self.shape, self._itemsize = stored.shape, stored.dtype.itemsize
+            keys, values = file[f"{group}/key"].asstr()[:], marks[:]
+            names = file.get("vmap/stimulus_name", {})
+            self.stimulus_names = {float(value): names[value].asstr()[()] for value in names}
         if len(self.shape) != 2 or values.shape != (len(keys), self.shape[1]):
             raise PerceptError(
                 f"{path}: dataset {self.shape} and metadata {values.shape} of {len(keys)} keys do"
@@ -70,13 +66,8 @@ class BData:
         Only the stretch from the first to the last of the columns is read.
         """
         first, last = int(columns.min()), int(columns.max()) + 1
-        try:
-            with h5py.File(self.path, "r") as file:
-                block = file[self._name][rows, first:last]
-        except (OSError, RuntimeError) as error:
-            raise PerceptError(
-                f"{self.path} is damaged or cut off ({error}): fetch it again."
-            ) from error
+        with read_errors(self.path), h5py.File(self.path, "r") as file:
+            block = file[self._name][rows, first:last]
         return block if last - first == len(columns) else block[:, columns - first]
 
     def iterate_blocks(self, columns: np.ndarray, is_used: np.ndarray) -> Iterator[np.ndarray]:

@@ -32,6 +32,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,21 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
+from src.foreign_files import read_errors, shorten, walk_files
 from src.readers.common import (
     check_rois,
     count_test_images,
+    find_gap,
     load_image_table,
     load_images,
     make_roi_columns,
     make_split_column,
     map_npy,
     parse_name_list,
+    to_mask,
 )
 from src.readers.recording import Recording, RowBlocks, store_recording
+from src.readers.volumes import open_nifti
 from src.utils import PerceptError, progress, require_extra, require_file
 
 TERMS = (
@@ -182,9 +187,8 @@ def subject_name(subj: int) -> str:
 def _list_files(root: Path) -> FilesByName:
     """All files below the source by name, the least deep first."""
     files: FilesByName = {}
-    for path in sorted(root.rglob("*"), key=lambda path: (len(path.parts), path)):
-        if not path.name.startswith(".") and path.is_file():
-            files.setdefault(path.name, []).append(path)
+    for path in sorted(walk_files(root), key=lambda path: (len(path.parts), path)):
+        files.setdefault(path.name, []).append(path)
     return files
 
 
@@ -194,13 +198,19 @@ def _match_files(files: FilesByName, pattern: str) -> list[tuple[re.Match[str], 
     return [(match, path) for match, path in matches if match]
 
 
+@lru_cache
+def _is_presented(folder: Path) -> bool:
+    """Whether a folder is that of the presented images or below it, perhaps through a link."""
+    return PRESENTED in folder.parts or PRESENTED in folder.resolve().parts
+
+
 def _list_stimuli(files: FilesByName, root: Path) -> pd.DataFrame:
     """Columns image, name (of the file, without its ending), source and path, one row an image."""
     paths = [
         path
         for same_name in files.values()
         for path in same_name
-        if PRESENTED in path.parts and path.suffix.lower() in IMAGE_SUFFIXES
+        if _is_presented(path.parent) and path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not paths:
         raise PerceptError(
@@ -225,12 +235,8 @@ def _load_image_list(path: Path, stimuli: pd.DataFrame) -> np.ndarray:
     """Image of each trial (trials,) int64 from a list of file names."""
     image_of_name = stimuli.set_index("name")["image"].to_dict()
     images = []
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise PerceptError(
-            f"{path} is no text ({error}): it must name an image in each line, fetch it again."
-        ) from error
+    with read_errors(path, "it must name an image in each line, so fetch it again"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     for number, line in enumerate(filter(None, map(str.strip, lines)), 1):
         stem = Path(line).stem
         image = image_of_name.get(stem, image_of_name.get(stem.removeprefix("rep_")))
@@ -310,7 +316,7 @@ def _session_sizes(betas: BetaSource, sessions: str) -> list[int]:
         )
         return [betas.n_trials]
     texts = [text.strip() for text in sessions.split(",")]
-    sizes = [int(text) for text in texts if text.isdigit()]
+    sizes = [int(text) for text in texts if re.fullmatch("[0-9]{1,9}", text)]
     is_valid = len(sizes) == len(texts) and min(sizes) >= 1
     if not is_valid or sum(sizes) != betas.n_trials:
         raise PerceptError(
@@ -367,11 +373,10 @@ def _find_session_files(files: FilesByName, name: str) -> list[Path]:
     numbered = sorted((int(match[1]), path) for match, path in matches)
     if not numbered:
         return []
-    last = numbered[-1][0]
-    missing = sorted(set(range(1, last + 1)) - {session for session, _ in numbered})
-    if missing:
+    gap = find_gap((session for session, _ in numbered), 1)
+    if gap is not None:
         raise PerceptError(
-            f"Session {missing[0]} of {name} ({name}_{BETAS}_ses-{missing[0]:02d}.nii.gz) is"
+            f"Session {gap} of {name} ({name}_{BETAS}_ses-{gap:02d}.nii.gz) is"
             f" missing in {numbered[0][1].parent}: fetch it."
         )
     return [path for _, path in numbered]
@@ -379,17 +384,7 @@ def _find_session_files(files: FilesByName, name: str) -> list[Path]:
 
 def _open_nifti(path: Path) -> Any:
     """nibabel's array proxy: shape, dtype, offset, slope and inter."""
-    nibabel = require_extra("nibabel", "nsd")
-    try:
-        return nibabel.load(path).dataobj
-    except (
-        nibabel.filebasedimages.ImageFileError,
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:
-        raise PerceptError(f"{path} cannot be read as NIfTI ({error}): fetch it again.") from error
+    return open_nifti(path, "voxels").dataobj
 
 
 def _load_mask(path: Path, grid: tuple[int, ...]) -> np.ndarray:
@@ -401,7 +396,7 @@ def _load_mask(path: Path, grid: tuple[int, ...]) -> np.ndarray:
             f"{path} has shape {proxy.shape}, the betas have (x, y, z) = {grid}: take the mask of"
             " this subject, with its axes in this order."
         )
-    return next(_iterate_volumes(path, slice(None))) != 0
+    return to_mask(next(_iterate_volumes(path, slice(None))), str(path))
 
 
 def _select_voxels(
@@ -485,10 +480,10 @@ def _iterate_volumes(path: Path, places: np.ndarray | slice) -> Iterator[np.ndar
                 if (proxy.slope, proxy.inter) != (1, 0):
                     row = row * proxy.slope + proxy.inter
                 yield row.astype(np.float32)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise PerceptError(
-            f"{path} is damaged or cut off at trial {n_read} of {n_volumes} ({error}): fetch it"
-            " again."
+            f"{path} is damaged or cut off at trial {n_read} of {n_volumes} ({shorten(error)}):"
+            " fetch it again."
         ) from error
 
 

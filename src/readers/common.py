@@ -8,7 +8,9 @@ own number of the image (NSD: the row of imgBrick, from 0).
 from __future__ import annotations
 
 import os
+import struct
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +19,20 @@ from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
+import scipy.io
 from PIL import Image
 
+from src.foreign_files import (
+    FETCH_AGAIN,
+    check_expansion,
+    load_csv,
+    load_parquet,
+    read_errors,
+)
 from src.image_files import decode_image
 from src.utils import PerceptError
+
+COMPRESSED = 15  # type of an element of a MATLAB file
 
 DEFAULT_SPLIT_SIZE = 300  # images that become validation (or test) images where no one says more
 
@@ -106,21 +118,53 @@ def load_image_table(
         The table with a column image, or None where no folder has the file.
 
     Raises:
-        PerceptError: if a file has no column image.
+        PerceptError: if a file has no column image, labels name an image twice, or one of the
+            images has no row.
     """
-    combined = None
-    for path in (folder / f"{name}.parquet" for folder in folders):
-        if not path.exists():
-            continue
-        table = pd.read_parquet(path)
-        if "image" not in table:
-            raise PerceptError(f"{path} has no column image (it has {list(table.columns)}).")
+    combined, paths = None, [folder / f"{name}.parquet" for folder in folders]
+    for path in filter(Path.exists, paths):
+        table = load_parquet(path, f"write it again, or remove it to read without {name}")
+        _check_image_column(table, path, is_unique=name == "labels")
         table = table[table["image"].isin(list(image_ids))]
         if combined is not None:
             earlier = combined[~combined["image"].isin(table["image"])]
             table = pd.concat([earlier, table], ignore_index=True)
         combined = table
+    if combined is not None:
+        _check_completeness(name, combined, np.asarray(image_ids), folders[0])
     return combined
+
+
+def _check_completeness(
+    name: str, table: pd.DataFrame, image_ids: np.ndarray, folder: Path
+) -> None:
+    """Refuse labels of some of the images only; warn of captions of some only."""
+    absent = np.setdiff1d(image_ids, table["image"])
+    if not len(absent):
+        return
+    complaint = (
+        f"{name}.parquet in {folder} has no row of image {absent[0]} ({len(absent)} of"
+        f" {len(image_ids)} are missing)"
+    )
+    if name == "labels":
+        raise PerceptError(f"{complaint}: complete it, or remove it to read without labels.")
+    warnings.warn(f"{complaint}: they are left without captions.", stacklevel=4)
+
+
+def _check_image_column(table: pd.DataFrame, path: Path, is_unique: bool) -> None:
+    """Refuse a table without whole numbers in a column image, or with an image twice in labels."""
+    if "image" not in table:
+        raise PerceptError(f"{path} has no column image (it has {list(table.columns)}).")
+    if not pd.api.types.is_integer_dtype(table["image"]):
+        raise PerceptError(
+            f"Column image of {path} is {table['image'].dtype}: it must hold whole numbers, the ids"
+            " of the images."
+        )
+    repeated = table["image"][table["image"].duplicated()]
+    if is_unique and len(repeated):
+        raise PerceptError(
+            f"{path} has image {repeated.iloc[0]} in more than one row: keep one row an image."
+        )
 
 
 def find_in_folders(names: Iterable[str], *folders: Path) -> Path | None:
@@ -136,10 +180,111 @@ def map_npy(path: Path) -> np.ndarray:
     Raises:
         PerceptError: if it is damaged.
     """
-    try:
+    with read_errors(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
+
+
+def load_mat(
+    path: Path, names: Collection[str], remedy: str = FETCH_AGAIN
+) -> dict[str, np.ndarray]:
+    """Load the numeric arrays of a MATLAB file, version 7 or older.
+
+    Args:
+        path: the file.
+        names: of the arrays; others are read as well, so that a file that was cut off is noticed.
+        remedy: what to do where it cannot be read, for the message.
+
+    Raises:
+        PerceptError: if it cannot be read, announces more than it can hold, lacks an array, or has
+            something else under its name.
+    """
+    with read_errors(path, remedy):
+        _check_mat_sizes(path)
+        content = scipy.io.loadmat(path)
+    for name in names:
+        array = content.get(name)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            kind = "which is needed" if array is None else "or has no plain numbers in it"
+            raise PerceptError(f"{path} lacks {name}, {kind}: {remedy}.")
+    return {name: content[name] for name in names}
+
+
+def _check_mat_sizes(path: Path) -> None:
+    """Refuse a MATLAB file whose compressed arrays announce more than they can hold."""
+    with open(path, "rb") as file:
+        head = file.read(128)
+        order = "<" if head[126:128] == b"IM" else ">"
+        while len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind == COMPRESSED:
+                inner = zlib.decompressobj().decompress(file.read(min(size, 256)), 8)
+                n_bytes = struct.unpack(f"{order}II", inner)[1] if len(inner) == 8 else 0
+                check_expansion(path, "compressed arrays", n_bytes, size)
+                file.seek(size - min(size, 256), os.SEEK_CUR)
+            else:
+                file.seek(size, os.SEEK_CUR)
+
+
+def list_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by pattern, sorted; not those that begin with a dot, as a Mac adds them."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def find_gap(numbers: Iterable[int], first: int) -> int | None:
+    """The first number that is missing of those that count from `first`, or None."""
+    for expected, number in enumerate(sorted(set(numbers)), first):
+        if number != expected:
+            return expected
+    return None
+
+
+# ---------------------------------------------------------------------------------------- numbers
+def to_integers(values: np.ndarray, what: str) -> np.ndarray:
+    """Whole numbers as int64, of the same shape.
+
+    Args:
+        values: numbers of any type.
+        what: names them in errors.
+
+    Raises:
+        PerceptError: for a text, NaN, a fraction, or a number beyond int64.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise PerceptError(f"{what} is of type {values.dtype}: it must hold whole numbers.")
+    if values.dtype.kind == "f":
+        is_whole = np.isfinite(values) & (np.rint(values) == values) & (np.abs(values) < 2**63)
+    else:
+        is_whole = values <= np.iinfo(np.int64).max
+    if not is_whole.all():
+        raise PerceptError(
+            f"{what} has the value {values[~is_whole].flat[0]}: it must hold whole numbers within"
+            " 64 bits."
+        )
+    return values.astype(np.int64)
+
+
+def to_mask(values: np.ndarray, what: str) -> np.ndarray:
+    """A mask as Booleans, of the same shape: True and False, or 1 and 0 but for rounding.
+
+    Args:
+        values: the mask.
+        what: names it in errors.
+
+    Raises:
+        PerceptError: for any other value, such as -1, NaN or a text.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind == "b":
+        return values
+    is_number = values.dtype.kind in "iuf"
+    is_valid = np.isin(np.round(values, 3), (0, 1)) if is_number else np.zeros(values.shape, bool)
+    if not is_valid.all():
+        raise PerceptError(
+            f"{what} holds the value {values[~is_valid].flat[0]}: a mask must be True and False,"
+            " or 1 inside and 0 outside."
+        )
+    return np.round(values) == 1
 
 
 # ----------------------------------------------------------------------------------------- splits
@@ -200,16 +345,18 @@ def load_split_column(source: Path, trials: pd.DataFrame) -> pd.Series | None:
         no such file.
 
     Raises:
-        PerceptError: if the file lacks a column or names an image twice.
+        PerceptError: if the file cannot be read, lacks a column, names an image twice, or none that
+            was shown.
     """
     path = source / "splits.csv"
     if not path.exists():
         return None
-    table = pd.read_csv(path)
-    if not {"image", "split"} <= set(table.columns) or table["image"].duplicated().any():
+    table = load_csv(path, ("image", "split"), "write it again, or remove it")
+    _check_image_column(table, path, is_unique=True)
+    if not trials["image"].isin(table["image"]).any():
         raise PerceptError(
-            f"{path} needs the columns image and split, one row an image: it has"
-            f" {list(table.columns)} and {len(table)} rows."
+            f"{path} names none of the {trials['image'].nunique()} images that were shown, whose"
+            f" ids are such as {trials['image'].iloc[0]}: write these ids into its column image."
         )
     split_of_image = table.set_index("image")["split"]
     return trials["image"].map(split_of_image).fillna("exclude").astype(str)
@@ -235,19 +382,30 @@ def parse_name_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def make_roi_columns(regions: dict[str, np.ndarray], n_voxels: int) -> pd.DataFrame:
+def make_roi_columns(
+    regions: dict[str, np.ndarray], n_voxels: int, origin: str = ""
+) -> pd.DataFrame:
     """Boolean columns of the table of voxels, one a region, none for a region without voxels.
 
+    Args:
+        regions: mask (voxels,) of each region, see `to_mask`.
+        n_voxels: number of voxels.
+        origin: where the masks are from, for errors.
+
     Raises:
-        PerceptError: if a region's mask has another length.
+        PerceptError: if a region's mask has another length, or values that are no mask's.
     """
-    for name, mask in regions.items():
-        if mask.shape != (n_voxels,):
+    columns = {}
+    for name, values in regions.items():
+        place = f" in {origin}" if origin else ""
+        if values.shape != (n_voxels,):
             raise PerceptError(
-                f"The mask of {name} has shape {mask.shape}, there are {n_voxels} voxels: take the"
-                " masks of this very subject."
+                f"The mask of {name} has shape {values.shape}, there are {n_voxels} voxels: take"
+                f" the masks of this very subject{place}."
             )
-    columns = {name: mask.astype(bool) for name, mask in regions.items() if mask.any()}
+        mask = to_mask(values, f"The mask of {name}{place}")
+        if mask.any():
+            columns[name] = mask
     return pd.DataFrame(columns, index=range(n_voxels))
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.io
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from src.readers.common import load_mat, to_integers
 from src.readers.recording import Recording, store_recording
 from src.utils import PerceptError
 
@@ -120,18 +120,22 @@ def load_arrays(source: str | Path) -> DigitArrays:
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / FILE
-    content = _load_mat(path)
+    if not path.exists():
+        raise PerceptError(f"{path} is absent: {WHERE}.")
+    content = load_mat(path, KEYS, WHERE)
+    _check_halves(content, path)
     fmri, pixels, labels = (
         np.concatenate([content[f"{name}Trn"], content[f"{name}Test"]])
         for name in ("fmri", "stim", "label")
     )
-    labels = labels.ravel().astype(np.int64)
+    labels = to_integers(labels.ravel(), f"label of {path}")
     same_length = len(fmri) == len(pixels) == len(labels)
     if not same_length or pixels.shape[1:] != (784,) or not set(labels) <= set(DIGITS):
         raise PerceptError(
             f"{path}: fmri {fmri.shape}, stim {pixels.shape} and label {labels.shape} are not those"
             " of digits69."
         )
+    _check_pixels(pixels, path)
     by_column = pixels.astype(np.uint8).reshape(-1, 28, 28)  # (images, columns, rows)
     upright = by_column.transpose(0, 2, 1)  # (images, rows, columns)
     return DigitArrays(
@@ -142,26 +146,26 @@ def load_arrays(source: str | Path) -> DigitArrays:
     )
 
 
-def _load_mat(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        raise PerceptError(f"{path} is absent: {WHERE}.")
-    damage = (
-        ValueError,
-        NotImplementedError,
-        OSError,
-        TypeError,
-        scipy.io.matlab.MatReadError,
-    )
-    try:
-        content = scipy.io.loadmat(path)
-    except damage as error:
+def _check_halves(content: dict[str, np.ndarray], path: Path) -> None:
+    """Refuse training and test arrays that do not go below one another."""
+    for name in ("fmri", "stim", "label"):
+        train, test = content[f"{name}Trn"], content[f"{name}Test"]
+        if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
+            raise PerceptError(
+                f"{name}Trn and {name}Test of {path} have shapes {train.shape} and {test.shape}:"
+                " both must be (images, columns) with the same columns, so take the file as it is"
+                " given out."
+            )
+
+
+def _check_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Refuse pixels that are not the grey levels 0 to 255."""
+    lowest, largest = pixels.min(), pixels.max()
+    if not (lowest >= 0 and 1 < largest <= 255) or (np.rint(pixels) != pixels).any():
         raise PerceptError(
-            f"{path} is no MATLAB 5 file that can be read ({error}): {WHERE}."
-        ) from error
-    missing = [key for key in KEYS if key not in content]
-    if missing:
-        raise PerceptError(f"{path} lacks {missing}, it is another file than expected: {WHERE}.")
-    return content
+            f"stimTrn and stimTest of {path} hold values from {lowest:g} to {largest:g}: pixels are"
+            " whole grey levels from 0 to 255, so multiply or round them before they are saved."
+        )
 
 
 def split_images(

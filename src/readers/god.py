@@ -28,10 +28,10 @@ Reconstruction, in bdpy's HDF5 (BData).
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,13 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
+from src.foreign_files import (
+    check_expansion,
+    load_csv,
+    parse_npy_header,
+    read_errors,
+    walk_files,
+)
 from src.readers.bdata import BData
 from src.readers.common import (
     center_crop_resize,
@@ -51,6 +58,7 @@ from src.readers.common import (
     make_roi_columns,
     make_split_column,
     parse_name_list,
+    to_integers,
 )
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import PerceptError, progress, require_file
@@ -175,9 +183,8 @@ def read(
 def _list_files(source: Path) -> SourceFiles:
     """All files below the source's folder; of those of one name, the least deep."""
     root = source if source.is_dir() else source.parent
-    paths = sorted(root.rglob("*"), key=lambda path: (-len(path.parts), path))
-    visible = [path for path in paths if not path.name.startswith(".") and path.is_file()]
-    return SourceFiles(root, {path.name: path for path in visible})
+    paths = sorted(walk_files(root), key=lambda path: (-len(path.parts), path))
+    return SourceFiles(root, {path.name: path for path in paths})
 
 
 def _open_parts(files: SourceFiles, subj: int) -> list[BData]:
@@ -388,8 +395,9 @@ def _load_index_table(files: SourceFiles, part: BData, data_type: int) -> dict[f
         "fetch it from the authors' repository, folder data",
     )
     # columns: name, stimulus_id, index of the category, index of the image
-    table = pd.read_csv(path, sep="\t", header=None)
-    index, images = table[3].astype(float), table[0].map(parse_image_name)
+    table = load_csv(path, range(4), sep="\t", header=None, dtype={0: str})
+    index = to_integers(table[3].to_numpy(), f"The fourth column of {path}").astype(float)
+    images = table[0].astype(str).map(parse_image_name)
     return dict(zip(index, images, strict=True))
 
 
@@ -470,8 +478,8 @@ def _open_repacked(files: SourceFiles, image_ids: np.ndarray, image_size: int) -
                 f"{path} needs {list_names[0]} or {list_names[1]} below the same source, which"
                 " tells its images: fetch it."
             )
-        names = pd.read_csv(lists[0], header=None)[1]
-        ids = np.array([parse_image_name(name) for name in names], np.int64)
+        names = load_csv(lists[0], range(2), header=None)[1]
+        ids = np.array([parse_image_name(str(name)) for name in names], np.int64)
         rows = np.flatnonzero(np.isin(ids, image_ids))
         rows_of_array[array] = rows.tolist()
         order += ids[rows].tolist()
@@ -495,26 +503,38 @@ def _repacked_blocks(
 
 def _iterate_npz_rows(path: Path, name: str, rows: set[int]) -> Iterator[np.ndarray]:
     """Some rows of an array of an .npz in turn, uint8 (height, width, 3), one in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                header = np.lib.format.read_array_header_1_0(file)
-            else:
-                header = np.lib.format.read_array_header_2_0(file)
-            shape, is_fortran, dtype = header
-            if is_fortran or dtype.hasobject or len(shape) != 4:
-                raise ValueError(f"{name} is {dtype} {shape}")
-            size = int(np.prod(shape[1:])) * dtype.itemsize
-            for row in progress(range(shape[0]), name, shape[0]):
-                content = file.read(size)
-                if row not in rows:
-                    continue
-                pixels = np.frombuffer(content, dtype).reshape(shape[1:])
-                if dtype != np.uint8:
-                    pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-                yield pixels
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+    with read_errors(path), zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        check_expansion(path, member.filename, member.file_size, member.compress_size)
+        file = archive.open(member)
+        header = parse_npy_header(file)
+    if header.is_fortran or header.dtype.kind not in "uf" or len(header.shape) != 4:
         raise PerceptError(
-            f"{path} is damaged, or not as MinD-Vis publishes it ({error}): fetch it again."
-        ) from error
+            f"{name} of {path} is {header.dtype} {header.shape}, not as MinD-Vis publishes it:"
+            " fetch it again."
+        )
+    size = math.prod(header.shape[1:]) * header.dtype.itemsize
+    if size * header.shape[0] > member.file_size:
+        raise PerceptError(
+            f"{name} of {path} announces {header.shape} and stores {member.file_size:,} bytes:"
+            " fetch it again."
+        )
+    with file:
+        for row in progress(range(header.shape[0]), name, header.shape[0]):
+            with read_errors(path):
+                content = file.read(size)
+                pixels = np.frombuffer(content, header.dtype).reshape(header.shape[1:])
+            if row in rows:
+                yield _to_bytes(pixels, f"{name}[{row}] of {path}")
+
+
+def _to_bytes(pixels: np.ndarray, what: str) -> np.ndarray:
+    """Pixels as uint8; floats must be from 0 to 1."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise PerceptError(
+            f"{what} has values from {pixels.min():g} to {pixels.max():g}: floats must be from 0 to"
+            " 1, so fetch the file again."
+        )
+    return np.rint(pixels * 255).astype(np.uint8)

@@ -34,22 +34,25 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
+from src.foreign_files import load_json, load_parquet, shorten
 from src.readers.common import (
     choose_validation,
     count_test_images,
+    find_gap,
     find_in_folders,
     load_image_table,
     load_split_column,
+    to_integers,
 )
+from src.readers.hdf5 import load_array, open_h5
 from src.readers.mindeye_samples import INDICES, iterate_betas, iterate_images, list_shards
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.safe_pickle import unpickle_npy
-from src.utils import PerceptError, read_json
+from src.utils import PerceptError
 
 TERMS = (
     "Derived from the Natural Scenes Dataset: agree to its terms at"
@@ -189,14 +192,13 @@ def _find_shards(root: Path, split: str, subj: int) -> list[Path]:
         match = re.fullmatch(rf"{name}_(\d+)\.tar", path.name)
         if match:
             paths[int(match[1])] = path
-    n_shards = max(paths) + 1 if paths else 1
-    missing = [number for number in range(n_shards) if number not in paths]
-    if missing:
+    gap = find_gap(paths, 0) if paths else 0
+    if gap is not None:
         raise PerceptError(
-            f"Shard {root / split}/{name}_{missing[0]}.tar is missing: fetch all"
+            f"Shard {root / split}/{name}_{gap}.tar is missing: fetch all"
             f" shards of subject {subj}, or choose a subject that is there."
         )
-    return [paths[number] for number in range(n_shards)]
+    return [paths[number] for number in sorted(paths)]
 
 
 def _load_image_of_trial(root: Path, subj: int) -> np.ndarray | None:
@@ -207,17 +209,16 @@ def _load_image_of_trial(root: Path, subj: int) -> np.ndarray | None:
     path = find_in_folders([INDICES], root, root.parent)
     if path is None:
         return None
-    try:
-        with h5py.File(path, "r") as file:
-            name = f"subj{subj:02d}"
-            return file[name][:] if name in file else None
-    except OSError as error:
-        raise PerceptError(f"{path} cannot be read ({error}): fetch it again.") from error
+    name = f"subj{subj:02d}"
+    with open_h5(path) as file:
+        if name not in file:
+            return None
+    return to_integers(load_array(path, name).ravel(), f"{name} of {path}")
 
 
 def _load_voxels(root: Path, subj: int) -> pd.DataFrame | None:
     path = find_in_folders([f"voxels_subj{subj:02d}.parquet", "voxels.parquet"], root)
-    return None if path is None else pd.read_parquet(path)
+    return None if path is None else load_parquet(path, "write it again, or remove it")
 
 
 def _load_captions(root: Path, image_ids: list[int]) -> pd.DataFrame | None:
@@ -226,7 +227,7 @@ def _load_captions(root: Path, image_ids: list[int]) -> pd.DataFrame | None:
     path = find_in_folders([ANNOTATIONS], root, root.parent)
     if table is not None or path is None:
         return table
-    texts = unpickle_npy(path)
+    texts = np.asarray(unpickle_npy(path))
     if texts.ndim not in (1, 2) or len(texts) <= max(image_ids):
         raise PerceptError(
             f"{path} has shape {texts.shape}: it needs a row of captions for each image up to"
@@ -250,13 +251,17 @@ def _check_totals(root: Path, subj: int, trials: pd.DataFrame) -> None:
             f"{path} is missing, so whether all shards are there cannot be told.", stacklevel=3
         )
         return
-    try:
-        totals = read_json(path).get("totals", {})
-    except ValueError as error:
+    remedy = "fetch it again, or remove it"
+    totals = load_json(path, remedy).get("totals", {})
+    counts = (
+        [totals.get(split, 0) for split in ("train", "val")] if isinstance(totals, dict) else []
+    )
+    if not counts or not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
         raise PerceptError(
-            f"{path} cannot be read ({error}): fetch it again, or remove it."
-        ) from error
-    announced = sum(totals.get(split, 0) for split in ("train", "val"))
+            f"{path} must give whole numbers of images as totals of train and val, it gives"
+            f" {shorten(repr(totals))}: {remedy}."
+        )
+    announced = sum(counts)
     is_early = root.name == EARLY
     unit = "trials" if is_early else "training and validation images"
     count = len(trials)

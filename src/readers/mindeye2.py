@@ -25,7 +25,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,12 +36,17 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES
 from src.data.layout import number_repeats
+from src.foreign_files import load_csv, load_parquet, read_errors
 from src.readers.common import (
     center_crop_resize,
     load_image_table,
     make_roi_columns,
     make_split_column,
+    map_npy,
+    to_integers,
+    to_mask,
 )
+from src.readers.hdf5 import load_array, open_dataset, open_h5
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.readers.shards import decode_array, read_samples
 from src.utils import PerceptError, progress, require_file
@@ -110,7 +114,7 @@ class StoredRows:
         Raises:
             PerceptError: if they cannot be read.
         """
-        with open_dataset(self.path, self.name) as stored:
+        with open_dataset(self.path, self.name, rows=self.rows) as stored:
             row_bytes = int(np.prod(stored.shape[1:])) * stored.dtype.itemsize
             step = max(1, BLOCK_BYTES // max(1, row_bytes))
             starts = range(0, len(self.rows), step)
@@ -120,14 +124,10 @@ class StoredRows:
     def _read(self, stored: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
         block = np.empty((len(rows), *stored.shape[1:]), stored.dtype)
         gaps = np.flatnonzero(np.diff(rows) != 1) + 1
-        try:
+        with read_errors(self.path):
             for first, end in pairwise([0, *gaps, len(rows)]):
                 stretch = slice(rows[first], rows[end - 1] + 1)
                 stored.read_direct(block, np.s_[stretch], np.s_[first:end])
-        except OSError as error:
-            raise PerceptError(
-                f"{self.path} is damaged at row {rows[0]} or after it ({error}): fetch it again."
-            ) from error
         return block
 
 
@@ -243,10 +243,10 @@ def load_image_ids(source: Path) -> pd.Series | None:
     path = source / IMAGE_IDS
     if not path.exists():
         return None
-    table = pd.read_csv(path)
     columns = ["coco", "image"]
-    has_columns = set(columns) <= set(table.columns)
-    if not has_columns or any(table[column].duplicated().any() for column in columns):
+    table = load_csv(path, columns, "write the dataset again")
+    is_whole = all(pd.api.types.is_integer_dtype(table[column]) for column in columns)
+    if not is_whole or any(table[column].duplicated().any() for column in columns):
         raise PerceptError(
             f"{path} needs the columns coco and image, whole numbers each of which occurs once: it"
             f" has {list(table.columns)}."
@@ -254,65 +254,38 @@ def load_image_ids(source: Path) -> pd.Series | None:
     return table.set_index("coco")["image"]
 
 
-def open_h5(path: Path) -> h5py.File:
-    """Open an HDF5 file.
-
-    Raises:
-        PerceptError: if it is missing or damaged.
-    """
-    try:
-        return h5py.File(require_file(path, "an HDF5 file"), "r", rdcc_nbytes=BLOCK_BYTES)
-    except OSError as error:
-        raise PerceptError(
-            f"{path} is cut off or no HDF5 file ({error}): fetch it again."
-        ) from error
-
-
-@contextmanager
-def open_dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
-    """Open a dataset of an HDF5 file.
-
-    Raises:
-        PerceptError: if the file is missing or damaged, or lacks the dataset.
-    """
-    with open_h5(path) as file:
-        if name not in file:
-            raise PerceptError(f"{path} has no dataset {name}: it has {', '.join(file)}.")
-        yield file[name]
-
-
 def _load_shared(path: Path) -> np.ndarray:
     """Whether an image is a test image, bool (images,); empty where there is no such file."""
     if not path.exists():
         return np.array([], bool)
-    try:
-        return np.load(path, allow_pickle=False).astype(bool)
-    except (ValueError, EOFError, OSError) as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
+    return to_mask(map_npy(path), str(path))
 
 
 def _load_image_of_trial(path: Path, subj: int) -> np.ndarray:
     """Image of each trial (trials,); empty where there is no such file or subject in it."""
     if not path.exists():
         return np.array([], int)
+    name = f"subj{subj:02d}"
     with open_h5(path) as file:
-        name = f"subj{subj:02d}"
-        return file[name][()] if name in file else np.array([], int)
+        if name not in file:
+            return np.array([], int)
+    return to_integers(load_array(path, name).ravel(), f"{name} of {path}")
 
 
 def _load_voxels(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
     """voxels_subj0N.parquet, else a table with the masks of regions, else None."""
     path = source / f"voxels_subj{subj:02d}.parquet"
     if path.exists():
-        return pd.read_parquet(path)
+        return load_parquet(path)
     if not (source / MASKS).exists():
         return None
     with open_h5(source / MASKS) as file:
-        masks = file.get(f"subj{subj:02d}", {})
-        regions = {name: mask[()] for name, mask in masks.items()}
+        folder = f"subj{subj:02d}"
+        names = list(file[folder]) if folder in file else []
+    regions = {name: load_array(source / MASKS, f"{folder}/{name}") for name in names}
     if not any(mask.any() for mask in regions.values()):
         return None
-    return make_roi_columns(regions, n_voxels)
+    return make_roi_columns(regions, n_voxels, str(source / MASKS))
 
 
 # ------------------------------------------------------------------------------------------ trials
@@ -335,12 +308,12 @@ def _parse_behaviour(behaviour: np.ndarray, subj: int, what: str) -> TrialRecord
     """Parse behav.npy of a sample; `what` names the sample in errors."""
     values = behaviour.ravel()[:6]
     is_row = behaviour.shape in ((1, 17), (17,))
-    if not is_row or not np.isfinite(values).all():
+    if not is_row or behaviour.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise PerceptError(
             f"behav.npy of {what} is {behaviour.dtype} {behaviour.shape}: it must be (1, 17)"
             " numbers."
         )
-    image, person, session, run, _, trial = values.astype(int)
+    image, person, session, run, _, trial = to_integers(values, f"behav.npy of {what}").tolist()
     if person != subj:
         raise PerceptError(
             f"{what} is of subject {person}, not {subj}: fetch the tars of this very subject."
@@ -422,7 +395,7 @@ def _refuse(is_invalid: pd.Series | np.ndarray, trials: pd.DataFrame, reason: st
 def _check_shapes(betas: StoredRows, images: StoredRows) -> int:
     """Refuse arrays whose axes are not those of the tables; the number of voxels."""
     last_trial, last_image = int(betas.rows.max()), images.rows[-1]
-    with open_dataset(betas.path, betas.name) as stored:
+    with open_dataset(betas.path, betas.name, rows=betas.rows) as stored:
         shape = stored.shape
         has_rows = len(shape) == 2 and shape[0] > last_trial
         n_needed = last_trial + 1
@@ -432,7 +405,7 @@ def _check_shapes(betas: StoredRows, images: StoredRows) -> int:
                 f" a row for each trial up to {last_trial}."
             )
         n_voxels = shape[1]
-    with open_dataset(images.path, images.name) as stored:
+    with open_dataset(images.path, images.name, rows=images.rows) as stored:
         shape, dtype = stored.shape, stored.dtype
         has_axes = len(shape) == 4 and shape[1] == 3 and shape[0] > last_image
         if not has_axes or not np.issubdtype(dtype, np.floating):

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 import pandas as pd
 
-from src.readers.common import load_image
+from src.readers.common import load_image, to_integers
 from src.readers.shards import (
     Member,
     Place,
@@ -97,9 +97,10 @@ class _Sample:
     fields: dict[str, bytes]
     what: str
 
-    def decode(self, name: str) -> np.ndarray:
-        """One of its small arrays."""
-        return decode_array(self.fields, name, self.what)
+    def decode_integers(self, name: str) -> np.ndarray:
+        """One of its small arrays of whole numbers, int64 (values,)."""
+        array = decode_array(self.fields, name, self.what)
+        return to_integers(array.ravel(), f"{name}.npy of {self.what}")
 
     def member(self, extension: str) -> Member:
         """One of its members."""
@@ -132,7 +133,7 @@ def list_shards(
             image_member = _find_image(sample)
             trial = np.array([], int)
             if "trial.npy" in sample.fields:
-                trial = sample.decode("trial").ravel()
+                trial = sample.decode_integers("trial")
             sample_responses = _find_responses(sample, betas, len(trial))
             _check_alike(sample_responses, responses, betas)
             responses.append(sample_responses)
@@ -171,15 +172,15 @@ def _find_image(sample: _Sample) -> Member:
 
 def _find_image_id(sample: _Sample, trial: np.ndarray, image_of_trial: np.ndarray | None) -> int:
     if "coco73k.npy" in sample.fields:
-        ids = np.unique(sample.decode("coco73k"))
+        ids = np.unique(sample.decode_integers("coco73k"))
     elif _has_all(image_of_trial, trial):
-        ids = np.unique(image_of_trial[trial.astype(int)])  # type: ignore[index]
+        ids = np.unique(image_of_trial[trial])  # type: ignore[index]
     else:
         raise PerceptError(
             f"{sample.what} has no coco73k.npy, so its image is unknown: put {INDICES}, which names"
             " the image of each trial, beside the shards."
         )
-    if len(ids) != 1:
+    if len(ids) != 1 or ids[0] < 0:
         raise PerceptError(
             f"coco73k.npy of {sample.what} names the images {ids.tolist()[:5]}: it must name one."
         )
@@ -229,7 +230,8 @@ def _find_distinct_rows(sample: _Sample, betas: str, n_repeats: int) -> list[int
     name, n_distinct = f"{betas}.npy", n_repeats
     has_count = "num_uniques.npy" in sample.fields
     if has_count:
-        n_distinct = int(sample.decode("num_uniques").ravel()[0])
+        counts = sample.decode_integers("num_uniques")
+        n_distinct = int(counts[0]) if len(counts) else 0
         if not 1 <= n_distinct <= n_repeats:
             raise PerceptError(
                 f"num_uniques.npy of {sample.what} is {n_distinct}, with {n_repeats} repeats in"

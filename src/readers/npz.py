@@ -18,14 +18,16 @@ Nothing pickled is read: texts must be NumPy string arrays, not object arrays.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import hashlib
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
+from src.foreign_files import load_npz
+from src.readers.common import to_integers, to_mask
 from src.readers.recording import Recording, store_recording
 from src.utils import PerceptError
 
@@ -70,7 +72,9 @@ def read(
     arrays = _load(path)
     betas, images = arrays["betas"], _images(arrays["images"], path)
     _check_shapes(arrays, path)
-    image_ids = arrays.get("image_ids", np.arange(len(images))).astype(np.int64)
+    if "image_ids" not in arrays:
+        _merge_equal_images(arrays, images, path)
+    image_ids = arrays.get("image_ids", np.arange(len(images)))
     protocol = str(arrays.get("protocol", path.stem))
     trials = _trials(arrays, image_ids, path)
     if "split" not in arrays:
@@ -89,7 +93,7 @@ def read(
         images=images,
         image_ids=image_ids,
         attributes=attributes,
-        voxels=_voxels(arrays, betas.shape[1]),
+        voxels=_voxels(arrays, betas.shape[1], path),
         captions=_image_table(arrays, "captions", "caption", image_ids),
         labels=_image_table(arrays, "labels", "label", image_ids),
     )
@@ -102,19 +106,12 @@ def _load(path: Path) -> Arrays:
         raise PerceptError(
             f"{path} is missing: give the path of an .npz with the arrays betas and images."
         )
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise PerceptError(
-                f"{path} holds one bare array: save an .npz with the arrays betas and images."
-            )
-        with file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    if path.suffix == ".npy":
         raise PerceptError(
-            f"{path} cannot be read, it is damaged, cut off or no .npz of plain arrays ({error}):"
-            " save it again with np.savez, texts as arrays of strings."
-        ) from error
+            f"{path} holds one bare array: save an .npz with the arrays betas and images."
+        )
+    remedy = "save it again with np.savez, texts as arrays of strings"
+    arrays = load_npz(path, remedy)
     _check_keys(arrays, path)
     return arrays
 
@@ -188,18 +185,58 @@ def _check_integers(arrays: Arrays, n_images: int, path: Path) -> None:
     for key in INTEGER_KEYS:
         if key in arrays and not np.issubdtype(arrays[key].dtype, np.integer):
             raise PerceptError(f"{key} of {path} is {arrays[key].dtype}: it must hold integers.")
+        if key in arrays:
+            arrays[key] = to_integers(arrays[key], f"{key} of {path}")
+
+
+def _merge_equal_images(arrays: Arrays, images: np.ndarray, path: Path) -> None:
+    """Let trials that showed equal pictures show one image, the first of them.
+
+    So it is where a file has one picture a trial: a random split must not put the same picture on
+    both sides.
+
+    Warns:
+        UserWarning: with the number of pictures that are repeated.
+    """
+    first_of_picture: dict[bytes, int] = {}
+    first_rows = np.arange(len(images))
+    for row, image in enumerate(images):
+        digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+        first_rows[row] = first_of_picture.setdefault(digest, row)
+    n_repeated = len(images) - len(first_of_picture)
+    if not n_repeated:
+        return
+    for key in ("captions", "labels"):
+        if key in arrays and (arrays[key] != arrays[key][first_rows]).any():
+            row = int(np.argmax(arrays[key] != arrays[key][first_rows]))
+            raise PerceptError(
+                f"Images {first_rows[row]} and {row} of {path} are the same picture with other"
+                f" {key}: give each picture once, and image_index."
+            )
+    index = arrays.get("image_index", np.arange(len(arrays["betas"])))
+    _check_index(index, len(images), path)
+    arrays["image_index"] = first_rows[index]
+    warnings.warn(
+        f"{n_repeated} of the {len(images)} images of {path.name} repeat another one: trials that"
+        " showed the same picture are taken as repeats of one image.",
+        stacklevel=3,
+    )
+
+
+def _check_index(index: np.ndarray, n_images: int, path: Path) -> None:
+    invalid = np.flatnonzero((index < 0) | (index >= n_images))
+    if len(invalid):
+        raise PerceptError(
+            f"image_index of {path} is {index[invalid[0]]} in row {invalid[0]}: the rows of"
+            f" `images` are 0 to {n_images - 1}."
+        )
 
 
 def _trials(arrays: Arrays, image_ids: np.ndarray, path: Path) -> pd.DataFrame:
     """The table of trials, without repeat, and without split where the file has none."""
     n_trials = len(arrays["betas"])
     index = arrays.get("image_index", np.arange(n_trials))
-    invalid = np.flatnonzero((index < 0) | (index >= len(image_ids)))
-    if len(invalid):
-        raise PerceptError(
-            f"image_index of {path} is {index[invalid[0]]} in row {invalid[0]}: the rows of"
-            f" `images` are 0 to {len(image_ids) - 1}."
-        )
+    _check_index(index, len(image_ids), path)
     numbers = arrays.get("trial", np.arange(n_trials))
     trials = pd.DataFrame({"trial": numbers, "image": image_ids[index]})
     for key in ("session", "run"):
@@ -234,11 +271,11 @@ def _split_size(share: float, n_images: int) -> int:
     return max(size, 0)
 
 
-def _voxels(arrays: Arrays, n_voxels: int) -> pd.DataFrame:
+def _voxels(arrays: Arrays, n_voxels: int, path: Path) -> pd.DataFrame:
     voxels = pd.DataFrame({"voxel": np.arange(n_voxels)})
     for key in sorted(arrays):
         if key.startswith(ROI_PREFIX):
-            voxels[key.removeprefix(ROI_PREFIX)] = arrays[key].astype(bool)
+            voxels[key.removeprefix(ROI_PREFIX)] = to_mask(arrays[key], f"{key} of {path}")
     if "xyz" in arrays:
         voxels[["x", "y", "z"]] = arrays["xyz"]
     return voxels

@@ -34,17 +34,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
+from src.foreign_files import load_csv, load_json, read_errors
 from src.readers.common import (
     center_crop_resize,
     choose_validation,
     load_image_table,
     load_split_column,
 )
+from src.readers.hdf5 import open_dataset
 from src.readers.nsd_betas import SessionBetas, iterate_betas
 from src.readers.nsd_files import (
     Design,
@@ -70,6 +71,8 @@ TERMS = (
 SHARED = 1000  # 10KIDs up to this are the shared images
 
 TRIALS_PER_SESSION = 750
+
+COCO_FIELDS = ["image_id", "id", "caption"]  # of an annotation
 
 BLOCK_IMAGES = 64  # images that are in memory at a time
 
@@ -341,21 +344,17 @@ def _split(root: Path, trials: pd.DataFrame, val_images: int, seed: int) -> pd.S
 def _iterate_images(folder: Path, rows: np.ndarray, image_size: int) -> Iterator[np.ndarray]:
     """Blocks of the images at ascending rows of imgBrick, uint8 (n, height, width, 3)."""
     path = require_file(folder / "nsd_stimuli.hdf5", "the stimuli")
-    try:
-        with h5py.File(path, "r") as file:
-            brick = file["imgBrick"]
-            if brick.ndim != 4 or len(brick) <= rows.max():
-                raise PerceptError(
-                    f"imgBrick of {path} has shape {brick.shape}, but a trial showed its row"
-                    f" {rows.max()}: fetch it again."
-                )
-            for start in progress(range(0, len(rows), BLOCK_IMAGES), "images"):
-                block = rows[start : start + BLOCK_IMAGES]
-                yield np.stack([center_crop_resize(brick[row], image_size) for row in block])
-    except (OSError, RuntimeError, KeyError) as error:
-        raise PerceptError(
-            f"{path} is damaged, cut off or has no imgBrick ({error}): fetch it again."
-        ) from error
+    with open_dataset(path, "imgBrick", "the stimuli", rows) as brick:
+        has_axes = brick.ndim == 4 and brick.shape[-1] == 3 and brick.dtype == np.uint8
+        if not has_axes or len(brick) <= rows.max():
+            raise PerceptError(
+                f"imgBrick of {path} is {brick.dtype} {brick.shape}, but must be uint8 (images,"
+                f" height, width, 3), and a trial showed its row {rows.max()}: fetch it again."
+            )
+        for start in progress(range(0, len(rows), BLOCK_IMAGES), "images"):
+            with read_errors(path):
+                block = [brick[row] for row in rows[start : start + BLOCK_IMAGES]]
+            yield np.stack([center_crop_resize(image, image_size) for image in block])
 
 
 def _load_coco_captions(folders: NsdFolders, image_of_row: dict[int, int]) -> pd.DataFrame | None:
@@ -372,12 +371,14 @@ def _load_coco_captions(folders: NsdFolders, image_of_row: dict[int, int]) -> pd
     }
     if not all(path.exists() for path in (information, *annotations.values())):
         return None
-    table = pd.read_csv(information, usecols=["nsdId", "cocoId", "cocoSplit"])
+    table = load_csv(information, ("nsdId", "cocoId", "cocoSplit"))
     table = table[table["nsdId"].isin(image_of_row)]
     parts = []
     for split, path in annotations.items():
-        annotated = json.loads(path.read_text())["annotations"]
-        texts = pd.DataFrame(annotated, columns=["image_id", "id", "caption"]).sort_values("id")
+        content = load_json(path)
+        with read_errors(path):
+            annotated = [[entry[name] for name in COCO_FIELDS] for entry in content["annotations"]]
+            texts = pd.DataFrame(annotated, columns=COCO_FIELDS).sort_values("id")
         stimuli = table[table["cocoSplit"] == split]
         parts.append(stimuli.merge(texts, left_on="cocoId", right_on="image_id"))
     captions = pd.concat(parts).groupby("nsdId").head(5)

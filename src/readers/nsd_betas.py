@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 
 from src.data.files import iterate_row_blocks
-from src.utils import PerceptError, progress, require_extra
+from src.foreign_files import read_errors
+from src.readers.hdf5 import open_dataset
+from src.readers.volumes import open_nifti
+from src.utils import PerceptError, progress
 
 SCALE = np.float32(300)  # stored integers a percent signal change
 
@@ -53,23 +56,8 @@ class SessionBetas:
         Raises:
             PerceptError: if it is damaged, or holds something else than betas.
         """
-        nibabel = require_extra("nibabel", "nsd")
-        damage = (
-            OSError,
-            RuntimeError,
-            KeyError,
-            EOFError,
-            zlib.error,
-            nibabel.filebasedimages.ImageFileError,
-            nibabel.spatialimages.HeaderDataError,
-        )
         open_format = cls._open_h5 if path.suffix == ".hdf5" else cls._open_nifti
-        try:
-            betas = open_format(path, session)
-        except damage as error:
-            raise PerceptError(
-                f"{path} is damaged, cut off or holds no betas ({error}): fetch it again."
-            ) from error
+        betas = open_format(path, session)
         is_number = betas.dtype == np.int16 or betas.dtype.kind == "f"
         if len(betas.shape) != 4 or not is_number:
             raise PerceptError(
@@ -80,13 +68,12 @@ class SessionBetas:
 
     @classmethod
     def _open_h5(cls, path: Path, session: int) -> SessionBetas:
-        with h5py.File(path, "r") as file:
-            return cls(path, session, "hdf5", file["betas"].shape, file["betas"].dtype)
+        with open_dataset(path, "betas", f"betas of session {session}") as stored:
+            return cls(path, session, "hdf5", stored.shape, stored.dtype)
 
     @classmethod
     def _open_nifti(cls, path: Path, session: int) -> SessionBetas:
-        nibabel = require_extra("nibabel", "nsd")
-        stored: Any = nibabel.load(path).dataobj
+        stored: Any = open_nifti(path, f"betas of session {session}").dataobj
         if (stored.slope, stored.inter) != (1.0, 0.0):
             raise PerceptError(
                 f"{path} has a scaling of {stored.slope} and {stored.inter} in its header, NSD's"
@@ -129,12 +116,8 @@ class SessionBetas:
         Raises:
             PerceptError: if the file is damaged or cut off.
         """
-        try:
+        with read_errors(self.path):
             return self._load_lines(mask) if self.format == "hdf5" else self._load_stream(mask)
-        except (OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:
-            raise PerceptError(
-                f"{self.path} is damaged or cut off ({error}): fetch it again."
-            ) from error
 
     def _load_lines(self, mask: np.ndarray) -> np.ndarray:
         """Read pieces of lines along the file's fastest spatial axis.

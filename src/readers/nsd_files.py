@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.io
 
+from src.foreign_files import load_csv, shorten
+from src.readers.common import list_files, load_mat, to_integers
 from src.utils import PerceptError
 
 PROTOCOLS = {  # sessions of each subject
@@ -120,8 +120,8 @@ def find_last_session(folders: NsdFolders, responses: pd.DataFrame | None) -> in
     if responses is not None:
         return int(responses["SESSION"].max())
     numbers = [0]
-    for path in folders.betas.glob("betas_session*"):
-        match = re.match(r"betas_session(\d+)\.", path.name)
+    for path in list_files(folders.betas, "betas_session*"):
+        match = re.match(r"betas_session(\d{1,4})\.", path.name)
         if match:
             numbers.append(int(match[1]))
     return max(numbers)
@@ -151,17 +151,19 @@ def select_sessions(protocol: str, sessions: str, subj: int, last_recorded: int)
         return list(range(1, last + 1))
     selected: set[int] = set()
     for part in sessions.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if not match:
             raise PerceptError(
-                f"sessions is {sessions!r}: write numbers and ranges from 1, e.g. 1-10 or 1,2,5."
+                f"sessions is {shorten(sessions)!r}: write numbers and ranges from 1, e.g. 1-10 or"
+                " 1,2,5."
             )
         first, last_of_range = int(match[1]), int(match[2] or match[1])
+        if not 1 <= first <= last_of_range <= last:  # before a range of any size is made
+            raise PerceptError(
+                f"sessions is {shorten(sessions)!r}, but {protocol} has sessions 1 to {last} of"
+                f" subject {subj}."
+            )
         selected |= set(range(first, last_of_range + 1))
-    if not selected or min(selected) < 1 or max(selected) > last:
-        raise PerceptError(
-            f"sessions is {sessions!r}, but {protocol} has sessions 1 to {last} of subject {subj}."
-        )
     return sorted(selected)
 
 
@@ -217,14 +219,9 @@ def load_responses(folders: NsdFolders) -> pd.DataFrame | None:
     if not path.exists():
         return None
     columns = ["SESSION", "RUN", "73KID"]
-    try:
-        table = pd.read_csv(path, sep="\t")
-        table[columns] = table[columns].astype(np.int64)
-    except (KeyError, ValueError) as error:
-        raise PerceptError(
-            f"{path} is damaged, cut off or lacks whole numbers in {', '.join(columns)} ({error}):"
-            " fetch it again."
-        ) from error
+    table = load_csv(path, columns, sep="\t")
+    for column in columns:
+        table[column] = to_integers(table[column].to_numpy(), f"Column {column} of {path}")
     if not len(table):
         raise PerceptError(f"{path} has no rows: fetch it again.")
     if "SUBJECT" in table and (table["SUBJECT"] != folders.subj).any():
@@ -250,32 +247,24 @@ def load_design(folders: NsdFolders) -> Design | None:
     path = folders.design
     if not path.exists():
         return None
-    damage = (
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        OSError,
-        NotImplementedError,
-        zlib.error,
-        scipy.io.matlab.MatReadError,
+    # all of it, so that a file that was cut off is noticed
+    content = load_mat(path, ("masterordering", "subjectim", "sharedix"))
+    order, images, shared = (
+        to_integers(content[name], f"{name} of {path}") - 1  # MATLAB counts from 1
+        for name in ("masterordering", "subjectim", "sharedix")
     )
-    try:
-        content = scipy.io.loadmat(path)  # all of it, so that a file that was cut off is noticed
-        order, images, shared = (
-            np.asarray(content[key]).astype(np.int64)
-            for key in ("masterordering", "subjectim", "sharedix")
-        )
-        # MATLAB counts from 1
-        images_of_subject = images[folders.subj - 1] - 1
-        return Design(images_of_subject[order.ravel() - 1], shared.ravel() - 1)
-    except damage as error:
+    has_subject = images.ndim == 2 and len(images) >= folders.subj
+    if not has_subject or not order.size or not 0 <= order.min() <= order.max() < images.shape[1]:
         raise PerceptError(
-            f"{path} is damaged or not NSD's design ({error}): fetch it again."
-        ) from error
+            f"{path} is not NSD's design: masterordering {order.shape} must name columns of"
+            f" subjectim {images.shape}, which has a row a subject; fetch it again."
+        )
+    return Design(images[folders.subj - 1][order.ravel()], shared.ravel())
 
 
 def load_image_ids(folders: NsdFolders) -> pd.Series | None:
     """Image id of each row of imgBrick, where a miniature of NSD has ids of its own, else None."""
     path = folders.stimuli / "image_ids.csv"
-    return pd.read_csv(path).set_index("row")["image"] if path.exists() else None
+    if not path.exists():
+        return None
+    return load_csv(path, ("row", "image"), "write the dataset again").set_index("row")["image"]

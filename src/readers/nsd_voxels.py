@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from src.readers.common import check_rois, make_roi_columns, parse_name_list
+from src.foreign_files import read_errors
+from src.readers.common import (
+    check_rois,
+    list_files,
+    make_roi_columns,
+    parse_name_list,
+    to_integers,
+)
 from src.readers.nsd_files import NsdFolders
 from src.readers.volumes import load_anat_roi, load_nifti
 from src.utils import PerceptError, require_extra
@@ -58,7 +66,8 @@ def load_mask(folders: NsdFolders, roi: str) -> Mask:
         values, affine = load_nifti(Path(roi).expanduser(), "a mask of your own")
     else:
         path = folders.rois / f"{roi}.nii.gz"
-        names = sorted(file.name.removesuffix(".nii.gz") for file in folders.rois.glob("*.nii.gz"))
+        files = list_files(folders.rois, "*.nii.gz")
+        names = [file.name.removesuffix(".nii.gz") for file in files]
         if names and roi not in names:
             raise PerceptError(f"There is no ROI file {path}: choose one of {', '.join(names)}.")
         values, affine = load_nifti(path, "the ROI that selects the voxels")
@@ -111,7 +120,8 @@ def select_voxels(folders: NsdFolders, mask: Mask, rois: str) -> tuple[pd.DataFr
                 " very subject."
             )
         ncsnr = values[narrowed].astype(np.float64)
-        table["ncsnr"] = np.nan_to_num(ncsnr)  # NaN where a voxel has no valid data
+        is_valid = np.isfinite(ncsnr) & (ncsnr >= 0)  # NaN where a voxel has no valid data
+        table["ncsnr"] = np.where(is_valid, ncsnr, 0.0)
         table["noise_ceiling"] = table["ncsnr"] ** 2 / (table["ncsnr"] ** 2 + 1)
     table["flat_sessions"] = 0
     return table, Mask(narrowed, mask.affine)
@@ -132,7 +142,8 @@ def _load_labels(folders: NsdFolders, mask: np.ndarray) -> dict[str, np.ndarray]
                 " be on the same grid, of this very subject."
             )
         names = _load_label_names(folders, roi)
-        label_of_voxel = np.rint(values[mask]).astype(np.int64)
+        # where nothing was measured there is no label
+        label_of_voxel = to_integers(np.nan_to_num(values[mask], nan=0), f"A label in {path}")
         present_labels = np.unique(label_of_voxel[label_of_voxel > 0]).tolist()
         named_labels = [label for label in names if label > 0]
         for label in sorted({*present_labels, *named_labels}):
@@ -147,7 +158,7 @@ def _load_labels(folders: NsdFolders, mask: np.ndarray) -> dict[str, np.ndarray]
 def _list_roi_files(folder: Path) -> list[Path]:
     """The ROI files, prf-visualrois first, without the halves of a file that is there whole."""
     paths = sorted(
-        folder.glob("*.nii.gz"),
+        list_files(folder, "*.nii.gz"),
         key=lambda path: (not path.name.startswith("prf-visualrois"), path.name),
     )
     names = {path.name for path in paths}
@@ -169,7 +180,8 @@ def _load_label_names(folders: NsdFolders, roi: str) -> dict[int, str]:
     for owner in (folders.subject, "fsaverage"):
         path = folders.label_names(owner, base)
         if path.exists():
-            return _parse_label_names(path.read_text(), side)
+            with read_errors(path):
+                return _parse_label_names(path.read_text(encoding="utf-8"), side)
     documented = enumerate(LABEL_NAMES.get(base, ()), 1)
     return {label: side + name for label, name in documented}
 
@@ -177,6 +189,6 @@ def _load_label_names(folders: NsdFolders, roi: str) -> dict[int, str]:
 def _parse_label_names(text: str, side: str) -> dict[int, str]:
     names = {}
     for parts in (line.split() for line in text.splitlines()):
-        if len(parts) > 1 and parts[0].lstrip("-").isdigit():
+        if len(parts) > 1 and re.fullmatch("-?[0-9]{1,9}", parts[0]):
             names[int(parts[0])] = side + parts[1]
     return names

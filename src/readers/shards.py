@@ -20,9 +20,18 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from src.foreign_files import (
+    READ_ERRORS,
+    NpyHeader,
+    explain_unreadable,
+    parse_npy_header,
+    shorten,
+)
 from src.utils import PerceptError
 
 TAR_BLOCK = 512  # bytes that members of a tar are padded to
+
+MAX_PADDING = 1 << 20  # bytes of zeros after the end of a tar
 
 HEADER_BYTES = 4096  # more than the header of any .npy in a shard
 
@@ -43,47 +52,68 @@ class Member:
     what: str
 
 
-class NpyHeader(NamedTuple):
-    """Header of an .npy."""
-
-    shape: tuple[int, ...]
-    is_fortran: bool
-    dtype: np.dtype
-
-
 def list_samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
-    """List the samples of a tar without reading them.
+    """List the samples of a tar without reading them; their members may be in any order.
+
+    What a Mac adds to a tar (._ files) is passed over.
 
     Yields:
         Key of the sample, and the place of each of its members by extension.
 
     Raises:
-        PerceptError: if the tar is damaged or cut off, naming the sample.
+        PerceptError: if the tar is damaged, cut off, or two tars in one file, naming the last
+            sample, or a sample has a member twice.
     """
+    samples: dict[str, dict[str, Place]] = {}
     key, end = "", 0
-    places: dict[str, Place] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name, _, extension = member.name.rpartition("/")[2].partition(".")
-                if key and name != key:
-                    yield key, places
-                    places = {}
-                key = name
                 end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+                folder, _, name = member.name.rpartition("/")
+                if not member.isreg() or name.startswith("."):
+                    continue
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}".strip("./")
+                places = samples.setdefault(key, {})
+                if extension in places or member.issparse():
+                    raise PerceptError(
+                        f"Sample {key} of {path} has {extension} twice, or with gaps: fetch the"
+                        " shard again."
+                    )
                 places[extension] = Place(member.offset_data, member.size)
-        with open(path, "rb") as file:
-            # without the two blocks of zeros at the end, the download stopped between two members
-            file.seek(end)
-            if file.read(2 * TAR_BLOCK) != bytes(2 * TAR_BLOCK):
-                raise PerceptError(f"Shard {path} is cut off after sample {key}: fetch it again.")
-    except (tarfile.TarError, EOFError, OSError) as error:
+        _check_end(path, end, key)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        cause = explain_unreadable(path, error) if isinstance(error, OSError) else None
+        if cause is not None and "damaged" not in str(cause):
+            raise cause from error
         raise PerceptError(
             f"Shard {path} is damaged or cut off at sample {key or '(the first)'} ({error}): fetch"
             " it again."
         ) from error
-    if key:
-        yield key, places
+    yield from samples.items()
+
+
+def _check_end(path: Path, end: int, key: str) -> None:
+    """Refuse a tar that does not end with two blocks of zeros, or that goes on after them."""
+    with open(path, "rb") as file:
+        # without these blocks the download stopped between two members
+        file.seek(end)
+        if file.read(2 * TAR_BLOCK) != bytes(2 * TAR_BLOCK):
+            raise PerceptError(f"Shard {path} is cut off after sample {key}: fetch it again.")
+        n_after = 0
+        while block := file.read(1 << 20):
+            n_after += len(block)
+            if block.strip(b"\0"):
+                raise PerceptError(
+                    f"Shard {path} goes on after its end behind sample {key}, as if two tars were"
+                    " joined: fetch it again, or unpack them and pack one."
+                )
+    if n_after > MAX_PADDING:
+        raise PerceptError(
+            f"Shard {path} ends with {n_after:,} bytes of zeros behind sample {key}, so a download"
+            " stopped there: fetch it again."
+        )
 
 
 def read_samples(path: Path, extensions: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -116,8 +146,10 @@ def read_npy_header(file: BinaryIO, place: Place, what: str) -> NpyHeader:
     head = read_place(file, Place(place.offset, min(place.size, HEADER_BYTES)))
     try:
         header, begin = _split_npy(head)
-    except (ValueError, EOFError) as error:
-        raise PerceptError(f"{what} cannot be read ({error}): fetch the shard again.") from error
+    except READ_ERRORS as error:
+        raise PerceptError(
+            f"{what} cannot be read ({shorten(error)}): fetch the shard again."
+        ) from error
     if begin + math.prod(header.shape) * header.dtype.itemsize > place.size:
         raise PerceptError(
             f"{what} cannot be read ({header.dtype} {header.shape} do not fit into its"
@@ -144,9 +176,9 @@ def decode_array(fields: dict[str, bytes], name: str, what: str) -> np.ndarray:
         header, begin = _split_npy(data)
         flat = np.frombuffer(data, header.dtype, math.prod(header.shape), begin)
         return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
-    except (ValueError, EOFError) as error:
+    except READ_ERRORS as error:
         raise PerceptError(
-            f"{name}.npy of {what} cannot be read ({error}): fetch the shard again."
+            f"{name}.npy of {what} cannot be read ({shorten(error)}): fetch the shard again."
         ) from error
 
 
@@ -163,11 +195,7 @@ def _split_npy(data: bytes) -> tuple[NpyHeader, int]:
 # NumPy's parsing takes longer than the rest of a small array, and samples share a few headers
 @lru_cache(maxsize=256)
 def _parse_header(data: bytes) -> NpyHeader:
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) == (1, 0):
-        header = NpyHeader(*np.lib.format.read_array_header_1_0(file))
-    else:
-        header = NpyHeader(*np.lib.format.read_array_header_2_0(file))
+    header = parse_npy_header(io.BytesIO(data))
     if header.dtype.hasobject:
         raise ValueError("it is pickled, and allow_pickle is False")
     return header

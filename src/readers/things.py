@@ -46,15 +46,19 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES, check_space
 from src.data.layout import dataset_folder, number_repeats
+from src.foreign_files import load_csv, load_parquet, read_errors
 from src.readers.common import (
     check_rois,
     choose_validation,
     count_test_images,
+    find_gap,
     load_image_table,
     load_images,
     load_split_column,
     parse_name_list,
+    to_mask,
 )
+from src.readers.hdf5 import find_dataset, open_h5
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import PerceptError, progress, require_file
 
@@ -116,7 +120,8 @@ class ResponseMatrix:
         if isinstance(self.values, np.memmap):
             selected = self.values[rows]
         else:
-            selected = self.values[rows[0] : rows[-1] + 1][rows - rows[0]]
+            with read_errors(self.values.file.filename):
+                selected = self.values[rows[0] : rows[-1] + 1][rows - rows[0]]
         return selected[:, self.first_trial :].T
 
     def group_rows(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -245,12 +250,9 @@ def _find_files(source: Path, subj: int) -> SourceFiles:
 def _load_table(path: Path, columns: set[str], subj: int) -> pd.DataFrame:
     """A table of metadata, separated by commas or tabs whatever its name says."""
     texts = {"stimulus": str, "concept": str}  # names, also those that look like numbers
-    try:
-        with open(path) as file:
-            separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(path, sep=separator, dtype=texts)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise PerceptError(f"{path} cannot be read ({error}): fetch it again.") from error
+    with read_errors(path), open(path, encoding="utf-8-sig") as file:
+        separator = "\t" if "\t" in file.readline() else ","
+    table = load_csv(path, sep=separator, dtype=texts)
     missing = sorted(columns - set(table.columns))
     if missing:
         raise PerceptError(
@@ -280,10 +282,10 @@ def _load_stimuli(path: Path, subj: int) -> pd.DataFrame:
                 " again."
             )
     sessions = set(stimuli["session"])
-    missing = sorted(set(range(1, stimuli["session"].max() + 1)) - sessions)
-    if missing:
+    gap = find_gap(sessions, 1)
+    if gap is not None:
         raise PerceptError(
-            f"Session {missing[0]} of subject {subj} is missing in {path}, which goes on to"
+            f"Session {gap} of subject {subj} is missing in {path}, which goes on to"
             f" {stimuli['session'].max()}: fetch it again."
         )
     stimuli["stimulus"] = stimuli["stimulus"].astype(str)
@@ -337,7 +339,7 @@ def _check_numbering(path: Path, names: pd.DataFrame) -> None:
         path: labels.parquet of the dataset.
         names: columns image and name of the images to add.
     """
-    stored = pd.read_parquet(path) if path.exists() else pd.DataFrame()
+    stored = load_parquet(path) if path.exists() else pd.DataFrame()
     if "name" not in stored:
         return
     common = names.merge(stored[["image", "name"]], on="name", suffixes=("", "_stored"))
@@ -399,7 +401,7 @@ def _select_voxels(
 
     Its columns are the regions (Boolean), x, y, z, noise_ceiling and whatever else there is.
     """
-    regions = _region_columns(metadata)
+    regions = _region_columns(metadata, path)
     rows = np.arange(len(metadata))
     if rois.strip() != "all":
         rows = np.flatnonzero(metadata[_selected_columns(regions, rois, path)].any(axis=1))
@@ -416,9 +418,16 @@ def _select_voxels(
     return rows, table
 
 
-def _region_columns(metadata: pd.DataFrame) -> list[str]:
-    """Names of the columns that are regions: those of zeros and ones."""
+def _region_columns(metadata: pd.DataFrame, path: Path) -> list[str]:
+    """Names of the columns that are regions: those of zeros and ones.
+
+    Raises:
+        PerceptError: if one that is known to be a region holds anything else.
+    """
     names = [str(name) for name in metadata if not NO_REGION.match(str(name))]
+    for name in names:
+        if {name, _without_side(name)} & VISUAL:
+            to_mask(metadata[name].to_numpy(), f"Region {name} of {path}")
     return [name for name in names if metadata[name].isin((0, 1)).all()]
 
 
@@ -439,20 +448,18 @@ def _selected_columns(regions: list[str], rois: str, path: Path) -> list[str]:
 
 def _without_side(column: str) -> str:
     """The name of a region without the l or r of its hemisphere."""
-    return column[1:] if column[0] in "lr" else column
+    return column[1:] if column[:1] in ("l", "r") else column
 
 
 # ------------------------------------------------------------------------------------------- betas
 @contextmanager
 def _open_responses(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterator[ResponseMatrix]:
     """The block of betas of a pandas frame in fixed format."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise PerceptError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
-    with file:
-        group = file["ResponseData"] if "ResponseData" in file else {}
-        blocks = [block for name, block in group.items() if re.fullmatch(r"block\d+_values", name)]
+    with open_h5(path, "responses") as file:
+        with read_errors(path):
+            group = file["ResponseData"] if "ResponseData" in file else {}
+            names = [name for name in group if re.fullmatch(r"block\d+_values", name)]
+        blocks = [find_dataset(file, f"ResponseData/{name}") for name in names]
         floats = [block for block in blocks if np.issubdtype(block.dtype, np.floating)]
         ids = [block for block in blocks if np.issubdtype(block.dtype, np.integer)]
         if len(floats) != 1:
@@ -467,7 +474,9 @@ def _open_responses(path: Path, voxel_ids: np.ndarray, n_trials: int) -> Iterato
             ids = [betas[:, :1]]
         else:
             _check_matrix_shape(betas.shape, (len(voxel_ids), n_trials), path)
-        if ids and not np.array_equal(ids[0][:].ravel(), voxel_ids):
+        with read_errors(path):
+            stored_ids = [block[:].ravel() for block in ids]
+        if ids and not np.array_equal(stored_ids[0], voxel_ids):
             raise PerceptError(
                 f"The voxel_id of {path} are not those of the voxel metadata: give one subject's"
                 " own files."

@@ -12,11 +12,14 @@ The names of the transforms to the 1 mm functional grid (func1pt0) are inferred.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import map_coordinates
 
+from src.foreign_files import check_expansion, read_errors
 from src.utils import PerceptError, require_extra, require_file
 
 NOWHERE = 9999  # in a transform: no place in the source
@@ -38,15 +41,37 @@ def load_nifti(path: str | Path, what: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         PerceptError: if it is missing or damaged.
     """
-    nibabel = require_extra("nibabel", "nsd")
-    try:
-        image = nibabel.load(require_file(path, what))
+    image = open_nifti(path, what)
+    with read_errors(path):
         return np.asanyarray(image.dataobj), image.affine
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+
+
+def open_nifti(path: str | Path, what: str) -> Any:
+    """Open a NIfTI file for its header, whose size is compared with that of the file.
+
+    Returns:
+        nibabel's image: its affine, and the array proxy dataobj (shape, dtype, offset, slope,
+        inter).
+
+    Raises:
+        PerceptError: if it is missing, damaged, or announces more than it can hold.
+    """
+    nibabel = require_extra("nibabel", "nsd")
+    path = require_file(path, what)
+    with read_errors(path):
+        image = nibabel.load(path)
+        proxy = image.dataobj
+        n_bytes = math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize
+        n_stored = path.stat().st_size
+    if proxy.dtype.kind not in "biuf":
+        raise PerceptError(f"{path} ({what}) holds {proxy.dtype}, where numbers are expected.")
+    check_expansion(path, what, n_bytes, n_stored)
+    if path.suffix != ".gz" and proxy.offset + n_bytes > n_stored:
         raise PerceptError(
-            f"{path} ({what}) cannot be read, it is damaged or no NIfTI file ({error}): fetch it"
-            " again."
-        ) from error
+            f"{path} ({what}) is cut off: it announces {n_bytes:,} bytes of {proxy.shape} and has"
+            f" {n_stored:,}, fetch it again."
+        )
+    return image
 
 
 def map_volume(

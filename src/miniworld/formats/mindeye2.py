@@ -12,6 +12,7 @@ import pandas as pd
 from src.data.files import iterate_row_blocks
 from src.miniworld.formats.mindeye import add_members
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
+from src.readers.hdf5 import open_dataset, open_h5
 from src.readers.mindeye2 import (
     IMAGE_IDS,
     IMAGES,
@@ -20,8 +21,6 @@ from src.readers.mindeye2 import (
     NORMALISATION,
     SHARED,
     load_image_ids,
-    open_dataset,
-    open_h5,
 )
 from src.utils import PerceptError, atomic, progress, write_errors
 
