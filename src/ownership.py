@@ -143,14 +143,17 @@ def own(
             beside it.
 
     Raises:
-        FolderInUse: naming the owner, if there is one and `wait` is not set.
+        PerceptError: naming the owner, if there is one and `wait` is not set.
     """
     folder = Path(folder)
     place = folder.parent if beside else folder
     path = place / f".{folder.name}.lock" if beside else place / LOCK_NAME
     with suppress(OSError):  # the first write says why
         place.mkdir(parents=True, exist_ok=True)
-    lock = acquire(path, purpose, wait, subject=folder)
+    try:
+        lock = acquire(path, purpose, wait, subject=folder)
+    except FolderInUse as error:
+        raise PerceptError(str(error)) from None
     try:
         if lock.depth == 1 and lock.descriptor is not None:
             remove_leftovers(place, folder.name if beside else "")
@@ -398,7 +401,7 @@ def restore_folder(folder: Path) -> None:
     """
     if folder.exists() or not list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
         return
-    with suppress(FolderInUse), own(folder, f"restoring {folder.name}", beside=True):
+    with suppress(PerceptError), own(folder, f"restoring {folder.name}", beside=True):
         pass  # what was left behind is dealt with by every owner
 
 

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from src import ownership
-from src.ownership import FolderInUse, own, read_owner, remove_leftovers
+from src.ownership import own, read_owner, remove_leftovers
+from src.utils import PerceptError
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -51,7 +52,7 @@ def kill(process):
 def test_a_second_process_is_refused_and_told_who_the_owner_is(tmp_path, beside):
     first = run_owner(tmp_path / "run", beside=beside)
     try:
-        with pytest.raises(FolderInUse) as refusal, own(tmp_path / "run", "x", beside=beside):
+        with pytest.raises(PerceptError) as refusal, own(tmp_path / "run", "x", beside=beside):
             pass
         message = str(refusal.value)
         assert f"process {first} on {socket.gethostname()} (the first, since 2" in message
@@ -107,7 +108,7 @@ def test_one_thread_may_own_twice_and_another_thread_may_not(tmp_path):
         try:
             with own(tmp_path, "thread"):
                 outcomes.append("owned")
-        except FolderInUse:
+        except PerceptError:
             outcomes.append("refused")
 
     with own(tmp_path, "outer"):

@@ -337,7 +337,7 @@ def test_a_folder_is_replaced_by_one_process_at_a_time(tmp_path, monkeypatch):
         if not child:
             try:
                 write_version(tmp_path / "subj01", "second")
-            except ownership.FolderInUse:
+            except PerceptError:
                 os._exit(3)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3

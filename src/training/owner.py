@@ -8,8 +8,9 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from src.ownership import FolderInUse, own
+from src.ownership import own
 from src.training.session import Session
+from src.utils import PerceptError
 
 
 @contextmanager
@@ -21,16 +22,16 @@ def own_training(session: Session, folder: Path) -> Iterator[None]:
         folder: that `fit` writes.
 
     Raises:
-        FolderInUse: in each of the processes, if another training is writing the folder.
+        PerceptError: in each of the processes, if another training is writing the folder.
     """
     with ExitStack() as stack:
         refusal = ""
         if session.is_main:
             try:
                 stack.enter_context(own(folder, f"training {folder.name}"))
-            except FolderInUse as error:
+            except PerceptError as error:
                 refusal = str(error)
         refusals = [text for text in gather_object([refusal]) if text]
         if refusals:
-            raise FolderInUse(refusals[0])
+            raise PerceptError(refusals[0])
         yield
