@@ -6,7 +6,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,10 @@ from src.data.identity import (
 from src.data.images import ImageStore
 from src.data.layout import SPLITS, check_trials, dataset_folder, subject_folder
 from src.data.rois import select_voxels
+from src.foreign_files import load_parquet
 from src.utils import PerceptError
+
+PREPARE_AGAIN = "prepare the data again"
 
 SPLIT_ORDER = {"train": 0, "val": 1, "test": 2, "exclude": 3}
 
@@ -38,6 +41,15 @@ class BetaTransform(Protocol):
 
     def apply(self, betas: np.ndarray, sessions: np.ndarray) -> np.ndarray:
         """Betas (trials, voxels), sessions (trials,) -> float32 (trials, features)."""
+
+
+@lru_cache(maxsize=64)
+def _hash_betas(path: Path, changed: int, size: int) -> str:
+    """Checksum of the betas in a file that was changed then and has that size."""
+    digest = hashlib.blake2b(digest_size=16)
+    for block in iterate_row_blocks(memory_map_h5(path, "betas")[0]):
+        digest.update(np.ascontiguousarray(block).data)
+    return digest.hexdigest()
 
 
 def open_subject(dataset: str | Path, subj: int) -> Subject:
@@ -79,8 +91,8 @@ class Subject:
         self._check_files()
         stored, self.attributes = memory_map_h5(self.path / "betas.h5", "betas")
         self.volume_shape = stored.shape[1:] if stored.ndim == 4 else None
-        self.trials = pd.read_parquet(self.path / "trials.parquet")
-        self.voxels = pd.read_parquet(self.path / "voxels.parquet")
+        self.trials = load_parquet(self.path / "trials.parquet", PREPARE_AGAIN)
+        self.voxels = load_parquet(self.path / "voxels.parquet", PREPARE_AGAIN)
         check_trials(self.trials)
         tables = (len(self.trials), len(self.voxels))
         if tables != (len(stored), int(np.prod(stored.shape[1:]))):
@@ -161,7 +173,7 @@ class Subject:
 
     def _read_table(self, name: str) -> pd.DataFrame | None:
         path = self.folder / name
-        return pd.read_parquet(path) if path.exists() else None
+        return load_parquet(path, PREPARE_AGAIN, ("image",)) if path.exists() else None
 
     def categories(self, image_ids: Ids, columns: str) -> np.ndarray:
         """Labels (n,) of images, from one or several columns of `labels`.
@@ -386,13 +398,15 @@ class Subject:
     def verify(self) -> None:
         """Compare the betas with the checksum that was stored with them.
 
+        All of them are read, once in a process: it is done where a training begins.
+
         Raises:
             PerceptError: if they differ.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for block in iterate_row_blocks(self.betas):
-            digest.update(np.ascontiguousarray(block).data)
-        if digest.hexdigest() != self.attributes["checksum"]:
+        path = self.path / "betas.h5"
+        status = path.stat()
+        digest = _hash_betas(path, status.st_mtime_ns, status.st_size)
+        if digest != self.attributes.get("checksum", digest):
             raise PerceptError(
                 f"{self.path / 'betas.h5'} is not what was written (its checksum differs): prepare"
                 " the data again."

@@ -34,17 +34,20 @@ SHARED = (
 def check_run(
     logs: str | Path, config: dict[str, Any], subjects: Sequence[Subject], resume: bool
 ) -> None:
-    """Refuse a training that does not fit the decoders that its run has.
+    """Refuse a training that does not fit the decoders that its run has, or of damaged betas.
 
     Args:
         logs: folder of the run, train_logs/<run>/, or of one voter.
         config: of the training; its entry "training" says how images and voxels are chosen.
         subjects: that it is given.
-        resume: False where the run is begun anew: then nothing is refused.
+        resume: False where the run is begun anew: then it fits.
 
     Raises:
-        PerceptError: naming the decoder and what differs: the data, or one of SHARED.
+        PerceptError: naming the decoder and what differs: the data, or one of SHARED; or if the
+            betas are not those that were prepared (`Subject.verify`).
     """
+    for subject in subjects:
+        subject.verify()
     if not resume:
         return
     training = config.get("training", {})
