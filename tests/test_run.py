@@ -1,16 +1,18 @@
 """run.py: order, overrides, skipping, resuming, and what it says when a stage fails."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
 import pytest
 
 import run
-from src import parameters, utils
+from src import ownership, parameters, utils
 from src.pipeline import recipes, runs, stages
 from src.utils import PerceptError, UsageError
 
@@ -295,6 +297,34 @@ def test_a_killed_kernel_is_one_sentence(project):
         runs.run_recipe("sys", {"die": "true"})
     results = project / "home" / "results" / "sys-subj01"
     assert (results / "01_second.failed.ipynb").exists() and not list(results.glob(".*running*"))
+
+
+def test_a_run_that_another_process_is_running_is_refused(project, monkeypatch):
+    """Another thread of this process stands for it."""
+    monkeypatch.setattr(ownership, "GRACE_SECONDS", 0.1)
+    stamps = project / "home" / "results" / "sys-subj01" / ".stages"
+    refusals = []
+
+    def run_again():
+        with pytest.raises(PerceptError) as refusal:
+            runs.run_recipe("sys", {})
+        refusals.append(str(refusal.value))
+
+    with ownership.own(stamps, "running sys"):
+        thread = threading.Thread(target=run_again)
+        thread.start()
+        thread.join()
+    assert f"is being written by process {os.getpid()} on " in refusals[0]
+    assert list(stamps.parent.iterdir()) == [stamps] and not list(stamps.iterdir())
+
+
+def test_an_executed_notebook_that_cannot_be_written_is_one_sentence(project, monkeypatch):
+    def execute_notebook(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
+    with pytest.raises(PerceptError, match=r"00_first.ipynb could not be written: .* filled up"):
+        runs.run_recipe("sys", {})
 
 
 def test_a_file_of_overrides_lies_over_the_recipe_and_under_single_ones(project):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from src import utils
+from src.ownership import own
 from src.pipeline.console import show
 from src.pipeline.recipes import (
     list_recipes,
@@ -17,7 +18,14 @@ from src.pipeline.recipes import (
     read_stage_parameters,
     select_stages,
 )
-from src.pipeline.stages import check_environment, iterate_stages, parse_launcher, run_stage
+from src.pipeline.stages import (
+    StageRun,
+    check_environment,
+    find_stamp,
+    iterate_stages,
+    parse_launcher,
+    run_stage,
+)
 
 # what a finished run points to, where it has made them
 HIGHLIGHTS = (
@@ -50,18 +58,40 @@ def run_recipe(
         results/<run>/.
 
     Raises:
-        PerceptError: for what the recipe does not have, and with the sentence of a stage that
-            fails.
+        PerceptError: for what the recipe does not have, a run that another process is running, and
+            with the sentence of a stage that fails.
     """
     check_environment()
     launcher = parse_launcher(launch)
     stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     results = utils.HOME / "results" / overrides["model_name"]
-    has_begun, start_time = not first, time.time()
-    for number, run in enumerate(iterate_stages(recipe, overrides, stages), 1):
-        results.mkdir(parents=True, exist_ok=True)
+    start_time = time.time()
+    stamps = find_stamp(overrides["model_name"], "").parent
+    with own(stamps, f"running {recipe}"):
+        runs = iterate_stages(recipe, overrides, stages)
+        _run_stages(runs, len(stages), first, last, launcher, force)
+    show(f"Finished in {time.time() - start_time:.0f} s. Look at:")
+    for name in HIGHLIGHTS:
+        if (results / name).exists():
+            show(f"  {results / name}")
+    show(f"  {results}/*.ipynb (the executed notebooks)")
+    return results
+
+
+def _run_stages(
+    runs: Iterable[StageRun],
+    n_stages: int,
+    first: str,
+    last: str,
+    launcher: Sequence[str],
+    force: bool,
+) -> None:
+    """Run the stages of a run that are not finished, a line for each."""
+    has_begun = not first
+    for number, run in enumerate(runs, 1):
+        utils.make_folder(run.results)
         has_begun = has_begun or run.stage.startswith(first)
-        title = f"[{number}/{len(stages)}] {run.stage}"
+        title = f"[{number}/{n_stages}] {run.stage}"
         finished = run.is_finished()
         if has_begun and (force or not finished):
             show(f"{title} ...")
@@ -73,12 +103,6 @@ def run_recipe(
             show(f"{title}: skipped, as --from asks")
         if last and run.stage.startswith(last):
             break
-    show(f"Finished in {time.time() - start_time:.0f} s. Look at:")
-    for name in HIGHLIGHTS:
-        if (results / name).exists():
-            show(f"  {results / name}")
-    show(f"  {results}/*.ipynb (the executed notebooks)")
-    return results
 
 
 def print_plan(

@@ -223,7 +223,8 @@ def _execute_launched(run: StageRun, launcher: Sequence[str]) -> dict[str, Any]:
         launch_training(run.stage, values, launcher)
         # the notebook then loads the finished training, and shows it
         values = values | {"resume_from_ckpt": True}
-    execute_stage(run.stage, values, run.results)
+    with utils.write_errors(run.results / f"{run.stage}.ipynb"):
+        execute_stage(run.stage, values, run.results)
     return values
 
 
