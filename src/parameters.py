@@ -29,6 +29,7 @@ from src.utils import (
     PerceptError,
     UsageError,
     check_name,
+    make_folder,
     resolve,
     seed_everything,
     to_device,
@@ -120,12 +121,12 @@ class Run:
     @property
     def logs(self) -> Path:
         """train_logs/<run>/, created on first use."""
-        return _create_folder(utils.HOME / "train_logs" / self.name)
+        return make_folder(utils.HOME / "train_logs" / self.name)
 
     @property
     def results(self) -> Path:
         """results/<run>/, created on first use."""
-        return _create_folder(utils.HOME / "results" / self.name)
+        return make_folder(utils.HOME / "results" / self.name)
 
     def record_parameters(self) -> None:
         """Write the parameters down, results/<run>/parameters/<stage>.json: the stage has checked
@@ -163,11 +164,6 @@ class Run:
             f"run {self.name}, stage {self.stage}, on {self.device}; not the notebook's defaults:"
             f" {self._overridden}"
         )
-
-
-def _create_folder(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # ------------------------------------------------------------------------------ the parameters cell
@@ -290,7 +286,7 @@ def check_names_of(parameter: str, value: str) -> None:
     if parameter in NAME_PARTS and value:
         check_name(value, parameter, NAME_PARTS[parameter])
     if parameter in LIST_PARTS:
-        for name in filter(None, (part.strip(" /") for part in value.split(","))):
+        for name in filter(None, (part.strip().rstrip("/") for part in value.split(","))):
             check_name(name, f"A name in {parameter}", LIST_PARTS[parameter])
 
 
@@ -343,7 +339,7 @@ CONVERSIONS: dict[type, tuple[Callable[[object], Value | None], str]] = {
     bool: (_to_bool, "True or False"),
     str: (_to_text, "a text"),
     int: (_to_int, "a whole number in decimals, of at most 64 bits,"),
-    float: (_to_float, "a finite number in decimals"),
+    float: (_to_float, "a number, finite and in decimals,"),
 }
 
 
@@ -558,9 +554,10 @@ def _read_flags(is_script: bool, definitions: Mapping[str, Parameter], stage: st
         arguments = split_command(os.environ.get(origin, ""), origin)
     parsed, unparsed = parser.parse_known_args(arguments)
     if unparsed:
-        name = unparsed[0].lstrip("-").split("=")[0]
+        name = unparsed[0].split("=")[0].removeprefix("--")
         positive = name.removeprefix("no-")
-        check_parameter_names([positive if positive in definitions else name], definitions, origin)
+        if unparsed[0].startswith("--") and positive not in definitions:
+            check_parameter_names([name], definitions, origin)
         raise UsageError(
             f"{origin} has {_show(unparsed[0])}, which is not a flag with a value: write --name"
             " value."

@@ -25,7 +25,7 @@ from src.data.identity import check_trained_on
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
 from src.decoding.checkpoints import load_decoder
-from src.utils import PerceptError, read_json
+from src.utils import PerceptError, check_name, read_json
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def find_voters(logs: Path, voters: str = "") -> dict[str, Path]:
     all_logs = next(folder for folder in (logs, *logs.parents) if folder.name == "train_logs")
     folders: dict[str, Path] = {}
     for name in filter(None, (name.strip() for name in voters.split(","))):
+        check_name(name, "A name in voters", parts=3)
         is_local = (logs / name).is_dir()
         folders[name.replace("/", "-")] = logs / name if is_local else all_logs / name
     if not folders:

@@ -82,12 +82,12 @@ def read_grid(path: str | Path) -> Grid:
     path = Path(path)
     content = _read_content(path)
     name, recipe = str(content.get("name") or path.stem), str(content.get("recipe") or "")
-    check_name(name, f"The name of the sweep in {path}")
     if not recipe or not re.fullmatch(r"\w[\w.+-]*", name):
         raise UsageError(
             f"{path} needs `recipe: mindeye/mini` or another, and a name of letters, digits, - and"
             f" . (it is {name!r})."
         )
+    check_name(name, f"The name of the sweep in {path}")
     fixed = _read_mapping(content, "fixed", path)
     factors = {}
     for parameter, values in _read_mapping(content, "grid", path).items():

@@ -336,23 +336,34 @@ def _check_complete(
 
 def register_kernel() -> None:
     """Register this interpreter as the kernel "percept", so that no other python3 kernel of the
-    machine is used.
+    machine is used: beside the interpreter, or below HOME where its folder may not be written.
 
     A registration that is right is left alone: another process may be about to start a kernel from
     it.
-    """
-    from ipykernel.kernelspec import get_kernel_dict, install
 
-    jupyter = Path(sys.prefix) / "share" / "jupyter"
-    registered = jupyter / "kernels" / "percept" / "kernel.json"
+    Raises:
+        PerceptError: if neither place can be written.
+    """
+    from ipykernel.kernelspec import get_kernel_dict
+
     # the kernel's own log lines would stand between ours
     command = [*get_kernel_dict()["argv"], "--log-level=ERROR"]
-    if not registered.exists() or utils.read_json(registered)["argv"] != command:
-        folder = Path(install(kernel_name="percept", display_name="Percept", prefix=sys.prefix))
-        content = utils.read_json(folder / "kernel.json")
-        utils.write_json(folder / "kernel.json", content | {"argv": command})
+    content = get_kernel_dict() | {"display_name": "Percept", "argv": command}
+    jupyter = Path(sys.prefix) / "share" / "jupyter"
+    try:
+        _write_kernel(jupyter, content)
+    except PerceptError:
+        jupyter = utils.HOME / ".jupyter"
+        _write_kernel(jupyter, content)
     set_allocator()
     os.environ["JUPYTER_PATH"] = str(jupyter)
+
+
+def _write_kernel(jupyter: Path, content: dict[str, Any]) -> None:
+    """Write the kernel "percept" below a folder of Jupyter's, unless it is there."""
+    path = jupyter / "kernels" / "percept" / "kernel.json"
+    if not path.exists() or utils.read_json(path, ["argv"])["argv"] != content["argv"]:
+        utils.write_json(path, content)
 
 
 def set_allocator() -> None:

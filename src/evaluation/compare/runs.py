@@ -17,7 +17,7 @@ import pandas as pd
 from src.evaluation.records import CONTROLS, REMEDY, read_metrics
 from src.evaluation.sanity_checks import check_same_test
 from src.foreign_files import load_parquet
-from src.utils import PerceptError, read_json
+from src.utils import PerceptError, check_name, read_json
 
 NO_BRAIN = ("autoencoder",)  # a condition that no brain takes part in: the low level's upper bound
 
@@ -120,6 +120,8 @@ def read_runs(results: str | Path, runs: str = "") -> list[ScoredRun]:
     results = Path(results)
     parts = [part.strip(" /") for part in runs.split(",")]
     names = list(dict.fromkeys(filter(None, parts)))
+    for name in names:
+        check_name(name, "A name in runs", parts=2)
     by_name: dict[str, ScoredRun] = {}
     damaged: list[PerceptError] = []
     for pattern in names or ["*"]:
