@@ -167,7 +167,7 @@ def test_official_test_set(tmp_path, responses, pictures):
     np.save(folder / "test_split" / "test_fmri" / "lh_test_fmri.npy", held_out[:, :LEFT])
     np.save(folder / "test_split" / "test_fmri" / "rh_test_fmri.npy", held_out[:, LEFT:])
     for row, nsd in enumerate((200, 201, 202)):
-        Image.fromarray(pictures[row]).save(
+        Image.fromarray(255 - pictures[row]).save(
             folder / "test_split" / "test_images" / f"test-{row + 1:04d}_nsd-{nsd:05d}.png"
         )
     subject = read(tmp_path, test="auto", rois="EBA")

@@ -346,9 +346,9 @@ def test_every_value_survives_half_precision(tmp_path):
         tmp_path,
         8,
         SourceData(
-            np.zeros((3, 2), np.float32),
+            np.arange(6, dtype=np.float32).reshape(3, 2),
             trials,
-            np.concatenate([values, values[:, ::-1], values]),
+            np.concatenate([values, values[:, ::-1], values[:, :, ::-1]]),
             trials["image"].to_numpy(),
         ),
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 
 from src.data.files import (
     Ids,
@@ -21,7 +22,7 @@ from src.data.files import (
     memory_map_h5,
     write_rows,
 )
-from src.ownership import own
+from src.files.ownership import own
 from src.utils import PerceptError, atomic
 
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -127,7 +128,10 @@ def _select_new_images(
 
 
 def write_images(
-    path: str | Path, images: np.ndarray | Iterable[np.ndarray], image_ids: Ids
+    path: str | Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    image_ids: Ids,
+    check: Callable[[ImageStore], None] | None = None,
 ) -> None:
     """Write the images of a dataset, or add to those already there.
 
@@ -137,6 +141,7 @@ def write_images(
         path: the file, data/<dataset>/images.h5.
         images: uint8 (n, height, width, 3), or an iterable of blocks of these.
         image_ids: (n,) unique integers.
+        check: called with all images of the file before it is put in place; may refuse them.
 
     Raises:
         PerceptError: for another dtype or shape, ids that occur twice, an id that is stored with
@@ -150,25 +155,36 @@ def write_images(
             " unique."
         )
     with own(path, f"adding images to {path.name}", wait=True, beside=True):
-        _add_images(path, images, ids)
+        _add_images(path, images, ids, check or (lambda store: None))
 
 
-def _add_images(path: Path, images: np.ndarray | Iterable[np.ndarray], ids: np.ndarray) -> None:
+def _add_images(
+    path: Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    ids: np.ndarray,
+    check: Callable[[ImageStore], None],
+) -> None:
     store = ImageStore(path) if path.exists() else None
     new_images = _select_new_images(images, ids, store)
     if store is None:
-        _write_store(path, new_images, ids)
+        _write_store(path, new_images, ids, check)
         return
     new_ids = ids[~np.isin(ids, store.image_ids)]
     if not len(new_ids):
         for _ in new_images:  # nothing to add: the comparison alone
             pass
+        check(store)
         return
     blocks = chain(iterate_row_blocks(store.pixels), new_images)
-    _write_store(path, blocks, np.concatenate([store.image_ids, new_ids]))
+    _write_store(path, blocks, np.concatenate([store.image_ids, new_ids]), check)
 
 
-def _write_store(path: Path, blocks: Iterable[np.ndarray], ids: np.ndarray) -> None:
+def _write_store(
+    path: Path,
+    blocks: Iterable[np.ndarray],
+    ids: np.ndarray,
+    check: Callable[[ImageStore], None],
+) -> None:
     """Write images and their ids as a new file in the place of `path`."""
     crc: list[int] = []
 
@@ -180,3 +196,34 @@ def _write_store(path: Path, blocks: Iterable[np.ndarray], ids: np.ndarray) -> N
         write_rows(temporary, "images", blocks, len(ids), add_checksums)
         with h5py.File(temporary, "r+") as file:
             file["image_id"], file["crc"] = ids, np.array(crc, dtype=np.int64)
+        check(ImageStore(temporary))
+
+
+def check_sides(store: ImageStore, trials: pd.DataFrame) -> None:
+    """Refuse the same picture under two ids on two sides of a split.
+
+    Pictures are compared by their checksums, and those whose checksums are equal by their pixels.
+
+    Args:
+        store: the images.
+        trials: columns image and split; those of split exclude do not count.
+
+    Raises:
+        PerceptError: naming two such images.
+    """
+    shown = trials[trials["split"] != "exclude"].drop_duplicates("image")
+    crc = store.crc[store.positions(shown["image"].to_numpy())]
+    shown = shown.assign(crc=crc)[["image", "split", "crc"]]
+    is_mixed = shown.groupby("crc")["split"].transform("nunique") > 1
+    for _, candidates in shown[is_mixed].groupby("crc"):
+        pixels = store.rows(candidates["image"].to_numpy())
+        pairs = combinations(range(len(candidates)), 2)
+        for first, second in pairs:
+            one, other = candidates.iloc[first], candidates.iloc[second]
+            if one["split"] == other["split"] or (pixels[first] != pixels[second]).any():
+                continue
+            raise PerceptError(
+                f"Image {one['image']} ({one['split']}) and image {other['image']}"
+                f" ({other['split']}) are the same picture, so that it would be on two sides of the"
+                " split: give both one id, or mark the trials of one of them as exclude."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from src.data.files import iterate_row_blocks, write_rows
 from src.data.identity import write_preparation
-from src.ownership import own, replace_folder
+from src.files.ownership import own, replace_folder
 from src.utils import HOME, PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")
@@ -179,7 +179,8 @@ class _BetaCheck:
         trial = self.trial_numbers[row] if row < len(self.trial_numbers) else row
         raise PerceptError(
             f"The beta of trial {trial} (row {row}), voxel {voxel} is {betas[position, voxel]}: "
-            "leave out such voxels or trials, or mend them, before preparing the data."
+            "leave out such voxels (the option bad_voxels=drop of a reader) or trials, or mend"
+            " them, before preparing the data."
         )
 
 
@@ -203,6 +204,7 @@ def write_subject(
     trials: pd.DataFrame,
     voxels: pd.DataFrame | None,
     attributes: dict[str, Any],
+    write_beside: Callable[[], None] | None = None,
 ) -> Path:
     """Write one subject: betas.h5, trials.parquet, voxels.parquet.
 
@@ -218,6 +220,9 @@ def write_subject(
         voxels: one row a voxel (ROI flags, x y z, noise ceiling), or None where nothing is known.
         attributes: texts and numbers; source, units, normalisation and protocol are required.
             checksum, n_trials, n_voxels are added.
+        write_beside: writes what belongs to the subject outside its folder; called when all of the
+            folder is written, before it gets its place, so that neither appears without the other
+            if one is refused.
 
     Returns:
         The folder.
@@ -248,4 +253,6 @@ def write_subject(
         table.to_parquet(temporary / "trials.parquet")
         voxels.reset_index(drop=True).to_parquet(temporary / "voxels.parquet")
         write_preparation(temporary)
+        if write_beside is not None:
+            write_beside()
     return folder

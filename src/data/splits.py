@@ -14,7 +14,7 @@ import pandas as pd
 from src.data.identity import check_trained_on
 from src.data.subject import Subject, open_subject
 from src.data.targets import cache_targets, hash_fingerprint
-from src.ownership import own
+from src.files.ownership import own
 from src.utils import PerceptError, atomic, read_json, write_json
 
 # what a training was given less than everything, in the folder of its run

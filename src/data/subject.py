@@ -24,7 +24,8 @@ from src.data.identity import (
 from src.data.images import ImageStore
 from src.data.layout import SPLITS, check_trials, dataset_folder, subject_folder
 from src.data.rois import select_voxels
-from src.foreign_files import load_parquet
+from src.files.foreign import load_parquet
+from src.files.ownership import restore_folder
 from src.utils import PerceptError
 
 PREPARE_AGAIN = "prepare the data again"
@@ -62,6 +63,7 @@ def open_subject(dataset: str | Path, subj: int) -> Subject:
     Raises:
         PerceptError: if files are missing, damaged, or do not belong together.
     """
+    restore_folder(subject_folder(dataset, subj))
     return Subject(dataset_folder(dataset), subj)
 
 

@@ -21,8 +21,8 @@ from src.data.draws import choose_repeats
 from src.data.files import Ids, check_space, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
-from src.foreign_files import load_npy, shorten
-from src.ownership import own
+from src.files.foreign import load_npy, shorten
+from src.files.ownership import own
 from src.utils import (
     PerceptError,
     atomic,

@@ -25,12 +25,12 @@ from src.data.identity import (
 )
 from src.data.layout import dataset_folder, subject_folder
 from src.data.subject import Subject
-from src.ownership import own
+from src.files.ownership import own
+from src.files.yaml_files import UnclearNumber, parse_yaml
 from src.parameters import check_parameter_names
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import SEEDS, PerceptError, UsageError, resolve
-from src.yaml_files import UnclearNumber, parse_yaml
 
 READERS: dict[str, ModuleType] = {
     "mindeye": mindeye,

@@ -40,7 +40,7 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES
 from src.data.layout import number_repeats
-from src.foreign_files import read_errors
+from src.files.foreign import read_errors
 from src.readers.common import (
     check_rois,
     choose_validation,
@@ -58,7 +58,6 @@ from src.readers.common import (
     to_mask,
 )
 from src.readers.recording import Recording, RowBlocks, store_recording
-from src.safe_pickle import unpickle_npy
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (
@@ -158,6 +157,7 @@ def read(
     val_images: int = 300,
     seed: int = 42,
     protocol: str = "",
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject into the prepared layout.
@@ -178,6 +178,8 @@ def read(
             splits.csv.
         seed: of the random choices of images.
         protocol: name of the protocol, by default what was done.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the responses where it differs from the published ones
             (source, units, normalisation).
 
@@ -217,7 +219,7 @@ def read(
         captions=load_image_table("captions", image_ids, *places),
         labels=load_image_table("labels", image_ids, *places),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -380,6 +382,8 @@ def _select_vertices(
 
 def _load_regions(folder: Path, widths: tuple[int, int]) -> dict[str, np.ndarray]:
     """Masks (vertices,) of all regions, empty ones included."""
+    from src.safe_pickle import unpickle_npy  # here, as it imports torch
+
     masks: dict[str, np.ndarray] = {}
     for path in list_files(folder, "mapping_*.npy"):
         roi_class, names = path.stem.removeprefix("mapping_"), unpickle_npy(path)

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from src.data.files import BLOCK_BYTES
-from src.foreign_files import read_errors
+from src.files.foreign import read_errors
 from src.readers.hdf5 import find_dataset, open_h5
 from src.utils import PerceptError, progress
 

@@ -40,7 +40,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
-from src.foreign_files import read_errors, shorten, walk_files
+from src.files.foreign import read_errors, shorten, walk_files
 from src.readers.common import (
     check_rois,
     count_test_images,
@@ -112,6 +112,7 @@ def read(
     val_images: int = 300,
     seed: int = 42,
     protocol: str = "",
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject into the prepared layout.
@@ -128,6 +129,8 @@ def read(
         val_images: training images chosen for validation.
         seed: of that choice.
         protocol: name of the protocol, by default bold5000-repeated<number of test images>.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the betas where they are not the published ones
             (source, units, normalisation).
 
@@ -167,7 +170,7 @@ def read(
         captions=load_image_table("captions", image_ids, root),
         labels=seen[["image", "name", "source"]] if labels is None else labels,
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 def subject_name(subj: int) -> str:

@@ -22,14 +22,14 @@ import pandas as pd
 import scipy.io
 from PIL import Image
 
-from src.foreign_files import (
+from src.files.foreign import (
     FETCH_AGAIN,
     check_expansion,
     load_csv,
     load_parquet,
     read_errors,
 )
-from src.image_files import decode_image
+from src.files.images import decode_image
 from src.utils import PerceptError
 
 COMPRESSED = 15  # type of an element of a MATLAB file

@@ -65,6 +65,7 @@ def read(
     split: str = "official",
     val: int = 10,
     seed: int = 42,
+    bad_voxels: str = "refuse",
 ) -> Path:
     """Read digits69 into the prepared layout: one trial an image, one session.
 
@@ -77,6 +78,8 @@ def read(
             images, stratified by digit, is the test set.
         val: number of the remaining images that become validation, stratified by digit; 0 for none.
         seed: of the folds and of the choice of validation images.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
 
     Returns:
         The folder of the subject.
@@ -108,7 +111,7 @@ def read(
         attributes=attributes,
         labels=pd.DataFrame({"image": numbers, "digit": names}),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 def load_arrays(source: str | Path) -> DigitArrays:

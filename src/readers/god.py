@@ -41,7 +41,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
-from src.foreign_files import (
+from src.files.foreign import (
     check_expansion,
     load_csv,
     parse_npy_header,
@@ -121,6 +121,7 @@ def read(
     val_images: int = 300,
     seed: int = 42,
     protocol: str = "",
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject into the prepared layout.
@@ -137,6 +138,8 @@ def read(
         seed: of that choice.
         protocol: name of the protocol, by default god-<number of test images>, or
             deeprecon-<number>.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the betas where they are not the published ones
             (source, units, normalisation).
 
@@ -176,7 +179,7 @@ def read(
         captions=load_image_table("captions", image_ids, files.root),
         labels=_name_labels(image_ids) if labels is None else labels,
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from src.data.files import BLOCK_BYTES
-from src.foreign_files import explain_unreadable, read_errors, shorten
+from src.files.foreign import explain_unreadable, read_errors, shorten
 from src.utils import PerceptError, require_file
 
 MAX_TABLE_BYTES = 1 << 30  # of an array that is loaded whole, and of one row of any other

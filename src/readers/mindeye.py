@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
-from src.foreign_files import load_json, load_parquet, shorten
+from src.files.foreign import load_json, load_parquet, shorten
 from src.readers.common import (
     choose_validation,
     count_test_images,
@@ -51,7 +51,6 @@ from src.readers.common import (
 from src.readers.hdf5 import load_array, open_h5
 from src.readers.mindeye_samples import INDICES, iterate_betas, iterate_images, list_shards
 from src.readers.recording import Recording, RowBlocks, store_recording
-from src.safe_pickle import unpickle_npy
 from src.utils import PerceptError
 
 TERMS = (
@@ -87,6 +86,7 @@ def read(
     layout: str = "auto",
     val_images: int = 300,
     seed: int = 42,
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject's shards into the prepared layout.
@@ -106,6 +106,8 @@ def read(
             one that is there.
         val_images: validation images chosen among the training images, for the early release only.
         seed: of that choice.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the betas where it is not what the published shards are
             (source, units, normalisation), e.g. for the mini world.
 
@@ -155,7 +157,7 @@ def read(
         captions=_load_captions(root, image_ids),
         labels=load_image_table("labels", image_ids, root),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 def _default_protocol(layout: str, n_test: int) -> str:
@@ -223,6 +225,8 @@ def _load_voxels(root: Path, subj: int) -> pd.DataFrame | None:
 
 def _load_captions(root: Path, image_ids: list[int]) -> pd.DataFrame | None:
     """Captions of captions.parquet, else of COCO_73k_annots_curated.npy (images, up to 5)."""
+    from src.safe_pickle import unpickle_npy  # here, as it imports torch
+
     table = load_image_table("captions", image_ids, root)
     path = find_in_folders([ANNOTATIONS], root, root.parent)
     if table is not None or path is None:

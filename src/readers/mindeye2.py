@@ -36,7 +36,7 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES
 from src.data.layout import number_repeats
-from src.foreign_files import load_csv, load_parquet, read_errors
+from src.files.foreign import load_csv, load_parquet, read_errors
 from src.readers.common import (
     center_crop_resize,
     load_image_table,
@@ -141,6 +141,7 @@ def read(
     image_size: int = 224,
     val_images: int = 300,
     seed: int = 42,
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject into the prepared layout.
@@ -156,6 +157,8 @@ def read(
         val_images: validation images chosen among the training images, unless splits.csv decides;
             MindEye2 had none.
         seed: of that choice.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the betas where it is not what was published (source,
             units, normalisation).
 
@@ -205,7 +208,7 @@ def read(
         captions=load_image_table("captions", image_ids, source),
         labels=load_image_table("labels", image_ids, source),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
-from src.foreign_files import load_npz
+from src.files.foreign import load_npz
 from src.readers.common import to_integers, to_mask
 from src.readers.recording import Recording, store_recording
 from src.utils import PerceptError
@@ -51,6 +51,7 @@ def read(
     val: float = 0.1,
     test: float = 0.1,
     seed: int = 42,
+    bad_voxels: str = "refuse",
 ) -> Path:
     """Read an .npz (keys: see the module) into the prepared layout.
 
@@ -60,6 +61,8 @@ def read(
         subj: number of the subject.
         val, test: shares of the images, used where the file has no split.
         seed: of the random split of images.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
 
     Returns:
         The folder of the subject.
@@ -97,7 +100,7 @@ def read(
         captions=_image_table(arrays, "captions", "caption", image_ids),
         labels=_image_table(arrays, "labels", "label", image_ids),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 def _load(path: Path) -> Arrays:

@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.layout import number_repeats
-from src.foreign_files import load_csv, load_json, read_errors
+from src.files.foreign import load_csv, load_json, read_errors
 from src.readers.common import (
     center_crop_resize,
     choose_validation,
@@ -92,6 +92,7 @@ def read(
     image_size: int = 256,
     val_images: int = 300,
     seed: int = 42,
+    bad_voxels: str = "keep",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject of NSD into the prepared layout; one session is in memory at a time.
@@ -117,6 +118,8 @@ def read(
         val_images: training images set aside for validation, where there is no splits.csv in
             `source`.
         seed: of that choice.
+        bad_voxels: refuse, drop or keep voxels that are constant over all trials, see
+            `store_recording`; kept ones are 0.
         attributes: what is to be said about the betas where they are not NSD's (source, units,
             normalisation, protocol).
 
@@ -178,7 +181,7 @@ def read(
         captions=_load_coco_captions(folders, image_of_row) if captions is None else captions,
         labels=load_image_table("labels", image_ids, *tables),
     )
-    folder = store_recording(recording, dataset, subj)
+    folder = store_recording(recording, dataset, subj, bad_voxels)
     _warn_of_flat_voxels(voxels, len(files), subj)
     return folder
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from src.data.files import iterate_row_blocks
-from src.foreign_files import read_errors
+from src.files.foreign import read_errors
 from src.readers.hdf5 import open_dataset
 from src.readers.volumes import open_nifti
 from src.utils import PerceptError, progress

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.foreign_files import load_csv, shorten
+from src.files.foreign import load_csv, shorten
 from src.readers.common import list_files, load_mat, to_integers
 from src.utils import PerceptError
 

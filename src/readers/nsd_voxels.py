@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.foreign_files import read_errors
+from src.files.foreign import read_errors
 from src.readers.common import (
     check_rois,
     list_files,

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from src.foreign_files import (
+from src.files.foreign import (
     READ_ERRORS,
     NpyHeader,
     explain_unreadable,

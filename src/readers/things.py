@@ -46,7 +46,7 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES, check_space
 from src.data.layout import dataset_folder, number_repeats
-from src.foreign_files import load_csv, load_parquet, read_errors
+from src.files.foreign import load_csv, load_parquet, read_errors
 from src.readers.common import (
     check_rois,
     choose_validation,
@@ -150,6 +150,7 @@ def read(
     val_images: int = 300,
     seed: int = 42,
     protocol: str = "",
+    bad_voxels: str = "refuse",
     attributes: dict[str, Any] | None = None,
 ) -> Path:
     """Read one subject into the prepared layout.
@@ -170,6 +171,8 @@ def read(
         seed: of that choice.
         protocol: name of the protocol, by default things-<number of test images>, with -zeroshot
             where it applies.
+        bad_voxels: refuse, drop or keep constant voxels and those that are NaN in a trial, see
+            `store_recording`.
         attributes: what is to be said about the betas where it differs from the published ones
             (source, units, normalisation).
 
@@ -222,7 +225,7 @@ def read(
         captions=load_image_table("captions", image_ids, files.root),
         labels=_labels(files.root, names),
     )
-    return store_recording(recording, dataset, subj)
+    return store_recording(recording, dataset, subj, bad_voxels)
 
 
 def _protocol(trials: pd.DataFrame, zero_shot: bool) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from src.foreign_files import check_expansion, read_errors
+from src.files.foreign import check_expansion, read_errors
 from src.utils import PerceptError, require_extra, require_file
 
 NOWHERE = 9999  # in a transform: no place in the source
