@@ -102,7 +102,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
@@ -149,6 +148,7 @@ from src.training import (
     Execution,
     Optimisation,
     Reporting,
+    append_row,
     build_clip_augmentation,
     check_precision,
     check_run,
@@ -488,9 +488,7 @@ def draw(model, epoch):
             from_brain = [images for name, images in rows.items() if name.startswith("brain")]
             distances_now[f"{split}/FID"] = compute_fid(eye, rows["seen"], torch.cat(from_brain))
     if distances_now:
-        pd.DataFrame([{"epoch": epoch} | distances_now]).to_csv(
-            distances, mode="a", header=not distances.exists(), index=False
-        )
+        append_row(distances, {"epoch": epoch} | distances_now)
     return figures | distances_now
 
 

@@ -404,7 +404,6 @@ def reconstruct(name, rows):
 
 # %%
 rows, unfinished = {}, run.results / ".reconstructing"
-unfinished.mkdir(exist_ok=True)
 for name in decoders:
     mark = [
         name,
@@ -553,7 +552,7 @@ with atomic(run.results / "reconstructions.safetensors") as path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)
 
 # %%
-shutil.rmtree(unfinished)
+shutil.rmtree(unfinished, ignore_errors=True)
 published = {
     "all_images.pt": seen,
     f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": (

@@ -94,6 +94,7 @@ from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 # %%
 from src.models import TokenMap
 from src.networks import build_decoder
+from src.files.ownership import replace_folder
 from src.pretrained import (
     Captioner,
     Clipper,
@@ -271,7 +272,6 @@ if path is not None:
 
 # %%
 rows, unfinished = {}, run.results / ".reconstructing"
-unfinished.mkdir(exist_ok=True)
 stamps = [
     (
         str(folder),
@@ -537,7 +537,7 @@ caption_rows = [
 ]
 with atomic(run.results / "captions.parquet") as file:
     pd.DataFrame(caption_rows, columns=["image", "row", "caption"]).to_parquet(file)
-shutil.rmtree(unfinished)
+shutil.rmtree(unfinished, ignore_errors=True)
 
 # %% [markdown]
 # ## The sheets
@@ -545,14 +545,13 @@ shutil.rmtree(unfinished)
 
 # %%
 folder = run.results / "sheets"
-shutil.rmtree(folder, ignore_errors=True)
-folder.mkdir()
 tile = 128
 if seen.shape[-1] > 64:
     tile = 512
-for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
-    sheet = Image.fromarray(draw_vote_sheet(seen[i], rows[main_row][i], candidates[i], tile))
-    sheet.save(folder / f"result_{image_from + i}.png")
+with replace_folder(folder) as new_folder:
+    for i in range(len(seen) if sheets == 0 else min(sheets, len(seen))):
+        sheet = Image.fromarray(draw_vote_sheet(seen[i], rows[main_row][i], candidates[i], tile))
+        sheet.save(new_folder / f"result_{image_from + i}.png")
 sheet
 
 # %%

@@ -188,7 +188,6 @@ if caption and not caption_converter:
 # %%
 run.record_parameters()
 unfinished = run.results / ".refining"
-unfinished.mkdir(exist_ok=True)
 stamp = [(run.results / "reconstructions.safetensors").stat().st_mtime_ns]
 mark = [
     stamp,
@@ -342,7 +341,7 @@ if rows:
             metadata=about,
         )
     tensors |= rows
-shutil.rmtree(unfinished)
+shutil.rmtree(unfinished, ignore_errors=True)
 
 # %% [markdown]
 # ## The published files

@@ -380,7 +380,6 @@ def chosen(name, part):
 # %%
 run.record_parameters()
 unfinished = run.results / ".searching"
-unfinished.mkdir(exist_ok=True)
 rows = {}
 for name in results_by_query:
     lines = searched.get_metadata(usable[name].ravel()).filter(["url", "image_path", "tar_offset"])
@@ -395,7 +394,7 @@ places, had = (
 lost = {name: int((~ok).sum()) for name, ok in had.items()}
 print(f"without a picture: {lost} of {len(brain)} test images")
 if any(lost.values()):
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
 for name, available in had.items():
     check_pictures(available, image_ids, name)
 
@@ -419,7 +418,7 @@ with atomic(run.results / "reconstructions.safetensors") as path:
         path,
         metadata=metadata | {"retrieved": json.dumps(about)},
     )
-shutil.rmtree(unfinished)
+shutil.rmtree(unfinished, ignore_errors=True)
 with atomic(run.results / f"{run.name}_laion_retrievals_top16.pt") as path:
     torch.save(rows["retrieved"].float(), path)
 tables = []

@@ -55,7 +55,7 @@ from sklearn.preprocessing import StandardScaler
 
 from src import metrics, retrieval
 from src.data import open_subject
-from src.evaluation import records, statistics, write_report
+from src.evaluation import records, statistics, write_csv, write_report
 from src.evaluation.folds import find_labels, parse_voxel_counts, split_into_folds
 from src.figures import plot_contact_sheet, save_figure
 from src.models import BrainNetwork
@@ -323,7 +323,7 @@ lines = [
 ]
 summary = pd.DataFrame(lines).round(4)
 run.record_parameters()
-summary.to_csv(run.results / "cross_validation.csv", index=False)
+write_csv(run.results / "cross_validation.csv", summary)
 text = summary.assign(
     score=[
         f"{v:.3f} [{lo:.3f}, {hi:.3f}]"

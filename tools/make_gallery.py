@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import nbformat
 from nbconvert import MarkdownExporter
 from PIL import Image
 
-from src.utils import HOME, ROOT, PerceptError
+from src.files.ownership import replace_folder
+from src.utils import HOME, ROOT, PerceptError, atomic
 
 GALLERY = ROOT / "docs" / "gallery"
 CONTACT_SHEET = "contact_sheet.png"
@@ -128,9 +128,7 @@ def make_gallery(runs: list[Path]) -> None:
         PerceptError: if a run has no executed notebooks.
     """
     notebooks = find_notebooks(runs)
-    with tempfile.TemporaryDirectory(dir=ROOT / "docs") as temporary:
-        folder = Path(temporary) / "gallery"
-        folder.mkdir()
+    with replace_folder(GALLERY) as folder:
         lines = ["# Gallery", ""]
         lines += ["Executed notebooks of the mini world. Made by `make gallery`; do not edit.", ""]
         for run, paths in notebooks.items():
@@ -142,9 +140,8 @@ def make_gallery(runs: list[Path]) -> None:
                 lines += [f"![Seen images and what was decoded]({name})", ""]
         (folder / "README.md").write_text("\n".join(lines))
         reduce_colours(folder)
-        shutil.rmtree(GALLERY, ignore_errors=True)
-        shutil.move(folder, GALLERY)
-    shutil.copy(runs[0] / CONTACT_SHEET, ROOT / "docs" / CONTACT_SHEET)
+    with atomic(ROOT / "docs" / CONTACT_SHEET) as temporary:
+        shutil.copyfile(runs[0] / CONTACT_SHEET, temporary)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pandas as pd
 from src.data.draws import choose_repeats
 from src.data.layout import dataset_folder
 from src.data.targets import AugmentedTargets
-from src.foreign_files import load_npy
+from src.files.foreign import load_npy
 from src.pretrained.clip import Clipper
 from src.utils import PerceptError, atomic
 

@@ -15,11 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from src.utils import PerceptError, atomic, is_finite, read_tensors
+from src.files.ownership import own
+from src.utils import PerceptError, atomic, check_writable, is_finite, memory_errors, read_tensors
 
 log = logging.getLogger(__name__)
 
 REMEDY = "run notebook 03 for this run again, or copy the file again"
+
+MEMORY_REMEDY = (
+    "lower generator_batch or recons_per_sample, and run again: finished images are kept, unless"
+    " those change"
+)
 
 ABOUT = ("main", "protocol", "test_set")  # texts that come with reconstructions
 
@@ -34,12 +40,25 @@ def compute_in_chunks(
         compute: slice of images -> tensors (images, ...) by name.
         n: number of images.
         size: images at a time.
-        folder: for the finished slices; delete it when their result is stored.
+        folder: for the finished slices; made where it is missing. Delete it when their result is
+            stored.
         mark: whatever the result depends on, as JSON values; slices with another mark are not used.
 
     Returns:
         Tensors (n, ...) by name.
+
+    Raises:
+        PerceptError: if memory runs out, with what to lower; or if the folder cannot be written,
+            or another process is computing into it.
     """
+    with own(folder, "computing reconstructions"):
+        check_writable(folder)
+        return _compute_in_chunks(compute, n, size, folder, mark)
+
+
+def _compute_in_chunks(
+    compute: Callable[[slice], dict[str, Tensor]], n: int, size: int, folder: Path, mark: Any
+) -> dict[str, Tensor]:
     described = json.dumps([n, size, mark], sort_keys=True, default=str)
     key = hashlib.sha256(described.encode()).hexdigest()[:12]
     chunks: list[dict[str, Tensor]] = []
@@ -49,7 +68,8 @@ def compute_in_chunks(
             rows = slice(start, min(start + size, n))
             tensors = _read_chunk(path, rows.stop - rows.start)
             if tensors is None:
-                computed = compute(rows)
+                with memory_errors("reconstructing", MEMORY_REMEDY):
+                    computed = compute(rows)
                 tensors = {name: value.contiguous() for name, value in computed.items()}
                 with atomic(path) as temporary:
                     save_file(tensors, temporary)

@@ -25,7 +25,7 @@ from src.evaluation.records import add_results, make_record, make_records, prove
 from src.evaluation.report import gallery_widget, write_report
 from src.evaluation.sanity_checks import check_alignment, check_leak, check_outputs
 from src.evaluation.statistics import bootstrap_mean, derangements, noise_ceiling, paired_bootstrap
-from src.evaluation.tables import published_table, retrieval_records, write_table
+from src.evaluation.tables import published_table, retrieval_records, write_csv, write_table
 from src.evaluation.votes import describe_ensemble_gain, ensemble_gain, gain_table
 
 __all__ = [
@@ -67,5 +67,6 @@ __all__ = [
     "roi_masks",
     "score_table",
     "write_report",
+    "write_csv",
     "write_table",
 ]

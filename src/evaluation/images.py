@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.foreign_files import load_npz, natural_key, read_errors
-from src.image_files import IMAGE_SUFFIXES, decode_image
+from src.files.foreign import load_npz, natural_key, read_errors
+from src.files.images import IMAGE_SUFFIXES, decode_image
 from src.metrics import CHUNK, apply_resizing, resize
 from src.safe_pickle import load_plain_torch_file
 from src.utils import PerceptError

@@ -32,7 +32,8 @@ from src.evaluation.statistics import (
     paired_bootstrap,
     permutation_p,
 )
-from src.foreign_files import load_parquet
+from src.files.foreign import load_parquet
+from src.files.ownership import own
 from src.metrics import RESIZING, SIZE, Metric
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
@@ -472,10 +473,24 @@ def add_results(
         provenance: of `provenance`; its selection log and seeds are stored by stage.
         tables: further tables for a reader, each {"title", "note", "rows": [one dict a row]}.
 
+    Processes that add results to a run at once take turns.
+
     Raises:
         PerceptError: as `write_metrics`, or a stage before was scored on other test images.
     """
     folder = Path(folder)
+    with own(folder / "metrics.json", f"adding the scores of {stage}", wait=True, beside=True):
+        _add_results(folder, stage, scores, records, provenance, tables)
+
+
+def _add_results(
+    folder: Path,
+    stage: str,
+    scores: pd.DataFrame,
+    records: Sequence[Entry],
+    provenance: Entry,
+    tables: Sequence[Entry],
+) -> None:
     stored: dict[str, Any] = {"metrics": [], "tables": [], "provenance": {}}
     if (folder / "metrics.json").exists():
         stored = read_metrics(folder / "metrics.json")
@@ -491,13 +506,16 @@ def add_results(
 
     all_records = [*old_records, *new_records]
     all_tables = [*_drop_stage(stored.get("tables", []), stage), *_mark_stage(tables, stage)]
-    _add_scores(folder / "scores.parquet", stage, scores, keep_others=is_same_data)
-    write_metrics(
-        folder / "metrics.json",
-        _sort_by_stage(all_records),
-        _merge_provenance(stored["provenance"], provenance, stage),
-        _sort_by_stage(all_tables),
-    )
+    all_scores = _merge_scores(folder / "scores.parquet", stage, scores, is_same_data)
+    # both are written before either of them takes its place
+    with atomic(folder / "metrics.json") as metrics, atomic(folder / "scores.parquet") as parquet:
+        all_scores.to_parquet(parquet, index=False)
+        write_metrics(
+            metrics,
+            _sort_by_stage(all_records),
+            _merge_provenance(stored["provenance"], provenance, stage),
+            _sort_by_stage(all_tables),
+        )
 
 
 def _is_same_data(old: Entry, new: Entry, folder: Path) -> bool:
@@ -553,13 +571,12 @@ def _sort_by_stage(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry["stage"])
 
 
-def _add_scores(path: Path, stage: str, scores: pd.DataFrame, keep_others: bool) -> None:
-    """Put a stage's per-image scores into the parquet file, in place of its old ones, or of all."""
+def _merge_scores(path: Path, stage: str, scores: pd.DataFrame, keep_others: bool) -> pd.DataFrame:
+    """A stage's per-image scores with those in the parquet file, in place of its old ones."""
     missing = {name: 0 for name in ("sample", "draw") if name not in scores}
     table = scores.assign(stage=stage, **missing)[COLUMNS]
     stored = load_parquet(path, REMEDY) if path.exists() and keep_others else None
     # a table with other columns is of an earlier format, which had no stages
     if stored is not None and list(stored.columns) == COLUMNS:
         table = pd.concat([stored[stored["stage"] != stage], table], ignore_index=True)
-    with atomic(path) as temporary:
-        table.sort_values("stage", kind="stable").to_parquet(temporary, index=False)
+    return table.sort_values("stage", kind="stable")

@@ -19,7 +19,7 @@ from scipy import stats
 
 from src.evaluation.compare.runs import ScoredRun, choose_metrics, read_runs, select_same_images
 from src.evaluation.statistics import CONFIDENCE
-from src.foreign_files import load_csv, shorten
+from src.files.foreign import load_csv, shorten
 from src.utils import PerceptError, open_tensors, read_json
 
 SEEDS = ("seed", "bag_seeds")  # parameters that are the luck of a run

@@ -114,6 +114,13 @@ def _format_line(record: Mapping[str, Any]) -> dict[str, Any]:
     return line
 
 
+def write_csv(path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a table as comma-separated values, without its index."""
+    with atomic(Path(path)) as temporary:
+        table.to_csv(temporary, index=False)
+    return Path(path)
+
+
 def write_table(path: str | Path, table: pd.DataFrame) -> Path:
     """Write a table tab-separated, numbers to six places."""
     with atomic(Path(path)) as temporary:

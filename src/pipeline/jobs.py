@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.ownership import FolderInUse, Lock, acquire
+from src.files.ownership import FolderInUse, Lock, acquire
 from src.utils import make_folder, write_errors
 
 STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP

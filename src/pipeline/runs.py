@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src import utils
-from src.ownership import own
+from src.files.ownership import own, remove_leftovers_below
 from src.pipeline.console import show
 from src.pipeline.recipes import (
     list_recipes,
@@ -68,6 +68,8 @@ def run_recipe(
     start_time = time.time()
     stamps = find_stamp(overrides["model_name"], "").parent
     with own(stamps, f"running {recipe}"):
+        for folder in (results, utils.HOME / "train_logs" / overrides["model_name"]):
+            remove_leftovers_below(folder)
         runs = iterate_stages(recipe, overrides, stages)
         _run_stages(runs, len(stages), first, last, launcher, force)
     show(f"Finished in {time.time() - start_time:.0f} s. Look at:")

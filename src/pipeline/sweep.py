@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from src import parameters, utils
-from src.ownership import LOCK_NAME, is_owned, own
+from src.files.ownership import LOCK_NAME, is_owned, own
 from src.pipeline.console import show
 from src.pipeline.grid import Point, fill_levels, missing_requirement, read_grid
 from src.pipeline.jobs import Job, JobResult, assign_devices, run_jobs

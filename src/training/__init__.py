@@ -7,6 +7,7 @@ from src.training.augment import (
 )
 from src.training.batches import ORDERS, draw_epoch_order, evaluate, iterate_batches
 from src.training.converter import TokenPairs, fit_converter
+from src.training.epochs import append_row
 from src.training.loop import fit, load_best
 from src.training.optim import DECAYS, SCHEDULERS, group_parameters
 from src.training.options import Batching, Checkpointing, Execution, Optimisation, Reporting
@@ -30,6 +31,7 @@ __all__ = [
     "Reporting",
     "SCHEDULERS",
     "TokenPairs",
+    "append_row",
     "apply_augmentation",
     "build_clip_augmentation",
     "build_teacher_augmentation",

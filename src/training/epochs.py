@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,15 @@ def write_epoch(
             )
     with atomic(folder / "history.csv") as temporary:
         pd.DataFrame(session.position.history).to_csv(temporary, index=False)
+
+
+def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a table of comma-separated values, which is made where it is missing."""
+    rows = [pd.DataFrame([row])]
+    if Path(path).exists():
+        rows.insert(0, pd.read_csv(path))
+    with atomic(path) as temporary:
+        pd.concat(rows, ignore_index=True).to_csv(temporary, index=False)
 
 
 def _select_checkpoints(

@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 
+from src.utils import make_folder, write_errors
+
 from . import data
 from .autoencoder import train_vae
 from .blip import train_blip
@@ -112,7 +114,13 @@ def main(description: str) -> None:
         description: of the command, for --help.
     """
     stage, options = parse_arguments(description)
-    data.WORK.mkdir(parents=True, exist_ok=True)
+    make_folder(data.WORK)
+    with write_errors(data.WORK / stage):
+        dispatch(stage, options)
+
+
+def dispatch(stage: str, options: Options) -> None:
+    """Run a stage, or all exports."""
     if stage == "export":
         export_all()
     elif stage in SINGLE_EXPORTS:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from src.evaluation.captions.word_metrics import corpus_bleu
 from src.evaluation.statistics import Interval, bootstrap_mean, percentile_interval
-from src.foreign_files import load_parquet, shorten
+from src.files.foreign import load_parquet, shorten
 from src.utils import PerceptError
 
 PAIRINGS = {  # as published: which column is scored against which

@@ -16,7 +16,7 @@ import pandas as pd
 
 from src.evaluation.records import CONTROLS, REMEDY, read_metrics
 from src.evaluation.sanity_checks import check_same_test
-from src.foreign_files import load_parquet
+from src.files.foreign import load_parquet
 from src.utils import PerceptError, check_name, read_json
 
 NO_BRAIN = ("autoencoder",)  # a condition that no brain takes part in: the low level's upper bound

@@ -34,7 +34,7 @@ from src.evaluation.report.labels import (
     make_heading,
 )
 from src.evaluation.tables import display_name
-from src.foreign_files import load_parquet
+from src.files.foreign import load_parquet
 from src.utils import PerceptError, atomic
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from src.ownership import own
+from src.files.ownership import own
 from src.pipeline.download.answers import SpeedCheck
 from src.pipeline.download.errors import (
     explain_errors,
