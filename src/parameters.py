@@ -23,6 +23,7 @@ from typing import Any, SupportsFloat
 
 from src import utils
 from src.command_line import PAIR_FLAG, CommandLine, split_command
+from src.files.yaml_files import UnclearNumber, WrittenFloat, read_yaml
 from src.utils import (
     ROOT,
     SEEDS,
@@ -35,7 +36,6 @@ from src.utils import (
     to_device,
     write_json,
 )
-from src.yaml_files import UnclearNumber, WrittenFloat, read_yaml
 
 NOTEBOOKS, RECIPES = ROOT / "notebooks", ROOT / "recipes"
 

@@ -47,9 +47,15 @@ def _normalize_pair(brain: Any, clip: Any) -> tuple[Tensor, Tensor]:
             " once flattened; retrieval needs one of each per test image, of the same size."
         )
     for name, rows in (("brain", brain), ("image", clip)):
-        if not torch.isfinite(rows).all():
-            raise PerceptError(f"The {name} embeddings hold NaN or infinite values.")
+        _check_finite(rows, f"{name} embeddings")
     return F.normalize(brain.float(), dim=1), F.normalize(clip.float(), dim=1)
+
+
+def _check_finite(rows: Tensor, name: str) -> None:
+    if not torch.isfinite(rows).all():
+        raise PerceptError(
+            f"The {name} hold NaN or infinite values: see what made them, and make them again."
+        )
 
 
 def _split_roles(brain: Any, clip: Any, direction: str) -> tuple[Tensor, Tensor]:
@@ -485,6 +491,7 @@ def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor,
         raise PerceptError(
             f"{k} neighbours were asked for, but the index holds {len(index_features)} rows."
         )
+    _check_finite(queries, "queries")
     queries = F.normalize(queries, dim=1)
     # The index may be a mapped file, or in half precision: a block of it is turned into floats at a
     # time.
@@ -492,6 +499,7 @@ def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor,
     for start in range(0, len(index_features), CHUNK):
         rows = np.array(index_features[start : start + CHUNK])
         block = torch.as_tensor(rows).flatten(1).float()
+        _check_finite(block, f"rows from {start} on of the index")
         similarities.append(queries @ F.normalize(block, dim=1).T)  # (q, block)
     top = torch.cat(similarities, 1).topk(k, dim=1)
     return top.values, top.indices

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.foreign_files import READ_ERRORS, explain_head, explain_unreadable, shorten
+from src.files.foreign import READ_ERRORS, explain_head, explain_unreadable, shorten
 from src.utils import PerceptError, require_file
 
 
@@ -81,9 +81,10 @@ def _encode_latin1(text: object = "", encoding: object = "") -> object:
 
 def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *further: Any) -> Tensor:
     """A tensor of a file, unless it announces more numbers than the file holds for it."""
-    if math.prod(size) > len(storage):
+    stored = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if math.prod(size) > stored:
         raise UnpicklingError(
-            f"a tensor of {' x '.join(map(str, size))} numbers has {len(storage)} in the file"
+            f"a tensor of {' x '.join(map(str, size))} numbers has {stored} in the file"
         )
     tensor: Tensor = torch._utils._rebuild_tensor_v2(  # type: ignore[no-untyped-call]
         storage, offset, size, stride, *further

@@ -548,7 +548,7 @@ def check_weights(
     """
     for key, tensor in state_dict.items():
         kind, expected_kind = _name_kind(tensor), _name_kind(expected[key])
-        if kind != expected_kind:
+        if kind != expected_kind and not _is_counter(tensor, expected[key]):
             raise PerceptError(
                 f"{origin} holds {key} as {kind} ({tensor.dtype}) where the network has"
                 f" {expected_kind}: take the checkpoint as it was written."
@@ -558,6 +558,14 @@ def check_weights(
                 f"{origin} holds NaN or infinity in {key}: its training had broken down, or the"
                 " file is damaged; take another checkpoint, or train again."
             )
+
+
+def _is_counter(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a tensor holds one whole number that was stored as a fraction, such as the number of
+    batches that a batch norm has seen.
+    """
+    is_number = tensor.numel() == 1 and not expected.is_floating_point()
+    return is_number and not tensor.is_complex() and float(tensor).is_integer()
 
 
 def _name_kind(tensor: torch.Tensor) -> str:

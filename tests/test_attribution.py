@@ -444,6 +444,7 @@ def level_in(world, kind, **options):
     )
 
 
+@pytest.mark.slow(reason="attributes every voxel of a subject")
 def test_higher_areas_carry_the_meaning_and_early_areas_the_look(world):
     """The simulated truth (src/miniworld): V1 to hV4 measure Gabor energy and colour, LO to OPA
     what is in the picture.

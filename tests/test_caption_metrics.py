@@ -615,6 +615,7 @@ OPTIONAL = (
 )
 
 
+@pytest.mark.slow(reason="imports everything in a fresh process")
 def test_the_evaluation_needs_no_optional_package_until_it_is_used():
     code = (
         "import sys\n"

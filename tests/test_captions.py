@@ -114,6 +114,7 @@ def test_captions_name_what_is_shown(captioner, samples):
     assert of_next["kind"] < 0.3, "of the next image they say little"
 
 
+@pytest.mark.slow(reason="writes captions of many images")
 def test_blurry_images_are_called_so_and_the_word_can_be_left_out(captioner, samples):
     blurred = F.interpolate(
         F.interpolate(as_float(samples[0]), (8, 8), mode="bilinear", antialias=True),
@@ -174,6 +175,7 @@ def test_the_recorded_features_are_checked(captioner, tmp_path):
     assert print_of == Captioner("mini").fingerprint()
 
 
+@pytest.mark.slow(reason="writes captions in half precision, which some processors emulate")
 def test_half_precision_writes_nearly_the_same(captioner, samples):
     half = Captioner("mini", dtype=torch.bfloat16)
     assert half.embed_image(as_float(samples[0][:2])).dtype == torch.bfloat16

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -13,8 +14,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 import pytest
+from servers import serving
 
 from src.search import QdrantIndex, iterate_parts, qdrant, qdrant_engines
+from src.search.http_client import RequestLimits
 from src.utils import PerceptError
 
 edge = pytest.importorskip(
@@ -397,6 +400,69 @@ def test_what_a_server_is_told_of_a_new_index(server):
 def test_a_server_that_is_not_there():
     with pytest.raises(PerceptError, match="look whether the server runs"):
         QdrantIndex("http://127.0.0.1:9")
+
+
+class OddServer(BaseHTTPRequestHandler):
+    """Answers every request with `content`, at once or a byte at a time, without end."""
+
+    content = b""
+    drips = False
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        try:
+            self.wfile.write(self.content)
+            while self.drips:
+                self.wfile.write(b" ")
+                time.sleep(0.02)
+        except OSError:
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "drips", "reason"),
+    [
+        (b"", False, ""),
+        (b"[1]", False, ""),
+        (b'{"result": null}', False, ""),
+        (b'{"result": {"exists": "perhaps"}}', False, ""),
+        (b"\xff\xfe{", False, ""),
+        (b'{"result": 1' + b"0" * 5000 + b"}", False, ""),
+        (b" " * 200_000, False, "more than 0.1 MB"),
+        (b'{"result": ', True, "took longer than 0.5 s"),
+    ],
+)
+def test_odd_answers_of_a_server_are_one_sentence(monkeypatch, content, drips, reason):
+    limits = RequestLimits(0.5, 1e5, allow_private=True)
+    monkeypatch.setattr(qdrant_engines, "LIMITS", limits)
+    with (
+        serving(OddServer, content=content, drips=drips) as server,
+        pytest.raises(PerceptError, match=f"does not answer as it should .*{reason}") as error,
+    ):
+        QdrantIndex(f"http://127.0.0.1:{server.server_address[1]}")
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+
+
+def test_points_that_are_no_rows_are_refused():
+    client = qdrant_client.QdrantClient(":memory:")
+    params = qdrant_client.models.VectorParams(size=4, distance="Cosine")
+    client.create_collection("named", params)
+    name = "5f9a1c3e-0000-4000-8000-000000000000"
+    client.upsert("named", [qdrant_client.models.PointStruct(id=name, vector=[1, 0, 0, 0])])
+    index = QdrantIndex(client, "named")
+    with pytest.raises(PerceptError, match=f"has a point {name}, which is no number"):
+        index.search(np.ones((1, 4)), 1)
+
+
+def test_odd_metadata_becomes_plain_json():
+    table = pd.DataFrame({"n": [2**70, 1], "f": [np.inf, 0.5], "t": ["\ud800", "x"]}, dtype=object)
+    lines = qdrant._to_payloads(table)
+    assert lines == [{"n": str(2**70), "f": None, "t": "?"}, {"n": 1, "f": 0.5, "t": "x"}]
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,7 @@ def test_held_out_effect_writes_what_is_lost_beyond_the_others():
     } <= set(labels)
 
 
+@pytest.mark.slow(reason="compiles UMAP")
 def test_umap_shows_brains_filled_and_images_open():
     clip = torch.randn(15, 4, 3, generator=torch.Generator().manual_seed(0))
     categories = ["cat"] * 8 + ["dog"] * 5 + ["fish"] * 2

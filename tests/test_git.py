@@ -55,6 +55,7 @@ def library():
 
 
 # ------------------------------------------------------------------------- the same as the library
+@pytest.mark.slow(reason="writes captions twice")
 def test_captions_are_those_of_the_librarys_own_generate(captioner, library, samples):
     model, processor = library
     pixels = processor(images=list(samples[0]), return_tensors="pt")["pixel_values"]
@@ -193,6 +194,7 @@ def test_the_recorded_features_are_checked(captioner, monkeypatch):
         captioner.fingerprint()
 
 
+@pytest.mark.slow(reason="writes captions in half precision, which some processors emulate")
 def test_half_precision_writes_nearly_the_same(captioner, samples):
     half = BrainCaptioner("mini", dtype=torch.bfloat16)
     assert half.embed_image(as_float(samples[0][:2])).dtype == torch.bfloat16
@@ -425,6 +427,7 @@ def refined(tmp_path_factory):
     return home, subject, ids, before, done.stdout
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_the_published_files_have_their_names_shapes_and_types(refined):
     home, _, ids, before, _ = refined
     files = {
@@ -468,6 +471,7 @@ def test_the_published_files_have_their_names_shapes_and_types(refined):
     )
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_the_captions_table_holds_what_brain_captioner_and_people_say(refined):
     home, subject, ids, _, _ = refined
     table = pd.read_parquet(home / "results" / "run" / "captions_brain.parquet")
@@ -498,6 +502,7 @@ def test_the_captions_table_holds_what_brain_captioner_and_people_say(refined):
     assert captioner.caption_tokens(predicted) == table["brain"].tolist()
 
 
+@pytest.mark.slow(reason="executes notebooks")
 def test_rows_join_the_reconstructions_and_nothing_is_lost(refined):
     home, _, _, before, printed = refined
     path = home / "results" / "run" / "reconstructions.safetensors"

@@ -23,6 +23,7 @@ def rehearse(folder, parts):
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.slow(reason="rehearses a part of the check")
 @pytest.mark.parametrize("part", [p for p in gpu_check.PARTS if p not in ("tests", "generators")])
 def test_each_part_ends_with_figures(part, tmp_path):
     code, content = rehearse(tmp_path, part)

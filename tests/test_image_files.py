@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.foreign_files import natural_key, walk_files
-from src.image_files import decode_image
+from src.files.foreign import natural_key, walk_files
+from src.files.images import decode_image
 from src.utils import PerceptError
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))  # (48, 64)

@@ -136,6 +136,7 @@ def test_joined_for_clip_retrieval(built, clusters):
     assert metadata.iloc[best[0]]["url"] == built.get_metadata(best)["url"].iloc[0]
 
 
+@pytest.mark.slow(reason="builds an index several times")
 def test_shards_and_processes_change_nothing(built, clusters, tmp_path):
     shutil.copytree(built.folder, tmp_path / "index")
     plan, _ = choose_index(CLUSTERED, DIM, kind=built.kind)

@@ -39,7 +39,7 @@ def test_what_users_import_needs_no_posix_module():
         "import sys, signal\n"
         f"for name in {sorted(POSIX_MODULES - {'posix'})}: sys.modules[name] = None\n"
         "del signal.SIGHUP\n"
-        "import run, src.utils, src.parameters, src.ownership, src.pipeline.sweep\n"
+        "import run, src.utils, src.parameters, src.files.ownership, src.pipeline.sweep\n"
         "from src.utils import peak_memory\n"
     )
     done = subprocess.run(

@@ -12,16 +12,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 MODULES = sorted(SRC.rglob("*.py"))
 LAYERS = [
-    {
-        "utils",
-        "safe_pickle",
-        "weights",
-        "ownership",
-        "foreign_files",
-        "image_files",
-        "yaml_files",
-        "command_line",
-    },
+    {"utils", "files", "safe_pickle", "command_line"},
     {
         "parameters",
         "losses",
@@ -42,12 +33,8 @@ LAYERS = [
     {"pipeline"},
 ]
 BESIDE = {
-    "safe_pickle": {"utils", "foreign_files"},
-    "weights": {"utils", "foreign_files"},
-    "foreign_files": {"utils"},
-    "image_files": {"utils", "foreign_files"},
-    "ownership": {"utils"},
-    "yaml_files": {"utils", "foreign_files"},
+    "files": {"utils"},
+    "safe_pickle": {"utils", "files"},
     "command_line": {"utils"},
     "readers": {"data", "parameters"},
     "miniworld": {"data", "readers"},

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from src import ownership
-from src.ownership import own, read_owner, remove_leftovers
+from src.files import ownership
+from src.files.ownership import own, read_owner, remove_leftovers
 from src.utils import PerceptError
 
 fcntl = pytest.importorskip("fcntl")

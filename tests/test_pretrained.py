@@ -278,6 +278,7 @@ def test_the_judge_is_right_about_images_and_about_their_round_trip(held_out):
     )  # alike images, alike answers
 
 
+@pytest.mark.slow(reason="generates many images")
 @pytest.mark.parametrize("strength", [1.0, 0.75])
 @pytest.mark.parametrize(
     "cls",
@@ -319,6 +320,7 @@ def test_the_judge_is_for_the_mini_world():
         pretrained.CategoryClassifier("hub")
 
 
+@pytest.mark.slow(reason="generates many images")
 def test_true_tokens_give_images_nearer_to_their_own_than_to_others(images, diffusion):
     tokens = pretrained.Clipper("mini").embed_image(as_float(images))
     noise = torch.randn(24, *diffusion.latent_shape, generator=torch.Generator().manual_seed(1))

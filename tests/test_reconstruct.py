@@ -128,6 +128,7 @@ def test_noise_is_a_function_of_seed_image_and_sample():
     assert torch.equal(same[0], same[1])
 
 
+@pytest.mark.slow(reason="generates many images")
 def test_reconstructions_do_not_depend_on_the_batch():
     diffusion = VersatileDiffusion("mini")
     tokens = torch.nn.functional.normalize(

@@ -254,6 +254,13 @@ def test_a_service_that_is_down_is_one_sentence_at_once(nobody, monkeypatch):
         ((200, b'{"message": "no"}'), "list of rows"),
         ((200, b'[{"id": 1}]'), "list of rows"),
         ((200, b'[{"id": 1, "similarity": NaN}]'), "list of rows"),
+        ((200, b'[{"id": 1, "similarity": 1' + b"0" * 400 + b"}]"), "list of rows"),
+        ((200, b'[{"id": 1, "similarity": 1' + b"0" * 5000 + b"}]"), "JSON"),
+        ((200, b'[{"id": 1, "similarity": 1e300}]'), "which is no cosine"),
+        ((200, b'[{"id": 9223372036854775808, "similarity": 0.5}]'), "list of rows"),
+        ((200, b'[{"id": true, "similarity": 0.5}]'), "list of rows"),
+        ((200, b'[{"id": 1, "similarity": 0.5, "caption": "caf\xe9"}]'), "JSON"),
+        ((200, b"[" * 100_000), "JSON"),
         ((301, b""), "HTTP 301"),
     ],
 )
@@ -263,6 +270,27 @@ def test_what_is_no_answer_stops_at_the_first_query(service, answer, message):
     with pytest.raises(PerceptError, match=message) as error:
         index_of(url).search(queries_of(50), 4)
     assert len(state["requests"]) == 1 and url in str(error.value)
+
+
+def test_distances_of_a_service_are_not_ranked_as_cosines(service):
+    url, state = service
+    state["change"] = lambda lines: [
+        line | {"similarity": 2 - 2 * line["similarity"]} for line in lines[:3]
+    ]
+    with pytest.raises(PerceptError, match="smallest similarities first|no cosine"):
+        index_of(url).search(queries_of(2), 3)
+
+
+def test_odd_metadata_of_an_answer_can_be_kept(service, tmp_path):
+    url, state = service
+    odd = [{"url": 5}, {"url": "\ud800"}, {"url": 2**70, "similar": [1], "tar": "/etc/passwd"}]
+    state["change"] = lambda lines: [line | odd[i % 3] for i, line in enumerate(lines)]
+    index = index_of(url)
+    result = index.search(queries_of(2), 6)
+    metadata = index.get_metadata(result.row.ravel())
+    metadata.to_parquet(tmp_path / "x.parquet")
+    assert set(metadata["url"]) == {"5", "\\ud800", str(2**70)}
+    assert list(metadata.columns) == ["url", "caption"]
 
 
 def test_a_failure_later_stops_the_rest(service):
@@ -668,6 +696,15 @@ def test_redirects_are_checked_one_by_one(host, tmp_path, monkeypatch):
     assert len(requested) == 9 + 4  # four of the redirects lead back here
 
 
+@pytest.mark.parametrize("target", ["http://[", "http://[::1/", "//a:b:c", "http://x:99999/", "\\"])
+def test_a_redirect_to_nonsense_costs_no_other_image(host, tmp_path, target):
+    url, _ = host
+    leading = f"{url}/to?{base64.urlsafe_b64encode(target.encode()).decode()}"
+    got = get([f"{url}/1", leading, f"{url}/2"], tmp_path)
+    assert got.ok.tolist() == [True, False, True]
+    assert "leads to" in got.reasons[1]
+
+
 def test_modes_sizes_and_centre_crop(host, tmp_path):
     url, _ = host
     got = get([f"{url}/{mode}" for mode in MODES], tmp_path, size=30)
@@ -830,10 +867,13 @@ def test_pictures_that_the_server_sends_with_its_answers():
                 base64.b64encode(file.getvalue()).decode(),
                 None,
                 base64.b64encode(b"no picture").decode(),
+                "abcde",  # no base64
+                "\u00e9",
+                5,
             ]
         }
     )
     pixels, ok = decode_sent_images(metadata, 8)
-    assert ok.tolist() == [True, False, False]
+    assert ok.tolist() == [True] + [False] * 5
     assert (pixels[0] == [255, 0, 0]).all()
     assert (pixels[1:] == 128).all()

@@ -246,3 +246,12 @@ def test_nearest_is_exact():
     similarity = cosines(queries[:9], index)
     np.testing.assert_array_equal(rows, np.argsort(-similarity, axis=1)[:, :4])
     np.testing.assert_allclose(values, -np.sort(-similarity, axis=1)[:, :4], atol=1e-5)
+
+
+def test_an_index_with_nan_is_refused():
+    rows = torch.eye(4).repeat(100, 1)
+    rows[300, 2] = torch.nan
+    with pytest.raises(PerceptError, match="rows from 256 on of the index hold NaN"):
+        retrieval.find_nearest(torch.eye(4), rows)
+    with pytest.raises(PerceptError, match="queries hold NaN"):
+        retrieval.find_nearest(rows[299:301], torch.eye(4))

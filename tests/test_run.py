@@ -12,7 +12,8 @@ import nbformat
 import pytest
 
 import run
-from src import ownership, parameters, utils
+from src import parameters, utils
+from src.files import ownership
 from src.pipeline import recipes, runs, stages
 from src.utils import PerceptError, UsageError
 

@@ -226,6 +226,7 @@ def test_a_sweep_killed_at_any_moment_loses_and_repeats_nothing(tiny, capsys):
     assert sweeping.Sweep(tiny).find_state(sweeping.Sweep(tiny).grid.points[0]) == "missing"
 
 
+@pytest.mark.slow(reason="runs a sweep and interrupts it")
 def test_a_failed_point_stops_no_other_and_ctrl_c_ends_the_sweep(tiny):
     write(
         tiny,
@@ -901,6 +902,7 @@ def test_a_sweep_of_seeds_alone_is_reported(tmp_path):
     assert len(pd.read_csv(tmp_path / "results/made/sweep.csv")) == 3
 
 
+@pytest.mark.slow(reason="executes a notebook")
 def test_other_sessions_have_other_validation_images_and_name_no_winner(tmp_path):
     ledger = made_up(
         tmp_path, {"1": (0.7, ""), "5": (0.6, ""), "all": (0.5, "")}, batches=(16,), seeds=(0, 1)

@@ -562,13 +562,26 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, what):
 
 
 def test_a_skipped_step_leaves_the_weights(tmp_path):
-    start = {k: v.clone() for k, v in network().state_dict().items()}
-    model, history = train(tmp_path, do=spoil(set(range(STEPS))), epochs=1)
-    assert (
-        same(model, start)
-        and history["skipped"][0] == STEPS
-        and math.isnan(history["train/loss"][0])
-    )
+    start, states = {k: v.clone() for k, v in network().state_dict().items()}, []
+
+    def watch(model, batch, epoch):
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return plain_step(model, batch, epoch)
+
+    _, history = train(tmp_path, do=spoil(set(range(STEPS)), do=watch))
+    assert same(states[STEPS], start) and not same(states[STEPS + 1], start)
+    assert history["skipped"][0] == STEPS and math.isnan(history["train/loss"][0])
+
+
+def test_a_run_of_skipped_updates_does_not_end_as_finished(tmp_path):
+    most = set(range(0, EPOCHS * STEPS)) - {epoch * STEPS for epoch in range(EPOCHS)}
+    with pytest.raises(PerceptError, match=rf"{len(most)} of the {EPOCHS * STEPS} updates"):
+        train(tmp_path, do=spoil(most))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["position"]["epoch"] == EPOCHS - 1
+    assert len(pd.read_csv(tmp_path / "history.csv")) == EPOCHS - 1
+    with pytest.raises(PerceptError, match="does not count as finished"):  # again, and no sooner
+        train(tmp_path)
 
 
 def test_many_in_a_row_go_back_and_on_with_other_batches(tmp_path, caplog):

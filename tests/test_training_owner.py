@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import ownership
+from src.files import ownership
 from src.training import Batching, Checkpointing, Execution, Optimisation, fit
 from src.utils import PerceptError, read_json
 

@@ -123,6 +123,7 @@ def noise_for(decoder, count, seed=0):
     return torch.randn(count, *decoder.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow(reason="generates many images")
 def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
     images, labels = sample_images(48)
     generated = decoder.generate(
@@ -143,6 +144,7 @@ def test_it_paints_what_the_tokens_of_unseen_combinations_show(decoder):
     )  # chance about .05 to .13
 
 
+@pytest.mark.slow(reason="generates many images")
 def test_an_image_does_not_depend_on_its_batch_but_on_its_noise(decoder):
     tokens, noise = patch_tokens(sample_images(3)[0]), noise_for(decoder, 3)
     together = decoder.generate(tokens, noise, num_inference_steps=3)

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from src import ownership
 from src.data import ImageStore, cache_targets, write_image_table, write_images
-from src.ownership import replace_folder, restore_folder
+from src.files import ownership
+from src.files.ownership import replace_folder, restore_folder
 from src.utils import PerceptError, atomic, make_folder, save_checkpoint, write_errors, write_json
 
 MUCH = 1 << 20  # bytes, more than the disk of these tests has free

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from src import parameters
+from src.files.yaml_files import MAX_BYTES, MAX_ENTRIES, UnclearNumber, parse_yaml, read_yaml
 from src.parameters import Parameter, coerce
 from src.utils import PerceptError
-from src.yaml_files import MAX_BYTES, MAX_ENTRIES, UnclearNumber, parse_yaml, read_yaml
 
 BOMB = "dataset: [" + ", ".join(
     ["&a [" + ",".join("x" * 10) + "]"]

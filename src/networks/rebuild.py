@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.foreign_files import shorten
+from src.files.foreign import shorten
+from src.files.weights import BUILD_ERRORS, build_within, plan_network
 from src.networks.low_level import UPS_MODES
 from src.networks.mindeye2 import MindEye2
 from src.networks.mismatch import check_fits
 from src.networks.registry import build_network
 from src.prior import BrainDiffusionPrior
 from src.utils import PerceptError
-from src.weights import BUILD_ERRORS, build_within, plan_network
 
 State = Mapping[str, Tensor]
 Reader = Callable[[State], Any]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.foreign_files import explain_unreadable
+from src.files.foreign import explain_unreadable
 from src.networks.mindeye2 import MindEye2
 from src.networks.mismatch import FRESH_IN_LAION, check_fits
 from src.networks.rebuild import build_on_meta, infer_published_config, select_prefix

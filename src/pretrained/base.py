@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from src import utils
-from src.foreign_files import READ_ERRORS, shorten
+from src.files.foreign import READ_ERRORS, shorten
 from src.pretrained.shared_weights import REMEDY, complete_model
 from src.safe_pickle import UnpicklingError
 from src.utils import ROOT, PerceptError, is_out_of_memory, read_json, same_features

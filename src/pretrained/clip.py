@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.foreign_files import shorten
+from src.files.foreign import shorten
 from src.pretrained.base import (
     LOAD_ERRORS,
     FrozenModel,

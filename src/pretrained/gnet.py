@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from src.files.weights import plan_network
 from src.pretrained.shared_weights import REMEDY
 from src.safe_pickle import load_torch_file
 from src.utils import (
@@ -43,7 +44,6 @@ from src.utils import (
     progress,
     read_json,
 )
-from src.weights import plan_network
 
 MINI_GNET = ROOT / "data" / "mini_models" / "gnet"
 

@@ -36,12 +36,12 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from tqdm.auto import tqdm
 
-from src.foreign_files import load_npy, shorten
+from src.files.foreign import load_npy, shorten
+from src.files.weights import plan_network
 from src.pretrained.base import freeze, normalise_colours
 from src.pretrained.shared_weights import REMEDY
 from src.safe_pickle import UnpicklingError, load_plain_torch_file
 from src.utils import ROOT, PerceptError, atomic, load_strictly, read_json, read_tensors
-from src.weights import plan_network
 
 log = logging.getLogger(__name__)
 
@@ -514,7 +514,7 @@ class FeatureNetwork:
         except PerceptError as error:
             log.warning("%s", error)
             return None
-        return features if features.shape == (images, self.dim) else None
+        return features if features.ndim == 2 and len(features) == images else None
 
     def _compute_in_file(self, images: Any) -> np.ndarray:
         with tempfile.TemporaryFile() as file:  # nameless, it exists as long as it is mapped

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.ownership import own, replace_folder
+from src.files.ownership import own, replace_folder
 from src.utils import PerceptError, atomic, open_tensors, read_json
 
 MANIFEST = "shared_weights.json"

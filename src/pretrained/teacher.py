@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.files.weights import plan_network
 from src.pretrained.base import (
     FrozenModel,
     freeze,
@@ -20,7 +21,6 @@ from src.pretrained.base import (
 )
 from src.safe_pickle import load_plain_torch_file
 from src.utils import HOME, PerceptError, load_strictly, read_json, read_tensors
-from src.weights import plan_network
 
 
 class _ChannelNorm(nn.LayerNorm):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.ownership import own, replace_folder
+from src.files.ownership import own, replace_folder
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.base import choose_dtype, freeze, load_frozen
 from src.pretrained.generators import ImageGenerator, cache_condition

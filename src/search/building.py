@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from src.ownership import own
+from src.files.ownership import own
 from src.search.embeddings import Embeddings
 from src.search.local import LocalIndex
 from src.search.plans import IndexPlan

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from src.foreign_files import shorten
-from src.ownership import own
+from src.files.foreign import shorten
+from src.files.ownership import own
 from src.search.embeddings import Embeddings
 from src.search.images import (
     Sample,

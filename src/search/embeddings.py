@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
-from src.foreign_files import READ_ERRORS, explain_unreadable
+from src.files.foreign import READ_ERRORS, explain_unreadable
 from src.search.records import list_embeddings, list_metadata
 from src.utils import PerceptError
 

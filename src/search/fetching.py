@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src import image_files
+from src.files import images as image_files
 from src.search.http_client import RequestFailed, RequestLimits, request, run_in_parallel
 from src.search.images import decode_image, fit_image, stack_images
 from src.search.tables import clean_text
@@ -98,7 +98,7 @@ def fetch_images(
 ) -> FetchedImages:
     """Fetch images by their urls, in their order.
 
-    Every kind of pixels becomes RGB, see `src.image_files`.
+    Every kind of pixels becomes RGB, see `src.files.images`.
 
     Args:
         urls: n. What is no text counts as a url that cannot be fetched; the same url is fetched

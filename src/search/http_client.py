@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer; the content is read only if the status is 200."""
+    """An answer; of `request`, the content is read only if the status is 200."""
 
     status: int
     headers: Message
@@ -122,8 +122,34 @@ def request(
     Raises:
         RequestFailed: with the reason, whatever goes wrong.
     """
+    headers = {"Accept": "image/*"}
+    if body:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    message = Outgoing("POST" if body else "GET", body, headers, {200})
+    return exchange(url, deadline, limits, message)
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What a request sends.
+
+    Attributes:
+        method: e.g. "GET".
+        body: content, None for none.
+        headers: without those of the connection.
+        statuses: of answers whose content is read.
+    """
+
+    method: str
+    body: bytes | None
+    headers: dict[str, str]
+    statuses: Container[int] = range(100, 600)
+
+
+def exchange(url: str, deadline: float, limits: RequestLimits, message: Outgoing) -> Response:
+    """Send any request; see `request`."""
     try:
-        response = _send(url, deadline, limits, body)
+        response = _send(url, deadline, limits, message)
         # a connection that was cut can look like one that came to its end
         if time.monotonic() < deadline:
             return response
@@ -136,7 +162,7 @@ def request(
     raise RequestFailed(f"took longer than {limits.timeout:g} s", reached=False)
 
 
-def _send(url: str, deadline: float, limits: RequestLimits, body: bytes | None) -> Response:
+def _send(url: str, deadline: float, limits: RequestLimits, message: Outgoing) -> Response:
     parts = urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RequestFailed("is no http or https address")
@@ -145,9 +171,7 @@ def _send(url: str, deadline: float, limits: RequestLimits, body: bytes | None) 
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += f"?{quote(parts.query, safe='/%:@!$&()*+,;=~?')}"
-    headers = {"User-Agent": AGENT, "Accept": "image/*"}
-    if body:
-        headers |= {"Accept": "application/json", "Content-Type": "application/json"}
+    headers = {"User-Agent": AGENT} | message.headers
     connected = open_connection(host, port, deadline, limits.allow_private)
     connection: http.client.HTTPConnection
     if secure:
@@ -159,9 +183,10 @@ def _send(url: str, deadline: float, limits: RequestLimits, body: bytes | None) 
             if secure:
                 connected = tls_context().wrap_socket(connected, server_hostname=host)
             connection.sock = connected
-            connection.request("POST" if body else "GET", target, body, headers)
+            connection.request(message.method, target, message.body, headers)
             with connection.getresponse() as response:
-                content = _read_content(response, limits) if response.status == 200 else b""
+                is_read = response.status in message.statuses
+                content = _read_content(response, limits) if is_read else b""
                 return Response(response.status, response.headers, content)
     finally:
         connection.close()

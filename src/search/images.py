@@ -1,6 +1,6 @@
 """Image files on this machine: folders, tar files of a webdataset, and images of an index.
 
-Every image is decoded by `src.image_files.decode_image`. One that cannot be read is left out by
+Every image is decoded by `src.files.images.decode_image`. One that cannot be read is left out by
 itself, as is a text beside it.
 """
 
@@ -23,9 +23,9 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from src import image_files
-from src.foreign_files import READ_ERRORS, shorten, walk_files
-from src.image_files import IMAGE_SUFFIXES
+from src.files import images as image_files
+from src.files.foreign import READ_ERRORS, shorten, walk_files
+from src.files.images import IMAGE_SUFFIXES
 from src.search.tables import clean_fields, clean_text
 from src.utils import PerceptError, atomic
 
@@ -366,7 +366,7 @@ def decode_image(content: bytes, size: int) -> np.ndarray | None:
     """Decode an image file into (size, size, 3) uint8.
 
     The shorter side is resized bicubically, and the centre is cropped. None if the content is no
-    image, or one that `src.image_files` refuses.
+    image, or one that `src.files.images` refuses.
     """
     try:
         return fit_image(image_files.decode_image(content, "the image", shorter_side=size), size)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.foreign_files import natural_key
+from src.files.foreign import natural_key
 from src.search.embeddings import (
     Embeddings,
     Metadata,

@@ -20,7 +20,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from src.search.clip_retrieval import LARGEST_COSINE
 from src.search.embeddings import (
+    MAX_NEIGHBOURS,
     SAME_IMAGE_COSINE,
     Embeddings,
     Metadata,
@@ -39,6 +41,7 @@ from src.search.qdrant_engines import (
     ServerEngine,
     Vectors,
 )
+from src.search.tables import clean_text
 from src.utils import PerceptError
 
 # Rows sent at a time: 4 MB of JSON at 768 numbers a row, where a server takes 32 MB.
@@ -146,10 +149,25 @@ class QdrantIndex:
         width = max(map(len, hits), default=0)
         similarity = np.full((len(queries), width), -np.inf, np.float32)
         row = np.full((len(queries), width), -1, np.int64)
+        self._check_hits(hits)
         for q, query_hits in enumerate(hits):
             for position, (hit_row, hit_similarity) in enumerate(query_hits):
                 row[q, position], similarity[q, position] = hit_row, hit_similarity
         return select_top_k(similarity, row, k)
+
+    def _check_hits(self, hits: Hits) -> None:
+        """Refuse hits that are no rows, such as points with names, or that have no similarity."""
+        for row, similarity in (hit for query_hits in hits for hit in query_hits):
+            if type(row) is not int or not 0 <= row < 2**63:
+                raise PerceptError(
+                    f"{self._engine.location} has a point {clean_text(str(row))[:60]}, which is no"
+                    " number of a row: fill an index of another name."
+                )
+            if not -LARGEST_COSINE <= similarity <= LARGEST_COSINE:
+                raise PerceptError(
+                    f"{self._engine.location} answers with a similarity of {similarity:g} for row"
+                    f" {row}, which is no cosine: see that it is a Qdrant server."
+                )
 
     def _find_nearest(self, queries: Vectors, k: int, excluded: list[int]) -> Hits:
         """Find at least k hits a query, and all that are as similar as the k-th.
@@ -162,9 +180,14 @@ class QdrantIndex:
             return self._engine.find_nearest(batch, options)
 
         hits = ask(queries, k + SPARE_HITS)
+        if len(hits) != len(queries):
+            raise PerceptError(
+                f"{self._engine.location} answers {len(queries)} queries with {len(hits)} results:"
+                " see that it is a Qdrant server."
+            )
         for i, query in enumerate(queries):
             limit = k + SPARE_HITS
-            while len(hits[i]) == limit and _similarity(hits[i][-1]) == _similarity(hits[i][k - 1]):
+            while limit < MAX_NEIGHBOURS and len(hits[i]) == limit and _is_tied(hits[i], k):
                 limit *= 2
                 hits[i] = ask([query], limit)[0]
         return hits
@@ -294,8 +317,9 @@ class QdrantIndex:
         )
 
 
-def _similarity(hit: tuple[int, float]) -> float:
-    return hit[1]
+def _is_tied(hits: list[tuple[int, float]], k: int) -> bool:
+    """Whether the last hit is as similar as the k-th."""
+    return hits[-1][1] == hits[k - 1][1]
 
 
 def _to_payloads(table: pd.DataFrame) -> list[Payload]:
@@ -309,7 +333,14 @@ def _to_payloads(table: pd.DataFrame) -> list[Payload]:
     def to_plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
-    return json.loads(json.dumps(lines, default=to_plain))
+    content = json.dumps(lines, default=to_plain, ensure_ascii=False)
+    content = content.encode("utf-8", "replace").decode()
+    # what JSON does not know (NaN, infinity) is null, and integers beyond 64 bits are text
+    return json.loads(content, parse_constant=lambda _: None, parse_int=_parse_integer)
+
+
+def _parse_integer(digits: str) -> int | str:
+    return int(digits) if len(digits) < 19 or -(2**63) <= int(digits) < 2**63 else digits
 
 
 def iterate_parts(folder: str | Path) -> Iterator[tuple[np.ndarray, pd.DataFrame | None]]:

@@ -6,12 +6,14 @@ row's metadata as payload.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.search.http_client import Outgoing, RequestFailed, RequestLimits, exchange
 from src.utils import PerceptError, read_json, require_extra
 
 # A segment with fewer kilobytes of embeddings has no graph and is searched exactly.
@@ -20,6 +22,12 @@ INDEXING_KB = 10_000
 OVERSAMPLING = 4.0  # candidates that quantised codes propose for each one asked for
 
 GRAPH = {"m": 16, "ef_construct": 100}  # neighbours a node, candidates while building
+
+# A request to a server in all. The user names its address, and no stranger: it may be private.
+LIMITS = RequestLimits(timeout=60.0, max_bytes=200e6, allow_private=True)
+
+# what the client raises, besides its own errors, over an answer without the parts that it reads
+ODD_ANSWERS = (RequestFailed, ValueError, TypeError, AttributeError, AssertionError)
 
 Vectors = list[list[float]]
 Payload = dict[str, Any]  # metadata of a row
@@ -208,6 +216,25 @@ class EmbeddedEngine:
         self.shard = None
 
 
+def _make_transport() -> Any:
+    """Return what sends the requests of a client: each within LIMITS as a whole."""
+    httpx = require_extra("httpx", "search")
+
+    class LimitedTransport(httpx.BaseTransport):  # type: ignore[misc, name-defined]
+        def handle_request(self, request: Any) -> Any:
+            skipped = ("host", "connection", "accept-encoding", "content-length")
+            headers = {k: v for k, v in request.headers.items() if k.lower() not in skipped}
+            outgoing = Outgoing(request.method, request.read() or None, headers)
+            deadline = time.monotonic() + LIMITS.timeout
+            answer = exchange(str(request.url), deadline, LIMITS, outgoing)
+            content_type = answer.headers.get_content_type()
+            return httpx.Response(
+                answer.status, headers={"Content-Type": content_type}, content=answer.content
+            )
+
+    return LimitedTransport()
+
+
 class ServerEngine:
     """A collection of a Qdrant server, or of any QdrantClient.
 
@@ -226,7 +253,13 @@ class ServerEngine:
         self.location = f"collection {name} of the Qdrant server"
         if isinstance(location, str):
             self.location = f"collection {name} of {location}"
-            self.client = qdrant_client.QdrantClient(url=location, timeout=60)
+            transport = _make_transport()
+            self.client = qdrant_client.QdrantClient(
+                url=location,
+                timeout=int(LIMITS.timeout),
+                transport=transport,
+                check_compatibility=False,  # which would ask without these limits
+            )
         self.dim = self._read_dim()
 
     def _read_dim(self) -> int | None:
@@ -242,7 +275,7 @@ class ServerEngine:
         """Turn failures of the client into one sentence."""
         try:
             yield
-        except self.failures as error:
+        except (*self.failures, *ODD_ANSWERS) as error:
             reason = " ".join(str(error).split())[:300]
             raise PerceptError(
                 f"The {self.location} does not answer as it should ({reason}): look whether the"

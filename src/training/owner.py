@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from src.ownership import own
+from src.files.ownership import own
 from src.training.session import Session
 from src.utils import PerceptError
 

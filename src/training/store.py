@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from src.foreign_files import shorten
+from src.files.foreign import shorten
 from src.safe_pickle import load_plain_torch_file
 from src.training.session import Session
 from src.training.state import (
@@ -160,6 +160,7 @@ class StateStore:
             content = self._read_state()
             check_same_settings(content["identity"]["config"], identity["config"], self.folder)
             check_same_settings(content["identity"]["fit"], identity["fit"], self.folder)
+            self._check_trained_state(content)
             self._restore(content)
         elif not resume and session.is_main:
             for name in WRITTEN_BY_FIT:
@@ -191,11 +192,13 @@ class StateStore:
         if not is_described or not isinstance(position, dict):
             raise self._refuse(self.path, "holds no settings and position of a training")
         self._check_position(position)
-        if position["epoch"] < self.session.batching.epochs:
-            missing = [name for name in TRAINED_STATE if name not in content]
-            if missing:
-                raise self._refuse(self.path, f"has no {', '.join(missing)} in it")
         return content
+
+    def _check_trained_state(self, content: dict[str, Any]) -> None:
+        """Refuse the state of a run that is not finished if a part of it is missing."""
+        missing = [name for name in TRAINED_STATE if name not in content]
+        if missing and content["position"]["epoch"] < self.session.batching.epochs:
+            raise self._refuse(self.path, f"has no {', '.join(missing)} in it")
 
     def _check_position(self, position: dict[str, Any]) -> None:
         """Refuse a position that this version does not know, or that is none."""

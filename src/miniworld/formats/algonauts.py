@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from src.files.ownership import replace_folder
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
-from src.ownership import replace_folder
 from src.readers.algonauts import FLAVOURS, HEMISPHERES, REGIONS
 from src.utils import PerceptError
 

@@ -74,7 +74,9 @@ CAUSES = {
 
 LOCKED = "is open for writing in another process: wait until that has closed it"
 
-UNSAFE_ADVICE = re.compile(r"weights_only|allow_pickle|pickle\.load|add_safe_globals")
+UNSAFE_ADVICE = re.compile(
+    r"weights_only|allow_pickle|pickle\.load|add_safe_globals|trust_remote_code"
+)
 
 # a file may unpack to so many times its size, or to so many bytes whatever its size is
 MAX_EXPANSION = 200

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from src.foreign_files import shorten
+from src.files.foreign import shorten
 from src.utils import PerceptError
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.foreign_files import explain_head, find_cause, shorten
+from src.files.foreign import explain_head, find_cause, shorten
 from src.utils import PerceptError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -154,7 +154,8 @@ def _scale_floats(levels: np.ndarray, origin: str) -> np.ndarray:
             f"{origin} has floats from {lowest:g} to {largest:g} as pixels: they must be from 0 to"
             " 1 or from 0 to 255, so save it with 8 bits."
         )
-    return np.rint(levels * 255 if is_share else levels).astype(np.uint8)
+    scaled: np.ndarray = np.rint(levels * 255 if is_share else levels)
+    return scaled.astype(np.uint8)
 
 
 def _repeat_grey(grey: np.ndarray) -> np.ndarray:

@@ -434,6 +434,14 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
         _remove(entry)
 
 
+def remove_leftovers_below(folder: Path) -> None:
+    """`remove_leftovers` of a folder and of those below it that no other process is writing."""
+    for place, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
+        if not is_owned(Path(place, LOCK_NAME)):
+            remove_leftovers(Path(place))
+
+
 def _remove(entry: os.DirEntry[str]) -> None:
     log.info("removing %s, which a process that was stopped has left", entry.path)
     if entry.is_dir():

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from src.foreign_files import read_errors, shorten
+from src.files.foreign import read_errors, shorten
 from src.utils import UsageError
 
 MAX_BYTES = 2**17  # of a file; recipes have some hundred
