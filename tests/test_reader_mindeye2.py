@@ -355,7 +355,8 @@ def test_every_value_survives_half_precision(tmp_path):
     mindeye2.read(tmp_path, tmp_path / "out", 8)
     subject = open_subject(tmp_path / "out", 8)
     np.testing.assert_array_equal(
-        subject.images([9, 950_000, 90_000]), np.concatenate([values, values, values[:, ::-1]])
+        subject.images([9, 950_000, 90_000]),
+        np.concatenate([values, values[:, :, ::-1], values[:, ::-1]]),
     )
     assert subject.trials["run"].tolist() == [-1] * 3
 
