@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import data
-from src.data import layout
+from src import data, utils
 from src.data.images import ImageStore, write_images
 from src.data.layout import check_trials, write_image_table, write_subject
 from src.data.subject import open_subject
@@ -85,7 +84,7 @@ def test_subject_can_be_pickled_without_its_betas(world):
 
 
 def test_dataset_names_hang_on_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "HOME", tmp_path)
+    monkeypatch.setattr(utils, "HOME", tmp_path)
     prepare(tmp_path / "data" / "toy")
     assert (
         open_subject("toy", 1).folder

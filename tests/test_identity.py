@@ -33,7 +33,7 @@ def world(tmp_path):
 def home(tmp_path, monkeypatch):
     """A HOME of its own, with an npz of twelve images in it."""
     monkeypatch.setattr("src.utils.HOME", tmp_path)
-    monkeypatch.setattr("src.data.layout.HOME", tmp_path)
+    monkeypatch.setattr("src.utils.HOME", tmp_path)
     write_npz(tmp_path / "my.npz")
     return tmp_path
 

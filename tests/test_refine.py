@@ -13,7 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from src import pretrained
+from src import pretrained, utils
 from src.decoding import refine
 from src.decoding.refine import Refinement
 from src.pretrained import unclip
@@ -187,7 +187,7 @@ def test_refusals(pipeline, tmp_path, monkeypatch):
         refine.refine_images(pipeline, CAPTIONS, pictures, IDS[:2])
     with pytest.raises(PerceptError, match="0 of 25 steps"):
         refine.refine_images(pipeline, CAPTIONS[:2], pictures, IDS[:2], Refinement(run=0))
-    monkeypatch.setattr(refine, "HOME", tmp_path)
+    monkeypatch.setattr(utils, "HOME", tmp_path)
     with pytest.raises(PerceptError, match="download refiner"):
         refine.load_refiner("hub")
     broken = tmp_path / "broken.safetensors"

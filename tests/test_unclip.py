@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
-from src import miniworld, pretrained
+from src import miniworld, pretrained, utils
 from src.decoding import generate
 from src.pretrained import unclip
 from src.utils import PerceptError
@@ -495,7 +495,7 @@ def tiny_file(tmp_path, monkeypatch):
         },
         path,
     )
-    monkeypatch.setattr(unclip, "HOME", tmp_path)
+    monkeypatch.setattr(utils, "HOME", tmp_path)
     return path, models
 
 

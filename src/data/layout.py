@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from src import utils
 from src.data.files import iterate_row_blocks, write_rows
 from src.data.identity import write_preparation
 from src.files.ownership import own, replace_folder
-from src.utils import HOME, PerceptError, atomic
+from src.utils import PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")
 
@@ -32,7 +33,7 @@ def dataset_folder(dataset: str | Path) -> Path:
     path = Path(dataset).expanduser()
     if path.is_absolute():
         return path
-    return HOME / "data" / path if len(path.parts) == 1 else HOME / path
+    return utils.HOME / "data" / path if len(path.parts) == 1 else utils.HOME / path
 
 
 def subject_folder(dataset: str | Path, subj: int) -> Path:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
+from src import utils
 from src.decoding.generate import repaint_images
 from src.pretrained.base import load_frozen, silence_libraries
 from src.pretrained.generators import load_stable_diffusion_pipeline
 from src.pretrained.unclip import compute_euler_timesteps
-from src.utils import HOME, PerceptError, progress
+from src.utils import PerceptError, progress
 
 CHECKPOINT = "zavychromaxl_v30.safetensors"
 
@@ -89,7 +90,7 @@ def load_refiner(
         return load_stable_diffusion_pipeline("mini", device, dtype)
     location = weights
     if weights == "hub":
-        location = str(HOME / "data" / "mindeye2_models" / CHECKPOINT)
+        location = str(utils.HOME / "data" / "mindeye2_models" / CHECKPOINT)
     if location.endswith(".safetensors"):
         pipeline = _load_single_file(location, base, dtype)
     else:

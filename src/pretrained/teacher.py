@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src import utils
 from src.files.weights import plan_network
 from src.pretrained.base import (
     FrozenModel,
@@ -20,7 +21,7 @@ from src.pretrained.base import (
     resize_images,
 )
 from src.safe_pickle import load_plain_torch_file
-from src.utils import HOME, PerceptError, load_strictly, read_json, read_tensors
+from src.utils import PerceptError, load_strictly, read_json, read_tensors
 
 
 class _ChannelNorm(nn.LayerNorm):
@@ -127,7 +128,7 @@ class Teacher(FrozenModel):
         self.weights = weights
         self.device = torch.device(device)
         if weights == "hub":
-            self.location = str(HOME / "data" / "teacher")
+            self.location = str(utils.HOME / "data" / "teacher")
         else:
             self.location = locate_model("teacher", weights)
         config_file = Path(self.location) / "config.json"

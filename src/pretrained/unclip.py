@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from src import utils
 from src.files.ownership import own, replace_folder
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.base import choose_dtype, freeze, load_frozen
 from src.pretrained.generators import ImageGenerator, cache_condition
 from src.safe_pickle import load_torch_file
-from src.utils import HOME, PerceptError, load_strictly
+from src.utils import PerceptError, load_strictly
 
 CHECKPOINT = "unclip6_epoch0_step110000.ckpt"
 
@@ -390,8 +391,8 @@ def _build_on_cpu(cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> An
 
 def _make_released_folder() -> Path:
     """The folder of the released decoder, which is made when it is first needed."""
-    folder = HOME / "data" / "unclip"
-    source = HOME / "data" / "mindeye2_models" / CHECKPOINT
+    folder = utils.HOME / "data" / "unclip"
+    source = utils.HOME / "data" / "mindeye2_models" / CHECKPOINT
     if not folder.is_dir():
         if not source.exists():
             raise PerceptError(

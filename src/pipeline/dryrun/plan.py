@@ -11,6 +11,7 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from src import utils
 from src.data.layout import subject_folder
 from src.parameters import find_recipe_files, read_recipe
 from src.pipeline.dryrun.memory import measure_base_memory
@@ -18,7 +19,7 @@ from src.pipeline.dryrun.needs import NEEDS, Needs, estimate_ridge_memory
 from src.pipeline.dryrun.sizes import FLOAT_BYTES, Sizes, count_inputs, find_sizes
 from src.pretrained.base import HUB, locate_model
 from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
-from src.utils import HOME, PerceptError, resolve, to_device
+from src.utils import PerceptError, resolve, to_device
 
 TRAININGS = (
     "01_train_high_level",
@@ -236,7 +237,7 @@ def _find_missing_resources(plan: Plan) -> Iterator[str]:
             f"{_format_size(needed)} of {place} are needed besides libraries and mapped files, and"
             f" {_format_size(free)} are free: lower batch_size or h, or set step_in_backward."
         )
-    folder = HOME if HOME.exists() else HOME.parent
+    folder = utils.HOME if utils.HOME.exists() else utils.HOME.parent
     needed, free = sum(plan.disk.values()), shutil.disk_usage(folder).free
     if needed > free:
         yield (
