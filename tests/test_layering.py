@@ -33,9 +33,10 @@ LAYERS = [
     {"pipeline"},
 ]
 BESIDE = {
-    "files": {"utils"},
+    "files": set(),
     "safe_pickle": {"utils", "files"},
-    "command_line": {"utils"},
+    "utils": {"files"},
+    "command_line": {"utils", "files"},
     "readers": {"data", "parameters"},
     "miniworld": {"data", "readers"},
     "models": {"networks"},

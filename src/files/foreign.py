@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
-from src.utils import PerceptError
+from src.files.errors import PerceptError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,8 +23,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from src.files.errors import PerceptError
 from src.files.foreign import explain_head, find_cause, shorten
-from src.utils import PerceptError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

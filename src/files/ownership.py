@@ -26,7 +26,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from src.utils import PerceptError, name_temporary, unfinished, write_errors
+from src.files.errors import PerceptError
+from src.files.write_errors import write_errors
+from src.files.writing import name_temporary, unfinished
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from src.files.errors import PerceptError
 from src.files.foreign import shorten
-from src.utils import PerceptError
 
 Module = TypeVar("Module", bound=nn.Module)
 

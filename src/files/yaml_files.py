@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from src.files.errors import UsageError
 from src.files.foreign import read_errors, shorten
-from src.utils import UsageError
 
 MAX_BYTES = 2**17  # of a file; recipes have some hundred
 
