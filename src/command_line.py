@@ -111,8 +111,8 @@ def split_command(text: str, origin: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        shown = repr(text if len(text) <= 200 else f"...{text[-200:]}")
+        shortened = repr(text if len(text) <= 200 else f"...{text[-200:]}")
         raise UsageError(
-            f"{origin} is {shown}, which cannot be split ({str(error).lower()}): close every quote,"
-            " and put a backslash before one that is meant as such."
+            f"{origin} is {shortened}, which cannot be split ({str(error).lower()}): close every"
+            " quote, and put a backslash before one that is meant as such."
         ) from error

@@ -107,10 +107,10 @@ def check_home() -> None:
     Raises:
         UsageError: if it is a relative path.
     """
-    given = os.environ.get("PERCEPT_HOME", "")
-    if given and not Path(given).expanduser().is_absolute():
+    home = os.environ.get("PERCEPT_HOME", "")
+    if home and not Path(home).expanduser().is_absolute():
         raise UsageError(
-            f"PERCEPT_HOME is {given!r}, a relative path, which is another folder to every process"
+            f"PERCEPT_HOME is {home!r}, a relative path, which is another folder to every process"
             f" that stands elsewhere: give it as an absolute one, here {HOME}."
         )
 
@@ -243,8 +243,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    messages = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in messages)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from src.files import ownership
-from src.files.ownership import own, read_owner, remove_leftovers
+from src.files.ownership import lock_folder, read_owner, remove_leftovers
 from src.utils import PerceptError
 
 fcntl = pytest.importorskip("fcntl")
@@ -32,7 +32,7 @@ def run_owner(folder, seconds=60.0, **options):
     process = os.fork()
     if not process:
         try:
-            with own(folder, "the first", **options):
+            with lock_folder(folder, "the first", **options):
                 os.write(write, b"owned")
                 time.sleep(seconds)
         finally:
@@ -50,9 +50,12 @@ def kill(process):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_second_process_is_refused_and_told_who_the_owner_is(tmp_path, beside):
-    first = run_owner(tmp_path / "run", beside=beside)
+    first = run_owner(tmp_path / "run", as_sibling=beside)
     try:
-        with pytest.raises(PerceptError) as refusal, own(tmp_path / "run", "x", beside=beside):
+        with (
+            pytest.raises(PerceptError) as refusal,
+            lock_folder(tmp_path / "run", "x", as_sibling=beside),
+        ):
             pass
         message = str(refusal.value)
         assert f"process {first} on {socket.gethostname()} (the first, since 2" in message
@@ -64,7 +67,7 @@ def test_a_second_process_is_refused_and_told_who_the_owner_is(tmp_path, beside)
 def test_the_system_frees_the_lock_of_a_process_that_is_killed(tmp_path):
     kill(run_owner(tmp_path / "run"))
     assert (tmp_path / "run" / ".lock").exists()
-    with own(tmp_path / "run", "second"):
+    with lock_folder(tmp_path / "run", "second"):
         assert read_owner(tmp_path / "run" / ".lock").purpose == "second"
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -72,7 +75,7 @@ def test_the_system_frees_the_lock_of_a_process_that_is_killed(tmp_path):
 def test_a_process_that_waits_is_next(tmp_path, caplog):
     first = run_owner(tmp_path / "run", seconds=0.6)
     start = time.monotonic()
-    with own(tmp_path / "run", "second", wait=True):
+    with lock_folder(tmp_path / "run", "second", wait=True):
         assert time.monotonic() - start > 0.3
         assert read_owner(tmp_path / "run" / ".lock").process == os.getpid()
     os.waitpid(first, 0)
@@ -89,7 +92,7 @@ def test_many_that_wait_take_turns(tmp_path):
         if not process:
             try:
                 for _ in range(5):
-                    with own(tmp_path / "run", "counting", wait=True):
+                    with lock_folder(tmp_path / "run", "counting", wait=True):
                         value = int(number.read_text())
                         time.sleep(0.002)
                         number.write_text(str(value + 1))
@@ -106,13 +109,13 @@ def test_one_thread_may_own_twice_and_another_thread_may_not(tmp_path):
 
     def try_to_own():
         try:
-            with own(tmp_path, "thread"):
+            with lock_folder(tmp_path, "thread"):
                 outcomes.append("owned")
         except PerceptError:
             outcomes.append("refused")
 
-    with own(tmp_path, "outer"):
-        with own(tmp_path, "inner"):
+    with lock_folder(tmp_path, "outer"):
+        with lock_folder(tmp_path, "inner"):
             pass
         thread = threading.Thread(target=try_to_own)
         thread.start()
@@ -126,7 +129,7 @@ def test_a_process_that_the_owner_forked_does_not_keep_the_lock(tmp_path):
     read, write = os.pipe()
     first = os.fork()
     if not first:
-        with own(tmp_path / "run", "training"):
+        with lock_folder(tmp_path / "run", "training"):
             child = os.fork()
             if not child:
                 time.sleep(60)
@@ -136,7 +139,7 @@ def test_a_process_that_the_owner_forked_does_not_keep_the_lock(tmp_path):
     child = int.from_bytes(os.read(read, 8), "little")
     try:
         kill(first)
-        with own(tmp_path / "run", "again"):
+        with lock_folder(tmp_path / "run", "again"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -159,7 +162,7 @@ def test_a_disk_without_locks_is_warned_of_once(tmp_path, monkeypatch, caplog, n
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for name in ("one", "two"):
-        with own(tmp_path / name, "writing"):
+        with lock_folder(tmp_path / name, "writing"):
             (tmp_path / name / "file").touch()
     assert len(caplog.records) == 1 and "no flock" in caplog.text
 
@@ -167,7 +170,7 @@ def test_a_disk_without_locks_is_warned_of_once(tmp_path, monkeypatch, caplog, n
 def test_a_system_without_flock_is_warned_of_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     for _ in range(2):
-        with own(tmp_path / "run", "writing"):
+        with lock_folder(tmp_path / "run", "writing"):
             pass
     assert len(caplog.records) == 1
 
@@ -182,14 +185,14 @@ def test_a_folder_that_cannot_be_written_is_not_locked(tmp_path, monkeypatch):
         return real(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", open_nothing_for_writing)
-    with own(tmp_path, "reading"):
+    with lock_folder(tmp_path, "reading"):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_of_a_lock_has_ordinary_permissions(tmp_path):
     mask = os.umask(0o002)
     try:
-        with own(tmp_path, "writing"):
+        with lock_folder(tmp_path, "writing"):
             assert stat.S_IMODE((tmp_path / ".lock").stat().st_mode) == 0o664
     finally:
         os.umask(mask)
@@ -209,7 +212,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path):
     remove_leftovers(tmp_path, "a")
     assert not (tmp_path / f".a.{dead}.tmp").exists()
     assert (tmp_path / f".b.c.{dead}.tmp").exists()
-    with own(tmp_path, "writing"):
+    with lock_folder(tmp_path, "writing"):
         pass
     expected = [*kept, "subj01", "subj02"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)

@@ -311,7 +311,7 @@ def test_a_run_that_another_process_is_running_is_refused(project, monkeypatch):
             runs.run_recipe("sys", {})
         refusals.append(str(refusal.value))
 
-    with ownership.own(stamps, "running sys"):
+    with ownership.lock_folder(stamps, "running sys"):
         thread = threading.Thread(target=run_again)
         thread.start()
         thread.join()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.search import (
     Embeddings,
     LocalIndex,
@@ -327,7 +327,10 @@ def test_a_second_owner_is_refused(tmp_path):
             except PerceptError as error:
                 refused.append(str(error))
 
-    with own(tmp_path / "new", "embedding images"), own(folder, "building the index"):
+    with (
+        lock_folder(tmp_path / "new", "embedding images"),
+        lock_folder(folder, "building the index"),
+    ):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()

@@ -197,8 +197,8 @@ def run_program(command: list[str], seconds: float, **environment: str) -> Any:
 def parse_counts(output: str) -> dict[str, int]:
     """Numbers in the last line of pytest, e.g. {"passed": 3}."""
     lines = output.strip().splitlines() or [""]
-    words = lines[-1].replace(",", "").replace("errors", "error").split()
-    pairs = zip(words, words[1:], strict=False)
+    parts = lines[-1].replace(",", "").replace("errors", "error").split()
+    pairs = zip(parts, parts[1:], strict=False)
     return {word: int(count) for count, word in pairs if count.isdigit()}
 
 
@@ -616,8 +616,8 @@ def compare_recipe(check: Check) -> None:
     if check.rehearse:
         check.add("mini recipe", None, "", f"not in a rehearsal: {flags}")
         return
-    words = [text for name, value in flags.items() for text in ("-p", name, str(value))]
-    command = [sys.executable, "run.py", "mindeye", "--mini", *words]
+    arguments_ = [text for name, value in flags.items() for text in ("-p", name, str(value))]
+    command = [sys.executable, "run.py", "mindeye", "--mini", *arguments_]
     with tempfile.TemporaryDirectory() as folder:
         programs = {}
         for device in ("cuda", "cpu"):

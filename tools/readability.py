@@ -108,7 +108,7 @@ class Counts:
             Measure(
                 "ternaries a 1000 lines", round(1000 * self.n_ternaries / max(1, n_lines), 1), 30
             ),
-            Measure("vague names, %", percent(len(self.vague_names), self.n_names), 0.5),
+            Measure("vague names, %", percent(len(self.vague_names), self.n_names), 0.0),
         ]
 
 

@@ -283,7 +283,7 @@ def find_changed_files(prepared: Preparation, source: str | Path, subj: int) -> 
     return ""
 
 
-def explain_difference(prepared: Preparation | None, asked: Preparation, subj: int) -> str:
+def explain_difference(prepared: Preparation | None, requested: Preparation, subj: int) -> str:
     """Say in what a preparation that is asked for differs from the one that is there, "" if not.
 
     Args:
@@ -293,20 +293,20 @@ def explain_difference(prepared: Preparation | None, asked: Preparation, subj: i
     """
     if prepared is None:
         return "how they were prepared is not recorded"
-    there = f"they are {prepared.describe()}"
-    if (prepared.reader, bool(prepared.world)) != (asked.reader, bool(asked.world)):
-        return f"{there}, and {asked.describe()} is asked for"
+    description = f"they are {prepared.describe()}"
+    if (prepared.reader, bool(prepared.world)) != (requested.reader, bool(requested.world)):
+        return f"{description}, and {requested.describe()} is asked for"
     before = prepared.options | prepared.world
-    now = asked.options | asked.world
+    now = requested.options | requested.world
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
         holds, wants = (
             _format_options({name: options.get(name, "its default") for name in names})
             for options in (before, now)
         )
-        return f"{there} with {holds}, and {wants} is asked for"
-    if not asked.world and (changed := find_changed_files(prepared, asked.source, subj)):
-        return f"{there}, and {asked.source} has other files now: {changed}"
+        return f"{description} with {holds}, and {wants} is asked for"
+    if not requested.world and (changed := find_changed_files(prepared, requested.source, subj)):
+        return f"{description}, and {requested.source} has other files now: {changed}"
     return ""
 
 

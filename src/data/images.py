@@ -22,7 +22,7 @@ from src.data.files import (
     memory_map_h5,
     write_rows,
 )
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.utils import PerceptError, atomic
 
 SAME_IMAGE = 8.0  # mean absolute difference (of 255) up to which two copies count as the same image
@@ -154,7 +154,7 @@ def write_images(
             f"Image id {unique[counts.argmax()]} is given for {counts.max()} images: ids must be"
             " unique."
         )
-    with own(path, f"adding images to {path.name}", wait=True, beside=True):
+    with lock_folder(path, f"adding images to {path.name}", wait=True, as_sibling=True):
         _add_images(path, images, ids, check or (lambda store: None))
 
 
@@ -211,11 +211,11 @@ def check_sides(store: ImageStore, trials: pd.DataFrame) -> None:
     Raises:
         PerceptError: naming two such images.
     """
-    shown = trials[trials["split"] != "exclude"].drop_duplicates("image")
-    crc = store.crc[store.positions(shown["image"].to_numpy())]
-    shown = shown.assign(crc=crc)[["image", "split", "crc"]]
-    is_mixed = shown.groupby("crc")["split"].transform("nunique") > 1
-    for _, candidates in shown[is_mixed].groupby("crc"):
+    used_trials = trials[trials["split"] != "exclude"].drop_duplicates("image")
+    crc = store.crc[store.positions(used_trials["image"].to_numpy())]
+    used_trials = used_trials.assign(crc=crc)[["image", "split", "crc"]]
+    is_mixed = used_trials.groupby("crc")["split"].transform("nunique") > 1
+    for _, candidates in used_trials[is_mixed].groupby("crc"):
         pixels = store.rows(candidates["image"].to_numpy())
         pairs = combinations(range(len(candidates)), 2)
         for first, second in pairs:

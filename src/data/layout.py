@@ -14,7 +14,7 @@ import pandas as pd
 from src import utils
 from src.data.files import iterate_row_blocks, write_rows
 from src.data.identity import write_preparation
-from src.files.ownership import own, replace_folder
+from src.files.ownership import lock_folder, replace_folder
 from src.utils import PerceptError, atomic
 
 SPLITS = ("train", "val", "test", "exclude")
@@ -124,7 +124,7 @@ def write_image_table(path: str | Path, table: pd.DataFrame) -> None:
         raise PerceptError(
             f"The table for {path.name} has no column image (it has {list(table.columns)})."
         )
-    with own(path, f"writing {path.name}", wait=True, beside=True):
+    with lock_folder(path, f"writing {path.name}", wait=True, as_sibling=True):
         if path.exists():
             old = pd.read_parquet(path)
             remaining = old[~old["image"].isin(table["image"])]

@@ -273,8 +273,8 @@ def _check_arrays(arrays: dict[str, np.ndarray], n_voxels: str, path: Path) -> N
 
 def _are_finite(*arrays: np.ndarray | None) -> bool:
     """Whether these are fractions, and all of them finite."""
-    present = [array for array in arrays if array is not None]
-    return all(array.dtype.kind == "f" and np.isfinite(array).all() for array in present)
+    loaded = [array for array in arrays if array is not None]
+    return all(array.dtype.kind == "f" and np.isfinite(array).all() for array in loaded)
 
 
 def _is_ascending(numbers: np.ndarray) -> bool:

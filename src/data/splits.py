@@ -14,7 +14,7 @@ import pandas as pd
 from src.data.identity import check_trained_on
 from src.data.subject import Subject, open_subject
 from src.data.targets import cache_targets, hash_fingerprint
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.utils import PerceptError, atomic, read_json, write_json
 
 # what a training was given less than everything, in the folder of its run
@@ -88,7 +88,7 @@ def cluster_images(
     path = subject.folder / f"clusters-{hash_fingerprint(meta)}.parquet"
     if path.exists():
         return pd.read_parquet(path)
-    with own(path, "clustering images", wait=True, beside=True):
+    with lock_folder(path, "clustering images", wait=True, as_sibling=True):
         if not path.exists():
             table = _find_clusters(subject, features, n_clusters, seed)
             table.attrs = meta

@@ -22,7 +22,7 @@ from src.data.files import Ids, check_space, find_rows, gather_rows
 from src.data.images import ImageStore
 from src.data.layout import dataset_folder
 from src.files.foreign import load_npy, shorten
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.utils import (
     PerceptError,
     atomic,
@@ -282,7 +282,7 @@ def cache_targets(
     targets = _open_complete(folder, store, meta, image_ids)
     if targets is not None:
         return targets
-    with own(folder, f"making the targets {name}", wait=True):
+    with lock_folder(folder, f"making the targets {name}", wait=True):
         if not (folder / "meta.json").exists():
             write_json(folder / "meta.json", meta)
         _check_meta(folder, meta)
@@ -447,9 +447,9 @@ class _RowFile:
         if n_rows and not self._holds(head, n_rows):
             n_rows = 0
         size = self.path.stat().st_size if self.path.exists() else 0
-        whole = len(head) + self.shape[0] * self.row_bytes
+        full_size = len(head) + self.shape[0] * self.row_bytes
         with write_errors(self.path):
-            check_space(self.path.parent, whole - min(size, whole))
+            check_space(self.path.parent, full_size - min(size, full_size))
             self.file = open(self.path, "r+b" if n_rows else "wb")  # noqa: SIM115
             if not n_rows:
                 self.file.write(head)

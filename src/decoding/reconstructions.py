@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.utils import PerceptError, atomic, check_writable, is_finite, memory_errors, read_tensors
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def compute_in_chunks(
         PerceptError: if memory runs out, with what to lower; or if the folder cannot be written,
             or another process is computing into it.
     """
-    with own(folder, "computing reconstructions"):
+    with lock_folder(folder, "computing reconstructions"):
         check_writable(folder)
         return _compute_in_chunks(compute, n, size, folder, mark)
 

@@ -173,9 +173,9 @@ def _pair_files(seen_folder: Path, recon_folder: Path) -> tuple[list[Path], list
     )
 
 
-def _find_unpaired(files: list[Path], others: list[Path]) -> Path | None:
+def _find_unpaired(files: list[Path], partners: list[Path]) -> Path | None:
     """The first file that has no other one of its name or numbers."""
-    names = {_get_name(path) for path in others} | {_get_numbers(path) for path in others}
+    names = {_get_name(path) for path in partners} | {_get_numbers(path) for path in partners}
     unpaired = (path for path in files if not {_get_name(path), _get_numbers(path)} & names)
     return next(unpaired, None)
 

@@ -33,7 +33,7 @@ from src.evaluation.statistics import (
     permutation_p,
 )
 from src.files.foreign import load_parquet
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.metrics import RESIZING, SIZE, Metric
 from src.utils import PerceptError, atomic, progress, read_json, write_json
 
@@ -479,7 +479,9 @@ def add_results(
         PerceptError: as `write_metrics`, or a stage before was scored on other test images.
     """
     folder = Path(folder)
-    with own(folder / "metrics.json", f"adding the scores of {stage}", wait=True, beside=True):
+    with lock_folder(
+        folder / "metrics.json", f"adding the scores of {stage}", wait=True, as_sibling=True
+    ):
         _add_results(folder, stage, scores, records, provenance, tables)
 
 

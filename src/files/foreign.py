@@ -200,9 +200,9 @@ def shorten(error: BaseException | str, length: int = 200) -> str:
     """
     text = " ".join(str(error).split()).strip(". ") or type(error).__name__
     if UNSAFE_ADVICE.search(text):
-        asked = re.search(r"GLOBAL ([\w.]+)", text)
+        refused_name = re.search(r"GLOBAL ([\w.]+)", text)
         text = "it is damaged, or holds more than plain arrays, numbers and texts"
-        text += f", namely {asked[1]}" if asked else ""
+        text += f", namely {refused_name[1]}" if refused_name else ""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
@@ -259,8 +259,8 @@ def load_csv(
     missing = [name for name in columns if name not in table]
     if missing:
         names = shorten(", ".join(map(str, table)))
-        lacking = ", ".join(map(str, missing))
-        raise PerceptError(f"{path} lacks the columns {lacking}: it has {names}, so {remedy}.")
+        columns = ", ".join(map(str, missing))
+        raise PerceptError(f"{path} lacks the columns {columns}: it has {names}, so {remedy}.")
     return table
 
 

@@ -26,9 +26,9 @@ def check_name(name: object, what: str, parts: int = 1) -> str:
     if len(names) > parts:
         reason = "holds a slash" if parts == 1 else f"has more than {parts} parts between slashes"
     if reason:
-        shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
+        shortened = repr(text if len(text) <= 80 else f"{text[:80]}...")
         raise UsageError(
-            f"{what} is {shown}, which {reason}, so it cannot name a file or folder: choose"
+            f"{what} is {shortened}, which {reason}, so it cannot name a file or folder: choose"
             f" a name of at most {MAX_NAME_BYTES} letters, digits and - _ . that begins with a"
             " letter or a digit."
         )

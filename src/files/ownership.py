@@ -97,7 +97,7 @@ class Lock:
         self.depth -= 1
         if self.depth:
             return
-        _held.pop(self.path, None)
+        _locks.pop(self.path, None)
         if self.descriptor is None:
             return
         if _is_file_of(self.path, self.descriptor):
@@ -107,20 +107,20 @@ class Lock:
 
     def abandon(self) -> None:
         """Close the file of the lock; it stays locked by the processes that have inherited it."""
-        _held.pop(self.path, None)
+        _locks.pop(self.path, None)
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
 
 
-_held: dict[Path, Lock] = {}  # by lock file, of this process
+_locks: dict[Path, Lock] = {}  # by lock file, of this process
 
 _warned: set[str] = set()
 
 
 def _forget_locks() -> None:
     """In a process that was forked off the owner: it owns nothing, also when the owner dies."""
-    for lock in list(_held.values()):
+    for lock in list(_locks.values()):
         lock.abandon()
 
 
@@ -129,8 +129,8 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def own(
-    folder: str | Path, purpose: str, wait: bool = False, beside: bool = False
+def lock_folder(
+    folder: str | Path, purpose: str, wait: bool = False, as_sibling: bool = False
 ) -> Iterator[None]:
     """Own a folder while it is written; what processes that were killed left there is removed.
 
@@ -141,15 +141,15 @@ def own(
         folder: made where it is missing, unless the lock lies beside it.
         purpose: what is done, for the message to a second process, e.g. "training".
         wait: whether to wait until another owner is done; otherwise this is refused.
-        beside: whether the folder (or file) is replaced as a whole, so that the lock must lie
+        as_sibling: whether the folder (or file) is replaced as a whole, so that the lock must lie
             beside it.
 
     Raises:
         PerceptError: naming the owner, if there is one and `wait` is not set.
     """
     folder = Path(folder)
-    place = folder.parent if beside else folder
-    path = place / f".{folder.name}.lock" if beside else place / LOCK_NAME
+    place = folder.parent if as_sibling else folder
+    path = place / f".{folder.name}.lock" if as_sibling else place / LOCK_NAME
     with suppress(OSError):  # the first write says why
         place.mkdir(parents=True, exist_ok=True)
     try:
@@ -158,7 +158,7 @@ def own(
         raise PerceptError(str(error)) from None
     try:
         if lock.depth == 1 and lock.descriptor is not None:
-            remove_leftovers(place, folder.name if beside else "")
+            remove_leftovers(place, folder.name if as_sibling else "")
         yield
     finally:
         lock.release()
@@ -171,11 +171,11 @@ def acquire(
     subject: str | Path | None = None,
     grace: float | None = None,
 ) -> Lock:
-    """Take a lock file; the caller releases what comes back. See `own`.
+    """Take a lock file; the caller releases what comes back. See `lock_folder`.
 
     Args:
         path: the lock file, made where it is missing; its folder exists.
-        purpose, wait: as for `own`.
+        purpose, wait: as for `lock_folder`.
         subject: what is locked, for the message; by default the folder of the lock file.
         grace: seconds until another owner counts as one; by default GRACE_SECONDS.
 
@@ -183,14 +183,14 @@ def acquire(
         FolderInUse: naming the owner, if there is one and `wait` is not set.
     """
     path = Path(os.path.abspath(path))
-    held = _held.get(path)
-    if held is not None and held.thread == threading.get_ident():
-        held.depth += 1
-        return held
+    existing = _locks.get(path)
+    if existing is not None and existing.thread == threading.get_ident():
+        existing.depth += 1
+        return existing
     seconds = GRACE_SECONDS if grace is None else grace
     descriptor = _lock_file(path, wait, subject or path.parent, seconds)
     lock = Lock(path, descriptor)
-    _held[path] = lock
+    _locks[path] = lock
     if descriptor is not None:
         _write_owner(descriptor, purpose)
     return lock
@@ -221,7 +221,7 @@ def read_owner(path: Path) -> Owner | None:
 
 def _lock_file(path: Path, wait: bool, subject: str | Path, grace: float) -> int | None:
     """Open and lock a file, as soon as it is free; None where nothing can be locked."""
-    deadline, said = time.monotonic() + grace, False
+    deadline, is_announced = time.monotonic() + grace, False
     while True:
         descriptor = _open(path)
         if descriptor is None:
@@ -242,9 +242,9 @@ def _lock_file(path: Path, wait: bool, subject: str | Path, grace: float) -> int
                     f"{subject} is being written by {owner}: wait until that has ended, or stop"
                     " it, and run this again."
                 )
-            if not said:
+            if not is_announced:
                 log.warning("waiting for %s, which writes %s", owner, subject)
-                said = True
+                is_announced = True
         time.sleep(POLL_SECONDS)
 
 
@@ -338,7 +338,7 @@ def replace_folder(folder: str | Path, wait: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     temporary, old = name_temporary(folder), name_temporary(folder, "old")
-    with own(folder, f"writing {folder.name}", wait, beside=True):
+    with lock_folder(folder, f"writing {folder.name}", wait, as_sibling=True):
         unfinished.add(temporary.absolute())
         try:
             with write_errors(folder):
@@ -384,8 +384,8 @@ def _exchange(first: Path, second: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
-    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+    folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return bool(rename(folder, os.fsencode(first), folder, os.fsencode(second), exchange) == 0)
 
 
 def _remove_folder(folder: Path) -> None:
@@ -403,7 +403,7 @@ def restore_folder(folder: Path) -> None:
     """
     if folder.exists() or not list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
         return
-    with suppress(PerceptError), own(folder, f"restoring {folder.name}", beside=True):
+    with suppress(PerceptError), lock_folder(folder, f"restoring {folder.name}", as_sibling=True):
         pass  # what was left behind is dealt with by every owner
 
 

@@ -68,8 +68,8 @@ def _list_subjects(values: Values) -> list[int]:
     listed = str(values.get("also", ""))
     if values.get("multi_subject"):
         listed += f",{values.get('subjects', '')}"
-    others = {int(part) for part in listed.split(",") if part.strip().isdigit()}
-    return sorted({int(values["subj"]), *others})
+    other_subjects = {int(part) for part in listed.split(",") if part.strip().isdigit()}
+    return sorted({int(values["subj"]), *other_subjects})
 
 
 def _iterate_identities(values: Values) -> Iterator[tuple[str, Any]]:
@@ -134,8 +134,8 @@ def _iterate_runs(values: Values) -> Iterator[tuple[str, Any]]:
             logs = utils.HOME / "train_logs" / run
             if run == values.get("model_name") or not logs.is_dir():
                 continue
-            shown = utils.HOME / "results" / run / "reconstructions.safetensors"
-            yield f"{name} {run}", {**survey_files(logs), **_survey_file(shown)}
+            reconstructions = utils.HOME / "results" / run / "reconstructions.safetensors"
+            yield f"{name} {run}", {**survey_files(logs), **_survey_file(reconstructions)}
 
 
 def _survey_file(path: Path) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src import utils
-from src.files.ownership import own, remove_leftovers_below
+from src.files.ownership import lock_folder, remove_leftovers_below
 from src.pipeline.console import show
 from src.pipeline.recipes import (
     list_recipes,
@@ -67,7 +67,7 @@ def run_recipe(
     results = utils.HOME / "results" / overrides["model_name"]
     start_time = time.time()
     stamps = find_stamp(overrides["model_name"], "").parent
-    with own(stamps, f"running {recipe}"):
+    with lock_folder(stamps, f"running {recipe}"):
         for folder in (results, utils.HOME / "train_logs" / overrides["model_name"]):
             remove_leftovers_below(folder)
         runs = iterate_stages(recipe, overrides, stages)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from src import parameters, utils
-from src.files.ownership import LOCK_NAME, is_owned, own
+from src.files.ownership import LOCK_NAME, is_owned, lock_folder
 from src.pipeline.console import show
 from src.pipeline.grid import Point, fill_levels, missing_requirement, read_grid
 from src.pipeline.jobs import Job, JobResult, assign_devices, run_jobs
@@ -240,8 +240,8 @@ class Sweep:
         results = self.folder / point.label
         overrides = results / "overrides.yaml"
         values = self.grid.fixed | point.overrides
-        written = {name: parameters.as_written(value) for name, value in values.items()}
-        utils.write_json(overrides, written)  # JSON is YAML
+        texts = {name: parameters.as_written(value) for name, value in values.items()}
+        utils.write_json(overrides, texts)  # JSON is YAML
         for stamp in self.find_prepared():
             utils.write_json(results / ".stages" / stamp.name, utils.read_json(stamp))
         command = [sys.executable, "-u", str(utils.ROOT / "run.py"), self.grid.recipe]
@@ -323,7 +323,7 @@ def prepare_data(sweep: Sweep) -> None:
     values = read_stage_parameters(sweep.preparing[0], sweep.grid.recipe, overrides)
     dataset = values.get("dataset", "nsd")
     folder = utils.HOME / "data" / str(dataset)
-    with own(folder, f"preparing {dataset}", wait=True, beside=True):
+    with lock_folder(folder, f"preparing {dataset}", wait=True, as_sibling=True):
         if not sweep.find_prepared():
             run_recipe(sweep.grid.recipe, overrides, last=sweep.preparing[-1])
 
@@ -414,7 +414,7 @@ def write_report(sweep: Sweep, force: bool) -> None:
     stamp = find_stamp(sweep.grid.name, REPORT)
     run = StageRun(REPORT, values, stamp, fingerprint_stage(REPORT, values, previous))
     page = sweep.folder / "report.html"
-    with own(sweep.folder, f"reporting on {sweep.grid.name}", wait=True):
+    with lock_folder(sweep.folder, f"reporting on {sweep.grid.name}", wait=True):
         if force or not run.is_finished() or not page.exists():
             run_stage(run)
             _export_page(sweep.folder / f"{REPORT}.ipynb", page)

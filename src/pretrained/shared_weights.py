@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.files.ownership import own, replace_folder
+from src.files.ownership import lock_folder, replace_folder
 from src.utils import PerceptError, atomic, open_tensors, read_json
 
 MANIFEST = "shared_weights.json"
@@ -45,7 +45,7 @@ def complete_model(folder: Path, cache: Path) -> Path:
     target = cache / f"{folder.name}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
     if target.is_dir() and _is_whole(folder, entries, target):
         return target
-    with own(target, f"completing {folder.name}", wait=True, beside=True):
+    with lock_folder(target, f"completing {folder.name}", wait=True, as_sibling=True):
         if not target.is_dir() or not _is_whole(folder, entries, target):  # missing or damaged
             with replace_folder(target) as temporary:
                 _assemble(folder, entries, temporary)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from src import utils
-from src.files.ownership import own, replace_folder
+from src.files.ownership import lock_folder, replace_folder
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.base import choose_dtype, freeze, load_frozen
 from src.pretrained.generators import ImageGenerator, cache_condition
@@ -399,7 +399,7 @@ def _make_released_folder() -> Path:
                 f"The unCLIP decoder is neither at {folder} nor at {source}: run 'python run.py"
                 " download unclip', or set weights to a folder."
             )
-        with own(folder, "converting the unCLIP decoder", wait=True, beside=True):
+        with lock_folder(folder, "converting the unCLIP decoder", wait=True, as_sibling=True):
             if not folder.is_dir():
                 convert_unclip_checkpoint(source, folder)
     return folder

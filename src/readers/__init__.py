@@ -25,7 +25,7 @@ from src.data.identity import (
 )
 from src.data.layout import dataset_folder, subject_folder
 from src.data.subject import Subject
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.files.yaml_files import UnclearNumber, parse_yaml
 from src.parameters import check_parameter_names
 from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
@@ -100,17 +100,17 @@ def parse_options(source: str, options: str, **common: Any) -> dict[str, Any]:
             value of another type.
     """
     defaults = default_options(source)
-    shown = repr(options if len(options) <= 200 else f"{options[:200]}...")
+    shortened = repr(options if len(options) <= 200 else f"{options[:200]}...")
     try:
         chosen = parse_yaml(options, "it") or {}
     except UsageError as error:
         raise UsageError(
-            f"options is {shown}, which is not YAML that can be used ({str(error).rstrip('.')}):"
-            " write it as {name: value, ...}."
+            f"options is {shortened}, which is not YAML that can be used"
+            f" ({str(error).rstrip('.')}): write it as {{name: value, ...}}."
         ) from error
     if not isinstance(chosen, dict):
         raise UsageError(
-            f"options is {shown}: write it as {{name: value, ...}}; {source} knows"
+            f"options is {shortened}: write it as {{name: value, ...}}; {source} knows"
             f" {', '.join(defaults)}."
         )
     check_parameter_names(chosen, defaults, f"options for {source}")
@@ -163,7 +163,7 @@ def describe_preparation(
 
 
 def needs_preparing(
-    asked: Preparation, dataset: str | Path, subj: int, overwrite: bool = False
+    requested: Preparation, dataset: str | Path, subj: int, overwrite: bool = False
 ) -> bool:
     """Whether a subject has to be prepared: it is not there, or is to be overwritten.
 
@@ -174,7 +174,7 @@ def needs_preparing(
     folder = subject_folder(dataset, subj)
     if overwrite or not folder.exists():
         return True
-    if difference := explain_difference(read_preparation(folder), asked, subj):
+    if difference := explain_difference(read_preparation(folder), requested, subj):
         raise PerceptError(
             f"{folder} holds other data than are asked for: {difference}. Set overwrite to True"
             " (-p overwrite True) to prepare them again, or choose another dataset."
@@ -208,7 +208,7 @@ def prepare_if_missing(
         return
     if not data_path:
         return
-    with own(folder, f"preparing {folder.name}", wait=True, beside=True):
+    with lock_folder(folder, f"preparing {folder.name}", wait=True, as_sibling=True):
         if not folder.exists():
             read_source(source, resolve(data_path), dataset, subj, options, **common)
 
@@ -273,5 +273,5 @@ def read_source(
         preparation = replace(preparation, files=files)
     reader_options = parse_options(source, options, **common)
     folder = subject_folder(dataset, subj)
-    with own(folder, f"preparing {folder.name}", beside=True), preparing(preparation):
+    with lock_folder(folder, f"preparing {folder.name}", as_sibling=True), preparing(preparation):
         return READERS[source].read(data_path, dataset, subj, **reader_options)

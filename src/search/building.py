@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.search.embeddings import Embeddings
 from src.search.local import LocalIndex
 from src.search.plans import IndexPlan
@@ -67,7 +67,7 @@ def build_index(
     folder, embeddings = Path(folder), Embeddings(folder)
     check_writable(folder)
     _check_trainable(plan, len(embeddings))
-    with own(folder, "building the index"):
+    with lock_folder(folder, "building the index"):
         _build_own_index(folder, embeddings, plan, shard_rows, jobs, seed)
     return LocalIndex(folder)
 
@@ -100,8 +100,8 @@ def _build_own_index(
     with tqdm(desc="indexing", unit="row", unit_scale=True, mininterval=2, total=n_rows) as bar:
 
         def record(shard: _Shard) -> None:
-            others = [rows for rows in state["shards"] if rows[0] != shard.start]
-            state["shards"] = sorted([*others, [shard.start, shard.stop]])
+            other_shards = [rows for rows in state["shards"] if rows[0] != shard.start]
+            state["shards"] = sorted([*other_shards, [shard.start, shard.stop]])
             write_json(folder / "index.json", state)
             bar.update(shard.stop - shard.start)
 
@@ -226,7 +226,7 @@ def merge_shards(folder: str | Path) -> Path:
     if index_folder is None or not paths or not all(path.exists() for path in paths):
         raise PerceptError(f"{folder} has no finished index to join: build it first.")
     merged = index_folder / "populated.index"
-    with own(folder, "merging the index"):
+    with lock_folder(folder, "merging the index"):
         if len(paths) == 1:
             with atomic(merged) as temporary:
                 os.link(paths[0], temporary)

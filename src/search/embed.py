@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from src.files.foreign import shorten
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.search.embeddings import Embeddings
 from src.search.images import (
     Sample,
@@ -93,12 +93,12 @@ class _Report:
         if not self.bad_tars:
             return
         name, reason = self.bad_tars[0]
-        others = ""
+        other_tars = ""
         if len(self.bad_tars) > 1:
-            others = f", nor can {len(self.bad_tars) - 1} more of its tar files"
+            other_tars = f", nor can {len(self.bad_tars) - 1} more of its tar files"
         raise PerceptError(
-            f"The part of {source} that begins with {name} cannot be read ({reason}){others}: fetch"
-            " it again, or take it away; all that could be read is embedded."
+            f"The part of {source} that begins with {name} cannot be read ({reason}){other_tars}:"
+            " fetch it again, or take it away; all that could be read is embedded."
         )
 
 
@@ -134,7 +134,7 @@ def embed_images(
     folder = Path(folder)
     files = list_source(source)
     _check_encoder(folder, encoder)
-    with own(folder, "embedding images"):
+    with lock_folder(folder, "embedding images"):
         state = _open_state(folder, encoder)
         state, finished = compare_parts(folder, state, files)
         write_json(folder / "index.json", state)
@@ -205,9 +205,9 @@ def _embed_batch(
                 f" images, such as {readable[0].name}: look at its weights."
             )
         embedded.embeddings.append((rows[usable] / length[usable]).astype(np.float16))
-    kept = [sample for sample, is_usable in zip(readable, usable, strict=True) if is_usable]
-    embedded.samples += kept
-    kept_ids = set(map(id, kept))
+    usable_samples = [readable[row] for row in np.flatnonzero(usable)]
+    embedded.samples += usable_samples
+    kept_ids = set(map(id, usable_samples))
     embedded.unread += [sample.name for sample in samples if id(sample) not in kept_ids]
 
 

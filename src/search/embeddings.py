@@ -170,9 +170,9 @@ class Metadata:
         """
         rows = np.asarray(rows, np.int64)
         if self.paths and len(rows) and not -1 <= rows.min() <= rows.max() < len(self):
-            wrong = rows[(rows < -1) | (rows >= len(self))][0]
+            outside = rows[(rows < -1) | (rows >= len(self))][0]
             raise PerceptError(
-                f"{self.folder} has no row {wrong}, as its metadata is of {len(self):,} rows: ask"
+                f"{self.folder} has no row {outside}, as its metadata is of {len(self):,} rows: ask"
                 " for rows that a search returned."
             )
         tables = []

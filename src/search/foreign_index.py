@@ -107,16 +107,16 @@ def check_same_rows(search: Any, embeddings: Embeddings, path: Path) -> None:
     Raises:
         PerceptError: the index is of other rows, or of rows in another order.
     """
-    wanted = np.unique(np.linspace(0, len(embeddings) - 1, N_PROBES).astype(np.int64))
-    queries = embeddings.get_rows(wanted)
+    probe_rows = np.unique(np.linspace(0, len(embeddings) - 1, N_PROBES).astype(np.int64))
+    queries = embeddings.get_rows(probe_rows)
     n_right = 0
     for query, rows in zip(queries, search(queries, 4 * N_NEIGHBOURS), strict=True):
         existing = rows[(rows >= 0) & (rows < len(embeddings))]
         if len(existing) and (embeddings.get_rows(existing) @ query).max() > 1 - LENGTH_TOLERANCE:
             n_right += 1
-    if 2 * n_right < len(wanted):
+    if 2 * n_right < len(probe_rows):
         raise PerceptError(
             f"{path} is not of the embeddings in {embeddings.folder / 'img_emb'}: only {n_right} of"
-            f" {len(wanted)} rows are found by their own embeddings; put the files of one index"
+            f" {len(probe_rows)} rows are found by their own embeddings; put the files of one index"
             " together, or take this one away and build it again."
         )

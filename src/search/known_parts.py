@@ -84,9 +84,9 @@ def _compare_files(
         if not Path(path).is_relative_to(root):
             continue
         names.append(str(Path(path).relative_to(root)))
-        present = describe_file(Path(path))
-        if size is not None and present["file_size"] >= 0:
-            is_replaced |= (present["file_size"], present["file_time"]) != (size, time)
+        current = describe_file(Path(path))
+        if size is not None and current["file_size"] >= 0:
+            is_replaced |= (current["file_size"], current["file_time"]) != (size, time)
     return names, is_replaced
 
 

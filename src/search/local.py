@@ -203,8 +203,8 @@ class LocalIndex:
         """Find the k nearest of one shard, numbered as rows of the whole index."""
         shard = self.shards[number]
         if not shard.ntotal:
-            nothing = np.empty((len(queries), 0), np.float32)
-            return SearchResult(nothing, nothing.astype(np.int64))
+            empty = np.empty((len(queries), 0), np.float32)
+            return SearchResult(empty, empty.astype(np.int64))
         first, stop = self.offsets[number : number + 2]
         in_shard = excluded[(excluded >= first) & (excluded < stop)] - first
         parameters = _search_parameters(shard, in_shard, self.probes)

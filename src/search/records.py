@@ -126,21 +126,21 @@ def list_embeddings(folder: str | Path) -> list[Path]:
         PerceptError: a recorded file is missing, or one lies beside them that is not recorded.
     """
     folder = Path(folder)
-    present = list_visible(folder / "img_emb", "*.npy")  # before the record, which only grows
-    return _choose_files(folder, present, embeddings_path)
+    files = list_visible(folder / "img_emb", "*.npy")  # before the record, which only grows
+    return _choose_files(folder, files, embeddings_path)
 
 
 def list_metadata(folder: str | Path) -> list[Path]:
     """List the files of metadata that count, in the order of their rows, as `list_embeddings`."""
     folder = Path(folder)
-    present = list_visible(folder / "metadata", "*.parquet")
-    return _choose_files(folder, present, metadata_path)
+    files = list_visible(folder / "metadata", "*.parquet")
+    return _choose_files(folder, files, metadata_path)
 
 
-def _choose_files(folder: Path, present: list[Path], name_file: Any) -> list[Path]:
+def _choose_files(folder: Path, existing: list[Path], name_file: Any) -> list[Path]:
     state = read_state(folder)
     if "parts" not in state:
-        return present
+        return existing
     recorded = [name_file(folder, number) for number in list_numbers(state)]
     uncounted = {name_file(folder, number) for number in state.get("unwritten", [])}
     missing = [path for path in recorded if not path.exists()]
@@ -149,7 +149,7 @@ def _choose_files(folder: Path, present: list[Path], name_file: Any) -> list[Pat
             f"{missing[0]} is missing, which {folder / 'index.json'} records: copy it again, or"
             " make the index in another folder."
         )
-    foreign = sorted(set(present) - set(recorded) - uncounted)
+    foreign = sorted(set(existing) - set(recorded) - uncounted)
     if foreign:
         raise PerceptError(
             f"{foreign[0]} is not among the files that {folder / 'index.json'} records, so that"
@@ -203,8 +203,8 @@ def choose_index_folder(folder: Path, state: dict[str, Any]) -> Path:
     own_index = find_own_index(folder, state)
     if own_index is not None:
         return own_index
-    taken = os.path.lexists(folder / INDEX_FOLDERS[0])
-    return folder / INDEX_FOLDERS[1 if taken else 0]
+    is_taken = os.path.lexists(folder / INDEX_FOLDERS[0])
+    return folder / INDEX_FOLDERS[1 if is_taken else 0]
 
 
 def find_foreign_index(folder: str | Path) -> Path | None:

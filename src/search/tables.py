@@ -58,8 +58,8 @@ def make_table(lines: Iterable[Mapping[str, Any]], index: Any = None) -> pd.Data
     lines = list(lines)
     names = list(dict.fromkeys(name for line in lines for name in line))
     ordered = sorted(names, key=lambda name: name not in LOCATION)[:MAX_FIELDS]
-    kept = set(ordered)
-    columns = {name: _unify([line.get(name) for line in lines]) for name in names if name in kept}
+    names = sorted(ordered, key=names.index)
+    columns = {name: _unify([line.get(name) for line in lines]) for name in names}
     if index is None:
         index = range(len(lines))
     return pd.DataFrame(columns, index=index)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.training.session import Session
 from src.utils import PerceptError
 
@@ -28,7 +28,7 @@ def own_training(session: Session, folder: Path) -> Iterator[None]:
         refusal = ""
         if session.is_main:
             try:
-                stack.enter_context(own(folder, f"training {folder.name}"))
+                stack.enter_context(lock_folder(folder, f"training {folder.name}"))
             except PerceptError as error:
                 refusal = str(error)
         refusals = [text for text in gather_object([refusal]) if text]

@@ -202,8 +202,8 @@ class StateStore:
 
     def _check_position(self, position: dict[str, Any]) -> None:
         """Refuse a position that this version does not know, or that is none."""
-        known = vars(Position())
-        unknown = sorted(set(position) - set(known))
+        fields = vars(Position())
+        unknown = sorted(set(position) - set(fields))
         if unknown:
             raise self._refuse(
                 self.path,
@@ -211,8 +211,8 @@ class StateStore:
                 " this one does not know",
             )
         missing = {"epoch", "step"} - set(position)
-        wrong = {n: v for n, v in position.items() if not _is_like(v, known[n])}
-        for name, value in (wrong | dict.fromkeys(missing)).items():
+        invalid = {n: v for n, v in position.items() if not _is_like(v, fields[n])}
+        for name, value in (invalid | dict.fromkeys(missing)).items():
             raise self._refuse(self.path, f"has {value!r} for the {name} that it stands at")
 
     def _restore(self, content: dict[str, Any]) -> None:

@@ -225,10 +225,10 @@ def read_commit(answer: Any, subject: str) -> str:
     """
     commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        shown = repr(commit)[:80]
+        shortened = repr(commit)[:80]
         raise PerceptError(
-            f"The server tells {shown} as the commit of {subject}, which is none (40 digits from 0"
-            " to f): take another mirror."
+            f"The server tells {shortened} as the commit of {subject}, which is none (40 digits"
+            " from 0 to f): take another mirror."
         )
     return commit
 

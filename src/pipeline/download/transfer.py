@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from src.files.ownership import own
+from src.files.ownership import lock_folder
 from src.pipeline.download.answers import SpeedCheck
 from src.pipeline.download.errors import (
     explain_errors,
@@ -46,7 +46,7 @@ def fetch_files(files: list[RemoteFile], folder: Path) -> None:
     """
     with explain_errors(f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with own(folder, "downloading", wait=True):
+    with lock_folder(folder, "downloading", wait=True):
         with explain_errors(f"The folder {folder}"):
             missing = [file for file in files if not file.is_complete]
             check_space(missing)
