@@ -18,7 +18,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --all) level=all ;;
         --extra)
-            [ $# -gt 1 ] || die "--extra takes a name: nsd, search, captions, attribution, tracking or scale."
+            [ $# -gt 1 ] ||
+                die "--extra takes a name: nsd, search, captions, attribution, tracking or scale."
             case "$2" in
                 nsd | search | captions | attribution | tracking | scale) extras+=("$2") ;;
                 *) die "there is no extra '$2': choose nsd, search, captions, attribution, tracking or scale." ;;
@@ -57,31 +58,38 @@ if command -v uv >/dev/null 2>&1; then
 elif [ -x .uv/bin/uv ]; then
     uv=.uv/bin/uv
 else
-    command -v python3 >/dev/null 2>&1 || die "python3 is missing: install Python 3.11 or newer, then run this again."
+    command -v python3 >/dev/null 2>&1 ||
+        die "python3 is missing: install Python 3.11 or newer, then run this again."
     say "fetching uv into .uv"
-    python3 -m venv .uv 2>/dev/null || die "python3 cannot make virtual environments: install the package python3-venv, then run this again."
-    .uv/bin/python -m pip install --quiet --disable-pip-version-check uv || die "could not fetch uv: check the network and pip's settings, then run this again."
+    python3 -m venv .uv 2>/dev/null ||
+        die "python3 cannot make virtual environments: install the package python3-venv, then run this again."
+    .uv/bin/python -m pip install --quiet --disable-pip-version-check uv ||
+        die "could not fetch uv: check the network and pip's settings, then run this again."
     uv=.uv/bin/uv
 fi
 
 if [ ! -x .venv/bin/python ]; then
     say "making .venv"
-    "$uv" venv --quiet --python "${PYTHON:->=3.11}" .venv || die "no Python 3.11 or newer was found: install one, or name it in the variable PYTHON."
+    "$uv" venv --quiet --python "${PYTHON:->=3.11}" .venv ||
+        die "no Python 3.11 or newer was found: install one, or name it in the variable PYTHON."
 fi
 export VIRTUAL_ENV="$PWD/.venv"
 for set in "${missing[@]}"; do
     case "$set" in
         core)
-            say "installing the packages of requirements.lock (some minutes and about 6 GB the first time)"
-            "$uv" pip install --quiet -r requirements.lock || die "the packages could not be installed: the lines above say which and why."
+            say "installing the packages of requirements.lock (some minutes, about 6 GB)"
+            "$uv" pip install --quiet -r requirements.lock ||
+                die "the packages could not be installed: the lines above say which and why."
             ;;
         all)
-            say "installing the packages of requirements-all.lock (some minutes and about 7 GB the first time)"
-            "$uv" pip install --quiet -r requirements-all.lock || die "the packages could not be installed: the lines above say which and why."
+            say "installing the packages of requirements-all.lock (some minutes, about 7 GB)"
+            "$uv" pip install --quiet -r requirements-all.lock ||
+                die "the packages could not be installed: the lines above say which and why."
             ;;
         *)
             say "installing the extra $set"
-            "$uv" pip install --quiet -c requirements-all.lock -e ".[$set]" || die "the extra $set could not be installed: the lines above say why."
+            "$uv" pip install --quiet -c requirements-all.lock -e ".[$set]" ||
+                die "the extra $set could not be installed: the lines above say why."
             ;;
     esac
 done
