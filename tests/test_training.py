@@ -19,6 +19,7 @@ from torch import nn
 from training_options import group_options
 
 from src import parameters, training, utils
+from src.files.ownership import LOCK_NAME
 from src.training import processes
 from src.training.batches import draw_epoch_order, evaluate, iterate_batches
 from src.training.loop import fit, load_best
@@ -400,7 +401,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, every, request):
         position = torch.load(folder / "state.pt", weights_only=True)["position"]
         done = position["epoch"] * STEPS + position["step"]
         assert done == 8 + (every == 1 and at == 1)
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*"))
+    assert not list(folder.glob("*.tmp"))
+    assert [path.name for path in folder.glob(".*")] == [LOCK_NAME]  # its owner is dead
     rest = call_at(-2, None)
     killed, history = train(folder, model=network(seed=9), do=rest, save_steps=every)
     assert len(rest.calls) == EPOCHS * STEPS - done
