@@ -28,7 +28,7 @@ LAYERS = [
         "search",
         "miniworld",
     },
-    {"training", "decoding"},
+    {"training", "decoding", "encoding"},
     {"evaluation"},
     {"pipeline"},
 ]
