@@ -13,6 +13,7 @@ from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, Volume
 from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import (
     Denoiser,
     DiffusionPriorNetwork,
@@ -48,6 +49,7 @@ __all__ = [
     "MixerBrainNetwork",
     "NORMS",
     "Network",
+    "PerceptDecoder",
     "PriorNetwork",
     "RelativePositionBias",
     "ResidualBrainNetwork",

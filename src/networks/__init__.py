@@ -6,6 +6,7 @@ from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMa
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
 from src.networks.mismatch import FRESH_IN_LAION, describe_mismatch
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import (
     Denoiser,
     DiffusionPriorNetwork,
@@ -52,6 +53,7 @@ __all__ = [
     "MixerBrainNetwork",
     "NORMS",
     "Network",
+    "PerceptDecoder",
     "PriorNetwork",
     "RelativePositionBias",
     "ResidualBrainNetwork",

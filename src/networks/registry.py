@@ -13,6 +13,7 @@ from src.networks.encoders import BrainNetwork, VolumeEncoder
 from src.networks.linear import CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import DiffusionPriorNetwork, PriorNetwork, VersatileDiffusionPriorNetwork
 from src.utils import PerceptError
 
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Network]] = {
         BasicEncoder,
         RidgeBaseline,
         TokenMap,
+        PerceptDecoder,
     )
 }
 
