@@ -2,6 +2,7 @@
 
 from src.networks.base import Network
 from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, VolumeEncoder
+from src.networks.kernels import KERNELS, KernelRidge, RepeatNoise
 from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
@@ -48,6 +49,8 @@ __all__ = [
     "Encoder",
     "FRESH_IN_LAION",
     "GainNorm",
+    "KERNELS",
+    "KernelRidge",
     "MODELS",
     "MindEye2",
     "MixerBrainNetwork",
@@ -56,6 +59,7 @@ __all__ = [
     "PerceptDecoder",
     "PriorNetwork",
     "RelativePositionBias",
+    "RepeatNoise",
     "ResidualBrainNetwork",
     "RidgeBaseline",
     "RidgeRegression",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.networks.base import Network
 from src.networks.encoders import BrainNetwork, VolumeEncoder
+from src.networks.kernels import KernelRidge
 from src.networks.linear import CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Network]] = {
         Voxel2StableDiffusionModel,
         BasicEncoder,
         RidgeBaseline,
+        KernelRidge,
         TokenMap,
         PerceptDecoder,
     )
