@@ -23,6 +23,7 @@ from src.decoding.predict import (
     compute_repeat_agreement,
     predict_latents,
     predict_tokens,
+    predicts_both_levels,
 )
 from src.decoding.reconstructions import (
     compute_in_chunks,
@@ -74,6 +75,7 @@ __all__ = [
     "parse_voters",
     "predict_latents",
     "predict_tokens",
+    "predicts_both_levels",
     "read_decoder_config",
     "refine_images",
     "repaint_images",

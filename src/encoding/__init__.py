@@ -29,9 +29,17 @@ from src.encoding.features import (
     extract_gabor,
 )
 from src.encoding.gabor import GaborPyramid
+from src.encoding.measuring import Instrument, open_run_encoder
 from src.encoding.model import EncodingModel, FeatureProjection
 from src.encoding.noise import NoiseModel, SignalAndNoise, estimate_signal_and_noise
+from src.encoding.pool import ImagePool, check_pool, open_pool
+from src.encoding.simulation import (
+    MeasuredAndSimulated,
+    draw_noise_bank,
+    simulate_responses,
+)
 from src.encoding.store import load_encoder, read_encoder_config, save_encoder
+from src.encoding.target_pca import TargetBasis, TargetSet, encode_rows, fit_target_basis
 
 __all__ = [
     "EncodingFit",
@@ -40,19 +48,31 @@ __all__ = [
     "FeatureProjection",
     "FeatureSpace",
     "GaborPyramid",
+    "ImagePool",
+    "Instrument",
+    "MeasuredAndSimulated",
     "NoiseModel",
     "SignalAndNoise",
+    "TargetBasis",
+    "TargetSet",
     "build_gnet_extractor",
     "build_layer_extractor",
+    "check_pool",
     "compute_features",
+    "draw_noise_bank",
     "embed_captions",
     "embed_categories",
+    "encode_rows",
     "estimate_signal_and_noise",
     "explained_variance",
     "extract_gabor",
     "fit_encoding_model",
+    "fit_target_basis",
     "load_encoder",
+    "open_pool",
+    "open_run_encoder",
     "partition_variance",
     "read_encoder_config",
     "save_encoder",
+    "simulate_responses",
 ]

@@ -7,7 +7,7 @@ that are noise alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from src.utils import PerceptError, progress
 
 BLOCK_NUMBERS = 2**24  # numbers read at once, 64 MB in single precision
+
+IMAGES_AT_ONCE = 256
 
 EXACT_DIM = 4096  # up to this many numbers a target the covariance itself is decomposed
 
@@ -123,6 +125,30 @@ def fit_target_basis(
         values[:count][kept].double().cpu() / n_images,
         float(total) / n_images,
     )
+
+
+def encode_rows(
+    encode: Callable[..., Tensor], sources: Sequence[TargetRows], image_ids: np.ndarray
+) -> np.ndarray:
+    """Components of the targets of images, block by block.
+
+    Args:
+        encode: targets of each source (n, ...) -> components (n, outputs); those of
+            `PerceptDecoder.encode_targets`.
+        sources: of the targets, in the order in which `encode` takes them.
+        image_ids: (images,), of which some may be the same.
+
+    Returns:
+        float32 (images, outputs).
+    """
+    unique, rows = np.unique(image_ids, return_inverse=True)
+    blocks = []
+    for start in range(0, len(unique), IMAGES_AT_ONCE):
+        ids = unique[start : start + IMAGES_AT_ONCE]
+        targets = [torch.from_numpy(np.asarray(source.rows(ids))).float() for source in sources]
+        blocks.append(encode(*targets).cpu().numpy())
+    components: np.ndarray = np.concatenate(blocks)[rows]
+    return components
 
 
 def compute_target_mean(targets: TargetSet, device: str = "cpu") -> Tensor:
