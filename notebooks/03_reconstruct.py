@@ -94,12 +94,12 @@ from src.decoding import (
     load_generator,
     predict_latents,
     predict_tokens,
+    predicts_both_levels,
     select_best,
 )
 from src.figures import plot_contact_sheet, save_figure
 
 # %%
-from src.models import MindEye2
 from src.networks import build_decoder
 
 # %%
@@ -200,8 +200,8 @@ def with_voxels(name, repeats=0):
 
 
 high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
-for name, (network, _) in high.items():  # MindEye2's low level is a branch of the same network
-    if isinstance(network, MindEye2) and network.backbone.blurry_recon:
+for name, (network, _) in high.items():  # of MindEye2 and Percept one network predicts both
+    if predicts_both_levels(network):
         files[name] = (files[name][0], files[name][0])
 low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
 subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
