@@ -331,17 +331,17 @@ def predict(model):
 def validate(model):
     """Loss, explained shares and retrieval over the whole validation split."""
     predicted, outputs = predict(model)
-    known = [x.to(predicted.device) for x in true.values()]
-    values = {"loss": model.compute_loss(predicted, model.encode_targets(*known)).item()}
+    right = [x.to(predicted.device) for x in true.values()]
+    values = {"loss": model.compute_loss(predicted, model.encode_targets(*right)).item()}
     for name, output in outputs.items():
         error = (output.view_as(true[name]) - true[name]).square().mean()
         values[R2_NAMES[name]] = 1 - (error / true[name].var()).item()
     mean = model.token_mean.cpu()
     brain, image = (x.flatten(1) - mean for x in (outputs["clip_tokens"], true["clip_tokens"]))
     similar = cosine_similarity(brain, image)
-    right = torch.arange(len(similar))
-    values["image_from_brain"] = (similar.argmax(1) == right).float().mean().item()
-    values["brain_from_image"] = (similar.argmax(0) == right).float().mean().item()
+    own = torch.arange(len(similar))
+    values["image_from_brain"] = (similar.argmax(1) == own).float().mean().item()
+    values["brain_from_image"] = (similar.argmax(0) == own).float().mean().item()
     return {f"val/{name}": value for name, value in values.items()}
 
 

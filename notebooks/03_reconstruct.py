@@ -97,9 +97,9 @@ from src.decoding import (
     predicts_both_levels,
     select_best,
 )
-from src.figures import plot_contact_sheet, save_figure
 
 # %%
+from src.figures import plot_contact_sheet, save_figure
 from src.networks import build_decoder
 
 # %%

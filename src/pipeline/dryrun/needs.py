@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.voting import VOTES, parse_voters
+from src.encoding.pool import MINI_POOL_IMAGES
 from src.losses import combined_loss, info_nce, l2_normalize, soft_clip_loss
 from src.networks.rebuild import build_decoder
 from src.pipeline.dryrun.memory import estimate_training_memory
 from src.pipeline.dryrun.sizes import (
     FLOAT_BYTES,
     HALF_BYTES,
+    DataSizes,
     Sizes,
     count_inputs,
     count_voxels,
@@ -287,6 +289,48 @@ def _estimate_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, di
     return _count_all_on_meta(build), memory
 
 
+def estimate_percept(p: Parameters, sizes: Sizes) -> Needs:
+    """02_train_percept: components of tokens and latents, from measured and simulated trials."""
+    data, models = sizes.data, sizes.models
+    width = count_inputs(p, data)
+    counts = {"clip_tokens": p["token_components"], "vae_latents": p["latent_components"]}
+    decoder_sizes = DecoderSizes(
+        (width,), models.tokens, models.dim, models.latent, components=counts
+    )
+    config = build_decoder_config("02_train_percept", p, decoder_sizes)
+
+    def build() -> nn.Module:
+        return build_decoder(config)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(torch.zeros(p["batch_size"], width)).square().mean()
+
+    memory = estimate_training_memory(build, loss, p["precision"])
+    count = _count_all_on_meta(build)
+    outputs = sum(counts.values())
+    pool = _count_pool_images(p, data)
+    numbers = models.tokens * models.dim + (math.prod(models.latent) if outputs else 0)
+    memory["average of the weights"] = FLOAT_BYTES * count if p["weight_average"] else 0.0
+    memory["bases of the components"] = FLOAT_BYTES * numbers * max(counts.values())
+    memory["simulated responses and noise"] = HALF_BYTES * width * (pool + p["n_draws"])
+    memory["components of targets"] = FLOAT_BYTES * outputs * (pool + data.train_trials)
+    memory["frozen models"] = models.frozen_bytes["CLIP"] + models.frozen_bytes["autoencoder"]
+    own_pool = 0 if p["pool"] == "train" else pool
+    targets = models.embedding_bytes + models.latent_bytes
+    cached = targets * (data.all_images + own_pool)
+    memory["mapped data"] = data.betas_bytes + cached
+    disk = {"cached targets": cached, "images of the pool": float(data.image_bytes * own_pool)}
+    return Needs({"network": count}, memory, disk)
+
+
+def _count_pool_images(p: Parameters, data: DataSizes) -> int:
+    """Images of the pool: as many as are asked for, all of one that is known; of a folder that
+    nobody has counted yet, as many as the mini models were trained on.
+    """
+    known = data.train_images if p["pool"] == "train" else MINI_POOL_IMAGES
+    return min(known, p["pool_images"] or known)
+
+
 def estimate_prepared_data(p: Parameters, sizes: Sizes) -> Needs:
     """00_prepare_data: the prepared layout."""
     data = sizes.data
@@ -345,12 +389,12 @@ def estimate_ridge_memory(stage: str, sizes: Sizes, width: int) -> float:
     centring, folds and predictions make of them.
 
     Args:
-        stage: name of the notebook; 01 predicts embeddings, 02 latents.
+        stage: name of the notebook; 01 and Percept's predict embeddings, 02 latents.
         sizes: of the data and the frozen models.
         width: number of inputs.
     """
     n, targets = sizes.data.train_images, math.prod(sizes.models.latent)
-    if stage.startswith("01"):
+    if stage.startswith("01") or stage == "02_train_percept":
         targets = sizes.models.tokens * sizes.models.dim
     # the numbers of copies are measured
     inputs_size = 6 * n * width
@@ -372,6 +416,7 @@ NEEDS: dict[str, Callable[[Parameters, Sizes], Needs]] = {
     "01_train_mindeye2": estimate_mindeye2,
     "02_train_autoencoder": estimate_low_level,
     "02_train_basic_autoencoder": estimate_basic,
+    "02_train_percept": estimate_percept,
     "02_train_roi_models": estimate_roi_models,
     "03_reconstruct": estimate_reconstructions,
     "03_vote": estimate_votes,

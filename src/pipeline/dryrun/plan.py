@@ -27,6 +27,7 @@ TRAININGS = (
     "01_train_mindeye2",
     "02_train_autoencoder",
     "02_train_basic_autoencoder",
+    "02_train_percept",
     "02_train_roi_models",
 )
 
@@ -158,6 +159,7 @@ def _list_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
         "01_train_combined": [clip, *samples],
         "02_train_autoencoder": ["versatile_diffusion"],
         "02_train_basic_autoencoder": ["stable_diffusion"],
+        "02_train_percept": [clip, "versatile_diffusion"],
         "03_reconstruct": decoding,
         "02_train_roi_models": ["stable_diffusion"],
         "03_vote": ["clip", "stable_diffusion", *captioner],
