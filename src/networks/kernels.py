@@ -29,7 +29,7 @@ ARC_COSINE_BIAS = 0.1  # of the mean square of a feature
 RBF_WIDTH = 2.0  # gamma times the median squared distance
 PENALTY = 0.1  # of the mean diagonal of the kernel
 NOISE_SHRINKAGE = 0.2  # of the noise covariance towards its diagonal
-MEDIAN_ROWS = 1000  # training images whose distances give the median
+ROWS_AT_ONCE = 1000  # of training images, for their median distance and mean similarity
 TARGETS_AT_ONCE = 16384  # which bounds the memory of a solution
 
 
@@ -113,11 +113,9 @@ def compute_signal_projection(mean_voxels: Tensor, noise: RepeatNoise) -> Tensor
     """
     diagonal = noise.covariance.diagonal().diag()
     shrunk = (1 - NOISE_SHRINKAGE) * noise.covariance + NOISE_SHRINKAGE * diagonal
-    variances, axes = torch.linalg.eigh(shrunk)
-    floor = variances[-1] * torch.finfo(variances.dtype).eps
-    whitening = (axes * variances.clamp(min=floor).rsqrt()) @ axes.T  # (voxels, voxels)
-    whitened = (mean_voxels - mean_voxels.mean(0)) @ whitening
-    covariance = whitened.T @ whitened / (len(whitened) - 1)
+    factor = torch.linalg.cholesky(shrunk)  # its inverse whitens the noise
+    covariance = torch.linalg.solve_triangular(factor, mean_voxels.T.cov(), upper=False)
+    covariance = torch.linalg.solve_triangular(factor, covariance.T, upper=False)
     signal, rotation = torch.linalg.eigh(covariance)
     signal = signal - noise.averaged  # the noise's own covariance is the identity here
     has_signal = signal > 0
@@ -127,7 +125,8 @@ def compute_signal_projection(mean_voxels: Tensor, noise: RepeatNoise) -> Tensor
             " decode: check which trials belong to which image."
         )
     reliability = signal / (signal + noise.averaged)
-    return whitening @ (rotation * reliability)[:, has_signal]
+    chosen = (rotation * reliability)[:, has_signal]
+    return torch.linalg.solve_triangular(factor.T, chosen, upper=True)
 
 
 def compute_reliability_weights(mean_voxels: Tensor, noise: RepeatNoise) -> Tensor:
@@ -169,7 +168,7 @@ class KernelRidge(Network):
 
     The state dict holds projection (voxels, features) or weights (voxels,), support (images,
     features), coefficients (images, targets), intercept (targets,), gamma (of the rbf kernel), and
-    inverse_diagonal (images,) of the inverse of kernel plus penalty, for leave-one-out predictions.
+    the penalty that was added to the diagonal of the kernel.
 
     Source: Saunders et al. 1998; kernels and features: this module.
     """
@@ -179,7 +178,7 @@ class KernelRidge(Network):
     coefficients: Tensor
     intercept: Tensor
     gamma: Tensor
-    inverse_diagonal: Tensor
+    penalty: Tensor
 
     def __init__(
         self,
@@ -204,7 +203,7 @@ class KernelRidge(Network):
         self.register_buffer("coefficients", torch.zeros(n_images, size))
         self.register_buffer("intercept", torch.zeros(size))
         self.register_buffer("gamma", torch.zeros(()))
-        self.register_buffer("inverse_diagonal", torch.zeros(n_images))
+        self.register_buffer("penalty", torch.zeros(()))
 
     def forward(self, voxels: Tensor) -> Tensor:
         """(batch, voxels), or (batch, trials, voxels), -> (batch, *target_shape)."""
@@ -228,6 +227,13 @@ class KernelRidge(Network):
             return compute_rbf_kernel(a, b, self.gamma)
         return compute_arc_cosine_kernel(a, b)
 
+    def _factorise(self) -> Tensor:
+        """Cholesky factor of the kernel of the training images plus penalty, (images, images)."""
+        gram = self._compare(self.support, self.support)
+        gram.diagonal().add_(self.penalty)
+        return torch.linalg.cholesky(gram)
+
+    @torch.no_grad()
     def predict_left_out(self, targets: Tensor) -> Tensor:
         """What would be predicted of each training image by a fit to all others.
 
@@ -239,7 +245,8 @@ class KernelRidge(Network):
 
         Source: the closed form of leave-one-out, e.g. Rifkin & Lippert 2007.
         """
-        residuals = self.coefficients / self.inverse_diagonal[:, None]
+        inverse_diagonal = torch.cholesky_inverse(self._factorise()).diagonal()
+        residuals = self.coefficients / inverse_diagonal[:, None]
         return (targets.flatten(1) - residuals).view(len(targets), *self.target_shape)
 
     @classmethod
@@ -287,24 +294,25 @@ class KernelRidge(Network):
         n_features = projection.shape[-1]
         decoder = cls(x.shape[1], n_features, len(x), targets.shape[1:], kernel, weighted)
         decoder.to(device)
-        decoder._set_features(mean_voxels, projection)
-        decoder._solve(torch.from_numpy(y), penalty)
+        decoder._set_features(mean_voxels, projection, penalty)
+        decoder._solve(torch.from_numpy(y))
         return decoder.cpu().eval()
 
-    def _set_features(self, mean_voxels: Tensor, projection: Tensor) -> None:
-        """Features of the training images, scaled to a mean square of 1, and the kernel's width."""
+    def _set_features(self, mean_voxels: Tensor, projection: Tensor, penalty: float) -> None:
+        """Features of the training images, scaled to a mean square of 1; width and penalty."""
         self.projection = projection
-        self.projection = projection / self._project(mean_voxels).square().mean().sqrt()
-        self.support = self._project(mean_voxels)
+        features = self._project(mean_voxels)
+        scale = features.square().mean().sqrt()
+        self.projection, self.support = projection / scale, features / scale
         if self.kernel == "rbf":
             self.gamma = RBF_WIDTH / _compute_median_distance(self.support)
+        blocks = self.support.split(ROWS_AT_ONCE)
+        diagonal = [self._compare(block, block).diagonal() for block in blocks]
+        self.penalty = penalty * torch.cat(diagonal).mean()
 
-    def _solve(self, targets: Tensor, penalty: float) -> None:
+    def _solve(self, targets: Tensor) -> None:
         """Coefficients of targets (images, targets), a block of targets at a time."""
-        gram = self._compare(self.support, self.support)  # (images, images)
-        gram.diagonal().add_(penalty * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(gram)
-        self.inverse_diagonal = torch.cholesky_inverse(factor).diagonal().clone()
+        factor = self._factorise()
         self.intercept = targets.mean(0).to(self.support.device)
         for start in range(0, targets.shape[1], TARGETS_AT_ONCE):
             columns = slice(start, start + TARGETS_AT_ONCE)
@@ -323,8 +331,8 @@ def _choose_projection(mean_voxels: Tensor, noise: RepeatNoise | None, kernel: s
 
 
 def _compute_median_distance(features: Tensor) -> Tensor:
-    """Median squared distance between training images, at most MEDIAN_ROWS of them."""
-    step = -(-len(features) // MEDIAN_ROWS)
+    """Median squared distance between training images, at most ROWS_AT_ONCE of them."""
+    step = -(-len(features) // ROWS_AT_ONCE)
     chosen = features[::step]
     distances = compute_squared_distances(chosen, chosen)
     above = torch.triu_indices(*distances.shape, offset=1, device=distances.device)
