@@ -98,6 +98,33 @@ def rank_each(brain: Any, clip: Any, direction: str = "image_from_brain") -> np.
     return _compute_ranks(*_split_roles(brain, clip, direction))
 
 
+def rank_by_similarity(similarity: Any, direction: str = "image_from_brain") -> np.ndarray:
+    """Rank of the correct candidate for every query, 1 the best, by any measure of likeness.
+
+    Args:
+        similarity: (brains, images), larger the more alike, both in the same order
+            (`src.similarity`).
+        direction: as `rank_each`.
+
+    Returns:
+        (n,) integers from 1 to n. Candidates as similar as the correct one come before it.
+
+    Raises:
+        PerceptError: for an unknown direction, a matrix that is not square, or values that are not
+            finite.
+    """
+    values = torch.as_tensor(similarity)
+    if direction not in REFERENCE_NAMES or values.shape != (len(values), len(values)):
+        raise PerceptError(
+            f"Similarities {tuple(values.shape)} cannot be ranked {direction!r}: give one row a"
+            f" brain and one column an image, and one of {', '.join(REFERENCE_NAMES)}."
+        )
+    _check_finite(values, "similarities")
+    if direction == "brain_from_image":
+        values = values.T
+    return (values >= values.diagonal()[:, None]).sum(1).cpu().numpy()
+
+
 def top1_image_from_brain_each(brain: Any, clip: Any) -> np.ndarray:
     """For each brain sample 1 if its own image is the most similar of all images, else 0.
 

@@ -19,6 +19,7 @@ LAYERS = [
         "prior",
         "metrics",
         "retrieval",
+        "similarity",
         "data",
         "readers",
         "networks",
