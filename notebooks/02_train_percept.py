@@ -261,7 +261,7 @@ def respond(ids):
 
 def encode(sources, ids):
     """Components (n, outputs) of the targets of images."""
-    return encode_rows(model, [sources[name] for name in bases], ids)
+    return encode_rows(model.encode_targets, [sources[name] for name in bases], ids)
 
 
 # %%
