@@ -18,6 +18,7 @@ from src.decoding.voting import VOTES, parse_voters
 from src.encoding.pool import MINI_POOL_IMAGES
 from src.losses import combined_loss, info_nce, l2_normalize, soft_clip_loss
 from src.networks.rebuild import build_decoder
+from src.parameters import list_decoders
 from src.pipeline.dryrun.memory import estimate_training_memory
 from src.pipeline.dryrun.sizes import (
     FLOAT_BYTES,
@@ -342,14 +343,15 @@ def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     """03_reconstruct: images of all decoders and baselines, tokens, and the published files."""
     data, models = sizes.data, sizes.models
     n = p["first_images"] or data.test_images
-    decoders = 2 if p["decoder"] == "both" else 1
+    names = list_decoders(p["decoder"])
+    decoders = len(names)
     # at most: of each decoder its low level; an untrained network; fewer repeats; stored samples;
     # the oracle and the autoencoder
     rows = decoders + 2 + p["keep_samples"]
     rows += len([part for part in p["fewer_repeats"].split(",") if part.strip()])
     if p["img2img_strength"] < 1:
         rows += decoders
-    if p["untrained"] and p["decoder"] != "ridge":
+    if p["untrained"] and "network" in names:
         rows += 1
     image = _count_image_bytes(p, sizes)
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
@@ -371,8 +373,7 @@ def estimate_votes(p: Parameters, sizes: Sizes) -> Needs:
     voters = max(1, p["voters"].count(",") + 1)
     # and the best voter of each image, the mean latent, the oracle, two low levels
     rows = voters + len(VOTES) + 5 + p["untrained"]
-    if p["decoder"] == "both":
-        rows += 1
+    rows += len(list_decoders(p["decoder"])) - 1
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
     return Needs(disk={"images": n * (rows * _count_image_bytes(p, sizes) + originals)})
 
@@ -393,14 +394,34 @@ def estimate_ridge_memory(stage: str, sizes: Sizes, width: int) -> float:
         sizes: of the data and the frozen models.
         width: number of inputs.
     """
-    n, targets = sizes.data.train_images, math.prod(sizes.models.latent)
-    if stage.startswith("01") or stage == "02_train_percept":
-        targets = sizes.models.tokens * sizes.models.dim
+    n, targets = sizes.data.train_images, _count_targets(stage, sizes)
     # the numbers of copies are measured
     inputs_size = 6 * n * width
     targets_size = 5 * n * targets
     weights_size = 4 * width * targets + 4 * width * width
     return FLOAT_BYTES * (inputs_size + targets_size + weights_size)
+
+
+def estimate_kernel_memory(stage: str, sizes: Sizes, width: int) -> float:
+    """Bytes of fitting the kernel decoder: voxels, targets and coefficients, the covariances of
+    signal and noise, and the kernel of the training images, each with its copies.
+
+    Args:
+        stage: name of the notebook; 01 and Percept's predict embeddings, 02 latents.
+        sizes: of the data and the frozen models.
+        width: number of inputs.
+    """
+    n, targets = sizes.data.train_images, _count_targets(stage, sizes)
+    inputs_size = 4 * n * width
+    targets_size = 4 * n * targets
+    return FLOAT_BYTES * (inputs_size + targets_size + 5 * width * width + 6 * n * n)
+
+
+def _count_targets(stage: str, sizes: Sizes) -> int:
+    """Numbers that a closed form predicts of an image."""
+    if stage.startswith("01") or stage == "02_train_percept":
+        return sizes.models.tokens * sizes.models.dim
+    return math.prod(sizes.models.latent)
 
 
 def _count_all_on_meta(build: Callable[[], nn.Module]) -> int:
