@@ -34,7 +34,7 @@ first_images = 0  # only the first so many test images, 0 for all, at least 0
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 autoencoder_name = ""  # run of the low-level network, by default this one (of voters: run/voter)
 start_run = ""  # run whose retrieved images the generator starts from, instead of the low level
@@ -86,7 +86,7 @@ from src.decoding import (
     compute_repeat_agreement,
     compute_sample_spread,
     draw_latent_noise,
-    find_decoder,
+    find_decoders,
     generate_images,
     load_condition,
     load_decoder,
@@ -103,6 +103,7 @@ from src.figures import plot_contact_sheet, save_figure
 from src.networks import build_decoder
 
 # %%
+from src.parameters import list_decoders
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import prepare_if_missing
 from src.retrieval import find_nearest
@@ -121,14 +122,8 @@ low_logs = run.logs
 if autoencoder_name:
     low_logs = HOME / "train_logs" / autoencoder_name
     check_trained_on(low_logs, subject.key, subject.identity)
-files = {
-    "network": (
-        find_decoder(run.logs, "high_level", checkpoint),
-        find_decoder(low_logs, "low_level", checkpoint),
-    ),
-    "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
-}
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+files = find_decoders(run.logs, low_logs, checkpoint)
+names = list_decoders(decoder)
 main, keep = names[0], slice(0, first_images or None)
 image_ids = subject.image_ids("test")[keep]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255

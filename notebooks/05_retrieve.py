@@ -24,7 +24,7 @@ data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
 
 # model
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 model_name2 = ""  # run of the 1x768 model, whose candidates this run's tokens re-rank
 
 # optimisation
@@ -54,6 +54,7 @@ from src.data import check_made_from, open_training_split
 from src.decoding import load_reconstructions
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
 from src.figures import plot_embeddings, plot_hits_and_misses, plot_retrieval_curve, save_figure
+from src.parameters import list_decoders
 from src.readers import prepare_if_missing
 from src.utils import HOME, PerceptError, atomic
 
@@ -62,7 +63,7 @@ prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
 tensors, metadata = load_reconstructions(run.results)
 check_made_from(metadata, subject.identity, run.name)
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+names = list_decoders(decoder)
 if model_name2 == run.name:
     raise PerceptError(
         f"model_name2 is this very run, '{run.name}': name another run, whose single embedding"
