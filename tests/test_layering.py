@@ -29,7 +29,7 @@ LAYERS = [
         "search",
         "miniworld",
     },
-    {"training", "decoding", "encoding"},
+    {"training", "decoding", "encoding", "small_data"},
     {"evaluation"},
     {"pipeline"},
 ]
