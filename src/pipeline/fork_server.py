@@ -29,31 +29,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# without matplotlib.pyplot, which asks at its import in which notebook it is
+# matplotlib without pyplot, which asks at its import in which notebook it is
 LIBRARIES = (
     "ipykernel.kernelapp",
     "ipykernel.ipkernel",
     "h5py",
     "pandas",
     "pyarrow.parquet",
-    "torch",
+    "scipy.stats",
+    "sklearn.decomposition",
+    "sklearn.model_selection",
+    "himalaya.ridge",
+    "matplotlib.figure",
+    "matplotlib.lines",
+    "mpl_toolkits.mplot3d",
+    "safetensors.torch",
     "torch._dynamo",
     "torch.distributed",
     "torch.utils.data",
     "torchvision.transforms.v2",
-    "safetensors.torch",
     "kornia",
-    "sklearn.decomposition",
-    "sklearn.model_selection",
-    "himalaya.ridge",
     "accelerate",
     "webdataset",
+    "transformers.image_processing_utils",
     "transformers.models.clip.modeling_clip",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers.scheduling_unipc_multistep",
-    "diffusers.pipelines.versatile_diffusion",
+    "diffusers.pipelines.pipeline_utils",
 )
+
+# as a kernel sets it, which matplotlib reads when it is imported
+MATPLOTLIB_BACKEND = ("MPLBACKEND", "module://matplotlib_inline.backend_inline")
 
 HEADER = struct.Struct("!Q")  # length of a request, in bytes
 
@@ -83,6 +89,7 @@ def serve(path: Path) -> Request | None:
         In a child its request, in the server itself None at the end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault(*MATPLOTLIB_BACKEND)
     for name in LIBRARIES:
         with suppress(ImportError):  # whoever needs it will say so
             importlib.import_module(name)
