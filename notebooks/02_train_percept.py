@@ -28,7 +28,6 @@ split = "images"  # one of images, cluster-held-out; docs/overlap.md explains th
 n_clusters = 20  # clusters of which a quarter is held out, at least 4
 num_sessions = 0  # training sessions, the first so many, 0 for all, at least 0
 rois = ""  # regions whose voxels are used, by default all (docs/roi_voting.md)
-n_components = 0  # principal components in place of voxels, 0 for the voxels, at least 0
 pool = "train"  # images to measure: train, mini (its models' training images), or a folder
 pool_images = 0  # the first so many images of the pool, 0 for all, at least 0
 pool_overlap = "refuse"  # one of refuse, drop; what is done with test images in the pool
@@ -136,7 +135,7 @@ subject = select_training_split(
     num_sessions,
 )
 print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
-normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
+normaliser = Normaliser.fit(subject, rois=rois)
 trials = BrainDataset(subject, "train", {}, normaliser, "each", seed)
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed)
 print(
@@ -220,7 +219,7 @@ for name in [name for name in frozen_models if components[name]]:
 # %%
 recorded = ("batch_size", "num_epochs", "epoch_steps", "max_lr", "warmup_share", "weight_decay")
 recorded += ("weight_average", "measured_share", "n_draws", "encoder_name", "seed")
-recorded += ("split", "n_clusters", "num_sessions", "n_components", "rois")
+recorded += ("split", "n_clusters", "num_sessions", "rois")
 n_tokens, dim = clipper.target_shape
 counts = {name: len(basis.components) for name, basis in bases.items()}
 sizes = DecoderSizes(

@@ -12,14 +12,14 @@ from torch import Tensor
 from src.data.identity import check_trained_on
 from src.data.normaliser import Normaliser
 from src.data.subject import Subject
-from src.encoding.features import Extractor, build_gnet_extractor, compute_features
+from src.encoding.features import Extractor, build_extractors, compute_features
 from src.encoding.model import EncodingModel
 from src.encoding.noise import NoiseModel
 from src.encoding.store import load_encoder, read_encoder_config
 from src.utils import PerceptError
 
 # what an encoding model and a decoder trained on its measurements must have in common
-SHARED = ("split", "n_clusters", "num_sessions", "n_components", "rois")
+SHARED = ("split", "n_clusters", "num_sessions", "rois")
 
 NEEDS_LABELS = ("categories", "captions")
 
@@ -90,12 +90,10 @@ def open_run_encoder(
     if model.n_voxels != normaliser.n_features:
         raise PerceptError(
             f"The encoding model in {logs} predicts {model.n_voxels} voxels and the decoder reads"
-            f" {normaliser.n_features}: train both with the same rois and n_components."
+            f" {normaliser.n_features}: train both with the same rois."
         )
     _check_training(read_encoder_config(logs), parameters, logs)
-    extractors = {}
-    if "gnet" in model.spaces:
-        extractors["gnet"] = build_gnet_extractor(parameters["weights"], subject.subj, device)
+    extractors = build_extractors(model.spaces, parameters["weights"], subject.subj, device)
     return Instrument(model, extractors), noise
 
 
