@@ -118,6 +118,8 @@ from src.parameters import list_decoders, parse_names
 # %%
 from src.pretrained import LatentAutoencoder, PatchClip, Teacher
 from src.readers import check_protocol, prepare_if_missing
+
+# %%
 from src.training import (
     CLOSED_FORMS,
     Batching,

@@ -54,6 +54,7 @@ private_pictures = False  # also fetch images from addresses that are not public
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 token_run = ""  # run whose tokens choose among the k images, by default the nearest one is taken
+encoder_name = ""  # run of an encoding model, whose likelihood chooses in place of tokens
 
 # optimisation
 seed = 42  # of everything random here
@@ -87,6 +88,7 @@ from src.decoding import (
     read_decoder_config,
     select_best,
 )
+from src.encoding import open_brain_agreement
 from src.evaluation import add_results, derangements, make_record, provenance
 from src.figures import plot_contact_sheet, save_figure
 from src.metrics import resize
@@ -314,7 +316,8 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 # ## The pictures
 # Those that can be had, in the order of the search. A test image without any stops the notebook:
 # nothing is scored in its place. With `token_run` all the tokens of another run
-# choose one of the `k`, as the paper's second-order selection does; otherwise the nearest one is
+# choose one of the `k`, as the paper's second-order selection does; with `encoder_name` it is the
+# likelihood of the measured voxels, as an encoding model sees it; otherwise the nearest one is
 # taken. What was seen plays no part.
 
 # %%
@@ -336,6 +339,8 @@ for name, neighbours in results_by_query.items():
 tokens, chooser = None, None
 
 # %%
+if token_run and encoder_name:
+    raise PerceptError("token_run and encoder_name would both choose: leave one of them empty.")
 if token_run:
     tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
     chooser = load_encoder(
@@ -345,6 +350,13 @@ if token_run:
         weights,
         run.device,
     )
+agreement = None
+if encoder_name:
+    encoder_logs = HOME / "train_logs" / encoder_name
+    agreement = open_brain_agreement(encoder_logs, subject, weights, run.device)
+    known = subject.image_ids("test")
+    measured = agreement.measure(subject, "test", int(metadata["repeats"]))
+    measured = measured[np.searchsorted(known, image_ids)]
 
 
 # %%
@@ -373,6 +385,8 @@ def chosen(name, part):
     at = torch.from_numpy(ok.argmax(1))
     if chooser is not None and name == "retrieved":
         at = select_best(chooser, tokens[part], candidate_images)[1]
+    if agreement is not None and name == "retrieved":
+        at = agreement.select_best(measured[part], candidate_images)[1]
     picked = candidate_images[torch.arange(len(candidate_images)), at]
     return {name: picked.half(), f"{name}_place": at, f"{name}_ok": torch.from_numpy(ok.any(1))}
 
@@ -412,6 +426,8 @@ about |= {
 }
 about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
+if encoder_name:
+    about |= {"chosen by": f"the likelihood of the encoding model {encoder_name}, of {k}"}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file(
         {key: value.contiguous() for key, value in (tensors | rows).items()},
@@ -495,7 +511,8 @@ columns = {"seen": resize(seen[:12], side)} | {
     f"number {i + 1}": resize(candidate_images[:, i], side)
     for i in range(candidate_images.shape[1])
 }
-columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)} if token_run else {}
+if token_run or encoder_name:
+    columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}
 save_figure(plot_contact_sheet(columns, n=12), run.results / "figures" / "found.png")
 
