@@ -12,6 +12,7 @@
   voxels most likely.
 """
 
+from src.encoding.agreement import BrainAgreement, open_brain_agreement
 from src.encoding.banded_ridge import (
     EncodingFit,
     explained_variance,
@@ -21,12 +22,14 @@ from src.encoding.banded_ridge import (
 from src.encoding.features import (
     FEATURE_SPACES,
     FeatureSpace,
+    build_extractors,
     build_gnet_extractor,
     build_layer_extractor,
     compute_features,
     embed_captions,
     embed_categories,
     extract_gabor,
+    look_up_features,
 )
 from src.encoding.gabor import GaborPyramid
 from src.encoding.measuring import Instrument, open_run_encoder
@@ -42,6 +45,7 @@ from src.encoding.store import load_encoder, read_encoder_config, save_encoder
 from src.encoding.target_pca import TargetBasis, TargetSet, encode_rows, fit_target_basis
 
 __all__ = [
+    "BrainAgreement",
     "EncodingFit",
     "EncodingModel",
     "FEATURE_SPACES",
@@ -55,6 +59,7 @@ __all__ = [
     "SignalAndNoise",
     "TargetBasis",
     "TargetSet",
+    "build_extractors",
     "build_gnet_extractor",
     "build_layer_extractor",
     "check_pool",
@@ -69,6 +74,8 @@ __all__ = [
     "fit_encoding_model",
     "fit_target_basis",
     "load_encoder",
+    "look_up_features",
+    "open_brain_agreement",
     "open_pool",
     "open_run_encoder",
     "partition_variance",

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.encoding.features import FEATURE_SPACES, FeatureSpace
-from src.encoding.model import EncodingModel, FeatureProjection, LinearReadout
+from src.encoding.model import EncodingModel, FeatureProjection
+from src.encoding.nonlinear import fit_kernel_readout, fit_mlp_readout
+from src.encoding.readouts import KernelReadout, LinearReadout, check_readout
 from src.networks.linear import himalaya_backend
 from src.utils import PerceptError
 
@@ -49,19 +51,27 @@ class EncodingFit:
         return float(1 - (self.residuals**2).sum() / spread)
 
 
+@dataclass(frozen=True)
+class RidgeSettings:
+    """How a banded ridge is fitted; arguments of `fit_encoding_model`."""
+
+    penalties: Sequence[float] = PENALTIES
+    n_mixtures: int = 1
+    penalty_folds: int = 2
+    folds: int = 4
+    seed: int = 0
+    device: str = "cpu"
+
+
 def fit_encoding_model(
     features: Mapping[str, Any],
     voxels: np.ndarray,
     groups: np.ndarray | None = None,
     spaces: Mapping[str, FeatureSpace] | None = None,
-    penalties: Sequence[float] = PENALTIES,
-    n_mixtures: int = 1,
-    penalty_folds: int = 2,
-    folds: int = 4,
-    seed: int = 0,
-    device: str = "cpu",
+    readout: str = "linear",
+    **options: Any,
 ) -> EncodingFit:
-    """Fit voxels as a linear map of feature spaces, with a penalty for each space and voxel.
+    """Fit voxels as a map of feature spaces: a banded ridge, with a penalty a space and voxel.
 
     Minimises ||y - sum_s Z_s w_s||^2 + sum_s penalty_s ||w_s||^2 for each voxel y, where Z_s are
     the principal components of space s at a mean squared length of 1. The penalties of each voxel
@@ -74,13 +84,17 @@ def fit_encoding_model(
         voxels: (images, voxels), z-scored; the mean over repeats.
         groups: (images,) labels; images of one group stay in one fold. None: each is its own.
         spaces: how each feature space enters, by name; those of FEATURE_SPACES by default.
-        penalties: candidates, for spaces that weigh the same.
-        n_mixtures: how many ways to share a penalty among the spaces are tried: all equal, then
-            random ones. With 1 this is a ridge with one penalty a voxel.
-        penalty_folds: of the choice of the penalties, at least 2.
-        folds: of the out-of-fold predictions, at least 2.
-        seed: of folds, mixtures and components.
-        device: torch device of the linear algebra.
+        readout: "linear"; "kernel" for a kernel ridge on the components of all spaces, with a
+            penalty a voxel; "mlp" for a hidden layer on what the linear map leaves, which takes
+            `folds` + 1 trainings.
+        options: of `RidgeSettings`.
+            penalties: candidates, where all spaces share one (1 to 316).
+            n_mixtures: how many ways to share a penalty among the spaces are tried: all equal,
+                then random ones. With 1 this is a ridge with one penalty a voxel.
+            penalty_folds: of the choice of the penalties, at least 2 (2).
+            folds: of the out-of-fold predictions, at least 2 (4).
+            seed: of folds and components (0).
+            device: torch device of the linear algebra ("cpu").
 
     Raises:
         PerceptError: if rows do not match, there are fewer groups than folds, or values are not
@@ -88,27 +102,101 @@ def fit_encoding_model(
 
     Source: Dupré la Tour et al. 2022 (banded ridge, himalaya); Nunez-Elizalde et al. 2019.
     """
+    settings = RidgeSettings(**options)
+    check_readout(readout)
     y = np.asarray(voxels, np.float32)
     check_rows(features, y, groups)
-    known = FEATURE_SPACES | dict(spaces or {})
-    projections = {
-        name: FeatureProjection.fit(rows, known.get(name, FeatureSpace()), seed)
+    projections = fit_projections(features, spaces, settings.seed)
+    components = {
+        name: projection.apply(features[name]).numpy() for name, projection in projections.items()
+    }
+    fitted = _fit_readout(readout, components, y, groups, settings)
+    model = assemble_model(projections, y.shape[1], readout, fitted.module)
+    score = explained_variance(y, fitted.out_of_fold)
+    residuals = y - fitted.out_of_fold
+    return EncodingFit(model, fitted.out_of_fold, residuals, fitted.penalties, score)
+
+
+@dataclass(frozen=True)
+class _FittedReadout:
+    """A readout, the penalties (spaces, voxels) and its out-of-fold predictions."""
+
+    module: nn.Module
+    penalties: np.ndarray
+    out_of_fold: np.ndarray
+
+
+def _fit_readout(
+    kind: str,
+    components: Mapping[str, np.ndarray],
+    y: np.ndarray,
+    groups: np.ndarray | None,
+    settings: RidgeSettings,
+) -> _FittedReadout:
+    """Fit one of READOUTS to the components of all spaces."""
+    x, sizes = _concatenate(components)
+    folds = split_rows(len(y), settings.folds, groups, settings.seed + 1)
+    if kind == "kernel":
+        penalty_folds = split_rows(len(y), settings.penalty_folds, groups, settings.seed)
+        module, chosen, out_of_fold = fit_kernel_readout(
+            x, y, penalty_folds, folds, settings.device
+        )
+        penalties = np.tile(chosen, (len(sizes), 1))
+        return _FittedReadout(module, penalties, out_of_fold)
+    penalties, out_of_fold = _fit_components(components, y, groups, settings)
+    linear = _make_linear(*solve_banded_ridge(x, sizes, y, penalties, settings.device))
+    if kind == "linear":
+        return _FittedReadout(linear, penalties, out_of_fold)
+    for rows, left_out in folds:
+        part = _make_linear(
+            *solve_banded_ridge(x[rows], sizes, y[rows], penalties, settings.device)
+        )
+        mlp = fit_mlp_readout(x[rows], y[rows], part, settings.seed, settings.device)
+        with torch.no_grad():
+            out_of_fold[left_out] = mlp(torch.from_numpy(x[left_out])).numpy()
+    mlp = fit_mlp_readout(x, y, linear, settings.seed, settings.device)
+    return _FittedReadout(mlp, penalties, out_of_fold)
+
+
+def _make_linear(weight: Tensor, bias: Tensor) -> LinearReadout:
+    """A linear readout with weight (components, voxels) and bias (voxels,)."""
+    linear = LinearReadout(*weight.shape)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return linear
+
+
+def _fit_components(
+    components: Mapping[str, np.ndarray],
+    y: np.ndarray,
+    groups: np.ndarray | None,
+    settings: RidgeSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Penalties (spaces, voxels), and out-of-fold predictions (images, voxels)."""
+    x, sizes = _concatenate(components)
+    penalty_folds = split_rows(len(y), settings.penalty_folds, groups, settings.seed)
+    penalties = choose_penalties(
+        x, sizes, y, settings.penalties, settings.n_mixtures, penalty_folds, settings.device
+    )
+    folds = split_rows(len(y), settings.folds, groups, settings.seed + 1)
+    return penalties, predict_out_of_fold(x, sizes, y, penalties, folds, settings.device)
+
+
+def _concatenate(components: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """Components of all spaces side by side, and how many each space has."""
+    parts = list(components.values())
+    return np.concatenate(parts, 1), [part.shape[1] for part in parts]
+
+
+def fit_projections(
+    features: Mapping[str, Any], spaces: Mapping[str, FeatureSpace] | None = None, seed: int = 0
+) -> dict[str, FeatureProjection]:
+    """Principal components of each feature space; arguments as for `fit_encoding_model`."""
+    settings = FEATURE_SPACES | dict(spaces or {})
+    return {
+        name: FeatureProjection.fit(rows, settings.get(name, FeatureSpace()), seed)
         for name, rows in features.items()
     }
-    x, sizes = project_all(projections, features)
-    choice = choose_penalties(
-        x, sizes, y, penalties, n_mixtures, split_rows(len(y), penalty_folds, groups, seed), device
-    )
-    out_of_fold = predict_out_of_fold(
-        x, sizes, y, choice, split_rows(len(y), folds, groups, seed + 1), device
-    )
-    weight, bias = solve_banded_ridge(x, sizes, y, choice, device)
-    model = assemble_model(projections, y.shape[1])
-    assert isinstance(model.readout, LinearReadout)
-    model.readout.weight.copy_(weight)
-    model.readout.bias.copy_(bias)
-    residuals = y - out_of_fold
-    return EncodingFit(model, out_of_fold, residuals, choice, explained_variance(y, out_of_fold))
 
 
 def check_rows(features: Mapping[str, Any], voxels: np.ndarray, groups: np.ndarray | None) -> None:
@@ -130,28 +218,16 @@ def check_rows(features: Mapping[str, Any], voxels: np.ndarray, groups: np.ndarr
         )
 
 
-def project_all(
-    projections: Mapping[str, FeatureProjection], features: Mapping[str, Any]
-) -> tuple[np.ndarray, list[int]]:
-    """Components of all spaces side by side (images, components), and how many each space has."""
-    parts = []
-    with torch.no_grad():
-        for name, projection in projections.items():
-            parts.append(projection(torch.as_tensor(np.asarray(features[name]))).numpy())
-    return np.concatenate(parts, 1), [part.shape[1] for part in parts]
-
-
 def assemble_model(
-    projections: Mapping[str, FeatureProjection],
-    n_voxels: int,
-    readout: str = "linear",
-    options: Mapping[str, Any] | None = None,
+    projections: Mapping[str, FeatureProjection], n_voxels: int, kind: str, readout: nn.Module
 ) -> EncodingModel:
-    """An encoding model with these projections, whose readout is still to be filled."""
+    """An encoding model of fitted projections and a fitted readout of that kind."""
     sizes = {name: list(part.components.shape) for name, part in projections.items()}
-    model = EncodingModel(sizes, n_voxels, readout, options)
+    options = {"n_images": len(readout.inputs)} if isinstance(readout, KernelReadout) else {}
+    model = EncodingModel(sizes, n_voxels, kind, options)
     for name, part in projections.items():
-        model.projections[name].load_state_dict(part.state_dict())
+        model.get_projection(name).load_state_dict(part.state_dict())
+    model.readout = readout
     return model.eval().requires_grad_(False)
 
 
@@ -306,6 +382,7 @@ def explained_variance(measured: np.ndarray, predicted: np.ndarray) -> np.ndarra
 
 
 def partition_variance(
+    fit: EncodingFit,
     features: Mapping[str, Any],
     voxels: np.ndarray,
     groups: np.ndarray | None = None,
@@ -313,13 +390,15 @@ def partition_variance(
 ) -> pd.DataFrame:
     """Which feature space explains what of each voxel, out of fold.
 
-    The models of all subsets of the spaces that are needed are fitted. A space's unique part is
-    what the model of all loses without it; with two spaces, what either could explain is shared:
+    The models of each space alone and of all but one are fitted too. A space's unique part is what
+    the model of all loses without it; with two spaces, what either could explain is shared:
     R2(A) + R2(B) - R2(A, B). With more spaces, what is no one's own is shared.
 
     Args:
-        features, voxels, groups: as for `fit_encoding_model`.
-        options: further ones of `fit_encoding_model`.
+        fit: of all spaces.
+        features, voxels, groups: that it was fitted to.
+        options: with which it was fitted: `penalties`, `n_mixtures`, `penalty_folds`, `folds`,
+            `seed` and `device` of `fit_encoding_model`.
 
     Returns:
         One row a voxel: "all" (share of variance of the model of all spaces), "<space> alone",
@@ -327,28 +406,31 @@ def partition_variance(
         images that it was not fitted to.
 
     Raises:
-        PerceptError: for fewer than two spaces, and as `fit_encoding_model`.
+        PerceptError: for fewer than two spaces.
+
+    Source: Borcard et al. 1992; for encoding models de Heer et al. 2017.
     """
-    names = list(features)
+    names = fit.model.spaces
     if len(names) < 2:
         raise PerceptError(
             "Variance is partitioned between feature spaces: give at least two of them."
         )
-
-    def score(chosen: Sequence[str]) -> np.ndarray:
-        part = {name: features[name] for name in chosen}
-        return fit_encoding_model(part, voxels, groups, **options).score
-
-    table = {"all": score(names)}
-    scores = {(name,): score([name]) for name in names}
-    without = {tuple(chosen) for chosen in combinations(names, len(names) - 1)}
-    scores |= {chosen: score(chosen) for chosen in sorted(without - set(scores))}
-    for name in names:
-        table[f"{name} alone"] = scores[(name,)]
+    settings = RidgeSettings(**options)
+    y = np.asarray(voxels, np.float32)
+    components = {
+        name: fit.model.get_projection(name).apply(features[name]).numpy() for name in names
+    }
+    scores = {tuple(names): fit.score}
+    for subset in [*combinations(names, 1), *combinations(names, len(names) - 1)]:
+        if subset not in scores:
+            x = {name: components[name] for name in subset}
+            scores[subset] = explained_variance(y, _fit_components(x, y, groups, settings)[1])
+    table = {"all": fit.score}
+    table |= {f"{name} alone": scores[(name,)] for name in names}
     unique = {}
     for name in names:
         others = tuple(other for other in names if other != name)
-        unique[f"{name} unique"] = table["all"] - scores[others]
+        unique[f"{name} unique"] = fit.score - scores[others]
     table |= unique
-    table["shared"] = table["all"] - sum(unique.values())
+    table["shared"] = fit.score - np.sum(list(unique.values()), axis=0)
     return pd.DataFrame(table)

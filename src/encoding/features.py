@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.data.subject import Subject
 from src.encoding.gabor import GaborPyramid
-from src.pretrained import load_gnet, prepare_gnet_images
+from src.pretrained import METRIC_NETWORKS, FeatureNetwork, load_gnet, prepare_gnet_images
 from src.utils import PerceptError, progress
 
 # uint8 images (n, height, width, 3) -> features float32 (n, features)
@@ -100,6 +101,36 @@ def compute_features(
 def extract_gabor(images: np.ndarray) -> np.ndarray:
     """Features of `GaborPyramid` at its default size: float32 (n, 5460)."""
     return _extract(GaborPyramid(), images, "Gabor energies")
+
+
+def build_extractors(
+    names: Sequence[str], weights: str = "hub", subj: int = 1, device: str = "cpu"
+) -> dict[str, Extractor]:
+    """Extractors of those feature spaces that need a frozen network's weights, by name.
+
+    Args:
+        names: of feature spaces: "gnet", or a key of METRIC_NETWORKS ("AlexNet(5)", "SwAV"); other
+            names need none and are passed over. Scores that the same network computes are no
+            longer independent of the encoding model.
+        weights: "hub", "mini" or a folder that holds the networks.
+        subj: a subject that the file of GNet has.
+        device: torch device.
+    """
+    extractors: dict[str, Extractor] = {}
+    for name in names:
+        if name == "gnet":
+            extractors[name] = build_gnet_extractor(weights, subj, device)
+        elif name in METRIC_NETWORKS:
+            network = FeatureNetwork(name, weights, device)
+            extractors[name] = _build_network_extractor(network)
+    return extractors
+
+
+def _build_network_extractor(network: FeatureNetwork) -> Extractor:
+    def extract(images: np.ndarray) -> np.ndarray:
+        return network(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    return extract
 
 
 def build_gnet_extractor(
@@ -211,6 +242,42 @@ def _extract(network: nn.Module, images: np.ndarray, what: str) -> np.ndarray:
 def _to_pixels(images: np.ndarray) -> Tensor:
     """uint8 (n, height, width, 3) -> float32 (n, 3, height, width) in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def look_up_features(
+    subject: Subject,
+    names: Sequence[str],
+    image_ids: np.ndarray,
+    tokens: Any,
+    embed_text: Callable[[list[str]], Any],
+) -> dict[str, np.ndarray]:
+    """What is stored or told of a subject's images, for `compute_features`.
+
+    Args:
+        subject: with its captions and labels.
+        names: of feature spaces, of which "tokens", "captions" and "categories" are looked up.
+        image_ids: (n,) images.
+        tokens: CLIP tokens, a `TargetCache`.
+        embed_text: sentences -> (sentences, dim).
+
+    Raises:
+        PerceptError: if the data set has no captions or labels.
+    """
+    stored = {"captions": subject.captions, "categories": subject.labels}
+    missing = [name for name in names if name in stored and stored[name] is None]
+    if missing:
+        raise PerceptError(
+            f"The images of {subject.folder.name} come without {missing[0]}: leave"
+            f" '{missing[0]}' out of the feature spaces."
+        )
+    features = {}
+    if "tokens" in names:
+        features["tokens"] = tokens.rows(image_ids)
+    if "categories" in names and subject.labels is not None:
+        features["categories"] = embed_categories(subject.labels, image_ids)
+    if "captions" in names and subject.captions is not None:
+        features["captions"] = embed_captions(subject.captions, image_ids, embed_text)
+    return features
 
 
 def embed_categories(labels: pd.DataFrame, image_ids: np.ndarray) -> np.ndarray:

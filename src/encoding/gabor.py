@@ -32,9 +32,9 @@ class GaborPyramid(nn.Module):
         energy = sqrt(even^2 + odd^2),   even = <w cos(2 pi f u), x>,   odd = <w sin(2 pi f u), x>
 
     where x is the channel, w the Gaussian window (its sum is 1), u the coordinate along the
-    orientation from the window's centre, and f = cycles / sigma. The even filter has its mean under
-    the window removed, so that a uniform image has no energy. For every window and channel the
-    local mean <w, x> and its absolute value follow.
+    orientation from the window's centre, and f = cycles / sigma. The even filter is a plain Gabor
+    function: at few cycles it also answers to the local mean, as simple cells do. For every window
+    and channel the local mean <w, x> and its absolute value follow.
 
     The channels are luminance (R + G + B) / 3 - 1/2, red against green (R - G) / 2 and blue against
     yellow (B - (R + G) / 2) / 2.
@@ -85,9 +85,7 @@ class GaborPyramid(nn.Module):
                 along = u * math.cos(angle) + v * math.sin(angle)
                 for frequency in cycles:
                     phase = 2 * math.pi * frequency / sigma * along
-                    wave = phase.cos()
-                    mean = (window * wave).sum(1, keepdim=True)
-                    even.append(window * (wave - mean))
+                    even.append(window * phase.cos())
                     odd.append(window * phase.sin())
         for name, filters in (("even", even), ("odd", odd), ("windows", windows)):
             self.register_buffer(name, torch.cat(filters).float(), persistent=False)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from src.encoding.features import FeatureSpace
+from src.encoding.readouts import READOUTS, check_readout
 from src.utils import PerceptError
 
 BATCH = 4096  # images at once
+
+PCA_IMAGES = 3000  # images, drawn by seed, of which components are found; this bounds the memory
 
 
 class FeatureProjection(nn.Module):
@@ -20,7 +23,7 @@ class FeatureProjection(nn.Module):
 
     Each feature is centred and, if asked, divided by its standard deviation; the components are
     divided by one number, so that their mean squared length over the training images is 1. So
-    spaces of any size and unit weigh the same in a ridge with one penalty.
+    spaces of any size and unit weigh the same in a ridge with one penalty. Responses take no part.
 
     Args:
         n_features: of the space.
@@ -46,8 +49,9 @@ class FeatureProjection(nn.Module):
         Raises:
             PerceptError: if all images have the same features.
         """
-        rows = np.asarray(features, np.float32).reshape(len(features), -1)
-        mean, spread = rows.mean(0), rows.std(0)
+        rows = np.asarray(features).reshape(len(features), -1)
+        mean = rows.mean(0, dtype=np.float64).astype(np.float32)
+        spread = _compute_spread(rows, mean)
         if not spread.any():
             raise PerceptError(
                 "A feature space is the same for all images, so that nothing can be predicted from"
@@ -56,48 +60,51 @@ class FeatureProjection(nn.Module):
         divisor = np.ones_like(spread)
         if space.standardise:
             divisor = np.where(spread > 1e-6 * spread.max(), spread, np.inf)
-        centred = (rows - mean) / divisor
-        axes = _find_principal_axes(centred, space.n_components, seed)  # (features, components)
-        length = np.sqrt(((centred @ axes) ** 2).sum(1).mean())
+        order = np.random.default_rng(seed).permutation(len(rows))
+        chosen = np.sort(order[:PCA_IMAGES])
+        axes = _find_principal_axes((rows[chosen] - mean) / divisor, space.n_components, seed)
         projection = cls(*axes.shape)
         projection.mean.copy_(torch.from_numpy(mean))
-        projection.components.copy_(torch.from_numpy(axes / divisor[:, None] / length))
+        projection.components.copy_(torch.from_numpy(axes / divisor[:, None]))
+        projection.components /= projection.apply(rows).square().sum(1).mean().sqrt()
         return projection
+
+    @torch.no_grad()
+    def apply(self, features: Any) -> Tensor:
+        """Components (n, n_components) of an array of features (n, ...), a block at a time."""
+        blocks = []
+        for start in range(0, len(features), PCA_IMAGES):
+            block = np.asarray(features[start : start + PCA_IMAGES], np.float32)
+            blocks.append(self(torch.from_numpy(block)))
+        return torch.cat(blocks)
+
+
+def _compute_spread(rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Standard deviation (features,) about a mean, float32."""
+    squares = np.zeros(rows.shape[1])
+    for start in range(0, len(rows), PCA_IMAGES):
+        squares += ((rows[start : start + PCA_IMAGES] - mean) ** 2).sum(0)
+    spread: np.ndarray = np.sqrt(squares / len(rows)).astype(np.float32)
+    return spread
 
 
 def _find_principal_axes(centred: np.ndarray, n_components: int, seed: int) -> np.ndarray:
     """Principal axes (features, components) of centred rows; 0 for all that carry variance.
 
-    Many features are decomposed by a randomised algorithm (Halko et al. 2011).
+    A few of many are found by a randomised algorithm (Halko et al. 2011).
     """
     from sklearn.decomposition import PCA
 
-    most = min(len(centred) - 1, centred.shape[1])
-    count = min(n_components or most, most)
-    if 0 < count < 0.5 * most:
-        options: dict[str, Any] = {"svd_solver": "randomized", "iterated_power": 2}
-    else:
-        options = {"svd_solver": "full"}
-    pca = PCA(count, random_state=seed, **options).fit(centred)
+    highest = min(len(centred) - 1, centred.shape[1])
+    count = min(n_components or highest, highest)
+    options: dict[str, Any] = {"svd_solver": "full"}
+    if 0 < count < 0.5 * highest:
+        # without normalisation two iterations lose more to rounding than they gain
+        options = {"svd_solver": "randomized", "iterated_power": 1}
+    pca = PCA(count, random_state=seed, **options).fit(centred.astype(np.float32))
     kept = pca.explained_variance_ > 1e-7 * pca.explained_variance_[0]
     axes: np.ndarray = pca.components_[kept].T
     return axes
-
-
-class LinearReadout(nn.Module):
-    """Voxels as a linear map of all components: x @ weight + bias."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, n_components: int, n_voxels: int):
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(n_components, n_voxels))
-        self.register_buffer("bias", torch.zeros(n_voxels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, components) -> (n, voxels)."""
-        return x @ self.weight + self.bias
 
 
 class EncodingModel(nn.Module):
@@ -121,11 +128,7 @@ class EncodingModel(nn.Module):
         options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if readout not in READOUTS:
-            raise PerceptError(
-                f"There is no readout '{readout}' of an encoding model: choose one of"
-                f" {', '.join(READOUTS)}."
-            )
+        check_readout(readout)
         sizes = {name: [int(size) for size in pair] for name, pair in spaces.items()}
         self.config: dict[str, Any] = {
             "spaces": sizes,
@@ -133,20 +136,25 @@ class EncodingModel(nn.Module):
             "readout": readout,
             "options": dict(options or {}),
         }
-        projections = {name: FeatureProjection(*pair) for name, pair in sizes.items()}
-        self.projections = nn.ModuleDict(projections)
+        self.projections = nn.ModuleList(FeatureProjection(*pair) for pair in sizes.values())
         n_components = sum(components for _, components in sizes.values())
         self.readout = READOUTS[readout](n_components, n_voxels, **(options or {}))
 
     @property
     def spaces(self) -> list[str]:
         """Names of the feature spaces that `predict` needs."""
-        return list(self.projections)
+        return list(self.config["spaces"])
 
     @property
     def n_voxels(self) -> int:
         """Voxels that are predicted."""
         return int(self.config["n_voxels"])
+
+    def get_projection(self, name: str) -> FeatureProjection:
+        """The principal components of one of `spaces`."""
+        projection = self.projections[self.spaces.index(name)]
+        assert isinstance(projection, FeatureProjection)
+        return projection
 
     def project(self, features: Mapping[str, Any]) -> Tensor:
         """Components of all spaces side by side, float32 (n, components).
@@ -158,23 +166,23 @@ class EncodingModel(nn.Module):
             PerceptError: if a space is missing or has another number of features.
         """
         parts = []
-        for name, projection in self.projections.items():
+        for name in self.spaces:
+            projection = self.get_projection(name)
             if name not in features:
                 raise PerceptError(
                     f"The encoding model needs the feature space '{name}' and was given"
                     f" {', '.join(features) or 'none'}: compute it too (compute_features)."
                 )
-            mean = projection.mean
-            assert isinstance(mean, Tensor)
             rows = torch.as_tensor(features[name])
             rows = rows.reshape(len(rows), -1)
-            if rows.shape[1] != len(mean):
+            expected = len(projection.mean)
+            if rows.shape[1] != expected:
                 raise PerceptError(
                     f"The feature space '{name}' has {rows.shape[1]} features and the encoding"
-                    f" model was fitted with {len(mean)}: compute it as it was in notebook"
+                    f" model was fitted with {expected}: compute it as it was in notebook"
                     " 01_train_encoder."
                 )
-            parts.append(projection(rows.to(mean.device)))
+            parts.append(projection(rows.to(projection.mean.device)))
         return torch.cat(parts, 1)
 
     def forward(self, features: Mapping[str, Any]) -> Tensor:
@@ -205,9 +213,6 @@ class EncodingModel(nn.Module):
             block = {name: features[name][start : start + BATCH] for name in names}
             blocks.append(self(block))
         return torch.cat(blocks)
-
-
-READOUTS: dict[str, type[nn.Module]] = {"linear": LinearReadout}
 
 
 def build_encoding_model(config: Mapping[str, Any]) -> EncodingModel:
