@@ -124,7 +124,7 @@ if not len(image_ids):
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
 files = {name: f"low_level_{name}.safetensors" for name in CLOSED_FORMS}
 files["network"] = f"low_level/{checkpoint}.safetensors"
-main, *others = list_decoders(decoder)
+main, *baselines = list_decoders(decoder)
 opened = {
     name: open_voter(folder, subject, files[main], run.device) for name, folder in folders.items()
 }
@@ -154,10 +154,12 @@ latents = {
     f"voter_{name}": read(model, normaliser) for name, (model, _, normaliser) in opened.items()
 }
 latents["latent_mean"] = torch.stack(list(latents.values())).mean(0)
-for other in others:
-    beside = [open_voter(path, subject, files[other], run.device) for path in folders.values()]
-    predictions = [read(model, normaliser) for model, _, normaliser in beside]
-    latents[other] = torch.stack(predictions).mean(0)
+for baseline in baselines:
+    baseline_voters = [
+        open_voter(path, subject, files[baseline], run.device) for path in folders.values()
+    ]
+    predictions = [read(model, normaliser) for model, _, normaliser in baseline_voters]
+    latents[baseline] = torch.stack(predictions).mean(0)
 
 # %%
 if untrained:

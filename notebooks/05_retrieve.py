@@ -26,7 +26,8 @@ subj = 1  # subject, at least 1
 # model
 decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 model_name2 = ""  # run of the 1x768 model, whose candidates this run's tokens re-rank
-encoder_name = ""  # run of an encoding model, whose likelihood also retrieves (01_train_encoder)
+likelihood = False  # also retrieve by the likelihood of an encoding model (01_train_encoder)
+encoder_name = ""  # run of that encoding model, by default this one
 weights = "hub"  # pretrained models of the encoding model, hub or mini or a folder
 
 # optimisation
@@ -185,7 +186,7 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 # ## Other measures of likeness
 # The cosine counts what all images share as likeness, so it is also taken after the mean of the
 # training images is taken off (*centred*), and with a penalty for images that are near everything
-# (*CSLS*; who is such a hub is judged by validation images). With `encoder_name` an encoding model
+# (*CSLS*; who is such a hub is judged by validation images). With `likelihood` an encoding model
 # predicts the response to each image, and what is measured beside it is judged by the covariance of
 # its residuals: the *likelihood*, alone and added to the centred cosine. No answer here depends on
 # another test query; `transductive` adds one that does, in a table of its own.
@@ -196,13 +197,13 @@ held_out = load_held_out(run.results, names[:1])
 system = names[0]
 if held_out is not None:
     measures = compare_embeddings(brain[system], clip, held_out, system)
-if encoder_name and held_out is None:
+if likelihood and held_out is None:
     raise PerceptError(
         "The likelihood takes its scale from validation images, and this run has none predicted:"
         " run notebook 03 again."
     )
-if encoder_name:
-    encoder_logs = HOME / "train_logs" / encoder_name
+if likelihood:
+    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
     agreement = open_brain_agreement(encoder_logs, subject, weights, run.device)
     repeats, cosine = int(metadata["repeats"]), measures["centred cosine", "image_from_brain"]
     measures |= compare_by_likelihood(

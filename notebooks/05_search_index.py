@@ -54,7 +54,8 @@ private_pictures = False  # also fetch images from addresses that are not public
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 token_run = ""  # run whose tokens choose among the k images, by default the nearest one is taken
-encoder_name = ""  # run of an encoding model, whose likelihood chooses in place of tokens
+selection = "tokens"  # one of tokens, brain; brain: what makes the measured voxels most likely
+encoder_name = ""  # run of the encoding model that selection brain asks, by default this one
 
 # optimisation
 seed = 42  # of everything random here
@@ -316,7 +317,7 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 # ## The pictures
 # Those that can be had, in the order of the search. A test image without any stops the notebook:
 # nothing is scored in its place. With `token_run` all the tokens of another run
-# choose one of the `k`, as the paper's second-order selection does; with `encoder_name` it is the
+# choose one of the `k`, as the paper's second-order selection does; with `selection` brain it is the
 # likelihood of the measured voxels, as an encoding model sees it; otherwise the nearest one is
 # taken. What was seen plays no part.
 
@@ -339,8 +340,10 @@ for name, neighbours in results_by_query.items():
 tokens, chooser = None, None
 
 # %%
-if token_run and encoder_name:
-    raise PerceptError("token_run and encoder_name would both choose: leave one of them empty.")
+if token_run and selection == "brain":
+    raise PerceptError(
+        f"token_run is {token_run}, but selection brain chooses: leave one of them at its default."
+    )
 if token_run:
     tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
     chooser = load_encoder(
@@ -351,12 +354,12 @@ if token_run:
         run.device,
     )
 agreement = None
-if encoder_name:
-    encoder_logs = HOME / "train_logs" / encoder_name
+if selection == "brain":
+    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
     agreement = open_brain_agreement(encoder_logs, subject, weights, run.device)
-    known = subject.image_ids("test")
+    test_ids = subject.image_ids("test")
     measured = agreement.measure(subject, "test", int(metadata["repeats"]))
-    measured = measured[np.searchsorted(known, image_ids)]
+    measured = measured[np.searchsorted(test_ids, image_ids)]
 
 
 # %%
@@ -426,8 +429,9 @@ about |= {
 }
 about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
-if encoder_name:
-    about |= {"chosen by": f"the likelihood of the encoding model {encoder_name}, of {k}"}
+if agreement is not None:
+    name = encoder_name or run.name
+    about |= {"chosen by": f"the likelihood of the encoding model of {name}, of {k}"}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file(
         {key: value.contiguous() for key, value in (tensors | rows).items()},
@@ -511,7 +515,7 @@ columns = {"seen": resize(seen[:12], side)} | {
     f"number {i + 1}": resize(candidate_images[:, i], side)
     for i in range(candidate_images.shape[1])
 }
-if token_run or encoder_name:
+if token_run or agreement is not None:
     columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}
 save_figure(plot_contact_sheet(columns, n=12), run.results / "figures" / "found.png")

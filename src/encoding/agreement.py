@@ -67,7 +67,7 @@ class BrainAgreement:
         return torch.cat(responses)
 
     def score_samples(self, measured: np.ndarray, candidates: Tensor) -> Tensor:
-        """Log-likelihood, up to a constant, of each brain given its own candidates.
+        """Log-likelihood, up to a constant, of each brain given its encoder_training candidates.
 
         Args:
             measured: voxels (images, voxels), of `measure`.
@@ -127,15 +127,15 @@ def open_brain_agreement(
             training images than the decoder, or reads what pictures do not come with.
     """
     config = read_encoder_config(logs)
-    own = dict(config.get("training", {}))
+    encoder_training = dict(config.get("training", {}))
     if training is not None:
-        _check_same_images(own, training, logs)
+        _check_same_images(encoder_training, training, logs)
     options = dict(config.get("clip", {}))
     clipper = Clipper(weights, device=device, **options)
     normaliser = Normaliser.for_checkpoint(Path(logs) / MODEL_FILE)
     assert normaliser is not None  # of a file of this repository
     defaults = {"clip_variant": options.get("variant"), "norm_embs": options.get("norm_embs")}
-    parameters = own | defaults | {"weights": weights}
+    parameters = encoder_training | defaults | {"weights": weights}
     instrument, noise = open_run_encoder(logs, subject, normaliser, parameters, device)
     # with an intercept, predictions have the mean of what they were fitted to
     mean = subject.get_mean_betas("train", normaliser=normaliser)[0].mean(0)
@@ -145,11 +145,11 @@ def open_brain_agreement(
 
 
 def _check_same_images(
-    own: Mapping[str, Any], training: Mapping[str, Any], logs: str | Path
+    encoder_training: Mapping[str, Any], training: Mapping[str, Any], logs: str | Path
 ) -> None:
     """Refuse an encoding model that has seen images which were held out of the decoder."""
     for name in SAME_IMAGES:
-        before, now = own.get(name), training.get(name)
+        before, now = encoder_training.get(name), training.get(name)
         if before is not None and now is not None and before != now:
             raise PerceptError(
                 f"The encoding model in {logs} was trained with {name} {before!r} and the decoder"

@@ -166,9 +166,9 @@ def _compare_split(
     center: str = "training",
 ) -> Tensor:
     """Likelihood of brains given images of a split, (n, n)."""
-    known = subject.image_ids(split)
-    rows = np.searchsorted(known, image_ids).clip(0, len(known) - 1)
-    if not np.array_equal(known[rows], image_ids):
+    split_ids = subject.image_ids(split)
+    rows = np.searchsorted(split_ids, image_ids).clip(0, len(split_ids) - 1)
+    if not np.array_equal(split_ids[rows], image_ids):
         raise PerceptError(
             f"Images of the run are not in the {split} split of subject {subject.subj}: run"
             " notebook 03 again."

@@ -70,16 +70,18 @@ def estimate_repeat_noise(
     repeated = [rows for rows in groups if len(rows) > 1]
     if not repeated:
         return None
-    products = torch.zeros((), device=device)
+    n_voxels = subject.get_betas(repeated[0], normaliser)[0].size
+    products = torch.zeros(n_voxels, n_voxels, device=device)
     images_at_once = max(1, TRIALS_AT_ONCE // max(len(rows) for rows in repeated))
     for start in range(0, len(repeated), images_at_once):
         chunk = repeated[start : start + images_at_once]
         sizes = [len(rows) for rows in chunk]
         betas = subject.get_betas(np.concatenate(chunk), normaliser).reshape(sum(sizes), -1)
-        means = np.add.reduceat(betas, np.cumsum([0, *sizes[:-1]]), axis=0) / np.c_[sizes]
+        sums = np.add.reduceat(betas, np.cumsum([0, *sizes[:-1]]), axis=0)
+        means = sums / np.array(sizes)[:, None]
         residuals = betas - np.repeat(means, sizes, axis=0)
         block = torch.as_tensor(residuals, dtype=torch.float32, device=device)
-        products = products + block.T @ block
+        products.addmm_(block.T, block)
     freedom = sum(map(len, repeated)) - len(repeated)
     averaged = float(np.mean([1 / len(rows) for rows in groups]))
     return RepeatNoise(products / freedom, averaged)

@@ -351,6 +351,8 @@ def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     rows += len([part for part in p["fewer_repeats"].split(",") if part.strip()])
     if p["img2img_strength"] < 1:
         rows += decoders
+    if p["recons_per_sample"] > 1:  # the first sample, and what the tokens choose
+        rows += 1 + (p["selection"] == "brain")
     if p["untrained"] and "network" in names:
         rows += 1
     image = _count_image_bytes(p, sizes)
