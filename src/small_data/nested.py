@@ -17,6 +17,7 @@ Predictions = dict[str, np.ndarray]
 Score = Callable[[np.ndarray, np.ndarray], float]
 
 MEAN = "mean"  # name of the mean of the chosen decoders
+CHOSEN = ("kernel", "voxels", "alpha", "strength", "evidence")  # entries of settings that vary
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Decoded:
     settings: dict[str, Setting]
     members: tuple[str, ...]
     inner_scores: dict[str, float]
+
+    def describe(self) -> dict[str, str | float]:
+        """What was chosen, for one line of a table."""
+        line: dict[str, str | float] = {"mean of": "+".join(self.members)}
+        for name, setting in self.settings.items():
+            chosen = [f"{key} {setting[key]}" for key in CHOSEN if key in setting]
+            line[name] = ", ".join(chosen)
+        for name, value in self.inner_scores.items():
+            line[f"{name}, inner score"] = round(value, 4)
+        return line
 
 
 def mean_correlation(targets: np.ndarray, predictions: np.ndarray) -> float:
