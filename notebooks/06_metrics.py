@@ -116,6 +116,7 @@ from src.metrics import (
     resize,
     two_way_within,
 )
+from src.parameters import list_decoders
 from src.pretrained import CategoryClassifier, Clipper, FeatureNetwork, load_gnet
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 
@@ -381,6 +382,7 @@ for row in [
         "nearest_train",
         "ceiling",
         "ridge",
+        "kernel",
     )
     if name in pictures
 ]:
@@ -390,7 +392,7 @@ has_group = np.isfinite(within_scores["system"])
 # %%
 if has_group.any():
     within_scores = {row: values[has_group] for row, values in within_scores.items()}
-    not_baselines = ("system", "ceiling", "ridge")
+    not_baselines = ("system", "ceiling", "ridge", "kernel")
     group_record = make_record(
         f"{prefix}CLIP within {kind}{mark}",
         within_scores["system"],
@@ -820,6 +822,8 @@ def list_network_choices(settings):
     if settings["recons_per_sample"] > 1:
         what = f"one of {settings['recons_per_sample']} samples an image"
         chosen = "nearest to the tokens predicted from the brain"
+        if settings.get("selection") == "brain":
+            chosen = "makes the measured voxels most likely, by an encoding model"
         entries.append(log_choice(what, chosen, "none: no true image is used"))
     return entries
 
@@ -834,11 +838,15 @@ def list_choices():
     recorded = read_json(run.results / "parameters" / "03_reconstruct.json")
     settings = {name: entry["value"] for name, entry in recorded.items()}
     entries = []
-    if settings["decoder"] != "ridge":
+    decoders = list_decoders(settings["decoder"])
+    if "network" in decoders:
         entries += list_network_choices(settings)
-    if settings["decoder"] != "network":
+    if "ridge" in decoders:
         what, split = "penalty of the ridge baseline", "cross-validation within train"
         entries.append(log_choice(what, "by target", split))
+    if "kernel" in decoders:
+        what = "penalty and width of the kernel decoder"
+        entries.append(log_choice(what, "fixed in advance", "none"))
     return entries
 
 # %%

@@ -98,6 +98,33 @@ def rank_each(brain: Any, clip: Any, direction: str = "image_from_brain") -> np.
     return _compute_ranks(*_split_roles(brain, clip, direction))
 
 
+def rank_by_similarity(similarity: Any, direction: str = "image_from_brain") -> np.ndarray:
+    """Rank of the correct candidate for every query, 1 the best, by any measure of likeness.
+
+    Args:
+        similarity: (brains, images), larger the more alike, both in the same order
+            (`src.similarity`).
+        direction: as `rank_each`.
+
+    Returns:
+        (n,) integers from 1 to n. Candidates as similar as the correct one come before it.
+
+    Raises:
+        PerceptError: for an unknown direction, a matrix that is not square, or values that are not
+            finite.
+    """
+    values = torch.as_tensor(similarity)
+    if direction not in REFERENCE_NAMES or values.shape != (len(values), len(values)):
+        raise PerceptError(
+            f"Similarities {tuple(values.shape)} cannot be ranked {direction!r}: give one row a"
+            f" brain and one column an image, and one of {', '.join(REFERENCE_NAMES)}."
+        )
+    _check_finite(values, "similarities")
+    if direction == "brain_from_image":
+        values = values.T
+    return (values >= values.diagonal()[:, None]).sum(1).cpu().numpy()
+
+
 def top1_image_from_brain_each(brain: Any, clip: Any) -> np.ndarray:
     """For each brain sample 1 if its own image is the most similar of all images, else 0.
 
@@ -299,6 +326,7 @@ def rerank_second_order(
     first_clip: Any,
     k: int = 16,
     direction: str = "image_from_brain",
+    similarity: Any = None,
 ) -> SecondOrderResult:
     """Find the k nearest candidates by one embedding, and re-rank them by another one.
 
@@ -313,9 +341,12 @@ def rerank_second_order(
         first_clip: single embedding of the images, same shape, same order of images as `clip`.
         k: candidates that are re-ranked, at most n.
         direction: as in `rank_each`.
+        similarity: (brains, images) by any other measure (`src.similarity`), which re-ranks in
+            place of the cosine of `brain` and `clip`.
 
     Raises:
-        PerceptError: the two embeddings are not of equally many images, or there are not k of them.
+        PerceptError: the two embeddings are not of equally many images, or there are not k of them;
+            or the similarity is not of these.
 
     Source: MindEye, section 3.2 and appendix A.7, which chooses so among 16 images found in
     LAION-5B.
@@ -328,6 +359,11 @@ def rerank_second_order(
             f"{k} of {len(first_queries)} candidates cannot be re-ranked by embeddings of {n}; give"
             " the same images to both, and k up to their number."
         )
+    second_ranks = _compute_ranks(queries, candidates)
+    measure = None
+    if similarity is not None:
+        second_ranks = rank_by_similarity(similarity, direction)
+        measure = _orient(similarity, n, direction)
     first_ranks, final_ranks = np.empty(n, int), np.empty(n, int)
     reranked = np.empty((n, k), int)
     for rows in np.array_split(np.arange(n), -(-n // CHUNK)):
@@ -336,15 +372,25 @@ def rerank_second_order(
         order = _sort_best_first(first_scores, np.arange(n)[None] == correct)
         first_ranks[rows] = 1 + (order == correct).argmax(1)
         nearest = order[:, :k]
-        scores = (queries[rows] @ candidates.T).cpu().numpy()
-        nearest_scores = np.take_along_axis(scores, nearest, 1)  # (chunk, k)
+        second = queries[rows] @ candidates.T if measure is None else measure[rows]
+        nearest_scores = np.take_along_axis(second.cpu().numpy(), nearest, 1)  # (chunk, k)
         second_order = _sort_best_first(nearest_scores, nearest == correct)
         reranked[rows] = np.take_along_axis(nearest, second_order, 1)
         is_correct = reranked[rows] == correct
         ranks = 1 + is_correct.argmax(1)
         final_ranks[rows] = np.where(is_correct.any(1), ranks, first_ranks[rows])
-    second_ranks = _compute_ranks(queries, candidates)
     return SecondOrderResult(first_ranks, final_ranks, second_ranks, reranked)
+
+
+def _orient(similarity: Any, n: int, direction: str) -> Tensor:
+    """Similarities (queries, candidates) of (brains, images), of n each."""
+    measure = torch.as_tensor(similarity)
+    if len(measure) != n:
+        raise PerceptError(
+            f"The similarity is of {len(measure)} images and the embeddings of {n}: give the same"
+            " images to both."
+        )
+    return measure if direction == "image_from_brain" else measure.T
 
 
 def _sort_best_first(scores: Any, is_correct: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from src.decoding.checkpoints import load_decoder
 from src.decoding.predict import predict_latents
 from src.losses import l2_normalize, mixco, mixco_nce, soft_clip_loss
 from src.metrics import METRICS, two_way_identification
-from src.networks import MODELS, RidgeBaseline, TokenMap, build_decoder
+from src.networks import MODELS, KernelRidge, RepeatNoise, RidgeBaseline, TokenMap, build_decoder
 from src.networks import transformer as transformers
 from src.prior import SOLVERS
 from src.retrieval import find_nearest, rank_each, top1_image_from_brain
@@ -408,6 +408,22 @@ def test_the_ridge_is_solved_on_a_gpu(gpu):
         assert any(name.startswith("linalg") for name in gpu.operations)
     assert ours.weight.device.type == "cpu" and torch.equal(ours.alphas, expected.alphas)
     torch.testing.assert_close(ours.weight, expected.weight, **CLOSE)
+
+
+@pytest.mark.parametrize("kernel", ["arc-cosine", "rbf"])
+def test_the_kernel_decoder_is_solved_on_a_gpu(gpu, kernel):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 8)).astype(np.float32)
+    y = np.abs(x @ rng.normal(size=(8, 5))).astype(np.float32)
+    noise = RepeatNoise(0.3 * torch.eye(8), 1 / 3)
+    ours, expected = (KernelRidge.fit(x, y, noise, kernel, device=d) for d in ("auto", "cpu"))
+    if gpu is not None:
+        assert any(name.startswith("linalg") for name in gpu.operations)
+    assert ours.coefficients.device.type == "cpu"
+    voxels = torch.from_numpy(x[:9])
+    torch.testing.assert_close(ours(voxels), expected(voxels), rtol=1e-3, atol=1e-3)
+    on_gpu = ours.to("cuda")(voxels.to("cuda")).cpu()
+    torch.testing.assert_close(on_gpu, expected(voxels), rtol=1e-3, atol=1e-3)
 
 
 def test_a_map_between_tokens_is_fitted_on_a_gpu(gpu):

@@ -125,7 +125,7 @@ class RidgeBaseline(Network):
             "n_alphas_batch": 1,  # one at a time: as fast, with half the memory
             "warn": False,
         }
-        with _himalaya_backend(backend):
+        with himalaya_backend(backend):
             solver = RidgeCV(
                 alphas=np.asarray(alphas, np.float32),
                 cv=_split_into_folds(x, y, cv, groups, seed),
@@ -174,7 +174,7 @@ def _split_into_folds(
 
 
 @contextmanager
-def _himalaya_backend(name: str) -> Iterator[None]:
+def himalaya_backend(name: str) -> Iterator[None]:
     """Set himalaya's global backend, and set the former one back."""
     from himalaya.backend import get_backend, set_backend
 

@@ -26,6 +26,7 @@ from src.pipeline.stages import (
     parse_launcher,
     run_stage,
 )
+from src.pipeline.warm import warm_kernels
 
 # what a finished run points to, where it has made them
 HIGHLIGHTS = (
@@ -71,7 +72,8 @@ def run_recipe(
         for folder in (results, utils.HOME / "train_logs" / overrides["model_name"]):
             remove_leftovers_below(folder)
         runs = iterate_stages(recipe, overrides, stages)
-        _run_stages(runs, len(stages), first, last, launcher, force)
+        with warm_kernels(len(stages)):
+            _run_stages(runs, len(stages), first, last, launcher, force)
     show(f"Finished in {time.time() - start_time:.0f} s. Look at:")
     for name in HIGHLIGHTS:
         if (results / name).exists():

@@ -28,7 +28,7 @@ def call_isolated(
     seed_everything(session.batching.seed)
     session.model.eval()
     try:
-        with torch.no_grad(), session.accelerator.autocast():
+        with torch.no_grad(), session.averaged_weights(), session.accelerator.autocast():
             return function(*args)
     finally:  # the state may be saved after an error
         session.model.train()
@@ -91,12 +91,11 @@ def write_epoch(
     """Write history.csv and the checkpoints of the epoch that ends."""
     names = _select_checkpoints(session, checkpointing, row)
     if checkpointing.checkpoints:
-        for name in names:
-            save_checkpoint(
-                folder / f"{name}.safetensors",
-                session.model.state_dict(),
-                config | {"epoch": session.position.epoch, "threads": torch.get_num_threads()},
-            )
+        about = {"epoch": session.position.epoch, "threads": torch.get_num_threads()}
+        with session.averaged_weights():
+            for name in names:
+                path = folder / f"{name}.safetensors"
+                save_checkpoint(path, session.model.state_dict(), config | about)
     with atomic(folder / "history.csv") as temporary:
         pd.DataFrame(session.position.history).to_csv(temporary, index=False)
 

@@ -300,6 +300,8 @@ def fit(
         if not session.is_finished:
             training = _Training(session, store, updater, dataset, checkpointing)
             training.run(validate, reporting or Reporting())
+            if session.average is not None:
+                session.average.apply()
     if session.sharded:
         session.sharded.engine.destroy()  # takes its hooks off the model
     model.eval()

@@ -61,6 +61,7 @@ class Updater:
         self.stepper, self.optimizer = session.accelerator.prepare(
             StepModule(session.model, step), session.optimizer
         )
+        session.start_average()
         self.trainable = [p for p in session.model.parameters() if p.requires_grad]
         self.broken_gradient = False
         self.is_updating = False  # whether the weights are between two steps
@@ -161,6 +162,8 @@ class Updater:
         if not self.session.execution.step_in_backward:
             self.optimizer.step()
         self.session.scheduler.step()
+        if self.session.average is not None:
+            self.session.average.update()
         self.session.position.bad = 0
 
     def _skip(self, bad_loss: bool) -> None:

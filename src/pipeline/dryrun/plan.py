@@ -13,9 +13,14 @@ from huggingface_hub import try_to_load_from_cache
 
 from src import utils
 from src.data.layout import subject_folder
-from src.parameters import find_recipe_files, read_recipe
+from src.parameters import find_recipe_files, list_decoders, read_recipe
 from src.pipeline.dryrun.memory import measure_base_memory
-from src.pipeline.dryrun.needs import NEEDS, Needs, estimate_ridge_memory
+from src.pipeline.dryrun.needs import (
+    NEEDS,
+    Needs,
+    estimate_kernel_memory,
+    estimate_ridge_memory,
+)
 from src.pipeline.dryrun.sizes import FLOAT_BYTES, Sizes, count_inputs, find_sizes
 from src.pretrained.base import HUB, locate_model
 from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
@@ -27,6 +32,7 @@ TRAININGS = (
     "01_train_mindeye2",
     "02_train_autoencoder",
     "02_train_basic_autoencoder",
+    "02_train_percept",
     "02_train_roi_models",
 )
 
@@ -77,7 +83,9 @@ def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
         stage: name of the notebook.
         parameters: its effective parameters, all of them.
     """
-    if stage not in NEEDS or (stage in TRAININGS and parameters["decoder"] == "ridge"):
+    if stage not in NEEDS or (
+        stage in TRAININGS and "network" not in list_decoders(parameters["decoder"])
+    ):
         return None
     # of decoding stages: a parameter that their training alone has
     hidden = _predicts_all_tokens(str(parameters.get("recipe", "")))
@@ -107,10 +115,15 @@ def _estimate_preparation(
         components = FLOAT_BYTES * data.train_trials * (data.voxels + 2 * width)
     network = sum(size for name, size in memory.items() if name != "mapped data")
     beyond = {"finding components, beyond that": max(0.0, components - network)}
-    if parameters["decoder"] == "both":  # fitted after the training, in what that has left
-        freed = memory["optimizer state"] + memory["activations and gradients"]
+    # fitted after the training, in what that has left
+    freed = memory["optimizer state"] + memory["activations and gradients"]
+    decoders = list_decoders(parameters["decoder"])
+    if "ridge" in decoders:
         ridge = estimate_ridge_memory(stage, sizes, width)
         beyond["ridge baseline, beyond that"] = max(0.0, ridge - freed)
+    if "kernel" in decoders:
+        kernel = estimate_kernel_memory(stage, sizes, width)
+        beyond["kernel decoder, beyond that"] = max(0.0, kernel - freed)
     return beyond
 
 
@@ -158,6 +171,7 @@ def _list_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
         "01_train_combined": [clip, *samples],
         "02_train_autoencoder": ["versatile_diffusion"],
         "02_train_basic_autoencoder": ["stable_diffusion"],
+        "02_train_percept": [clip, "versatile_diffusion"],
         "03_reconstruct": decoding,
         "02_train_roi_models": ["stable_diffusion"],
         "03_vote": ["clip", "stable_diffusion", *captioner],
