@@ -187,11 +187,11 @@ training_subjects = [s for s in listed if s != subj] if multi_subject else [subj
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
     protocol = "nsd-1000" if new_test else "nsd-982"
-    prepare_if_missing("mindeye2", data_path, dataset, number, protocol=protocol)
+    needed = {"protocol": protocol, "min_sessions": num_sessions}
+    prepare_if_missing("mindeye2", data_path, dataset, number, **needed)
     subject = open_subject(dataset, number)
     check_protocol(subject, protocol, ("nsd-1000", "nsd-982"))
-    if not multi_subject:
-        subject = subject.select_first_sessions(num_sessions)
+    subject = subject.select_first_sessions(num_sessions)
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
