@@ -115,7 +115,7 @@ from src.networks import build_decoder
 from src.parameters import parse_names
 
 # %%
-from src.pretrained import LatentAutoencoder, PatchClip, Teacher
+from src.pretrained import LatentAutoencoder, PatchClip, Teacher, find_patch_variant
 from src.readers import check_protocol, prepare_if_missing
 from src.training import (
     Batching,
@@ -163,6 +163,7 @@ choices = (
     "resampled_epochs",
     "train_on_val",
 )
+clip_variant = find_patch_variant(clip_variant, clip_seq_dim, clip_emb_dim)
 published, prior = parse_names(faithful, choices, "faithful"), prior and use_prior
 if not (prior or clip_scale or mse_scale):
     raise PerceptError("Nothing teaches the tokens: leave prior, clip_scale or mse_scale on.")

@@ -153,6 +153,12 @@ def test_the_teacher_that_is_not_there(tmp_path, monkeypatch):
         pretrained.Teacher("hub")
 
 
+def test_the_published_size_of_tokens_names_its_clip():
+    assert pretrained.find_patch_variant("bigG", 49, 768) == "ViT-B/32"
+    assert pretrained.find_patch_variant("bigG", 0, 0) == "bigG"
+    assert pretrained.find_patch_variant("ViT-L/14", 49, 768) == "ViT-L/14"
+
+
 def test_configs_are_no_networks(models):
     from transformers import CLIPTokenizer
 

@@ -201,6 +201,21 @@ class _VisionClip(nn.Module):
         return self._text
 
 
+def find_patch_variant(variant: str, tokens: int, dim: int) -> str:
+    """The CLIP whose patch tokens have a size that published commands name.
+
+    The low-compute README gives 49 tokens of 768 numbers and no variant: these are ViT-B/32's.
+
+    Args:
+        variant: that is asked for; only the default, bigG, gives way.
+        tokens: an image, 0 for all.
+        dim: of a token, 0 for that of the CLIP.
+    """
+    if variant == "bigG" and (tokens, dim) == (49, 768):
+        return "ViT-B/32"
+    return variant
+
+
 def _read_config(part: str, location: str) -> Any:
     """The config of CLIP's vision or text part, with the projection that the whole CLIP has.
 

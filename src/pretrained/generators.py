@@ -346,7 +346,7 @@ def load_stable_diffusion_pipeline(
     with explain_loading("the scheduler's config", location, "scheduler"):
         config = diffusers.DDIMScheduler.load_config(location, subfolder="scheduler")
         scheduler_class = getattr(diffusers, config["_class_name"])
-    pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+    pipeline: Any = diffusers.StableDiffusionImg2ImgPipeline(
         vae=load_frozen(diffusers.AutoencoderKL, location, subfolder="vae", **half),
         text_encoder=load_frozen(
             transformers.CLIPTextModel, location, subfolder="text_encoder", dtype=dtype
