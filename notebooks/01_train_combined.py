@@ -14,8 +14,7 @@
 # have the published names; docs/combined.md says where ours differs from the published code and
 # why.
 #
-# Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU
-# cores.
+# Cost: full size not measured; mini about two minutes on two CPU cores.
 #
 # Source: the combined model that preceded MindEye (arXiv 2305.18274), February to May 2023.
 

@@ -136,6 +136,7 @@ if len(made_by) > 1:
 autoencoder = LatentAutoencoder(weights, device=run.device, **json.loads(made_by.pop()))
 shape, names = autoencoder.latent_shape, list(folders)
 
+
 # %%
 def measured(normaliser):
     """Voxels (images, voxels) of the test images as a model was trained on them, averaged."""
@@ -314,6 +315,7 @@ if captioner:
 # Straight from the brain: one linear map a place takes CLIP's tokens to the captioner's, fitted on
 # training images alone, without any brain.
 
+
 # %%
 def cache_tokens(name, encoder, ids):
     """Tokens of some images by one encoder, computed once."""
@@ -373,12 +375,12 @@ caption_table.head(12)
 # %%
 pipeline = None
 if captioner:
-    pipeline = load_stable_diffusion_pipeline(
-        weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
-    )
+    dtype = torch.float16 if run.device.startswith("cuda") else torch.float32
+    pipeline = load_stable_diffusion_pipeline(weights, device=run.device, dtype=dtype)
 if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")
+
 
 # %%
 def repaint(name, part):
@@ -401,6 +403,7 @@ def repaint(name, part):
     )
     return {name: repainted.half()}
 
+
 # %%
 for name in latents:
     rows |= compute_in_chunks(
@@ -419,6 +422,7 @@ for name in latents:
 # - **agreement**: the candidate nearest to the tokens that the brain predicts.
 # - **oracle**, no rule: the candidate most like the image that was shown. It bounds what choosing
 #   can give.
+
 
 # %%
 def embedded(clip, pictures):
