@@ -14,8 +14,7 @@
 # have the published names; docs/combined.md says where ours differs from the published code and
 # why.
 #
-# Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU
-# cores.
+# Cost: full size not measured; mini about two minutes on two CPU cores.
 #
 # Source: the combined model that preceded MindEye (arXiv 2305.18274), February to May 2023.
 
@@ -172,7 +171,8 @@ from src.utils import PerceptError, count_parameters, peak_memory, resolve, seed
 
 # %%
 published = parse_names(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
-check_combined_parameters(run.parameters)
+combine_losses = combine_losses and combine_models  # a frozen voxel2clip has no loss of its own
+check_combined_parameters(run.parameters | {"combine_losses": combine_losses})
 if laion_prior and not resolve(laion_prior).is_file():
     raise PerceptError(
         f"laion_prior is '{laion_prior}', where there is no file: fetch LAION's prior, or leave it"

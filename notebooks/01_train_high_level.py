@@ -14,8 +14,8 @@
 # Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where a
 # default differs and why.
 #
-# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run
-# here); mini about four minutes on two CPU cores.
+# Cost: full size not measured (predicted, not run: one to two hours on one H200), 20 GB of
+# checkpoints and state; mini about four minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, sections 2.1-2.3.
 

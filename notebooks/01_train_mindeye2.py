@@ -116,7 +116,7 @@ from src.networks import build_decoder
 from src.parameters import list_decoders, parse_names
 
 # %%
-from src.pretrained import LatentAutoencoder, PatchClip, Teacher
+from src.pretrained import LatentAutoencoder, PatchClip, Teacher, find_patch_variant
 from src.readers import check_protocol, prepare_if_missing
 
 # %%
@@ -167,6 +167,7 @@ choices = (
     "resampled_epochs",
     "train_on_val",
 )
+clip_variant = find_patch_variant(clip_variant, clip_seq_dim, clip_emb_dim)
 published, prior = parse_names(faithful, choices, "faithful"), prior and use_prior
 if not (prior or clip_scale or mse_scale):
     raise PerceptError("Nothing teaches the tokens: leave prior, clip_scale or mse_scale on.")
@@ -192,11 +193,11 @@ training_subjects = [s for s in listed if s != subj] if multi_subject else [subj
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
     protocol = "nsd-1000" if new_test else "nsd-982"
-    prepare_if_missing("mindeye2", data_path, dataset, number, protocol=protocol)
+    needed = {"protocol": protocol, "min_sessions": num_sessions}
+    prepare_if_missing("mindeye2", data_path, dataset, number, **needed)
     subject = open_subject(dataset, number)
     check_protocol(subject, protocol, ("nsd-1000", "nsd-982"))
-    if not multi_subject:
-        subject = subject.select_first_sessions(num_sessions)
+    subject = subject.select_first_sessions(num_sessions)
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 

@@ -7,8 +7,7 @@
 # **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the
 # baseline, `train_logs/<run>/low_level_ridge.safetensors`.
 #
-# Cost: full size about 10 h on one A100 (published figure, not run here); mini about two minutes
-# on two CPU cores.
+# Cost: full size not measured; mini about two minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.5.
 

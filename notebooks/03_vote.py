@@ -376,9 +376,8 @@ caption_table.head(12)
 # %%
 pipeline = None
 if captioner:
-    pipeline = load_stable_diffusion_pipeline(
-        weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
-    )
+    dtype = torch.float16 if run.device.startswith("cuda") else torch.float32
+    pipeline = load_stable_diffusion_pipeline(weights, device=run.device, dtype=dtype)
 if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")

@@ -416,11 +416,11 @@ for d, (queries, candidates, title) in sides.items():
     figure = plot_hits_and_misses(
         seen,
         seen,
-        retrieval.find_nearest(queries, candidates, k=8)[1],
+        retrieval.find_nearest(queries, candidates, k=min(8, len(clip)))[1],
         np.arange(len(seen)),
         ranks,
         n=5,
-        k=8,
+        k=min(8, len(clip)),
         title=title,
     )
     save_figure(figure, run.results / "figures" / f"{d}.png")

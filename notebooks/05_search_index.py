@@ -317,9 +317,9 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 # ## The pictures
 # Those that can be had, in the order of the search. A test image without any stops the notebook:
 # nothing is scored in its place. With `token_run` all the tokens of another run
-# choose one of the `k`, as the paper's second-order selection does; with `selection` brain it is the
-# likelihood of the measured voxels, as an encoding model sees it; otherwise the nearest one is
-# taken. What was seen plays no part.
+# choose one of the `k`, as the paper's second-order selection does; with `selection` brain it is
+# the likelihood of the measured voxels, as an encoding model sees it; otherwise the nearest one
+# is taken. What was seen plays no part.
 
 # %%
 cache = ImageCache(HOME / "data" / "pictures")

@@ -551,12 +551,17 @@ pd.DataFrame(records).tail(len(regional))[["name", "value", "low", "high"]]
 
 # %%
 file, captions, speech = run.results / "captions_brain.parquet", None, []
-if is_own_run and file.exists() and subject.captions is not None and caption_metrics:
-    captions, trained = (
-        read_captions(file, image_ids, references),
-        subject.captions["image"].isin(train_ids),
-    )
-    common = find_most_common_caption(subject.captions["caption"][trained])
+if is_own_run and caption_metrics and not file.exists():
+    print(f"No captions are scored: notebook 04 has written no {file.name} for this run.")
+if is_own_run and file.exists() and caption_metrics:
+    captions = read_captions(file, image_ids, references)
+    sentences = pd.Series(captions["git_image"].tolist())
+    if "reference" in captions:
+        trained = subject.captions["image"].isin(train_ids)
+        sentences = subject.captions["caption"][trained if trained.any() else slice(None)]
+    else:
+        print("People wrote of no test image: captions are held against GIT's of the image alone.")
+    common = find_most_common_caption(sentences)
     speech, unsaid, networks = prepare_caption_metrics(
         caption_metrics, weights, run.device, clipper
     )

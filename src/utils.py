@@ -138,12 +138,13 @@ def count_parameters(module: nn.Module) -> int:
 def same_features(recorded: Sequence[float], current: Sequence[float]) -> bool:
     """Whether a frozen model still gives the features that were recorded of it.
 
-    No feature may be off by more than 2 % of the largest one (of 1, if that is more).
+    No feature may be off by more than 2 % of the largest one (of .005, if that is more: they are
+    recorded to four decimals).
     """
     if len(recorded) != len(current):
         return False
     largest = max(map(abs, recorded), default=0.0)
-    tolerance = FEATURE_TOLERANCE * max(1.0, largest)
+    tolerance = FEATURE_TOLERANCE * max(0.005, largest)
     return all(abs(a - b) <= tolerance for a, b in zip(recorded, current, strict=True))
 
 

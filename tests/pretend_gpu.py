@@ -204,8 +204,11 @@ class PretendedGpu(TorchFunctionMode):
         self._check_generators(name, device, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = "cpu" if device.type == "cuda" else device
-        kwargs.pop("pin_memory", None)
-        return self._mark(self._call(func, name, device, args, kwargs), device, args, kwargs)
+        is_pinned = kwargs.pop("pin_memory", False)
+        result = self._call(func, name, device, args, kwargs)
+        if is_pinned:
+            result.untyped_storage().pinned = True
+        return self._mark(result, device, args, kwargs)
 
     def _choose_device(self, name: str, args: Any, kwargs: dict[str, Any]) -> torch.device:
         """The device on which a function runs."""

@@ -163,11 +163,6 @@ def test_a_training_gives_the_same_on_a_gpu(tmp_path, gpu):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/prior.py:_draw_from_seeds draws on the device's generator: draw on the CPU's, in"
-    " one pinned copy, and the same seed gives the same loss on every device",
-)
 def test_the_priors_training_noise_is_the_same_on_every_device(tmp_path, gpu):
     _, history = learn(tmp_path / "gpu", "cuda", denoise)
     _, expected = learn(tmp_path / "cpu", "cpu", denoise)
@@ -298,13 +293,15 @@ def test_the_prior_samples_on_a_gpu_what_the_cpu_samples(solver, steps, hidden, 
     prior = mindeye(hidden).eval()
     shape = (4, TOKENS, DIM) if hidden else (4, DIM)
     condition = torch.randn(shape)
-    samples = []
+    samples, states = [], []
     for device in ("cpu", "cuda"):
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         options = {"timesteps": steps, "generator": generators, "solver": solver}
         samples.append(prior.to(device).sample(condition.to(device), **options))
+        states.append([generator.get_state() for generator in generators])
     assert samples[1].is_cuda
     torch.testing.assert_close(samples[1].cpu(), samples[0], **CLOSE)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))  # none is drawn ahead
 
 
 def predict(model, device, shared_noise=False):
@@ -321,11 +318,6 @@ def test_tokens_are_predicted_on_a_gpu(gpu):
     torch.testing.assert_close(projected, predict(model, "cpu")[1], **CLOSE)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/decoding/predict.py:_sample_prior gives the prior generators of its own device:"
-    " torch.Generator() of the CPU (the prior moves what they draw)",
-)
 @pytest.mark.parametrize("shared_noise", [False, True])
 def test_a_seed_gives_the_same_tokens_on_every_device(shared_noise, gpu):
     model = mindeye()

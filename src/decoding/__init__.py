@@ -35,7 +35,7 @@ from src.decoding.reconstructions import (
     load_condition,
     load_reconstructions,
 )
-from src.decoding.refine import Refinement, load_refiner, refine_images
+from src.decoding.refine import Refinement, refine_images
 from src.decoding.selection import compute_sample_spread, select_best
 from src.decoding.voting import (
     VOTES,
@@ -47,6 +47,7 @@ from src.decoding.voting import (
     parse_voters,
     vote,
 )
+from src.pretrained.refiner import load_refiner
 
 __all__ = [
     "DecoderSizes",

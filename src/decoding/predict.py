@@ -119,7 +119,7 @@ def _sample_prior(
         seed = sampling.seed
         if not sampling.shared_noise:
             seed = derive_image_seed(sampling.seed, int(image))
-        generators.append(torch.Generator(backbone.device).manual_seed(seed))
+        generators.append(torch.Generator().manual_seed(seed))
     return prior.sample(
         backbone.repeat_interleave(sampling.n_samples, 0),
         timesteps=sampling.timesteps or prior.noise_scheduler.num_timesteps,

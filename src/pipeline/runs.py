@@ -10,12 +10,11 @@ from typing import Any
 from src import utils
 from src.files.ownership import lock_folder, remove_leftovers_below
 from src.pipeline.console import show
+from src.pipeline.needs import walk_stages
 from src.pipeline.recipes import (
     list_recipes,
     list_stages,
     read_cost,
-    read_defaults,
-    read_stage_parameters,
     select_stages,
 )
 from src.pipeline.stages import (
@@ -125,9 +124,7 @@ def print_plan(
     stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     from src.pipeline.dryrun import plan_stage
 
-    values: dict[str, Any] = {}  # of all stages so far: decoding depends on what was trained
-    for stage in stages:
-        values |= read_defaults(stage) | read_stage_parameters(stage, recipe, overrides)
+    for stage, values in walk_stages(recipe, stages, overrides):
         if first and stage < first:
             continue
         plan = plan_stage(stage, values)

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
         strip_word,
     )
     from src.pretrained.category_classifier import CategoryClassifier, prepare_classifier_input
-    from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, Clipper, PatchClip
+    from src.pretrained.clip import (
+        CLIP_VARIANTS,
+        PATCH_VARIANTS,
+        Clipper,
+        PatchClip,
+        find_patch_variant,
+    )
     from src.pretrained.generators import (
         ImageGenerator,
         ImageVariation,
@@ -86,7 +92,7 @@ _EXPORTS = {
         "strip_word",
     ],
     "category_classifier": ["CategoryClassifier", "prepare_classifier_input"],
-    "clip": ["CLIP_VARIANTS", "PATCH_VARIANTS", "Clipper", "PatchClip"],
+    "clip": ["CLIP_VARIANTS", "PATCH_VARIANTS", "Clipper", "PatchClip", "find_patch_variant"],
     "generators": [
         "ImageGenerator",
         "ImageVariation",
@@ -141,6 +147,7 @@ __all__ = [
     "VersatileDiffusionText",
     "cache_condition",
     "compute_euler_timesteps",
+    "find_patch_variant",
     "load_gnet",
     "load_stable_diffusion_pipeline",
     "locate_model",

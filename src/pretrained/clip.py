@@ -18,6 +18,7 @@ from src.pretrained.base import (
     LOAD_ERRORS,
     FrozenModel,
     crop_center,
+    explain_loading,
     freeze,
     load_frozen,
     locate_model,
@@ -34,6 +35,10 @@ CLIP_VARIANTS = {
     "RN50": "RN50",
     "RN50x64": "RN50x64",
 }
+
+# keys of the part of a CLIP's file that is not loaded
+TEXT_KEYS = r"(?:text_model|text_projection)\..*|logit_scale"
+VISION_KEYS = r"(?:vision_model|visual_projection)\..*|logit_scale"
 
 # those whose patches MindEye2 predicts
 PATCH_VARIANTS = {
@@ -141,7 +146,11 @@ class _VisionClip(nn.Module):
 
         super().__init__()
         self.location = location
-        self.model = load_frozen(CLIPVisionModelWithProjection, location).float()
+        config = _read_config("vision", location)
+        model = load_frozen(
+            CLIPVisionModelWithProjection, location, config=config, unused=TEXT_KEYS
+        )
+        self.model = model.float()
         self.config = self.model.config
         self.size = self.config.image_size
         self.dim = self.config.projection_dim
@@ -181,10 +190,47 @@ class _VisionClip(nn.Module):
         if self._text is None:
             from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-            model = load_frozen(CLIPTextModelWithProjection, self.location).float()
-            model = freeze(model, self.model.device)
+            model = load_frozen(
+                CLIPTextModelWithProjection,
+                self.location,
+                config=_read_config("text", self.location),
+                unused=VISION_KEYS,
+            )
+            model = freeze(model.float(), self.model.device)
             self._text = load_frozen(CLIPTokenizer, self.location), model
         return self._text
+
+
+def find_patch_variant(variant: str, tokens: int, dim: int) -> str:
+    """The CLIP whose patch tokens have a size that published commands name.
+
+    The low-compute README gives 49 tokens of 768 numbers and no variant: these are ViT-B/32's.
+
+    Args:
+        variant: that is asked for; only the default, bigG, gives way.
+        tokens: an image, 0 for all.
+        dim: of a token, 0 for that of the CLIP.
+    """
+    if variant == "bigG" and (tokens, dim) == (49, 768):
+        return "ViT-B/32"
+    return variant
+
+
+def _read_config(part: str, location: str) -> Any:
+    """The config of CLIP's vision or text part, with the projection that the whole CLIP has.
+
+    LAION's configs give 512 in their parts and the true one at their top, where transformers does
+    not look when a part is loaded alone (its issue 25622).
+    """
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+    config_class = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}[part]
+    config = load_frozen(config_class, location)
+    with explain_loading("CLIP's config", location):
+        whole, _ = CLIPConfig.get_config_dict(location)  # without the defaults of the class
+    if f"{part}_config" in whole and "projection_dim" in whole:
+        config.projection_dim = whole["projection_dim"]
+    return config
 
 
 class Clipper(FrozenModel):

@@ -157,6 +157,8 @@ def describe_preparation(
     """
     defaults = default_options(source)
     chosen = parse_options(source, options, **common)
+    for name in getattr(READERS[source], "REQUIREMENTS", ()):
+        chosen.pop(name, None)
     changed = {name: value for name, value in chosen.items() if value != defaults[name]}
     as_stored = json.loads(json.dumps(changed, default=str))
     return Preparation(source, str(data_path), as_stored, world or {})

@@ -313,7 +313,9 @@ def default_split_size(
     return tenth
 
 
-def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> pd.Series:
+def choose_validation(
+    trials: pd.DataFrame, val_images: int, seed: int = 42, candidates: np.ndarray | None = None
+) -> pd.Series:
     """The column `split` with some training images, chosen at random by image, moved to "val".
 
     Args:
@@ -321,12 +323,16 @@ def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> 
         val_images: number of images; 0 moves none. Where the default, 300, would be more than half
             of them, a tenth is moved.
         seed: of the choice, which depends on the set of training images alone, not on their order.
+        candidates: training images, where there are others than those of the trials (sessions that
+            are not there); the choice is among them all.
 
     Raises:
         PerceptError: if fewer than two training images would be left.
     """
     is_train = trials["split"] == "train"
-    candidates = np.unique(trials.loc[is_train, "image"])
+    if candidates is None:
+        candidates = trials.loc[is_train, "image"].to_numpy()
+    candidates = np.unique(candidates)
     val_images = default_split_size(val_images, len(candidates), "val")
     if val_images < 0 or len(candidates) - val_images < 2:
         raise PerceptError(
@@ -362,13 +368,21 @@ def load_split_column(source: Path, trials: pd.DataFrame) -> pd.Series | None:
     return trials["image"].map(split_of_image).fillna("exclude").astype(str)
 
 
-def make_split_column(source: Path, trials: pd.DataFrame, val_images: int, seed: int) -> pd.Series:
+def make_split_column(
+    source: Path,
+    trials: pd.DataFrame,
+    val_images: int,
+    seed: int,
+    candidates: np.ndarray | None = None,
+) -> pd.Series:
     """The column `split` of <source>/splits.csv, or else with validation images chosen at random.
 
     See `load_split_column` and `choose_validation`.
     """
     split = load_split_column(source, trials)
-    return choose_validation(trials, val_images, seed) if split is None else split
+    if split is not None:
+        return split
+    return choose_validation(trials, val_images, seed, candidates)
 
 
 def count_test_images(trials: pd.DataFrame) -> int:

@@ -7,6 +7,7 @@ for paths in the repository.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from src.pipeline.download.files import FilePattern
 from src.utils import PerceptError
@@ -91,11 +92,13 @@ def list_mindeye2(subj: int, num_sessions: int = 1, checkpoint: str = "") -> lis
         "coco_images_224_float16.hdf5",
         "COCO_73k_subj_indices.hdf5",
         "brain_region_masks.hdf5",
-        "evals/all_images.pt",
-        "evals/all_captions.pt",
-        "evals/all_git_generated_captions.pt",
     ]
     patterns += [_list_path(path) for path in paths]
+    # what the reader can do without
+    optional = ["shared1000.npy", "COCO_73k_annots_curated.npy"]
+    names = ("all_images.pt", "all_captions.pt", "all_git_generated_captions.pt")
+    optional += [f"evals/{name}" for name in names]
+    patterns += [replace(_list_path(path), optional=True) for path in optional]
     if checkpoint:
         folder = f"train_logs/{checkpoint}"
         pattern = re.escape(f"{folder}/last.pth")
@@ -171,6 +174,17 @@ def list_model(folders: tuple[str, ...], subj: int) -> list[FilePattern]:
         FilePattern(f"configuration and weights in {folder}/", folder, f"{folder}/{MODEL_FILE}")
         for folder in folders
     ]
+
+
+def list_configuration(subj: int) -> list[FilePattern]:
+    """Configuration and tokenizers of a pipeline, without weights."""
+    pattern = r"(?:[\w.-]+/)?[\w.-]+\.(?:json|txt)"
+    return [FilePattern("configuration and tokenizers", "**", pattern)]
+
+
+def list_address(name: str, subj: int) -> list[FilePattern]:
+    """A single file of a plain address."""
+    return [FilePattern(name, name, re.escape(name))]
 
 
 def list_whole_model(subj: int) -> list[FilePattern]:

@@ -368,6 +368,20 @@ def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(disk=disk)
 
 
+def estimate_refinement(p: Parameters, sizes: Sizes) -> Needs:
+    """04_refine: refined images, and the published files of pictures and tokens."""
+    data, models = sizes.data, sizes.models
+    n = data.test_images
+    rows = (1 + p["refine_ceiling"]) if p["refine"] else 0
+    tokens = FLOAT_BYTES * n * models.tokens * models.dim
+    return Needs(
+        disk={
+            "images": n * rows * _count_image_bytes(p, sizes),
+            "published files": 3 * n * FLOAT_BYTES * 3 * 256**2 + 3 * tokens,
+        }
+    )
+
+
 def estimate_votes(p: Parameters, sizes: Sizes) -> Needs:
     """03_vote: images of all voters, votes and baselines."""
     data = sizes.data
@@ -443,4 +457,5 @@ NEEDS: dict[str, Callable[[Parameters, Sizes], Needs]] = {
     "02_train_roi_models": estimate_roi_models,
     "03_reconstruct": estimate_reconstructions,
     "03_vote": estimate_votes,
+    "04_refine": estimate_refinement,
 }
