@@ -108,7 +108,7 @@ def fit_encoding_model(
     check_rows(features, y, groups)
     projections = fit_projections(features, spaces, settings.seed)
     components = {
-        name: projection.apply(features[name]).numpy() for name, projection in projections.items()
+        name: projection.project(features[name]).numpy() for name, projection in projections.items()
     }
     fitted = _fit_readout(readout, components, y, groups, settings)
     model = assemble_model(projections, y.shape[1], readout, fitted.module)
@@ -418,7 +418,7 @@ def partition_variance(
     settings = RidgeSettings(**options)
     y = np.asarray(voxels, np.float32)
     components = {
-        name: fit.model.get_projection(name).apply(features[name]).numpy() for name in names
+        name: fit.model.get_projection(name).project(features[name]).numpy() for name in names
     }
     scores = {tuple(names): fit.score}
     for subset in [*combinations(names, 1), *combinations(names, len(names) - 1)]:

@@ -66,11 +66,11 @@ class FeatureProjection(nn.Module):
         projection = cls(*axes.shape)
         projection.mean.copy_(torch.from_numpy(mean))
         projection.components.copy_(torch.from_numpy(axes / divisor[:, None]))
-        projection.components /= projection.apply(rows).square().sum(1).mean().sqrt()
+        projection.components /= projection.project(rows).square().sum(1).mean().sqrt()
         return projection
 
     @torch.no_grad()
-    def apply(self, features: Any) -> Tensor:
+    def project(self, features: Any) -> Tensor:
         """Components (n, n_components) of an array of features (n, ...), a block at a time."""
         blocks = []
         for start in range(0, len(features), PCA_IMAGES):

@@ -115,10 +115,12 @@ def compare_with_ridge(scores: pd.DataFrame) -> pd.DataFrame:
     """
     better = {metric.name: metric.better for metric in (*PIXEL_METRICS, *EMBEDDING_METRICS)}
     lines: list[dict[str, Any]] = []
-    for (split, metric), part in _average_draws(scores).groupby(["split", "metric"], sort=False):
+    groups = _average_draws(scores).groupby(["split", "metric"], sort=False)
+    for (split, metric_name), part in groups:
+        metric = str(metric_name)
         wide = part.pivot(index="image", columns="row", values="value")
         sign = 1 if better[metric] == "higher" else -1
-        decoders = [row for row in wide if row not in records.BASELINES and row not in (REFERENCE,)]
+        decoders = [str(row) for row in wide if row not in (*records.BASELINES, REFERENCE)]
         for row in decoders:
             gain = statistics.paired_bootstrap(sign * wide[row], sign * wide[REFERENCE])
             names = {"split": split, "metric": metric, "row": row}

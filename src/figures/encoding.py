@@ -109,7 +109,7 @@ def plot_variance_partition(
     fig, ax = plt.subplots(figsize=(8.2, 1.4 + 0.42 * len(names)))
     fig.subplots_adjust(left=0.2, right=0.97, top=1 - 0.5 / fig.get_figheight(), bottom=0.2)
     left = np.zeros(len(names))
-    handles = []
+    handles: list[Any] = []
     columns = [*parts[:1], "shared", *parts[1:]]
     for column in columns:
         colour = SHARED_COLOUR if column == "shared" else COLOURS[parts.index(column)]
@@ -122,7 +122,7 @@ def plot_variance_partition(
         left += widths
     if ceiling is not None:
         means = [np.mean(np.asarray(ceiling, float)[regions[name]]) for name in names]
-        handles += ax.plot(means, y, "|", color=INK, ms=18, mew=2.2, label="noise ceiling")
+        handles.extend(ax.plot(means, y, "|", color=INK, ms=18, mew=2.2, label="noise ceiling"))
     labels = [f"{name}  {int(regions[name].sum()):,}" for name in names]
     ax.set_yticks(y, labels, fontsize=9)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="mean share of variance over the region's voxels")

@@ -335,8 +335,8 @@ def _compute_median_distance(features: Tensor) -> Tensor:
     step = -(-len(features) // ROWS_AT_ONCE)
     chosen = features[::step]
     distances = compute_squared_distances(chosen, chosen)
-    above = torch.triu_indices(*distances.shape, offset=1, device=distances.device)
-    return distances[above[0], above[1]].median()
+    rows, columns = torch.triu_indices(len(chosen), len(chosen), 1, device=distances.device)
+    return distances[rows, columns].median()
 
 
 def _check_rows(x: np.ndarray, y: np.ndarray) -> None:
