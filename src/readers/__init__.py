@@ -28,7 +28,19 @@ from src.data.subject import Subject
 from src.files.ownership import lock_folder
 from src.files.yaml_files import UnclearNumber, parse_yaml
 from src.parameters import check_parameter_names
-from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
+from src.readers import (
+    algonauts,
+    bids,
+    bold5000,
+    digits69,
+    god,
+    laion_fmri,
+    mindeye,
+    mindeye2,
+    npz,
+    nsd,
+    things,
+)
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import SEEDS, PerceptError, UsageError, resolve
 
@@ -40,6 +52,8 @@ READERS: dict[str, ModuleType] = {
     "bold5000": bold5000,
     "god": god,
     "things": things,
+    "bids": bids,
+    "laion_fmri": laion_fmri,
     "digits69": digits69,
     "npz": npz,
 }
@@ -49,12 +63,14 @@ __all__ = [
     "Recording",
     "RowBlocks",
     "algonauts",
+    "bids",
     "bold5000",
     "check_protocol",
     "default_options",
     "describe_preparation",
     "digits69",
     "god",
+    "laion_fmri",
     "mindeye",
     "mindeye2",
     "needs_preparing",

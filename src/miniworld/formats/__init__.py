@@ -10,9 +10,11 @@ from typing import Any
 
 from src.miniworld.formats import (
     algonauts,
+    bids,
     bold5000,
     digits69,
     god,
+    laion_fmri,
     mindeye,
     mindeye2,
     npz,
@@ -29,6 +31,8 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "bold5000": bold5000.write,
     "god": god.write,
     "things": things.write,
+    "bids": bids.write,
+    "laion_fmri": laion_fmri.write,
     "digits69": digits69.write,
     "npz": npz.write,
 }
