@@ -17,6 +17,7 @@ from src.data.subject import open_subject
 from src.miniworld.cortex import simulate
 from src.miniworld.formats import SourceData
 from src.miniworld.formats import laion_fmri as laion_format
+from src.pipeline.download import fetch
 from src.readers import laion_fmri
 from src.readers.laion_splits import find_ood_kind
 from src.utils import PerceptError
@@ -89,7 +90,7 @@ class Bucket:
         face = np.zeros(GRID)
         face[4] = 1
         for name, mask in {"laion-general": self.general, "FFA-1": face}.items():
-            folder = self.root / f"derivatives/rois/{label}/any"
+            folder = self.root / f"derivatives/rois/{label}/laion"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{label}_space-T1w_res-1pt8_label-{name}_mask.nii.gz"
             nibabel.save(nibabel.Nifti1Image(mask.astype(np.uint8), AFFINE), path)
@@ -226,6 +227,21 @@ def test_early_files_and_a_folder_of_pictures(bucket, tmp_path):
     assert subject.trials["image"].tolist() == [ALL.index(label) for label in labels]
     pixels = np.asarray(Image.open(images / OOD))
     np.testing.assert_array_equal(subject.images([ALL.index(OOD)])[0], pixels)
+
+
+def test_the_download_is_what_a_reading_needs(bucket, tmp_path):
+    """The bucket as a mirror that is a folder: all but pictures, splits and later sessions."""
+    fetch("laion_fmri", tmp_path / "copy", mirror=str(bucket.root), subj=1, categories="laion")
+    copied = {p.relative_to(tmp_path / "copy") for p in (tmp_path / "copy").rglob("*.*")}
+    names = {path.name for path in copied if path.suffix}
+    assert {"task-images_metadata.csv", "task-images_desc-captions.csv"} <= names
+    assert not any("stimuli.h5" in name or "ses-02" in name or "sub-03" in name for name in names)
+    for part in ("stimuli/task-images_stimuli.h5", "splits"):
+        (bucket.root / part).rename(tmp_path / "copy" / part)
+    bucket.root = tmp_path / "copy"
+    assert read(bucket, tmp_path).betas.shape[0] == 9
+    with pytest.raises(PerceptError, match="choose of body"):
+        fetch("laion_fmri", tmp_path / "copy", mirror="x", categories="legs")
 
 
 def test_kinds_of_images_out_of_distribution():

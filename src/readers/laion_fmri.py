@@ -294,7 +294,7 @@ def _load_all_trials(files: dict[int, tuple[Path, Path]], betas: list[TrialFile]
 
 def _load_trials(path: Path, betas: TrialFile) -> pd.DataFrame:
     """Columns label and run of a session, a row a volume."""
-    options = {"sep": "\t", "dtype": str, "keep_default_na": False, "quoting": 3}
+    options: dict[str, Any] = {"sep": "\t", "dtype": str, "keep_default_na": False, "quoting": 3}
     table = load_csv(path, (), **options)
     column = "label" if "label" in table else "stimulus_id"
     if column not in table:

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -92,7 +93,7 @@ def load_split(folder: Path, name: str, pool: str, expected_sha256: str = "") ->
     candidates = [folder / place / pool / f"{name}.json" for place in PLACES]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        _refuse_missing_split(folder, candidates[0], pool)
+        raise _explain_missing_split(folder, candidates[0], pool)
     content = load_json(path)
     with read_errors(path):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -101,11 +102,9 @@ def load_split(folder: Path, name: str, pool: str, expected_sha256: str = "") ->
             f"{path} has the SHA-256 {sha256}, split_sha256 is {shorten(expected_sha256)}: take the"
             " split of that version, as the files changed between releases."
         )
-    variants = content.get("variants")
-    is_known = isinstance(variants, list) and len(variants) == 1 and isinstance(variants[0], dict)
-    sides = [_list_ids(variants[0], side) for side in ("train", "test")] if is_known else []
+    sides = _list_sides(content.get("variants"))
     counts = [content.get("n_train"), content.get("n_test")]
-    if not is_known or not all(sides) or counts != [len(side) for side in sides]:
+    if not all(sides) or counts != [len(side) for side in sides]:
         raise PerceptError(
             f"{path} is no split of a known version: it needs n_train, n_test and one variant with"
             " as many train_ids and test_ids; take the file of the package laion_fmri."
@@ -115,19 +114,23 @@ def load_split(folder: Path, name: str, pool: str, expected_sha256: str = "") ->
     return Split(name, pool, train, test, sha256, path)
 
 
-def _refuse_missing_split(folder: Path, path: Path, pool: str) -> None:
+def _explain_missing_split(folder: Path, path: Path, pool: str) -> PerceptError:
+    """The error to raise for a split that is not there."""
     folders = [folder / place / pool for place in PLACES]
     names = [file.stem for place in folders for file in list_files(place, "*.json")]
     available = f"{pool} has {', '.join(names)}" if names else "none is there"
-    raise PerceptError(
+    return PerceptError(
         f"The split {path} is missing, {available}: take the folder splits/data of the package"
         " laion_fmri, and give it with the option splits."
     )
 
 
-def _list_ids(variant: dict[str, object], side: str) -> list[str]:
-    names = variant.get(f"{side}_ids")
-    return [str(name) for name in names] if isinstance(names, list) else []
+def _list_sides(variants: Any) -> list[list[str]]:
+    """Names of the training and of the test images of the one variant; [] for another form."""
+    if not isinstance(variants, list) or len(variants) != 1 or not isinstance(variants[0], dict):
+        return []
+    sides = [variants[0].get(f"{side}_ids") for side in ("train", "test")]
+    return [list(map(str, names)) if isinstance(names, list) else [] for names in sides]
 
 
 def _check_sides(path: Path, train: Collection[str], test: Collection[str]) -> None:

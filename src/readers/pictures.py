@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import h5py
 import numpy as np
@@ -185,7 +186,7 @@ def load_names(path: Path) -> list[str]:
         PerceptError: if it cannot be read, or has no column of names.
     """
     separator = "\t" if path.suffix == ".tsv" else ","
-    options = {"dtype": str, "keep_default_na": False, "sep": separator}
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "sep": separator}
     table = load_csv(require_file(path, "the names of the pictures"), **options)
     column = next((name for name in NAME_COLUMNS if name in table), None)
     if column is None:

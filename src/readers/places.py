@@ -136,7 +136,8 @@ def check_same_places(
             f" {remedy}."
         )
     check_affine(places.affine, path, reference.affine, reference_path)
-    if places.table is not None and not places.table.equals(reference.table):
+    is_same = places.table is None or places.table.equals(reference.table)  # type: ignore[arg-type]
+    if not is_same:
         raise PerceptError(
             f"{path} has its vertices or grayordinates in another order than {reference_path}:"
             f" {remedy}."

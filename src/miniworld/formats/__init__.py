@@ -17,8 +17,10 @@ from src.miniworld.formats import (
     laion_fmri,
     mindeye,
     mindeye2,
+    mosaic,
     npz,
     nsd,
+    nsd_evaluation,
     things,
 )
 from src.miniworld.formats.source_data import SourceData
@@ -33,6 +35,9 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "things": things.write,
     "bids": bids.write,
     "laion_fmri": laion_fmri.write,
+    "mosaic": mosaic.write,
+    "nsd_synthetic": nsd_evaluation.write_synthetic,
+    "nsd_imagery": nsd_evaluation.write_imagery,
     "digits69": digits69.write,
     "npz": npz.write,
 }

@@ -34,11 +34,11 @@ class _Folders:
     def label(self) -> str:
         return f"sub-{self.subj:02d}"
 
-    def session(self, kind: Path, session: int) -> Path:
+    def session(self, kind: Path, session: Any) -> Path:
         """Folder of a session below the raw data or a derivative."""
         return self.root / kind / self.label / f"ses-{session:02d}" / "func"
 
-    def name(self, session: int, rest: str) -> str:
+    def name(self, session: Any, rest: str) -> str:
         """A file name of a session, with further entities, suffix and ending."""
         return f"{self.label}_ses-{session:02d}_task-images_{rest}"
 
@@ -72,11 +72,10 @@ def write(source: str | Path, subj: int, data: SourceData, *, file_format: str =
     data.check_two_axes()
     grid = VoxelGrid(choose_small_grid(data.n_voxels), data.n_voxels)
     with write_errors(folders.root):
-        for session, trials in ordered.groupby("session"):
-            number = int(session) + 1  # type: ignore[call-overload]
-            _write_events(folders, number, trials)
+        for session, trials in ordered.groupby(ordered["session"].to_numpy() + 1):
+            _write_events(folders, session, trials)
             betas = np.asarray(data.betas[trials.index.to_numpy()], np.float32)
-            _write_betas(folders, number, betas, grid, file_format)
+            _write_betas(folders, session, betas, grid, file_format)
         for name in data.roi_names:
             mask = data.voxels[name].to_numpy()  # type: ignore[index]
             _write_region(folders, name, mask.astype(np.int16), grid, file_format)
@@ -98,21 +97,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({"BIDSVersion": "1.10.0"} | content))
 
 
-def _write_events(folders: _Folders, session: int, trials: pd.DataFrame) -> None:
+def _write_events(folders: _Folders, session: Any, trials: pd.DataFrame) -> None:
     """One table a run, with a blank trial at its end that has no volume."""
-    for run, rows in trials.groupby("run"):
+    for run, rows in trials.groupby(trials["run"].to_numpy() + 1):
         names = [_file_name(image) for image in rows["image"]]
         table = pd.DataFrame({"onset": 4.0 * np.arange(len(names) + 1), "duration": 3.0})
         table["trial_type"] = ["image"] * len(names) + ["blank"]
         table["stim_file"] = [*names, "n/a"]
-        number = int(run) + 1  # type: ignore[call-overload]
         folder = folders.session(Path(), session)
-        with atomic(folder / folders.name(session, f"run-{number}_events.tsv")) as temporary:
+        with atomic(folder / folders.name(session, f"run-{run}_events.tsv")) as temporary:
             table.to_csv(temporary, sep="\t", index=False)
 
 
 def _write_betas(
-    folders: _Folders, session: int, betas: np.ndarray, grid: VoxelGrid, file_format: str
+    folders: _Folders, session: Any, betas: np.ndarray, grid: VoxelGrid, file_format: str
 ) -> None:
     """Write the betas (trials, voxels) of a session."""
     folder = folders.session(Path("derivatives/betas"), session)

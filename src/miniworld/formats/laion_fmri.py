@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -52,10 +53,9 @@ def write(source: str | Path, subj: int, data: SourceData) -> Path:
     with write_errors(folders.root):
         name_of_image = _write_stimuli(folders, data)
         names = ordered["image"].map(name_of_image)
-        for session, trials in ordered.groupby("session"):
-            number = int(session) + 1  # type: ignore[call-overload]
+        for session, trials in ordered.groupby(ordered["session"].to_numpy() + 1):
             betas = np.asarray(data.betas[trials.index.to_numpy()], np.float32)
-            _write_session(folders, number, trials.assign(label=names), betas, grid)
+            _write_session(folders, session, trials.assign(label=names), betas, grid)
         _write_maps(folders, data, grid)
         _write_bundled_split(folders, ordered.assign(label=names))
         write_split(folders.root, data.trials)
@@ -101,7 +101,7 @@ def _encode_png(pixels: np.ndarray) -> np.ndarray:
 
 
 def _write_session(
-    folders: LaionFolders, session: int, trials: pd.DataFrame, betas: np.ndarray, grid: VoxelGrid
+    folders: LaionFolders, session: Any, trials: pd.DataFrame, betas: np.ndarray, grid: VoxelGrid
 ) -> None:
     """Write the betas (trials, voxels) of a session, and its table."""
     folder = folders.betas / f"ses-{session:02d}" / "func"

@@ -110,16 +110,16 @@ def _write_volumes(
 ) -> None:
     """Write regions, betas and ncsnr on a functional grid."""
     voxel_grid = VoxelGrid(grid or choose_small_grid(data.n_voxels), data.n_voxels)
-    _write_rois(folders, data, voxel_grid)
+    write_rois(folders, data, voxel_grid)
     for number, (_, trials) in enumerate(ordered.groupby("session"), 1):
         volumes = np.zeros((len(trials), voxel_grid.size), np.int16)
         volumes[:, voxel_grid.places] = to_scaled_integers(data.betas[trials.index.to_numpy()])
         path = folders.betas / f"betas_session{number:02d}.{file_format}"
-        _write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
+        write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
     if data.voxels is not None and "noise_ceiling" in data.voxels:
         ceiling = data.voxels["noise_ceiling"].to_numpy()
         ncsnr = np.sqrt(ceiling / (1 - ceiling)).astype(np.float32)
-        _save_nifti(folders.betas / "ncsnr.nii.gz", voxel_grid.fill(ncsnr, np.nan))
+        save_nifti(folders.betas / "ncsnr.nii.gz", voxel_grid.fill(ncsnr, np.nan))
 
 
 def _add_images(folders: NsdFolders, images: np.ndarray, image_ids: np.ndarray) -> dict[int, int]:
@@ -193,21 +193,21 @@ def _write_design(folders: NsdFolders, ids_73k: np.ndarray, shared: np.ndarray) 
         scipy.io.savemat(temporary, design, appendmat=False)
 
 
-def _write_rois(folders: NsdFolders, data: SourceData, grid: VoxelGrid) -> None:
+def write_rois(folders: NsdFolders, data: SourceData, grid: VoxelGrid) -> None:
     """Write nsdgeneral, and the Boolean columns as the labels of ROI files, with their .ctab."""
     mask = grid.fill(np.ones(data.n_voxels, np.int16), -1)
-    _save_nifti(folders.rois / "nsdgeneral.nii.gz", mask)
+    save_nifti(folders.rois / "nsdgeneral.nii.gz", mask)
     for number, names in enumerate(group_disjoint_rois(data), 1):
         labels = np.zeros(data.n_voxels, np.int16)
         for label, name in enumerate(names, 1):
             labels[data.voxels[name].to_numpy()] = label  # type: ignore[index]
-        _save_nifti(folders.rois / f"areas-{number}.nii.gz", grid.fill(labels, -1))
+        save_nifti(folders.rois / f"areas-{number}.nii.gz", grid.fill(labels, -1))
         lines = [f"{label} {name}\n" for label, name in enumerate(names, 1)]
         with atomic(folders.label_names(folders.subject, f"areas-{number}")) as temporary:
             temporary.write_text("0 Unknown\n" + "".join(lines))
 
 
-def _save_nifti(path: Path, array: np.ndarray) -> None:
+def save_nifti(path: Path, array: np.ndarray) -> None:
     """Save an array (x, y, z) or (x, y, z, trials) with the affine of NSD's functional grids."""
     nibabel = require_extra("nibabel", "nsd")
     size = 1.0 if "func1mm" in path.parts else 1.8
@@ -217,13 +217,13 @@ def _save_nifti(path: Path, array: np.ndarray) -> None:
         file.write(nibabel.Nifti1Image(array, affine).to_bytes())
 
 
-def _write_session(path: Path, volumes: np.ndarray) -> None:
+def write_session(path: Path, volumes: np.ndarray) -> None:
     """Write volumes int16 (trials, x, y, z) as NSD does.
 
     These are hdf5 (trials, z, y, x) with one chunk a voxel, or NIfTI (x, y, z, trials).
     """
     if path.suffix == ".gz":
-        _save_nifti(path, np.moveaxis(volumes, 0, -1))
+        save_nifti(path, np.moveaxis(volumes, 0, -1))
         return
     reversed_axes = volumes.transpose(0, 3, 2, 1)
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:

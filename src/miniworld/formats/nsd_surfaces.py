@@ -119,9 +119,12 @@ def group_disjoint_rois(data: SourceData) -> list[list[str]]:
 
 
 def _save_mgh(path: Path, rows: np.ndarray) -> None:
-    """Save rows (trials, vertices) as (vertices, 1, 1, trials)."""
+    """Save rows (trials, vertices) as (vertices, 1, 1, trials), without the last axis for one."""
     nibabel = require_extra("nibabel", "nsd")
-    image = nibabel.MGHImage(np.ascontiguousarray(rows.T)[:, None, None, :], np.eye(4))
+    values = np.ascontiguousarray(rows.T)[:, None, None, :]
+    if len(rows) == 1:
+        values = values[..., 0]
+    image = nibabel.MGHImage(values, np.eye(4))
     content = image.to_bytes()
     with atomic(path) as temporary:
         temporary.write_bytes(gzip.compress(content) if path.suffix == ".mgz" else content)
