@@ -181,7 +181,9 @@ def test_a_bucket_made_by_plain_libraries(bucket, tmp_path, subj):
 
 
 def test_options_choose_voxels_sessions_and_splits(bucket, tmp_path):
-    subject = read(bucket, tmp_path, rois="FFA1", sessions="2", split="ood", ood_types="unusual")
+    subject = read(
+        bucket, tmp_path, rois="FFA1", sessions="2", split_name="ood", ood_types="unusual"
+    )
     assert subject.betas.shape == (10, 80) and set(subject.trials["session"]) == {1}
     assert [ALL[image] for image in subject.image_ids("test")] == [OOD]
     assert "laion-ood@sub-01-" in subject.protocol
@@ -328,10 +330,10 @@ def name_strangers(bucket):
         (miscount, {}, "tau.json is no split of a known version"),
         (name_strangers, {}, "names 'unique_x.jpg' .* of another version than the images"),
         (None, {"split_sha256": "00ff"}, "has the SHA-256 .*split_sha256 is 00ff"),
-        (None, {"split": "random_0"}, "random_0.json is missing, sub-01 has ood, tau"),
+        (None, {"split_name": "random_0"}, "random_0.json is missing, sub-01 has ood, tau"),
         (None, {"pool": "sub-07"}, "sub-07/tau.json is missing, none is there"),
         (None, {"ood_types": "unusual"}, "split tau tests no such images"),
-        (None, {"split": "ood", "ood_types": "odd"}, "ood_types is 'odd'"),
+        (None, {"split_name": "ood", "ood_types": "odd"}, "ood_types is 'odd'"),
         (
             None,
             {"rois": "V9"},

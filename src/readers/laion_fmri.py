@@ -140,7 +140,7 @@ def read(
     dataset: str | Path,
     subj: int,
     *,
-    split: str = "tau",
+    split_name: str = "tau",
     pool: str = "own",
     splits: str = "",
     split_sha256: str = "",
@@ -162,12 +162,12 @@ def read(
         source: copy of the bucket, or of a part of it.
         dataset: name or folder of the prepared dataset.
         subj: 1, 3, 5, 6 or 7.
-        split: name of a bundled split: tau, random_0 to _4, cluster_k5_0 to _4, ood.
+        split_name: of a bundled split: tau, random_0 to _4, cluster_k5_0 to _4, ood.
         pool: images that are split: "shared" (1,121 of all subjects), "own" (5,833 of this
             subject) or "pooled".
         splits: folder of the splits, by default `source`/splits.
         split_sha256: beginning of the checksum that the split's file must have, "" for any.
-        ood_types: with split=ood: kinds of test images, separated by commas, "" for all.
+        ood_types: with split_name=ood: kinds of test images, separated by commas, "" for all.
         rois: regions separated by commas, the union of which is kept; "all" for every voxel of the
             mask.
         mask: path of a NIfTI mask on the grid of the betas, see the module for the default.
@@ -178,7 +178,7 @@ def read(
         val_images: number of validation images, drawn from the training images; not used with
             splits.csv in `source`, which may move training images to val or exclude.
         seed: of that choice.
-        protocol: name of the protocol, by default laion-<split>@<pool>-<SHA-256>.
+        protocol: name of the protocol, by default laion-<split_name>@<pool>-<SHA-256>.
         bad_voxels: refuse, drop or keep voxels that hold nothing in any session, see
             `store_recording`; kept ones are 0.
         attributes: what is to be said about the betas where they are not the published ones
