@@ -793,7 +793,17 @@ def test_npz_damaged(tmp_path):
 
 
 # ------------------------------------------------------- the mini world, whatever it is written as
-PLAYED = ("mindeye", "mindeye2", "nsd", "algonauts", "bold5000", "god", "things")
+PLAYED = (
+    "mindeye",
+    "mindeye2",
+    "nsd",
+    "algonauts",
+    "bold5000",
+    "god",
+    "things",
+    "bids",
+    "laion_fmri",
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from src.pipeline.download.patterns import (
     list_configuration,
     list_early_shards,
     list_file,
+    list_laion_fmri,
     list_mindeye2,
     list_model,
     list_nsd,
@@ -179,6 +180,16 @@ BUNDLES: dict[str, Bundle] = {
         "data/nsd_raw",
         list_nsd,
         NSD_TERMS,
+        "data_path",
+    ),
+    "laion_fmri": Bundle(
+        "the first sessions of LAION-fMRI of one subject, without pictures",
+        "bucket",
+        "laion-fmri",
+        "data/laion_fmri_source",
+        list_laion_fmri,
+        "LAION-fMRI's data are CC0 1.0; its pictures need the stimulus agreement"
+        " (laion-fmri.hebartlab.com/request) and are not fetched.",
         "data_path",
     ),
     "clip": _model_bundle(

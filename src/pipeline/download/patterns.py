@@ -17,6 +17,18 @@ WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?\.(?:
 
 MODEL_FILE = rf"(?:{WEIGHTS}|[\w.-]+\.json|merges\.txt|vocab\.txt|spiece\.model)"
 
+# folders of the regions of LAION-fMRI
+LAION_CATEGORIES = (
+    "body",
+    "character",
+    "face",
+    "laion",
+    "motion",
+    "object",
+    "place",
+    "retinotopy",
+)
+
 LAION_PRIOR = "vit-l-14/aesthetic"  # folder of the prior that the published code begins with
 
 
@@ -159,6 +171,46 @@ def list_nsd(
         "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5",
     ]
     return [*sessions, *(_list_path(path) for path in paths)]
+
+
+def list_laion_fmri(
+    subj: int, num_sessions: int = 1, categories: str = "laion,retinotopy"
+) -> list[FilePattern]:
+    """The public part of LAION-fMRI that a reading needs; the pictures need an agreement.
+
+    Args:
+        subj: 1, 3, 5, 6 or 7.
+        num_sessions: the first so many; each is a file of about 1 to 2 GB.
+        categories: of regions, separated by commas: body, character, face, laion, motion, object,
+            place, retinotopy.
+
+    Raises:
+        PerceptError: for another category, or no session.
+    """
+    chosen = [name.strip() for name in categories.split(",") if name.strip()]
+    unknown = sorted(set(chosen) - set(LAION_CATEGORIES))
+    if unknown or not 1 <= num_sessions <= 30:
+        raise PerceptError(
+            f"categories is '{categories}' and num_sessions {num_sessions}: choose of"
+            f" {', '.join(LAION_CATEGORIES)}, and from 1 to 30 sessions."
+        )
+    label = f"sub-{subj:02d}"
+    betas = f"derivatives/glmsingle-tedana/{label}"
+    patterns = []
+    for number in range(1, num_sessions + 1):
+        folder = f"{betas}/ses-{number:02d}/func"
+        for what, ending in (("betas", r"statmap\.nii\.gz"), ("trials", r"trials\.tsv")):
+            pattern = rf"{folder}/[^/]*[Ss]ingletrialBetas_{ending}"
+            patterns.append(FilePattern(f"{what} of session {number}", folder, pattern))
+    for name in ("R2mean", "Noiseceiling12rep"):
+        pattern = rf"{betas}/[^/]*desc-{name}_statmap\.nii\.gz"
+        patterns.append(FilePattern(f"map {name} of {label}", betas, pattern))
+    for category in chosen:
+        folder = f"derivatives/rois/{label}/{category}"
+        pattern = rf"{folder}/[^/]*space-T1w[^/]*_mask\.nii\.gz"
+        patterns.append(FilePattern(f"regions {category} of {label}", folder, pattern))
+    stimuli = ("task-images_metadata.csv", "task-images_desc-captions.csv")
+    return [*patterns, *(_list_path(f"stimuli/{name}") for name in stimuli)]
 
 
 def _list_path(path: str) -> FilePattern:
