@@ -8,8 +8,8 @@
 # **Reads** `data/<dataset>/` (notebook 00) and the encoding model of notebook 01_train_encoder
 # (`train_logs/<run>/encoder.safetensors` and its residuals). **Writes**
 # `train_logs/<run>/high_level/` (best and last checkpoint, history): one network that predicts CLIP
-# tokens and latents, which notebook 03 uses for both levels; and, for ridge and kernel,
-# `high_level_ridge.safetensors` and its like.
+# tokens and latents, which notebook 03 uses for both levels; and, for the ridge baseline,
+# `high_level_ridge.safetensors` and `low_level_ridge.safetensors`.
 #
 # Cost: mini one to five minutes on two CPU cores, by `num_epochs`; memory and time at the size of
 # NSD are in docs/percept.md.
@@ -40,7 +40,7 @@ encoder_name = ""  # run whose encoding model measures the pool, by default this
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
+decoder = "network"  # one of network, ridge, both
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
 token_components = 400  # principal components of the tokens that are predicted, at least 1
@@ -60,7 +60,6 @@ weight_decay = 0.05  # of AdamW, at least 0
 weight_average = 0.998  # decay of the average of the weights that is used, 0 for none, at most 1
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
-kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 precision = "no"  # one of no, bf16, fp16
 seed = 42  # of everything random here
 
@@ -76,8 +75,6 @@ run = configure(globals(), "02_train_percept")
 run
 
 # %%
-from itertools import product
-
 import numpy as np
 import torch
 
@@ -105,20 +102,18 @@ from src.encoding import (
 from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import cosine_similarity
 from src.networks import build_decoder
-from src.parameters import list_decoders
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, LatentAutoencoder
 from src.training import (
-    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
     Optimisation,
     Reporting,
     check_run,
-    describe_closed_form,
+    describe_ridge,
     fit,
-    fit_closed_form,
+    fit_ridge_baseline,
     open_tracker,
     record_training,
 )
@@ -139,8 +134,7 @@ subject = select_training_split(
     n_clusters,
     num_sessions,
 )
-decoders = list_decoders(decoder)
-print(plan_stage(run.stage, run.parameters) or "No network is trained.")
+print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
 normaliser = Normaliser.fit(subject, rois=rois)
 trials = BrainDataset(subject, "train", {}, normaliser, "each", seed)
 val = BrainDataset(subject, "val", {}, normaliser, "mean", seed)
@@ -242,7 +236,7 @@ config = {
 
 # %%
 encoder, noise = None, None
-if "network" in decoders:
+if decoder != "ridge":
     logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
     encoder, noise = open_run_encoder(logs, subject, normaliser, run.parameters, run.device)
     print(f"the encoding model reads {', '.join(encoder.spaces)}")
@@ -270,7 +264,7 @@ def encode(sources, ids):
 
 
 # %%
-if "network" in decoders:
+if decoder != "ridge":
     samples = MeasuredAndSimulated(
         trials,
         encode(targets, trials.image_ids),
@@ -344,14 +338,14 @@ def validate(model):
     mean = model.token_mean.cpu()
     brain, image = (x.flatten(1) - mean for x in (outputs["clip_tokens"], true["clip_tokens"]))
     similar = cosine_similarity(brain, image)
-    own = torch.arange(len(similar))
-    values["image_from_brain"] = (similar.argmax(1) == own).float().mean().item()
-    values["brain_from_image"] = (similar.argmax(0) == own).float().mean().item()
+    positions = torch.arange(len(similar))
+    values["image_from_brain"] = (similar.argmax(1) == positions).float().mean().item()
+    values["brain_from_image"] = (similar.argmax(0) == positions).float().mean().item()
     return {f"val/{name}": value for name, value in values.items()}
 
 
 # %%
-if "network" in decoders:
+if decoder != "ridge":
     logger = open_tracker(run, wandb_log, wandb_project)
     steps = num_epochs * epoch_steps
     history = fit(
@@ -375,7 +369,7 @@ if "network" in decoders:
     )
 
 # %%
-if "network" in decoders:
+if decoder != "ridge":
     last = history.iloc[-1]
     print(
         f"validation: token R2 {last['val/token_r2']:.3f}, image from brain"
@@ -392,29 +386,25 @@ if "network" in decoders:
 # less noise than a single trial. Both fall together: where that of measured trials rises while the
 # other falls, the encoding model is learnt and no longer the brain.
 #
-# ## Ridge and kernel
+# ## The ridge baselines
 # One linear map from the averaged voxels to the tokens, one to the latents, as in the notebooks of
 # MindEye. What is above them is what this notebook is worth.
-# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
-# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-levels = {"high_level": "clip_tokens", "low_level": "vae_latents"}
-closed_forms = [name for name in decoders if name in CLOSED_FORMS]
-if closed_forms:
+if decoder != "network":
     begin()
-for name, level in product(closed_forms, levels):
-    solved = fit_closed_form(
-        name,
-        run.logs / f"{level}_{name}.safetensors",
-        subject,
-        normaliser,
-        targets[levels[level]],
-        config,
-        run.parameters,
-        frozen_models[levels[level]].target_shape,
-    )
-    print(f"{name}, {level}: {describe_closed_form(solved)}")
+    for level, name in (("high_level", "clip_tokens"), ("low_level", "vae_latents")):
+        ridge = fit_ridge_baseline(
+            run.logs / f"{level}_ridge.safetensors",
+            subject,
+            normaliser,
+            targets[name],
+            config,
+            target_shape=frozen_models[name].target_shape,
+            folds=ridge_folds,
+            seed=seed,
+        )
+        print(f"ridge, {level}: {describe_ridge(ridge)}")
 
 # %% [markdown]
 # ## A look at validation images
@@ -422,7 +412,7 @@ for name, level in product(closed_forms, levels):
 # posterior mean, blurry where voxels leave much open. The generator of notebook 03 begins there.
 
 # %%
-if "network" in decoders and latent_components:
+if decoder != "ridge" and latent_components:
     first = val.image_ids[:12]
     rows = {
         "seen": torch.from_numpy(subject.images(first)).permute(0, 3, 1, 2) / 255,

@@ -193,17 +193,17 @@ def combine_similarities(similarities: Sequence[Any], references: Sequence[Any])
 
 
 def correct_hubs(
-    similarity: Any, reference: Any, k: int = NEIGHBOURS, share: float = 1.0
+    similarity: Any, reference: Any, k: int = NEIGHBOURS, share: float = 0.5
 ) -> Tensor:
-    """Subtract from each candidate its mean similarity to the k nearest of held-out queries.
+    """Subtract from each candidate half of its mean similarity to the k nearest held-out queries.
 
     Args:
         similarity: (queries, candidates).
         reference: (held-out queries, candidates), of queries that are not asked here: predictions
             for training images that were left out of the fit, or for validation images.
         k: neighbours, at most as many as there are held-out queries.
-        share: of that mean which is subtracted. CSLS, 2 s - r(query) - r(candidate), orders
-            candidates as a share of .5 does.
+        share: of that mean which is subtracted. One half orders candidates as CSLS does,
+            2 s - r(query) - r(candidate), whose term of the query is the same for all of them.
 
     Returns:
         (queries, candidates).

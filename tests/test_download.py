@@ -510,8 +510,8 @@ def test_unknown_names(hub, tmp_path):
         fetch("mindeye2", tmp_path, mirror=hub.url, sessions=3)
     with pytest.raises(PerceptError, match="neither a folder nor an address"):
         fetch("mindeye", tmp_path, mirror="nowhere")
-    with pytest.raises(PerceptError, match="Nothing is known to download for 'digits69'"):
-        plan_downloads("digits69")
+    with pytest.raises(PerceptError, match="Nothing is known to download for 'small_data'"):
+        plan_downloads("small_data")
 
 
 def test_a_token_goes_to_the_hub_and_not_to_a_mirror(hub, tmp_path, monkeypatch):

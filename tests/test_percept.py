@@ -8,9 +8,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from toy_data import N_VOXELS, make_world
 
-from src.data import BrainDataset
+from src.data import BrainDataset, Normaliser
+from src.decoding import predict_latents, predict_tokens, predicts_both_levels
+from src.encoding import EncodingModel, open_run_encoder, save_encoder, target_pca
 from src.encoding import pool as pools
-from src.encoding import target_pca
 from src.encoding.noise import NoiseModel
 from src.encoding.pool import ImagePool, check_pool, find_overlap, open_pool
 from src.encoding.simulation import MeasuredAndSimulated, draw_noise_bank, simulate_responses
@@ -18,6 +19,7 @@ from src.encoding.target_pca import TargetSet, fit_target_basis
 from src.models import PerceptDecoder
 from src.networks import build_decoder
 from src.search import write_tars
+from src.training import Batching, Checkpointing, Execution, Optimisation, fit
 from src.utils import PerceptError
 
 
@@ -334,3 +336,101 @@ def test_a_pool_without_an_image_is_refused(world, tmp_path):
         open_pool(str(tmp_path / "bad"), world.subject)
     with pytest.raises(PerceptError, match="it is for the mini world"):
         open_pool("mini", world.subject)
+
+
+# ----------------------------------------------------------------------------- encoder and decoding
+def make_encoder(world, spaces=("tokens",)):
+    """A linear stand-in for a fitted encoding model, and its noise."""
+    sizes = {name: [40, 5] for name in spaces}
+    model = EncodingModel(sizes, N_VOXELS)
+    generator = torch.Generator().manual_seed(0)
+    for buffer in model.state_dict().values():
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return model, NoiseModel(np.random.default_rng(0).standard_normal((20, N_VOXELS)))
+
+
+PARAMETERS = {
+    "split": "images",
+    "n_clusters": 20,
+    "num_sessions": 0,
+    "rois": "",
+    "clip_variant": "ViT-L/14",
+    "norm_embs": True,
+    "weights": "mini",
+}
+
+
+def test_the_encoder_of_a_run_measures_images(world, tmp_path):
+    model, noise = make_encoder(world)
+    data = {world.subject.key: world.subject.identity}
+    save_encoder(tmp_path, model, noise, {"data": data, "training": {"rois": ""}})
+    normaliser = Normaliser.fit(world.subject)
+    instrument, read = open_run_encoder(tmp_path, world.subject, normaliser, PARAMETERS)
+    tokens = make_targets(3)
+    measured = instrument.measure(np.zeros((3, 4, 4, 3), np.uint8), tokens)
+    expected = model.predict({"tokens": tokens.reshape(3, -1)})
+    torch.testing.assert_close(measured, expected)
+    torch.testing.assert_close(read.residuals, noise.residuals)
+
+
+def test_an_encoder_of_other_voxels_or_settings_is_refused(world, tmp_path):
+    model, noise = make_encoder(world)
+    normaliser = Normaliser.fit(world.subject)
+    trained = {"training": {"num_sessions": 1}, "clip": {"norm_embs": False}}
+    save_encoder(tmp_path / "sessions", model, noise, trained)
+    with pytest.raises(PerceptError, match="trained with num_sessions 1, here it is 0"):
+        open_run_encoder(tmp_path / "sessions", world.subject, normaliser, PARAMETERS)
+    save_encoder(tmp_path / "tokens", model, noise, {"clip": {"norm_embs": False}})
+    with pytest.raises(PerceptError, match="trained with norm_embs False"):
+        open_run_encoder(tmp_path / "tokens", world.subject, normaliser, PARAMETERS)
+    save_encoder(tmp_path / "labels", *make_encoder(world, ("tokens", "captions")), {})
+    with pytest.raises(PerceptError, match="reads captions"):
+        open_run_encoder(tmp_path / "labels", world.subject, normaliser, PARAMETERS)
+    with pytest.raises(PerceptError, match="no encoding model"):
+        open_run_encoder(tmp_path / "none", world.subject, normaliser, PARAMETERS)
+
+
+def test_tokens_and_latents_are_decoded_by_one_network():
+    decoder = make_decoder(make_targets(), make_targets(shape=(2, 3, 3), seed=1))
+    torch.nn.init.normal_(decoder.head.weight)
+    voxels = np.random.default_rng(2).standard_normal((5, N_VOXELS)).astype(np.float32)
+    tokens, projected = predict_tokens(decoder, voxels, (5, 8), batch_size=2)
+    torch.testing.assert_close(tokens[:, 0], decoder.predict_tokens(torch.from_numpy(voxels)))
+    torch.testing.assert_close(projected, tokens[:, 0])
+    latents = predict_latents(decoder, voxels, (2, 3, 3), batch_size=2)
+    torch.testing.assert_close(latents, decoder.predict_latents(torch.from_numpy(voxels)))
+    assert predicts_both_levels(decoder)
+    assert not predicts_both_levels(PerceptDecoder(N_VOXELS, (5, 8), 4, h=8))
+    assert not predicts_both_levels(None)
+
+
+def test_an_interrupted_training_on_simulated_trials_ends_with_the_same_bits(world, tmp_path):
+    def train(folder, fail_at=-1):
+        torch.manual_seed(0)
+        model = PerceptDecoder(N_VOXELS, (5, 8), 1, h=8)
+        steps = []
+
+        def step(model, batch, epoch):
+            steps.append(epoch)
+            if len(steps) == fail_at:
+                raise RuntimeError("a crash")
+            return model.compute_loss(model(batch["voxels"]), batch["components"]), {}
+
+        fit(
+            model,
+            step,
+            make_samples(world),
+            folder=folder,
+            config={},
+            batching=Batching(3, 5),
+            optimisation=Optimisation(1e-2, weight_average=0.9),
+            execution=Execution("cpu"),
+            checkpointing=Checkpointing(save_steps=1),
+        )
+        return model.state_dict()
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="a crash"):
+        train(tmp_path / "stopped", fail_at=7)
+    resumed = train(tmp_path / "stopped")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

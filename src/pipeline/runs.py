@@ -137,7 +137,9 @@ def print_plan(
 def print_recipes() -> None:
     """Print the recipes, their stages and what these cost."""
     for folder in list_recipes():
-        suffix = "  (also --mini)" if (folder / "mini").is_dir() else ""
+        overlays = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = ["--mini" if name == "mini" else f"{folder.name}/{name}" for name in overlays]
+        suffix = f"  (also {', '.join(names)})" if names else ""
         show(f"{folder.name}{suffix}")
         for stage in list_stages(folder.name):
             show(f"  {stage:24} {read_cost(stage)}")
