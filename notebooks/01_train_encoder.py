@@ -104,7 +104,8 @@ from src.utils import atomic, peak_memory
 
 # %%
 choices = ("gabor", "tokens", "captions", "categories", "gnet", *METRIC_NETWORKS)
-spaces = parse_names(feature_spaces, choices, "feature_spaces")
+named_spaces = parse_names(feature_spaces, choices, "feature_spaces")
+spaces = [name for name in choices if name in named_spaces]
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = select_training_split(
     open_subject(dataset, subj),

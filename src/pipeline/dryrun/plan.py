@@ -169,6 +169,7 @@ def _list_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
     models = {
         "01_train_high_level": [clip],
         "01_train_combined": [clip, *samples],
+        "01_train_encoder": [clip],
         "02_train_autoencoder": ["versatile_diffusion"],
         "02_train_basic_autoencoder": ["stable_diffusion"],
         "02_train_percept": [clip, "versatile_diffusion"],
