@@ -81,6 +81,8 @@ from src.encoding import (
     partition_variance,
     save_encoder,
 )
+
+# %%
 from src.figures import (
     choose_regions,
     plot_prediction_accuracy,
@@ -89,8 +91,6 @@ from src.figures import (
     plot_voxel_map,
     save_figure,
 )
-
-# %%
 from src.parameters import parse_names
 from src.pretrained import METRIC_NETWORKS, Clipper
 from src.readers import prepare_if_missing
