@@ -81,6 +81,8 @@ from src.encoding import (
     partition_variance,
     save_encoder,
 )
+
+# %%
 from src.figures import (
     choose_regions,
     plot_prediction_accuracy,
@@ -89,8 +91,6 @@ from src.figures import (
     plot_voxel_map,
     save_figure,
 )
-
-# %%
 from src.parameters import parse_names
 from src.pretrained import METRIC_NETWORKS, Clipper
 from src.readers import prepare_if_missing
@@ -104,7 +104,8 @@ from src.utils import atomic, peak_memory
 
 # %%
 choices = ("gabor", "tokens", "captions", "categories", "gnet", *METRIC_NETWORKS)
-spaces = parse_names(feature_spaces, choices, "feature_spaces")
+named_spaces = parse_names(feature_spaces, choices, "feature_spaces")
+spaces = [name for name in choices if name in named_spaces]
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = select_training_split(
     open_subject(dataset, subj),
@@ -254,8 +255,9 @@ if f"{spaces[-1]} unique" in partition and {"x", "y", "z"} <= set(table):
     save_figure(figure, run.results / "figures" / "01_feature_spaces.png")
 
 # %% [markdown]
-# Along the visual stream the colour turns: early areas need local energies, later ones what CLIP
-# sees. A bar that ends far before the ceiling is a region for which no space here is the right one.
+# Most of it is shared: CLIP's patches know of edges, and edges tell of content. Only the unique parts
+# say what one space adds to the other: red voxels need local energies, blue ones what CLIP sees. A
+# bar that ends far before the ceiling is a region for which no space here is the right one.
 #
 # ## What is left open: noise and ignorance
 # The residual of an image is what noise added and what the model does not know. Its covariance

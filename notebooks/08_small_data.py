@@ -37,7 +37,7 @@ networks = 8  # networks whose outputs are averaged, at least 1
 
 # optimisation
 inner_folds = 5  # folds within the training images in which all is chosen, at least 2
-num_epochs = 64  # passes over the training images, at least 1
+num_epochs = 72  # passes over the training images, at least 1
 batch_size = 16  # images or samples a step over all processes, at least 1
 max_lr = 1.0e-3  # peak learning rate, never scaled by the number of processes, more than 0
 seed = 42  # of everything random here
@@ -122,7 +122,8 @@ if official is not None:
 # All read the same voxels: z-scored, and ranked by how much they covary with the targets, in the
 # training images of the fold. **Ridge** is a penalised linear map. **Kernel** compares the test
 # pattern with every training pattern. **Bayesian** turns a linear encoding model round, with a
-# Gaussian prior over images (for pixels: the training images and slightly moved copies of them).
+# prior over images of one or several Gaussians (for pixels: the training images and slightly moved
+# copies of them).
 # **Network** is the mean of several small networks with dropout and noise on the voxels.
 
 # %%
@@ -134,8 +135,8 @@ kernel = [
     for k, v, a in product(("arc-cosine", "rbf"), counts, (0.03, 0.1, 0.3))
 ]
 bayesian = [
-    {"voxels": v, "strength": s, "evidence": b, "penalty": 10, "shrinkage": 0.8}
-    for v, s, b in product(counts[:2], (0.5, 1.0), (0.3, 0.5, 0.8))
+    {"voxels": v, "strength": s, "clusters": c, "evidence": b, "penalty": 10, "shrinkage": 0.8}
+    for v, s, c, b in product(counts[:2], (0.5, 1.0), (1, 2, 4), (0.3, 0.5, 0.8))
 ]
 network = {
     "voxels": min(network_voxels, responses.betas.shape[1]),

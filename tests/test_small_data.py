@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import pearsonr
+from scipy.stats import multivariate_normal, pearsonr
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
@@ -11,7 +11,14 @@ from src import small_data
 from src.data import open_subject
 from src.readers import npz
 from src.small_data import Candidate, Examples, Responses, decode_fold, pose_problem
-from src.small_data.decoders import fit_encoder, predict_bayesian, predict_kernel, predict_ridge
+from src.small_data.decoders import (
+    Mixture,
+    fit_encoder,
+    predict_bayesian,
+    predict_kernel,
+    predict_ridge,
+    solve_noise,
+)
 from src.small_data.examples import rank_voxels
 from src.small_data.nested import choose_members, choose_setting
 from src.small_data.network import build_networks, predict_network
@@ -29,12 +36,20 @@ NETWORK = {
     "seed": 0,
 }
 KERNEL = {"kernel": "rbf", "voxels": 30, "alpha": 0.1}
-BAYESIAN = {"voxels": 30, "strength": 1.0, "evidence": 0.5, "penalty": 10, "shrinkage": 0.8}
+BAYESIAN = {
+    "voxels": 30,
+    "strength": 1.0,
+    "clusters": 1,
+    "evidence": 0.5,
+    "penalty": 10,
+    "shrinkage": 0.8,
+}
 DECODERS = {
     "ridge": (predict_ridge, {"voxels": 30, "alpha": 10.0}),
     "kernel": (predict_kernel, KERNEL),
     "arc-cosine": (predict_kernel, KERNEL | {"kernel": "arc-cosine"}),
     "bayesian": (predict_bayesian, BAYESIAN),
+    "bayesian, clusters": (predict_bayesian, BAYESIAN | {"clusters": 3}),
     "network": (predict_network, NETWORK),
 }
 
@@ -140,6 +155,35 @@ def test_bayesian_is_the_posterior_mean_with_the_whole_noise_covariance(problem)
     posterior = np.linalg.inv(precision) @ right
     expected = prior.mean_ + (posterior.T * sd) @ prior.components_
     np.testing.assert_allclose(predicted, expected, atol=1e-4)
+
+
+def test_a_mixture_posterior_is_the_integral_over_a_grid():
+    rng = np.random.default_rng(0)
+    centres, shares = rng.normal(size=(3, 2)), np.array([0.2, 0.3, 0.5])
+    covariance = np.array([[0.5, 0.2], [0.2, 0.4]])
+    gram, fit = np.array([[2.0, 0.5], [0.5, 1.0]]), rng.normal(size=(2, 4))
+    mixture = Mixture(centres, shares, np.linalg.inv(covariance))
+    side = np.linspace(-6, 6, 241)
+    grid = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+    density = sum(
+        share * multivariate_normal(centre, covariance).pdf(grid)
+        for centre, share in zip(centres, shares, strict=True)
+    )
+    for column, z in zip(fit.T, mixture.compute_posterior(gram, fit), strict=True):
+        quadratic = (grid @ gram * grid).sum(1)
+        posterior = density * np.exp(grid @ column - quadratic / 2)
+        np.testing.assert_allclose(z, posterior @ grid / posterior.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_images", [8, 60])
+def test_noise_is_inverted_as_the_whole_matrix_would_be(n_images):
+    rng = np.random.default_rng(0)
+    residuals, right = rng.normal(size=(n_images, 20)), rng.normal(size=(20, 3))
+    empirical = residuals.T @ residuals / n_images
+    noise = 0.7 * np.diag(np.diag(empirical)) + 0.3 * empirical
+    np.testing.assert_allclose(
+        solve_noise(residuals, 0.7, right), np.linalg.inv(noise) @ right, atol=1e-8
+    )
 
 
 def test_networks_side_by_side_are_independent():

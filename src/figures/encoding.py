@@ -71,7 +71,8 @@ def plot_prediction_accuracy(
     axes[1].set_yticks(y, labels, fontsize=9)
     axes[1].set(ylim=(len(names) - 0.4, -0.6), xlabel="mean share of variance", title="by region")
     axes[1].set_xlim(left=min(0.0, float(rows.min())))
-    axes[1].legend(handles=handles, fontsize=8, loc="lower right")
+    place: Look = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
+    axes[1].legend(handles=handles, fontsize=8, **place)
     axes[1].grid(axis="x")
     return fig
 
@@ -106,8 +107,9 @@ def plot_variance_partition(
         raise PerceptError("There is no variance to draw: give the table of partition_variance.")
     names = list(regions)
     y = np.arange(len(names))
-    fig, ax = plt.subplots(figsize=(8.2, 1.4 + 0.42 * len(names)))
-    fig.subplots_adjust(left=0.2, right=0.97, top=1 - 0.5 / fig.get_figheight(), bottom=0.2)
+    height = 1.1 + 0.42 * len(names)
+    fig, ax = plt.subplots(figsize=(8.2, height))
+    fig.subplots_adjust(left=0.2, right=0.97, top=1 - 0.4 / height, bottom=0.55 / height)
     left = np.zeros(len(names))
     handles: list[Any] = []
     columns = [*parts[:1], "shared", *parts[1:]]

@@ -7,12 +7,15 @@ the targets of the test images. Settings are chosen within the training images (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.distance import pdist
+from scipy.special import softmax
+from sklearn.cluster import KMeans
 from sklearn.linear_model import Ridge
 
 from src.networks.kernels import compute_arc_cosine_kernel, compute_rbf_kernel
@@ -77,40 +80,114 @@ def predict_kernel(problem: Problem, setting: Setting) -> np.ndarray:
 
 
 def predict_bayesian(problem: Problem, setting: Setting) -> np.ndarray:
-    """Posterior mean of the image under a linear encoding model and a Gaussian prior of images.
+    """Posterior mean of the image under a linear encoding model and a prior of images.
 
-    Images are coordinates z on the principal axes of the prior's images, of unit variance there. An
-    encoder predicts the voxels, a = z W + e; its noise e has the covariance of leave-one-out
-    residuals, shrunk towards its diagonal. With b a share of the evidence that is believed,
+    Images are coordinates z on the principal axes of the prior's images, of unit variance there.
+    The prior is a mixture of Gaussians with centres m_k, shares p_k and one covariance C (of one
+    Gaussian: 0, 1 and I). An encoder predicts the voxels, a = z W + e; its noise e has the
+    covariance S of leave-one-out residuals, shrunk towards its diagonal. With b a share of the
+    evidence that is believed, M = b W S^-1 W' and t = b W S^-1 a, the posterior of Gaussian k has
 
-        E[z | a] = (I + b W S^-1 W')^-1 b W S^-1 a.
+        mean      z_k = (C^-1 + M)^-1 (C^-1 m_k + t)
+        log share     = log p_k + (z_k (C^-1 m_k + t) - m_k C^-1 m_k) / 2 + constant,
+
+    and the means are weighted by the shares.
 
     Args:
         problem: what to learn from, and what to decode. The prior is that of the variants of its
             training images where there are some, else of these images.
-        setting: `voxels`; `strength` of the movements of the prior's variants; `penalty` of the
-            encoder, per ten images; `shrinkage` of the noise covariance towards its diagonal, more
-            than 0 and at most 1; `evidence`, b.
+        setting: `voxels`; `strength` of the movements of the prior's variants; `clusters`, number
+            of Gaussians; `penalty` of the encoder, per ten images; `shrinkage` of the noise
+            covariance towards its diagonal, more than 0 and at most 1; `evidence`, b.
 
     Returns:
         (test images, targets).
 
-    Source: Schoenmakers et al. 2013 (NeuroImage), Naselaris et al. 2009.
+    Source: Naselaris et al. 2009 (Neuron); mixture: Schoenmakers et al. 2015 (Front. Comput.
+        Neurosci.).
     """
-    strengths = problem.train.variants
-    prior = problem.fit_axes(setting["strength"] if strengths else None)
+    strength = setting["strength"] if problem.train.variants else None
+    prior = problem.fit_axes(strength)
     scales = np.sqrt(prior.explained_variance_)
-    z = prior.transform(problem.train.targets) / scales  # (images, components)
+    key = ("evidence", strength, *(setting[k] for k in ("voxels", "penalty", "shrinkage")))
+    gram, fit = problem.remember(key, lambda: _gather_evidence(problem, strength, setting))
+    clusters = setting["clusters"]
+    mixture = problem.remember(
+        ("mixture", strength, clusters), lambda: _fit_mixture(problem, strength, clusters)
+    )
+    z = mixture.compute_posterior(setting["evidence"] * gram, setting["evidence"] * fit)
+    predicted: np.ndarray = prior.inverse_transform(z * scales).astype(np.float32)
+    return predicted
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussians with one covariance.
+
+    Attributes:
+        centres: (clusters, components).
+        shares: (clusters,), which sum to one.
+        precision: (components, components), inverse of the covariance.
+    """
+
+    centres: np.ndarray
+    shares: np.ndarray
+    precision: np.ndarray
+
+    def compute_posterior(self, gram: np.ndarray, fit: np.ndarray) -> np.ndarray:
+        """Posterior mean, where the log-likelihood of z is z t - z M z / 2.
+
+        Args:
+            gram: M (components, components).
+            fit: t (components, test images).
+
+        Returns:
+            (test images, components).
+        """
+        factor = cho_factor(self.precision + gram)
+        weighted = self.centres @ self.precision  # (clusters, components)
+        means, log_shares = [], []
+        for centre, pull, share in zip(self.centres, weighted, self.shares, strict=True):
+            right = pull[:, None] + fit  # (components, test images)
+            mean = cho_solve(factor, right)
+            means.append(mean)
+            log_shares.append(np.log(share) + ((mean * right).sum(0) - centre @ pull) / 2)
+        posterior_shares = softmax(np.stack(log_shares), axis=0)  # (clusters, test images)
+        z: np.ndarray = np.einsum("km,kcm->mc", posterior_shares, np.stack(means))
+        return z
+
+
+def _fit_mixture(problem: Problem, strength: float | None, clusters: int) -> Mixture:
+    """The prior of coordinates: clusters of the images (k-means), and their covariance within."""
+    axes = problem.fit_axes(strength)
+    n_components = len(axes.components_)
+    images = problem.get_images(strength)
+    clusters = min(clusters, len(images))
+    if clusters == 1:
+        return Mixture(np.zeros((1, n_components)), np.ones(1), np.eye(n_components))
+    z = axes.transform(images) / np.sqrt(axes.explained_variance_)
+    kmeans = KMeans(clusters, n_init=4, random_state=0).fit(axes.transform(images))
+    members = [z[kmeans.labels_ == k] for k in np.unique(kmeans.labels_)]
+    centres = np.stack([part.mean(0) for part in members])
+    within = np.concatenate([part - part.mean(0) for part in members])
+    covariance = within.T @ within / len(z)
+    shrunk = 0.95 * covariance + 0.05 * np.eye(n_components)  # never singular
+    shares = np.array([len(part) for part in members]) / len(z)
+    return Mixture(centres, shares, np.linalg.inv(shrunk))
+
+
+def _gather_evidence(
+    problem: Problem, strength: float | None, setting: Setting
+) -> tuple[np.ndarray, np.ndarray]:
+    """W S^-1 W' (components, components) and W S^-1 a' (components, test images)."""
+    axes = problem.fit_axes(strength)
+    z = axes.transform(problem.train.targets) / np.sqrt(axes.explained_variance_)
     a = problem.train.voxels[:, : setting["voxels"]].astype(np.float64)  # (images, voxels)
     tests = problem.test_voxels[:, : setting["voxels"]].astype(np.float64)
     encoder, residuals = fit_encoder(z, a, setting["penalty"] * len(z) / 10)
     right = np.concatenate([encoder, tests]).T  # (voxels, components + test images)
-    whitened = solve_noise(residuals, setting["shrinkage"], right)  # S^-1 [W', a']
-    evidence = setting["evidence"] * encoder @ whitened  # (components, components + test images)
-    n = len(encoder)
-    posterior = np.linalg.solve(np.eye(n) + evidence[:, :n], evidence[:, n:])
-    predicted: np.ndarray = prior.inverse_transform(posterior.T * scales).astype(np.float32)
-    return predicted
+    evidence = encoder @ solve_noise(residuals, setting["shrinkage"], right)
+    return evidence[:, : len(encoder)], evidence[:, len(encoder) :]
 
 
 def fit_encoder(z: np.ndarray, a: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +212,7 @@ def solve_noise(residuals: np.ndarray, shrinkage: float, right: np.ndarray) -> n
     """S^-1 B for the shrunk covariance S of residuals.
 
     S = shrinkage diag(R'R / n) + (1 - shrinkage) R'R / n, inverted through a matrix of images by
-    images (Woodbury).
+    images where there are fewer of these than of voxels (Woodbury).
 
     Args:
         residuals: R (images, voxels).
@@ -145,12 +222,15 @@ def solve_noise(residuals: np.ndarray, shrinkage: float, right: np.ndarray) -> n
     Returns:
         (voxels, columns).
     """
-    n = len(residuals)
+    n, n_voxels = residuals.shape
     variances = np.square(residuals).mean(0)
     diagonal = shrinkage * variances.clip(min=1e-12)  # (voxels,)
     factor = residuals * np.sqrt((1 - shrinkage) / n)  # (images, voxels)
+    if n_voxels <= n:
+        solved: np.ndarray = np.linalg.solve(np.diag(diagonal) + factor.T @ factor, right)
+        return solved
     scaled = right / diagonal[:, None]
     small = np.eye(n) + (factor / diagonal) @ factor.T  # (images, images)
     correction = factor.T @ np.linalg.solve(small, factor @ scaled)
-    solved: np.ndarray = scaled - correction / diagonal[:, None]
+    solved = scaled - correction / diagonal[:, None]
     return solved

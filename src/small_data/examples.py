@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -14,6 +15,9 @@ N_AXES = 40  # principal axes of images that decoders work in, at least
 MAX_AXES = 300
 VARIANCE_HELD = 0.9  # of the images, by more axes than N_AXES where it must be
 RANKING_AXES = 100  # principal axes of the targets by which voxels are ranked, at most
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,33 @@ class Problem:
     Attributes:
         train: the training images, voxels float32 (images, ranked voxels).
         test_voxels: float32 (test images, ranked voxels).
-        axes: principal axes that decoders have asked for, by the strength of the variants that they
-            are of, None for the training images themselves.
+        cache: what decoders have computed for this problem and need for other settings again.
     """
 
     train: Examples
     test_voxels: np.ndarray
-    axes: dict[float | None, PCA] = field(default_factory=dict)
+    cache: dict[Hashable, Any] = field(default_factory=dict)
+
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The result of `compute`, which is called once for each key."""
+        if key not in self.cache:
+            self.cache[key] = compute()
+        result: T = self.cache[key]
+        return result
+
+    def get_images(self, strength: float | None = None) -> np.ndarray:
+        """Targets of the training images, or of their variants of some strength: (n, targets)."""
+        if strength is None:
+            return self.train.targets
+        return self.train.variants[strength].reshape(-1, self.train.targets.shape[1])
 
     def fit_axes(self, strength: float | None = None) -> PCA:
-        """Principal axes of the training targets, or of their variants of some strength.
+        """Principal axes of `get_images`.
 
         There are N_AXES of them, and more, up to MAX_AXES, where those hold less of the variance
         than VARIANCE_HELD.
         """
-        if strength not in self.axes:
-            images = self.train.targets
-            if strength is not None:
-                images = self.train.variants[strength].reshape(-1, images.shape[1])
-            self.axes[strength] = _fit_axes(images)
-        return self.axes[strength]
+        return self.remember(("axes", strength), lambda: _fit_axes(self.get_images(strength)))
 
 
 def _fit_axes(images: np.ndarray) -> PCA:

@@ -17,7 +17,14 @@ Predictions = dict[str, np.ndarray]
 Score = Callable[[np.ndarray, np.ndarray], float]
 
 MEAN = "mean"  # name of the mean of the chosen decoders
-CHOSEN = ("kernel", "voxels", "alpha", "strength", "evidence")  # entries of settings that vary
+CHOSEN = (
+    "kernel",
+    "voxels",
+    "alpha",
+    "strength",
+    "clusters",
+    "evidence",
+)  # entries of settings that vary
 
 
 @dataclass(frozen=True)

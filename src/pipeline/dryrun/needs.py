@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.voting import VOTES, parse_voters
+from src.encoding.features import FEATURE_SPACES
+from src.encoding.gabor import GaborPyramid
+from src.encoding.model import PCA_IMAGES
 from src.encoding.pool import MINI_POOL_IMAGES
 from src.losses import combined_loss, info_nce, l2_normalize, soft_clip_loss
 from src.networks.rebuild import build_decoder
@@ -290,6 +293,27 @@ def _estimate_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, di
     return _count_all_on_meta(build), memory
 
 
+def estimate_encoder(p: Parameters, sizes: Sizes) -> Needs:
+    """01_train_encoder: a closed form, whose memory is that of features and responses."""
+    data, models = sizes.data, sizes.models
+    width, images = count_voxels(p, data), data.train_images
+    features = models.tokens * models.dim + GaborPyramid().n_features
+    responses = FLOAT_BYTES * images * width
+    memory = {
+        "features": FLOAT_BYTES * features * (images + min(images, PCA_IMAGES)),
+        "responses, predictions and residuals": 3 * responses,
+        "single trials": FLOAT_BYTES * data.train_trials * width,
+        "frozen CLIP": models.frozen_bytes["CLIP"],
+    }
+    weights = sum(space.n_components for space in FEATURE_SPACES.values())
+    disk = {
+        "encoding model": FLOAT_BYTES * weights * (width + features),
+        "residuals": responses,
+        "cached targets": models.embedding_bytes * data.all_images,
+    }
+    return Needs({}, memory, disk)
+
+
 def estimate_percept(p: Parameters, sizes: Sizes) -> Needs:
     """02_train_percept: components of tokens and latents, from measured and simulated trials."""
     data, models = sizes.data, sizes.models
@@ -453,6 +477,7 @@ NEEDS: dict[str, Callable[[Parameters, Sizes], Needs]] = {
     "01_train_mindeye2": estimate_mindeye2,
     "02_train_autoencoder": estimate_low_level,
     "02_train_basic_autoencoder": estimate_basic,
+    "01_train_encoder": estimate_encoder,
     "02_train_percept": estimate_percept,
     "02_train_roi_models": estimate_roi_models,
     "03_reconstruct": estimate_reconstructions,
