@@ -193,8 +193,8 @@ def assign_split(
     if unknown or (kinds and not tested_kinds):
         raise PerceptError(
             f"ood_types is {shorten(ood_types)!r}, split {split.name} tests"
-            f" {', '.join(sorted(tested_kinds)) or 'no such images'}: choose split_name=ood and kinds of"
-            f" {', '.join(OOD_KINDS)}."
+            f" {', '.join(sorted(tested_kinds)) or 'no such images'}: choose split_name=ood and kinds"
+            f" of {', '.join(OOD_KINDS)}."
         )
     is_test = names.isin(split.test)
     if kinds:
