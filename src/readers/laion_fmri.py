@@ -200,9 +200,8 @@ def read(
     betas = [open_trials(paths[0]) for paths in files.values()]
     JoinedFiles.join(betas, folders.betas)  # refuses other grids
     trials = _load_all_trials(files, betas)
-    chosen = load_split(
-        root / splits, split, folders.label if pool == "own" else pool, split_sha256
-    )
+    pool = folders.label if pool == "own" else pool
+    chosen = load_split(root / Path(splits).expanduser(), split_name, pool, split_sha256)
     pictures = _open_pictures(folders, images)
     if folders.metadata.exists():
         check_names(chosen, pictures.names, folders.metadata)

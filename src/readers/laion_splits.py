@@ -191,10 +191,10 @@ def assign_split(
     unknown = sorted(set(kinds) - set(OOD_KINDS))
     tested_kinds = {find_ood_kind(name) for name in split.test} - {""}
     if unknown or (kinds and not tested_kinds):
+        tested = ", ".join(sorted(tested_kinds)) or "no such images"
         raise PerceptError(
-            f"ood_types is {shorten(ood_types)!r}, split {split.name} tests"
-            f" {', '.join(sorted(tested_kinds)) or 'no such images'}: choose split_name=ood and kinds of"
-            f" {', '.join(OOD_KINDS)}."
+            f"ood_types is {shorten(ood_types)!r}, split {split.name} tests {tested}: choose"
+            f" split_name=ood and kinds of {', '.join(OOD_KINDS)}."
         )
     is_test = names.isin(split.test)
     if kinds:

@@ -209,7 +209,9 @@ def _load_pairs(path: Path) -> list[Stimulus]:
     """The stimuli of a set, in the order of their numbers."""
     with read_errors(require_file(path, "the stimuli of a set")):
         table = np.atleast_2d(scipy.io.loadmat(path, simplify_cells=True)["pair_list"])
-        stimuli = [Stimulus(int(row[0]), str(row[1]), str(row[2])) for row in table]
+        stimuli = [
+            Stimulus(int(float(number)), str(target), str(cue)) for number, target, cue in table
+        ]
     numbers = sorted(stimulus.number for stimulus in stimuli)
     if numbers != list(range(1, N_STIMULI + 1)):
         raise PerceptError(
