@@ -151,14 +151,14 @@ network = {
 }
 
 # %%
-known = {
+available = {
     "ridge": Candidate(small_data.predict_ridge, ridge),
     "kernel": Candidate(small_data.predict_kernel, kernel),
     "bayesian": Candidate(small_data.predict_bayesian, bayesian),
     "network": Candidate(small_data.predict_network, [network], {"networks": min(2, networks)}),
 }
-used = parse_names(decoders, list(known), "decoders") | {"ridge"}
-candidates = {name: candidate for name, candidate in known.items() if name in used}
+used = parse_names(decoders, list(available), "decoders") | {"ridge"}
+candidates = {name: candidate for name, candidate in available.items() if name in used}
 
 
 # %% [markdown]

@@ -128,7 +128,9 @@ class _NoiseSource:
         """Let the threads fill the next buffer, each part by its own generator."""
         self._buffer = torch.empty(self.x.shape, dtype=self.x.dtype, pin_memory=True)
         parts = zip(self._buffer.chunk(len(self.generators)), self.generators, strict=True)
-        self._next = [_get_threads().submit(_fill_normal, part, own) for part, own in parts]
+        self._next = [
+            _get_threads().submit(_fill_normal, part, generator_) for part, generator_ in parts
+        ]
 
     def _finish(self) -> Tensor:
         assert self._buffer is not None

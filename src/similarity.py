@@ -239,9 +239,9 @@ def _flatten(values: Any, name: str) -> Tensor:
     return rows
 
 
-def _check_width(rows: Tensor, others: Tensor, name: str) -> None:
-    if rows.shape[1] != others.shape[1]:
+def _check_width(rows: Tensor, references: Tensor, name: str) -> None:
+    if rows.shape[1] != references.shape[1]:
         raise PerceptError(
-            f"The {name} have {rows.shape[1]} and {others.shape[1]} features: both must be of the"
-            " same model and voxels."
+            f"The {name} have {rows.shape[1]} and {references.shape[1]} features: both must be of"
+            " the same model and voxels."
         )

@@ -304,8 +304,8 @@ def _draw_mixtures(n_spaces: int, count: int) -> np.ndarray:
     equal = np.ones((1, n_spaces), np.float32)
     if n_spaces == 1 or count <= 1:
         return equal
-    drawn = np.random.default_rng(0).dirichlet(np.ones(n_spaces), count - 1)
-    return np.concatenate([equal, n_spaces * drawn]).astype(np.float32)
+    random_mixtures = np.random.default_rng(0).dirichlet(np.ones(n_spaces), count - 1)
+    return np.concatenate([equal, n_spaces * random_mixtures]).astype(np.float32)
 
 
 def solve_banded_ridge(
@@ -429,8 +429,8 @@ def partition_variance(
     table |= {f"{name} alone": scores[(name,)] for name in names}
     unique = {}
     for name in names:
-        others = tuple(other for other in names if other != name)
-        unique[f"{name} unique"] = fit.score - scores[others]
+        other_spaces = tuple(other for other in names if other != name)
+        unique[f"{name} unique"] = fit.score - scores[other_spaces]
     table |= unique
     table["shared"] = fit.score - np.sum(list(unique.values()), axis=0)
     return pd.DataFrame(table)

@@ -69,16 +69,16 @@ def compute_features(
         PerceptError: for a name that is not known, numbers of rows that differ from that of the
             images, or values that are not finite.
     """
-    known = tokens or {}
+    known_features = tokens or {}
     computed: dict[str, Extractor] = {"gabor": extract_gabor, **(extractors or {})}
     features = {}
     for name in names:
-        if name in known:
-            rows = np.asarray(known[name])
+        if name in known_features:
+            rows = np.asarray(known_features[name])
         elif name in computed:
             rows = np.asarray(computed[name](images))
         else:
-            choices = ", ".join(sorted({*known, *computed}))
+            choices = ", ".join(sorted({*known_features, *computed}))
             raise PerceptError(
                 f"Feature space '{name}' is neither given nor can it be computed: choose among"
                 f" {choices}, or pass an extractor of that name."

@@ -59,8 +59,8 @@ class Instrument:
         Returns:
             float32 (n, voxels), z-scored.
         """
-        known = {"tokens": tokens}
-        features = compute_features(self.spaces, images, known, self.extractors)
+        known_features = {"tokens": tokens}
+        features = compute_features(self.spaces, images, known_features, self.extractors)
         return self.model.predict(features)
 
 

@@ -102,8 +102,8 @@ def _find_principal_axes(centred: np.ndarray, n_components: int, seed: int) -> n
         # without normalisation two iterations lose more to rounding than they gain
         options = {"svd_solver": "randomized", "iterated_power": 1}
     pca = PCA(count, random_state=seed, **options).fit(centred.astype(np.float32))
-    kept = pca.explained_variance_ > 1e-7 * pca.explained_variance_[0]
-    axes: np.ndarray = pca.components_[kept].T
+    is_used = pca.explained_variance_ > 1e-7 * pca.explained_variance_[0]
+    axes: np.ndarray = pca.components_[is_used].T
     return axes
 
 

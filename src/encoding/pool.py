@@ -83,7 +83,7 @@ class ImagePool:
         digest = hashlib.blake2b(np.ascontiguousarray(checksums).tobytes(), digest_size=16)
         return {"name": self.name, "images": len(self), "pixels": digest.hexdigest()}
 
-    def without(self, image_ids: np.ndarray) -> ImagePool:
+    def leave_out(self, image_ids: np.ndarray) -> ImagePool:
         """This pool without some images."""
         is_kept = ~np.isin(self.image_ids, image_ids)
         labels = None if self.labels is None else self.labels[is_kept].reset_index(drop=True)
@@ -334,8 +334,8 @@ def _find_held_out_combinations(pool: ImagePool, subject: Subject, combination: 
             " images, or set held_out_combination to '' if none is held out."
         )
     assert pool.labels is not None
-    shown = pool.labels[columns].astype(str).agg(" ".join, axis=1)
-    return pool.image_ids[shown.isin(held_out - trained).to_numpy()]
+    combinations = pool.labels[columns].astype(str).agg(" ".join, axis=1)
+    return pool.image_ids[combinations.isin(held_out - trained).to_numpy()]
 
 
 def check_pool(
@@ -375,4 +375,4 @@ def check_pool(
             f"Nothing is left of the pool {pool.name} without {overlapping.describe()}: give other"
             " images."
         )
-    return pool.without(ids)
+    return pool.leave_out(ids)

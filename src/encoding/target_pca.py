@@ -117,12 +117,12 @@ def fit_target_basis(
         values, vectors, total = _decompose_randomly(sets, mean, start.to(device), iterations)
     if not total > 0:
         raise PerceptError("The targets of all images are the same: there is nothing to decode.")
-    kept = values[:count] > 1e-9 * values[0]  # of targets that vary in fewer directions, those
-    components = vectors[:, :count][:, kept].T
+    is_used = values[:count] > 1e-9 * values[0]  # of targets that vary in fewer directions, those
+    components = vectors[:, :count][:, is_used].T
     return TargetBasis(
         mean.float().cpu(),
         components.float().cpu().contiguous(),
-        values[:count][kept].double().cpu() / n_images,
+        values[:count][is_used].double().cpu() / n_images,
         float(total) / n_images,
     )
 

@@ -140,8 +140,8 @@ def compare_by_likelihood(
     held_out_cosine = compute_centred_cosine(
         held_out.projected[decoder], held_out.true_tokens, held_out.mean_tokens
     )
-    both = combine_similarities([likelihood, cosine], [reference, held_out_cosine])
-    measures = {"likelihood": likelihood, "likelihood and cosine": both}
+    combined = combine_similarities([likelihood, cosine], [reference, held_out_cosine])
+    measures = {"likelihood": likelihood, "likelihood and cosine": combined}
     return {(name, d): matrix for name, matrix in measures.items() for d in DIRECTIONS}
 
 

@@ -135,19 +135,19 @@ def plot_variance_partition(
 
 
 @draw_in_style
-def plot_spectra(covariances: Mapping[str, Any], shown: int = 100) -> Figure:
+def plot_spectra(covariances: Mapping[str, Any], n_dimensions: int = 100) -> Figure:
     """Eigenvalues of covariance matrices of voxels, from the largest, on logarithmic axes.
 
     A spectrum that falls fast means that few patterns hold most of the variance.
 
     Args:
         covariances: by what they are of, (voxels, voxels).
-        shown: eigenvalues that are drawn, at most.
+        n_dimensions: eigenvalues that are drawn, at most.
     """
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for number, (name, matrix) in enumerate(covariances.items()):
         values = np.linalg.eigvalsh(np.asarray(matrix, float))[::-1]
-        values = values[: min(shown, len(values))]
+        values = values[: min(n_dimensions, len(values))]
         values = values[values > 1e-9 * values[0]]
         ranks = np.arange(1, len(values) + 1)
         look: Look = {"marker": MARKERS[number], "ms": 4, "markevery": 0.15}

@@ -241,10 +241,10 @@ def _list_metrics(values: Values, stages: Sequence[str]) -> Iterator[str]:
         yield "gnet"
     if CAPTION_STAGE not in stages or not values["caption_metrics"]:
         return
-    wanted = values["caption_metrics"]
-    if wanted == "all" or "Sentence" in wanted:
+    chosen_metrics = values["caption_metrics"]
+    if chosen_metrics == "all" or "Sentence" in chosen_metrics:
         yield "sentence_encoder"
-    if wanted == "all" or "CLIP-B" in wanted:
+    if chosen_metrics == "all" or "CLIP-B" in chosen_metrics:
         yield "clip-ViT-B-32"
 
 

@@ -227,9 +227,9 @@ def _read_config(part: str, location: str) -> Any:
     config_class = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}[part]
     config = load_frozen(config_class, location)
     with explain_loading("CLIP's config", location):
-        whole, _ = CLIPConfig.get_config_dict(location)  # without the defaults of the class
-    if f"{part}_config" in whole and "projection_dim" in whole:
-        config.projection_dim = whole["projection_dim"]
+        whole_config, _ = CLIPConfig.get_config_dict(location)  # without the defaults of the class
+    if f"{part}_config" in whole_config and "projection_dim" in whole_config:
+        config.projection_dim = whole_config["projection_dim"]
     return config
 
 

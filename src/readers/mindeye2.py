@@ -252,8 +252,8 @@ def _find_tars(
     stems = [path.stem for path in (root / "train").glob("*.tar")]
     numbers = [int(stem) for stem in stems if stem.isdigit()]
     tars = []
-    present = max(max(numbers, default=0) + 1, min_sessions)
-    for number in range(sessions or present):
+    n_present = max(max(numbers, default=0) + 1, min_sessions)
+    for number in range(sessions or n_present):
         what = f"training trials of session {number + 1} of subject {subj}"
         tars.append(Tar("train", require_file(root / "train" / f"{number}.tar", what)))
     what = f"test trials of subject {subj} in protocol {protocol}"
@@ -315,8 +315,8 @@ def _list_images(source: Path, subj: int, trials: pd.DataFrame) -> tuple[np.ndar
     test_images = trials.loc[trials["split"] == "test", "image"].to_numpy()
     shared = np.flatnonzero(is_shared) if len(is_shared) else np.unique(test_images)
     image_of_trial = _load_image_of_trial(source / INDICES, subj)
-    shown = np.unique(np.concatenate([trials["image"].to_numpy(), image_of_trial]))
-    return np.setdiff1d(shown[shown >= 0], np.union1d(shared, test_images)), shared
+    image_numbers = np.unique(np.concatenate([trials["image"].to_numpy(), image_of_trial]))
+    return np.setdiff1d(image_numbers[image_numbers >= 0], np.union1d(shared, test_images)), shared
 
 
 def _load_captions(

@@ -158,7 +158,7 @@ class Mixture:
 
 
 def _fit_mixture(problem: Problem, strength: float | None, clusters: int) -> Mixture:
-    """The prior of coordinates: clusters of the images (k-means), and their covariance within."""
+    """The prior of coordinates: clusters of the images (k-means), and the covariance in them."""
     axes = problem.fit_axes(strength)
     n_components = len(axes.components_)
     images = problem.get_images(strength)
@@ -169,8 +169,8 @@ def _fit_mixture(problem: Problem, strength: float | None, clusters: int) -> Mix
     kmeans = KMeans(clusters, n_init=4, random_state=0).fit(axes.transform(images))
     members = [z[kmeans.labels_ == k] for k in np.unique(kmeans.labels_)]
     centres = np.stack([part.mean(0) for part in members])
-    within = np.concatenate([part - part.mean(0) for part in members])
-    covariance = within.T @ within / len(z)
+    deviations = np.concatenate([part - part.mean(0) for part in members])
+    covariance = deviations.T @ deviations / len(z)
     shrunk = 0.95 * covariance + 0.05 * np.eye(n_components)  # never singular
     shares = np.array([len(part) for part in members]) / len(z)
     return Mixture(centres, shares, np.linalg.inv(shrunk))

@@ -106,8 +106,8 @@ def _fit_axes(images: np.ndarray) -> PCA:
         solver = "full"
     axes = PCA(limit, svd_solver=solver, random_state=0).fit(images)
     variances = axes.explained_variance_
-    held = np.cumsum(axes.explained_variance_ratio_)
-    n_axes = max(N_AXES, int((held < VARIANCE_HELD).sum()) + 1)
+    cumulative = np.cumsum(axes.explained_variance_ratio_)
+    n_axes = max(N_AXES, int((cumulative < VARIANCE_HELD).sum()) + 1)
     n_axes = max(1, min(n_axes, int((variances > 1e-6 * variances[0]).sum())))
     axes.components_ = axes.components_[:n_axes]
     axes.explained_variance_ = variances[:n_axes].clip(min=1e-12)

@@ -100,8 +100,8 @@ class ScoredRun:
         decoder = str(self.training.get("decoder", ""))
         if not decoder:
             return {}
-        main, *others = list_decoders(decoder)
-        return {main: "system"} | {name: name for name in others}
+        main, *alternatives = list_decoders(decoder)
+        return {main: "system"} | {name: name for name in alternatives}
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -157,9 +157,9 @@ def _collect(recipe: str, overrides: dict[str, Any]) -> RecipeNeeds | None:
         return None
     needs = None
     if recipe in recipes:
-        known = list_parameters(recipe)
-        own = {name: value for name, value in overrides.items() if name in known}
-        needs = collect_needs(recipe, own)
+        names = list_parameters(recipe)
+        chosen = {name: value for name, value in overrides.items() if name in names}
+        needs = collect_needs(recipe, chosen)
     if needs is None or not needs.bundles:
         fetchable = [name for name in recipes if collect_needs(name, {}).bundles]
         raise UsageError(
@@ -178,7 +178,7 @@ def _read_values(
     """The subject, the places and the options of the bundles: defaults, those of the recipe, then
     what -p sets.
     """
-    known = set(list_parameters(recipe)) if needs else set()
+    names = set(list_parameters(recipe)) if needs else set()
     defaults: dict[str, Any] = {"subj": 1, "revision": ""}
     for bundle in bundles:
         defaults |= bundle.options
@@ -189,7 +189,7 @@ def _read_values(
             defaults[name] = value
     if needs and "num_sessions" in defaults:
         defaults["num_sessions"] = needs.num_sessions
-    parameters.check_parameter_names(overrides, [*defaults, *known], "-p")
+    parameters.check_parameter_names(overrides, [*defaults, *names], "-p")
     values = dict(defaults)
     for name in defaults.keys() & overrides.keys():
         value = overrides[name]

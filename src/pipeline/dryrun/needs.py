@@ -352,8 +352,8 @@ def _count_pool_images(p: Parameters, data: DataSizes) -> int:
     """Images of the pool: as many as are asked for, all of one that is known; of a folder that
     nobody has counted yet, as many as the mini models were trained on.
     """
-    known = data.train_images if p["pool"] == "train" else MINI_POOL_IMAGES
-    return min(known, p["pool_images"] or known)
+    n_known = data.train_images if p["pool"] == "train" else MINI_POOL_IMAGES
+    return min(n_known, p["pool_images"] or n_known)
 
 
 def estimate_prepared_data(p: Parameters, sizes: Sizes) -> Needs:
