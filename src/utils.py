@@ -130,6 +130,7 @@ def resolve(path: str) -> Path:
     return in_home
 
 
+# ---------------------------------------------------------------------------------------- networks
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -15,8 +15,7 @@ PREPARE = {"dataset": "mine", "subj": 1, "source": "npz"}
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for module in ("src.utils", "src.data.layout"):
-        monkeypatch.setattr(f"{module}.HOME", tmp_path)
+    monkeypatch.setattr("src.utils.HOME", tmp_path)
     write_npz(tmp_path / "my.npz")
     readers.read_source("npz", tmp_path / "my.npz", "mine", 1)
     return tmp_path

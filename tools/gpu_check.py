@@ -639,8 +639,8 @@ def compare_recipe(check: Check) -> None:
     if check.rehearse:
         check.add("mini recipe", None, "", f"not in a rehearsal: {flags}")
         return
-    arguments_ = [text for name, value in flags.items() for text in ("-p", name, str(value))]
-    command = [sys.executable, "run.py", "mindeye", "--mini", *arguments_]
+    options = [text for name, value in flags.items() for text in ("-p", name, str(value))]
+    command = [sys.executable, "run.py", "mindeye", "--mini", *options]
     with tempfile.TemporaryDirectory() as folder:
         programs = {}
         for device in ("cuda", "cpu"):

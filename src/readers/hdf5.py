@@ -166,8 +166,8 @@ def _has_rows(dataset: h5py.Dataset, rows: np.ndarray | None) -> bool:
     sizes = zip(dataset.shape[1:], dataset.chunks[1:], strict=True)
     n_beside = math.prod(-(-length // chunk) for length, chunk in sizes)
     values, counts = np.unique(starts, return_counts=True)
-    n_per_chunk = values[counts == n_beside] // dataset.chunks[0]
-    return bool(np.isin(np.asarray(rows) // dataset.chunks[0], n_per_chunk).all())
+    whole_chunks = values[counts == n_beside] // dataset.chunks[0]
+    return bool(np.isin(np.asarray(rows) // dataset.chunks[0], whole_chunks).all())
 
 
 def _check_view(dataset: h5py.Dataset, place: str, depth: int = 0) -> None:

@@ -58,7 +58,8 @@ def make_table(lines: Iterable[Mapping[str, Any]], index: Any = None) -> pd.Data
     lines = list(lines)
     names = list(dict.fromkeys(name for line in lines for name in line))
     ordered = sorted(names, key=lambda name: name not in LOCATION)[:MAX_FIELDS]
-    names = sorted(ordered, key=names.index)
+    chosen = set(ordered)
+    names = [name for name in names if name in chosen]
     columns = {name: _unify([line.get(name) for line in lines]) for name in names}
     if index is None:
         index = range(len(lines))

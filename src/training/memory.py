@@ -15,17 +15,17 @@ REMEDIES = {
 }
 
 
-def explain_out_of_memory(session: Session, doing: str, state: str) -> PerceptError:
+def explain_out_of_memory(session: Session, doing: str, saved: str) -> PerceptError:
     """The error to raise when memory ends.
 
     Args:
         session: that was training.
         doing: key of REMEDIES.
-        state: what is on the disk, for the message.
+        saved: what is on the disk, for the message.
     """
     position = session.position
     return PerceptError(
         f"Memory of {session.device} ran out in {doing} (epoch {position.epoch}, step"
         f" {position.step}, batch_size {session.batching.batch_size};"
-        f" {describe_peak_memory(str(session.device))}): {REMEDIES[doing]}; {state}."
+        f" {describe_peak_memory(str(session.device))}): {REMEDIES[doing]}; {saved}."
     )
