@@ -255,9 +255,9 @@ if f"{spaces[-1]} unique" in partition and {"x", "y", "z"} <= set(table):
     save_figure(figure, run.results / "figures" / "01_feature_spaces.png")
 
 # %% [markdown]
-# Most of it is shared: CLIP's patches know of edges, and edges tell of content. Only the unique parts
-# say what one space adds to the other: red voxels need local energies, blue ones what CLIP sees. A
-# bar that ends far before the ceiling is a region for which no space here is the right one.
+# Most of it is shared: CLIP's patches know of edges, and edges tell of content. Only the unique
+# parts say what one space adds to the other: red voxels need local energies, blue ones what CLIP
+# sees. A bar that ends far before the ceiling is a region for which no space here is the right one.
 #
 # ## What is left open: noise and ignorance
 # The residual of an image is what noise added and what the model does not know. Its covariance
