@@ -9,8 +9,8 @@
 # labels. **Writes** `results/<run>/`: `small_data.csv` (the table), `choices.csv` (what was chosen
 # in each fold), `scores.parquet`, `metrics.json`, and a sheet of reconstructions.
 #
-# Cost: 100 images of 28 pixels and 3,000 voxels about 15 minutes on two CPU cores; 2,000 images
-# some hours, less with fewer `folds` or `networks`.
+# Cost: the pixels of 100 images of 28 pixels, 3,000 voxels, 10 folds: about 12 minutes on a busy CPU
+# core. Larger data were not timed; fewer `folds` or `networks` take less.
 #
 # Source: kernels of Cho & Saul 2009; the Bayesian decoder after Naselaris et al. 2009 and
 # Schoenmakers et al. 2013; how each is built, and what it is worth: docs/small_data.md.
@@ -128,7 +128,7 @@ if official is not None:
 
 # %%
 counts = small_data.parse_voxel_counts(voxels_kept, responses.betas.shape[1])
-penalties = [float(alpha) for alpha in alphas.split(",")]
+penalties = small_data.parse_penalties(alphas)
 ridge = [{"voxels": v, "alpha": a} for v, a in product(counts, penalties)]
 kernel = [
     {"kernel": k, "voxels": v, "alpha": a}

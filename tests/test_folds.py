@@ -10,6 +10,7 @@ from src.small_data.folds import (
     LEAVE_ONE_OUT,
     find_labels,
     group_equal_images,
+    parse_penalties,
     parse_voxel_counts,
     split_into_folds,
 )
@@ -92,3 +93,10 @@ def test_voxel_counts_beyond_the_data_become_all_voxels():
     assert parse_voxel_counts("400,800", 60) == [60]
     with pytest.raises(PerceptError, match="numbers of voxels"):
         parse_voxel_counts("400,many", 900)
+
+
+@pytest.mark.parametrize("text", ["", "100,many", "100,-1", "0", "inf"])
+def test_penalties_are_numbers_above_zero(text):
+    assert parse_penalties("100, 3e2") == [100.0, 300.0]
+    with pytest.raises(PerceptError, match="alphas is"):
+        parse_penalties(text)

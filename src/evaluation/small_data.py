@@ -97,8 +97,9 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
         scores: [split, metric, row, image, draw, value]; draws are averaged first.
     """
     lines: list[dict[str, Any]] = []
-    for key, part in _average_draws(scores).groupby(["split", "metric", "row"], sort=False):
-        names = dict(zip(("split", "metric", "row"), key, strict=True))
+    groups = _average_draws(scores).groupby(["split", "metric", "row"], sort=False)
+    for (split, metric, row), part in groups:
+        names = {"split": str(split), "metric": str(metric), "row": str(row)}
         interval = statistics.bootstrap_mean(part["value"].to_numpy())
         lines.append(names | interval._asdict() | {"n": len(part)})
     return pd.DataFrame(lines)
@@ -120,10 +121,11 @@ def compare_with_ridge(scores: pd.DataFrame) -> pd.DataFrame:
         metric = str(metric_name)
         wide = part.pivot(index="image", columns="row", values="value")
         sign = 1 if better[metric] == "higher" else -1
-        decoders = [str(row) for row in wide if row not in (*records.BASELINES, REFERENCE)]
+        controls = {*records.BASELINES, REFERENCE}
+        decoders = [str(row) for row in wide.columns if row not in controls]
         for row in decoders:
             gain = statistics.paired_bootstrap(sign * wide[row], sign * wide[REFERENCE])
-            names = {"split": split, "metric": metric, "row": row}
+            names = {"split": str(split), "metric": metric, "row": row}
             lines.append(names | gain._asdict() | {"better": _name_better(row, gain)})
     return pd.DataFrame(lines)
 

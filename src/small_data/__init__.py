@@ -22,6 +22,7 @@ from src.small_data.examples import Examples, Problem, pose_problem
 from src.small_data.folds import (
     find_labels,
     group_equal_images,
+    parse_penalties,
     parse_voxel_counts,
     split_into_folds,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "group_equal_images",
     "make_pixels",
     "make_variants",
+    "parse_penalties",
     "parse_voxel_counts",
     "pose_problem",
     "predict_bayesian",

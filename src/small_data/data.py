@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def find_official_split(subject: Subject, ids: np.ndarray) -> Fold | None:
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def encode_images(encoder: object, images: np.ndarray) -> np.ndarray:
+def encode_images(encoder: Any, images: np.ndarray) -> np.ndarray:
     """Embeddings of images, a batch at a time.
 
     Args:
@@ -169,7 +169,7 @@ def encode_images(encoder: object, images: np.ndarray) -> np.ndarray:
     Returns:
         float32 (n, features).
     """
-    starts: Sequence[int] = range(0, len(images), BATCH)
-    parts = [encoder.encode_pixels(images[start : start + BATCH]) for start in starts]  # type: ignore[attr-defined]
+    starts = range(0, len(images), BATCH)
+    parts = [encoder.encode_pixels(images[start : start + BATCH]) for start in starts]
     embeddings: np.ndarray = np.concatenate(parts).reshape(len(images), -1)
     return embeddings

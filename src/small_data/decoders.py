@@ -161,12 +161,12 @@ def _fit_mixture(problem: Problem, strength: float | None, clusters: int) -> Mix
     """The prior of coordinates: clusters of the images (k-means), and the covariance in them."""
     axes = problem.fit_axes(strength)
     n_components = len(axes.components_)
-    images = problem.get_images(strength)
-    clusters = min(clusters, len(images))
+    coordinates = axes.transform(problem.get_images(strength))  # (images, components)
+    clusters = min(clusters, len(np.unique(coordinates[:, 0])))
     if clusters == 1:
         return Mixture(np.zeros((1, n_components)), np.ones(1), np.eye(n_components))
-    z = axes.transform(images) / np.sqrt(axes.explained_variance_)
-    kmeans = KMeans(clusters, n_init=4, random_state=0).fit(axes.transform(images))
+    z = coordinates / np.sqrt(axes.explained_variance_)
+    kmeans = KMeans(clusters, n_init=4, random_state=0).fit(coordinates)
     members = [z[kmeans.labels_ == k] for k in np.unique(kmeans.labels_)]
     centres = np.stack([part.mean(0) for part in members])
     deviations = np.concatenate([part - part.mean(0) for part in members])

@@ -129,3 +129,23 @@ def parse_voxel_counts(text: str, n_voxels: int) -> list[int]:
             f"voxels_kept is '{text}': give numbers of voxels separated by commas, such as 400,800."
         )
     return sorted({min(int(part), n_voxels) for part in parts})
+
+
+def parse_penalties(text: str) -> list[float]:
+    """Candidate penalties.
+
+    Args:
+        text: numbers above zero, separated by commas.
+
+    Raises:
+        PerceptError: for text that is no such list.
+    """
+    try:
+        penalties = [float(part) for part in text.split(",")]
+    except ValueError:
+        penalties = []
+    if not penalties or not all(0 < penalty < float("inf") for penalty in penalties):
+        raise PerceptError(
+            f"alphas is '{text}': give numbers above zero separated by commas, such as 100,300."
+        )
+    return penalties
