@@ -243,7 +243,7 @@ def test_the_download_is_what_a_reading_needs(bucket, tmp_path):
     bucket.root = tmp_path / "copy"
     assert read(bucket, tmp_path).betas.shape[0] == 9
     with pytest.raises(PerceptError, match="choose of body"):
-        fetch("laion_fmri", tmp_path / "copy", mirror="x", categories="legs")
+        fetch("laion_fmri", tmp_path / "copy", mirror=str(bucket.root), categories="legs")
 
 
 def test_kinds_of_images_out_of_distribution():

@@ -34,7 +34,9 @@ def test_the_mini_world_comes_back(tmp_path, space, ending):
     subject, trials = open_subject(tmp_path / "out", 1), world.scan.trials
     betas = world.scan.betas
     if space == "nativesurface":
-        betas = np.rint(betas * 300).astype(np.int16).astype(np.float32) / np.float32(300)
+        betas = np.rint(betas.astype(np.float64) * 300).astype(np.int16).astype(
+            np.float32
+        ) / np.float32(300)
     np.testing.assert_array_equal(subject.betas, betas)
     columns = list(subject.trials.columns)
     pd.testing.assert_frame_equal(subject.trials, trials[columns], check_dtype=False)
