@@ -23,6 +23,7 @@ from src.pretrained.base import (
     load_frozen,
     locate_model,
     normalise_for_clip,
+    prefer_cache,
     tokenize_captions,
 )
 from src.safe_pickle import is_torchscript, load_plain_torch_file
@@ -227,7 +228,9 @@ def _read_config(part: str, location: str) -> Any:
     config_class = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}[part]
     config = load_frozen(config_class, location)
     with explain_loading("CLIP's config", location):
-        whole, _ = CLIPConfig.get_config_dict(location)  # without the defaults of the class
+        whole, _ = prefer_cache(
+            CLIPConfig.get_config_dict, location
+        )  # without the defaults of the class
     if f"{part}_config" in whole and "projection_dim" in whole:
         config.projection_dim = whole["projection_dim"]
     return config

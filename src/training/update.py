@@ -239,7 +239,8 @@ class Updater:
             return self.session.sharded.gradient_norm()
         self.session.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.trainable if p.grad is not None]
-        # of none at all, it is on the CPU
+        if not gradients:
+            return torch.zeros((), device=self.session.device)
         return nn.utils.get_total_norm(gradients).to(self.session.device)
 
     def is_save_due(self) -> bool:
