@@ -9,7 +9,7 @@
 # labels. **Writes** `results/<run>/`: `small_data.csv` (the table), `choices.csv` (what was chosen
 # in each fold), `scores.parquet`, `metrics.json`, and a sheet of reconstructions.
 #
-# Cost: the pixels of 100 images of 28 pixels, 3,000 voxels, 10 folds: about 12 minutes on a busy CPU
+# Cost: the pixels of 100 images of 28 pixels, 3,000 voxels, 10 folds: about 12 minutes on one CPU
 # core. Larger data were not timed; fewer `folds` or `networks` take less.
 #
 # Source: kernels of Cho & Saul 2009; the Bayesian decoder after Naselaris et al. 2009 and

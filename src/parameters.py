@@ -764,6 +764,9 @@ def _start(run: Run) -> None:
     brings_data = any(values.get(name) for name in ("data_path", "recon_path", "remote_data"))
     if "dataset" in values and not run.stage.startswith("00") and not brings_data:
         _check_prepared(str(values["dataset"]), int(values["subj"]))
+    if values.get("weights") == "hub":
+        utils.check_gpu_is_usable()
+    utils.allow_tf32()
     if "seed" in values:
         seed_everything(int(values["seed"]))
 

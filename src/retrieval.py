@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.utils import PerceptError, is_finite, open_tensors
+from src.utils import PerceptError, exact_products, is_finite, open_tensors
 
 CHUNK = 256  # queries compared at once
 
@@ -68,6 +68,7 @@ def _split_roles(brain: Any, clip: Any, direction: str) -> tuple[Tensor, Tensor]
     return (brain, clip) if direction == "image_from_brain" else (clip, brain)
 
 
+@exact_products()
 def _compute_ranks(queries: Tensor, candidates: Tensor) -> np.ndarray:
     """Rank (n,) of candidate i for query i, 1 the best.
 
@@ -198,6 +199,7 @@ POOL_SAMPLERS: dict[str, PoolSampler] = {
 }
 
 
+@exact_products()
 def evaluate_published_protocol(
     brain: Any,
     clip: Any,
@@ -235,18 +237,25 @@ def evaluate_published_protocol(
             sampling is unknown.
     """
     brain, clip = _normalize_pair(brain, clip)
-    if not 1 <= pool_size <= len(brain):
+    return _score_pools(brain @ clip.T, pool_size, n_pools, seed, sampling, shards)
+
+
+def _score_pools(
+    similarity: Tensor, pool_size: int, n_pools: int, seed: int, sampling: str, shards: int
+) -> pd.DataFrame:
+    """`evaluate_published_protocol` of similarities (n brains, n images)."""
+    n = len(similarity)
+    if not 1 <= pool_size <= n:
         raise PerceptError(
-            f"A pool of {pool_size} was asked for, but the test set has {len(brain)} images;"
+            f"A pool of {pool_size} was asked for, but the test set has {n} images;"
             " choose a pool up to that."
         )
-    if sampling not in POOL_SAMPLERS or not 1 <= shards <= len(brain):
+    if sampling not in POOL_SAMPLERS or not 1 <= shards <= n:
         raise PerceptError(
             f"Pools cannot be drawn {sampling!r} from {shards} shards; choose one of"
-            f" {', '.join(POOL_SAMPLERS)}, and 1 to {len(brain)} shards."
+            f" {', '.join(POOL_SAMPLERS)}, and 1 to {n} shards."
         )
-    similarity = brain @ clip.T  # (n brains, n images)
-    pools = POOL_SAMPLERS[sampling](len(brain), pool_size, shards, np.random.default_rng(seed))
+    pools = POOL_SAMPLERS[sampling](n, pool_size, shards, np.random.default_rng(seed))
     scores: dict[str, list[float]] = {direction: [] for direction in REFERENCE_NAMES}
     for _ in range(n_pools):
         pool = torch.as_tensor(next(pools), device=similarity.device)
@@ -284,6 +293,7 @@ def _compute_pool_top1(similarity: Tensor, same_sample: Tensor) -> float:
     return (~competes.any(1)).double().mean().item()
 
 
+@exact_products()
 def compute_retrieval_by_pool_size(
     brain: Any,
     clip: Any,
@@ -297,7 +307,9 @@ def compute_retrieval_by_pool_size(
     """
     n = len(brain)
     sizes = sorted({size for size in pool_sizes if size < n} | {n})
-    tables = [evaluate_published_protocol(brain, clip, size, n_pools, seed) for size in sizes]
+    brain, clip = _normalize_pair(brain, clip)
+    similarity = brain @ clip.T  # (n brains, n images), of all pools
+    tables = [_score_pools(similarity, size, n_pools, seed, "random", 2) for size in sizes]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -319,6 +331,7 @@ class SecondOrderResult:
     candidates: np.ndarray
 
 
+@exact_products()
 def rerank_second_order(
     brain: Any,
     clip: Any,
@@ -515,6 +528,7 @@ def compute_hard_negative_top1(
     return HardNegativeScores(value, chance, scores, chance_levels, int(counted.sum()))
 
 
+@exact_products()
 def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tensor]:
     """Find the k most similar rows of an index by cosine, exactly.
 
@@ -543,8 +557,10 @@ def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor,
     # time.
     similarities = []
     for start in range(0, len(index_features), CHUNK):
-        rows = np.array(index_features[start : start + CHUNK])
-        block = torch.as_tensor(rows).flatten(1).float()
+        rows = index_features[start : start + CHUNK]
+        if not isinstance(rows, Tensor):
+            rows = torch.as_tensor(np.array(rows))
+        block = rows.detach().to(queries.device).flatten(1).float()
         _check_finite(block, f"rows from {start} on of the index")
         similarities.append(queries @ F.normalize(block, dim=1).T)  # (q, block)
     top = torch.cat(similarities, 1).topk(k, dim=1)

@@ -40,7 +40,7 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     if _is_released(path):
         state, config = _read_released(path)
     else:
-        state, config = load_checkpoint(path, device)
+        state, config = load_checkpoint(path)  # on the CPU, where the network is made
         check_config(config, state, str(path))
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))

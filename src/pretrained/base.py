@@ -17,8 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,22 @@ def load_frozen(cls: Any, location: str, **options: Any) -> Any:
     """
     if location in REVISIONS:
         options = {"revision": REVISIONS[location], **options}
+    load = partial(load_whole, cls) if is_network(cls) else cls.from_pretrained
     with explain_loading(cls.__name__, location, options.get("subfolder", "")):
-        if is_network(cls):
-            return load_whole(cls, location, **options)
-        return cls.from_pretrained(location, **options)
+        return prefer_cache(load, location, **options)
+
+
+def prefer_cache(load: Callable[..., Any], location: str, **options: Any) -> Any:
+    """`load(location, **options)`, of a hub id without asking the hub where its files are here.
+
+    The libraries ask it for each file otherwise, and again and again where there is no network.
+    """
+    if not Path(location).exists():
+        try:
+            return load(location, local_files_only=True, **options)
+        except OSError:  # not all of its files are here
+            pass
+    return load(location, **options)
 
 
 @contextmanager

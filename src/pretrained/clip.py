@@ -23,6 +23,7 @@ from src.pretrained.base import (
     load_frozen,
     locate_model,
     normalise_for_clip,
+    prefer_cache,
     tokenize_captions,
 )
 from src.safe_pickle import is_torchscript, load_plain_torch_file
@@ -227,7 +228,8 @@ def _read_config(part: str, location: str) -> Any:
     config_class = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}[part]
     config = load_frozen(config_class, location)
     with explain_loading("CLIP's config", location):
-        whole_config, _ = CLIPConfig.get_config_dict(location)  # without the defaults of the class
+        # without the defaults of the class
+        whole_config, _ = prefer_cache(CLIPConfig.get_config_dict, location)
     if f"{part}_config" in whole_config and "projection_dim" in whole_config:
         config.projection_dim = whole_config["projection_dim"]
     return config

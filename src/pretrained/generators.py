@@ -161,7 +161,7 @@ class ImageGenerator(LatentAutoencoder):
         if steps == 0 and init_latents is not None:
             return self.decode(init_latents)
         first = num_inference_steps - steps
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler.set_timesteps(num_inference_steps)  # on the CPU, where it reads them
         timesteps = self.scheduler.timesteps[first:]
         self.scheduler.set_begin_index(first)
         latents = noise.to(self.device, self.dtype) * self.scheduler.init_noise_sigma
@@ -180,10 +180,10 @@ class ImageGenerator(LatentAutoencoder):
         if guided:  # (2 * batch, tokens, dim)
             condition = torch.cat([self.get_null_condition(condition), condition])
         with cache_condition(self.unet):
-            for t in timesteps:
+            for t, t_on_device in zip(timesteps, timesteps.to(self.device), strict=True):
                 x = torch.cat([latents, latents]) if guided else latents
                 x = self.scheduler.scale_model_input(x, t)
-                pred = self.unet(x, t, encoder_hidden_states=condition).sample
+                pred = self.unet(x, t_on_device, encoder_hidden_states=condition).sample
                 if guided:
                     null, conditional = pred.chunk(2)
                     pred = null + guidance_scale * (conditional - null)

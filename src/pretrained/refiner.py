@@ -15,7 +15,7 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from src import utils
-from src.pretrained.base import load_frozen, silence_libraries
+from src.pretrained.base import load_frozen, prefer_cache, silence_libraries
 from src.pretrained.generators import load_stable_diffusion_pipeline
 from src.pretrained.strict import check_filled
 from src.utils import PerceptError
@@ -87,8 +87,11 @@ def _load_single_file(path: str, base: str, dtype: torch.dtype) -> Any:
         )
     try:
         with silence_libraries():
-            pipeline = StableDiffusionXLImg2ImgPipeline.from_single_file(
-                path, config=base, torch_dtype=dtype
+            load = StableDiffusionXLImg2ImgPipeline.from_single_file
+            pipeline = prefer_cache(
+                lambda config, **options: load(path, config=config, **options),
+                base,
+                torch_dtype=dtype,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

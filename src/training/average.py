@@ -32,10 +32,19 @@ class WeightAverage:
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now."""
+    def update(self, counts: Tensor | None = None) -> None:
+        """Take in the parameters as they are now.
+
+        Args:
+            counts: whether they count at all, a Boolean on their device, which only that knows.
+        """
         current = [parameter.detach() for parameter in self.parameters.values()]
-        torch._foreach_lerp_(list(self.values.values()), current, 1 - self.decay)
+        averages = list(self.values.values())
+        if counts is None:
+            torch._foreach_lerp_(averages, current, 1 - self.decay)
+            return
+        for average, parameter in zip(averages, current, strict=True):
+            average.lerp_(parameter, (1 - self.decay) * counts.to(average.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name of the parameter."""

@@ -115,7 +115,7 @@ class Session:
     def agree(self, finite: list[Tensor], flags: list[bool]) -> list[bool]:
         """What holds in any process: [not finite..., flags...].
 
-        The one place where a step waits for the device.
+        Here a step waits for the device, where it is not ahead of it (see `Updater`).
         """
         bad = torch.empty(0, device=self.device)
         if finite:
