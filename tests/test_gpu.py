@@ -153,7 +153,9 @@ def test_networks_compute_the_same_on_a_gpu(name, gpu):
         output = module(*values)
         parts = output if isinstance(output, tuple) else (output,)
         parts = [part for part in parts if isinstance(part, torch.Tensor)]
-        sum(part.square().mean() for part in parts).backward()
+        total = sum(part.square().mean() for part in parts)
+        if total.requires_grad:  # closed forms have nothing to train
+            total.backward()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         outputs.append([x.detach().cpu() for x in (*parts, *gradients)])
     assert all(p.is_cuda for p in moved.parameters())
@@ -463,7 +465,7 @@ def test_the_width_of_a_head_suits_fused_kernels_in_half_precision(monkeypatch, 
         return attend(q, *args, **kwargs)
 
     monkeypatch.setattr(transformers.F, "scaled_dot_product_attention", watch)
-    model, batch = small(prior_dim_head=52).to("cuda"), a_batch()
+    model, batch = small(prior_dim_head=12).to("cuda"), a_batch()
     tokens = batch["tokens"].to("cuda")
     with torch.autocast("cuda", torch.bfloat16):
         model.diffusion_prior(text_embed=tokens, image_embed=tokens, seeds=batch["seed"].to("cuda"))

@@ -48,7 +48,7 @@ def fit_kernel_readout(
     candidates = kernel.diagonal().mean().item() * np.asarray(KERNEL_PENALTIES)
     outputs = torch.as_tensor(y, device=device)
     readout.bias.copy_(outputs.mean(0))
-    solver_params = {"n_alphas_batch": 1, "n_targets_batch": 4096, "warn": False}
+    solver_params = {"n_alphas_batch": 1, "n_targets_batch": 4096}
     with himalaya_backend("torch_cuda" if device.startswith("cuda") else "torch"):
         search = KernelRidgeCV(
             alphas=candidates.astype(np.float32),
