@@ -30,7 +30,7 @@ def launch(home, stage, minutes, *extra_flags):
     env = os.environ | {"PERCEPT_HOME": str(home), "OMP_NUM_THREADS": "1"}
     flags = [stage, "--minutes", str(minutes), "--share", "0.01", *extra_flags]
     command = [sys.executable, "tools/train_mini_models.py", *flags]
-    options = {"capture_output": True, "text": True, "timeout": 300}
+    options = {"capture_output": True, "text": True, "timeout": 900}
     done = subprocess.run(command, cwd=ROOT, env=env, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     log = home / "train_logs" / "mini_models" / f"{stage}.jsonl"

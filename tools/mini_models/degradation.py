@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import kornia.augmentation as K
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from src import pretrained
-from src.training import augment
 
 from . import data
 from .data import SEED, draw_per_image, load_images, split_images, to_pixels
@@ -95,7 +95,7 @@ def wash_out(x: Tensor) -> Tensor:
         x: (batch, 3, height, width) in [0, 1].
     """
     n = len(x)
-    blur = augment.K.RandomGaussianBlur((9, 9), (0.7, 2.5), p=1.0)
+    blur = K.RandomGaussianBlur((9, 9), (0.7, 2.5), p=1.0)
     x = blur(x)
     mean_colour = x.mean((2, 3), keepdim=True)
     x = torch.lerp(x, mean_colour, draw_per_image(n, 0, 0.6))

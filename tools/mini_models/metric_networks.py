@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import kornia.augmentation as K
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,7 @@ def _train_self_supervised(name: str, options: Options, rank: int) -> None:
     labels, check_labels = load_question_labels("judge"), load_question_labels("judge_check")
     network = MetricNetworkTrainer(name).to(get_device())
     make_view = nn.Sequential(
-        augment.K.RandomHorizontalFlip(p=0.5),
+        K.RandomHorizontalFlip(p=0.5),
         augment.build_teacher_augmentation(miniworld.IMAGE_SIZE),
     )
 

@@ -170,6 +170,8 @@ def train(
         batch_size: samples a process and step.
         rank: of this process; only the first saves and logs.
     """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # time is taken when all are ready
     run = StageRun(stage, module, lr)
     budget = options.minutes * 60
     rng = np.random.default_rng([SEED, run.step, rank])
