@@ -88,11 +88,15 @@ def test_without_a_server_the_kernel_is_an_ordinary_one(server, tmp_path):
     assert text.split()[2] == "False"
 
 
-def test_one_stage_or_a_gpu_changes_nothing(tmp_path, monkeypatch):
+def test_one_stage_a_gpu_or_the_switch_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(warm, "NVIDIA", tmp_path / "no GPU")
     with warm.warm_kernels(1):
         assert warm.get_kernel_options() == {}
     (tmp_path / "GPU").touch()
     monkeypatch.setattr(warm, "NVIDIA", tmp_path / "GPU")
+    with warm.warm_kernels(6):
+        assert warm.get_kernel_options() == {}
+    monkeypatch.setattr(warm, "NVIDIA", tmp_path / "no GPU")
+    monkeypatch.setenv("PERCEPT_FORK_SERVER", "0")
     with warm.warm_kernels(6):
         assert warm.get_kernel_options() == {}

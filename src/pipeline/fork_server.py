@@ -181,7 +181,9 @@ def become_kernel(request: Request) -> None:
     os.chdir(request["folder"])
     random.seed()
     np.random.seed()
-    sys.argv = ["ipykernel_launcher", *request["arguments"]]
+    # with a parent, a kernel ends when that does, and does not print how to connect to it
+    parent = f"--IPKernelApp.parent_handle={os.getppid()}"
+    sys.argv = ["ipykernel_launcher", *request["arguments"], parent]
     # as of a kernel that was started by `python -m`, without the folder of this file
     sys.path[0] = request["folder"]
     kernelapp.launch_new_instance()

@@ -20,6 +20,8 @@ NVIDIA = Path("/dev/nvidiactl")  # there where a GPU is
 # module of an ordinary kernel, as it stands in the command after the interpreter
 KERNEL = ["-m", "ipykernel_launcher"]
 
+SWITCH = "PERCEPT_FORK_SERVER"  # environment variable: 0 lets every stage import anew
+
 
 class ForkServer:
     """A fork server of this process, started when it is first asked for.
@@ -64,12 +66,14 @@ def warm_kernels(stages: int) -> Iterator[None]:
     """Within this context stages that are executed share their imports.
 
     On Linux and without a GPU: elsewhere libraries do not allow a fork, or a GPU that one of them
-    has looked at cannot be used in its child. There, and for one stage alone, nothing is changed.
+    has looked at cannot be used in its child. There, and for one stage alone, nothing is changed;
+    nor is it with PERCEPT_FORK_SERVER=0 in the environment.
 
     Args:
         stages: that may be executed.
     """
-    if sys.platform != "linux" or NVIDIA.exists() or stages < 2:
+    is_off = os.environ.get(SWITCH) == "0"
+    if is_off or sys.platform != "linux" or NVIDIA.exists() or stages < 2:
         yield
         return
     server = ForkServer()
