@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.pipeline.recipes import read_defaults, read_stage_parameters, select_stages
-from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
+from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
 
 Values = Mapping[str, Any]
 

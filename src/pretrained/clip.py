@@ -26,27 +26,13 @@ from src.pretrained.base import (
     prefer_cache,
     tokenize_captions,
 )
+from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS
 from src.safe_pickle import is_torchscript, load_plain_torch_file
 from src.utils import PerceptError, check_weights
-
-# variant -> name of the model; the ResNets come through OpenAI's own package
-CLIP_VARIANTS = {
-    "ViT-L/14": "clip",
-    "ViT-B/32": "clip-ViT-B-32",
-    "RN50": "RN50",
-    "RN50x64": "RN50x64",
-}
 
 # keys of the part of a CLIP's file that is not loaded
 TEXT_KEYS = r"(?:text_model|text_projection)\..*|logit_scale"
 VISION_KEYS = r"(?:vision_model|visual_projection)\..*|logit_scale"
-
-# those whose patches MindEye2 predicts
-PATCH_VARIANTS = {
-    "bigG": "clip-bigG",
-    "ViT-L/14": "clip",
-    "ViT-B/32": "clip-ViT-B-32",
-}
 
 
 class _ResNetClip(nn.Module):
@@ -200,21 +186,6 @@ class _VisionClip(nn.Module):
             model = freeze(model.float(), self.model.device)
             self._text = load_frozen(CLIPTokenizer, self.location), model
         return self._text
-
-
-def find_patch_variant(variant: str, tokens: int, dim: int) -> str:
-    """The CLIP whose patch tokens have a size that published commands name.
-
-    The low-compute README gives 49 tokens of 768 numbers and no variant: these are ViT-B/32's.
-
-    Args:
-        variant: that is asked for; only the default, bigG, gives way.
-        tokens: an image, 0 for all.
-        dim: of a token, 0 for that of the CLIP.
-    """
-    if variant == "bigG" and (tokens, dim) == (49, 768):
-        return "ViT-B/32"
-    return variant
 
 
 def _read_config(part: str, location: str) -> Any:

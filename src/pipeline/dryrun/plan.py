@@ -33,7 +33,7 @@ from src.pipeline.dryrun.sizes import (
 from src.pipeline.needs import list_bundles
 from src.pipeline.recipes import list_stages
 from src.pretrained.base import HUB, locate_model
-from src.pretrained.clip import PATCH_VARIANTS
+from src.pretrained.clip_variants import PATCH_VARIANTS
 from src.utils import PerceptError, resolve, to_device
 
 TRAININGS = (

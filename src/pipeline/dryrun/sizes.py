@@ -15,7 +15,7 @@ from src.data.subject import open_subject
 from src.miniworld.cortex import N_VOXELS
 from src.miniworld.images import IMAGE_SIZE
 from src.pretrained.base import MINI_MODELS
-from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
+from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
 from src.utils import PerceptError
 
 FLOAT_BYTES, HALF_BYTES = 4.0, 2.0
