@@ -14,7 +14,7 @@ setup-all:
 	@bash setup.sh --all
 
 demo: setup  ## prepare, train, reconstruct, retrieve and score on the mini world
-	@$(PYTHON) run.py mindeye --mini
+	@$(PYTHON) run.py percept --mini
 
 test: setup-all  ## the fast tests, a file at a time on each of up to four cores
 	@$(PYTEST) -m "not slow"
@@ -23,7 +23,7 @@ test-slow: setup-all  ## whole recipes, interrupted runs, browsers, Slurm, DeepS
 	@$(PYTEST) -m slow
 
 lab: setup  ## JupyterLab with the mini recipe selected
-	@PERCEPT_RECIPE=mindeye/mini .venv/bin/jupyter lab notebooks
+	@PERCEPT_RECIPE=percept/mini .venv/bin/jupyter lab notebooks
 
 lint: setup-all  ## style, format, types, and how much a reader has to hold in the head
 	@$(PYTHON) -m ruff check .
@@ -37,10 +37,10 @@ format: setup-all
 notebooks: setup-all  ## remake the .py exports from the notebooks
 	@$(EXPORT) notebooks/*.ipynb
 
-gallery: demo  ## remake docs/gallery from the executed notebooks of six recipes, a comparison and a sweep
-	@for recipe in combined basic_ae roi_voting mindeye2_small mindeye_retrieval; do $(PYTHON) run.py $$recipe --mini || exit 1; done
+gallery: demo  ## remake docs/gallery from the executed notebooks of seven recipes, a comparison and a sweep
+	@for recipe in mindeye combined basic_ae roi_voting mindeye2_small mindeye_retrieval; do $(PYTHON) run.py $$recipe --mini || exit 1; done
 	@$(PYTHON) run.py compare && $(PYTHON) run.py sweep launch/sweeps/roi_sets_mini.yaml
-	@$(PYTHON) tools/make_gallery.py $(addprefix results/,mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 roi_voting-mini-subj01 mindeye2_small-mini-subj01 mindeye_retrieval-mini-subj01 compare roi_sets_mini)
+	@$(PYTHON) tools/make_gallery.py $(addprefix results/,percept-mini-subj01 mindeye-mini-subj01 combined-mini-subj01 basic_ae-mini-subj01 roi_voting-mini-subj01 mindeye2_small-mini-subj01 mindeye_retrieval-mini-subj01 compare roi_sets_mini)
 
 lock:  ## write the exact versions anew, as far as pyproject.toml asks for others
 	@$(COMPILE) --output-file requirements.lock

@@ -195,7 +195,7 @@ def main(steps: int = 4, batch: int = 4) -> None:
     print(f"{'step':>20}: {mean:6.2f} s, peak memory {peak_memory() / 1e9:.1f} GB")
     if cuda:
         print(
-            f"{1 / mean:.2f} steps a second; 240 epochs of {IMAGES} images:"
+            f"{1 / mean:.2f} steps a second; the steps of 240 epochs of {IMAGES} images alone:"
             f" {240 * (IMAGES // batch) * mean / 3600:.1f} h"
         )
 

@@ -8,6 +8,9 @@ Shards are streamed as MindEye streamed them: shards in random order with replac
 buffer of 500, images and arrays decoded, batches of 32. Both sides are measured with images and
 without, in one process each, files in the page cache, a few seconds a case; then the same with one
 worker process.
+
+Left out are targets: with the 257x768 tokens of 32 images a batch has 25 MB more, and one core gave
+42 to 53 batches a second.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ source_format = "mindeye"  # one of mindeye,mindeye2,nsd,algonauts,bold5000,god,
 data_path = "data/nsd_source"  # files of the source, read here if they are not prepared yet
 remote_data = False  # fetch what data_path lacks first (docs/downloads.md)
 subj = 1  # subject, at least 1
+num_sessions = 0  # training sessions that must be there, MindEye2's files only, 0 for all
 also = ""  # further subjects that are prepared, separated by commas, e.g. 2,3,4 to pretrain on
 options = ""  # more for the reader, as YAML, e.g. {protocol: nsd-982}; docs/data.md lists them
 digits_fold = ""  # digits69 only, by default the official split, or e.g. fold-3-of-10
@@ -68,6 +69,7 @@ from src.utils import resolve
 folder, played, world = resolve(data_path), source, {}
 reader_options = {
     "trials_per_session": trials_per_session,
+    "min_sessions": num_sessions,
     "seed": seed,
     "split": digits_fold or "official",
 }
@@ -109,11 +111,9 @@ if remote_data and missing:
 
     release = {"webdataset_avg_new": "mindeye_new", "webdataset": "mindeye_early"}
     for number in missing:
-        fetch(
-            release.get(parse_options(played, options).get("layout", ""), source),
-            folder,
-            subj=number,
-        )
+        bundle = release.get(parse_options(played, options).get("layout", ""), source)
+        counted = {"num_sessions": num_sessions} if bundle in ("mindeye2", "nsd") else {}
+        fetch(bundle, folder, subj=number, **counted)
 
 # %%
 print(

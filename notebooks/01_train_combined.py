@@ -14,8 +14,7 @@
 # have the published names; docs/combined.md says where ours differs from the published code and
 # why.
 #
-# Cost: full size 10 h on 8 A100 (published job, not run here); mini about two minutes on two CPU
-# cores.
+# Cost: full size not measured; mini about two minutes on two CPU cores.
 #
 # Source: the combined model that preceded MindEye (arXiv 2305.18274), February to May 2023.
 
@@ -37,7 +36,7 @@ use_image_aug = False  # targets of randomly augmented images
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 clamp_embs = False  # limit CLIP's embeddings to [-1.5, 1.5]
 arch = "brainnet"  # voxel2clip, one of brainnet, 3dconv, 3dconv-simple; the last two read volumes
@@ -76,6 +75,7 @@ precision = "no"  # one of no, bf16, fp16
 first_batch = False  # train on the first batch alone, which must then be learnt by heart
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 seed = 0  # of everything random here
 
 # logging
@@ -136,13 +136,14 @@ from src.losses import (
     soft_clip_loss,
 )
 from src.networks import build_decoder, load_laion_prior, load_voxel2clip
-from src.parameters import parse_names
+from src.parameters import list_decoders, parse_names
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, FeatureNetwork
 from src.readers import prepare_if_missing
 
 # %%
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
@@ -152,9 +153,9 @@ from src.training import (
     build_clip_augmentation,
     check_precision,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     gather,
     iterate_batches,
     open_tracker,
@@ -170,13 +171,15 @@ from src.utils import PerceptError, count_parameters, peak_memory, resolve, seed
 
 # %%
 published = parse_names(faithful, ("mixed_targets", "mixco_labels", "norm_decay"), "faithful")
-check_combined_parameters(run.parameters)
+combine_losses = combine_losses and combine_models  # a frozen voxel2clip has no loss of its own
+check_combined_parameters(run.parameters | {"combine_losses": combine_losses})
 if laion_prior and not resolve(laion_prior).is_file():
     raise PerceptError(
         f"laion_prior is '{laion_prior}', where there is no file: fetch LAION's prior, or leave it"
         " empty to begin with a fresh one."
     )
-if decoder != "ridge":
+decoders = list_decoders(decoder)
+if "network" in decoders:
     check_precision(run.device, precision)
 source = data_path
 if remote_data and not subject_folder(dataset, subj).exists():
@@ -189,7 +192,7 @@ if remote_data and not subject_folder(dataset, subj).exists():
 prepare_if_missing("mindeye", source, dataset, subj)
 subject = open_subject(dataset, subj)
 check_volumes(voxel_dims, subject.volume_shape)
-print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 normaliser = Normaliser.fit(subject)
 print(
     f"(train images, voxels) = ({len(subject.image_ids('train'))}, {normaliser.n_features})  "
@@ -449,7 +452,7 @@ def validate(model):
 def begin():
     """Write down what the run is trained with, once it is found to be of these settings."""
     record_run()
-    if decoder != "ridge" and not resume_from_ckpt:
+    if "network" in decoders and not resume_from_ckpt:
         distances.unlink(missing_ok=True)
 
 
@@ -511,7 +514,7 @@ if first_batch:
     samples = Subset(train, range(min(batch_size, len(train))))
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     logger = open_tracker(
         run, wandb_log, wandb_project, name=wandb_run_name, notes=wandb_notes, host=wandb_host
     )
@@ -542,7 +545,7 @@ if decoder != "ridge":
 # the brain leaves open has R2 = r, a faithful sample has 2r - 1 (docs/prior.md).
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     x, ids = subject.get_mean_betas("val", normaliser=normaliser)
     truth = captions.first(ids) if modality == "text" else images.rows(ids)
     truth, steps = torch.from_numpy(truth[:100].astype(np.float32))[:, None], min(100, timesteps)
@@ -563,25 +566,29 @@ if decoder != "ridge":
         )
 
 # %% [markdown]
-# ## The ridge baseline
+# ## Ridge and kernel
 # One linear map from the averaged voxels to the image's embedding, its penalty chosen by
 # cross-validation within the training images. A network that is not better than this has learnt
 # nothing that needs a network.
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-if decoder != "network":
+for name in decoders:
+    if name not in CLOSED_FORMS:
+        continue
     record_run()
-    ridge = fit_ridge_baseline(
-        run.logs / "high_level_ridge.safetensors",
+    solved = fit_closed_form(
+        name,
+        run.logs / f"high_level_{name}.safetensors",
         subject,
         normaliser,
         images,
         config,
-        target_shape=(1, clipper.dim),
-        folds=ridge_folds,
-        seed=seed,
+        run.parameters,
+        (1, clipper.dim),
     )
-    print(f"ridge: {describe_ridge(ridge)}")
+    print(f"{name}: {describe_closed_form(solved)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

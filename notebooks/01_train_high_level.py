@@ -14,8 +14,8 @@
 # Stable Diffusion image variations). Flags have the published names; docs/faithful.md says where a
 # default differs and why.
 #
-# Cost: full size about 30 h on one A100 and 13 GB of checkpoints (published figures, not run
-# here); mini about four minutes on two CPU cores.
+# Cost: full size not measured (predicted, not run: one to two hours on one H200), 20 GB of
+# checkpoints and state; mini about four minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, sections 2.1-2.3.
 
@@ -38,7 +38,7 @@ cached_views = 0  # augmented versions of an image made once, 0 augments every s
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 hidden = True  # all tokens of CLIP's last layer (257x768), otherwise its final embedding (1x768)
 clip_variant = "ViT-L/14"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 norm_embs = True  # divide the CLIP tokens by the norm of their CLS token
@@ -66,6 +66,7 @@ mse_mult = 0.0  # ours, weight of a direct regression of the tokens by the backb
 faithful = ""  # published behaviours instead of ours, separated by commas (docs/faithful.md)
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 precision = "no"  # one of no, bf16, fp16
 step_in_backward = False  # update each parameter as its gradient arrives, which saves memory
 seed = 42  # of everything random here
@@ -112,13 +113,14 @@ from src.losses import (
     soft_clip_loss,
 )
 from src.networks import build_decoder, load_laion_prior
-from src.parameters import parse_names
+from src.parameters import list_decoders, parse_names
 from src.pipeline.dryrun import plan_stage
 
 # %%
 from src.pretrained import Clipper
 from src.readers import prepare_if_missing
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
@@ -128,9 +130,9 @@ from src.training import (
     build_clip_augmentation,
     check_precision,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     gather,
     iterate_batches,
     open_tracker,
@@ -168,7 +170,8 @@ if timesteps == 1:
     raise PerceptError(
         "timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number."
     )
-if decoder != "ridge":
+decoders = list_decoders(decoder)
+if "network" in decoders:
     check_precision(run.device, precision, step_in_backward)
 
 # %%
@@ -191,7 +194,7 @@ if subject is not all_trials:
         f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol"
         f" {subject.protocol}"
     )
-print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 train_split = "train"
 
@@ -478,7 +481,7 @@ checkpointing = Checkpointing(
 )
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
@@ -509,7 +512,7 @@ if decoder != "ridge":
 # `prior: false` in notebook 03.
 
 # %%
-if decoder != "ridge" and prior:
+if "network" in decoders and prior:
     x, ids = subject.get_mean_betas("val", normaliser=normaliser)
     truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32)).view(-1, n_tokens, dim)
     for name, use in (("backbone", False), ("one sample of the prior", True)):
@@ -527,25 +530,29 @@ if decoder != "ridge" and prior:
         )
 
 # %% [markdown]
-# ## The ridge baseline
+# ## Ridge and kernel
 # One linear map from the averaged voxels to the same tokens, its penalty chosen by
 # cross-validation within the training images. A network that is not better than this has learnt
 # nothing that needs a network.
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-if decoder != "network":
+for name in decoders:
+    if name not in CLOSED_FORMS:
+        continue
     begin()
-    ridge = fit_ridge_baseline(
-        run.logs / "high_level_ridge.safetensors",
+    solved = fit_closed_form(
+        name,
+        run.logs / f"high_level_{name}.safetensors",
         subject,
         normaliser,
         clip_tokens,
         config,
-        target_shape=(n_tokens, dim),
-        folds=ridge_folds,
-        seed=seed,
+        run.parameters,
+        (n_tokens, dim),
     )
-    print(f"ridge: {describe_ridge(ridge)}")
+    print(f"{name}: {describe_closed_form(solved)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

@@ -40,7 +40,7 @@ use_image_aug = False  # targets of randomly augmented images
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 multisubject_ckpt = ""  # run or checkpoint, pretrained on other subjects, to start from
 clip_variant = "bigG"  # one of RN50, ViT-L/14, ViT-B/32, RN50x64, bigG; CLIP of the targets
 clip_seq_dim = 0  # tokens an image, fewer are means of patches, 0 for all, at least 0
@@ -73,6 +73,7 @@ precision = "no"  # one of no, bf16, fp16
 faithful = ""  # published behaviours instead of ours, separated by commas (docs/faithful.md)
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 seed = 42  # of everything random here
 
 # logging
@@ -112,12 +113,15 @@ from src.losses import (
     soft_cont_loss,
 )
 from src.networks import build_decoder
-from src.parameters import parse_names
+from src.parameters import list_decoders, parse_names
 
 # %%
-from src.pretrained import LatentAutoencoder, PatchClip, Teacher
+from src.pretrained import LatentAutoencoder, PatchClip, Teacher, find_patch_variant
 from src.readers import check_protocol, prepare_if_missing
+
+# %%
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
@@ -130,9 +134,9 @@ from src.training import (
     check_gradients,
     check_precision,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     gather,
     iterate_batches,
     load_pretrained,
@@ -163,6 +167,7 @@ choices = (
     "resampled_epochs",
     "train_on_val",
 )
+clip_variant = find_patch_variant(clip_variant, clip_seq_dim, clip_emb_dim)
 published, prior = parse_names(faithful, choices, "faithful"), prior and use_prior
 if not (prior or clip_scale or mse_scale):
     raise PerceptError("Nothing teaches the tokens: leave prior, clip_scale or mse_scale on.")
@@ -171,7 +176,8 @@ if multi_subject and (multisubject_ckpt or num_sessions or decoder != "network")
         "multi_subject pretrains on all sessions of the others: leave multisubject_ckpt and"
         " num_sessions empty, and decoder at network."
     )
-if decoder != "ridge":
+decoders = list_decoders(decoder)
+if "network" in decoders:
     check_precision(run.device, precision, step_in_backward)
 listed = [int(s) for s in subjects.split(",")]
 training_subjects = [s for s in listed if s != subj] if multi_subject else [subj]
@@ -187,11 +193,11 @@ training_subjects = [s for s in listed if s != subj] if multi_subject else [subj
 def opened(number):
     """A subject, its normaliser fitted on the sessions that it has."""
     protocol = "nsd-1000" if new_test else "nsd-982"
-    prepare_if_missing("mindeye2", data_path, dataset, number, protocol=protocol)
+    needed = {"protocol": protocol, "min_sessions": num_sessions}
+    prepare_if_missing("mindeye2", data_path, dataset, number, **needed)
     subject = open_subject(dataset, number)
     check_protocol(subject, protocol, ("nsd-1000", "nsd-982"))
-    if not multi_subject:
-        subject = subject.select_first_sessions(num_sessions)
+    subject = subject.select_first_sessions(num_sessions)
     return subject.with_adjacent_trials(seq_past, seq_future), Normaliser.fit(subject, rois=rois)
 
 
@@ -205,7 +211,7 @@ for number, (subject, normaliser) in zip(training_subjects, people, strict=True)
         f"subject {number}: (train images, voxels) = ({len(subject.image_ids(train_split))},"
         f" {normaliser.n_features})   sessions {num_sessions or 'all'}"
     )
-print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 
 # %% [markdown]
 # ## Targets
@@ -514,7 +520,7 @@ def validate(model):
 # device and in this precision?
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     model.to(run.device)
     with torch.autocast(
         torch.device(run.device).type,
@@ -544,7 +550,7 @@ checkpointing = Checkpointing(
 )
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
@@ -567,27 +573,31 @@ if decoder != "ridge":
         logger.finish()
 
 # %% [markdown]
-# ## The ridge baseline
+# ## Ridge and kernel
 # One linear map from the averaged voxels to the tokens, and one to the blurry latent, their
 # penalties chosen by cross-validation within the training images. A network that is not better
 # than this has learnt nothing that needs a network.
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-if decoder != "network":
+subject, normaliser = people[0]
+own_config = {name: value for name, value in config.items() if name != "model"}
+for name in decoders:
+    if name not in CLOSED_FORMS:
+        continue
     begin()
-    subject, normaliser = people[0]
-    ridge_config = {name: value for name, value in config.items() if name != "model"}
     for level, target in (("high_level", tokens), ("low_level", latents)):
-        ridge = fit_ridge_baseline(
-            run.logs / f"{level}_ridge.safetensors",
+        solved = fit_closed_form(
+            name,
+            run.logs / f"{level}_{name}.safetensors",
             subject,
             normaliser,
             target,
-            ridge_config,
-            folds=ridge_folds,
-            seed=seed,
+            own_config,
+            run.parameters,
         )
-        print(f"ridge of the {level.replace('_', ' ')}: {describe_ridge(ridge)}")
+        print(f"{name} of the {level.replace('_', ' ')}: {describe_closed_form(solved)}")
 
 # %%
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")

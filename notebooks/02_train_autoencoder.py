@@ -7,8 +7,7 @@
 # **Reads** `data/<dataset>/` (notebook 00). **Writes** `train_logs/<run>/low_level/` and, for the
 # baseline, `train_logs/<run>/low_level_ridge.safetensors`.
 #
-# Cost: full size about 10 h on one A100 (published figure, not run here); mini about two minutes
-# on two CPU cores.
+# Cost: full size not measured; mini about two minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.5.
 
@@ -28,7 +27,7 @@ cached_views = 0  # augmented versions of an image made once, 0 augments every s
 
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 h = 4096  # width of the hidden layers, at least 1
 n_blocks = 4  # residual or mixer blocks, at least 0
 ups_mode = "4x"  # one of 4x, 8x, 16x
@@ -48,6 +47,7 @@ use_blurred_training = False  # median-filter the target of that loss
 use_sobel_loss = False  # loss on the edges of the decoded image, needs use_reconst
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 use_mp = False  # mixed precision, fp16 on a GPU and bf16 on a CPU, unless precision says otherwise
 precision = "no"  # one of no, bf16, fp16
 seed = 0  # of everything random here
@@ -85,11 +85,13 @@ from src.figures import plot_image_grid, plot_training_curves, save_figure
 from src.losses import mixco, sobel_loss, soft_cont_loss
 from src.metrics import ssim
 from src.networks import build_decoder
+from src.parameters import list_decoders
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import Clipper, LatentAutoencoder, Teacher
 
 # %%
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
@@ -98,9 +100,9 @@ from src.training import (
     apply_augmentation,
     build_teacher_augmentation,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     gather,
     open_tracker,
     record_training,
@@ -127,7 +129,7 @@ subject = select_training_split(
     n_clusters,
     num_sessions,
 )
-print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 autoencoder = LatentAutoencoder(weights, device=run.device)
 
@@ -141,7 +143,8 @@ latents = cache_targets(
     autoencoder.latent_shape,
 )
 print(f"(channels, height, width) of a latent = {autoencoder.latent_shape}")
-if decoder != "ridge" and latent_size != autoencoder.latent_shape[1]:
+decoders = list_decoders(decoder)
+if "network" in decoders and latent_size != autoencoder.latent_shape[1]:
     raise PerceptError(
         f"latent_size is {latent_size}, but this autoencoder's latents are"
         f" {autoencoder.latent_shape[1]} high: set it to that."
@@ -347,7 +350,7 @@ def draw(model, epoch):
 
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
@@ -372,21 +375,26 @@ if decoder != "ridge":
         logger.finish()
 
 # %% [markdown]
-# ## The ridge baseline
+# ## Ridge and kernel
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-if decoder != "network":
+fitted = {"network": model} if "network" in decoders else {}
+for name in decoders:
+    if name not in CLOSED_FORMS:
+        continue
     begin()
-    ridge = fit_ridge_baseline(
-        run.logs / "low_level_ridge.safetensors",
+    fitted[name] = fit_closed_form(
+        name,
+        run.logs / f"low_level_{name}.safetensors",
         subject,
         normaliser,
         latents,
         config,
-        folds=ridge_folds,
-        seed=seed,
+        run.parameters,
     )
-    print(f"ridge: {describe_ridge(ridge)}")
+    print(f"{name}: {describe_closed_form(fitted[name])}")
 
 # %% [markdown]
 # ## A look at validation images
@@ -400,13 +408,9 @@ rows = {
     "seen": seen,
     "autoencoder": autoencoder.decode(torch.from_numpy(latents.rows(ids).astype(np.float32))).cpu(),
 }
-for name, trained in {
-    "network": model if decoder != "ridge" else None,
-    "ridge": ridge if decoder != "network" else None,
-}.items():
-    if trained is not None:
-        latents = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
-        rows[name] = autoencoder.decode(latents).cpu()
+for name, trained in fitted.items():
+    predicted = predict_latents(trained.eval().cpu(), x, autoencoder.latent_shape)
+    rows[name] = autoencoder.decode(predicted).cpu()
 save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png")
 
 # %%

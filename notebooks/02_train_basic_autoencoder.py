@@ -30,7 +30,7 @@ num_workers = 0  # processes that read batches, at least 0
 
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 encoder = "2048"  # one of 2048, 512; the published sizes
 scaled_latents = True  # predict latents times the diffusion model's factor, not as published
 
@@ -50,6 +50,7 @@ adam_weight_decay = 0.01  # its weight decay, at least 0
 precision = "no"  # one of no, bf16, fp16
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 seed = 0  # of everything random here
 
 # evaluation
@@ -78,20 +79,22 @@ from src.data import BrainDataset, Normaliser, cache_targets, open_subject
 from src.decoding import DecoderSizes, build_decoder_config, predict_latents
 from src.figures import plot_contact_sheet, plot_image_grid, plot_training_curves, save_figure
 from src.networks import build_decoder
+from src.parameters import list_decoders
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
 
 # %%
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
     Optimisation,
     Reporting,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     iterate_batches,
     open_tracker,
     record_training,
@@ -111,7 +114,8 @@ if warmup_steps and lr_scheduler != "constant_with_warmup":
     )
 subject = open_subject(dataset, subj)
 subject = subject.subsample_train(n_train, seed) if n_train else subject
-print(plan_stage(run.stage, run.parameters) or "The ridge baseline alone is fitted.")
+decoders = list_decoders(decoder)
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", image_size, run.device)
 side, scale = autoencoder.image_size, autoencoder.scale
@@ -274,7 +278,7 @@ checkpointing = Checkpointing(
 )
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
@@ -297,22 +301,27 @@ if decoder != "ridge":
         logger.finish()
 
 # %% [markdown]
-# ## The ridge baseline
+# ## Ridge and kernel
 # One linear map from the same voxels to the latent of the clean picture.
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-if decoder != "network":
+fitted = {"network": model} if "network" in decoders else {}
+for name in decoders:
+    if name not in CLOSED_FORMS:
+        continue
     begin()
-    ridge = fit_ridge_baseline(
-        run.logs / "low_level_ridge.safetensors",
+    fitted[name] = fit_closed_form(
+        name,
+        run.logs / f"low_level_{name}.safetensors",
         subject,
         normaliser,
         targets["latents"],
         config,
-        folds=ridge_folds,
-        seed=seed,
+        run.parameters,
     )
-    print(f"ridge: {describe_ridge(ridge)}")
+    print(f"{name}: {describe_closed_form(fitted[name])}")
 
 # %% [markdown]
 # ## A look at validation images, and the gallery of training images
@@ -320,14 +329,7 @@ if decoder != "network":
 # learnt by heart. They are never scored.
 
 # %%
-trained = {
-    name: m.eval()
-    for name, m in {
-        "network": decoder != "ridge" and model,
-        "ridge": decoder != "network" and ridge.to(run.device),
-    }.items()
-    if m
-}
+trained = {name: decoder_of.eval().to(run.device) for name, decoder_of in fitted.items()}
 rows = {name: pairs(m, "val", 12) for name, m in trained.items()}
 save_figure(
     plot_image_grid(

@@ -32,7 +32,7 @@ repeats = "random"  # one of each, random, mean; what an epoch shows of an image
 
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 h = 2048  # width of the hidden layers, at least 1
 n_blocks = 4  # residual or mixer blocks, at least 0
 dropout = 0.3  # of the residual blocks, at least 0, at most 1
@@ -48,6 +48,7 @@ voter_schedule = "cycle"  # one of cycle, published_cycle, fixed (docs/roi_votin
 precision = "no"  # one of no, bf16, fp16
 resume_from_ckpt = True  # go on where an interrupted run stopped
 ridge_folds = 5  # folds of the cross-validation that chooses the ridge penalty, at least 2
+kernel = "arc-cosine"  # one of arc-cosine, rbf; what the kernel decoder compares by
 seed = 0  # of everything random here
 
 # logging
@@ -75,19 +76,21 @@ from src.decoding import (
 )
 from src.figures import plot_image_grid, plot_roi_sets, plot_training_curves, save_figure
 from src.networks import build_decoder
+from src.parameters import list_decoders
 from src.pipeline.dryrun import plan_stage
 from src.pretrained import LatentAutoencoder
 
 # %%
 from src.training import (
+    CLOSED_FORMS,
     Batching,
     Checkpointing,
     Execution,
     Optimisation,
     check_run,
-    describe_ridge,
+    describe_closed_form,
     fit,
-    fit_ridge_baseline,
+    fit_closed_form,
     iterate_batches,
 )
 from src.utils import atomic, count_parameters, peak_memory, resolve, write_json
@@ -101,7 +104,8 @@ from src.utils import atomic, count_parameters, peak_memory, resolve, write_json
 # %%
 subject = open_subject(dataset, subj)
 all_voters = parse_voters(voters, rois, bag_seeds, batch_sizes, seed)
-print(plan_stage(run.stage, run.parameters) or "The ridge baselines alone are fitted.")
+decoders = list_decoders(decoder)
+print(plan_stage(run.stage, run.parameters) or "No network is trained.")
 autoencoder = LatentAutoencoder(weights, "stable_diffusion", device=run.device)
 shape, ids = autoencoder.latent_shape, subject.image_ids("train+val")
 if latents_file:
@@ -281,7 +285,7 @@ def train(voter):
 
 
 # %%
-if decoder != "ridge":
+if "network" in decoders:
     histories = {voter.name: train(voter) for voter in all_voters}
     curves = pd.concat(
         [
@@ -293,29 +297,26 @@ if decoder != "ridge":
     save_figure(plot_training_curves(curves), run.results / "figures" / "02_training.png")
 
 # %% [markdown]
-# ## The ridge baselines
+# ## Ridge and kernel
 # One linear map a voter, from the same voxels of the same images.
+# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
+# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
 
 # %%
-for voter in all_voters if decoder != "network" else []:
+closed_forms = [name for name in decoders if name in CLOSED_FORMS]
+for voter in all_voters if closed_forms else []:
     record_voter(voter)
     folder, bag, normaliser = at[voter.name]
     config = {
-        "model": None,  # the ridge's own
+        "model": None,  # the decoder's own
         "latents": list(shape),
         "autoencoder": {"name": "stable_diffusion", "image_size": autoencoder.image_size},
         "training": vars(voter) | {"train_share": train_share, "masked": masked},
     }
-    ridge = fit_ridge_baseline(
-        folder / "low_level_ridge.safetensors",
-        bag,
-        normaliser,
-        latents,
-        config,
-        folds=ridge_folds,
-        seed=seed,
-    )
-    print(f"{voter.name}, ridge: {describe_ridge(ridge)}")
+    for name in closed_forms:
+        path = folder / f"low_level_{name}.safetensors"
+        solved = fit_closed_form(name, path, bag, normaliser, latents, config, run.parameters)
+        print(f"{voter.name}, {name}: {describe_closed_form(solved)}")
 
 # %% [markdown]
 # ## How well do they predict?
@@ -325,19 +326,19 @@ for voter in all_voters if decoder != "network" else []:
 # predictions of other images.
 
 # %%
-def errors(voter, file):
+def errors(voter, name):
     """Errors of one decoder of a voter, a row of the table."""
     folder, bag, normaliser = at[voter.name]
-    model = load_decoder(folder / file, run.device)[0]
-    row_values = {"voter": voter.name, "decoder": "ridge" if "ridge" in file else "network"}
-    for name, images_of, split in (
+    model = load_decoder(folder / files[name], run.device)[0]
+    row_values = {"voter": voter.name, "decoder": name}
+    for title, images_of, split in (
         ("its own images", bag, "train"),
         ("not drawn", bag, "val"),
         ("seen by none", subject, "val"),
     ):
         x, image_ids = images_of.get_mean_betas(split, normaliser=normaliser)
         true = torch.from_numpy(latents.rows(image_ids).astype(np.float32))
-        row_values[name] = F.l1_loss(
+        row_values[title] = F.l1_loss(
             predict_latents(model, x, shape, device=run.device), true
         ).item()
     predicted = predict_latents(model, x, shape, device=run.device)
@@ -349,14 +350,11 @@ def errors(voter, file):
 
 
 # %%
-files = {
-    "network": [f"low_level/{checkpoint}.safetensors"],
-    "ridge": ["low_level_ridge.safetensors"],
-}
+files = {name: f"low_level_{name}.safetensors" for name in closed_forms}
+files["network"] = f"low_level/{checkpoint}.safetensors"
 
 # %%
-decoder_files = files.get(decoder, files["network"] + files["ridge"])
-table = pd.DataFrame([errors(voter, file) for voter in all_voters for file in decoder_files])
+table = pd.DataFrame([errors(voter, name) for voter in all_voters for name in decoders])
 with atomic(run.results / "voters.csv") as path:
     table.to_csv(path, index=False)
 table.round(4)

@@ -15,8 +15,8 @@
 #
 # A run that is interrupted goes on with the images that are missing.
 #
-# Cost: full size about 8 s an image and sample on an A100 (published figure, not
-# run here); mini about two minutes on two CPU cores.
+# Cost: full size not measured (predicted, not run: 100 minutes for 982 images on one H200);
+# mini about two minutes on two CPU cores.
 #
 # Source: MindEye, arXiv 2305.18274, section 2.4.
 
@@ -34,13 +34,15 @@ first_images = 0  # only the first so many test images, 0 for all, at least 0
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 autoencoder_name = ""  # run of the low-level network, by default this one (of voters: run/voter)
 start_run = ""  # run whose retrieved images the generator starts from, instead of the low level
 img2img_strength = 0.85  # 1 ignores the low-level image, 0 is that image, at least 0, at most 1
 faithful_img2img = False  # start as the published code does, from a wrongly normalised image
-recons_per_sample = 16  # samples an image, of which the predicted tokens choose one, at least 1
+recons_per_sample = 16  # samples an image, of which one is chosen, at least 1
+selection = "tokens"  # one of tokens, brain; brain: what makes the measured voxels most likely
+encoder_name = ""  # run of the encoding model that selection brain asks, by default this one
 prior = True  # use the diffusion prior
 prior_steps = 0  # sampling steps of the prior, 0 for all of its noise levels, at least 0
 prior_solver = "published"  # one of published, dpm++; published is ancestral or DDIM (fewer steps)
@@ -86,7 +88,7 @@ from src.decoding import (
     compute_repeat_agreement,
     compute_sample_spread,
     draw_latent_noise,
-    find_decoder,
+    find_decoders,
     generate_images,
     load_condition,
     load_decoder,
@@ -94,15 +96,18 @@ from src.decoding import (
     load_generator,
     predict_latents,
     predict_tokens,
+    predicts_both_levels,
     select_best,
 )
-from src.figures import plot_contact_sheet, save_figure
 
 # %%
-from src.models import MindEye2
+from src.encoding import open_brain_agreement
+from src.evaluation.likeness import MAX_IMAGES, HeldOutTokens
+from src.figures import plot_contact_sheet, save_figure
 from src.networks import build_decoder
 
 # %%
+from src.parameters import list_decoders
 from src.pretrained import LatentAutoencoder, PatchClip
 from src.readers import prepare_if_missing
 from src.retrieval import find_nearest
@@ -121,14 +126,8 @@ low_logs = run.logs
 if autoencoder_name:
     low_logs = HOME / "train_logs" / autoencoder_name
     check_trained_on(low_logs, subject.key, subject.identity)
-files = {
-    "network": (
-        find_decoder(run.logs, "high_level", checkpoint),
-        find_decoder(low_logs, "low_level", checkpoint),
-    ),
-    "ridge": (run.logs / "high_level_ridge.safetensors", run.logs / "low_level_ridge.safetensors"),
-}
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+files = find_decoders(run.logs, low_logs, checkpoint)
+names = list_decoders(decoder)
 main, keep = names[0], slice(0, first_images or None)
 image_ids = subject.image_ids("test")[keep]
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
@@ -200,10 +199,20 @@ def with_voxels(name, repeats=0):
 
 
 high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
-for name, (network, _) in high.items():  # MindEye2's low level is a branch of the same network
-    if isinstance(network, MindEye2) and network.backbone.blurry_recon:
+for name, (network, _) in high.items():  # of MindEye2 and Percept one network predicts both
+    if predicts_both_levels(network):
         files[name] = (files[name][0], files[name][0])
 low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
+
+# %%
+judge, judge_files, brain_voxels = None, [], {}
+if selection == "brain":
+    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
+    judge_files = [encoder_logs / "encoder.safetensors"]
+    trained_with = next(iter(high.values()))[1].get("training")
+    judge = open_brain_agreement(encoder_logs, subject, weights, run.device, trained_with)
+    for k in (0, *map(int, fewer_counts)):
+        brain_voxels[k] = judge.measure(subject, "test", k or test_repeats)[keep]
 subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
 
 # %%
@@ -310,7 +319,9 @@ if patches and read.target_shape != clipper.target_shape:
 # ## The step
 # Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where
 # the generator begins, the tokens are what it is told; of several samples the one nearest to the
-# tokens that the projector predicts is kept.
+# tokens that the projector predicts is kept; or, with `selection` brain, the one that makes the
+# measured voxels most likely, as an encoding model sees it. The first sample is stored beside it:
+# notebook 06 shows with a paired interval whether choosing helps.
 
 # %%
 options = {
@@ -369,11 +380,29 @@ def reconstruct_low_level(name, rows):
     return predict_latents(low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device)
 
 
-def describe_samples(name, pictures):
-    """Of the main decoder: how far its samples are spread, and the samples to look at."""
+# %%
+def choose(name, rows, projected, samples):
+    """One of the samples (images, samples, 3, height, width) of each image. The untrained floor
+    knows nothing of the brain, and is not helped by it.
+    """
+    if judge is None or name == "untrained":
+        return select_best(clipper, projected, samples)[0]
+    repeats = int(name.removeprefix("repeats_")) if name.startswith("repeats_") else 0
+    return judge.select_best(brain_voxels[repeats][rows], samples)[0]
+
+
+def describe_samples(name, projected, pictures):
+    """Of the main decoder: how far its samples are spread, the first one, the one that its tokens
+    choose where the brain chooses, and samples to look at.
+    """
     if name != main or pictures.shape[1] < 2:
         return {}
     outputs = {"spread": compute_sample_spread(clipper, pictures)}
+    if recons_per_sample > 1:
+        outputs["first_sample"] = pictures[:, 0].half()
+    if recons_per_sample > 1 and judge is not None:
+        samples = pictures[:, :recons_per_sample]
+        outputs["chosen_by_tokens"] = select_best(clipper, projected, samples)[0].half()
     if keep_samples:
         outputs["samples"] = pictures[:, :keep_samples].half()
     return outputs
@@ -394,12 +423,12 @@ def reconstruct(name, rows):
     if starts is not None:
         start_latents = low_decoder.encode(starts[rows]).cpu()
     pictures = paint(tokens, image_ids[rows], start_latents, samples)
-    outputs = {name: select_best(clipper, projected, pictures[:, :recons_per_sample])[0].half()}
+    outputs = {name: choose(name, rows, projected, pictures[:, :recons_per_sample]).half()}
     if name in names:
         outputs |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
         if latents is not None:
             outputs[f"low_level_{name}"] = low_decoder.decode(latents).cpu().half()
-    return outputs | describe_samples(name, pictures)
+    return outputs | describe_samples(name, projected, pictures)
 
 
 # %%
@@ -410,7 +439,7 @@ for name in decoders:
         run.parameters,
         [
             (str(path), path.stat().st_mtime_ns)
-            for path in files.get(name, files[main])
+            for path in (*files.get(name, files[main]), *judge_files)
             if path.exists()
         ],
         subject.identity,
@@ -469,14 +498,17 @@ kind, frozen = (
     if has_tokens
     else ("vae_latents", diffusion)
 )
-train_tokens = cache_targets(
+frozen_targets = cache_targets(
     dataset,
     kind,
     frozen.fingerprint(),
     subject.all_images,
     frozen.encode_pixels,
     frozen.target_shape,
-).rows(train_ids)
+)
+train_tokens = frozen_targets.rows(train_ids)
+
+# %%
 nearest_rows = find_nearest(
     predicted[f"projected_{main}" if has_tokens else compared], train_tokens, k=1
 )[1][:, 0]
@@ -488,6 +520,28 @@ rows["mean_image"] = (
     .expand(len(seen), -1, -1, -1)
     .contiguous()
 )
+
+# %% [markdown]
+# ## Held-out images for notebook 05
+# Measures of retrieval take their scale from images that nobody asks about: predictions for the
+# first validation images, their true tokens, and the mean tokens of the training images.
+
+# %%
+val_ids = subject.image_ids("val")[:MAX_IMAGES]
+if has_tokens and len(val_ids):
+    projected = {}
+    for name in names:
+        scale = Normaliser.for_checkpoint(files[name][0])
+        voxels = subject.get_mean_betas("val", normaliser=scale)[0][: len(val_ids)]
+        without_prior = PriorSampling(use_prior=False)
+        projected[name] = predict_tokens(
+            high[name][0], voxels, shape, without_prior, val_ids, device=run.device
+        )[1]
+    rows_of = torch.from_numpy(frozen_targets.rows(val_ids).astype(np.float32))
+    mean_tokens = torch.from_numpy(train_tokens.mean(0, dtype=np.float32)).view(shape)
+    held_out = HeldOutTokens(val_ids, projected, rows_of.view(-1, *shape), mean_tokens)
+    held_out.save(run.results)
+
 
 # %%
 def best_possible(part):

@@ -29,7 +29,7 @@ image_to = 0  # number of the test image before which it ends, 0 for all, at lea
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 vd_cache_dir = ""  # where models from the hub are kept, by default the hub's own cache
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 checkpoint = "best"  # one of last, best; best is chosen on validation images
 vote = "published"  # one of published, medoid, agreement; the rule that chooses the reconstruction
 tokens_from = ""  # run whose high level predicts CLIP tokens, by default this one, if it has any
@@ -95,6 +95,7 @@ from src.figures import draw_vote_sheet, plot_contact_sheet, save_figure
 from src.models import TokenMap
 from src.networks import build_decoder
 from src.files.ownership import replace_folder
+from src.parameters import list_decoders
 from src.pretrained import (
     Captioner,
     Clipper,
@@ -103,6 +104,7 @@ from src.pretrained import (
     strip_word,
 )
 from src.retrieval import find_nearest
+from src.training import CLOSED_FORMS
 from src.utils import HOME, PerceptError, atomic, read_json, seed_everything, write_json
 
 # %% [markdown]
@@ -120,10 +122,9 @@ if not len(image_ids):
         f" {len(subject.image_ids('test'))} test images: choose places among them."
     )
 seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
-files = {"network": f"low_level/{checkpoint}.safetensors", "ridge": "low_level_ridge.safetensors"}
-main = "network"
-if decoder == "ridge":
-    main = "ridge"
+files = {name: f"low_level_{name}.safetensors" for name in CLOSED_FORMS}
+files["network"] = f"low_level/{checkpoint}.safetensors"
+main, *baselines = list_decoders(decoder)
 opened = {
     name: open_voter(folder, subject, files[main], run.device) for name, folder in folders.items()
 }
@@ -153,13 +154,12 @@ latents = {
     f"voter_{name}": read(model, normaliser) for name, (model, _, normaliser) in opened.items()
 }
 latents["latent_mean"] = torch.stack(list(latents.values())).mean(0)
-if decoder == "both":
-    ridges = [
-        open_voter(folder, subject, files["ridge"], run.device) for folder in folders.values()
+for baseline in baselines:
+    baseline_voters = [
+        open_voter(path, subject, files[baseline], run.device) for path in folders.values()
     ]
-    latents["ridge"] = torch.stack(
-        [read(model, normaliser) for model, _, normaliser in ridges]
-    ).mean(0)
+    predictions = [read(model, normaliser) for model, _, normaliser in baseline_voters]
+    latents[baseline] = torch.stack(predictions).mean(0)
 
 # %%
 if untrained:
@@ -235,7 +235,10 @@ logs, config = (HOME / "train_logs" / tokens_from if tokens_from else run.logs),
 path = next(
     (
         p
-        for p in (find_decoder(logs, "high_level", "last"), logs / "high_level_ridge.safetensors")
+        for p in (
+            find_decoder(logs, "high_level", "last"),
+            *(logs / f"high_level_{name}.safetensors" for name in CLOSED_FORMS),
+        )
         if p.exists()
     ),
     None,
@@ -373,9 +376,8 @@ caption_table.head(12)
 # %%
 pipeline = None
 if captioner:
-    pipeline = load_stable_diffusion_pipeline(
-        weights, device=run.device, dtype=torch.float16 if run.device == "cuda" else torch.float32
-    )
+    dtype = torch.float16 if run.device.startswith("cuda") else torch.float32
+    pipeline = load_stable_diffusion_pipeline(weights, device=run.device, dtype=dtype)
 if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")

@@ -257,6 +257,15 @@ label_columns = [
 ]
 
 # %%
+if captions and subject.git_captions is not None:
+    published = subject.git_captions.set_index("image")["caption"].reindex(image_ids)
+    same = np.mean(published.to_numpy() == np.array(captions["git_image"]))
+    print(
+        f"MindEye2's files hold what GIT wrote of {published.notna().sum()} of these images; word"
+        f" for word it writes the same here of {same:.0%} of all."
+    )
+
+# %%
 if label_columns and captions:
     heard = captions | {"brain, shuffled": list(np.roll(captions["brain"], 1))}
     right = {

@@ -31,7 +31,7 @@ first_images = 0  # only the first so many test images, 0 for all, at least 0
 
 # model
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
-explained_decoder = "network"  # one of network, ridge
+explained_decoder = "network"  # one of network, ridge, kernel
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 autoencoder_name = ""  # run of the low-level network, by default this one (of voters: run/voter)
 target = "seen"  # one of seen, predicted; explain similarity to the true or to the predicted image
@@ -88,8 +88,8 @@ if explained_decoder == "network":
     }
 else:
     files = {
-        "low_level": low_logs / "low_level_ridge.safetensors",
-        "high_level": run.logs / "high_level_ridge.safetensors",
+        "low_level": low_logs / f"low_level_{explained_decoder}.safetensors",
+        "high_level": run.logs / f"high_level_{explained_decoder}.safetensors",
     }
 files = {kind: path for kind, path in files.items() if path.exists()}
 if not files:

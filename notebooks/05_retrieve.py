@@ -24,8 +24,11 @@ data_path = ""  # files of the source, read here if they are not prepared yet
 subj = 1  # subject, at least 1
 
 # model
-decoder = "network"  # one of network, ridge, both
+decoder = "network"  # one of network, ridge, kernel, both, all; both is network and ridge
 model_name2 = ""  # run of the 1x768 model, whose candidates this run's tokens re-rank
+likelihood = False  # also retrieve by the likelihood of an encoding model (01_train_encoder)
+encoder_name = ""  # run of that encoding model, by default this one
+weights = "hub"  # pretrained models of the encoding model, hub or mini or a folder
 
 # optimisation
 seed = 42  # of everything random here
@@ -35,6 +38,7 @@ pool_size = 300  # candidates in a pool of the published protocol, at least 2
 n_pools = 30  # pools of the published protocol, at least 1
 pool_sampling = "random"  # one of random, consecutive; consecutive is as in MindEye's scripts
 rerank_k = 16  # candidates that are re-ranked, at least 1
+transductive = False  # also report, apart, the likelihood centred over the test queries
 hard_negatives = ""  # columns of image labels that hard negatives share, separated by commas
 plot_umap = False  # draw a UMAP of brain and image embeddings
 umap_label = ""  # column of the image labels that colours the UMAP
@@ -52,8 +56,18 @@ import pandas as pd
 from src import retrieval
 from src.data import check_made_from, open_training_split
 from src.decoding import load_reconstructions
+from src.encoding import open_brain_agreement
 from src.evaluation import add_results, derangements, make_record, paired_bootstrap, provenance
+from src.evaluation.likeness import (
+    compare_by_likelihood,
+    compare_embeddings,
+    compare_transductively,
+    load_held_out,
+)
+
+# %%
 from src.figures import plot_embeddings, plot_hits_and_misses, plot_retrieval_curve, save_figure
+from src.parameters import list_decoders
 from src.readers import prepare_if_missing
 from src.utils import HOME, PerceptError, atomic
 
@@ -62,7 +76,7 @@ prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
 tensors, metadata = load_reconstructions(run.results)
 check_made_from(metadata, subject.identity, run.name)
-names = {"network": ["network"], "ridge": ["ridge"], "both": ["network", "ridge"]}[decoder]
+names = list_decoders(decoder)
 if model_name2 == run.name:
     raise PerceptError(
         f"model_name2 is this very run, '{run.name}': name another run, whose single embedding"
@@ -169,6 +183,67 @@ if hard_negatives:
 pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance"]]
 
 # %% [markdown]
+# ## Other measures of likeness
+# The cosine counts what all images share as likeness, so it is also taken after the mean of the
+# training images is taken off (*centred*), and with a penalty for images that are near everything
+# (*CSLS*; who is such a hub is judged by validation images). With `likelihood` an encoding model
+# predicts the response to each image, and what is measured beside it is judged by the covariance of
+# its residuals: the *likelihood*, alone and added to the centred cosine. No answer here depends on
+# another test query; `transductive` adds one that does, in a table of its own.
+
+# %%
+measures, apart = {}, {}
+held_out = load_held_out(run.results, names[:1])
+system = names[0]
+if held_out is not None:
+    measures = compare_embeddings(brain[system], clip, held_out, system)
+if likelihood and held_out is None:
+    raise PerceptError(
+        "The likelihood takes its scale from validation images, and this run has none predicted:"
+        " run notebook 03 again."
+    )
+if likelihood:
+    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
+    agreement = open_brain_agreement(encoder_logs, subject, weights, run.device)
+    repeats, cosine = int(metadata["repeats"]), measures["centred cosine", "image_from_brain"]
+    measures |= compare_by_likelihood(
+        agreement, subject, image_ids, repeats, cosine, held_out, system
+    )
+    if transductive:
+        apart = compare_transductively(agreement, subject, image_ids, repeats)
+
+
+# %%
+def find_first(similarity, d):
+    """Whether the right one comes first (n,), by similarities (brains, images)."""
+    return (retrieval.rank_by_similarity(similarity, d) == 1).astype(float)
+
+
+for (measure, d), similarity in measures.items():
+    values = ranks[measure, d] = find_first(similarity, d)
+    shuffled = [find_first(similarity[:, order], d) for order in shuffles]
+    records.append(
+        make_record(
+            f"{d}_top1 ({measure})",
+            values,
+            baselines={"shuffled": np.stack(shuffled, 1)},
+            chance=1 / len(clip),
+            description=f"top-1 of {len(clip)} test images, {system}, by {measure}",
+            source="docs/retrieval.md",
+            **common,
+        )
+    )
+
+# %%
+compared = [
+    {"measure": measure, "direction": d, "cosine": ranks[system, d].mean()}
+    | {"top-1": (values := find_first(similarity, d)).mean()}
+    | paired_bootstrap(values, ranks[system, d])._asdict()
+    for (measure, d), similarity in (measures | apart).items()
+]
+pd.DataFrame(compared)
+
+# %% [markdown]
 # ## Two models
 # The single embedding of the other run finds the nearest candidates; all the tokens of this run
 # choose among them (as the paper does for images of LAION-5B). It can find no more than the other
@@ -179,24 +254,26 @@ second = []
 
 
 # %%
-def score_reranking(result, direction):
-    """The record of two-model retrieval: first the 1x768 model's candidates, then all tokens."""
+def score_reranking(result, direction, chooser):
+    """The record of two-model retrieval: first the 1x768 model's candidates, then the chooser."""
+    mark = "" if chooser == "all tokens" else f" ({chooser})"
     return make_record(
-        f"second_order_{direction}_top1",
+        f"second_order_{direction}_top1{mark}",
         (result.final_ranks == 1).astype(float),
         baselines={f"{model_name2} alone": (result.first_ranks == 1).astype(float)},
         chance=1 / len(clip),
-        description=f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by all tokens",
+        description=f"top-1 of {len(clip)}: {k} found by {model_name2}, re-ranked by {chooser}",
         source="MindEye, appendix A.7",
         **common | {"upper_bound": (result.first_ranks <= k).astype(float)},
     )
 
 
-def compare_reranking(result, direction, name, ranks):
+def compare_reranking(result, direction, chooser, name, ranks):
     """A row of the table: re-ranked against one model alone, a paired difference."""
     change = paired_bootstrap(result.final_ranks == 1, ranks == 1)
     return {
         "direction": direction,
+        "chosen by": chooser,
         "re-ranked against": name,
         "re-ranked": (result.final_ranks == 1).mean(),
         "alone": (ranks == 1).mean(),
@@ -208,33 +285,37 @@ def compare_reranking(result, direction, name, ranks):
 if model_name2:
     first = retrieval.load_run_embeddings(HOME / "results" / model_name2, image_ids)
     k = min(rerank_k, len(clip))
-    for direction in directions:
+    choosers = [(d, "all tokens", None) for d in directions]
+    choosers += [(d, m, s) for (m, d), s in measures.items() if m.startswith("likelihood")]
+    for direction, chooser, similarity in choosers:
         result = retrieval.rerank_second_order(
-            brain[names[0]], clip, *first, k=k, direction=direction
+            brain[names[0]], clip, *first, k=k, direction=direction, similarity=similarity
         )
-        records.append(score_reranking(result, direction))
-        alone = {
-            f"{model_name2} alone": result.first_ranks,
-            f"{run.name} alone": result.second_ranks,
-        }
+        records.append(score_reranking(result, direction, chooser))
+        alone = {f"{model_name2} alone": result.first_ranks}
+        alone[f"{run.name} alone, {chooser}"] = result.second_ranks
         second += [
-            compare_reranking(result, direction, name, ranks) for name, ranks in alone.items()
+            compare_reranking(result, direction, chooser, name, alone_ranks)
+            for name, alone_ranks in alone.items()
         ]
 
 # %%
 pd.DataFrame(second)
 
 # %% [markdown]
-# ## Network against ridge
+# ## The network against ridge and kernel
 # A paired bootstrap over the test images: the same images, the same candidates.
 
 # %%
 differences = []
-if len(names) == 2:
-    for d in sorted({d for _, d in ranks}):
-        result = paired_bootstrap(ranks["network", d], ranks["ridge", d])
-        better = "network" if result.low > 0 else "ridge" if result.high < 0 else "undecided"
-        differences.append({"metric": f"{d}_top1", **result._asdict(), "better": better})
+for other in names[1:]:
+    for d in sorted({d for name, d in ranks if name == other}):
+        result = paired_bootstrap(ranks[names[0], d], ranks[other, d])
+        better = names[0] if result.low > 0 else "undecided"
+        if result.high < 0:
+            better = other
+        row = {"metric": f"{d}_top1", "against": other}
+        differences.append(row | result._asdict() | {"better": better})
 pd.DataFrame(differences)
 
 # %% [markdown]
@@ -269,16 +350,29 @@ tables.append(
     }
 )
 if differences:
-    note = "Paired differences over the same images, positive where the network is better."
-    tables.append({"title": "Retrieval: network against ridge", "note": note, "rows": differences})
+    note = f"Paired differences over the same images, positive where the {names[0]} is better."
+    title = f"Retrieval: {names[0]} against other decoders"
+    tables.append({"title": title, "note": note, "rows": differences})
 if second:
     tables.append(
         {
             "title": "Retrieval with two models",
-            "note": f"{model_name2} finds, all tokens choose.",
+            "note": f"{model_name2} finds, another measure chooses.",
             "rows": second,
         }
     )
+
+# %%
+if measures:
+    note = "Measures of likeness beside the cosine; differences to it are paired."
+    rows = [row for row in compared if (row["measure"], row["direction"]) in measures]
+    tables.append({"title": "Retrieval by other measures", "note": note, "rows": rows})
+if apart:
+    note = "TRANSDUCTIVE: centred over the test queries, so that each answer depends on them all."
+    rows = [row for row in compared if (row["measure"], row["direction"]) in apart]
+    tables.append({"title": "Retrieval, transductive", "note": note, "rows": rows})
+
+# %%
 origin = {"subject": subj, "dataset": dataset, "data": subject.identity}
 about = provenance(run.recipe or run.name, {"all": seed}, [], **origin)
 add_results(run.results, run.stage, scores, records, about, tables)
@@ -322,11 +416,11 @@ for d, (queries, candidates, title) in sides.items():
     figure = plot_hits_and_misses(
         seen,
         seen,
-        retrieval.find_nearest(queries, candidates, k=8)[1],
+        retrieval.find_nearest(queries, candidates, k=min(8, len(clip)))[1],
         np.arange(len(seen)),
         ranks,
         n=5,
-        k=8,
+        k=min(8, len(clip)),
         title=title,
     )
     save_figure(figure, run.results / "figures" / f"{d}.png")

@@ -54,6 +54,8 @@ private_pictures = False  # also fetch images from addresses that are not public
 weights = "hub"  # pretrained models, hub or mini or a folder that holds them
 checkpoint = "last"  # one of last, best; best is chosen on validation images
 token_run = ""  # run whose tokens choose among the k images, by default the nearest one is taken
+selection = "tokens"  # one of tokens, brain; brain: what makes the measured voxels most likely
+encoder_name = ""  # run of the encoding model that selection brain asks, by default this one
 
 # optimisation
 seed = 42  # of everything random here
@@ -87,6 +89,7 @@ from src.decoding import (
     read_decoder_config,
     select_best,
 )
+from src.encoding import open_brain_agreement
 from src.evaluation import add_results, derangements, make_record, provenance
 from src.figures import plot_contact_sheet, save_figure
 from src.metrics import resize
@@ -314,8 +317,9 @@ pd.DataFrame(records)[["name", "value", "low", "high", "n", "chance", "exact_in_
 # ## The pictures
 # Those that can be had, in the order of the search. A test image without any stops the notebook:
 # nothing is scored in its place. With `token_run` all the tokens of another run
-# choose one of the `k`, as the paper's second-order selection does; otherwise the nearest one is
-# taken. What was seen plays no part.
+# choose one of the `k`, as the paper's second-order selection does; with `selection` brain it is
+# the likelihood of the measured voxels, as an encoding model sees it; otherwise the nearest one
+# is taken. What was seen plays no part.
 
 # %%
 cache = ImageCache(HOME / "data" / "pictures")
@@ -336,6 +340,10 @@ for name, neighbours in results_by_query.items():
 tokens, chooser = None, None
 
 # %%
+if token_run and selection == "brain":
+    raise PerceptError(
+        f"token_run is {token_run}, but selection brain chooses: leave one of them at its default."
+    )
 if token_run:
     tokens = load_run_embeddings(HOME / "results" / token_run, image_ids)[0].float()
     chooser = load_encoder(
@@ -345,6 +353,13 @@ if token_run:
         weights,
         run.device,
     )
+agreement = None
+if selection == "brain":
+    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
+    agreement = open_brain_agreement(encoder_logs, subject, weights, run.device)
+    test_ids = subject.image_ids("test")
+    measured = agreement.measure(subject, "test", int(metadata["repeats"]))
+    measured = measured[np.searchsorted(test_ids, image_ids)]
 
 
 # %%
@@ -373,6 +388,8 @@ def chosen(name, part):
     at = torch.from_numpy(ok.argmax(1))
     if chooser is not None and name == "retrieved":
         at = select_best(chooser, tokens[part], candidate_images)[1]
+    if agreement is not None and name == "retrieved":
+        at = agreement.select_best(measured[part], candidate_images)[1]
     picked = candidate_images[torch.arange(len(candidate_images)), at]
     return {name: picked.half(), f"{name}_place": at, f"{name}_ok": torch.from_numpy(ok.any(1))}
 
@@ -412,6 +429,9 @@ about |= {
 }
 about |= {"without a picture": lost["retrieved"]}
 about |= {"chosen by": f"the tokens of {token_run}, of {k}" if token_run else "the nearest"}
+if agreement is not None:
+    name = encoder_name or run.name
+    about |= {"chosen by": f"the likelihood of the encoding model of {name}, of {k}"}
 with atomic(run.results / "reconstructions.safetensors") as path:
     save_file(
         {key: value.contiguous() for key, value in (tensors | rows).items()},
@@ -495,7 +515,8 @@ columns = {"seen": resize(seen[:12], side)} | {
     f"number {i + 1}": resize(candidate_images[:, i], side)
     for i in range(candidate_images.shape[1])
 }
-columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)} if token_run else {}
+if token_run or agreement is not None:
+    columns |= {"chosen": resize(rows["retrieved"][:12].float(), side)}
 columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), side)}
 save_figure(plot_contact_sheet(columns, n=12), run.results / "figures" / "found.png")
 

@@ -116,6 +116,7 @@ from src.metrics import (
     resize,
     two_way_within,
 )
+from src.parameters import list_decoders
 from src.pretrained import CategoryClassifier, Clipper, FeatureNetwork, load_gnet
 from src.utils import HOME, PerceptError, atomic, read_json, resolve
 
@@ -381,6 +382,7 @@ for row in [
         "nearest_train",
         "ceiling",
         "ridge",
+        "kernel",
     )
     if name in pictures
 ]:
@@ -390,7 +392,7 @@ has_group = np.isfinite(within_scores["system"])
 # %%
 if has_group.any():
     within_scores = {row: values[has_group] for row, values in within_scores.items()}
-    not_baselines = ("system", "ceiling", "ridge")
+    not_baselines = ("system", "ceiling", "ridge", "kernel")
     group_record = make_record(
         f"{prefix}CLIP within {kind}{mark}",
         within_scores["system"],
@@ -549,12 +551,17 @@ pd.DataFrame(records).tail(len(regional))[["name", "value", "low", "high"]]
 
 # %%
 file, captions, speech = run.results / "captions_brain.parquet", None, []
-if is_own_run and file.exists() and subject.captions is not None and caption_metrics:
-    captions, trained = (
-        read_captions(file, image_ids, references),
-        subject.captions["image"].isin(train_ids),
-    )
-    common = find_most_common_caption(subject.captions["caption"][trained])
+if is_own_run and caption_metrics and not file.exists():
+    print(f"No captions are scored: notebook 04 has written no {file.name} for this run.")
+if is_own_run and file.exists() and caption_metrics:
+    captions = read_captions(file, image_ids, references)
+    sentences = pd.Series(captions["git_image"].tolist())
+    if "reference" in captions:
+        trained = subject.captions["image"].isin(train_ids)
+        sentences = subject.captions["caption"][trained if trained.any() else slice(None)]
+    else:
+        print("People wrote of no test image: captions are held against GIT's of the image alone.")
+    common = find_most_common_caption(sentences)
     speech, unsaid, networks = prepare_caption_metrics(
         caption_metrics, weights, run.device, clipper
     )
@@ -820,6 +827,8 @@ def list_network_choices(settings):
     if settings["recons_per_sample"] > 1:
         what = f"one of {settings['recons_per_sample']} samples an image"
         chosen = "nearest to the tokens predicted from the brain"
+        if settings.get("selection") == "brain":
+            chosen = "makes the measured voxels most likely, by an encoding model"
         entries.append(log_choice(what, chosen, "none: no true image is used"))
     return entries
 
@@ -834,11 +843,15 @@ def list_choices():
     recorded = read_json(run.results / "parameters" / "03_reconstruct.json")
     settings = {name: entry["value"] for name, entry in recorded.items()}
     entries = []
-    if settings["decoder"] != "ridge":
+    decoders = list_decoders(settings["decoder"])
+    if "network" in decoders:
         entries += list_network_choices(settings)
-    if settings["decoder"] != "network":
+    if "ridge" in decoders:
         what, split = "penalty of the ridge baseline", "cross-validation within train"
         entries.append(log_choice(what, "by target", split))
+    if "kernel" in decoders:
+        what = "penalty and width of the kernel decoder"
+        entries.append(log_choice(what, "fixed in advance", "none"))
     return entries
 
 # %%

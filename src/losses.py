@@ -63,15 +63,23 @@ def mixco(
     """
     batch = len(voxels)
     perm = torch.randperm(batch) if groups is None else _permute_within_groups(groups.cpu())
-    betas = torch.distributions.Beta(beta, beta).sample([batch]).to(voxels.device, voxels.dtype)
-    select = (torch.rand(batch) <= s_thresh).to(voxels.device)
-    perm = perm.to(voxels.device)
+    betas = torch.distributions.Beta(beta, beta).sample([batch]).to(voxels.dtype)
+    select = torch.rand(batch) <= s_thresh
+    betas, select = _send(betas, voxels.device), _send(select, voxels.device)
+    perm = _send(perm, voxels.device)
     trailing = [1] * (voxels.ndim - 1)
     weight = betas.view(-1, *trailing)  # (batch, 1, ...)
     blended = weight * voxels + (1 - weight) * voxels[perm]
     mixed = torch.where(select.view_as(weight), blended, voxels)
     betas = torch.where(select, betas, torch.ones_like(betas))
     return mixed, perm, betas, select
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device; a GPU is not waited for."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _permute_within_groups(groups: Tensor) -> Tensor:

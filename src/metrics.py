@@ -257,7 +257,10 @@ def two_way_each(real_features: Any, recon_features: Any, pairing: Any = None) -
     blocks = [slice(start, min(start + n_rows, n)) for start in starts]
     moments = [_compute_moments(_read_rows(real_features, at).flatten(1)) for at in blocks]
     real = _RealFeatures(real_features, blocks, torch.cat(moments))
-    counts = [_count_beaten(real, recon_features, at, order[at]) for at in blocks]
+    # a block of reconstructions is correlated with all n images at once
+    n_columns = max(1, min(n_rows, BLOCK // 4 // n))
+    columns = [slice(start, min(start + n_columns, n)) for start in range(0, n, n_columns)]
+    counts = [_count_beaten(real, recon_features, at, order[at]) for at in columns]
     return np.concatenate(counts) / (n - 1)
 
 

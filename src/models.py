@@ -10,9 +10,11 @@
 
 from src.networks.base import Network
 from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, VolumeEncoder
+from src.networks.kernels import KernelRidge
 from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import (
     Denoiser,
     DiffusionPriorNetwork,
@@ -43,11 +45,13 @@ __all__ = [
     "ENCODERS",
     "Encoder",
     "GainNorm",
+    "KernelRidge",
     "MODELS",
     "MindEye2",
     "MixerBrainNetwork",
     "NORMS",
     "Network",
+    "PerceptDecoder",
     "PriorNetwork",
     "RelativePositionBias",
     "ResidualBrainNetwork",

@@ -378,6 +378,27 @@ def parse_names(text: str, choices: Sequence[str], parameter: str) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------ recipes
+# what a parameter `decoder` stands for: the first one is the system, others are scored beside it
+DECODERS = {
+    "network": ["network"],
+    "ridge": ["ridge"],
+    "kernel": ["kernel"],
+    "both": ["network", "ridge"],
+    "all": ["network", "ridge", "kernel"],
+}
+
+
+def list_decoders(decoder: str) -> list[str]:
+    """The decoders that a parameter `decoder` asks for: of network, ridge, kernel.
+
+    Raises:
+        PerceptError: for a name that is no key of DECODERS.
+    """
+    if decoder not in DECODERS:
+        raise PerceptError(f"decoder is '{decoder}': choose one of {', '.join(DECODERS)}.")
+    return list(DECODERS[decoder])
+
+
 def find_recipe_files(recipe: str, stage: str) -> list[Path]:
     """Find the files of a recipe for a stage, in the order in which they apply.
 
@@ -743,6 +764,9 @@ def _start(run: Run) -> None:
     brings_data = any(values.get(name) for name in ("data_path", "recon_path", "remote_data"))
     if "dataset" in values and not run.stage.startswith("00") and not brings_data:
         _check_prepared(str(values["dataset"]), int(values["subj"]))
+    if values.get("weights") == "hub":
+        utils.check_gpu_is_usable()
+    utils.allow_tf32()
     if "seed" in values:
         seed_everything(int(values["seed"]))
 

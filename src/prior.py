@@ -10,8 +10,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,19 +80,80 @@ class NoiseScheduler(nn.Module):
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def _randn_like(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal of the shape of x, drawn on the generator's device and moved to that of x.
+class _NoiseSource:
+    """Standard normal noise, one draw after the other, drawn on the generator's device and moved to
+    where it is used: a seed gives the same numbers on every device.
 
-    So a seed gives the same numbers wherever x is.
+    For a GPU, threads draw on the CPU what comes next while the GPU computes, from pinned memory.
+
+    Args:
+        x: of whose shape, dtype and device the noise is.
+        generator: as `BrainDiffusionPrior.sample`.
+        draws: how often noise will be drawn; no number beyond is taken from a generator.
+
+    Raises:
+        PerceptError: for generators that cannot share the batch evenly.
     """
-    if isinstance(generator, Sequence):
-        if len(x) % len(generator):
+
+    def __init__(self, x: Tensor, generator: Generators, draws: int):
+        self.x, self.remaining = x, draws
+        self.generators: Sequence[torch.Generator | None] = (
+            list(generator) if isinstance(generator, Sequence) else [generator]
+        )
+        if len(x) % len(self.generators):
             raise PerceptError(
-                f"{len(generator)} generators cannot share {len(x)} samples evenly: pass one, or"
-                " one for each group of samples."
+                f"{len(self.generators)} generators cannot share {len(x)} samples evenly: pass one,"
+                " or one for each group of samples."
             )
-        chunks = zip(x.chunk(len(generator)), generator, strict=True)
-        return torch.cat([_randn_like(chunk, source) for chunk, source in chunks])
+        sources = [source for source in self.generators if source is not None]
+        self.is_ahead = x.device.type == "cuda" and all(s.device.type == "cpu" for s in sources)
+        self.is_ahead &= bool(sources)
+        self._next: list[Future[None]] = []
+        self._buffer: Tensor | None = None
+
+    def draw(self) -> Tensor:
+        """The next noise, of the shape of x."""
+        self.remaining -= 1
+        if not self.is_ahead:
+            chunks = zip(self.x.chunk(len(self.generators)), self.generators, strict=True)
+            return torch.cat([_randn_like(chunk, source) for chunk, source in chunks])
+        if self._buffer is None:
+            self._begin()
+        noise = self._finish()
+        if self.remaining > 0:
+            self._begin()
+        return noise
+
+    def _begin(self) -> None:
+        """Let the threads fill the next buffer, each part by its own generator."""
+        self._buffer = torch.empty(self.x.shape, dtype=self.x.dtype, pin_memory=True)
+        parts = zip(self._buffer.chunk(len(self.generators)), self.generators, strict=True)
+        self._next = [
+            _get_threads().submit(_fill_normal, part, generator_) for part, generator_ in parts
+        ]
+
+    def _finish(self) -> Tensor:
+        assert self._buffer is not None
+        for part in self._next:
+            part.result()
+        noise = self._buffer.to(self.x.device, non_blocking=True)
+        self._buffer = None
+        return noise
+
+
+@cache
+def _get_threads() -> ThreadPoolExecutor:
+    """Threads that draw random numbers for a GPU, which is faster than one of them."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), "noise")
+
+
+def _fill_normal(part: Tensor, generator: torch.Generator | None) -> None:
+    """Fill a contiguous part of a buffer with what `torch.randn` gives."""
+    torch.randn(part.shape, dtype=part.dtype, generator=generator, out=part)
+
+
+def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal of the shape of x, drawn on the generator's device and moved to that of x."""
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, device=device, dtype=x.dtype, generator=generator)
     return noise.to(x.device)
@@ -196,17 +260,28 @@ class BrainDiffusionPrior(nn.Module):
         return F.mse_loss(pred, image_embed), pred
 
     def _draw_from_seeds(self, x: Tensor, seeds: Tensor) -> _Draws:
-        """Timesteps, noise and dropped conditions of the samples x, each from its seed (batch,)."""
-        total = self.noise_scheduler.num_timesteps
-        times, noise, chances = [], [], []
-        for seed in seeds.tolist():
-            source = torch.Generator(x.device).manual_seed(seed)
-            options: Any = {"device": x.device, "generator": source}
-            times.append(torch.randint(0, total, (), **options))
-            noise.append(torch.randn(x.shape[1:], dtype=x.dtype, **options))
-            chances.append(torch.rand(2, **options))
-        drop = torch.stack(chances, 1) < self.cond_drop_prob
-        return _Draws(torch.stack(times), torch.stack(noise), drop)
+        """Timesteps, noise and dropped conditions of the samples x, each from its seed (batch,).
+
+        They are drawn on the CPU, so that a seed gives the same numbers on every device.
+        """
+        is_pinned = x.device.type == "cuda"
+        batch, total = len(x), self.noise_scheduler.num_timesteps
+        noise = torch.empty(x.shape, dtype=x.dtype, pin_memory=is_pinned)
+        times = torch.empty(batch, dtype=torch.long, pin_memory=is_pinned)
+        drop = torch.empty(2, batch, dtype=torch.bool, pin_memory=is_pinned)
+
+        def draw(row: int, seed: int) -> None:
+            source = torch.Generator().manual_seed(seed)
+            times[row] = torch.randint(0, total, (), generator=source)
+            _fill_normal(noise[row], source)
+            drop[:, row] = torch.rand(2, generator=source) < self.cond_drop_prob
+
+        if is_pinned:
+            list(_get_threads().map(draw, range(batch), seeds.tolist()))
+        else:
+            for row, seed in enumerate(seeds.tolist()):
+                draw(row, seed)
+        return _Draws(*(part.to(x.device, non_blocking=True) for part in (times, noise, drop)))
 
     def forward(
         self,
@@ -293,10 +368,12 @@ class BrainDiffusionPrior(nn.Module):
                 f"The prior has {total} noise levels and cannot be sampled in {steps} steps: choose"
                 f" timesteps from 2 to {total}."
             )
-        x = _randn_like(text_embed, generator)
         denoise = SOLVERS[solver](self, steps)
+        # of DPM-Solver++ the start alone; of DDIM neither at the last step nor at the one before
+        draws = 1 if solver == "dpm++" else steps + (1 if steps == total else -1)
+        source = _NoiseSource(text_embed, generator, draws)
         with self.net.cache_positions():
-            tokens = denoise(x, text_embed, steps, cond_scale, generator)
+            tokens = denoise(source.draw(), text_embed, steps, cond_scale, source)
         return tokens / self.image_embed_scale
 
     def _predict_x0(self, x: Tensor, t: Tensor, condition: Tensor, cond_scale: float) -> Tensor:
@@ -304,7 +381,7 @@ class BrainDiffusionPrior(nn.Module):
         return self.net.forward_with_cond_scale(x, t, condition, cond_scale=cond_scale)
 
     def _sample_ddpm(
-        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
+        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, source: _NoiseSource
     ) -> Tensor:
         """Ancestral sampling: Ho et al. 2020, algorithm 2."""
         schedule = self.noise_scheduler
@@ -313,13 +390,13 @@ class BrainDiffusionPrior(nn.Module):
             x0 = self._predict_x0(x, t, condition, cond_scale)
             x0_part = schedule.gather("posterior_mean_coef1", t, x) * x0
             mean = x0_part + schedule.gather("posterior_mean_coef2", t, x) * x
-            noise = _randn_like(x, generator)  # drawn in the last step too, as published
+            noise = source.draw()  # drawn in the last step too, as published
             std = (0.5 * schedule.gather("posterior_log_variance_clipped", t, x)).exp()
             x = mean + std * noise if step > 0 else mean
         return x
 
     def _sample_ddim(
-        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
+        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, source: _NoiseSource
     ) -> Tensor:
         """DDIM with eta 1: Song et al. 2021, equation 12."""
         schedule = self.noise_scheduler
@@ -336,13 +413,13 @@ class BrainDiffusionPrior(nn.Module):
             if next_step < 0:
                 return x0
             sigma = ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-            noise = _randn_like(x, generator)
+            noise = source.draw()
             direction = (1 - alpha_next - sigma**2).sqrt() * noise_pred
             x = x0 * alpha_next.sqrt() + sigma * noise + direction
         return x0
 
     def _sample_dpm(
-        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, generator: Generators
+        self, x: Tensor, condition: Tensor, steps: int, cond_scale: float, source: _NoiseSource
     ) -> Tensor:
         """DPM-Solver++(2M): Lu et al. 2022, arXiv 2211.01095, algorithm 2."""
         bar = self.noise_scheduler.alphas_cumprod.double().cpu()

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.utils import PerceptError, is_finite, open_tensors
+from src.utils import PerceptError, exact_products, is_finite, open_tensors
 
 CHUNK = 256  # queries compared at once
 
@@ -68,6 +68,7 @@ def _split_roles(brain: Any, clip: Any, direction: str) -> tuple[Tensor, Tensor]
     return (brain, clip) if direction == "image_from_brain" else (clip, brain)
 
 
+@exact_products()
 def _compute_ranks(queries: Tensor, candidates: Tensor) -> np.ndarray:
     """Rank (n,) of candidate i for query i, 1 the best.
 
@@ -96,6 +97,33 @@ def rank_each(brain: Any, clip: Any, direction: str = "image_from_brain") -> np.
         (n,) integers from 1 to n.
     """
     return _compute_ranks(*_split_roles(brain, clip, direction))
+
+
+def rank_by_similarity(similarity: Any, direction: str = "image_from_brain") -> np.ndarray:
+    """Rank of the correct candidate for every query, 1 the best, by any measure of likeness.
+
+    Args:
+        similarity: (brains, images), larger the more alike, both in the same order
+            (`src.similarity`).
+        direction: as `rank_each`.
+
+    Returns:
+        (n,) integers from 1 to n. Candidates as similar as the correct one come before it.
+
+    Raises:
+        PerceptError: for an unknown direction, a matrix that is not square, or values that are not
+            finite.
+    """
+    values = torch.as_tensor(similarity)
+    if direction not in REFERENCE_NAMES or values.shape != (len(values), len(values)):
+        raise PerceptError(
+            f"Similarities {tuple(values.shape)} cannot be ranked {direction!r}: give one row a"
+            f" brain and one column an image, and one of {', '.join(REFERENCE_NAMES)}."
+        )
+    _check_finite(values, "similarities")
+    if direction == "brain_from_image":
+        values = values.T
+    return (values >= values.diagonal()[:, None]).sum(1).cpu().numpy()
 
 
 def top1_image_from_brain_each(brain: Any, clip: Any) -> np.ndarray:
@@ -171,6 +199,7 @@ POOL_SAMPLERS: dict[str, PoolSampler] = {
 }
 
 
+@exact_products()
 def evaluate_published_protocol(
     brain: Any,
     clip: Any,
@@ -208,18 +237,25 @@ def evaluate_published_protocol(
             sampling is unknown.
     """
     brain, clip = _normalize_pair(brain, clip)
-    if not 1 <= pool_size <= len(brain):
+    return _score_pools(brain @ clip.T, pool_size, n_pools, seed, sampling, shards)
+
+
+def _score_pools(
+    similarity: Tensor, pool_size: int, n_pools: int, seed: int, sampling: str, shards: int
+) -> pd.DataFrame:
+    """`evaluate_published_protocol` of similarities (n brains, n images)."""
+    n = len(similarity)
+    if not 1 <= pool_size <= n:
         raise PerceptError(
-            f"A pool of {pool_size} was asked for, but the test set has {len(brain)} images;"
+            f"A pool of {pool_size} was asked for, but the test set has {n} images;"
             " choose a pool up to that."
         )
-    if sampling not in POOL_SAMPLERS or not 1 <= shards <= len(brain):
+    if sampling not in POOL_SAMPLERS or not 1 <= shards <= n:
         raise PerceptError(
             f"Pools cannot be drawn {sampling!r} from {shards} shards; choose one of"
-            f" {', '.join(POOL_SAMPLERS)}, and 1 to {len(brain)} shards."
+            f" {', '.join(POOL_SAMPLERS)}, and 1 to {n} shards."
         )
-    similarity = brain @ clip.T  # (n brains, n images)
-    pools = POOL_SAMPLERS[sampling](len(brain), pool_size, shards, np.random.default_rng(seed))
+    pools = POOL_SAMPLERS[sampling](n, pool_size, shards, np.random.default_rng(seed))
     scores: dict[str, list[float]] = {direction: [] for direction in REFERENCE_NAMES}
     for _ in range(n_pools):
         pool = torch.as_tensor(next(pools), device=similarity.device)
@@ -257,6 +293,7 @@ def _compute_pool_top1(similarity: Tensor, same_sample: Tensor) -> float:
     return (~competes.any(1)).double().mean().item()
 
 
+@exact_products()
 def compute_retrieval_by_pool_size(
     brain: Any,
     clip: Any,
@@ -270,7 +307,9 @@ def compute_retrieval_by_pool_size(
     """
     n = len(brain)
     sizes = sorted({size for size in pool_sizes if size < n} | {n})
-    tables = [evaluate_published_protocol(brain, clip, size, n_pools, seed) for size in sizes]
+    brain, clip = _normalize_pair(brain, clip)
+    similarity = brain @ clip.T  # (n brains, n images), of all pools
+    tables = [_score_pools(similarity, size, n_pools, seed, "random", 2) for size in sizes]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -292,6 +331,7 @@ class SecondOrderResult:
     candidates: np.ndarray
 
 
+@exact_products()
 def rerank_second_order(
     brain: Any,
     clip: Any,
@@ -299,6 +339,7 @@ def rerank_second_order(
     first_clip: Any,
     k: int = 16,
     direction: str = "image_from_brain",
+    similarity: Any = None,
 ) -> SecondOrderResult:
     """Find the k nearest candidates by one embedding, and re-rank them by another one.
 
@@ -313,9 +354,12 @@ def rerank_second_order(
         first_clip: single embedding of the images, same shape, same order of images as `clip`.
         k: candidates that are re-ranked, at most n.
         direction: as in `rank_each`.
+        similarity: (brains, images) by any other measure (`src.similarity`), which re-ranks in
+            place of the cosine of `brain` and `clip`.
 
     Raises:
-        PerceptError: the two embeddings are not of equally many images, or there are not k of them.
+        PerceptError: the two embeddings are not of equally many images, or there are not k of them;
+            or the similarity is not of these.
 
     Source: MindEye, section 3.2 and appendix A.7, which chooses so among 16 images found in
     LAION-5B.
@@ -328,6 +372,11 @@ def rerank_second_order(
             f"{k} of {len(first_queries)} candidates cannot be re-ranked by embeddings of {n}; give"
             " the same images to both, and k up to their number."
         )
+    second_ranks = _compute_ranks(queries, candidates)
+    measure = None
+    if similarity is not None:
+        second_ranks = rank_by_similarity(similarity, direction)
+        measure = _orient(similarity, n, direction)
     first_ranks, final_ranks = np.empty(n, int), np.empty(n, int)
     reranked = np.empty((n, k), int)
     for rows in np.array_split(np.arange(n), -(-n // CHUNK)):
@@ -336,15 +385,25 @@ def rerank_second_order(
         order = _sort_best_first(first_scores, np.arange(n)[None] == correct)
         first_ranks[rows] = 1 + (order == correct).argmax(1)
         nearest = order[:, :k]
-        scores = (queries[rows] @ candidates.T).cpu().numpy()
-        nearest_scores = np.take_along_axis(scores, nearest, 1)  # (chunk, k)
+        second = queries[rows] @ candidates.T if measure is None else measure[rows]
+        nearest_scores = np.take_along_axis(second.cpu().numpy(), nearest, 1)  # (chunk, k)
         second_order = _sort_best_first(nearest_scores, nearest == correct)
         reranked[rows] = np.take_along_axis(nearest, second_order, 1)
         is_correct = reranked[rows] == correct
         ranks = 1 + is_correct.argmax(1)
         final_ranks[rows] = np.where(is_correct.any(1), ranks, first_ranks[rows])
-    second_ranks = _compute_ranks(queries, candidates)
     return SecondOrderResult(first_ranks, final_ranks, second_ranks, reranked)
+
+
+def _orient(similarity: Any, n: int, direction: str) -> Tensor:
+    """Similarities (queries, candidates) of (brains, images), of n each."""
+    measure = torch.as_tensor(similarity)
+    if len(measure) != n:
+        raise PerceptError(
+            f"The similarity is of {len(measure)} images and the embeddings of {n}: give the same"
+            " images to both."
+        )
+    return measure if direction == "image_from_brain" else measure.T
 
 
 def _sort_best_first(scores: Any, is_correct: np.ndarray) -> np.ndarray:
@@ -469,6 +528,7 @@ def compute_hard_negative_top1(
     return HardNegativeScores(value, chance, scores, chance_levels, int(counted.sum()))
 
 
+@exact_products()
 def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor, Tensor]:
     """Find the k most similar rows of an index by cosine, exactly.
 
@@ -497,8 +557,10 @@ def find_nearest(queries: Any, index_features: Any, k: int = 1) -> tuple[Tensor,
     # time.
     similarities = []
     for start in range(0, len(index_features), CHUNK):
-        rows = np.array(index_features[start : start + CHUNK])
-        block = torch.as_tensor(rows).flatten(1).float()
+        rows = index_features[start : start + CHUNK]
+        if not isinstance(rows, Tensor):
+            rows = torch.as_tensor(np.array(rows))
+        block = rows.detach().to(queries.device).flatten(1).float()
         _check_finite(block, f"rows from {start} on of the index")
         similarities.append(queries @ F.normalize(block, dim=1).T)  # (q, block)
     top = torch.cat(similarities, 1).topk(k, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import math
 import os
 import pickle
@@ -305,6 +306,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "scalar"): _rebuild_scalar,
     ("numpy._core.multiarray", "_reconstruct"): _ArrayStandIn,  # numpy 2
     ("numpy._core.multiarray", "scalar"): _rebuild_scalar,
+    ("_codecs", "encode"): _encode_latin1,
 }
 
 
@@ -337,6 +339,26 @@ def unpickle_npy(path: str | Path) -> Any:
         raise PerceptError(
             f"{path} cannot be read safely ({error}): fetch it again, or save it as plain arrays."
         ) from error
+
+
+def load_texts(path: str | Path) -> list[str]:
+    """Load the texts of a file that torch.save wrote: a list, or an array of one axis.
+
+    Raises:
+        PerceptError: if it is missing, damaged, or holds anything but texts.
+    """
+    path, remedy = Path(path), "fetch it again"
+    is_zip = _check_archive(require_file(path, "a file of texts"), remedy)
+    with _file_errors(path, remedy):
+        if not is_zip:
+            raise UnpicklingError("it is no archive that PyTorch 1.6 or later writes")
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            stored = _ArraysOnlyUnpickler(io.BytesIO(archive.read(name))).load()
+    content = np.asarray(_replace_stand_ins(stored), dtype=object)
+    if content.ndim != 1 or not all(isinstance(text, str) for text in content):
+        raise PerceptError(f"{path} holds no list of texts: {remedy}.")
+    return [str(text) for text in content]
 
 
 def _read_npy(file: BinaryIO) -> Any:

@@ -57,10 +57,13 @@ __all__ = [
     "atomic",
     "check_home",
     "check_name",
+    "allow_tf32",
+    "check_gpu_is_usable",
     "check_weights",
     "check_writable",
     "count_parameters",
     "describe_peak_memory",
+    "exact_products",
     "find_fault_of_name",
     "is_finite",
     "is_out_of_memory",
@@ -96,6 +99,8 @@ HOME = Path(os.environ.get("PERCEPT_HOME") or ROOT).expanduser().resolve()
 FEATURE_TOLERANCE = 0.02  # of the largest feature, see `same_features`
 
 SEEDS = range(2**32)  # what numpy takes
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 # ------------------------------------------------------------------------------------------- paths
@@ -139,12 +144,13 @@ def count_parameters(module: nn.Module) -> int:
 def same_features(recorded: Sequence[float], current: Sequence[float]) -> bool:
     """Whether a frozen model still gives the features that were recorded of it.
 
-    No feature may be off by more than 2 % of the largest one (of 1, if that is more).
+    No feature may be off by more than 2 % of the largest one (of .005, if that is more: they are
+    recorded to four decimals).
     """
     if len(recorded) != len(current):
         return False
     largest = max(map(abs, recorded), default=0.0)
-    tolerance = FEATURE_TOLERANCE * max(1.0, largest)
+    tolerance = FEATURE_TOLERANCE * max(0.005, largest)
     return all(abs(a - b) <= tolerance for a, b in zip(recorded, current, strict=True))
 
 
@@ -191,6 +197,54 @@ def to_device(device: str = "auto") -> str:
         return "cpu"
     rank = os.environ.get("LOCAL_RANK", "")  # set by torchrun and accelerate launch
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank else "cuda"
+
+
+def check_gpu_is_usable() -> None:
+    """Refuse to run on the CPU beside a GPU that torch cannot use: its driver is too old for the
+    CUDA of this torch, for instance. With CUDA_VISIBLE_DEVICES="" the CPU is meant.
+
+    Raises:
+        PerceptError: saying what was found.
+    """
+    import torch
+
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if is_hidden or torch.cuda.is_available() or not NVIDIA_DRIVER.exists():
+        return
+    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", NVIDIA_DRIVER.read_text())
+    driver = version[1] if version else "of an unknown version"
+    raise PerceptError(
+        f"This machine has an NVIDIA driver ({driver}), but torch {torch.__version__} cannot use"
+        f" its GPU (it was built for CUDA {torch.version.cuda or 'no version'}), and at full size"
+        " the CPU would take weeks: update the driver, install the torch that fits it (README), or"
+        ' set CUDA_VISIBLE_DEVICES="" to run on the CPU.'
+    )
+
+
+def allow_tf32() -> None:
+    """Let a GPU multiply single-precision matrices in TF32, as published: for every stage alike.
+
+    What is solved or compared leaves it out, see `exact_products`.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Context in which matrix products have all the digits of single precision: for equations that
+    are solved and for similarities that are compared.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def mixed_precision(use_mp: bool, precision: str, device: str = "auto") -> str:

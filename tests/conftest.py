@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def ordinary_kernels(request, monkeypatch):
+    """Fast tests run stages that import little: a server with all libraries would cost more."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    if not is_slow and request.path.name != "test_warm.py":
+        monkeypatch.setenv("PERCEPT_FORK_SERVER", "0")
+
+
+@pytest.fixture(autouse=True)
 def figures_closed():
     """Close what a test drew: test_figures counts open figures, whichever file ran before it on the
     same worker.

@@ -22,6 +22,7 @@ code does by itself. Half precision of autocast is computed as bf16, since CPUs 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import sys
 import threading
@@ -204,8 +205,11 @@ class PretendedGpu(TorchFunctionMode):
         self._check_generators(name, device, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = "cpu" if device.type == "cuda" else device
-        kwargs.pop("pin_memory", None)
-        return self._mark(self._call(func, name, device, args, kwargs), device, args, kwargs)
+        is_pinned = kwargs.pop("pin_memory", False)
+        result = self._call(func, name, device, args, kwargs)
+        if is_pinned:
+            result.untyped_storage().pinned = True
+        return self._mark(result, device, args, kwargs)
 
     def _choose_device(self, name: str, args: Any, kwargs: dict[str, Any]) -> torch.device:
         """The device on which a function runs."""
@@ -532,6 +536,21 @@ def redirect_loading(patch: Callable[..., None]) -> None:
     patch(torch, "load", load_marked)
 
 
+optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides the name
+_group_tensors = optimizers._group_tensors_by_device_and_dtype
+
+
+def group_by_device(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """An optimizer's tensors by device and type: C++ code would say that all lie on the CPU."""
+    groups = {}
+    for (device, dtype), (lists, indices) in _group_tensors(*args, **kwargs).items():
+        parameters = [x for x in lists[0] if x is not None]
+        if parameters and not is_on_cpu(parameters[0]):
+            device = get_device(parameters[0])
+        groups[device, dtype] = lists, indices
+    return groups
+
+
 def carry_mode(gpu: PretendedGpu, patch: Callable[..., None]) -> None:
     """Let backward passes, with their hooks, and threads be watched, too."""
 
@@ -570,6 +589,7 @@ def pretend_gpu() -> Iterator[PretendedGpu]:
         patch(torch.accelerator, "current_accelerator", lambda *args, **kwargs: GPU)
         patch(torch.accelerator, "set_device_index", lambda *args: None)
         patch(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda this: None)
+        patch(optimizers, "_group_tensors_by_device_and_dtype", group_by_device)
         redirect_autocast(patch)
         redirect_loading(patch)
         carry_mode(gpu, patch)

@@ -449,12 +449,31 @@ def test_captions_are_read_in_the_order_of_the_test_images(stored, written):
     with pytest.raises(PerceptError, match="other images"):
         captions.read_captions(stored, ids[1:])
     whole = pd.read_parquet(stored)
-    whole.assign(reference="").to_parquet(stored)
-    with pytest.raises(PerceptError, match="120 of 120 test images have no caption"):
+    whole.assign(reference=["", *whole["reference"][1:]]).to_parquet(stored)
+    with pytest.raises(PerceptError, match="1 of 120 test images have no caption"):
         captions.read_captions(stored, ids)
     whole.drop(columns="brain").to_parquet(stored)
     with pytest.raises(PerceptError, match="lacks the columns brain"):
         captions.read_captions(stored, ids)
+
+
+def test_without_people_the_brain_is_held_against_git_alone(stored, written):
+    pd.read_parquet(stored).assign(reference="", references="[]").to_parquet(stored)
+    table = captions.read_captions(stored, 100 + np.arange(len(written)))
+    assert "reference" not in table
+    pairings = captions.pair_captions(table, "a ball")
+    assert list(pairings) == ["brain_img"]
+    metrics = [CAPTION_METRICS["ROUGE-L"]]
+    scored = {name: score_table(*pair, metrics, draws=2) for name, pair in pairings.items()}
+    lines = pd.concat(
+        [
+            captions.caption_table(scored),
+            captions.corpus_bleu_table(table, "a ball", np.roll(np.arange(len(table)), 1)),
+        ]
+    )
+    assert set(lines["pairing"]) == {"brain_img"}
+    (row, *_) = captions.format_caption_table(lines)
+    assert list(row) == ["metric", "brain's to image's"]
 
 
 def test_the_three_pairings_with_floors_ceiling_and_what_is_relative(stored, written, tmp_path):

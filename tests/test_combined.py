@@ -268,7 +268,6 @@ def test_the_tool_trains_a_prior_on_pairs_of_embeddings_and_exports_what_a_recip
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"combine_models": False, "voxel2clip_path": "x"}, "combine_losses needs combine_models"),
         ({"combine_models": False, "combine_losses": False}, "voxel2clip_path"),
         ({"clip_aug_mode": "x"}, "clip_aug_mode"),
         (

@@ -2,6 +2,7 @@
 recipes; the hub's cache.
 """
 
+import dataclasses
 import hashlib
 import re
 import sys
@@ -15,6 +16,7 @@ import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 import transformers
 from huggingface_hub import HfApi, hf_hub_download
 from servers import LFS_FROM, hub_server, s3_server
@@ -27,7 +29,7 @@ from src.miniworld.formats import nsd as nsd_format
 from src.pipeline.download import (
     BUNDLES,
     MOVED_REPOS,
-    RECIPE_BUNDLES,
+    RECIPE_EXTRAS,
     Bundle,
     FilePattern,
     PlannedDownload,
@@ -37,10 +39,16 @@ from src.pipeline.download import (
     find_moved_repo,
     format_downloads,
     list_files,
+    plan,
     plan_downloads,
     transfer,
 )
+from src.pipeline.download.bundles import name_parts
+from src.pipeline.download.plan import find_torch_home
+from src.pipeline.needs import collect_needs
+from src.pipeline.recipes import list_recipes
 from src.pretrained.base import locate_model
+from src.pretrained.metric_networks import ARCHITECTURES
 from src.readers import nsd
 from src.utils import PerceptError
 
@@ -218,7 +226,7 @@ def test_the_minimal_part_of_mindeye2(tmp_path):
     with hub_server({MINDEYE2: files}) as hub:
         fetch("mindeye2", tmp_path / "one", subj=2, mirror=hub.url)
         small_files = {
-            *top[:3],
+            *top[:4],
             *(f"evals/{name}" for name in evals[:3]),
             "betas_all_subj02_fp32_renorm.hdf5",
             "wds/subj02/new_test/0.tar",
@@ -502,8 +510,8 @@ def test_unknown_names(hub, tmp_path):
         fetch("mindeye2", tmp_path, mirror=hub.url, sessions=3)
     with pytest.raises(PerceptError, match="neither a folder nor an address"):
         fetch("mindeye", tmp_path, mirror="nowhere")
-    with pytest.raises(PerceptError, match="Nothing is known to download for 'digits69'"):
-        plan_downloads("digits69")
+    with pytest.raises(PerceptError, match="Nothing is known to download for 'small_data'"):
+        plan_downloads("small_data")
 
 
 def test_a_token_goes_to_the_hub_and_not_to_a_mirror(hub, tmp_path, monkeypatch):
@@ -706,10 +714,18 @@ def world():
     }
 
 
+def served(recipe):
+    """The parts of a recipe that `world` has: all but the networks of the metrics."""
+    parts = name_parts([*collect_needs(recipe, {}).bundles, *RECIPE_EXTRAS.get(recipe, [])])
+    return ",".join(part for part, name in parts.items() if BUNDLES[name].kind != "web")
+
+
 def test_recipes_fetch_what_they_need_where_they_look(tmp_path):
     with hub_server(world()) as hub:
         for recipe in ("mindeye", "mindeye_retrieval", "combined"):
-            for one in plan_downloads(recipe, mirror=hub.url, to=str(tmp_path)):
+            for one in plan_downloads(
+                recipe, only=served(recipe), mirror=hub.url, to=str(tmp_path)
+            ):
                 fetch_planned(one)
     got = below(tmp_path)
     expected_paths = {f"data/nsd_source/{p}" for p in shards() if "subj01" in p} | {
@@ -745,17 +761,23 @@ def test_overrides_move_things_and_only_chooses(hub, tmp_path):
     }
     with pytest.raises(PerceptError, match="There is no parameter 'subject' .*did you mean 'subj'"):
         plan_downloads("mindeye", mirror=hub.url, overrides={"subject": "5"})
-    with pytest.raises(
-        PerceptError, match="--only does not know 'shard': choose among shards, checkpoints"
-    ):
+    with pytest.raises(PerceptError, match="--only does not know 'shard': choose among shards, "):
         plan_downloads("mindeye", only="shard", mirror=hub.url)
     with pytest.raises(PerceptError, match="revision belongs to one repository"):
         plan_downloads("mindeye", mirror=hub.url, overrides={"revision": "main"})
 
 
-def test_a_subject_without_released_networks(tmp_path):
+def without_networks(recipe, overrides):
+    needs = collect_needs(recipe, overrides)
+    kept = [name for name in needs.bundles if BUNDLES[name].kind != "web"]
+    return dataclasses.replace(needs, bundles=kept)
+
+
+def test_a_subject_without_released_networks(tmp_path, monkeypatch):
     with hub_server(world()) as hub:
-        planned = plan_downloads("mindeye", mirror=hub.url, overrides={"subj": 5}, to=str(tmp_path))
+        where = {"mirror": hub.url, "overrides": {"subj": 5}, "to": str(tmp_path)}
+        monkeypatch.setattr(plan, "collect_needs", without_networks)
+        planned = plan_downloads("mindeye", **where)
         assert {one.name for one in planned if not one.files} == {
             "checkpoints"
         } and "(none for this subject)" in format_downloads(planned)
@@ -846,9 +868,12 @@ def test_blip_lands_in_the_hubs_cache_and_loads_offline(tmp_path):
 
 
 def test_every_bundle_and_recipe_is_described():
-    assert all(name in BUNDLES for parts in RECIPE_BUNDLES.values() for name in parts.values())
+    recipes = [path.name for path in list_recipes() if collect_needs(path.name, {}).bundles]
+    for recipe in recipes:
+        needed = [*collect_needs(recipe, {}).bundles, *RECIPE_EXTRAS.get(recipe, [])]
+        assert set(needed) <= set(BUNDLES) and len(name_parts(needed)) == len(needed)
     page = (utils.ROOT / "docs" / "downloads.md").read_text()
-    for name in [*BUNDLES, *RECIPE_BUNDLES]:
+    for name in [*BUNDLES, *recipes]:
         assert f"`{name}`" in page, name
     for bundle in BUNDLES.values():
         assert bundle.terms.endswith(".") and bundle.patterns(subj=1)
@@ -858,13 +883,50 @@ def test_places_are_those_of_the_notebooks():
     default = parameters.parse_parameters(
         parameters.read_parameters_cell(parameters.NOTEBOOKS / "00_prepare_data.ipynb")
     )["data_path"].default
-    for recipe, parts in RECIPE_BUNDLES.items():
-        if (
-            first := parameters.RECIPES / recipe / "00_prepare_data.yaml"
-        ).exists():  # what is fetched lies where the recipe reads it
-            assert BUNDLES[next(iter(parts.values()))].folder == parameters.read_recipe(first).get(
-                "data_path", default
-            ), recipe
+    for recipe in (path.name for path in list_recipes()):
+        bundles = collect_needs(recipe, {}).bundles
+        if bundles:  # what is fetched lies where the recipe reads it
+            first = parameters.read_recipe(parameters.RECIPES / recipe / "00_prepare_data.yaml")
+            assert BUNDLES[bundles[0]].folder == first.get("data_path", default), recipe
+
+
+def test_addresses_of_the_metric_networks_are_those_they_load():
+    for name, source in ARCHITECTURES.items():
+        pattern = BUNDLES[name].patterns(subj=1)[0]
+        assert source.url == f"https://{BUNDLES[name].repo}/{pattern.folder}"
+    assert find_torch_home() / "hub" == Path(torch.hub.get_dir())
+
+
+def test_sessions_and_subjects_are_those_of_the_recipe(tmp_path):
+    files = {f"wds/subj{s:02d}/train/{i}.tar": b"t" for s in range(1, 9) for i in range(3)}
+    files |= {f"wds/subj{s:02d}/new_test/0.tar": b"t" for s in range(1, 9)}
+    files |= {f"betas_all_subj{s:02d}_fp32_renorm.hdf5": b"b" for s in range(1, 9)}
+    top = ("coco_images_224_float16.hdf5", "COCO_73k_subj_indices.hdf5", "brain_region_masks.hdf5")
+    files |= dict.fromkeys(top, b"x")
+    with hub_server({MINDEYE2: files}) as hub:
+
+        def fetched(recipe, **overrides):
+            (one,) = plan_downloads(
+                recipe, only="data", mirror=hub.url, to=str(tmp_path), overrides=overrides
+            )
+            return {f.path for f in one.files if f.path.startswith("wds") and "train" in f.path}
+
+        assert fetched("mindeye2_small") == {"wds/subj01/train/0.tar"}
+        assert fetched("mindeye2", subj=2, num_sessions=2) == {
+            f"wds/subj02/train/{i}.tar" for i in range(2)
+        }
+        assert len(fetched("mindeye2")) == 3 and len(fetched("mindeye2_pretrain")) == 24
+
+
+def test_what_the_issue_found_lacking_is_fetched():
+    for recipe, names in {
+        "basic_ae": ["clip"],
+        "mindeye2_small": ["clip", "sdxl_configuration", "clip-bigG"],
+        "mindeye2": ["clip", "teacher", "sdxl_configuration"],
+        "mindeye2_pretrain": ["image_variation_vae", "teacher"],
+        "roi_voting": ["stable_diffusion", "clip", "blip"],
+    }.items():
+        assert set(names) <= set(collect_needs(recipe, {}).bundles), recipe
     assert LFS_FROM < 2000
 
 

@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from src import parameters
+from src import parameters, utils
 from src.pipeline import dryrun
+from src.pipeline.needs import walk_stages
+from src.pipeline.recipes import list_recipes, list_stages
+from src.pipeline.runs import print_plan
+from src.pipeline.sweep import Sweep, print_point_plan
 from src.utils import PerceptError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,3 +334,46 @@ def test_plan_of_mindeye2_counts_as_published(recipe, count):
             plan.memory["ridge baseline, beyond that"]
             < all_sessions.memory["ridge baseline, beyond that"]
         )
+
+
+RECIPES = [
+    f"{folder.name}{overlay}"
+    for folder in list_recipes()
+    for overlay in ("", "/mini")
+    if not overlay or (folder / "mini").is_dir()
+]
+
+
+@pytest.mark.slow(reason="traces a training step of every stage of every recipe")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_and_every_range_of_stages_has_a_plan(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    stages = list_stages(recipe.partition("/")[0])
+    print_plan(recipe, {})
+    shown = capsys.readouterr().out
+    assert all(stage in shown for stage in stages)
+    for stage in stages:
+        print_plan(recipe, {}, first=stage, last=stage)
+        assert stage in capsys.readouterr().out
+
+
+@pytest.mark.slow(reason="traces a training step of the first point of every sweep")
+@pytest.mark.parametrize("grid", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")))
+def test_every_sweep_has_a_plan(grid, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    print_point_plan(Sweep(str(grid)))
+    assert "memory" in capsys.readouterr().out
+
+
+def test_what_mindeye2_caches_and_rewrites_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "HOME", tmp_path)
+    values = dict(walk_stages("mindeye2_small", list_stages("mindeye2_small"), {}))
+    disk = dryrun.plan_stage("03_reconstruct", values["03_reconstruct"]).disk
+    assert disk["tokens that the decoder reads"] == pytest.approx(8.4e9, rel=0.02)
+    assert disk["unCLIP decoder, rewritten"] == 5.5e9
+    plan = dryrun.plan_stage("04_refine", values["04_refine"])
+    assert plan.disk["tokens of the captioner"] == pytest.approx(5.2e9, rel=0.02)
+    assert any("run.py download refiner" in sentence for sentence in plan.warnings)
+    values = dict(walk_stages("mindeye2", list_stages("mindeye2"), {}))
+    disk = dryrun.plan_stage("03_reconstruct", values["03_reconstruct"]).disk
+    assert "tokens that the decoder reads" not in disk  # the training has them

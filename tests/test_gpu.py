@@ -2,8 +2,6 @@
 is one (`python tools/gpu_check.py` runs these tests there first).
 
 What is computed on the GPU is what the CPU computes; nothing mixes devices; random states are kept.
-Known faults stand as tests that must fail (xfail, strict), each with its remedy, so that the one
-who mends it takes the mark off.
 """
 
 import copy
@@ -22,17 +20,33 @@ from test_models import TINY, _inputs
 from test_training import call_at, same, train
 from torch import nn
 
+from src import utils
 from src.decoding import DecoderSizes, PriorSampling, build_decoder_config, predict_tokens
 from src.decoding.checkpoints import load_decoder
 from src.decoding.predict import predict_latents
 from src.losses import l2_normalize, mixco, mixco_nce, soft_clip_loss
 from src.metrics import METRICS, two_way_identification
-from src.networks import MODELS, RidgeBaseline, TokenMap, build_decoder
+from src.networks import MODELS, KernelRidge, RepeatNoise, RidgeBaseline, TokenMap, build_decoder
 from src.networks import transformer as transformers
 from src.prior import SOLVERS
 from src.retrieval import find_nearest, rank_each, top1_image_from_brain
-from src.training import Batching, Checkpointing, Execution, Optimisation, Reporting, fit
-from src.utils import ROOT, save_checkpoint
+from src.training import (
+    Batching,
+    Checkpointing,
+    Execution,
+    Optimisation,
+    Reporting,
+    checkpoints,
+    fit,
+)
+from src.utils import (
+    ROOT,
+    PerceptError,
+    allow_tf32,
+    exact_products,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 VOXELS, TOKENS, DIM = 11, 5, 16
@@ -109,7 +123,9 @@ def denoise(model, batch, epoch):
     return loss, {"loss_prior": loss.detach()}
 
 
-def learn(folder, device, step=contrast, model=None, epochs=2, dataset=None, **options):
+def learn(
+    folder, device, step=contrast, model=None, epochs=2, dataset=None, save_steps=0, **options
+):
     """A short training: the model and its history."""
     torch.manual_seed(0)
     model = without_dropout(mindeye()) if model is None else model
@@ -122,7 +138,7 @@ def learn(folder, device, step=contrast, model=None, epochs=2, dataset=None, **o
         batching=Batching(epochs, 4),
         optimisation=Optimisation(1e-3),
         execution=Execution(device, **options),
-        checkpointing=Checkpointing(save_at_end=True),
+        checkpointing=Checkpointing(save_at_end=True, save_steps=save_steps),
     )
     return model.cpu(), history
 
@@ -137,7 +153,9 @@ def test_networks_compute_the_same_on_a_gpu(name, gpu):
         output = module(*values)
         parts = output if isinstance(output, tuple) else (output,)
         parts = [part for part in parts if isinstance(part, torch.Tensor)]
-        sum(part.square().mean() for part in parts).backward()
+        total = sum(part.square().mean() for part in parts)
+        if total.requires_grad:  # closed forms have nothing to train
+            total.backward()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         outputs.append([x.detach().cpu() for x in (*parts, *gradients)])
     assert all(p.is_cuda for p in moved.parameters())
@@ -163,11 +181,6 @@ def test_a_training_gives_the_same_on_a_gpu(tmp_path, gpu):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/prior.py:_draw_from_seeds draws on the device's generator: draw on the CPU's, in"
-    " one pinned copy, and the same seed gives the same loss on every device",
-)
 def test_the_priors_training_noise_is_the_same_on_every_device(tmp_path, gpu):
     _, history = learn(tmp_path / "gpu", "cuda", denoise)
     _, expected = learn(tmp_path / "cpu", "cpu", denoise)
@@ -176,10 +189,6 @@ def test_the_priors_training_noise_is_the_same_on_every_device(tmp_path, gpu):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_mindeye2_trains_on_a_gpu_in_every_precision(tmp_path, precision, gpu):
-    class Subjects(Brains):
-        def __getitems__(self, indices):
-            return {name: x[: len(indices)] for name, x in a_batch(16).items()}
-
     _, history = learn(tmp_path, "cuda", step_of, small(), dataset=Subjects(), precision=precision)
     assert np.isfinite(history["train/loss"]).all() and "gpu_memory" in history
 
@@ -210,36 +219,72 @@ def test_an_interrupted_training_goes_on_with_the_gpus_random_numbers(tmp_path, 
     assert close and (gpu is None or same(whole, resumed))
 
 
-def test_batches_are_copied_from_pinned_memory_and_a_step_waits_once(tmp_path):
-    with pretend_gpu() as gpu:
-        learn(tmp_path / "short", "cuda", plain_step, nn.Linear(VOXELS, DIM), epochs=1)
-        short = gpu.waits.copy(), gpu.copies.copy()
-        gpu.reset()
-        long = Brains(56)
-        learn(tmp_path / "long", "cuda", plain_step, nn.Linear(VOXELS, DIM), 1, long)
-        waits, copies = gpu.waits - short[0], gpu.copies - short[1]
-    steps = (56 - 16) // 4
-    assert waits.total() <= steps, waits.most_common(5)
-    tensors = {place for place, times in copies.items() if times >= steps}
-    assert not {place for place in tensors if "loop.py" in place or "operations.py" in place}
+STEPS = {
+    "plain": lambda *args: plain_step(*args),
+    "contrastive": contrast,
+    "prior": denoise,
+    "MindEye2": step_of,
+}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/training/session.py:agree waits for the device once a step: read the finite flag of"
-    " a step during the next one; src/training/update.py:_run_parts makes it by a blocking copy of"
-    " True: torch.ones((), dtype=torch.bool, device=...)",
+class Subjects(Brains):
+    """A batch of two subjects' brains, the same one again and again."""
+
+    def __getitems__(self, indices):
+        return {name: x[: len(indices)] for name, x in a_batch(16).items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16"}, {"step_in_backward": True}], ids=str
 )
-@pytest.mark.parametrize("step", ["plain", "contrastive", "prior"])
-def test_no_step_waits_for_the_device(tmp_path, step):
-    steps = {"plain": plain_step, "contrastive": contrast, "prior": denoise}
+@pytest.mark.parametrize("step", STEPS)
+def test_no_step_waits_for_the_device(tmp_path, step, options):
+    """Neither for a number of the step, nor for a copy of its batch, its noise or its weights."""
     with pretend_gpu() as gpu:
         counts = []
         for samples in (16, 56):
             gpu.reset()
-            learn(tmp_path / f"{samples}", "cuda", steps[step], None, 1, Brains(samples))
+            model, data = (None, Brains) if step != "MindEye2" else (small(), Subjects)
+            learn(tmp_path / f"{samples}", "cuda", STEPS[step], model, 1, data(samples), **options)
             counts.append(gpu.waits + gpu.copies)
     assert not counts[1] - counts[0], (counts[1] - counts[0]).most_common(8)
+
+
+@pytest.mark.parametrize("options", [{}, {"step_in_backward": True}], ids=str)
+def test_what_is_not_finite_is_left_out_on_a_gpu_as_on_the_cpu(tmp_path, options, gpu):
+    """Loss and gradient; the device leaves the update out, and the host counts it later."""
+
+    def step(model, batch, epoch):
+        first = batch["seed"][0] % 16
+        loss = model(batch["voxels"]).square().mean()
+        if epoch and first % 3 == 0:
+            loss = loss * float("nan")
+        elif epoch and first % 3 == 1:  # the loss is finite, its gradient is not
+            loss = loss + (0 * model.weight.sum()).abs().sqrt()
+        return loss, {"seen": loss.detach()}
+
+    results = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Linear(VOXELS, DIM)
+        results[device] = learn(tmp_path / device, device, step, model, 3, Brains(24), **options)
+    (expected, history), (ours, gpu_history) = results["cpu"], results["cuda"]
+    assert history["skipped"].sum() > 2
+    assert gpu_history["skipped"].tolist() == history["skipped"].tolist()
+    for name in ("train/loss", "train/seen", "train/lr"):
+        np.testing.assert_allclose(gpu_history[name], history[name], rtol=1e-5)
+    torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_steps_that_are_not_finite_go_back_to_the_last_state_on_a_gpu(tmp_path, gpu):
+    def step(model, batch, epoch):
+        bad = epoch == 1
+        return model(batch["voxels"]).square().mean() * (float("nan") if bad else 1.0), {}
+
+    model, data = nn.Linear(VOXELS, DIM), Brains(48)
+    model, history = learn(tmp_path, "cuda", step, model, 3, data, save_steps=6)
+    assert history["skipped"].tolist() == [0, 12, 0]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def plain_step(model, batch, epoch):
@@ -248,11 +293,6 @@ def plain_step(model, batch, epoch):
     return model.voxel2clip.predict_tokens(batch["voxels"])[0].square().mean(), {}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/training/processes.py:build_accelerator sets TF32 for the whole process: set it in"
-    " one place for every stage (src.parameters.configure), not as a side effect of fit",
-)
 def test_a_training_leaves_the_precision_of_matrix_products_alone(tmp_path, gpu):
     before = torch.get_float32_matmul_precision()
     try:
@@ -263,11 +303,6 @@ def test_a_training_leaves_the_precision_of_matrix_products_alone(tmp_path, gpu)
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/training/epochs.py:call_isolated draws and validates inside the training's"
-    " autocast: frozen models then run in half precision (autocast off in FrozenModel's methods)",
-)
 def test_frozen_models_do_not_run_in_the_precision_of_a_training(tmp_path, gpu):
     seen = []
 
@@ -298,13 +333,15 @@ def test_the_prior_samples_on_a_gpu_what_the_cpu_samples(solver, steps, hidden, 
     prior = mindeye(hidden).eval()
     shape = (4, TOKENS, DIM) if hidden else (4, DIM)
     condition = torch.randn(shape)
-    samples = []
+    samples, states = [], []
     for device in ("cpu", "cuda"):
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         options = {"timesteps": steps, "generator": generators, "solver": solver}
         samples.append(prior.to(device).sample(condition.to(device), **options))
+        states.append([generator.get_state() for generator in generators])
     assert samples[1].is_cuda
     torch.testing.assert_close(samples[1].cpu(), samples[0], **CLOSE)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))  # none is drawn ahead
 
 
 def predict(model, device, shared_noise=False):
@@ -321,11 +358,6 @@ def test_tokens_are_predicted_on_a_gpu(gpu):
     torch.testing.assert_close(projected, predict(model, "cpu")[1], **CLOSE)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/decoding/predict.py:_sample_prior gives the prior generators of its own device:"
-    " torch.Generator() of the CPU (the prior moves what they draw)",
-)
 @pytest.mark.parametrize("shared_noise", [False, True])
 def test_a_seed_gives_the_same_tokens_on_every_device(shared_noise, gpu):
     model = mindeye()
@@ -351,12 +383,6 @@ def test_a_decoder_is_loaded_to_a_gpu(tmp_path, gpu):
         assert torch.equal(value.cpu(), model.state_dict()[name])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/decoding/checkpoints.py:load_decoder reads the weights onto the GPU, copies them"
-    " back into a network on the CPU and then to the GPU again: read them on the CPU, or build the"
-    " network on the device",
-)
 def test_weights_go_straight_to_where_they_are_used(tmp_path):
     model = mindeye()
     save_checkpoint(tmp_path / "last.safetensors", model.state_dict(), {"model": model.config})
@@ -385,11 +411,6 @@ def test_retrieval_takes_what_lies_on_a_gpu(gpu):
     assert score == top1_image_from_brain(brain, clip)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/retrieval.py:find_nearest turns blocks of the index into arrays and compares them"
-    " on the CPU: move each block to the device of the queries",
-)
 def test_nearest_rows_are_found_on_a_gpu(gpu):
     brain, clip = torch.randn(20, DIM), torch.randn(20, DIM)
     expected = find_nearest(brain, clip, k=3)
@@ -410,6 +431,22 @@ def test_the_ridge_is_solved_on_a_gpu(gpu):
     torch.testing.assert_close(ours.weight, expected.weight, **CLOSE)
 
 
+@pytest.mark.parametrize("kernel", ["arc-cosine", "rbf"])
+def test_the_kernel_decoder_is_solved_on_a_gpu(gpu, kernel):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 8)).astype(np.float32)
+    y = np.abs(x @ rng.normal(size=(8, 5))).astype(np.float32)
+    noise = RepeatNoise(0.3 * torch.eye(8), 1 / 3)
+    ours, expected = (KernelRidge.fit(x, y, noise, kernel, device=d) for d in ("auto", "cpu"))
+    if gpu is not None:
+        assert any(name.startswith("linalg") for name in gpu.operations)
+    assert ours.coefficients.device.type == "cpu"
+    voxels = torch.from_numpy(x[:9])
+    torch.testing.assert_close(ours(voxels), expected(voxels), rtol=1e-3, atol=1e-3)
+    on_gpu = ours.to("cuda")(voxels.to("cuda")).cpu()
+    torch.testing.assert_close(on_gpu, expected(voxels), rtol=1e-3, atol=1e-3)
+
+
 def test_a_map_between_tokens_is_fitted_on_a_gpu(gpu):
     rng = np.random.default_rng(0)
     source, target = rng.normal(size=(40, 5, 6)), rng.normal(size=(40, 5, 4))
@@ -420,11 +457,6 @@ def test_a_map_between_tokens_is_fitted_on_a_gpu(gpu):
 
 
 # --------------------------------------------------------------------------------------- attention
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/networks/transformer.py:_attend_fused hands over heads of 52 numbers (MindEye2) in"
-    " half precision, which no fused kernel takes: pad them with zeros to 56",
-)
 def test_the_width_of_a_head_suits_fused_kernels_in_half_precision(monkeypatch, gpu):
     widths, attend = [], nn.functional.scaled_dot_product_attention
 
@@ -433,7 +465,7 @@ def test_the_width_of_a_head_suits_fused_kernels_in_half_precision(monkeypatch, 
         return attend(q, *args, **kwargs)
 
     monkeypatch.setattr(transformers.F, "scaled_dot_product_attention", watch)
-    model, batch = small(prior_dim_head=52).to("cuda"), a_batch()
+    model, batch = small(prior_dim_head=12).to("cuda"), a_batch()
     tokens = batch["tokens"].to("cuda")
     with torch.autocast("cuda", torch.bfloat16):
         model.diffusion_prior(text_embed=tokens, image_embed=tokens, seeds=batch["seed"].to("cuda"))
@@ -453,11 +485,6 @@ def test_fused_attention_is_fused(width):
 
 
 # ------------------------------------------------------------------------------------ what is said
-@pytest.mark.xfail(
-    strict=True,
-    reason="notebooks/03_vote compares run.device with 'cuda', which is 'cuda:0' under accelerate,"
-    " so Stable Diffusion silently runs in single precision: run.device.startswith('cuda')",
-)
 def test_no_device_is_compared_with_a_bare_name():
     bare = re.compile(r"""device\s*(==|!=|in)\s*\(?["']cuda["']""")
     paths = [*ROOT.glob("src/**/*.py"), *ROOT.glob("notebooks/*.py")]
@@ -500,9 +527,15 @@ def run_nce():
 
 # module, function, what stands there, what the slip leaves of it, how it is run
 PLANTED = [
-    ("src.losses", "mixco", ".to(voxels.device)", "", lambda path: run_mixco()),
+    ("src.losses", "mixco", "_send(select, voxels.device)", "select", lambda path: run_mixco()),
     ("src.losses", "mixco_nce", "device=preds.device, ", "", lambda path: run_nce()),
-    ("src.prior", "_randn_like", "noise.to(x.device)", "noise", lambda path: sample_prior()),
+    (
+        "src.prior",
+        "_NoiseSource._finish",
+        "self._buffer.to(self.x.device, non_blocking=True)",
+        "self._buffer",
+        lambda path: sample_prior(),
+    ),
     (
         "src.prior",
         "BrainDiffusionPrior._sample_ddpm",
@@ -543,8 +576,8 @@ PLANTED = [
     (
         "src.training.loop",
         "_Training._train_epoch",
-        "send_to_device(batch, session.device, non_blocking=True)",
-        "batch",
+        "iterate_ahead(self._build_loader(), session.device)",
+        "self._build_loader()",
         lambda path: learn(path, "cuda"),
     ),
     (
@@ -573,3 +606,100 @@ def test_a_slip_in_the_sources_is_found(slip, monkeypatch, tmp_path):
         monkeypatch.setattr(owner, last, namespace[last])
         with pytest.raises((CudaRefusal, TypeError), match="device"):
             run(tmp_path / "wrong")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+def validate_by(values):
+    """A validation that gives one value after the other."""
+    losses = iter(values)
+    return lambda model: {"val/loss": next(losses)}
+
+
+def train_with_checkpoints(folder, device, step=plain_step, epochs=4):
+    torch.manual_seed(0)
+    fit(
+        nn.Linear(VOXELS, DIM),
+        step,
+        Brains(),
+        folder=folder,
+        config={"a": 1},
+        batching=Batching(epochs, 4),
+        optimisation=Optimisation(1e-3),
+        execution=Execution(device),
+        validate=validate_by((3.0, 1.0, 2.0, 4.0)),
+    )
+
+
+@pytest.mark.parametrize("write_every", [0.0, 1e9])
+def test_checkpoints_of_a_gpu_are_those_of_their_epochs(tmp_path, write_every, monkeypatch, gpu):
+    """They are written late, in a thread, while the weights change."""
+    init = checkpoints.CheckpointWriter.__init__
+    monkeypatch.setattr(
+        checkpoints.CheckpointWriter,
+        "__init__",
+        lambda writer, folder, device: init(writer, folder, device, write_every),
+    )
+    for device in ("cpu", "cuda"):
+        train_with_checkpoints(tmp_path / device, device)
+    for name in ("best", "last"):
+        expected, config = load_checkpoint(tmp_path / "cpu" / f"{name}.safetensors")
+        weights, gpu_config = load_checkpoint(tmp_path / "cuda" / f"{name}.safetensors")
+        assert gpu_config == config and config["epoch"] == {"best": 1, "last": 3}[name]
+        torch.testing.assert_close(weights, expected, **CLOSE)
+
+
+def test_a_checkpoint_is_written_before_the_state_that_goes_on_after_it(tmp_path, gpu):
+    """A crash costs neither the best nor the last epoch of which the state knows."""
+
+    def crash(model, batch, epoch):
+        if epoch == 3:
+            raise ValueError("the power is gone")
+        return plain_step(model, batch, epoch)
+
+    with pytest.raises(ValueError, match="power"):
+        train_with_checkpoints(tmp_path, "cuda", crash)
+    assert load_checkpoint(tmp_path / "best.safetensors")[1]["epoch"] == 1
+    assert load_checkpoint(tmp_path / "last.safetensors")[1]["epoch"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path, monkeypatch, gpu):
+    def fail(path, weights, config):
+        raise PerceptError("the disk is full")
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    with pytest.raises(PerceptError, match="the disk is full"):
+        train_with_checkpoints(tmp_path, "cuda")
+    assert not (tmp_path / "state.pt").exists()
+
+
+# ------------------------------------------------------------------------- precision, older drivers
+def test_tf32_is_set_in_one_place_and_left_out_where_digits_count(gpu):
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_tf32()
+        assert torch.get_float32_matmul_precision() == "high"
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    places = [path.name for path in ROOT.glob("src/**/*.py") if "allow_tf32()" in path.read_text()]
+    assert sorted(places) == ["parameters.py", "utils.py"]
+
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024"
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(utils, "NVIDIA_DRIVER", tmp_path / "version")
+    utils.check_gpu_is_usable()  # no driver, no GPU
+    (tmp_path / "version").write_text(DRIVER)
+    with pytest.raises(PerceptError, match=r"535\.183\.01.*update the driver"):
+        utils.check_gpu_is_usable()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    utils.check_gpu_is_usable()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pretend_gpu():
+        utils.check_gpu_is_usable()

@@ -183,11 +183,6 @@ def test_image_variations_and_fid_are_made_on_a_gpu(images, gpu):
     assert compute_fid(network, images, images) == pytest.approx(0, abs=1e-2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="frozen autoencoders run in the precision of the training around them (figures, SSIM of"
-    " notebook 02): torch.autocast(..., enabled=False) in LatentAutoencoder.encode and decode",
-)
 def test_an_autoencoder_ignores_the_autocast_around_it(gpu):
     autoencoder = pretrained.LatentAutoencoder("mini", device="cuda")
     latents = torch.randn(1, *autoencoder.latent_shape)
@@ -197,11 +192,6 @@ def test_an_autoencoder_ignores_the_autocast_around_it(gpu):
     assert decoded.dtype == torch.float32 and torch.equal(decoded.cpu(), expected.cpu())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/pretrained/generators.py:_denoise: the scheduler of diffusers reads each timestep"
-    " back from the device (set_timesteps on the CPU, one copy of the timesteps for the network)",
-)
 def test_a_step_of_a_generator_does_not_wait_for_the_device():
     with pretend_gpu() as gpu:
         generator, condition = load_with_condition("VersatileDiffusion", "cuda", torch.float32)
@@ -243,12 +233,6 @@ def test_embeddings_are_searched_on_a_gpu(folder, gpu):
     assert np.allclose(result.similarity, expected.similarity, atol=1e-3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="src/search/local.py:_searches_embeddings: on a GPU the index that was built is ignored"
-    " and all rows are read from the disk at each search: search the index, compare its candidates"
-    " on the GPU, or keep the rows there when they fit",
-)
 def test_an_index_is_used_on_a_gpu(folder, monkeypatch, gpu):
     faiss = pytest.importorskip("faiss")
     index = faiss.IndexFlatIP(16)

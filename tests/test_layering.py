@@ -19,6 +19,7 @@ LAYERS = [
         "prior",
         "metrics",
         "retrieval",
+        "similarity",
         "data",
         "readers",
         "networks",
@@ -28,7 +29,7 @@ LAYERS = [
         "search",
         "miniworld",
     },
-    {"training", "decoding"},
+    {"training", "decoding", "encoding", "small_data"},
     {"evaluation"},
     {"pipeline"},
 ]

@@ -182,6 +182,11 @@ def test_backbone_gives_the_published_values_and_gradients(golden, folded):
         )
 
 
+def test_a_head_wider_than_a_token_is_refused():
+    with pytest.raises(PerceptError, match="52 wide, which is more than the 16 of a token"):
+        PriorNetwork(dim=16, dim_head=52)
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [({}, "out"), ({"learned_query_mode": "token"}, "out_token"), ({"causal": True}, "out_causal")],

@@ -83,6 +83,15 @@ TINY = {
     "BasicEncoder": {"in_dim": 11, "size": "512", "latent_size": 8},
     "RidgeBaseline": {"in_dim": 11, "target_shape": [3, 4]},
     "TokenMap": {"shape_in": [5, 16], "shape_out": [10, 6]},
+    "KernelRidge": {"in_dim": 11, "n_features": 6, "n_images": 9, "target_shape": [3, 4]},
+    "PerceptDecoder": {
+        "in_dim": 11,
+        "token_shape": [5, 16],
+        "token_components": 7,
+        "latent_shape": [2, 3, 3],
+        "latent_components": 4,
+        "h": 12,
+    },
 }
 
 

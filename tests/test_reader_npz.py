@@ -45,3 +45,42 @@ def test_few_images_leave_one_for_each_split(tmp_path):
         "val": 1,
         "test": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("convert", "single"),
+    [
+        (lambda grey: grey[..., None], True),
+        (lambda grey: grey[..., None] / 255, True),
+        (lambda grey: (grey / 255).astype(np.float32), True),
+        (lambda grey: grey.astype(np.int64), True),
+        (lambda grey: grey.astype(np.float32), True),
+        (lambda grey: np.stack([grey, 255 - grey, grey], -1) / 255, False),
+    ],
+)
+def test_pixels_of_any_number_type_and_channels_come_out_the_same(tmp_path, convert, single):
+    grey = np.random.default_rng(0).integers(0, 256, (8, 5, 7), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", betas=arrays()["betas"], images=convert(grey))
+    npz.read(tmp_path / "mine.npz", tmp_path / "out")
+    images = open_subject(tmp_path / "out", 1).images(np.arange(8))
+    assert (images[..., 0] == grey).all()
+    assert (images[..., 1] == (grey if single else 255 - grey)).all()
+
+
+def test_zeros_and_ones_are_black_and_white(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2, (8, 5, 7), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", betas=arrays()["betas"], images=pixels)
+    with pytest.warns(UserWarning, match="only 0 and 1"):
+        npz.read(tmp_path / "mine.npz", tmp_path / "out")
+    images = open_subject(tmp_path / "out", 1).images(np.arange(8))
+    assert (images[..., 2] == 255 * pixels).all()
+    np.savez(tmp_path / "mine.npz", betas=arrays()["betas"], images=pixels.astype(bool))
+    npz.read(tmp_path / "mine.npz", tmp_path / "other")
+    assert (open_subject(tmp_path / "other", 1).images(np.arange(8)) == images).all()
+
+
+def test_pixels_that_are_not_finite_are_refused(tmp_path):
+    images = np.full((8, 4, 4), np.nan)
+    np.savez(tmp_path / "mine.npz", betas=arrays()["betas"], images=images)
+    with pytest.raises(PerceptError, match="from nan to nan"):
+        npz.read(tmp_path / "mine.npz", tmp_path / "out")

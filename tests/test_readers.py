@@ -757,7 +757,8 @@ def test_npz_defaults_split_by_image(tmp_path):
         ({"betas": None}, r"lacks the arrays \['betas'\]"),
         ({"subject": np.zeros(3)}, r"unknown \['subject'\]"),
         ({"betas": np.zeros(5)}, r"must be \(trials, voxels\)"),
-        ({"images": np.zeros((6, 4, 4, 3))}, "must be uint8"),
+        ({"images": np.full((6, 4, 4, 3), -0.5)}, "from -0.5 to -0.5: pixels must be"),
+        ({"images": np.zeros((6, 3, 4, 4), np.uint8)}, r"have shape \(6, 3, 4, 4\)"),
         ({"image_index": None}, "no image_index"),
         ({"image_index": np.zeros(3, int)}, r"must be \(12,\)"),
         ({"image_index": np.full(12, 6)}, "is 6 in row 0"),
@@ -792,7 +793,17 @@ def test_npz_damaged(tmp_path):
 
 
 # ------------------------------------------------------- the mini world, whatever it is written as
-PLAYED = ("mindeye", "mindeye2", "nsd", "algonauts", "bold5000", "god", "things")
+PLAYED = (
+    "mindeye",
+    "mindeye2",
+    "nsd",
+    "algonauts",
+    "bold5000",
+    "god",
+    "things",
+    "bids",
+    "laion_fmri",
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from src import pretrained, utils
 from src.decoding import refine
 from src.decoding.refine import Refinement
-from src.pretrained import unclip
+from src.pretrained import refiner, unclip
 from src.utils import PerceptError
 
 
@@ -82,9 +82,9 @@ def tiny_sdxl():
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     tiny_sdxl().save_pretrained(folder)
-    refiner = refine.load_refiner(str(folder))
-    refiner.set_progress_bar_config(disable=True)
-    return refiner
+    loaded = refiner.load_refiner(str(folder))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_few_steps_stay_near_and_all_steps_leave_the_picture(pipeline, seen):
 
 
 def test_the_miniature_repaints_after_its_caption():
-    pipeline = refine.load_refiner("mini")
+    pipeline = refiner.load_refiner("mini")
     pipeline.set_progress_bar_config(disable=True)
     flat = torch.full((2, 3, 32, 32), 0.5)
     outputs = refine.refine_images(
@@ -189,10 +189,10 @@ def test_refusals(pipeline, tmp_path, monkeypatch):
         refine.refine_images(pipeline, CAPTIONS[:2], pictures, IDS[:2], Refinement(run=0))
     monkeypatch.setattr(utils, "HOME", tmp_path)
     with pytest.raises(PerceptError, match="download refiner"):
-        refine.load_refiner("hub")
+        refiner.load_refiner("hub")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"none")
     with pytest.raises(PerceptError, match="cannot be read as an SDXL model"):
-        refine.load_refiner(str(broken), base=str(tmp_path))
+        refiner.load_refiner(str(broken), base=str(tmp_path))
     with pytest.raises(PerceptError, match="Could not load"):
-        refine.load_refiner(str(tmp_path / "absent"))
+        refiner.load_refiner(str(tmp_path / "absent"))

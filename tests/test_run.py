@@ -384,4 +384,4 @@ def test_list_shows_recipes_stages_and_cost():
     done = command("list")
     assert done.returncode == 0 and "mindeye  (also --mini)" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "01_train_high_level" in line)
-    assert "A100" in line and "mini" in line
+    assert "H200" in line and "mini" in line

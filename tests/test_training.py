@@ -444,6 +444,51 @@ def test_an_interruption_while_validating_is_kept(tmp_path):
     assert same(full, train(tmp_path / "stopped", model=network(9))[0])
 
 
+def test_averaged_weights_are_what_a_training_gives(tmp_path):
+    """The average over the steps by its formula, in the model, its checkpoints and validation."""
+    decay, seen = 0.7, []
+
+    def noting(model, batch, epoch):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return plain_step(model, batch, epoch)
+
+    model, history = train(tmp_path / "mean", do=noting, weight_average=decay)
+    plain, plain_history = train(tmp_path / "plain", do=plain_step)
+    assert history["train/loss"].tolist() == plain_history["train/loss"].tolist()
+    for name, last in plain.state_dict().items():
+        average = seen[0][name]
+        for weights in [*seen[1:], {name: last}]:
+            average = decay * average + (1 - decay) * weights[name]
+        torch.testing.assert_close(model.state_dict()[name], average)
+    assert same(model, load_checkpoint(tmp_path / "mean" / "last.safetensors")[0])
+    data = Data()
+    error = (model(data.x) - data.y).square().mean().item()
+    assert 0 < history["val/loss"].iloc[-1] - error < 0.01
+
+
+def test_a_run_with_averaged_weights_resumes(tmp_path):
+    full, _ = train(tmp_path / "whole", weight_average=0.9)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt = call_at(STEPS + 2, lambda: signal.raise_signal(signal.SIGINT))
+        train(tmp_path / "stopped", do=interrupt, weight_average=0.9)
+    assert same(full, train(tmp_path / "stopped", network(9), weight_average=0.9)[0])
+    assert same(full, train(tmp_path / "stopped", network(8), weight_average=0.9)[0])  # finished
+    with pytest.raises(PerceptError, match="weight_average was 0.9"):
+        train(tmp_path / "stopped", weight_average=0.8)
+    with pytest.raises(PerceptError, match="choose a decay between 0 and 1"):
+        train(tmp_path / "other", weight_average=1.5)
+
+
+def test_a_cycle_warms_up_for_as_long_as_is_asked():
+    optimizer, rates = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-3), []
+    scheduler = SCHEDULERS["cycle"](optimizer, 1e-3, 5, 20, 15)
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert np.argmax(rates) == 14 and rates[14] == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_schedule_resumes(tmp_path, scheduler):
     full, _ = train(tmp_path / "whole", scheduler=scheduler)

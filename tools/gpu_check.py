@@ -5,10 +5,10 @@
     python tools/gpu_check.py --rehearse           # the same at toy size, on any machine
 
 It runs the GPU tests, times training steps and image generators at the published sizes with random
-weights, the prior, the metrics, retrieval, the ridge and the scan of an index, measures memory at
-two batch sizes each, and trains a mini recipe on the GPU and on the CPU to compare scores. It
-prints one table and writes one JSON file with card, versions and commit. A part whose packages are
-missing is named, and the rest goes on.
+weights, the prior, the metrics, retrieval, ridge and kernel decoders and the scan of an index,
+measures memory at two batch sizes each, and trains a mini recipe on the GPU and on the CPU to
+compare scores. It prints one table and writes one JSON file with card, versions and commit. A part
+whose packages are missing is named, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -587,6 +587,29 @@ def time_ridge(check: Check) -> None:
         check.add("ridge: error over spread of the targets", float(error / y.std()))
 
 
+def time_kernel(check: Check) -> None:
+    """The kernel decoder of subject 1 with 2,048 of its targets: seconds, and its error."""
+    import numpy as np
+    import torch
+
+    from src.networks import KernelRidge, RepeatNoise
+
+    n, voxels, targets = check.choose((8859, 15724, 2048), (40, 12, 5))
+    rng = np.random.default_rng(0)
+    signal = rng.standard_normal((n, 4), dtype=np.float32)
+    x = 2 * signal @ rng.standard_normal((4, voxels), dtype=np.float32)
+    x += rng.standard_normal((n, voxels), dtype=np.float32) / np.sqrt(3)
+    y = np.abs(signal @ rng.standard_normal((4, targets), dtype=np.float32))
+    noise = RepeatNoise(torch.eye(voxels), 1 / 3)
+    with expect_failure(check, "kernel decoder"):
+        start = time.perf_counter()
+        decoder = KernelRidge.fit(x, y, noise)
+        seconds = time.perf_counter() - start
+        check.add(f"kernel decoder, {n} images, {targets} targets", seconds, "s")
+        error = np.abs(decoder(torch.from_numpy(x[:64])).numpy() - y[:64]).mean()
+        check.add("kernel decoder: error over spread of the targets", float(error / y.std()))
+
+
 def time_index(check: Check) -> None:
     """The exact scan of an index of a million rows of 768 numbers (.npy, half precision)."""
     import numpy as np
@@ -670,6 +693,7 @@ PARTS: dict[str, Callable[[Check], None]] = {
     "clip": time_clip,
     "scores": time_scores,
     "ridge": time_ridge,
+    "kernel": time_kernel,
     "index": time_index,
     "recipe": compare_recipe,
 }

@@ -36,7 +36,9 @@ MAX_FILES = 200_000  # of a source; the first so many are looked at
 SUBJECT_NUMBER = re.compile(r"(?:subj|subject|sub-|csi)[_-]?0*(\d+)", re.IGNORECASE)
 
 # what lies in the folder of a prepared data set
-PREPARED_NAME = re.compile(r"subj\d+|targets|images\.h5|(captions|labels|clusters-\w+)\.parquet")
+PREPARED_NAME = re.compile(
+    r"subj\d+|targets|images\.h5|(captions|git_captions|labels|clusters-\w+)\.parquet"
+)
 
 Identity = dict[str, Any]
 

@@ -169,6 +169,11 @@ class Subject:
         return self._read_table("captions.parquet")
 
     @property
+    def git_captions(self) -> pd.DataFrame | None:
+        """Columns image and caption, what GIT wrote of the image, or None."""
+        return self._read_table("git_captions.parquet")
+
+    @property
     def labels(self) -> pd.DataFrame | None:
         """Column image and one column for each kind of category, or None."""
         return self._read_table("labels.parquet")
@@ -378,6 +383,7 @@ class Subject:
                 " trials: choose at most that, or 0 for all."
             )
         if n == 0:
+            self._check_all_sessions()
             return self
         is_later = ~self.trials["session"].isin(sessions[:n])
         is_excluded = self._is_in_split("train+val") & is_later
@@ -389,6 +395,15 @@ class Subject:
                 " image: choose more (num_sessions)."
             )
         return derived
+
+    def _check_all_sessions(self) -> None:
+        """Refuse to take the sessions that were there for all."""
+        n_there, n_published = (self.attributes.get(n) for n in ("sessions", "of_sessions"))
+        if n_published is not None:
+            raise PerceptError(
+                f"{self._name} was prepared of the first {n_there} of {n_published} sessions: set"
+                f" num_sessions {n_there}, or fetch them all and prepare again (overwrite True)."
+            )
 
     # ------------------------------------------------------------------------ what was measured
     @cached_property

@@ -104,12 +104,22 @@ class TargetCache:
 
     def check(self, image_ids: Ids) -> None:
         """Raise PerceptError if the target of one of these images is missing."""
-        missing = np.setdiff1d(image_ids, self.image_ids)
+        ids = np.atleast_1d(np.asarray(image_ids, dtype=np.int64))
+        missing = ids[~self._has(ids)]
         if len(missing):
+            missing = np.unique(missing)
             raise PerceptError(
                 f"{self.folder} lacks the targets of {len(missing)} images, the first is"
                 f" {missing[0]}: make them with cache_targets."
             )
+
+    def _has(self, ids: np.ndarray) -> np.ndarray:
+        """Whether the target of each image is there: (n,) Boolean, by halving the sorted ids."""
+        if not len(self.image_ids):
+            return np.zeros(len(ids), dtype=bool)
+        positions = np.searchsorted(self.image_ids, ids)
+        is_known: np.ndarray = self.image_ids[positions.clip(max=len(self.image_ids) - 1)] == ids
+        return is_known
 
     def rows(self, image_ids: Ids) -> np.ndarray:
         """Targets by image id, (n, *shape) in the stored dtype.

@@ -1,7 +1,12 @@
 """From checkpoints to tokens, latents, images and votes."""
 
 from src.decoding.caption_targets import embed_captions
-from src.decoding.checkpoints import find_decoder, load_decoder, read_decoder_config
+from src.decoding.checkpoints import (
+    find_decoder,
+    find_decoders,
+    load_decoder,
+    read_decoder_config,
+)
 from src.decoding.combined import (
     check_combined_parameters,
     check_volumes,
@@ -23,13 +28,14 @@ from src.decoding.predict import (
     compute_repeat_agreement,
     predict_latents,
     predict_tokens,
+    predicts_both_levels,
 )
 from src.decoding.reconstructions import (
     compute_in_chunks,
     load_condition,
     load_reconstructions,
 )
-from src.decoding.refine import Refinement, load_refiner, refine_images
+from src.decoding.refine import Refinement, refine_images
 from src.decoding.selection import compute_sample_spread, select_best
 from src.decoding.voting import (
     VOTES,
@@ -41,6 +47,7 @@ from src.decoding.voting import (
     parse_voters,
     vote,
 )
+from src.pretrained.refiner import load_refiner
 
 __all__ = [
     "DecoderSizes",
@@ -60,6 +67,7 @@ __all__ = [
     "embed_captions",
     "embed_variations",
     "find_decoder",
+    "find_decoders",
     "find_voters",
     "generate_images",
     "generate_sample_grid",
@@ -74,6 +82,7 @@ __all__ = [
     "parse_voters",
     "predict_latents",
     "predict_tokens",
+    "predicts_both_levels",
     "read_decoder_config",
     "refine_images",
     "repaint_images",

@@ -40,7 +40,7 @@ def load_decoder(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     if _is_released(path):
         state, config = _read_released(path)
     else:
-        state, config = load_checkpoint(path, device)
+        state, config = load_checkpoint(path)  # on the CPU, where the network is made
         check_config(config, state, str(path))
     decoder = build_decoder(config["model"])
     load_strictly(decoder, state, str(path))
@@ -76,6 +76,29 @@ def find_decoder(folder: str | Path, level: str, checkpoint: str = "last") -> Pa
         if not released.exists() and (folder / checkpoint).is_dir():
             released = folder / checkpoint  # of MindEye2 under DeepSpeed
     return released if released.exists() and not trained.exists() else trained
+
+
+def find_decoders(
+    logs: str | Path, low_logs: str | Path, checkpoint: str = "last"
+) -> dict[str, tuple[Path, Path]]:
+    """Where a run keeps the two levels of each decoder: network, ridge, kernel.
+
+    Args:
+        logs: train_logs/<run>, which holds the high levels, and the low levels that are solved.
+        low_logs: the same, or that of the run whose low-level network is used.
+        checkpoint: "last" or "best", of the networks.
+
+    Returns:
+        By name of the decoder its high and its low level, whether or not there are such files.
+    """
+    high = find_decoder(logs, "high_level", checkpoint)
+    low = find_decoder(low_logs, "low_level", checkpoint)
+    files = {"network": (high, low)}
+    for name in ("ridge", "kernel"):
+        high = Path(logs) / f"high_level_{name}.safetensors"
+        low = Path(logs) / f"low_level_{name}.safetensors"
+        files[name] = (high, low)
+    return files
 
 
 def _read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -44,11 +44,6 @@ def _list_conflicts(p: Mapping[str, Any]) -> list[tuple[str, bool]]:
     is_volume_encoder = ENCODERS[p["arch"]][0] == "VolumeEncoder"
     return [
         (
-            "combine_losses needs combine_models, as a frozen voxel2clip has no loss of its own:"
-            " set combine_models to True, or combine_losses to False.",
-            p["combine_losses"] and not p["combine_models"],
-        ),
-        (
             "combine_models is False, so voxel2clip stays as it is: say with voxel2clip_path which"
             " trained one to take.",
             not p["combine_models"] and not p["voxel2clip_path"],

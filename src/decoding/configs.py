@@ -32,6 +32,7 @@ class DecoderSizes:
         latent: (channels, height, width) of the autoencoder's latent.
         latent_scale: the autoencoder's scaling factor.
         volume: (x, y, z) where the betas are whole volumes.
+        components: principal components that are predicted, of "clip_tokens" and "vae_latents".
     """
 
     voxels: tuple[int, ...]
@@ -40,6 +41,7 @@ class DecoderSizes:
     latent: tuple[int, ...] = ()
     latent_scale: float = 1.0
     volume: Sequence[int] | None = None
+    components: Mapping[str, int] | None = None
 
 
 def build_decoder_config(stage: str, parameters: Parameters, sizes: DecoderSizes) -> Config:
@@ -181,6 +183,23 @@ def _mindeye2(parameters: Parameters, sizes: DecoderSizes) -> Config:
     return prior | {"ridge": ridge, "backbone": backbone, "net": net}
 
 
+def _percept(parameters: Parameters, sizes: DecoderSizes) -> Config:
+    """Percept's MLP to components of tokens and latents."""
+    p, counts = parameters, sizes.components or {}
+    latent_components = counts.get("vae_latents", 0)
+    return _describe(
+        "PerceptDecoder",
+        in_dim=sizes.voxels[0],
+        token_shape=[sizes.tokens, sizes.dim],
+        token_components=counts["clip_tokens"],
+        latent_shape=list(sizes.latent) if latent_components else [],
+        latent_components=latent_components,
+        h=p["h"],
+        n_blocks=p["n_blocks"],
+        dropout=p["dropout"],
+    )
+
+
 def _low_level(parameters: Parameters, sizes: DecoderSizes) -> Config:
     """MindEye's low level, also that of the voters."""
     config = _describe("Voxel2StableDiffusionModel", in_dim=sizes.voxels[0])
@@ -211,6 +230,7 @@ DECODERS: dict[str, Callable[[Parameters, DecoderSizes], Config]] = {
     "01_train_combined": _combined,
     "01_train_mindeye2": _mindeye2,
     "02_train_autoencoder": _low_level,
+    "02_train_percept": _percept,
     "02_train_roi_models": _low_level,
     "02_train_basic_autoencoder": _basic,
 }

@@ -51,7 +51,8 @@ def predict_tokens(
     """Predict CLIP tokens from voxels.
 
     Args:
-        decoder: a `BrainDiffusionPrior` with its voxel2clip, a `MindEye2`, or a ridge baseline.
+        decoder: a `BrainDiffusionPrior` with its voxel2clip, a `MindEye2`, a `PerceptDecoder`, or a
+            ridge baseline.
         voxels: (images, voxels), normalised; (images, trials, voxels) for a MindEye2 that reads
             neighbouring trials.
         token_shape: (tokens, dim).
@@ -87,6 +88,9 @@ def _predict_batch(
     image_ids: np.ndarray,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim)."""
+    if isinstance(decoder, models.PerceptDecoder):  # a posterior mean, and no prior
+        mean = decoder.predict_tokens(x).view(len(x), 1, *token_shape)
+        return mean, mean[:, 0]
     is_mindeye2 = isinstance(decoder, models.MindEye2)
     prior: Any = decoder.diffusion_prior if is_mindeye2 else decoder
     network: Any = decoder if is_mindeye2 else getattr(decoder, "voxel2clip", None)
@@ -115,7 +119,7 @@ def _sample_prior(
         seed = sampling.seed
         if not sampling.shared_noise:
             seed = derive_image_seed(sampling.seed, int(image))
-        generators.append(torch.Generator(backbone.device).manual_seed(seed))
+        generators.append(torch.Generator().manual_seed(seed))
     return prior.sample(
         backbone.repeat_interleave(sampling.n_samples, 0),
         timesteps=sampling.timesteps or prior.noise_scheduler.num_timesteps,
@@ -138,18 +142,29 @@ def predict_latents(
     device: str = "cpu",
 ) -> Tensor:
     """Predict scaled VAE latents (images, channels, h, w) from normalised voxels (images, voxels);
-    of a MindEye2 those of its blurry branch.
+    of a MindEye2 those of its blurry branch, of a `PerceptDecoder` those beside its tokens.
     """
     parts = []
     for start in range(0, len(voxels), batch_size):
         batch = voxels[start : start + batch_size]
-        out = decoder(torch.as_tensor(batch, dtype=torch.float32, device=device))
+        x = torch.as_tensor(batch, dtype=torch.float32, device=device)
+        if isinstance(decoder, models.PerceptDecoder):
+            parts.append(decoder.predict_latents(x).cpu())
+            continue
+        out = decoder(x)
         if isinstance(decoder, models.MindEye2):
             out = out[2]
         if isinstance(out, tuple):
             out = out[0]  # beside the latent stand the contrastive maps
         parts.append(out.view(len(out), *shape).cpu())
     return torch.cat(parts)
+
+
+def predicts_both_levels(decoder: nn.Module | None) -> bool:
+    """Whether one network predicts tokens and latents, so that it is its own low level."""
+    if isinstance(decoder, models.MindEye2):
+        return bool(decoder.backbone.blurry_recon)
+    return isinstance(decoder, models.PerceptDecoder) and decoder.latent_components > 0
 
 
 def compute_repeat_agreement(predictions: Sequence[Tensor]) -> Tensor:

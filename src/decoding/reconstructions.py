@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -61,7 +60,7 @@ def _compute_in_chunks(
 ) -> dict[str, Tensor]:
     described = json.dumps([n, size, mark], sort_keys=True, default=str)
     key = hashlib.sha256(described.encode()).hexdigest()[:12]
-    chunks: list[dict[str, Tensor]] = []
+    joined: dict[str, Tensor] = {}
     with tqdm(total=n, desc="reconstructing", unit="image", mininterval=2) as bar:
         for start in range(0, n, size):
             path = folder / f"{key}-{start:06d}.safetensors"
@@ -74,9 +73,12 @@ def _compute_in_chunks(
                 with atomic(path) as temporary:
                     save_file(tensors, temporary)
                 tensors = read_tensors(path)[0]
-            chunks.append(tensors)
+            for name, values in tensors.items():
+                if name not in joined:  # slices are put into the result as they come
+                    joined[name] = values.new_empty((n, *values.shape[1:]))
+                joined[name][rows] = values
             bar.update(rows.stop - rows.start)
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return joined
 
 
 def _read_chunk(path: Path, images: int) -> dict[str, Tensor] | None:

@@ -12,26 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
-from src import utils
 from src.decoding.generate import repaint_images
-from src.pretrained.base import load_frozen, silence_libraries
-from src.pretrained.generators import load_stable_diffusion_pipeline
 from src.pretrained.unclip import compute_euler_timesteps
 from src.utils import PerceptError, progress
-
-CHECKPOINT = "zavychromaxl_v30.safetensors"
-
-# whose configuration and tokenizers a single file needs
-BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
 SIZE = 768  # pixels a side of what is repainted
 
@@ -64,61 +55,6 @@ class Refinement:
     guidance_scale: float = 5.0
     negative_prompt: str = NEGATIVE_PROMPT
     size: int = 0
-
-
-def load_refiner(
-    weights: str = "hub", device: str = "cpu", dtype: torch.dtype | None = None, base: str = BASE
-) -> Any:
-    """The pipeline that repaints.
-
-    Args:
-        weights: "mini"; a folder that holds an SDXL pipeline; a single file (.safetensors); an id
-            of the hub; or "hub": the published file,
-            data/mindeye2_models/zavychromaxl_v30.safetensors.
-        device: torch device.
-        dtype: half precision on a GPU by default, as published.
-        base: folder or id of the hub with the configuration of a single file.
-
-    Raises:
-        PerceptError: if the weights are missing or are of another kind.
-
-    Source: Podell et al. 2023 (SDXL), arXiv 2307.01952; MindEye2 (arXiv 2403.11207), section 2.6.
-    """
-    if dtype is None:
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    if weights == "mini":
-        return load_stable_diffusion_pipeline("mini", device, dtype)
-    location = weights
-    if weights == "hub":
-        location = str(utils.HOME / "data" / "mindeye2_models" / CHECKPOINT)
-    if location.endswith(".safetensors"):
-        pipeline = _load_single_file(location, base, dtype)
-    else:
-        pipeline = load_frozen(StableDiffusionXLImg2ImgPipeline, location, torch_dtype=dtype)
-    pipeline.scheduler = EulerDiscreteScheduler.from_config(
-        pipeline.scheduler.config, use_karras_sigmas=False, final_sigmas_type="zero"
-    )
-    pipeline.watermark = None  # the published images have none
-    return pipeline.to(device)
-
-
-def _load_single_file(path: str, base: str, dtype: torch.dtype) -> Any:
-    if not Path(path).is_file():
-        raise PerceptError(
-            f"The refiner is not at {path}: run 'python run.py download refiner', or set its"
-            " weights to a file or folder."
-        )
-    try:
-        with silence_libraries():
-            return StableDiffusionXLImg2ImgPipeline.from_single_file(
-                path, config=base, torch_dtype=dtype
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PerceptError(
-            f"{path} cannot be read as an SDXL model with the configuration of '{base}'"
-            f" ({reason}): check file and connection."
-        ) from error
 
 
 def refine_images(

@@ -4,6 +4,12 @@ from src.figures.base import COLOURS, CONTROL_MARKS, apply_style, save_figure
 from src.figures.brain import plot_glass_brain, plot_trials, plot_voxel_map
 from src.figures.comparisons import plot_comparison, plot_curves_over, plot_held_out_effect
 from src.figures.embeddings import plot_embeddings
+from src.figures.encoding import (
+    choose_regions,
+    plot_prediction_accuracy,
+    plot_spectra,
+    plot_variance_partition,
+)
 from src.figures.images import (
     draw_vote_sheet,
     plot_contact_sheet,
@@ -24,6 +30,7 @@ __all__ = [
     "COLOURS",
     "CONTROL_MARKS",
     "apply_style",
+    "choose_regions",
     "draw_vote_sheet",
     "plot_abstention_curve",
     "plot_comparison",
@@ -34,6 +41,7 @@ __all__ = [
     "plot_held_out_effect",
     "plot_hits_and_misses",
     "plot_image_grid",
+    "plot_prediction_accuracy",
     "plot_region_bars",
     "plot_region_curves",
     "plot_retrieval_curve",
@@ -41,10 +49,12 @@ __all__ = [
     "plot_roi_sets",
     "plot_score_by_distance",
     "plot_score_dots",
+    "plot_spectra",
     "plot_sweep_curves",
     "plot_sweep_levels",
     "plot_training_curves",
     "plot_trials",
+    "plot_variance_partition",
     "plot_voxel_map",
     "save_figure",
 ]

@@ -72,11 +72,15 @@ AXIS_LABELS = {"x": "left - right (mm)", "y": "back - front (mm)", "z": "down - 
 
 @draw_in_style
 def plot_voxel_map(
-    voxels: pd.DataFrame, values: dict[str, Any], rois: Sequence[str] | None = None
+    voxels: pd.DataFrame,
+    values: dict[str, Any],
+    rois: Sequence[str] | None = None,
+    label: str = "mean attribution",
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Voxels at their places, seen from three sides, each a dot in the colour of its value.
 
-    Red adds, blue takes away.
+    Red is above 0, blue below.
 
     Args:
         voxels: one row a voxel: x, y, z (mm; right, front and up positive) and Boolean columns of
@@ -84,6 +88,8 @@ def plot_voxel_map(
         values: by what they are, e.g. "low level": (voxels,), NaN where a voxel was not used: a
             small grey dot. A row each, with its own symmetric scale.
         rois: regions whose names are written at their places; every Boolean column by default.
+        label: what the values are, beside the colour scale.
+        limits: of one colour scale for all rows, from dark to bright, for values that have no sign.
 
     Raises:
         PerceptError: without coordinates.
@@ -111,12 +117,12 @@ def plot_voxel_map(
         row_values = np.asarray(row_values, float)
         for ax, view in zip(row, VIEWS, strict=True):
             across, up = VIEWS[view]
-            dots = _scatter_voxels(ax, voxels[across], voxels[up], row_values)
+            dots = _scatter_voxels(ax, voxels[across], voxels[up], row_values, limits)
             title = f"{name}, {view}" if ax is row[0] else view
             ax.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up])
             ax.set(aspect="equal", title=title)
             _name_regions(ax, voxels, rois, across, up)
-        fig.colorbar(dots, ax=row, shrink=0.8, label="mean attribution", extend="both")
+        fig.colorbar(dots, ax=row, shrink=0.8, label=label, extend="both")
     return fig
 
 
@@ -130,6 +136,7 @@ def _scatter_voxels(
     across: pd.Series,
     up: pd.Series,
     values: np.ndarray,
+    limits: tuple[float, float] | None,
 ) -> Any:
     """Draw one view of the voxels, the strongest on top; returns the dots that have a value."""
     x, y = across.to_numpy(float), up.to_numpy(float)
@@ -138,6 +145,8 @@ def _scatter_voxels(
     order = np.argsort(np.nan_to_num(np.abs(values), nan=-1.0))
     limit = _find_colour_limit(values)
     look: Look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    if limits is not None:
+        look = {"cmap": "viridis", "vmin": limits[0], "vmax": limits[1]}
     look |= {"s": 11, "lw": 0.15, "edgecolors": SOFT}
     return ax.scatter(
         x[order],

@@ -2,10 +2,12 @@
 
 from src.networks.base import Network
 from src.networks.encoders import ENCODERS, NORMS, BrainNetwork, Encoder, VolumeEncoder
+from src.networks.kernels import KERNELS, KernelRidge, RepeatNoise
 from src.networks.linear import ALPHAS, CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BASIC_SIZES, UPS_MODES, BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MindEye2, MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
 from src.networks.mismatch import FRESH_IN_LAION, describe_mismatch
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import (
     Denoiser,
     DiffusionPriorNetwork,
@@ -47,13 +49,17 @@ __all__ = [
     "Encoder",
     "FRESH_IN_LAION",
     "GainNorm",
+    "KERNELS",
+    "KernelRidge",
     "MODELS",
     "MindEye2",
     "MixerBrainNetwork",
     "NORMS",
     "Network",
+    "PerceptDecoder",
     "PriorNetwork",
     "RelativePositionBias",
+    "RepeatNoise",
     "ResidualBrainNetwork",
     "RidgeBaseline",
     "RidgeRegression",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.networks.base import Network
-from src.utils import PerceptError, progress
+from src.utils import PerceptError, exact_products, progress
 
 
 class CaptionConverter(Network):
@@ -125,7 +125,7 @@ class RidgeBaseline(Network):
             "n_alphas_batch": 1,  # one at a time: as fast, with half the memory
             "warn": False,
         }
-        with _himalaya_backend(backend):
+        with himalaya_backend(backend), exact_products():
             solver = RidgeCV(
                 alphas=np.asarray(alphas, np.float32),
                 cv=_split_into_folds(x, y, cv, groups, seed),
@@ -174,7 +174,7 @@ def _split_into_folds(
 
 
 @contextmanager
-def _himalaya_backend(name: str) -> Iterator[None]:
+def himalaya_backend(name: str) -> Iterator[None]:
     """Set himalaya's global backend, and set the former one back."""
     from himalaya.backend import get_backend, set_backend
 
@@ -246,6 +246,7 @@ class TokenMap(Network):
 
     @classmethod
     @torch.no_grad()
+    @exact_products()
     def fit(
         cls,
         source: Any,

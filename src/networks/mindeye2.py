@@ -55,13 +55,23 @@ class RidgeRegression(Network):
                     f" {x.shape[-1]}: use the subject that it was made for."
                 )
             return layer(x)
-        outputs, rows = [], []
-        for number in subject_index.unique().tolist():
+        # the rows of each subject one after the other; on the host, which need not wait for a GPU
+        subject_index = subject_index.cpu()
+        order = subject_index.argsort(stable=True)
+        numbers, counts = subject_index.unique(return_counts=True)
+        parts = x[_send_rows(order, x.device)].split(counts.tolist())
+        outputs = []
+        for number, part in zip(numbers.tolist(), parts, strict=True):
             layer = cast(nn.Linear, self.linears[number])
-            subject_rows = (subject_index == number).nonzero()[:, 0]
-            rows.append(subject_rows)
-            outputs.append(layer(x[subject_rows, :, : layer.in_features]))
-        return torch.cat(outputs)[torch.cat(rows).argsort()]
+            outputs.append(layer(part[..., : layer.in_features].contiguous()))
+        return torch.cat(outputs)[_send_rows(order.argsort(), x.device)]
+
+
+def _send_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """Numbers of rows on a device; a GPU is not waited for."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)
 
 
 def _mixer_block(width: int, drop: float) -> nn.Sequential:

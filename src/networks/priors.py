@@ -171,6 +171,9 @@ class PriorNetwork(VersatileDiffusionPriorNetwork):
         causal: causal attention.
         learned_query_mode: as `VersatileDiffusionPriorNetwork`.
 
+    Raises:
+        PerceptError: where no head fits.
+
     Source: MindEye2 (arXiv 2403.11207), appendix A.5.
     """
 
@@ -185,6 +188,11 @@ class PriorNetwork(VersatileDiffusionPriorNetwork):
         learned_query_mode: str = "pos_emb",
     ):
         heads = heads or dim // dim_head
+        if heads < 1:
+            raise PerceptError(
+                f"A head of the prior is {dim_head} wide, which is more than the {dim} of a token:"
+                f" choose prior_dim_head at most {dim}, or prior_heads at least 1."
+            )
         super().__init__(dim, depth, dim_head, heads, num_tokens, causal, learned_query_mode)
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from src.networks.base import Network
 from src.networks.encoders import BrainNetwork, VolumeEncoder
+from src.networks.kernels import KernelRidge
 from src.networks.linear import CaptionConverter, RidgeBaseline, TokenMap
 from src.networks.low_level import BasicEncoder, Voxel2StableDiffusionModel
 from src.networks.mindeye2 import MixerBrainNetwork, ResidualBrainNetwork, RidgeRegression
+from src.networks.percept import PerceptDecoder
 from src.networks.priors import DiffusionPriorNetwork, PriorNetwork, VersatileDiffusionPriorNetwork
 from src.utils import PerceptError
 
@@ -31,7 +33,9 @@ MODELS: dict[str, type[Network]] = {
         Voxel2StableDiffusionModel,
         BasicEncoder,
         RidgeBaseline,
+        KernelRidge,
         TokenMap,
+        PerceptDecoder,
     )
 }
 

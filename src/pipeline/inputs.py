@@ -32,6 +32,7 @@ FILE_PARAMETERS = (
 RUN_PARAMETERS = (
     "multisubject_ckpt",
     "autoencoder_name",
+    "encoder_name",
     "start_run",
     "tokens_from",
     "token_run",

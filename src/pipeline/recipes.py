@@ -64,6 +64,14 @@ def read_declared_parameters(stage: str) -> dict[str, parameters.Parameter]:
     return parameters.parse_parameters(cell, stage)
 
 
+def list_parameters(recipe: str) -> list[str]:
+    """Names of the parameters of all stages of a recipe."""
+    names: dict[str, None] = {}
+    for stage in list_stages(recipe):
+        names |= dict.fromkeys(read_declared_parameters(stage))
+    return list(names)
+
+
 def read_defaults(stage: str) -> dict[str, Any]:
     """The default values of a stage's parameters, by name."""
     declared = read_declared_parameters(stage)

@@ -10,12 +10,11 @@ from typing import Any
 from src import utils
 from src.files.ownership import lock_folder, remove_leftovers_below
 from src.pipeline.console import show
+from src.pipeline.needs import walk_stages
 from src.pipeline.recipes import (
     list_recipes,
     list_stages,
     read_cost,
-    read_defaults,
-    read_stage_parameters,
     select_stages,
 )
 from src.pipeline.stages import (
@@ -26,6 +25,7 @@ from src.pipeline.stages import (
     parse_launcher,
     run_stage,
 )
+from src.pipeline.warm import warm_kernels
 
 # what a finished run points to, where it has made them
 HIGHLIGHTS = (
@@ -71,7 +71,8 @@ def run_recipe(
         for folder in (results, utils.HOME / "train_logs" / overrides["model_name"]):
             remove_leftovers_below(folder)
         runs = iterate_stages(recipe, overrides, stages)
-        _run_stages(runs, len(stages), first, last, launcher, force)
+        with warm_kernels(len(stages)):
+            _run_stages(runs, len(stages), first, last, launcher, force)
     show(f"Finished in {time.time() - start_time:.0f} s. Look at:")
     for name in HIGHLIGHTS:
         if (results / name).exists():
@@ -123,9 +124,7 @@ def print_plan(
     stages, overrides = select_stages(recipe, overrides, first, last, skip, files)
     from src.pipeline.dryrun import plan_stage
 
-    values: dict[str, Any] = {}  # of all stages so far: decoding depends on what was trained
-    for stage in stages:
-        values |= read_defaults(stage) | read_stage_parameters(stage, recipe, overrides)
+    for stage, values in walk_stages(recipe, stages, overrides):
         if first and stage < first:
             continue
         plan = plan_stage(stage, values)
@@ -138,7 +137,9 @@ def print_plan(
 def print_recipes() -> None:
     """Print the recipes, their stages and what these cost."""
     for folder in list_recipes():
-        suffix = "  (also --mini)" if (folder / "mini").is_dir() else ""
+        overlays = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = ["--mini" if name == "mini" else f"{folder.name}/{name}" for name in overlays]
+        suffix = f"  (also {', '.join(names)})" if names else ""
         show(f"{folder.name}{suffix}")
         for stage in list_stages(folder.name):
             show(f"  {stage:24} {read_cost(stage)}")

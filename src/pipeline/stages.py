@@ -32,6 +32,7 @@ from src.pipeline.recipes import (
     read_defaults,
     read_stage_parameters,
 )
+from src.pipeline.warm import get_kernel_options
 from src.utils import PerceptError, UsageError
 
 # glibc's allocator gives large blocks back at once and asks for them again in the next step, which
@@ -291,6 +292,7 @@ def execute_stage(stage: str, values: dict[str, Any], results: Path) -> None:
             progress_bar=sys.stderr.isatty(),
             log_output=False,
             cwd=str(utils.ROOT),
+            **get_kernel_options(),
         )
         _check_complete(executed.cells, stage, failed, running)
         os.replace(running, results / f"{stage}.ipynb")

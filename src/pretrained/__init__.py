@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         strip_word,
     )
     from src.pretrained.category_classifier import CategoryClassifier, prepare_classifier_input
-    from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS, Clipper, PatchClip
+    from src.pretrained.clip import Clipper, PatchClip
+    from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
     from src.pretrained.generators import (
         ImageGenerator,
         ImageVariation,
@@ -86,7 +87,8 @@ _EXPORTS = {
         "strip_word",
     ],
     "category_classifier": ["CategoryClassifier", "prepare_classifier_input"],
-    "clip": ["CLIP_VARIANTS", "PATCH_VARIANTS", "Clipper", "PatchClip"],
+    "clip": ["Clipper", "PatchClip"],
+    "clip_variants": ["CLIP_VARIANTS", "PATCH_VARIANTS", "find_patch_variant"],
     "generators": [
         "ImageGenerator",
         "ImageVariation",
@@ -141,6 +143,7 @@ __all__ = [
     "VersatileDiffusionText",
     "cache_condition",
     "compute_euler_timesteps",
+    "find_patch_variant",
     "load_gnet",
     "load_stable_diffusion_pipeline",
     "locate_model",

@@ -64,22 +64,28 @@ class LatentAutoencoder(FrozenModel):
     def _encode(self, images: Tensor) -> Tensor:
         return self.encode(images)
 
+    def ignore_autocast(self) -> torch.autocast:
+        """A context in which the precision of a training around it does not count."""
+        return torch.autocast(self.device.type, enabled=False)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> scaled latents (batch, channels, h, w)."""
         latents = []
-        for part in images.split(self._batch_size):
-            x = resize_images(part.to(self.device), self.image_size)
-            posterior = self.model.encode(2 * x - 1).latent_dist
-            latents.append(posterior.mode() * self.scale)
+        with self.ignore_autocast():
+            for part in images.split(self._batch_size):
+                x = resize_images(part.to(self.device), self.image_size)
+                posterior = self.model.encode(2 * x - 1).latent_dist
+                latents.append(posterior.mode() * self.scale)
         return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (batch, channels, h, w) -> images (batch, 3, height, width) in [0, 1]."""
         images = []
-        for part in latents.split(self._batch_size):
-            images.append(self.model.decode(part.to(self.device) / self.scale).sample)
+        with self.ignore_autocast():
+            for part in latents.split(self._batch_size):
+                images.append(self.model.decode(part.to(self.device) / self.scale).sample)
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     @property

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from torch import Tensor
 from src import utils
 from src.files.foreign import READ_ERRORS, shorten
 from src.pretrained.shared_weights import REMEDY, complete_model
+from src.pretrained.strict import is_network, load_whole
 from src.safe_pickle import UnpicklingError
-from src.utils import ROOT, PerceptError, is_out_of_memory, read_json, same_features
+from src.utils import ROOT, PerceptError, is_out_of_memory, read_json, same_features, write_json
 
 HUB = {
     "clip": "openai/clip-vit-large-patch14",
@@ -109,28 +112,55 @@ def silence_libraries() -> Iterator[None]:
 
 
 def load_frozen(cls: Any, location: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, with a plain sentence where that fails.
+    """`cls.from_pretrained`, with a plain sentence where that fails; of a network all weights.
 
     Args:
         cls: a class of transformers or diffusers.
         location: hub id or folder, of `locate_model`.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`; of a network also those of `load_whole`.
 
     Raises:
-        PerceptError: when a file is missing, damaged or holds more than tensors, or the hub cannot
-            be reached.
+        PerceptError: when a file is missing, damaged or holds more than tensors, the hub cannot be
+            reached, or the weights are not those of the network (`load_whole`).
     """
     if location in REVISIONS:
         options = {"revision": REVISIONS[location], **options}
+    load = partial(load_whole, cls) if is_network(cls) else cls.from_pretrained
+    with explain_loading(cls.__name__, location, options.get("subfolder", "")):
+        return prefer_cache(load, location, **options)
+
+
+def prefer_cache(load: Callable[..., Any], location: str, **options: Any) -> Any:
+    """`load(location, **options)`, of a hub id without asking the hub where its files are here.
+
+    The libraries ask it for each file otherwise, and again and again where there is no network.
+    """
+    if not Path(location).exists():
+        try:
+            return load(location, local_files_only=True, **options)
+        except OSError:  # not all of its files are here
+            pass
+    return load(location, **options)
+
+
+@contextmanager
+def explain_loading(name: str, location: str, subfolder: str = "") -> Iterator[None]:
+    """Context in which the libraries are silent, and say in a plain sentence why loading fails.
+
+    Args:
+        name: of what is loaded.
+        location: hub id or folder.
+        subfolder: of that.
+    """
     try:
         with silence_libraries():
-            return cls.from_pretrained(location, **options)
+            yield
     except LOAD_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        part = f" ({options['subfolder']})" if "subfolder" in options else ""
+        part = f" ({subfolder})" if subfolder else ""
         raise PerceptError(
-            f"Could not load {cls.__name__} from '{location}'{part}: {shorten(error)}. Check the"
+            f"Could not load {name} from '{location}'{part}: {shorten(error)}. Check the"
             " connection to the hub, or set weights to 'mini' or to a folder that holds the model."
         ) from error
 
@@ -252,9 +282,12 @@ class FrozenModel:
 
         It identifies cached targets, and records where results come from.
 
+        The golden features of a miniature are recorded with it; those of any other model are stored
+        in data/golden_features/ when it is used first here.
+
         Raises:
-            PerceptError: if the folder records golden features and these differ: a library computes
-                something else than it did.
+            PerceptError: if the golden features differ from those that are recorded: a library
+                computes something else than it did.
         """
         import diffusers
         import transformers
@@ -275,18 +308,26 @@ class FrozenModel:
         }
 
     def _check_golden_features(self, golden: list[float]) -> None:
-        """Refuse features that differ from those that the model's folder records."""
+        """Refuse features that differ from those that are recorded of the model."""
+        parts = [type(self).__name__, self.get_options()]
         path = Path(self.location) / "golden_features.json"
+        remedy = REMEDY
         if not path.exists():
-            return
-        key = json.dumps([type(self).__name__, self.get_options()], sort_keys=True)
-        recorded = read_json(path, keys=(), remedy=REMEDY).get(key)
+            parts += [self._read_revision(), self.device.type, str(getattr(self, "dtype", ""))]
+            name = re.sub(r"[^\w.-]+", "--", self.location).strip("-")
+            path = utils.HOME / "data" / "golden_features" / f"{name}.json"
+            remedy = "remove it"
+        key = json.dumps(parts, sort_keys=True)
+        stored = read_json(path, keys=(), remedy=remedy) if path.exists() else {}
+        recorded = stored.get(key)
+        if recorded is None and remedy != REMEDY:
+            write_json(path, stored | {key: golden})
         if recorded is None or same_features(recorded, golden):
             return
         worst = max(abs(a - b) for a, b in zip(golden, recorded, strict=True))
         raise PerceptError(
             f"{type(self).__name__} of '{self.location}' no longer gives the features recorded"
-            f" with it (largest difference {worst:.3g}): a library has changed what it"
+            f" in {path} (largest difference {worst:.3g}): a library has changed what it"
             " computes; install the versions of requirements.lock."
         )
 

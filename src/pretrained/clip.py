@@ -18,29 +18,21 @@ from src.pretrained.base import (
     LOAD_ERRORS,
     FrozenModel,
     crop_center,
+    explain_loading,
     freeze,
     load_frozen,
     locate_model,
     normalise_for_clip,
+    prefer_cache,
     tokenize_captions,
 )
+from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS
 from src.safe_pickle import is_torchscript, load_plain_torch_file
 from src.utils import PerceptError, check_weights
 
-# variant -> name of the model; the ResNets come through OpenAI's own package
-CLIP_VARIANTS = {
-    "ViT-L/14": "clip",
-    "ViT-B/32": "clip-ViT-B-32",
-    "RN50": "RN50",
-    "RN50x64": "RN50x64",
-}
-
-# those whose patches MindEye2 predicts
-PATCH_VARIANTS = {
-    "bigG": "clip-bigG",
-    "ViT-L/14": "clip",
-    "ViT-B/32": "clip-ViT-B-32",
-}
+# keys of the part of a CLIP's file that is not loaded
+TEXT_KEYS = r"(?:text_model|text_projection)\..*|logit_scale"
+VISION_KEYS = r"(?:vision_model|visual_projection)\..*|logit_scale"
 
 
 class _ResNetClip(nn.Module):
@@ -141,7 +133,11 @@ class _VisionClip(nn.Module):
 
         super().__init__()
         self.location = location
-        self.model = load_frozen(CLIPVisionModelWithProjection, location).float()
+        config = _read_config("vision", location)
+        model = load_frozen(
+            CLIPVisionModelWithProjection, location, config=config, unused=TEXT_KEYS
+        )
+        self.model = model.float()
         self.config = self.model.config
         self.size = self.config.image_size
         self.dim = self.config.projection_dim
@@ -181,10 +177,33 @@ class _VisionClip(nn.Module):
         if self._text is None:
             from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-            model = load_frozen(CLIPTextModelWithProjection, self.location).float()
-            model = freeze(model, self.model.device)
+            model = load_frozen(
+                CLIPTextModelWithProjection,
+                self.location,
+                config=_read_config("text", self.location),
+                unused=VISION_KEYS,
+            )
+            model = freeze(model.float(), self.model.device)
             self._text = load_frozen(CLIPTokenizer, self.location), model
         return self._text
+
+
+def _read_config(part: str, location: str) -> Any:
+    """The config of CLIP's vision or text part, with the projection that the whole CLIP has.
+
+    LAION's configs give 512 in their parts and the true one at their top, where transformers does
+    not look when a part is loaded alone (its issue 25622).
+    """
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+    config_class = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}[part]
+    config = load_frozen(config_class, location)
+    with explain_loading("CLIP's config", location):
+        # without the defaults of the class
+        whole_config, _ = prefer_cache(CLIPConfig.get_config_dict, location)
+    if f"{part}_config" in whole_config and "projection_dim" in whole_config:
+        config.projection_dim = whole_config["projection_dim"]
+    return config
 
 
 class Clipper(FrozenModel):

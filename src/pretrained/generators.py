@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from src.pretrained.autoencoder import LatentAutoencoder
 from src.pretrained.base import (
     choose_dtype,
+    explain_loading,
     freeze,
     load_frozen,
     locate_model,
     normalise_for_clip,
     tokenize_captions,
 )
+from src.utils import PerceptError
+
+# the last version that was tested and has Versatile Diffusion's classes
+LAST_DIFFUSERS = "0.42.1"
 
 # The miniature's file holds the transformer blocks alone, all that is ever run; low_cpu_mem_usage
 # would leave the rest without memory.
-TEXT_UNET = {"subfolder": "text_unet", "low_cpu_mem_usage": False}
+TEXT_UNET = {
+    "subfolder": "text_unet",
+    "low_cpu_mem_usage": False,
+    "unfilled": r"(?!.*\.attentions\.).*",
+}
 
 
 def replace_transformer_blocks(unet: nn.Module, source: nn.Module) -> None:
@@ -152,7 +161,7 @@ class ImageGenerator(LatentAutoencoder):
         if steps == 0 and init_latents is not None:
             return self.decode(init_latents)
         first = num_inference_steps - steps
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler.set_timesteps(num_inference_steps)  # on the CPU, where it reads them
         timesteps = self.scheduler.timesteps[first:]
         self.scheduler.set_begin_index(first)
         latents = noise.to(self.device, self.dtype) * self.scheduler.init_noise_sigma
@@ -171,10 +180,10 @@ class ImageGenerator(LatentAutoencoder):
         if guided:  # (2 * batch, tokens, dim)
             condition = torch.cat([self.get_null_condition(condition), condition])
         with cache_condition(self.unet):
-            for t in timesteps:
+            for t, t_on_device in zip(timesteps, timesteps.to(self.device), strict=True):
                 x = torch.cat([latents, latents]) if guided else latents
                 x = self.scheduler.scale_model_input(x, t)
-                pred = self.unet(x, t, encoder_hidden_states=condition).sample
+                pred = self.unet(x, t_on_device, encoder_hidden_states=condition).sample
                 if guided:
                     null, conditional = pred.chunk(2)
                     pred = null + guidance_scale * (conditional - null)
@@ -278,20 +287,33 @@ class VersatileDiffusionText(TextGenerator):
     model_name = "versatile_diffusion"
 
     def _load_unet(self) -> nn.Module:
-        from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import (
-            UNetFlatConditionModel,
-        )
-
+        network_class = _find_flat_unet()
         unet = self._load_unet_from("image_unet")
-        source = load_frozen(
-            UNetFlatConditionModel, self.location, torch_dtype=self.dtype, **TEXT_UNET
-        )
+        source = load_frozen(network_class, self.location, torch_dtype=self.dtype, **TEXT_UNET)
         replace_transformer_blocks(unet, source)
         return unet
 
     def _get_condition(self, encoded: Any) -> Tensor:
         tokens = self.text_encoder.text_projection(encoded.last_hidden_state)
         return tokens / encoded.text_embeds[:, None].norm(dim=-1, keepdim=True)
+
+
+def _find_flat_unet() -> Any:
+    """The class of Versatile Diffusion's text network, which diffusers holds as deprecated.
+
+    Raises:
+        PerceptError: where it is no longer there.
+    """
+    try:
+        from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import (
+            UNetFlatConditionModel,
+        )
+    except ImportError as error:
+        raise PerceptError(
+            "This version of diffusers has no UNetFlatConditionModel any more, which Versatile"
+            f" Diffusion's text flow needs: install diffusers {LAST_DIFFUSERS}."
+        ) from error
+    return UNetFlatConditionModel
 
 
 class StableDiffusion(TextGenerator):
@@ -313,10 +335,27 @@ def load_stable_diffusion_pipeline(
 ) -> Any:
     """The library's `StableDiffusionImg2ImgPipeline`, the ROI project's last step.
 
-    It repaints an image after a sentence.
+    It repaints an image after a sentence. The published pipeline paints what its safety checker
+    suspects black, which would be scored as a reconstruction; here there is none.
     """
-    from diffusers import StableDiffusionImg2ImgPipeline
+    import diffusers
+    import transformers
 
     location = locate_model("stable_diffusion", weights)
-    pipeline = load_frozen(StableDiffusionImg2ImgPipeline, location, dtype=dtype)
+    half = {"torch_dtype": dtype}
+    with explain_loading("the scheduler's config", location, "scheduler"):
+        config = diffusers.DDIMScheduler.load_config(location, subfolder="scheduler")
+        scheduler_class = getattr(diffusers, config["_class_name"])
+    pipeline: Any = diffusers.StableDiffusionImg2ImgPipeline(
+        vae=load_frozen(diffusers.AutoencoderKL, location, subfolder="vae", **half),
+        text_encoder=load_frozen(
+            transformers.CLIPTextModel, location, subfolder="text_encoder", dtype=dtype
+        ),
+        tokenizer=load_frozen(transformers.CLIPTokenizer, location, subfolder="tokenizer"),
+        unet=load_frozen(diffusers.UNet2DConditionModel, location, subfolder="unet", **half),
+        scheduler=load_frozen(scheduler_class, location, subfolder="scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     return pipeline.to(device)

@@ -154,8 +154,8 @@ class Teacher(FrozenModel):
         path = Path(self.location) / TEACHER_FILE
         if not path.exists():
             raise PerceptError(
-                f"The teacher of the low level is not at {path}: put VICRegL's file there (its"
-                " authors give it), or set use_cont to False."
+                f"The teacher of the low level is not at {path}: run 'python run.py download"
+                " teacher' (6.6 GB), or set use_cont to False."
             )
         content = load_plain_torch_file(path, "get VICRegL's file from its authors again")
         weights = content.get("model", content) if isinstance(content, dict) else None

@@ -28,7 +28,22 @@ from src.data.subject import Subject
 from src.files.ownership import lock_folder
 from src.files.yaml_files import UnclearNumber, parse_yaml
 from src.parameters import check_parameter_names
-from src.readers import algonauts, bold5000, digits69, god, mindeye, mindeye2, npz, nsd, things
+from src.readers import (
+    algonauts,
+    bids,
+    bold5000,
+    digits69,
+    god,
+    laion_fmri,
+    mindeye,
+    mindeye2,
+    mosaic,
+    npz,
+    nsd,
+    nsd_imagery,
+    nsd_synthetic,
+    things,
+)
 from src.readers.recording import Recording, RowBlocks, store_recording
 from src.utils import SEEDS, PerceptError, UsageError, resolve
 
@@ -40,6 +55,11 @@ READERS: dict[str, ModuleType] = {
     "bold5000": bold5000,
     "god": god,
     "things": things,
+    "bids": bids,
+    "laion_fmri": laion_fmri,
+    "mosaic": mosaic,
+    "nsd_synthetic": nsd_synthetic,
+    "nsd_imagery": nsd_imagery,
     "digits69": digits69,
     "npz": npz,
 }
@@ -49,17 +69,22 @@ __all__ = [
     "Recording",
     "RowBlocks",
     "algonauts",
+    "bids",
     "bold5000",
     "check_protocol",
     "default_options",
     "describe_preparation",
     "digits69",
     "god",
+    "laion_fmri",
     "mindeye",
     "mindeye2",
+    "mosaic",
     "needs_preparing",
     "npz",
     "nsd",
+    "nsd_imagery",
+    "nsd_synthetic",
     "parse_options",
     "prepare_if_missing",
     "read_source",
@@ -157,6 +182,8 @@ def describe_preparation(
     """
     defaults = default_options(source)
     chosen = parse_options(source, options, **common)
+    for name in getattr(READERS[source], "REQUIREMENTS", ()):
+        chosen.pop(name, None)
     changed = {name: value for name, value in chosen.items() if value != defaults[name]}
     as_stored = json.loads(json.dumps(changed, default=str))
     return Preparation(source, str(data_path), as_stored, world or {})

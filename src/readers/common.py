@@ -8,6 +8,7 @@ own number of the image (NSD: the row of imgBrick, from 0).
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -28,6 +29,7 @@ from src.files.foreign import (
     load_csv,
     load_parquet,
     read_errors,
+    shorten,
 )
 from src.files.images import decode_image
 from src.utils import PerceptError
@@ -167,6 +169,44 @@ def _check_image_column(table: pd.DataFrame, path: Path, is_unique: bool) -> Non
         )
 
 
+def check_numbering(path: Path, names: pd.DataFrame) -> None:
+    """Refuse to add to a dataset whose images were numbered differently.
+
+    Args:
+        path: labels.parquet of the dataset.
+        names: columns image and name of the images to add.
+
+    Raises:
+        PerceptError: naming an image that has another id there.
+    """
+    stored = load_parquet(path) if path.exists() else pd.DataFrame()
+    if "name" not in stored:
+        return
+    common = names.merge(stored[["image", "name"]], on="name", suffixes=("", "_stored"))
+    different = common[common["image"] != common["image_stored"]]
+    if len(different):
+        name, new, old = different.iloc[0][["name", "image", "image_stored"]]
+        raise PerceptError(
+            f"{name} would be image {new}, but is image {int(old)} in {path}: read all subjects"
+            " from one folder that holds the metadata of all, under another dataset name."
+        )
+
+
+def join_labels(root: Path, names: pd.DataFrame) -> pd.DataFrame:
+    """The names of images, with the columns of the labels.parquet beside a source, if any.
+
+    Args:
+        root: of the source.
+        names: one row an image, with the columns image, name and perhaps others.
+    """
+    stored = load_image_table("labels", names["image"].tolist(), root)
+    if stored is None:
+        return names
+    own_columns = [name for name in names if name != "image"]
+    labels = names.merge(stored.drop(columns=own_columns, errors="ignore"), on="image", how="left")
+    return labels[list(dict.fromkeys([*stored, *labels]))]  # columns in the order of the source
+
+
 def find_in_folders(names: Iterable[str], *folders: Path) -> Path | None:
     """The first file of these names that one of the folders has, or None."""
     names = list(names)
@@ -287,6 +327,32 @@ def to_mask(values: np.ndarray, what: str) -> np.ndarray:
     return np.round(values) == 1
 
 
+def parse_number_ranges(text: str, last: int, available: str) -> list[int]:
+    """The numbers that a text such as "1-10" or "1,2,5" selects, ascending.
+
+    Args:
+        text: numbers and ranges, counted from 1.
+        last: the largest number that there is.
+        available: what there is, for errors: "nsd-982 has sessions 1 to 37 of subject 1".
+
+    Raises:
+        PerceptError: for another text, or a number that there is not.
+    """
+    selected: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        if not match:
+            raise PerceptError(
+                f"sessions is {shorten(text)!r}: write numbers and ranges from 1, e.g. 1-10 or"
+                " 1,2,5."
+            )
+        first, last_of_range = int(match[1]), int(match[2] or match[1])
+        if not 1 <= first <= last_of_range <= last:  # before a range of any size is made
+            raise PerceptError(f"sessions is {shorten(text)!r}, but {available}.")
+        selected |= set(range(first, last_of_range + 1))
+    return sorted(selected)
+
+
 # ----------------------------------------------------------------------------------------- splits
 def default_split_size(
     requested: int, n_images: int, split: str, default: int = DEFAULT_SPLIT_SIZE
@@ -313,7 +379,9 @@ def default_split_size(
     return tenth
 
 
-def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> pd.Series:
+def choose_validation(
+    trials: pd.DataFrame, val_images: int, seed: int = 42, candidates: np.ndarray | None = None
+) -> pd.Series:
     """The column `split` with some training images, chosen at random by image, moved to "val".
 
     Args:
@@ -321,12 +389,16 @@ def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> 
         val_images: number of images; 0 moves none. Where the default, 300, would be more than half
             of them, a tenth is moved.
         seed: of the choice, which depends on the set of training images alone, not on their order.
+        candidates: training images, where there are others than those of the trials (sessions that
+            are not there); the choice is among them all.
 
     Raises:
         PerceptError: if fewer than two training images would be left.
     """
     is_train = trials["split"] == "train"
-    candidates = np.unique(trials.loc[is_train, "image"])
+    if candidates is None:
+        candidates = trials.loc[is_train, "image"].to_numpy()
+    candidates = np.unique(candidates)
     val_images = default_split_size(val_images, len(candidates), "val")
     if val_images < 0 or len(candidates) - val_images < 2:
         raise PerceptError(
@@ -337,8 +409,15 @@ def choose_validation(trials: pd.DataFrame, val_images: int, seed: int = 42) -> 
     return trials["split"].mask(is_train & trials["image"].isin(chosen), "val")
 
 
-def load_split_column(source: Path, trials: pd.DataFrame) -> pd.Series | None:
+def load_split_column(
+    source: Path, trials: pd.DataFrame, number_of_name: dict[str, int] | None = None
+) -> pd.Series | None:
     """The column `split` as <source>/splits.csv (columns image and split) gives it.
+
+    Args:
+        source: folder of the file.
+        trials: column image.
+        number_of_name: image id of each name, for a file that names images in place of their ids.
 
     Returns:
         The column, "exclude" for trials of images that the file does not name; None where there is
@@ -352,6 +431,10 @@ def load_split_column(source: Path, trials: pd.DataFrame) -> pd.Series | None:
     if not path.exists():
         return None
     table = load_csv(path, ("image", "split"), "write it again, or remove it")
+    if number_of_name and not pd.api.types.is_integer_dtype(table["image"]):
+        is_shown = table["image"].isin(list(number_of_name))
+        table = table[is_shown].assign(image=table["image"].map(number_of_name))
+        table = table.astype({"image": np.int64})
     _check_image_column(table, path, is_unique=True)
     if not trials["image"].isin(table["image"]).any():
         raise PerceptError(
@@ -362,13 +445,21 @@ def load_split_column(source: Path, trials: pd.DataFrame) -> pd.Series | None:
     return trials["image"].map(split_of_image).fillna("exclude").astype(str)
 
 
-def make_split_column(source: Path, trials: pd.DataFrame, val_images: int, seed: int) -> pd.Series:
+def make_split_column(
+    source: Path,
+    trials: pd.DataFrame,
+    val_images: int,
+    seed: int,
+    candidates: np.ndarray | None = None,
+) -> pd.Series:
     """The column `split` of <source>/splits.csv, or else with validation images chosen at random.
 
     See `load_split_column` and `choose_validation`.
     """
     split = load_split_column(source, trials)
-    return choose_validation(trials, val_images, seed) if split is None else split
+    if split is not None:
+        return split
+    return choose_validation(trials, val_images, seed, candidates)
 
 
 def count_test_images(trials: pd.DataFrame) -> int:

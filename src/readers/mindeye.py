@@ -39,6 +39,7 @@ import pandas as pd
 
 from src.data.layout import number_repeats
 from src.files.foreign import load_json, load_parquet, shorten
+from src.readers.coco_captions import ANNOTATIONS, load_curated_captions
 from src.readers.common import (
     choose_validation,
     count_test_images,
@@ -70,8 +71,6 @@ SPLITS = {  # folders of a release
 }
 
 BETAS = ("nsdgeneral", "wholebrain_3d")
-
-ANNOTATIONS = "COCO_73k_annots_curated.npy"
 
 
 def read(
@@ -225,25 +224,11 @@ def _load_voxels(root: Path, subj: int) -> pd.DataFrame | None:
 
 def _load_captions(root: Path, image_ids: list[int]) -> pd.DataFrame | None:
     """Captions of captions.parquet, else of COCO_73k_annots_curated.npy (images, up to 5)."""
-    from src.safe_pickle import unpickle_npy  # here, as it imports torch
-
     table = load_image_table("captions", image_ids, root)
     path = find_in_folders([ANNOTATIONS], root, root.parent)
     if table is not None or path is None:
         return table
-    texts = np.asarray(unpickle_npy(path))
-    if texts.ndim not in (1, 2) or len(texts) <= max(image_ids):
-        raise PerceptError(
-            f"{path} has shape {texts.shape}: it needs a row of captions for each image up to"
-            f" {max(image_ids)}."
-        )
-    captions = []
-    for image in image_ids:
-        for text in np.atleast_1d(texts[image]):
-            caption = str(text).strip()
-            if caption not in ("", "None"):
-                captions.append((image, caption))
-    return pd.DataFrame(captions, columns=["image", "caption"])
+    return load_curated_captions(path, image_ids, image_ids)
 
 
 # ------------------------------------------------------------------------------------------ trials

@@ -14,12 +14,16 @@
 - brain_region_masks.hdf5: subj01/<region> (voxels,), the ROI columns. COCO_73k_subj_indices.hdf5:
   subj01 (trials,), the image of each trial, and shared1000.npy (images,), true for test images:
   both are checked against the tars. Each of the three may be absent.
+- COCO_73k_annots_curated.npy and evals/ (`coco_captions`): sentences of people and of GIT about the
+  images, as far as they are there.
 - Not published, picked up where they exist: captions.parquet, labels.parquet, voxels_subj01.parquet
   (instead of the masks), splits.csv (columns image, split; otherwise validation images are chosen
   among the training images) and image_ids.csv (columns coco, image), which says what image a row of
   the images is where that is not the row itself.
 - With sessions=k the training trials are those of the first k tars and the test set stays whole, as
-  published.
+  published. With min_sessions=k at least these tars must be there, and all that follow them are
+  read. Validation images are chosen among the training images of all sessions, as far as the tables
+  name them, so that they are the same however many sessions are there.
 """
 
 from __future__ import annotations
@@ -37,6 +41,13 @@ import pandas as pd
 from src.data.files import BLOCK_BYTES
 from src.data.layout import number_repeats
 from src.files.foreign import load_csv, load_parquet, read_errors
+from src.readers.coco_captions import (
+    ANNOTATIONS,
+    GIT,
+    PEOPLE,
+    load_curated_captions,
+    load_shared_captions,
+)
 from src.readers.common import (
     center_crop_resize,
     load_image_table,
@@ -66,6 +77,9 @@ INDICES = "COCO_73k_subj_indices.hdf5"
 MASKS = "brain_region_masks.hdf5"
 
 SHARED = "shared1000.npy"
+
+# options that say what must be there, and change nothing of what is read
+REQUIREMENTS = ("min_sessions",)
 
 IMAGE_IDS = "image_ids.csv"
 
@@ -138,6 +152,7 @@ def read(
     *,
     protocol: str = "nsd-1000",
     sessions: int = 0,
+    min_sessions: int = 0,
     image_size: int = 224,
     val_images: int = 300,
     seed: int = 42,
@@ -153,6 +168,8 @@ def read(
         protocol: nsd-1000 (the test trials of all sessions, as MindEye2 reports) or nsd-982 (of all
             but the last three).
         sessions: training sessions, the first so many; 0 for all.
+        min_sessions: training sessions that must be there, the first so many; 0 for all that the
+            tables name. Without effect where `sessions` is given.
         image_size: longest side of the images kept; 0 keeps them as they are.
         val_images: validation images chosen among the training images, unless splits.csv decides;
             MindEye2 had none.
@@ -170,16 +187,19 @@ def read(
             images, masks or the table of images (naming the trial), or data that `store_recording`
             refuses.
     """
-    if protocol not in TEST_FOLDERS or sessions < 0 or image_size < 0:
+    if protocol not in TEST_FOLDERS or min(sessions, min_sessions, image_size) < 0:
         raise PerceptError(
-            f"protocol={protocol!r} must be one of {', '.join(TEST_FOLDERS)}, sessions={sessions}"
-            f" and image_size={image_size} not negative."
+            f"protocol={protocol!r} must be one of {', '.join(TEST_FOLDERS)}, sessions={sessions},"
+            f" min_sessions={min_sessions} and image_size={image_size} not negative."
         )
     source = Path(source)
-    tars = _find_tars(source, subj, protocol, sessions)
+    tars = _find_tars(source, subj, protocol, sessions, min_sessions)
     betas_path = _find_betas(source, subj)
     trials = _load_trials(tars, subj)
-    _check_against_tables(source, subj, trials, is_complete=not sessions)
+    must_be_complete = not (sessions or min_sessions)
+    _check_against_tables(source, subj, trials, must_be_complete)
+    n_sessions = len(tars) - 1
+    seen_in_all, shared = _list_images(source, subj, trials)
     image_rows = np.unique(trials["image"])
     image_ids, ids = image_rows, load_image_ids(source)
     if ids is not None:
@@ -187,7 +207,8 @@ def read(
         _refuse(~trials["image"].isin(ids.index), trials, reason)
         trials["image"] = trials["image"].map(ids)
         image_ids = ids[image_rows].to_numpy()
-    trials["split"] = make_split_column(source, trials, val_images, seed)
+        seen_in_all = ids.reindex(seen_in_all).dropna().to_numpy(np.int64)
+    trials["split"] = make_split_column(source, trials, val_images, seed, seen_in_all)
     betas = StoredRows(betas_path, "betas", trials["trial"].to_numpy())
     images = StoredRows(source / IMAGES, "images", image_rows)
     n_voxels = _check_shapes(betas, images)
@@ -196,8 +217,11 @@ def read(
         "units": "z-score",
         "normalisation": NORMALISATION[betas_path.name.replace(f"{subj:02d}", "{subj:02d}")],
         "protocol": protocol,
-        "sessions": len(tars) - 1,
+        "sessions": n_sessions,
     }
+    n_published = int(trials["session"].max()) + 1  # test trials are of all sessions
+    if n_sessions < n_published and not sessions:
+        published["of_sessions"] = n_published
     recording = Recording(
         betas=RowBlocks((len(trials), n_voxels), betas.iterate_blocks()),
         trials=trials,
@@ -205,15 +229,21 @@ def read(
         image_ids=image_ids,
         attributes={**published, **(attributes or {})},
         voxels=_load_voxels(source, subj, n_voxels),
-        captions=load_image_table("captions", image_ids, source),
+        captions=_load_captions(source, image_rows, image_ids, shared),
+        git_captions=_load_shared(source, GIT, image_rows, image_ids, shared),
         labels=load_image_table("labels", image_ids, source),
     )
     return store_recording(recording, dataset, subj, bad_voxels)
 
 
 # ------------------------------------------------------------------------------------------- files
-def _find_tars(source: Path, subj: int, protocol: str, sessions: int) -> list[Tar]:
-    """The first `sessions` training tars (0: all there are, without gaps), then the test tar."""
+def _find_tars(
+    source: Path, subj: int, protocol: str, sessions: int, min_sessions: int
+) -> list[Tar]:
+    """The first `sessions` training tars, then the test tar.
+
+    With sessions=0 these are all there are, without gaps, and at least `min_sessions`.
+    """
     root = require_file(
         source / "wds" / f"subj{subj:02d}",
         f"the tars of subject {subj}",
@@ -222,7 +252,8 @@ def _find_tars(source: Path, subj: int, protocol: str, sessions: int) -> list[Ta
     stems = [path.stem for path in (root / "train").glob("*.tar")]
     numbers = [int(stem) for stem in stems if stem.isdigit()]
     tars = []
-    for number in range(sessions or max(numbers, default=0) + 1):
+    n_present = max(max(numbers, default=0) + 1, min_sessions)
+    for number in range(sessions or n_present):
         what = f"training trials of session {number + 1} of subject {subj}"
         tars.append(Tar("train", require_file(root / "train" / f"{number}.tar", what)))
     what = f"test trials of subject {subj} in protocol {protocol}"
@@ -257,7 +288,7 @@ def load_image_ids(source: Path) -> pd.Series | None:
     return table.set_index("coco")["image"]
 
 
-def _load_shared(path: Path) -> np.ndarray:
+def _load_is_shared(path: Path) -> np.ndarray:
     """Whether an image is a test image, bool (images,); empty where there is no such file."""
     if not path.exists():
         return np.array([], bool)
@@ -273,6 +304,43 @@ def _load_image_of_trial(path: Path, subj: int) -> np.ndarray:
         if name not in file:
             return np.array([], int)
     return to_integers(load_array(path, name).ravel(), f"{name} of {path}")
+
+
+def _list_images(source: Path, subj: int, trials: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the subject's training images in all sessions, and of all shared images, ascending.
+
+    As far as the tables beside the tars name them, else those of the trials that are there.
+    """
+    is_shared = _load_is_shared(source / SHARED)
+    test_images = trials.loc[trials["split"] == "test", "image"].to_numpy()
+    shared = np.flatnonzero(is_shared) if len(is_shared) else np.unique(test_images)
+    image_of_trial = _load_image_of_trial(source / INDICES, subj)
+    image_numbers = np.unique(np.concatenate([trials["image"].to_numpy(), image_of_trial]))
+    return np.setdiff1d(image_numbers[image_numbers >= 0], np.union1d(shared, test_images)), shared
+
+
+def _load_captions(
+    source: Path, image_rows: np.ndarray, image_ids: np.ndarray, shared: np.ndarray
+) -> pd.DataFrame | None:
+    """Sentences of people: captions.parquet, else the curated ones, else those of evals/."""
+    table = load_image_table("captions", image_ids, source)
+    if table is not None:
+        return table
+    if (source / ANNOTATIONS).exists():
+        return load_curated_captions(source / ANNOTATIONS, image_rows, image_ids)
+    return _load_shared(source, PEOPLE, image_rows, image_ids, shared)
+
+
+def _load_shared(
+    source: Path, name: str, image_rows: np.ndarray, image_ids: np.ndarray, shared: np.ndarray
+) -> pd.DataFrame | None:
+    """Sentences of evals/ about those of the shared images that are among some images."""
+    table = load_shared_captions(source / "evals", name, shared, source / IMAGES)
+    if table is None:
+        return None
+    id_of_row = pd.Series(image_ids, index=image_rows)
+    table = table[table["image"].isin(image_rows)]
+    return table.assign(image=table["image"].map(id_of_row)).reset_index(drop=True)
 
 
 def _load_voxels(source: Path, subj: int, n_voxels: int) -> pd.DataFrame | None:
@@ -348,7 +416,7 @@ def _check_against_tables(source: Path, subj: int, trials: pd.DataFrame, is_comp
         _refuse(~trials["trial"].isin(range(n_trials)), trials, reason)
         reason = f"shows image {{image}} in the tars, another in {source / INDICES}"
         _refuse(trials["image"] != image_of_trial[trials["trial"]], trials, reason)
-    is_shared = _load_shared(source / SHARED)
+    is_shared = _load_is_shared(source / SHARED)
     if len(is_shared):
         reason = f"shows image {{image}}, but {source / SHARED} has {len(is_shared)} images"
         _refuse(~trials["image"].isin(range(len(is_shared))), trials, reason)
@@ -364,9 +432,10 @@ def _check_completeness(
     """Refuse tars that lack training trials, as far as the tables tell which there are."""
     is_test = trials["split"] == "test"
     train_sessions = set(trials.loc[~is_test, "session"])
+    n_sessions = len(train_sessions)
     remedy = (
-        "fetch the tars that are missing, or read the first"
-        f" {len(train_sessions)} sessions with the option sessions"
+        "fetch them (python run.py download mindeye2 -p num_sessions 0), or set num_sessions to"
+        f" at most {n_sessions}, which takes the first {n_sessions} sessions for what they are"
     )
     if len(image_of_trial) and len(is_shared):
         expected = np.flatnonzero((image_of_trial >= 0) & ~is_shared[image_of_trial])

@@ -2,7 +2,8 @@
 
 Keys (n trials, m images, v voxels):
 
-- betas (n, v): required. images (m, height, width, 3) or grey (m, height, width), uint8: required.
+- betas (n, v): required. images (m, height, width, 3) or grey (m, height, width) or (m, height,
+  width, 1): required; pixels are from 0 to 255, or from 0 to 1 where none is larger.
 - image_index (n,): which row of `images` each trial showed; default: trial i showed image i (then n
   = m).
 - image_ids (m,): your ids of the images; default 0..m-1.
@@ -140,15 +141,46 @@ def _check_keys(arrays: Arrays, path: Path) -> None:
 
 
 def _images(images: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 (n, height, width, 3), grey ones repeated."""
+    """uint8 (n, height, width, 3), grey ones repeated.
+
+    Warns:
+        UserWarning: where pixels are only 0 and 1, which are taken as black and white.
+    """
+    shape = images.shape
     if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=-1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in shape:
         raise PerceptError(
-            f"images of {path} are {images.dtype} {images.shape}: they must be uint8 (n, height,"
-            " width, 3) or (n, height, width)."
+            f"images of {path} have shape {shape}: they must be (n, height, width), (n, height,"
+            " width, 1) or (n, height, width, 3)."
         )
-    return images
+    levels = _to_grey_levels(images, path)
+    return np.repeat(levels, 3, axis=-1) if levels.shape[-1] == 1 else levels
+
+
+def _to_grey_levels(images: np.ndarray, path: Path) -> np.ndarray:
+    """Pixels as uint8, 0 to 255; where the largest is 1 or less they are multiplied by 255."""
+    if images.dtype.kind not in "buif":
+        raise PerceptError(
+            f"images of {path} are {images.dtype}: pixels must be numbers, from 0 to 255 or from 0"
+            " to 1."
+        )
+    if images.dtype == bool:
+        return images.astype(np.uint8) * 255
+    lowest, largest = images.min(), images.max()
+    if not (lowest >= 0 and largest <= 255):  # NaN is refused, too
+        raise PerceptError(
+            f"images of {path} hold values from {lowest:g} to {largest:g}: pixels must be from 0 to"
+            " 255 or from 0 to 1, so shift and scale them before they are saved."
+        )
+    if largest > 1:
+        return images if images.dtype == np.uint8 else np.rint(images).astype(np.uint8)
+    if images.dtype.kind in "ui":
+        warnings.warn(
+            f"images of {path.name} hold only 0 and 1, which are taken as black and white.",
+            stacklevel=4,
+        )
+    return np.rint(images.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _check_shapes(arrays: Arrays, path: Path) -> None:

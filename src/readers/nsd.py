@@ -30,14 +30,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from src.data.layout import number_repeats
+from src.data.layout import dataset_folder, number_repeats
 from src.files.foreign import load_csv, load_json, read_errors
 from src.readers.common import (
     center_crop_resize,
@@ -48,6 +49,7 @@ from src.readers.common import (
 from src.readers.hdf5 import open_dataset
 from src.readers.nsd_betas import SessionBetas, iterate_betas
 from src.readers.nsd_files import (
+    SURFACES,
     Design,
     NsdFolders,
     check_options,
@@ -58,8 +60,10 @@ from src.readers.nsd_files import (
     load_responses,
     select_sessions,
 )
+from src.readers.nsd_surfaces import SurfaceSession, open_surface_sessions, select_vertices
 from src.readers.nsd_voxels import load_mask, select_voxels
 from src.readers.recording import Recording, RowBlocks, store_recording
+from src.readers.trial_files import iterate_sessions
 from src.utils import PerceptError, progress, require_file
 
 TERMS = (
@@ -75,6 +79,26 @@ TRIALS_PER_SESSION = 750
 COCO_FIELDS = ["image_id", "id", "caption"]  # of an annotation
 
 BLOCK_IMAGES = 64  # images that are in memory at a time
+
+
+Session = SessionBetas | SurfaceSession
+
+
+@dataclass(frozen=True)
+class OpenBetas:
+    """The betas of some sessions, opened but not read.
+
+    Attributes:
+        sessions: in their order.
+        voxels: table of the voxels or vertices.
+        blocks: of betas (trials, voxels), which can be read once.
+        attributes: that say where the voxels lie.
+    """
+
+    sessions: Sequence[Session]
+    voxels: pd.DataFrame
+    blocks: Iterator[np.ndarray]
+    attributes: dict[str, str]
 
 
 def read(
@@ -103,13 +127,14 @@ def read(
         subj: 1 to 8.
         roi: the voxels: a file of the roi folder (value > 0), "anat:<name>" for a ROI of the
             anatomical grid brought to the functional one, or the path of a NIfTI mask of one's own
-            on the functional grid.
+            on the functional grid. On a surface: a file of the labels (value > 0), or "all".
         rois: names of labels in the ROI files, comma-separated, to keep only their voxels within
             `roi`.
-        space: func1pt8mm or func1mm.
+        space: func1pt8mm, func1mm, fsaverage, or nativesurface (the subject's own), see
+            `src.readers.nsd_surfaces`.
         betas_version: betas_assumehrf, betas_fithrf or betas_fithrf_GLMdenoise_RR.
         file_format: hdf5, nii.gz, or auto for what is there (hdf5 first, of which only the ROI is
-            read).
+            read); fsaverage has mgh.
         protocol: nsd-1000 (all sessions), nsd-982 (those released before August 2023), or a name of
             one's own for all the sessions that are there.
         sessions: other sessions than the protocol's, counted from 1, e.g. "1-10" or "1,2,5"; the
@@ -145,11 +170,9 @@ def read(
     folders = NsdFolders(root, subj, space, betas_version)
     responses, design = load_responses(folders), load_design(folders)
     numbers = select_sessions(protocol, sessions, subj, find_last_session(folders, responses))
-    paths = find_session_files(folders.betas, numbers, file_format)
-    files = [SessionBetas.open(path, session) for session, path in paths.items()]
-    voxels, mask = select_voxels(folders, load_mask(folders, roi), rois)
-    for file in files:
-        file.settle_axes(mask.voxels.shape)
+    open_betas = _open_surface if space in SURFACES else _open_volume
+    betas = open_betas(folders, numbers, file_format, (roi, rois), dataset_folder(dataset))
+    files, voxels = betas.sessions, betas.voxels
     trials = _add_images(_trials(files, responses, design), load_image_ids(folders))
     trials["split"] = _split(root, trials, val_images, seed)
     published = {
@@ -163,7 +186,7 @@ def read(
         "betas_version": betas_version,
         "file_format": files[0].format,
         "sessions": len(files),
-        "affine": json.dumps(np.asarray(mask.affine, float).tolist()),
+        **betas.attributes,
     }
     stimuli = trials.drop_duplicates("row").sort_values("row")
     rows, image_ids = stimuli["row"].to_numpy(), stimuli["image"].to_numpy()
@@ -172,7 +195,7 @@ def read(
     captions = load_image_table("captions", image_ids, *tables)
     recording = Recording(
         # these blocks count the flat sessions in the table of voxels, which is stored after them
-        betas=RowBlocks((len(trials), len(voxels)), iterate_betas(files, mask.voxels, voxels)),
+        betas=RowBlocks((len(trials), len(voxels)), betas.blocks),
         trials=trials,
         images=_iterate_images(folders.stimuli, rows, image_size),
         image_ids=image_ids,
@@ -184,6 +207,37 @@ def read(
     folder = store_recording(recording, dataset, subj, bad_voxels)
     _warn_of_flat_voxels(voxels, len(files), subj)
     return folder
+
+
+# ------------------------------------------------------------------------------------------ betas
+def _open_volume(
+    folders: NsdFolders, numbers: list[int], file_format: str, regions: tuple[str, str], _: Path
+) -> OpenBetas:
+    """The betas of voxels of a functional grid."""
+    roi, rois = regions
+    paths = find_session_files(folders.betas, numbers, file_format)
+    files = [SessionBetas.open(path, session) for session, path in paths.items()]
+    voxels, mask = select_voxels(folders, load_mask(folders, roi), rois)
+    for file in files:
+        file.settle_axes(mask.voxels.shape)
+    affine = json.dumps(np.asarray(mask.affine, float).tolist())
+    attributes = {"space_kind": "volume", "grid": json.dumps(mask.voxels.shape), "affine": affine}
+    return OpenBetas(files, voxels, iterate_betas(files, mask.voxels, voxels), attributes)
+
+
+def _open_surface(
+    folders: NsdFolders,
+    numbers: list[int],
+    file_format: str,
+    regions: tuple[str, str],
+    folder: Path,
+) -> OpenBetas:
+    """The betas of vertices of a surface; a session goes by way of a file in `folder`."""
+    sessions = open_surface_sessions(folders, numbers, file_format)
+    betas = [session.betas for session in sessions]
+    columns, voxels = select_vertices(folders, betas[0], *regions)
+    attributes = betas[0].places.list_attributes()
+    return OpenBetas(sessions, voxels, iterate_sessions(betas, columns, voxels, folder), attributes)
 
 
 def _warn_of_flat_voxels(voxels: pd.DataFrame, n_sessions: int, subj: int) -> None:
@@ -198,7 +252,7 @@ def _warn_of_flat_voxels(voxels: pd.DataFrame, n_sessions: int, subj: int) -> No
 
 # ------------------------------------------------------------------------------------------ trials
 def _trials(
-    files: list[SessionBetas], responses: pd.DataFrame | None, design: Design | None
+    files: Sequence[Session], responses: pd.DataFrame | None, design: Design | None
 ) -> pd.DataFrame:
     """Columns trial, session, run, row (of imgBrick) and is_shared of the sessions read."""
     if responses is not None:
@@ -225,7 +279,7 @@ def _trials(
     return trials
 
 
-def _session_of_responses(file: SessionBetas, responses: pd.DataFrame) -> pd.DataFrame:
+def _session_of_responses(file: Session, responses: pd.DataFrame) -> pd.DataFrame:
     """The trials of a session as responses.tsv has them."""
     numbers = np.flatnonzero(responses["SESSION"] == file.session)
     if len(numbers) != file.n_trials:
@@ -243,9 +297,7 @@ def _session_of_responses(file: SessionBetas, responses: pd.DataFrame) -> pd.Dat
     )
 
 
-def _session_of_design(
-    file: SessionBetas, design: Design, longest: int, is_last: bool
-) -> pd.DataFrame:
+def _session_of_design(file: Session, design: Design, longest: int, is_last: bool) -> pd.DataFrame:
     """The trials of a session as the design has them; all sessions but the last are as long."""
     numbers = (file.session - 1) * longest + np.arange(file.n_trials)
     if file.n_trials < longest and not is_last:

@@ -152,7 +152,7 @@ class SessionBetas:
         size = mask.size * self.dtype.itemsize
         start, n_read, buffer = self.offset, 0, bytearray()
         # to the end of the stream, where its checksum is compared
-        for piece in _decompress(self.path):
+        for piece in decompress(self.path):
             buffer += piece
             while n_read < self.n_trials and len(buffer) >= start + size:
                 volume = np.frombuffer(buffer, self.dtype, mask.size, start)
@@ -165,7 +165,7 @@ class SessionBetas:
         return betas
 
 
-def _decompress(path: Path) -> Iterator[bytes]:
+def decompress(path: Path) -> Iterator[bytes]:
     """The content of a .gz, of one or more members, piece by piece; gzip.open takes 25 % longer.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.files.foreign import load_csv, shorten
-from src.readers.common import list_files, load_mat, to_integers
+from src.files.foreign import load_csv
+from src.readers.common import list_files, load_mat, parse_number_ranges, to_integers
 from src.utils import PerceptError
 
 PROTOCOLS = {  # sessions of each subject
@@ -20,7 +20,11 @@ PROTOCOLS = {  # sessions of each subject
     "nsd-982": (37, 37, 29, 27, 37, 29, 37, 27),
 }
 
-SPACES = ("func1pt8mm", "func1mm")
+VOLUMES = ("func1pt8mm", "func1mm")
+
+SURFACES = {"fsaverage": ("mgh", "mgz"), "nativesurface": ("hdf5",)}  # formats of each
+
+SPACES = (*VOLUMES, *SURFACES)
 
 VERSIONS = ("betas_assumehrf", "betas_fithrf", "betas_fithrf_GLMdenoise_RR")
 
@@ -36,7 +40,7 @@ class NsdFolders:
     Attributes:
         root: with nsddata/, nsddata_betas/ and nsddata_stimuli/.
         subj: number of the subject.
-        space: func1pt8mm or func1mm.
+        space: func1pt8mm, func1mm, fsaverage or nativesurface.
         version: of the betas.
     """
 
@@ -80,6 +84,22 @@ class NsdFolders:
         """Folder of the images."""
         return self.root / "nsddata_stimuli" / "stimuli" / "nsd"
 
+    @property
+    def labels(self) -> Path:
+        """Folder of the ROI files on the surface of the betas."""
+        owner = "fsaverage" if self.space == "fsaverage" else self.subject
+        return self.root / "nsddata" / "freesurfer" / owner / "label"
+
+    @property
+    def native_labels(self) -> Path:
+        """Folder of the ROI files on the surface of the subject."""
+        return self.root / "nsddata" / "freesurfer" / self.subject / "label"
+
+    @property
+    def transforms(self) -> Path:
+        """Folder of the maps between spaces."""
+        return self.root / "nsddata" / "ppdata" / self.subject / "transforms"
+
     def label_names(self, owner: str, roi: str) -> Path:
         """The file that names the labels of a ROI file; owner is a subject or fsaverage."""
         return self.root / "nsddata" / "freesurfer" / owner / "label" / f"{roi}.mgz.ctab"
@@ -108,7 +128,7 @@ def check_options(subj: int, space: str, version: str, file_format: str) -> None
         "subj": (subj, SUBJECTS),
         "space": (space, SPACES),
         "betas_version": (version, VERSIONS),
-        "file_format": (file_format, ("auto", *FORMATS)),
+        "file_format": (file_format, ("auto", *SURFACES.get(space, FORMATS))),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -120,8 +140,8 @@ def find_last_session(folders: NsdFolders, responses: pd.DataFrame | None) -> in
     if responses is not None:
         return int(responses["SESSION"].max())
     numbers = [0]
-    for path in list_files(folders.betas, "betas_session*"):
-        match = re.match(r"betas_session(\d{1,4})\.", path.name)
+    for path in list_files(folders.betas, "*betas_session*"):
+        match = re.match(r"(?:[lr]h\.)?betas_session(\d{1,4})\.", path.name)
         if match:
             numbers.append(int(match[1]))
     return max(numbers)
@@ -149,49 +169,44 @@ def select_sessions(protocol: str, sessions: str, subj: int, last_recorded: int)
         last = PROTOCOLS[protocol][subj - 1]
     if not sessions:
         return list(range(1, last + 1))
-    selected: set[int] = set()
-    for part in sessions.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
-        if not match:
-            raise PerceptError(
-                f"sessions is {shorten(sessions)!r}: write numbers and ranges from 1, e.g. 1-10 or"
-                " 1,2,5."
-            )
-        first, last_of_range = int(match[1]), int(match[2] or match[1])
-        if not 1 <= first <= last_of_range <= last:  # before a range of any size is made
-            raise PerceptError(
-                f"sessions is {shorten(sessions)!r}, but {protocol} has sessions 1 to {last} of"
-                f" subject {subj}."
-            )
-        selected |= set(range(first, last_of_range + 1))
-    return sorted(selected)
+    available = f"{protocol} has sessions 1 to {last} of subject {subj}"
+    return parse_number_ranges(sessions, last, available)
 
 
-def find_session_files(folder: Path, sessions: list[int], file_format: str) -> dict[int, Path]:
+def find_session_files(
+    folder: Path,
+    sessions: list[int],
+    file_format: str,
+    available_formats: tuple[str, ...] = FORMATS,
+    side: str = "",
+) -> dict[int, Path]:
     """The file of each session.
 
     Args:
         folder: of the betas.
         sessions: numbers of the sessions.
-        file_format: hdf5, nii.gz, or auto for what is there, hdf5 first.
+        file_format: one of the formats, or auto for what is there, the first format first.
+        available_formats: that the space has.
+        side: lh or rh on a surface, "" otherwise.
 
     Raises:
         PerceptError: naming the first that is missing, and how to read those that are there.
     """
-    formats = FORMATS if file_format == "auto" else (file_format,)
+    formats = available_formats if file_format == "auto" else (file_format,)
+    start = f"{side}.betas_session" if side else "betas_session"
     files: dict[int, Path] = {}
     for session in sessions:
-        candidates = (folder / f"betas_session{session:02d}.{suffix}" for suffix in formats)
+        candidates = (folder / f"{start}{session:02d}.{suffix}" for suffix in formats)
         path = next((path for path in candidates if path.exists()), None)
         if path is not None:
             files[session] = path
     if len(files) < len(sessions):
-        _refuse_missing_session(folder, sessions, files, formats)
+        _refuse_missing_session(folder / start, sessions, files, formats)
     return files
 
 
 def _refuse_missing_session(
-    folder: Path, sessions: list[int], files: dict[int, Path], formats: tuple[str, ...]
+    start: Path, sessions: list[int], files: dict[int, Path], formats: tuple[str, ...]
 ) -> None:
     available = list(files)
     missing = next(session for session in sessions if session not in files)
@@ -202,9 +217,9 @@ def _refuse_missing_session(
         remedy = (
             f'fetch what is missing, or read the sessions that are there with sessions="{text}"'
         )
-    other_format = " (and so is the .nii.gz)" if len(formats) > 1 else ""
+    other_format = f" (and so is the .{formats[1]})" if len(formats) > 1 else ""
     raise PerceptError(
-        f"{folder / f'betas_session{missing:02d}.{formats[0]}'} is missing{other_format}, of"
+        f"{start}{missing:02d}.{formats[0]} is missing{other_format}, of"
         f" {len(sessions)} sessions {len(available)} are there: {remedy}."
     )
 

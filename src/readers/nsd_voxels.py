@@ -141,18 +141,31 @@ def _load_labels(folders: NsdFolders, mask: np.ndarray) -> dict[str, np.ndarray]
                 f"{path} has shape {values.shape}, the mask of the voxels {mask.shape}: they must"
                 " be on the same grid, of this very subject."
             )
-        names = _load_label_names(folders, roi)
         # where nothing was measured there is no label
         label_of_voxel = to_integers(np.nan_to_num(values[mask], nan=0), f"A label in {path}")
-        present_labels = np.unique(label_of_voxel[label_of_voxel > 0]).tolist()
-        named_labels = [label for label in names if label > 0]
-        for label in sorted({*present_labels, *named_labels}):
-            default = roi if label == 1 and not names else f"{roi}-{label}"
-            name = names.get(label, default)
-            if name in labels:
-                name = f"{roi}:{name}"
-            labels[name] = label_of_voxel == label
+        add_labels(labels, roi, label_of_voxel, load_label_names(folders, roi))
     return labels
+
+
+def add_labels(
+    labels: dict[str, np.ndarray], roi: str, label_of_voxel: np.ndarray, names: dict[int, str]
+) -> None:
+    """Add a mask (voxels,) for each label of a ROI file.
+
+    Args:
+        labels: masks by name, which are added to; a name that is taken is preceded by <roi>:.
+        roi: name of the file.
+        label_of_voxel: int (voxels,).
+        names: of labels; also those without voxels become masks.
+    """
+    present_labels = np.unique(label_of_voxel[label_of_voxel > 0]).tolist()
+    named_labels = [label for label in names if label > 0]
+    for label in sorted({*present_labels, *named_labels}):
+        default = roi if label == 1 and not names else f"{roi}-{label}"
+        name = names.get(label, default)
+        if name in labels:
+            name = f"{roi}:{name}"
+        labels[name] = label_of_voxel == label
 
 
 def _list_roi_files(folder: Path) -> list[Path]:
@@ -169,7 +182,7 @@ def _is_half_of(name: str, names: set[str]) -> bool:
     return name.startswith(("lh.", "rh.")) and name[3:] in names
 
 
-def _load_label_names(folders: NsdFolders, roi: str) -> dict[int, str]:
+def load_label_names(folders: NsdFolders, roi: str) -> dict[int, str]:
     """Names of the labels in a ROI file, with lh. or rh. before those of a half.
 
     They come from the lines "<number> <name> ..." of its .ctab, else they are the documented ones.

@@ -64,6 +64,7 @@ class Recording:
             stored after the last block of betas, so that these may still fill in a column.
         captions: columns image and caption, one row a caption, or None.
         labels: column image and one column for each kind of label, one row an image, or None.
+        git_captions: columns image and caption, what GIT wrote of the image, or None.
 
     Raises:
         PerceptError: for parts that do not belong together, or a table without a column it needs.
@@ -77,6 +78,7 @@ class Recording:
     voxels: pd.DataFrame | None = None
     captions: pd.DataFrame | None = None
     labels: pd.DataFrame | None = None
+    git_captions: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         check_trials(self.trials)
@@ -104,7 +106,11 @@ class Recording:
     @property
     def image_tables(self) -> dict[str, pd.DataFrame]:
         """The tables about images that there are, by name."""
-        tables = {"captions": self.captions, "labels": self.labels}
+        tables = {
+            "captions": self.captions,
+            "labels": self.labels,
+            "git_captions": self.git_captions,
+        }
         return {name: table for name, table in tables.items() if table is not None}
 
 

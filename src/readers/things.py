@@ -46,12 +46,14 @@ import pandas as pd
 
 from src.data.files import BLOCK_BYTES, check_space
 from src.data.layout import dataset_folder, number_repeats
-from src.files.foreign import load_csv, load_parquet, read_errors
+from src.files.foreign import load_csv, read_errors
 from src.readers.common import (
+    check_numbering,
     check_rois,
     choose_validation,
     count_test_images,
     find_gap,
+    join_labels,
     load_image_table,
     load_images,
     load_split_column,
@@ -210,7 +212,7 @@ def read(
         }
     )
     folder = dataset_folder(dataset)
-    _check_numbering(folder / "labels.parquet", names)
+    check_numbering(folder / "labels.parquet", names)
     images_folder = Path(images_path).expanduser() if images_path else files.root / "images"
     image_files = _find_images(images_folder, names)
     image_ids = names["image"].to_numpy()
@@ -223,7 +225,7 @@ def read(
         attributes={**published, **(attributes or {})},
         voxels=voxels,
         captions=load_image_table("captions", image_ids, files.root),
-        labels=_labels(files.root, names),
+        labels=join_labels(files.root, names),
     )
     return store_recording(recording, dataset, subj, bad_voxels)
 
@@ -333,36 +335,6 @@ def _number_images(root: Path, stimuli: pd.DataFrame) -> dict[str, int]:
         if len(set(numbers.values())) == len(numbers):
             return numbers
     return {name: place for place, name in enumerate(stems)}
-
-
-def _check_numbering(path: Path, names: pd.DataFrame) -> None:
-    """Refuse to add to a dataset whose images were numbered differently.
-
-    Args:
-        path: labels.parquet of the dataset.
-        names: columns image and name of the images to add.
-    """
-    stored = load_parquet(path) if path.exists() else pd.DataFrame()
-    if "name" not in stored:
-        return
-    common = names.merge(stored[["image", "name"]], on="name", suffixes=("", "_stored"))
-    different = common[common["image"] != common["image_stored"]]
-    if len(different):
-        name, new, old = different.iloc[0][["name", "image", "image_stored"]]
-        raise PerceptError(
-            f"{name} would be image {new}, but is image {int(old)} in {path}: read all subjects"
-            " from one folder that holds the metadata of all, under another dataset name."
-        )
-
-
-def _labels(root: Path, names: pd.DataFrame) -> pd.DataFrame:
-    """Name and concept of each image, with the other columns of the source's labels.parquet."""
-    stored = load_image_table("labels", names["image"].tolist(), root)
-    if stored is None:
-        return names
-    added = stored.drop(columns=["name", "concept"], errors="ignore")
-    labels = names.merge(added, on="image", how="left")
-    return labels[list(dict.fromkeys([*stored, *labels]))]  # columns in the order of the source
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -66,7 +66,8 @@ def open_nifti(path: str | Path, what: str) -> Any:
     if proxy.dtype.kind not in "biuf":
         raise PerceptError(f"{path} ({what}) holds {proxy.dtype}, where numbers are expected.")
     check_expansion(path, what, n_bytes, n_stored)
-    if path.suffix != ".gz" and proxy.offset + n_bytes > n_stored:
+    is_compressed = path.suffix in (".gz", ".mgz")
+    if not is_compressed and proxy.offset + n_bytes > n_stored:
         raise PerceptError(
             f"{path} ({what}) is cut off: it announces {n_bytes:,} bytes of {proxy.shape} and has"
             f" {n_stored:,}, fetch it again."

@@ -54,8 +54,8 @@ class LocalIndex:
 
     Args:
         folder: of the index.
-        device: a GPU ("cuda") compares queries with all embeddings, exactly. On the CPU, or without
-            embeddings, faiss searches.
+        device: where `measure_recall` compares queries with all rows; a search is faiss's, on the
+            CPU, whatever it is.
 
     Attributes:
         dim: numbers an embedding.
@@ -93,7 +93,7 @@ class LocalIndex:
         if self.embeddings is None:
             pairs = zip(self.shards, self.paths, strict=True)
             self._tells_distances = [check_metric(shard, path) for shard, path in pairs]
-        elif not self._searches_embeddings:
+        else:
             check_same_rows(self._find_rows, self.embeddings, self.paths[0].parent)
 
     def _list_shards(self, state: dict[str, Any]) -> list[Path]:
@@ -155,16 +155,11 @@ class LocalIndex:
         return int(self.offsets[-1])
 
     def __repr__(self) -> str:
-        searched = "on the GPU" if self._searches_embeddings else self.kind
         plural = "s" if len(self.shards) > 1 else ""
         return (
-            f"{self.folder.name}: {len(self):,} rows of {self.dim} numbers, {searched},"
+            f"{self.folder.name}: {len(self):,} rows of {self.dim} numbers, {self.kind},"
             f" {len(self.shards)} shard{plural}"
         )
-
-    @property
-    def _searches_embeddings(self) -> bool:
-        return self.device != "cpu" and self.embeddings is not None
 
     def search(self, queries: Any, k: int, exclude: Any = None) -> SearchResult:
         """Find the k most similar rows.
@@ -177,9 +172,6 @@ class LocalIndex:
         Raises:
             PerceptError: another dim, numbers that are not finite, or k below 1.
         """
-        if self._searches_embeddings:
-            assert self.embeddings is not None
-            return self.embeddings.search_exact(queries, k, exclude, self.device)
         queries = check_queries(queries, self.dim, k)
         excluded = unique_rows(exclude)
         n_candidates = k * (self.candidates if self.embeddings is not None else 1)
@@ -259,7 +251,7 @@ class LocalIndex:
         query_rows = self.embeddings.get_rows(rows)
         k = min(k, len(self) - 1)
         result_rows = self.search(query_rows, k + 1).row
-        nearest_rows = self.embeddings.search_exact(query_rows, k + 1).row
+        nearest_rows = self.embeddings.search_exact(query_rows, k + 1, device=self.device).row
         n_hits = 0
         for row, results, nearest in zip(rows, result_rows, nearest_rows, strict=True):
             other_results = results[results != row][:k]

@@ -6,8 +6,10 @@ from src.training.augment import (
     build_teacher_augmentation,
 )
 from src.training.batches import ORDERS, draw_epoch_order, evaluate, iterate_batches
+from src.training.closed_form import CLOSED_FORMS, describe_closed_form, fit_closed_form
 from src.training.converter import TokenPairs, fit_converter
 from src.training.epochs import append_row
+from src.training.kernel import describe_kernel, estimate_repeat_noise, fit_kernel_decoder
 from src.training.loop import fit, load_best
 from src.training.optim import DECAYS, SCHEDULERS, group_parameters
 from src.training.options import Batching, Checkpointing, Execution, Optimisation, Reporting
@@ -20,6 +22,7 @@ from src.training.update import PATIENCE
 
 __all__ = [
     "Batching",
+    "CLOSED_FORMS",
     "Checkpointing",
     "DECAYS",
     "Execution",
@@ -38,11 +41,16 @@ __all__ = [
     "check_gradients",
     "check_precision",
     "check_run",
+    "describe_closed_form",
+    "describe_kernel",
     "describe_ridge",
+    "estimate_repeat_noise",
     "draw_epoch_order",
     "evaluate",
     "fit",
+    "fit_closed_form",
     "fit_converter",
+    "fit_kernel_decoder",
     "fit_ridge_baseline",
     "gather",
     "group_parameters",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,26 @@ import pandas as pd
 import torch
 from accelerate.utils import gather_object
 
+from src.training.checkpoints import CheckpointWriter
 from src.training.options import Checkpointing, Reporting
 from src.training.session import Session
 from src.training.state import RunningMeans, get_random_state, set_random_state
 from src.training.types import Validate
-from src.utils import PerceptError, atomic, peak_memory, save_checkpoint, seed_everything
+from src.utils import PerceptError, atomic, peak_memory, seed_everything
 
 
 def call_isolated(
-    session: Session, function: Callable[..., dict[str, Any]], *args: Any
+    session: Session, function: Callable[..., dict[str, Any]], *args: Any, exact: bool = False
 ) -> dict[str, Any]:
     """Look at the model under a fixed seed: the same noise at each epoch, and none taken from
-    training.
+    training. `exact`: in single precision, whatever that of the training is.
     """
     before = get_random_state(session.device)
     seed_everything(session.batching.seed)
     session.model.eval()
     try:
-        with torch.no_grad(), session.accelerator.autocast():
+        precision = nullcontext() if exact else session.accelerator.autocast()
+        with torch.no_grad(), session.averaged_weights(), precision:
             return function(*args)
     finally:  # the state may be saved after an error
         session.model.train()
@@ -83,7 +86,7 @@ def _memory(session: Session) -> dict[str, float]:
 
 def write_epoch(
     session: Session,
-    folder: Path,
+    writer: CheckpointWriter,
     config: dict[str, Any],
     checkpointing: Checkpointing,
     row: dict[str, float],
@@ -91,13 +94,10 @@ def write_epoch(
     """Write history.csv and the checkpoints of the epoch that ends."""
     names = _select_checkpoints(session, checkpointing, row)
     if checkpointing.checkpoints:
-        for name in names:
-            save_checkpoint(
-                folder / f"{name}.safetensors",
-                session.model.state_dict(),
-                config | {"epoch": session.position.epoch, "threads": torch.get_num_threads()},
-            )
-    with atomic(folder / "history.csv") as temporary:
+        about = {"epoch": session.position.epoch, "threads": torch.get_num_threads()}
+        with session.averaged_weights():
+            writer.put(names, session.model.state_dict(), config | about)
+    with atomic(writer.folder / "history.csv") as temporary:
         pd.DataFrame(session.position.history).to_csv(temporary, index=False)
 
 
@@ -141,5 +141,7 @@ def draw_figures(
         return {}
     epochs_done = session.position.epoch
     if session.is_finished or (interval and epochs_done % interval == 0):
-        return call_isolated(session, reporting.draw, session.model, epochs_done - 1)
+        # frozen models, which make the figures, do not take part in mixed precision
+        epoch = epochs_done - 1
+        return call_isolated(session, reporting.draw, session.model, epoch, exact=True)
     return {}

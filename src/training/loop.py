@@ -25,14 +25,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from src.data.identity import find_identity
 from src.training.batches import collate, set_epoch
+from src.training.checkpoints import CheckpointWriter
 from src.training.epochs import draw_figures, summarise_epoch, write_epoch
+from src.training.feed import iterate_ahead
 from src.training.interrupt import StopRequest
 from src.training.memory import explain_out_of_memory
 from src.training.options import (
@@ -80,6 +81,7 @@ class _Training:
     ):
         self.session, self.store, self.updater = session, store, updater
         self.dataset, self.checkpointing = dataset, checkpointing
+        self.writer = CheckpointWriter(store.folder, session.device)
         self.stop = updater.stop
         self.doing = "a step"  # key of `REMEDIES`, for the message where memory ends
 
@@ -96,7 +98,7 @@ class _Training:
         )
         session.start_clock()
         self.store.saved_at = time.monotonic()
-        with bar, self.stop:
+        with bar, self.stop, self.writer:
             while not session.is_finished:
                 row, figures = self._run_epoch(validate, reporting)
                 bar.set_postfix(self._summarise(row), refresh=False)
@@ -119,6 +121,11 @@ class _Training:
                 raise
             raise explain_out_of_memory(self.session, self.doing, self._keep_state()) from error
 
+    def _save(self) -> None:
+        """Save the state, after the checkpoints that are older than it."""
+        self.writer.finish()
+        self.store.save()
+
     def _keep_state(self) -> str:
         """Save the state when memory has ended, if it is whole; says what is on the disk."""
         session, path = self.session, self.store.path
@@ -126,7 +133,8 @@ class _Training:
         # of several processes the others wait for this one; an update is not half done
         if session.processes == 1 and not self.updater.is_updating:
             try:
-                self.store.save()
+                self.updater.settle()
+                self._save()
                 return f"the state is saved in {path}"
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -162,14 +170,14 @@ class _Training:
         session = self.session
         session.model.train()
         set_epoch(self.dataset, session.position.epoch)
-        for batch in self._build_loader():
-            on_device = send_to_device(batch, session.device, non_blocking=True)
-            agreement = self.updater.train_step(on_device)
+        for batch in iterate_ahead(self._build_loader(), session.device):
+            agreement = self.updater.train_step(batch)
             if agreement.stop:
                 self._leave()
             if agreement.save:
                 session.position.rollbacks = 0
-                self.store.save()
+                self._save()
+        self.updater.settle()
 
     def _end_epoch(self, validate: Validate | None) -> dict[str, float]:
         """Validate, write history and checkpoints, move on."""
@@ -180,7 +188,7 @@ class _Training:
         self.doing = "saving"
         position.history.append(row)
         if session.is_main:
-            write_epoch(session, self.store.folder, self.store.config, self.checkpointing, row)
+            write_epoch(session, self.writer, self.store.config, self.checkpointing, row)
         position.epoch += 1
         position.step, position.skipped, position.seconds = 0, 0, 0.0
         session.means = RunningMeans()
@@ -190,7 +198,7 @@ class _Training:
             self._leave()
         if save and (session.is_finished or not position.bad):
             position.rollbacks = 0
-            self.store.save()
+            self._save()
         return row
 
     def _check_skipped(self) -> None:
@@ -206,7 +214,7 @@ class _Training:
         steps = session.batching.epochs * session.steps_per_epoch
         if 2 * skipped <= steps:
             return
-        self.store.save()
+        self._save()
         raise PerceptError(
             f"{skipped} of the {steps} updates of {self.store.folder} were skipped, as loss or"
             " gradient were not finite, so that this training does not count as finished: lower"
@@ -216,7 +224,7 @@ class _Training:
 
     def _leave(self) -> None:
         """Save the state and end as the signal asks for."""
-        self.store.save()
+        self._save()
         position = self.session.position
         log.warning(
             "stopped at epoch %d, step %d; the same call goes on from %s",
@@ -300,6 +308,8 @@ def fit(
         if not session.is_finished:
             training = _Training(session, store, updater, dataset, checkpointing)
             training.run(validate, reporting or Reporting())
+            if session.average is not None:
+                session.average.apply()
     if session.sharded:
         session.sharded.engine.destroy()  # takes its hooks off the model
     model.eval()

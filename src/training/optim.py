@@ -17,13 +17,16 @@ from src.utils import PerceptError
 def _cycle(
     optimizer: Optimizer, max_lr: float, epochs: int, steps: int, warmup: int = 0, length: int = 0
 ) -> LRScheduler:
-    """One cycle; the warm-up lasts two epochs, but never more than half of the run.
+    """One cycle; where no warm-up is asked for it lasts two epochs, but never more than half of the
+    run.
 
     `length`: steps of the cycle, where it is longer than the run.
     """
     total = length or epochs * steps
     # torch divides by zero where a warm-up lasts one step
     share = min(0.5, 2 / epochs) if total > 2 else 0.1
+    if warmup:
+        share = min(0.9, warmup / total)
     return OneCycleLR(optimizer, max_lr, total_steps=total, pct_start=share, final_div_factor=1000)
 
 
@@ -132,10 +135,10 @@ def build_scheduler(
     name, length = optimisation.scheduler, optimisation.cycle_steps
     warmup_steps, total = optimisation.warmup_steps, epochs * steps_per_epoch
     make_scheduler = find_entry(SCHEDULERS, name, "scheduler")
-    if warmup_steps and name != "warmup":
+    if warmup_steps and name not in ("warmup", "cycle"):
         raise PerceptError(
-            f"The schedule '{name}' has no warmup_steps to set: choose 'warmup', or leave them at"
-            " 0."
+            f"The schedule '{name}' has no warmup_steps to set: choose 'warmup' or 'cycle', or"
+            " leave them at 0."
         )
     if length and (name != "cycle" or length < total):
         raise PerceptError(

@@ -37,12 +37,14 @@ class Optimisation:
         max_lr: peak learning rate; never scaled.
         scheduler: key of `SCHEDULERS`: "cycle" (MindEye's), "linear", "fixed", or "warmup" (rises
             to max_lr, then fixed); it advances once a step.
-        warmup_steps: of the schedule "warmup".
+        warmup_steps: of the schedules "warmup" and "cycle"; 0: two epochs of a cycle, at most half.
         cycle_steps: length of the schedule "cycle" in steps, where the run walks through a part of
             it only; 0: as many as the run has.
         betas, eps, weight_decay: of AdamW.
         decay: key of `DECAYS`: which parameters weight decay leaves out.
         clip_grad: largest norm of the gradient; None or 0: any.
+        weight_average: decay of an exponential average of the weights over steps, which is then
+            validated, written and given back; 0: none.
     """
 
     max_lr: float
@@ -54,6 +56,7 @@ class Optimisation:
     weight_decay: float = 1e-2
     decay: str = "no_norms"
     clip_grad: float | None = None
+    weight_average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def describe_run(
         "eps": (optimisation.eps, Optimisation.eps),
         "accumulate": (batching.accumulate, Batching.accumulate),
         "cycle_steps": (optimisation.cycle_steps, Optimisation.cycle_steps),
+        "weight_average": (optimisation.weight_average, Optimisation.weight_average),
     }
     changed = {name: value for name, (value, default) in later.items() if value != default}
     return settings | changed

@@ -59,7 +59,11 @@ def gather(x: Tensor, rows: bool = False) -> Tensor:
         return x
     if rows:
         x = x + torch.distributed.get_rank() * len(x)
-    gathered: Tensor = _Gather.apply(x)
+    gathered: Tensor
+    if x.device.type == "cpu" and torch.distributed.get_backend() == "nccl":
+        gathered = _Gather.apply(x.cuda())  # of GPUs alone
+        return gathered.cpu()
+    gathered = _Gather.apply(x)
     return gathered
 
 
@@ -211,9 +215,7 @@ def build_accelerator(
     if sharded:
         _check_deepspeed(execution)
     device_type = check_precision(execution.device, precision, execution.step_in_backward)
-    if device_type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as published
-    else:
+    if device_type == "cpu":
         precision = choose_cpu_precision(precision)
     # else accelerate refuses a second precision in one process
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from src.training.average import WeightAverage
 from src.training.batches import ORDERS
 from src.training.optim import build_adamw, build_scheduler, find_entry, group_parameters
 from src.training.options import Batching, Execution, Optimisation, count_steps
 from src.training.processes import ShardedAccelerator, build_accelerator, share_norms
 from src.training.state import Position, RunningMeans
+from src.utils import PerceptError
 
 
 class Session:
@@ -24,6 +28,7 @@ class Session:
         optimizer: AdamW itself, not wrapped.
         scheduler: not wrapped, so that it advances once a step.
         position: where the run stands.
+        average: of the weights, where one is asked for.
         means: of what the steps of the epoch logged.
         steps_per_epoch: without an incomplete last batch.
     """
@@ -54,6 +59,7 @@ class Session:
         self.scheduler = build_scheduler(
             self.optimizer, optimisation, batching.epochs, self.steps_per_epoch
         )
+        self.average: WeightAverage | None = None
         self.position, self.means = Position(), RunningMeans()
         self._clock = time.monotonic()
 
@@ -66,6 +72,35 @@ class Session:
     def steps_done(self) -> int:
         """Steps since the run began."""
         return self.position.epoch * self.steps_per_epoch + self.position.step
+
+    def start_average(self) -> None:
+        """Begin to average the weights, if that is asked for: when all processes have the same.
+
+        Raises:
+            PerceptError: under DeepSpeed, or for a decay that is none.
+        """
+        decay = self.optimisation.weight_average
+        if not decay:
+            return
+        if not 0 < decay < 1:
+            raise PerceptError(
+                f"weight_average is {decay}: choose a decay between 0 and 1, or 0 for none."
+            )
+        if self.sharded:
+            raise PerceptError(
+                "weight_average does not go together with DeepSpeed, which holds the weights in"
+                " pieces: leave one of them."
+            )
+        self.average = WeightAverage(self.model, decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within this context the model has its averaged weights, where there are any."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied():
+            yield
 
     def start_clock(self) -> None:
         """Count the seconds of the epoch from now on."""
@@ -80,7 +115,7 @@ class Session:
     def agree(self, finite: list[Tensor], flags: list[bool]) -> list[bool]:
         """What holds in any process: [not finite..., flags...].
 
-        The one place where a step waits for the device.
+        Here a step waits for the device, where it is not ahead of it (see `Updater`).
         """
         bad = torch.empty(0, device=self.device)
         if finite:

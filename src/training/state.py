@@ -23,18 +23,29 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, Any] = {}
 
-    def add(self, values: dict[str, Any], weight: float = 1) -> None:
-        """Take in one value by name, each a scalar tensor or a number."""
+    def add(self, values: dict[str, Any], weight: float = 1, counts: Tensor | None = None) -> None:
+        """Take in one value by name, each a scalar tensor or a number.
+
+        `counts`: whether they count at all, a Boolean on the device, which only that knows yet.
+        """
+        share: Any = weight if counts is None else weight * counts.double()
         for name, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else float(value)
-            self.sums[name] = self.sums.get(name, 0.0) + number * weight
-            self.weights[name] = self.weights.get(name, 0) + weight
+            if counts is not None:  # what is not finite must not be multiplied by 0
+                number = torch.where(counts, number, 0.0)
+            self.sums[name] = self.sums.get(name, 0.0) + number * share
+            self.weights[name] = self.weights.get(name, 0) + share
 
     def state(self) -> dict[str, list[float]]:
-        """[sum, weight] by name."""
-        return {name: [float(total), self.weights[name]] for name, total in self.sums.items()}
+        """[sum, weight] by name, without those that nothing counted for."""
+        state = {}
+        for name, total in self.sums.items():
+            weight = float(self.weights[name])
+            if weight:
+                state[name] = [float(total), weight]
+        return state
 
     def load(self, states: list[dict[str, list[float]]]) -> None:
         """Replace the sums by those of several processes together."""

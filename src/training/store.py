@@ -105,7 +105,9 @@ class StateStore:
             content |= self._trained_state()
             current_pieces = self._piece_path(vars(session.position), "*").name
         elif self.keep_weights:
-            content |= {"model": session.model.state_dict()}
+            with session.averaged_weights():
+                weights = session.model.state_dict()
+                content |= {"model": {name: value.clone() for name, value in weights.items()}}
         with atomic(self.path) as temporary:
             torch.save(content, temporary)
         self._remove_pieces(current_pieces)
@@ -118,6 +120,7 @@ class StateStore:
             "pieces": self.pieces,
             "scheduler": session.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "average": session.average.state_dict() if session.average else None,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -303,6 +306,8 @@ class StateStore:
             session.sharded.engine.optimizer.refresh_fp32_params()
             optimizer_state = self._read(self._piece_path(content["position"], session.rank))
         session.optimizer.load_state_dict(optimizer_state)
+        if session.average is not None:
+            session.average.load_state_dict(content["average"])
         self._check_moments()
 
     def _check_moments(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from src.evaluation.captions.text import iterate_pairs, to_text_lists
+from src.pretrained.base import prefer_cache
 from src.utils import ROOT, PerceptError, require_extra
 
 MINI = ROOT / "data" / "mini_models"
@@ -71,13 +72,10 @@ class SentenceEncoder:
         self.weights = weights
         self.location = _find_model(weights)
         library = require_extra("sentence_transformers", "captions")
-        options = {
-            "device": device,
-            "local_files_only": weights != "hub",
-            "model_kwargs": {"dtype": torch.float32},
-        }
+        options = {"device": device, "model_kwargs": {"dtype": torch.float32}}
         try:
-            self.model: Any = library.SentenceTransformer(self.location, **options).eval()
+            model = prefer_cache(library.SentenceTransformer, self.location, **options)
+            self.model: Any = model.eval()
         except (OSError, ValueError) as error:
             raise PerceptError(
                 f"The sentence embeddings could not be loaded from '{self.location}'"

@@ -48,10 +48,11 @@ def read_captions(path: str | Path, image_ids: Any, references: str = "one") -> 
             text or a list of texts.
 
     Returns:
-        [brain, git_image, reference, ...] indexed by image.
+        [brain, git_image, reference, ...] indexed by image; without the columns reference and
+        references where people wrote of no image.
 
     Raises:
-        PerceptError: columns are missing, the captions are of other images, or an image has no
+        PerceptError: columns are missing, the captions are of other images, or some images have no
             reference.
     """
     table = load_parquet(path, "run notebook 04 again")
@@ -65,6 +66,8 @@ def read_captions(path: str | Path, image_ids: Any, references: str = "one") -> 
         )
     table = table.set_index("image").loc[list(image_ids)]
     is_bare = table["reference"] == ""
+    if is_bare.all():
+        return table.drop(columns=["reference", "references"])
     if is_bare.any():
         raise PerceptError(
             f"{is_bare.sum()} of {len(table)} test images have no caption written by a person:"
@@ -96,6 +99,11 @@ def find_most_common_caption(captions: Sequence[str]) -> str:
     return str(min(counts.index[counts == counts.max()]))
 
 
+def list_pairings(captions: pd.DataFrame) -> list[str]:
+    """The pairings of `PAIRINGS` whose columns there are."""
+    return [name for name, pair in PAIRINGS.items() if set(pair) <= set(captions.columns)]
+
+
 def pair_captions(
     captions: pd.DataFrame, common: str
 ) -> dict[str, tuple[list[Any], dict[str, Any]]]:
@@ -107,7 +115,7 @@ def pair_captions(
     themselves in "brain_img"); "true_tokens", where known, those of the true tokens.
 
     Args:
-        captions: of `read_captions`.
+        captions: of `read_captions`; without people's captions the only pairing is "brain_img".
         common: of `find_most_common_caption`, of training captions.
     """
     conditions = {
@@ -118,7 +126,7 @@ def pair_captions(
     if "ceiling" in captions:
         conditions["true_tokens"] = list(captions["ceiling"])
     pairs = {}
-    for name in ("brain_ref", "brain_img"):
+    for name in [name for name in list_pairings(captions) if name != "img_ref"]:
         references = list(captions[PAIRINGS[name][1]])
         pairs[name] = (references, conditions)
     return pairs
@@ -160,26 +168,28 @@ def caption_table(scored: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         [metric, pairing, value, low, high, n, shuffled, common_caption], for each metric the lines
         img_ref (what the captioner says of the image itself, against people), brain_ref, brain_img
         (the brain's against what the captioner says of the image) and relative (brain_img over
-        img_ref; no baselines).
+        img_ref; no baselines). Without people's captions there is brain_img alone.
     """
     values = {pairing: _collect_values(table) for pairing, table in scored.items()}
     lines: list[dict[str, Any]] = []
-    for metric in scored["brain_ref"]["metric"].unique():
-        img_ref = values["brain_ref"][metric, "ceiling"]
+    for metric in scored["brain_img"]["metric"].unique():
         brain_img = values["brain_img"][metric, "system"]
-        pairings = {
-            "img_ref": img_ref,
-            "brain_ref": values["brain_ref"][metric, "system"],
-            "brain_img": brain_img,
-        }
+        pairings = {"brain_img": brain_img}
+        if "brain_ref" in scored:
+            pairings = {
+                "img_ref": values["brain_ref"][metric, "ceiling"],
+                "brain_ref": values["brain_ref"][metric, "system"],
+                "brain_img": brain_img,
+            }
         for pairing, scores in pairings.items():
             line = _summarise(metric, pairing, bootstrap_mean(scores), len(scores))
             if pairing in values:
                 for name in CAPTION_BASELINES:
                     line[name] = values[pairing][metric, name].mean()
             lines.append(line)
-        relative = relative_score(brain_img, img_ref)
-        lines.append(_summarise(metric, "relative", relative, len(img_ref)))
+        if "img_ref" in pairings:
+            relative = relative_score(brain_img, pairings["img_ref"])
+            lines.append(_summarise(metric, "relative", relative, len(brain_img)))
     return pd.DataFrame(lines)
 
 
@@ -198,7 +208,8 @@ def corpus_bleu_table(captions: pd.DataFrame, common: str, order: Any) -> pd.Dat
     intervals; `order` (n,) is the shuffled pairing.
     """
     lines = []
-    for pairing, (scored_column, reference_column) in PAIRINGS.items():
+    for pairing in list_pairings(captions):
+        scored_column, reference_column = PAIRINGS[pairing]
         references = list(captions[reference_column])
         scored = list(captions[scored_column])
         baselines = {
@@ -230,7 +241,8 @@ def format_caption_table(table: pd.DataFrame) -> list[dict[str, str]]:
             if pairing in lines:
                 row[head] = _format_score(lines[pairing])
         for baseline, head in BASELINE_HEADS.items():
-            row[head] = f"{lines['brain_ref'][baseline]:.3f}"
+            if "brain_ref" in lines:
+                row[head] = f"{lines['brain_ref'][baseline]:.3f}"
         rows.append(row)
     return rows
 

@@ -17,6 +17,7 @@ import pandas as pd
 from src.evaluation.records import CONTROLS, REMEDY, read_metrics
 from src.evaluation.sanity_checks import check_same_test
 from src.files.foreign import load_parquet
+from src.parameters import list_decoders
 from src.utils import PerceptError, check_name, read_json
 
 NO_BRAIN = ("autoencoder",)  # a condition that no brain takes part in: the low level's upper bound
@@ -97,9 +98,10 @@ class ScoredRun:
         {"ridge": "system"}.
         """
         decoder = str(self.training.get("decoder", ""))
-        if decoder == "both":
-            return {"network": "system", "ridge": "ridge"}
-        return {decoder: "system"} if decoder else {}
+        if not decoder:
+            return {}
+        main, *alternatives = list_decoders(decoder)
+        return {main: "system"} | {name: name for name in alternatives}
 
 
 # ------------------------------------------------------------------------------------------ reading

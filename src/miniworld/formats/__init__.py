@@ -10,13 +10,17 @@ from typing import Any
 
 from src.miniworld.formats import (
     algonauts,
+    bids,
     bold5000,
     digits69,
     god,
+    laion_fmri,
     mindeye,
     mindeye2,
+    mosaic,
     npz,
     nsd,
+    nsd_evaluation,
     things,
 )
 from src.miniworld.formats.source_data import SourceData
@@ -29,6 +33,11 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "bold5000": bold5000.write,
     "god": god.write,
     "things": things.write,
+    "bids": bids.write,
+    "laion_fmri": laion_fmri.write,
+    "mosaic": mosaic.write,
+    "nsd_synthetic": nsd_evaluation.write_synthetic,
+    "nsd_imagery": nsd_evaluation.write_imagery,
     "digits69": digits69.write,
     "npz": npz.write,
 }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import h5py
@@ -12,50 +10,22 @@ import numpy as np
 import pandas as pd
 import scipy.io
 
+from src.miniworld.formats.nsd_surfaces import (
+    group_disjoint_rois,
+    to_scaled_integers,
+    write_surfaces,
+)
 from src.miniworld.formats.source_data import SourceData, write_split, write_tables
+from src.miniworld.formats.voxel_grid import VoxelGrid, choose_small_grid
 from src.readers.nsd import SHARED
-from src.readers.nsd_files import SUBJECTS, NsdFolders, check_options, load_image_ids
+from src.readers.nsd_files import (
+    SUBJECTS,
+    SURFACES,
+    NsdFolders,
+    check_options,
+    load_image_ids,
+)
 from src.utils import PerceptError, atomic, require_extra, write_errors
-
-SCALE = 300  # stored integers a percent signal change
-
-LARGEST_BETA = 109  # percent signal change that an int16 can hold
-
-
-@dataclass(frozen=True)
-class _VoxelGrid:
-    """A grid (x, y, z) over which the voxels are spread evenly, in C order as the reader has it.
-
-    Attributes:
-        shape: (x, y, z).
-        n_voxels: number of voxels.
-    """
-
-    shape: tuple[int, int, int]
-    n_voxels: int
-
-    def __post_init__(self) -> None:
-        if len(self.shape) != 3 or self.size < self.n_voxels:
-            raise PerceptError(
-                f"A grid {self.shape} has no room for {self.n_voxels} voxels: give a larger (x, y,"
-                " z)."
-            )
-
-    @property
-    def size(self) -> int:
-        """Number of places."""
-        return int(np.prod(self.shape))
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Flat index of each voxel, (voxels,)."""
-        return (np.arange(self.n_voxels) * self.size) // self.n_voxels
-
-    def fill(self, values: np.ndarray, background: float) -> np.ndarray:
-        """A volume (x, y, z) with values (voxels,) at the voxels and `background` around them."""
-        volume = np.full(self.size, background, values.dtype)
-        volume[self.places] = values
-        return volume.reshape(self.shape)
 
 
 def write(
@@ -81,8 +51,9 @@ def write(
             of 300 times that. Trials are 0 to n - 1 and need session (from 0, none left out) and
             run; at most 1000 test images. Boolean columns of voxels become ROI files,
             noise_ceiling (single trial, fraction) becomes ncsnr.
-        space: func1pt8mm or func1mm.
-        file_format: hdf5 or nii.gz.
+        space: func1pt8mm, func1mm, fsaverage or nativesurface; on a surface the first half of the
+            voxels are vertices of the left hemisphere.
+        file_format: hdf5 or nii.gz; mgh on fsaverage, where betas are stored as they are.
         grid: (x, y, z) with room for the voxels, by default a small one.
         betas_version: as for `src.readers.nsd.read`.
 
@@ -99,21 +70,14 @@ def write(
             "file_format is 'auto', which says nothing for writing: choose hdf5 or nii.gz."
         )
     ordered = _sort_trials(data)
-    voxel_grid = _VoxelGrid(grid or _small_grid(data.n_voxels), data.n_voxels)
     folders = NsdFolders(root, subj, space, betas_version)
     with write_errors(root):
         row_of_image = _add_images(folders, data.images, data.image_ids)
         _write_trials(folders, ordered, ordered["image"].map(row_of_image).to_numpy() + 1)
-        _write_rois(folders, data, voxel_grid)
-        for number, (_, trials) in enumerate(ordered.groupby("session"), 1):
-            volumes = np.zeros((len(trials), voxel_grid.size), np.int16)
-            volumes[:, voxel_grid.places] = _to_integers(data.betas[trials.index.to_numpy()])
-            path = folders.betas / f"betas_session{number:02d}.{file_format}"
-            _write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
-        if data.voxels is not None and "noise_ceiling" in data.voxels:
-            ceiling = data.voxels["noise_ceiling"].to_numpy()
-            ncsnr = np.sqrt(ceiling / (1 - ceiling)).astype(np.float32)
-            _save_nifti(folders.betas / "ncsnr.nii.gz", voxel_grid.fill(ncsnr, np.nan))
+        if space in SURFACES:
+            write_surfaces(folders, data, ordered, file_format)
+        else:
+            _write_volumes(folders, data, ordered, file_format, grid)
         write_split(root, ordered)
         write_tables(root, data.captions, data.labels)
     return root
@@ -137,20 +101,25 @@ def _sort_trials(data: SourceData) -> pd.DataFrame:
     return ordered
 
 
-def _to_integers(betas: np.ndarray) -> np.ndarray:
-    scaled = np.rint(np.asarray(betas, np.float64) * SCALE)
-    if not (np.abs(scaled) <= np.iinfo(np.int16).max).all():
-        raise PerceptError(
-            f"A beta is not finite or above {LARGEST_BETA} percent signal change, which NSD's int16"
-            " cannot hold: leave it out."
-        )
-    return scaled.astype(np.int16)
-
-
-def _small_grid(n_voxels: int) -> tuple[int, int, int]:
-    """Three different sides, which tell the order of the axes, with some room beside the voxels."""
-    side = int(np.ceil((1.3 * n_voxels) ** (1 / 3)))
-    return side, side + 1, side + 2
+def _write_volumes(
+    folders: NsdFolders,
+    data: SourceData,
+    ordered: pd.DataFrame,
+    file_format: str,
+    grid: tuple[int, int, int] | None,
+) -> None:
+    """Write regions, betas and ncsnr on a functional grid."""
+    voxel_grid = VoxelGrid(grid or choose_small_grid(data.n_voxels), data.n_voxels)
+    write_rois(folders, data, voxel_grid)
+    for number, (_, trials) in enumerate(ordered.groupby("session"), 1):
+        volumes = np.zeros((len(trials), voxel_grid.size), np.int16)
+        volumes[:, voxel_grid.places] = to_scaled_integers(data.betas[trials.index.to_numpy()])
+        path = folders.betas / f"betas_session{number:02d}.{file_format}"
+        write_session(path, volumes.reshape(len(trials), *voxel_grid.shape))
+    if data.voxels is not None and "noise_ceiling" in data.voxels:
+        ceiling = data.voxels["noise_ceiling"].to_numpy()
+        ncsnr = np.sqrt(ceiling / (1 - ceiling)).astype(np.float32)
+        save_nifti(folders.betas / "ncsnr.nii.gz", voxel_grid.fill(ncsnr, np.nan))
 
 
 def _add_images(folders: NsdFolders, images: np.ndarray, image_ids: np.ndarray) -> dict[int, int]:
@@ -224,40 +193,21 @@ def _write_design(folders: NsdFolders, ids_73k: np.ndarray, shared: np.ndarray) 
         scipy.io.savemat(temporary, design, appendmat=False)
 
 
-def _write_rois(folders: NsdFolders, data: SourceData, grid: _VoxelGrid) -> None:
+def write_rois(folders: NsdFolders, data: SourceData, grid: VoxelGrid) -> None:
     """Write nsdgeneral, and the Boolean columns as the labels of ROI files, with their .ctab."""
     mask = grid.fill(np.ones(data.n_voxels, np.int16), -1)
-    _save_nifti(folders.rois / "nsdgeneral.nii.gz", mask)
-    for number, names in enumerate(_group_disjoint_rois(data), 1):
+    save_nifti(folders.rois / "nsdgeneral.nii.gz", mask)
+    for number, names in enumerate(group_disjoint_rois(data), 1):
         labels = np.zeros(data.n_voxels, np.int16)
         for label, name in enumerate(names, 1):
             labels[data.voxels[name].to_numpy()] = label  # type: ignore[index]
-        _save_nifti(folders.rois / f"areas-{number}.nii.gz", grid.fill(labels, -1))
+        save_nifti(folders.rois / f"areas-{number}.nii.gz", grid.fill(labels, -1))
         lines = [f"{label} {name}\n" for label, name in enumerate(names, 1)]
         with atomic(folders.label_names(folders.subject, f"areas-{number}")) as temporary:
             temporary.write_text("0 Unknown\n" + "".join(lines))
 
 
-def _group_disjoint_rois(data: SourceData) -> list[list[str]]:
-    """Regions in as few groups as keep those that overlap apart."""
-    groups: list[list[str]] = []
-    occupied: list[np.ndarray] = []  # for each group the voxels (voxels,) of its regions
-    for name in data.roi_names:
-        if name == "nsdgeneral":
-            continue
-        is_member = data.voxels[name].to_numpy()  # type: ignore[index]
-        for group, voxels in zip(groups, occupied, strict=True):
-            if not voxels[is_member].any():
-                group.append(name)
-                voxels |= is_member
-                break
-        else:
-            groups.append([name])
-            occupied.append(is_member.copy())
-    return groups
-
-
-def _save_nifti(path: Path, array: np.ndarray) -> None:
+def save_nifti(path: Path, array: np.ndarray) -> None:
     """Save an array (x, y, z) or (x, y, z, trials) with the affine of NSD's functional grids."""
     nibabel = require_extra("nibabel", "nsd")
     size = 1.0 if "func1mm" in path.parts else 1.8
@@ -267,13 +217,13 @@ def _save_nifti(path: Path, array: np.ndarray) -> None:
         file.write(nibabel.Nifti1Image(array, affine).to_bytes())
 
 
-def _write_session(path: Path, volumes: np.ndarray) -> None:
+def write_session(path: Path, volumes: np.ndarray) -> None:
     """Write volumes int16 (trials, x, y, z) as NSD does.
 
     These are hdf5 (trials, z, y, x) with one chunk a voxel, or NIfTI (x, y, z, trials).
     """
     if path.suffix == ".gz":
-        _save_nifti(path, np.moveaxis(volumes, 0, -1))
+        save_nifti(path, np.moveaxis(volumes, 0, -1))
         return
     reversed_axes = volumes.transpose(0, 3, 2, 1)
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:

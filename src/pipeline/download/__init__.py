@@ -1,7 +1,8 @@
 """Downloads: what a recipe needs from the hub and from NSD's bucket is listed with its sizes first,
 then fetched, resumed and checked.
 
-- `bundles` says what there is and which recipe needs it, `patterns` which files that are. Files are
+- What a recipe needs is collected by walking its stages (`src.pipeline.needs`). `bundles` says what
+  there is, `patterns` which files that are. Files are
   found by listing the repository, so that no count is written down here.
 - A file is written as <name>.part, which a later call continues, and gets its name when its size
   and its checksum are right: the hub gives the SHA-256 of large files and git's SHA-1 of small
@@ -18,7 +19,7 @@ then fetched, resumed and checked.
 from src.pipeline.download.bundles import (
     BUNDLES,
     MOVED_REPOS,
-    RECIPE_BUNDLES,
+    RECIPE_EXTRAS,
     find_bundle,
     find_moved_repo,
 )
@@ -36,7 +37,7 @@ from src.pipeline.download.transfer import fetch_files
 __all__ = [
     "BUNDLES",
     "MOVED_REPOS",
-    "RECIPE_BUNDLES",
+    "RECIPE_EXTRAS",
     "Bundle",
     "FilePattern",
     "FilesNotFound",

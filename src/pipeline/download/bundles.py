@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from src.pipeline.download.files import Bundle
 from src.pipeline.download.patterns import (
+    list_address,
     list_checkpoints,
+    list_configuration,
     list_early_shards,
     list_file,
+    list_laion_fmri,
     list_mindeye2,
     list_model,
     list_nsd,
@@ -39,6 +43,14 @@ def _model_bundle(
     patterns = partial(list_model, folders)
     return Bundle(title, "model", repo, "", patterns, terms, "vd_cache_dir", revision)
 
+
+def _web_bundle(title: str, address: str, name: str) -> Bundle:
+    """A network of the metrics, in torch's own cache."""
+    terms = "The networks of the metrics are their authors', trained on ImageNet (non-commercial)."
+    return Bundle(title, "web", address, "", partial(list_address, name), terms)
+
+
+TORCHVISION = "download.pytorch.org/models"
 
 NSD_TERMS = (
     "NSD belongs to its authors (naturalscenesdataset.org): agree to its Data Access Agreement"
@@ -170,6 +182,16 @@ BUNDLES: dict[str, Bundle] = {
         NSD_TERMS,
         "data_path",
     ),
+    "laion_fmri": Bundle(
+        "the first sessions of LAION-fMRI of one subject, without pictures",
+        "bucket",
+        "laion-fmri",
+        "data/laion_fmri_source",
+        list_laion_fmri,
+        "LAION-fMRI's data are CC0 1.0; its pictures need the stimulus agreement"
+        " (laion-fmri.hebartlab.com/request) and are not fetched.",
+        "data_path",
+    ),
     "clip": _model_bundle(
         "CLIP ViT-L/14",
         "openai/clip-vit-large-patch14",
@@ -198,6 +220,40 @@ BUNDLES: dict[str, Bundle] = {
         "text_unet",
         "text_encoder",
         "tokenizer",
+    ),
+    "versatile_diffusion_vae": _model_bundle(
+        "Versatile Diffusion's VAE", "shi-labs/versatile-diffusion", VD_TERMS, "vae"
+    ),
+    "image_variation_vae": _model_bundle(
+        "the VAE of Stable Diffusion image variations",
+        "lambdalabs/sd-image-variations-diffusers",
+        f"SD image variations comes {RAIL_LICENCE}.",
+        "vae",
+        revision="v2.0",
+    ),
+    "sdxl_configuration": Bundle(
+        "SDXL's configuration and tokenizers, which the refiner needs",
+        "model",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "",
+        list_configuration,
+        "SDXL 1.0 comes under the CreativeML OpenRAIL++-M licence; its weights are not fetched.",
+        "vd_cache_dir",
+    ),
+    "sentence_encoder": Bundle(
+        "MiniLM, which compares captions",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "",
+        list_whole_model,
+        "all-MiniLM-L6-v2 is under the Apache 2.0 licence.",
+        "vd_cache_dir",
+    ),
+    "alexnet": _web_bundle("AlexNet", TORCHVISION, "alexnet-owt-7be5be79.pth"),
+    "inception_v3": _web_bundle("InceptionV3", TORCHVISION, "inception_v3_google-0cc3c7bd.pth"),
+    "efficientnet_b1": _web_bundle("EfficientNet-B1", TORCHVISION, "efficientnet_b1-c27df63c.pth"),
+    "swav_resnet50": _web_bundle(
+        "SwAV's ResNet", "dl.fbaipublicfiles.com/deepcluster", "swav_800ep_pretrain.pth.tar"
     ),
     "image_variation": _model_bundle(
         "Stable Diffusion image variations",
@@ -242,55 +298,22 @@ BUNDLES: dict[str, Bundle] = {
 }
 
 
-def _list_mindeye2_bundles(clip: str) -> dict[str, str]:
-    """What a MindEye2 recipe needs that goes all the way to scores, by the names of --only."""
-    return {
-        "data": "mindeye2",
-        "clip": clip,
-        "bigG": "clip-bigG",
-        "image_variation": "image_variation",
-        "unclip": "unclip",
-        "refiner": "refiner",
-        "converter": "caption_converter",
-        "git": "git",
-        "gnet": "gnet",
-    }
+# What helps with a recipe and is loaded by none of its stages on its own account.
+RECIPE_EXTRAS: dict[str, list[str]] = {
+    "mindeye": ["mindeye_checkpoints"],
+    "mindeye_retrieval": ["mindeye_checkpoints", "laion_prior"],
+    "mindeye2": ["caption_converter"],
+}
 
-
-# Bundles of each recipe, by the names of --only.
-RECIPE_BUNDLES: dict[str, dict[str, str]] = {
-    "mindeye": {
-        "shards": "mindeye",
-        "checkpoints": "mindeye_checkpoints",
-        "teacher": "teacher",
-        "clip": "clip",
-        "versatile_diffusion": "versatile_diffusion",
-    },
-    "mindeye_retrieval": {
-        "shards": "mindeye",
-        "checkpoints": "mindeye_checkpoints",
-        "laion_prior": "laion_prior",
-        "clip": "clip",
-        "image_variation": "image_variation",
-    },
-    "combined": {
-        "shards": "mindeye_early",
-        "laion_prior": "laion_prior",
-        "clip": "clip",
-        "image_variation": "image_variation",
-    },
-    "basic_ae": {"nsd": "nsd", "vae": "stable_diffusion_vae"},
-    "roi_voting": {
-        "nsd": "nsd",
-        "clip": "clip",
-        "blip": "blip",
-        "stable_diffusion": "stable_diffusion",
-    },
-    "mindeye2_small": _list_mindeye2_bundles("clip-ViT-B-32"),
-    "mindeye2_small_finetune": _list_mindeye2_bundles("clip-ViT-B-32"),
-    "mindeye2_small_pretrain": {"data": "mindeye2", "clip": "clip-ViT-B-32"},
-    "mindeye2": _list_mindeye2_bundles("clip-bigG"),
-    "mindeye2_pretrain": {"data": "mindeye2", "clip": "clip-bigG"},
+# Bundles that --only knows by other names.
+PART_NAMES = {
+    "mindeye": "shards",
+    "mindeye_new": "shards",
+    "mindeye_early": "shards",
+    "mindeye_checkpoints": "checkpoints",
+    "mindeye2": "data",
+    "clip-bigG": "bigG",
+    "caption_converter": "converter",
 }
 
 # Where a recipe takes something else than a bundle's defaults.
@@ -302,6 +325,11 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
         "rois": "nsdgeneral,prf-visualrois,floc-faces,floc-bodies,floc-places,floc-words,streams"
     },
 }
+
+
+def name_parts(bundles: Iterable[str]) -> dict[str, str]:
+    """Bundles by the names that --only knows them by."""
+    return {PART_NAMES.get(bundle, bundle): bundle for bundle in bundles}
 
 
 def find_moved_repo(repo: str) -> tuple[str, str]:

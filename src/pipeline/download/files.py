@@ -25,12 +25,14 @@ class FilePattern:
         pattern: regular expression for the whole path; a group `n` numbers files, of which none may
             be missing.
         local_path: template for the path below the local folder.
+        optional: whether it is left out where there is no such file.
     """
 
     description: str
     folder: str
     pattern: str
     local_path: str = r"\g<0>"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Bundle:
 
     Attributes:
         title: in words.
-        kind: "dataset" or "model" of the hub, or "bucket" of S3.
-        repo: id of the repository, or name of the bucket.
+        kind: "dataset" or "model" of the hub, "bucket" of S3, or "web" for plain addresses.
+        repo: id of the repository, name of the bucket, or address without https://.
         folder: below HOME, where the recipes look for the files; "" is the hub's cache, in its own
             layout.
         patterns: which files, called with `subj` and the bundle's options, which are its other
@@ -62,6 +64,16 @@ class Bundle:
     optional: bool = False
 
     @property
+    def is_of_subjects(self) -> bool:
+        """Whether each subject has files of its own."""
+        return self.folder_parameter in ("data_path", "cache_dir") or self.optional
+
+    @property
+    def in_hub_cache(self) -> bool:
+        """Whether the files go into the hub's cache, in its layout."""
+        return not self.folder and self.kind != "web"
+
+    @property
     def options(self) -> dict[str, Any]:
         """Names of the options, and their defaults."""
         keywords = inspect.signature(self.patterns).parameters
@@ -78,8 +90,8 @@ class RemoteFile:
         endpoint: address of a mirror, or "".
         local: where it goes.
         size: bytes.
-        checksum: "sha256:...", "git:..." (SHA-1 of a git blob), "md5:...", or "" where the server
-            gives none.
+        checksum: "sha256:..." (or its beginning), "git:..." (SHA-1 of a git blob), "md5:...", or ""
+            where the server gives none.
     """
 
     kind: str
@@ -127,4 +139,4 @@ def has_checksum(path: Path, checksum: str) -> bool:
     with open(path, "rb") as file:
         while block := file.read(8 * CHUNK_BYTES):
             digest.update(block)
-    return digest.hexdigest() == expected
+    return digest.hexdigest().startswith(expected)

@@ -15,6 +15,7 @@ from src.pipeline.download.servers import (
     FolderServer,
     HubServer,
     Server,
+    WebServer,
 )
 from src.utils import PerceptError, UsageError, check_name, find_fault_of_name
 
@@ -61,13 +62,15 @@ def list_files(
         )
     server = open_server(bundle, mirror, revision or bundle.revision)
     target = folder
-    if not bundle.folder:
+    if bundle.in_hub_cache:
         target = find_cache_folder(folder, bundle.repo) / "snapshots" / server.commit
     entries: dict[str, list[Entry]] = {}
     files: dict[str, RemoteFile] = {}
     for pattern in bundle.patterns(subj=subj, **options):
         if pattern.folder not in entries:
             entries[pattern.folder] = server.list_folder(pattern.folder)
+        if pattern.optional and not _has_any(pattern, entries[pattern.folder]):
+            continue
         for match, entry in _match_entries(pattern, entries[pattern.folder], server.label):
             files[entry.path] = RemoteFile(
                 server.kind,
@@ -79,7 +82,7 @@ def list_files(
                 entry.size,
                 entry.checksum,
             )
-    if bundle.folder:
+    if not bundle.in_hub_cache:
         return list(files.values())
     return [file for path, file in files.items() if not _is_superseded(path, files)]
 
@@ -115,6 +118,8 @@ def open_server(bundle: Bundle, mirror: str, revision: str) -> Server:
     endpoint = mirror.rstrip("/")
     if bundle.kind == "bucket":
         return BucketServer(bundle, endpoint)
+    if bundle.kind == "web":
+        return WebServer(bundle, endpoint)
     return HubServer(bundle, revision, endpoint)
 
 
@@ -127,6 +132,11 @@ def _find_mirror_folder(mirror: str, bundle: Bundle) -> Path:
             " https://: correct it."
         )
     return top / bundle.repo if (top / bundle.repo).is_dir() else top
+
+
+def _has_any(pattern: FilePattern, entries: list[Entry]) -> bool:
+    """Whether there is a file that a pattern describes."""
+    return any(re.fullmatch(pattern.pattern, entry.path) for entry in entries)
 
 
 def _match_entries(

@@ -7,6 +7,7 @@ for paths in the repository.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from src.pipeline.download.files import FilePattern
 from src.utils import PerceptError
@@ -15,6 +16,18 @@ from src.utils import PerceptError
 WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 
 MODEL_FILE = rf"(?:{WEIGHTS}|[\w.-]+\.json|merges\.txt|vocab\.txt|spiece\.model)"
+
+# folders of the regions of LAION-fMRI
+LAION_CATEGORIES = (
+    "body",
+    "character",
+    "face",
+    "laion",
+    "motion",
+    "object",
+    "place",
+    "retinotopy",
+)
 
 LAION_PRIOR = "vit-l-14/aesthetic"  # folder of the prior that the published code begins with
 
@@ -91,11 +104,13 @@ def list_mindeye2(subj: int, num_sessions: int = 1, checkpoint: str = "") -> lis
         "coco_images_224_float16.hdf5",
         "COCO_73k_subj_indices.hdf5",
         "brain_region_masks.hdf5",
-        "evals/all_images.pt",
-        "evals/all_captions.pt",
-        "evals/all_git_generated_captions.pt",
     ]
     patterns += [_list_path(path) for path in paths]
+    # what the reader can do without
+    optional = ["shared1000.npy", "COCO_73k_annots_curated.npy"]
+    names = ("all_images.pt", "all_captions.pt", "all_git_generated_captions.pt")
+    optional += [f"evals/{name}" for name in names]
+    patterns += [replace(_list_path(path), optional=True) for path in optional]
     if checkpoint:
         folder = f"train_logs/{checkpoint}"
         pattern = re.escape(f"{folder}/last.pth")
@@ -158,6 +173,46 @@ def list_nsd(
     return [*sessions, *(_list_path(path) for path in paths)]
 
 
+def list_laion_fmri(
+    subj: int, num_sessions: int = 1, categories: str = "laion,retinotopy"
+) -> list[FilePattern]:
+    """The public part of LAION-fMRI that a reading needs; the pictures need an agreement.
+
+    Args:
+        subj: 1, 3, 5, 6 or 7.
+        num_sessions: the first so many; each is a file of about 1 to 2 GB.
+        categories: of regions, separated by commas: body, character, face, laion, motion, object,
+            place, retinotopy.
+
+    Raises:
+        PerceptError: for another category, or no session.
+    """
+    chosen = [name.strip() for name in categories.split(",") if name.strip()]
+    unknown = sorted(set(chosen) - set(LAION_CATEGORIES))
+    if unknown or not 1 <= num_sessions <= 30:
+        raise PerceptError(
+            f"categories is '{categories}' and num_sessions {num_sessions}: choose of"
+            f" {', '.join(LAION_CATEGORIES)}, and from 1 to 30 sessions."
+        )
+    label = f"sub-{subj:02d}"
+    betas = f"derivatives/glmsingle-tedana/{label}"
+    patterns = []
+    for number in range(1, num_sessions + 1):
+        folder = f"{betas}/ses-{number:02d}/func"
+        for what, ending in (("betas", r"statmap\.nii\.gz"), ("trials", r"trials\.tsv")):
+            pattern = rf"{folder}/[^/]*[Ss]ingletrialBetas_{ending}"
+            patterns.append(FilePattern(f"{what} of session {number}", folder, pattern))
+    for name in ("R2mean", "Noiseceiling12rep"):
+        pattern = rf"{betas}/[^/]*desc-{name}_statmap\.nii\.gz"
+        patterns.append(FilePattern(f"map {name} of {label}", betas, pattern))
+    for category in chosen:
+        folder = f"derivatives/rois/{label}/{category}"
+        pattern = rf"{folder}/[^/]*space-T1w[^/]*_mask\.nii\.gz"
+        patterns.append(FilePattern(f"regions {category} of {label}", folder, pattern))
+    stimuli = ("task-images_metadata.csv", "task-images_desc-captions.csv")
+    return [*patterns, *(_list_path(f"stimuli/{name}") for name in stimuli)]
+
+
 def _list_path(path: str) -> FilePattern:
     """One file, wherever it lies."""
     return FilePattern(path, path.rpartition("/")[0], re.escape(path))
@@ -171,6 +226,17 @@ def list_model(folders: tuple[str, ...], subj: int) -> list[FilePattern]:
         FilePattern(f"configuration and weights in {folder}/", folder, f"{folder}/{MODEL_FILE}")
         for folder in folders
     ]
+
+
+def list_configuration(subj: int) -> list[FilePattern]:
+    """Configuration and tokenizers of a pipeline, without weights."""
+    pattern = r"(?:[\w.-]+/)?[\w.-]+\.(?:json|txt)"
+    return [FilePattern("configuration and tokenizers", "**", pattern)]
+
+
+def list_address(name: str, subj: int) -> list[FilePattern]:
+    """A single file of a plain address."""
+    return [FilePattern(name, name, re.escape(name))]
 
 
 def list_whole_model(subj: int) -> list[FilePattern]:

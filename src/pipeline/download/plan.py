@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ from huggingface_hub import constants
 from src import parameters, utils
 from src.pipeline.download.bundles import (
     BUNDLES,
-    RECIPE_BUNDLES,
+    RECIPE_EXTRAS,
     RECIPE_OPTIONS,
     find_bundle,
+    name_parts,
 )
 from src.pipeline.download.files import Bundle, RemoteFile
 from src.pipeline.download.listing import FilesNotFound, find_cache_folder, list_files
 from src.pipeline.download.transfer import fetch_files
+from src.pipeline.needs import RecipeNeeds, collect_needs
+from src.pipeline.recipes import list_parameters, list_recipes
 from src.utils import UsageError, atomic
 
 
@@ -82,7 +86,7 @@ def fetch_planned(download: PlannedDownload) -> None:
     """Fetch what has been planned, and tell the hub's cache of a model that is whole."""
     fetch_files(download.files, download.folder)
     bundle = download.bundle
-    if not bundle.folder:
+    if bundle.in_hub_cache:
         top = find_cache_folder(download.folder, bundle.repo)
         snapshot = download.files[0].local.relative_to(top / "snapshots").parts[0]
         with atomic(top / "refs" / (download.revision or bundle.revision)) as temporary:
@@ -100,50 +104,81 @@ def plan_downloads(
     """What a recipe needs, listed and not yet fetched.
 
     Args:
-        recipe: key of RECIPE_BUNDLES, else a name that `find_bundle` knows.
+        recipe: a recipe, whose stages say what they load (`collect_needs`), else a name that
+            `find_bundle` knows.
         only: some of the recipe's parts, separated by commas; "" for all.
         to: folder that stands for HOME, e.g. to carry away; the hub's cache is then <to>/hub.
         mirror: as for `fetch`.
-        overrides: subj, data_path, vd_cache_dir, revision and the options of the bundles, as texts
-            or values.
+        overrides: subj, data_path, vd_cache_dir, revision, the options of the bundles, and of a
+            recipe all parameters of its stages, as texts or values.
 
     Raises:
         UsageError: for unknown names.
         PerceptError: see `list_files`.
     """
-    if recipe not in RECIPE_BUNDLES and recipe not in BUNDLES and "/" not in recipe:
-        raise UsageError(
-            f"Nothing is known to download for '{recipe}': choose one of"
-            f" {', '.join(RECIPE_BUNDLES)}, a bundle of {', '.join(BUNDLES)}, or a hub id."
-        )
-    parts = RECIPE_BUNDLES.get(recipe, {recipe: recipe})
+    overrides = dict(overrides or {})
+    needs = _collect(recipe, overrides)
+    parts = {recipe: recipe}
+    if needs:
+        parts = name_parts([*needs.bundles, *RECIPE_EXTRAS.get(recipe, [])])
     chosen = parameters.parse_names(only, list(parts), "--only") or set(parts)
     bundles = {part: find_bundle(name) for part, name in parts.items() if part in chosen}
-    values = _read_values(bundles.values(), recipe, overrides or {})
-    subj, revision = int(values["subj"]), str(values["revision"])
+    values = _read_values(bundles.values(), recipe, overrides, needs)
+    revision = str(values["revision"])
     if revision and len(bundles) > 1:
         raise UsageError("revision belongs to one repository: choose a single part with --only.")
+    subjects = needs.subjects if needs else [int(values["subj"])]
     downloads = []
     for part, bundle in bundles.items():
         folder = _choose_folder(bundle, str(values.get(bundle.folder_parameter, "")), to)
         options = {name: value for name, value in values.items() if name in bundle.options}
-        options |= {"subj": subj, "mirror": mirror, "revision": revision}
-        try:
-            files = list_files(bundle, folder, **options)
-        except FilesNotFound:
-            if only or not bundle.optional:
-                raise
-            files = []
-        downloads.append(PlannedDownload(part, bundle, folder, files, revision))
+        options |= {"mirror": mirror, "revision": revision}
+        files: dict[Path, RemoteFile] = {}
+        for subj in subjects if bundle.is_of_subjects else [int(values["subj"])]:
+            try:
+                listed = list_files(bundle, folder, subj=subj, **options)
+            except FilesNotFound:
+                if only or not bundle.optional:
+                    raise
+                listed = []
+            files |= {file.local: file for file in listed}
+        downloads.append(PlannedDownload(part, bundle, folder, list(files.values()), revision))
     return downloads
 
 
+def _collect(recipe: str, overrides: dict[str, Any]) -> RecipeNeeds | None:
+    """What a recipe needs; None for what is no recipe.
+
+    Raises:
+        UsageError: for what is no bundle either, and for a recipe that needs nothing.
+    """
+    recipes = [path.name for path in list_recipes()]
+    if recipe in BUNDLES and recipe not in recipes or "/" in recipe:
+        return None
+    needs = None
+    if recipe in recipes:
+        names = list_parameters(recipe)
+        chosen = {name: value for name, value in overrides.items() if name in names}
+        needs = collect_needs(recipe, chosen)
+    if needs is None or not needs.bundles:
+        fetchable = [name for name in recipes if collect_needs(name, {}).bundles]
+        raise UsageError(
+            f"Nothing is known to download for '{recipe}': choose one of {', '.join(fetchable)}, a"
+            f" bundle of {', '.join(BUNDLES)}, or a hub id."
+        )
+    return needs
+
+
 def _read_values(
-    bundles: Iterable[Bundle], recipe: str, overrides: dict[str, Any]
+    bundles: Iterable[Bundle],
+    recipe: str,
+    overrides: dict[str, Any],
+    needs: RecipeNeeds | None,
 ) -> dict[str, Any]:
     """The subject, the places and the options of the bundles: defaults, those of the recipe, then
     what -p sets.
     """
+    names = set(list_parameters(recipe)) if needs else set()
     defaults: dict[str, Any] = {"subj": 1, "revision": ""}
     for bundle in bundles:
         defaults |= bundle.options
@@ -152,9 +187,12 @@ def _read_values(
     for name, value in RECIPE_OPTIONS.get(recipe, {}).items():
         if name in defaults:
             defaults[name] = value
-    parameters.check_parameter_names(overrides, defaults, "-p")
+    if needs and "num_sessions" in defaults:
+        defaults["num_sessions"] = needs.num_sessions
+    parameters.check_parameter_names(overrides, [*defaults, *names], "-p")
     values = dict(defaults)
-    for name, value in overrides.items():
+    for name in defaults.keys() & overrides.keys():
+        value = overrides[name]
         parameter = parameters.Parameter(name, defaults[name], "")
         values[name] = parameters.coerce(parameter, value, "-p")
     return values
@@ -169,12 +207,20 @@ def _choose_folder(bundle: Bundle, path: str, to: str) -> Path:
         to: folder that stands for HOME, "" for HOME.
     """
     home = Path(to).expanduser().resolve() if to else None
+    if bundle.kind == "web":
+        return (home or find_torch_home()) / "hub" / "checkpoints"
     if not bundle.folder and not path:
         return home / "hub" if home else Path(constants.HF_HUB_CACHE)
     path = path or bundle.folder
     if home and not Path(path).expanduser().is_absolute():
         return home / path
     return utils.resolve(path)
+
+
+def find_torch_home() -> Path:
+    """The folder of torch's own cache, which it calls TORCH_HOME."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
 
 
 def format_downloads(downloads: Iterable[PlannedDownload]) -> str:

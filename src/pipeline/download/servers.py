@@ -136,6 +136,31 @@ class BucketServer:
         return path
 
 
+class WebServer:
+    """Plain addresses of files, or a mirror that has them under <address>/<host>/<path>."""
+
+    kind = "web"
+    commit = ""
+
+    def __init__(self, bundle: Bundle, endpoint: str):
+        self.label, self.endpoint = bundle.repo, endpoint
+        self.address = f"{endpoint}/{bundle.repo}" if endpoint else f"https://{bundle.repo}"
+
+    def list_folder(self, folder: str) -> list[Entry]:
+        """The file of a name, with the beginning of its SHA-256 where the name holds that."""
+        url = self.locate(folder)
+        with explain_errors(url), open_answer(url, {}, url) as response:
+            size = response.headers.get("Content-Length", "")
+        if not size.isdecimal():
+            raise PerceptError(f"The server does not tell the size of {url}: take a mirror.")
+        digest = re.search(r"-([0-9a-f]{8,})\.", folder)
+        return [Entry(folder, int(size), f"sha256:{digest[1]}" if digest else "")]
+
+    def locate(self, path: str) -> str:
+        """The whole address."""
+        return f"{self.address}/{quote(path)}"
+
+
 class FolderServer:
     """A mirror that is a folder on this machine."""
 
@@ -150,10 +175,12 @@ class FolderServer:
         """The files in a folder; "" is the top level alone, "**" everything."""
         top = self.root if folder in TOP_LEVEL else self.root / folder
         with explain_errors(f"The mirror {top}"):
-            paths = top.rglob("*") if folder else top.glob("*")
+            paths = sorted(top.rglob("*") if folder else top.glob("*"))
+            if top.is_file():
+                paths = [top]
             return [
                 Entry(str(path.relative_to(self.root)), path.stat().st_size, "")
-                for path in sorted(paths)
+                for path in paths
                 if path.is_file()
             ]
 
@@ -203,14 +230,16 @@ def open_remote(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
             offset = _read_offset(file, start, answer.get("ContentRange"))
             yield offset, body.iter_chunks(CHUNK_BYTES)
     else:
-        url = hf_hub_url(
-            file.repo,
-            file.path,
-            repo_type=file.kind,
-            revision=file.revision,
-            endpoint=file.endpoint or None,
-        )
-        headers |= build_hf_headers(token=False if file.endpoint else None)
+        url = file.path
+        if file.kind != "web":
+            url = hf_hub_url(
+                file.repo,
+                file.path,
+                repo_type=file.kind,
+                revision=file.revision,
+                endpoint=file.endpoint or None,
+            )
+            headers |= build_hf_headers(token=False if file.endpoint else None)
         with open_answer(url, headers, file.path) as response:
             content_range = response.headers.get("Content-Range", "")
             offset = 0

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from src.decoding.configs import DecoderSizes, build_decoder_config
 from src.decoding.voting import VOTES, parse_voters
+from src.encoding.features import FEATURE_SPACES
+from src.encoding.gabor import GaborPyramid
+from src.encoding.model import PCA_IMAGES
+from src.encoding.pool import MINI_POOL_IMAGES
 from src.losses import combined_loss, info_nce, l2_normalize, soft_clip_loss
 from src.networks.rebuild import build_decoder
+from src.parameters import list_decoders
 from src.pipeline.dryrun.memory import estimate_training_memory
 from src.pipeline.dryrun.sizes import (
     FLOAT_BYTES,
     HALF_BYTES,
+    DataSizes,
     Sizes,
     count_inputs,
     count_voxels,
@@ -287,6 +293,69 @@ def _estimate_voter(p: Parameters, width: int, batch_size: int) -> tuple[int, di
     return _count_all_on_meta(build), memory
 
 
+def estimate_encoder(p: Parameters, sizes: Sizes) -> Needs:
+    """01_train_encoder: a closed form, whose memory is that of features and responses."""
+    data, models = sizes.data, sizes.models
+    width, images = count_voxels(p, data), data.train_images
+    features = models.tokens * models.dim + GaborPyramid().n_features
+    responses = FLOAT_BYTES * images * width
+    memory = {
+        "features": FLOAT_BYTES * features * (images + min(images, PCA_IMAGES)),
+        "responses, predictions and residuals": 3 * responses,
+        "single trials": FLOAT_BYTES * data.train_trials * width,
+        "frozen CLIP": models.frozen_bytes["CLIP"],
+    }
+    weights = sum(space.n_components for space in FEATURE_SPACES.values())
+    disk = {
+        "encoding model": FLOAT_BYTES * weights * (width + features),
+        "residuals": responses,
+        "cached targets": models.embedding_bytes * data.all_images,
+    }
+    return Needs({}, memory, disk)
+
+
+def estimate_percept(p: Parameters, sizes: Sizes) -> Needs:
+    """02_train_percept: components of tokens and latents, from measured and simulated trials."""
+    data, models = sizes.data, sizes.models
+    width = count_inputs(p, data)
+    counts = {"clip_tokens": p["token_components"], "vae_latents": p["latent_components"]}
+    decoder_sizes = DecoderSizes(
+        (width,), models.tokens, models.dim, models.latent, components=counts
+    )
+    config = build_decoder_config("02_train_percept", p, decoder_sizes)
+
+    def build() -> nn.Module:
+        return build_decoder(config)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(torch.zeros(p["batch_size"], width)).square().mean()
+
+    memory = estimate_training_memory(build, loss, p["precision"])
+    count = _count_all_on_meta(build)
+    outputs = sum(counts.values())
+    pool = _count_pool_images(p, data)
+    numbers = models.tokens * models.dim + (math.prod(models.latent) if outputs else 0)
+    memory["average of the weights"] = FLOAT_BYTES * count if p["weight_average"] else 0.0
+    memory["bases of the components"] = FLOAT_BYTES * numbers * max(counts.values())
+    memory["simulated responses and noise"] = HALF_BYTES * width * (pool + p["n_draws"])
+    memory["components of targets"] = FLOAT_BYTES * outputs * (pool + data.train_trials)
+    memory["frozen models"] = models.frozen_bytes["CLIP"] + models.frozen_bytes["autoencoder"]
+    own_pool = 0 if p["pool"] == "train" else pool
+    targets = models.embedding_bytes + models.latent_bytes
+    cached = targets * (data.all_images + own_pool)
+    memory["mapped data"] = data.betas_bytes + cached
+    disk = {"cached targets": cached, "images of the pool": float(data.image_bytes * own_pool)}
+    return Needs({"network": count}, memory, disk)
+
+
+def _count_pool_images(p: Parameters, data: DataSizes) -> int:
+    """Images of the pool: as many as are asked for, all of one that is known; of a folder that
+    nobody has counted yet, as many as the mini models were trained on.
+    """
+    n_known = data.train_images if p["pool"] == "train" else MINI_POOL_IMAGES
+    return min(n_known, p["pool_images"] or n_known)
+
+
 def estimate_prepared_data(p: Parameters, sizes: Sizes) -> Needs:
     """00_prepare_data: the prepared layout."""
     data = sizes.data
@@ -298,14 +367,17 @@ def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     """03_reconstruct: images of all decoders and baselines, tokens, and the published files."""
     data, models = sizes.data, sizes.models
     n = p["first_images"] or data.test_images
-    decoders = 2 if p["decoder"] == "both" else 1
+    names = list_decoders(p["decoder"])
+    decoders = len(names)
     # at most: of each decoder its low level; an untrained network; fewer repeats; stored samples;
     # the oracle and the autoencoder
     rows = decoders + 2 + p["keep_samples"]
     rows += len([part for part in p["fewer_repeats"].split(",") if part.strip()])
     if p["img2img_strength"] < 1:
         rows += decoders
-    if p["untrained"] and p["decoder"] != "ridge":
+    if p["recons_per_sample"] > 1:  # the first sample, and what the tokens choose
+        rows += 1 + (p["selection"] == "brain")
+    if p["untrained"] and "network" in names:
         rows += 1
     image = _count_image_bytes(p, sizes)
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
@@ -320,6 +392,20 @@ def estimate_reconstructions(p: Parameters, sizes: Sizes) -> Needs:
     return Needs(disk=disk)
 
 
+def estimate_refinement(p: Parameters, sizes: Sizes) -> Needs:
+    """04_refine: refined images, and the published files of pictures and tokens."""
+    data, models = sizes.data, sizes.models
+    n = data.test_images
+    rows = (1 + p["refine_ceiling"]) if p["refine"] else 0
+    tokens = FLOAT_BYTES * n * models.tokens * models.dim
+    return Needs(
+        disk={
+            "images": n * rows * _count_image_bytes(p, sizes),
+            "published files": 3 * n * FLOAT_BYTES * 3 * 256**2 + 3 * tokens,
+        }
+    )
+
+
 def estimate_votes(p: Parameters, sizes: Sizes) -> Needs:
     """03_vote: images of all voters, votes and baselines."""
     data = sizes.data
@@ -327,8 +413,7 @@ def estimate_votes(p: Parameters, sizes: Sizes) -> Needs:
     voters = max(1, p["voters"].count(",") + 1)
     # and the best voter of each image, the mean latent, the oracle, two low levels
     rows = voters + len(VOTES) + 5 + p["untrained"]
-    if p["decoder"] == "both":
-        rows += 1
+    rows += len(list_decoders(p["decoder"])) - 1
     originals = 3 * HALF_BYTES * data.image_bytes  # seen, mean image, nearest training image
     return Needs(disk={"images": n * (rows * _count_image_bytes(p, sizes) + originals)})
 
@@ -345,18 +430,38 @@ def estimate_ridge_memory(stage: str, sizes: Sizes, width: int) -> float:
     centring, folds and predictions make of them.
 
     Args:
-        stage: name of the notebook; 01 predicts embeddings, 02 latents.
+        stage: name of the notebook; 01 and Percept's predict embeddings, 02 latents.
         sizes: of the data and the frozen models.
         width: number of inputs.
     """
-    n, targets = sizes.data.train_images, math.prod(sizes.models.latent)
-    if stage.startswith("01"):
-        targets = sizes.models.tokens * sizes.models.dim
+    n, targets = sizes.data.train_images, _count_targets(stage, sizes)
     # the numbers of copies are measured
     inputs_size = 6 * n * width
     targets_size = 5 * n * targets
     weights_size = 4 * width * targets + 4 * width * width
     return FLOAT_BYTES * (inputs_size + targets_size + weights_size)
+
+
+def estimate_kernel_memory(stage: str, sizes: Sizes, width: int) -> float:
+    """Bytes of fitting the kernel decoder: voxels, targets and coefficients, the covariances of
+    signal and noise, and the kernel of the training images, each with its copies.
+
+    Args:
+        stage: name of the notebook; 01 and Percept's predict embeddings, 02 latents.
+        sizes: of the data and the frozen models.
+        width: number of inputs.
+    """
+    n, targets = sizes.data.train_images, _count_targets(stage, sizes)
+    inputs_size = 4 * n * width
+    targets_size = 4 * n * targets
+    return FLOAT_BYTES * (inputs_size + targets_size + 5 * width * width + 6 * n * n)
+
+
+def _count_targets(stage: str, sizes: Sizes) -> int:
+    """Numbers that a closed form predicts of an image."""
+    if stage.startswith("01") or stage == "02_train_percept":
+        return sizes.models.tokens * sizes.models.dim
+    return math.prod(sizes.models.latent)
 
 
 def _count_all_on_meta(build: Callable[[], nn.Module]) -> int:
@@ -372,7 +477,10 @@ NEEDS: dict[str, Callable[[Parameters, Sizes], Needs]] = {
     "01_train_mindeye2": estimate_mindeye2,
     "02_train_autoencoder": estimate_low_level,
     "02_train_basic_autoencoder": estimate_basic,
+    "01_train_encoder": estimate_encoder,
+    "02_train_percept": estimate_percept,
     "02_train_roi_models": estimate_roi_models,
     "03_reconstruct": estimate_reconstructions,
     "03_vote": estimate_votes,
+    "04_refine": estimate_refinement,
 }

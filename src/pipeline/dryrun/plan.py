@@ -13,12 +13,27 @@ from huggingface_hub import try_to_load_from_cache
 
 from src import utils
 from src.data.layout import subject_folder
-from src.parameters import find_recipe_files, read_recipe
+from src.parameters import find_recipe_files, list_decoders, read_recipe
+from src.pipeline.download.bundles import BUNDLES
+from src.pipeline.download.files import Bundle
 from src.pipeline.dryrun.memory import measure_base_memory
-from src.pipeline.dryrun.needs import NEEDS, Needs, estimate_ridge_memory
-from src.pipeline.dryrun.sizes import FLOAT_BYTES, Sizes, count_inputs, find_sizes
+from src.pipeline.dryrun.needs import (
+    NEEDS,
+    Needs,
+    estimate_kernel_memory,
+    estimate_ridge_memory,
+)
+from src.pipeline.dryrun.sizes import (
+    FLOAT_BYTES,
+    HALF_BYTES,
+    Sizes,
+    count_inputs,
+    find_sizes,
+)
+from src.pipeline.needs import list_bundles
+from src.pipeline.recipes import list_stages
 from src.pretrained.base import HUB, locate_model
-from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
+from src.pretrained.clip_variants import PATCH_VARIANTS
 from src.utils import PerceptError, resolve, to_device
 
 TRAININGS = (
@@ -27,8 +42,14 @@ TRAININGS = (
     "01_train_mindeye2",
     "02_train_autoencoder",
     "02_train_basic_autoencoder",
+    "02_train_percept",
     "02_train_roi_models",
 )
+
+# of an image, in half precision: bigG's patch tokens, and GIT-large's hidden states
+DECODED_BYTES, CAPTIONER_BYTES = HALF_BYTES * 256 * 1664, HALF_BYTES * 257 * 1024
+
+UNCLIP_BYTES = 5.5e9  # of the network in half precision and its autoencoder
 
 INDEX_FILES = ("config.json", "model_index.json")  # one of these is among a model's files
 
@@ -77,7 +98,9 @@ def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
         stage: name of the notebook.
         parameters: its effective parameters, all of them.
     """
-    if stage not in NEEDS or (stage in TRAININGS and parameters["decoder"] == "ridge"):
+    if stage not in NEEDS or (
+        stage in TRAININGS and "network" not in list_decoders(parameters["decoder"])
+    ):
         return None
     # of decoding stages: a parameter that their training alone has
     hidden = _predicts_all_tokens(str(parameters.get("recipe", "")))
@@ -86,6 +109,7 @@ def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     sizes = find_sizes(parameters)
     needs = NEEDS[stage](parameters, sizes)
     plan = Plan(stage, needs.parameters, needs.memory, needs.disk)
+    plan.disk |= _estimate_caches(stage, parameters, sizes)
     if needs.parameters:
         plan.memory = {"interpreter and libraries": base} | needs.memory
         plan.memory |= _estimate_preparation(stage, parameters, sizes, needs.memory)
@@ -93,6 +117,23 @@ def plan_stage(stage: str, parameters: Mapping[str, Any]) -> Plan | None:
     plan.warnings.extend(_find_missing_inputs(stage, parameters))
     plan.warnings.extend(_find_missing_resources(plan))
     return plan
+
+
+def _estimate_caches(stage: str, parameters: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
+    """Disk of what MindEye2's later stages cache and rewrite, in bytes, beside their results."""
+    target = _find_patch_model(str(parameters.get("recipe", "")))
+    if not target or parameters.get("weights") != "hub":
+        return {}
+    images = sizes.data.all_images
+    caches = {}
+    if stage == "03_reconstruct":
+        if target != PATCH_VARIANTS["bigG"]:
+            caches["tokens that the decoder reads"] = images * DECODED_BYTES
+        if not (utils.HOME / "data" / "unclip").exists():
+            caches["unCLIP decoder, rewritten"] = UNCLIP_BYTES
+    if stage == "04_refine" and parameters["caption"]:
+        caches["tokens of the captioner"] = images * CAPTIONER_BYTES
+    return caches
 
 
 def _estimate_preparation(
@@ -107,10 +148,15 @@ def _estimate_preparation(
         components = FLOAT_BYTES * data.train_trials * (data.voxels + 2 * width)
     network = sum(size for name, size in memory.items() if name != "mapped data")
     beyond = {"finding components, beyond that": max(0.0, components - network)}
-    if parameters["decoder"] == "both":  # fitted after the training, in what that has left
-        freed = memory["optimizer state"] + memory["activations and gradients"]
+    # fitted after the training, in what that has left
+    freed = memory["optimizer state"] + memory["activations and gradients"]
+    decoders = list_decoders(parameters["decoder"])
+    if "ridge" in decoders:
         ridge = estimate_ridge_memory(stage, sizes, width)
         beyond["ridge baseline, beyond that"] = max(0.0, ridge - freed)
+    if "kernel" in decoders:
+        kernel = estimate_kernel_memory(stage, sizes, width)
+        beyond["kernel decoder, beyond that"] = max(0.0, kernel - freed)
     return beyond
 
 
@@ -137,46 +183,12 @@ def _predicts_all_tokens(recipe: str) -> bool:
     return all(read_recipe(file).get("hidden", True) for file in files)
 
 
-def _list_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Names of the pretrained models that a stage loads."""
-    if "clip_seq_dim" in parameters:
-        patch_model = PATCH_VARIANTS[parameters["clip_variant"]]
-    else:
-        patch_model = _find_patch_model(str(parameters.get("recipe", "")))
-    if patch_model:
-        return _list_mindeye2_models(stage, parameters.get("weights", ""), patch_model)
-    clip = CLIP_VARIANTS[parameters.get("clip_variant", "ViT-L/14")]
-    hidden = parameters.get("hidden", True)
-    generator = "versatile_diffusion" if hidden else "image_variation"
-    decoding = ["stable_diffusion"]  # of the low level alone
-    if parameters.get("img2img_strength", 1):
-        decoding = [clip, generator]
-    samples = ["image_variation"] if parameters.get("n_samples_save") else []
-    captioner = ["blip"] if parameters.get("strength", 0) > 0 else []
-    models = {
-        "01_train_high_level": [clip],
-        "01_train_combined": [clip, *samples],
-        "02_train_autoencoder": ["versatile_diffusion"],
-        "02_train_basic_autoencoder": ["stable_diffusion"],
-        "03_reconstruct": decoding,
-        "02_train_roi_models": ["stable_diffusion"],
-        "03_vote": ["clip", "stable_diffusion", *captioner],
-    }
-    return models.get(stage, [])
-
-
-def _list_mindeye2_models(stage: str, weights: str, patch_model: str) -> list[str]:
-    """Names of the pretrained models that a stage of a MindEye2 recipe loads."""
-    target, decoded = patch_model, "clip-bigG"
-    if weights == "mini":
-        target, decoded = "clip", "clip"
-    clips = list(dict.fromkeys([target, decoded]))
-    models = {
-        "01_train_mindeye2": [target, "image_variation"],
-        "03_reconstruct": [*clips, "image_variation", "unclip"],
-        "04_refine": [target, "git"],
-    }
-    return models.get(stage, [])
+def _list_local_models(stage: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Names of the models of a folder that a stage loads, as `locate_model` knows them."""
+    names = list_bundles(stage, {**parameters, "weights": "hub"}, [stage])
+    if parameters["weights"] == "mini":  # of which there is one CLIP
+        names = ["clip" if name.startswith("clip") else name for name in names]
+    return [name for name in dict.fromkeys(n.removesuffix("_vae") for n in names) if name in HUB]
 
 
 def _find_patch_model(recipe: str) -> str:
@@ -199,29 +211,49 @@ def _find_missing_inputs(stage: str, parameters: Mapping[str, Any]) -> Iterator[
                 f"There is nothing at {parameters['data_path']}: set data_path to where the files"
                 f" of '{parameters['source']}' lie (README, Your own fMRI)."
             )
-    models = _list_models(stage, parameters)
     weights = parameters.get("weights", "")
-    if models and weights == "hub" and not _has_gpu():
-        yield "There is no GPU here: at full size this stage would take weeks."
-    for name in models:
-        try:
-            location = locate_model(name, weights)
-        except PerceptError as error:
-            if name in HUB:  # others come with a package of their own
+    if weights != "hub":
+        for name in _list_local_models(stage, parameters) if weights else ():
+            try:
+                locate_model(name, weights)
+            except PerceptError as error:
                 yield str(error)
-            continue
-        if weights == "hub" and not _is_in_cache(location, parameters.get("vd_cache_dir")):
-            yield f"{location} is not in the hub's cache: it will be downloaded."
+        return
+    names = [name for name in list_bundles(stage, parameters, _list_stages(stage, parameters))]
+    if names and not _has_gpu():
+        yield "There is no GPU here: at full size this stage would take weeks."
+    for name in names:
+        bundle = BUNDLES[name]
+        if bundle.in_hub_cache and not _is_in_cache(bundle, parameters.get("vd_cache_dir")):
+            yield f"{bundle.repo} is not in the hub's cache: it will be downloaded."
+        elif bundle.folder and not bundle.is_of_subjects and not _is_in_folder(bundle):
+            yield f"{bundle.folder} lacks {bundle.title}: run 'python run.py download {name}'."
+
+
+def _list_stages(stage: str, parameters: Mapping[str, Any]) -> list[str]:
+    """The stages of the recipe; this stage alone where there is none."""
+    recipe = str(parameters.get("recipe", "")).partition("/")[0]
+    return list_stages(recipe) if recipe else [stage]
 
 
 def _has_gpu() -> bool:
     return to_device("auto").startswith("cuda")
 
 
-def _is_in_cache(repo: str, folder: str | None) -> bool:
+def _is_in_cache(bundle: Bundle, folder: str | None) -> bool:
     """Whether a model is in the hub's cache."""
-    paths = [try_to_load_from_cache(repo, file, cache_dir=folder or None) for file in INDEX_FILES]
+    patterns = bundle.patterns(subj=1)
+    places = [place for place in (pattern.folder for pattern in patterns) if place != "**"]
+    names = [f"{place}/{name}".lstrip("/") for place in places or [""] for name in INDEX_FILES]
+    options = {"cache_dir": folder or None, "revision": bundle.revision}
+    paths = [try_to_load_from_cache(bundle.repo, name, **options) for name in names]
     return any(isinstance(path, str) for path in paths)
+
+
+def _is_in_folder(bundle: Bundle) -> bool:
+    """Whether the files of a bundle lie where the stages look for them."""
+    names = [pattern.description for pattern in bundle.patterns(subj=1)]
+    return all((resolve(bundle.folder) / name.rpartition("/")[2]).exists() for name in names)
 
 
 def _find_missing_resources(plan: Plan) -> Iterator[str]:

@@ -15,7 +15,7 @@ from src.data.subject import open_subject
 from src.miniworld.cortex import N_VOXELS
 from src.miniworld.images import IMAGE_SIZE
 from src.pretrained.base import MINI_MODELS
-from src.pretrained.clip import CLIP_VARIANTS, PATCH_VARIANTS
+from src.pretrained.clip_variants import CLIP_VARIANTS, PATCH_VARIANTS, find_patch_variant
 from src.utils import PerceptError
 
 FLOAT_BYTES, HALF_BYTES = 4.0, 2.0
@@ -229,6 +229,8 @@ def _find_model_sizes(parameters: Mapping[str, Any]) -> ModelSizes:
     variant = parameters.get("clip_variant", "ViT-L/14")
     is_mindeye2 = "clip_seq_dim" in parameters  # no class token, no projection
     if is_mindeye2:
+        size = parameters["clip_seq_dim"], parameters.get("clip_emb_dim", 0)
+        variant = find_patch_variant(variant, *size)
         (tokens, dim), latent = PATCH_SIZES[variant], (4, 28, 28)
     else:
         (tokens, dim), latent = CLIP_SIZES[variant], (4, 64, 64)
