@@ -18,6 +18,7 @@ from src.encoding.banded_ridge import (
 )
 from src.encoding.gabor import split_into_opponent_channels
 from src.encoding.model import FeatureProjection
+from src.figures import plot_spectra
 from src.utils import PerceptError
 
 SPACES = {"first": FeatureSpace(0, False), "second": FeatureSpace(0, False)}
@@ -428,3 +429,11 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         save_file({"x": torch.zeros(1)}, path, metadata={"config": json.dumps(config)})
         with pytest.raises(PerceptError, match="encoder.safetensors"):
             encoding.load_encoder(tmp_path)
+
+
+def test_logarithmic_axes_have_plain_numbers():
+    figure = plot_spectra({"signal": np.diag([100.0, 10.0, 1.0, 0.1]), "noise": np.eye(4)})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert {"1", "100"} <= set(labels) and not any("$" in label for label in labels)

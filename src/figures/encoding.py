@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from src.figures.base import (
     COLOURS,
@@ -152,7 +152,10 @@ def plot_spectra(covariances: Mapping[str, Any], n_dimensions: int = 100) -> Fig
         ranks = np.arange(1, len(values) + 1)
         look: Look = {"marker": MARKERS[number], "ms": 4, "markevery": 0.15}
         ax.loglog(ranks, values, color=COLOURS[number], label=name, **look)
-    ax.set(xlabel="rank", ylabel="variance along the axis")
+    ax.set(xlabel="axis, from the largest variance", ylabel="variance along the axis")
+    for axis in (ax.xaxis, ax.yaxis):  # powers of ten would be formulas, which figures do not have
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize=8)
     ax.grid()
     return fig
