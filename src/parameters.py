@@ -480,7 +480,7 @@ def _find_own_dataset(recipe: str) -> str:
 
 
 def make_run_name(recipe: str, parameters: Mapping[str, Any]) -> str:
-    """Name of a run: `model_name`, by default <recipe>[-mini][-<dataset>]-subj01.
+    """Name of a run: `model_name`, by default `<recipe>[-mini][-<dataset>]-subj01`.
 
     The data set is part of it where it is not the recipe's own. The default is followed by
     -cluster-held-out, -4sessions and -pca30 where the training differs in these. The number of
