@@ -25,13 +25,19 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from src.parameters import Parameter, parse_parameters, read_parameters_cell
 from src.utils import HOME, ROOT
-from tools.render_notebook import find_executed, reduce_colours, render_notebook
+from tools.render_notebook import (
+    find_executed,
+    insert_below_title,
+    reduce_colours,
+    render_notebook,
+)
 
 BUILD = ROOT / "build" / "docs"
 SITE = ROOT / "build" / "site"
@@ -49,11 +55,11 @@ COPIED = {
     "train_logs/README.md": "checkpoint_files.md",
     "benchmarks/README.md": "benchmarks.md",
 }
-# Options of mkdocstrings for a module, and for a package: its docstring alone.
-PACKAGE_OPTIONS: dict[bool, list[str]] = {
-    False: [],
-    True: ["    options:", "      members: false", "      show_if_no_docstring: true"],
-}
+# Options of mkdocstrings: of a package the docstring alone, as its members are shown with the
+# modules that they come from; of a module that has a page for itself no second title.
+PACKAGE_OPTIONS = ["    options:", "      members: false", "      show_if_no_docstring: true"]
+PAGE_OPTIONS = ["    options:", "      show_root_heading: false"]
+PAGE_NAME = re.compile(r"(?<![\w/(\[`])docs/(\w+)\.md\b(?!\))")  # a page that a sentence names
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -80,7 +86,9 @@ class Repository:
         notebook = f"notebooks/{QUICKSTART}.ipynb"
         binder = f"https://mybinder.org/v2/gh/{self.name}/HEAD?urlpath=lab/tree/{notebook}"
         colab = f"https://colab.research.google.com/github/{self.name}/blob/HEAD/{notebook}"
-        return f"[Open in Binder]({binder}){{ .md-button }} [Open in Colab]({colab}){{ .md-button }}"
+        return (
+            f"[Open in Binder]({binder}){{ .md-button }} [Open in Colab]({colab}){{ .md-button }}"
+        )
 
 
 # ------------------------------------------------------------------------------------------- links
@@ -122,7 +130,25 @@ def convert_links(text: str, path: str, page: str, repository: Repository) -> st
         relative = posixpath.relpath(linked_page, posixpath.dirname(page) or ".")
         return f"{mark}[{label}]({relative}{anchor or ''})"
 
-    return LINK.sub(convert, text)
+    return LINK.sub(convert, link_page_names(text, page))
+
+
+def link_page_names(text: str, page: str) -> str:
+    """Make a link of every page of docs/ that a text names, e.g. docs/prior.md.
+
+    Args:
+        text: Markdown.
+        page: that the text stands on, relative to the site.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if not (ROOT / "docs" / f"{name}.md").exists():
+            return match.group(0)
+        target = posixpath.relpath(f"{name}.md", posixpath.dirname(page) or ".")
+        return f"[{name}]({target})"
+
+    return PAGE_NAME.sub(link, text)
 
 
 # ------------------------------------------------------------------------------------------- pages
@@ -156,8 +182,8 @@ def make_parameter_table(parameters: Iterable[Parameter]) -> str:
     """A table of parameters: name, default value, meaning."""
     rows = ["| parameter | default | meaning |", "|---|---|---|"]
     for parameter in parameters:
-        default = escape_cell(repr(parameter.default))
-        rows.append(f"| `{parameter.name}` | `{default}` | {escape_cell(parameter.comment)} |")
+        default, meaning = escape_cell(repr(parameter.default)), escape_cell(parameter.comment)
+        rows.append(f"| `{parameter.name}` | `{default}` | {meaning} |")
     return "\n".join(rows)
 
 
@@ -202,14 +228,21 @@ def write_notebooks(repository: Repository) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for notebook in list_notebooks():
         executed = find_executed(notebook.stem, HOME / "results")
-        state = f"Executed in `results/{executed.parent.name}`." if executed else "Not executed here."
-        parts = [state, repository.link_file("Notebook file", f"notebooks/{notebook.name}") + "."]
+        state = (
+            f"Executed in `results/{executed.parent.name}`." if executed else "Not executed here."
+        )
+        parts = [state]
+        if repository.name:
+            parts.append(repository.link_file("Notebook file", f"notebooks/{notebook.name}") + ".")
         if has_parameters(notebook):
-            write_page(f"parameters/{notebook.stem}.md", make_parameter_page(notebook))
+            page = f"parameters/{notebook.stem}.md"
+            write_page(page, link_page_names(make_parameter_page(notebook), page))
             parts.append(f"Its parameters [as tables](../parameters/{notebook.stem}.md).")
         if notebook.stem == QUICKSTART:
             parts.append(repository.make_badges())
-        render_notebook(notebook, executed, folder, " ".join(filter(None, parts)))
+        page = f"tutorials/{notebook.stem}.md"
+        body = render_notebook(notebook, executed, folder, partial(link_page_names, page=page))
+        write_page(page, insert_below_title(body, " ".join(filter(None, parts))))
     reduce_colours(folder)
 
 
@@ -251,7 +284,8 @@ def write_reference() -> None:
     for unit in sorted(unit for unit in units if unit.is_dir() or unit.suffix == ".py"):
         lines = [f"# src.{unit.stem}", ""]
         for name in list_modules(unit):
-            lines += [f"::: {name}", *PACKAGE_OPTIONS[is_package(name)], ""]
+            options = PACKAGE_OPTIONS if is_package(name) else []
+            lines += [f"::: {name}", *(options if unit.is_dir() else PAGE_OPTIONS), ""]
         write_page(f"api/{unit.stem}.md", "\n".join(lines))
 
 
@@ -263,7 +297,9 @@ def expand_navigation(entry: object) -> object:
     if isinstance(entry, list):
         return [expand_navigation(value) for value in entry]
     if isinstance(entry, str) and entry.endswith("/"):
-        pages = {path.stem: f"{entry}{path.name}" for path in (BUILD / "pages" / entry).glob("*.md")}
+        pages = {
+            path.stem: f"{entry}{path.name}" for path in (BUILD / "pages" / entry).glob("*.md")
+        }
         first = [name for name in (QUICKSTART,) if name in pages]
         return [pages[name] for name in first + sorted(set(pages) - set(first))]
     return entry

@@ -7,6 +7,7 @@ notebook is shown as it is in the repository, without outputs.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +70,27 @@ def insert_below_title(body: str, note: str) -> str:
     return f"{title}\n\n{note}\n{rest}"
 
 
-def render_notebook(source: Path, executed: Path | None, folder: Path, note: str) -> None:
-    """Write a notebook as a page `<stem>.md` with its figures beside it.
+def render_notebook(
+    source: Path, executed: Path | None, folder: Path, convert: Callable[[str], str]
+) -> str:
+    """A notebook as Markdown; its figures are written as files.
 
     Args:
         source: the notebook of the repository.
         executed: its executed copy, None where there is none.
-        folder: where the page goes.
-        note: a paragraph below the title.
+        folder: where the figures go.
+        convert: what is done to the text of its Markdown cells.
     """
     notebook = nbformat.read(executed or source, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not has_tag(cell, "injected-parameters")]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if is_rendered(output)]
+        else:
+            cell.source = convert(cell.source)
     body, resources = MarkdownExporter().from_notebook_node(notebook)
     for name, content in resources.get("outputs", {}).items():
         figure = f"{source.stem}_{name}"
         (folder / figure).write_bytes(content)
         body = body.replace(f"({name})", f"({figure})")
-    page = insert_below_title(clean_text(body), note)
-    (folder / f"{source.stem}.md").write_text(page, encoding="utf-8")
+    return clean_text(body)
