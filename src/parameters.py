@@ -399,6 +399,11 @@ def list_decoders(decoder: str) -> list[str]:
     return list(DECODERS[decoder])
 
 
+def list_closed_forms(decoder: str) -> list[str]:
+    """Those of `list_decoders` that are solved and not trained: of ridge, kernel."""
+    return [name for name in list_decoders(decoder) if name != "network"]
+
+
 def find_recipe_files(recipe: str, stage: str) -> list[Path]:
     """Find the files of a recipe for a stage, in the order in which they apply.
 
