@@ -121,7 +121,7 @@ print(
 
 # %%
 decoders = attach_voxels(trained, seen, untrained, seed)
-main, *others = decoders.values()
+main = decoders[next(iter(trained))]
 for decoder in decoders.values():
     print(decoder.describe())
 

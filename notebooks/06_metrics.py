@@ -163,8 +163,8 @@ alarms
 # share labels or a cluster with the image that was seen.
 
 # %%
-within = score_within_groups(material, instruments)
-print(within.sentence)
+same_kind = score_within_groups(material, instruments)
+print(same_kind.sentence)
 
 # %% [markdown]
 # ## The noise ceiling
@@ -192,7 +192,7 @@ print(*captions.sentences, sep="\n")
 captions.show()
 
 # %%
-parts = (within, correlation, regional)
+parts = (same_kind, correlation, regional)
 for part in parts:
     records += part.records
 table = pd.concat([table, *(part.table for part in parts)], ignore_index=True)
@@ -207,8 +207,8 @@ pd.DataFrame(records)[["name", "value", "low", "high"]]
 # %%
 tables = make_tables(material, metrics, scores, records)
 tables += captions.make_table(references)
-for beside in tables:
-    print(beside["title"], beside["note"], sep=": ")
+for entry in tables:
+    print(entry["title"], entry["note"], sep=": ")
 find_table(tables, "Other decoders on the same images")
 
 # %%

@@ -262,7 +262,10 @@ def describe(values):
 
 
 table = pd.DataFrame(
-    {name: {metric: describe(v) for metric, v in each.items()} for name, each in scores.items()}
+    {
+        condition: {metric: describe(values) for metric, values in values_by_metric.items()}
+        for condition, values_by_metric in scores.items()
+    }
 ).T
 table
 
@@ -273,7 +276,7 @@ table
 # ## What we saw
 
 # %%
-kind = {name: each["kind named"].mean() for name, each in scores.items()}
+kind = {name: values["kind named"].mean() for name, values in scores.items()}
 advantage = (
     scores["reconstructed"]["kind named"] * 1.0 - scores["nearest training image"]["kind named"]
 )

@@ -256,8 +256,8 @@ def attach_voxels(
     complete = {name: _read_voxels(decoder, seen) for name, decoder in decoders.items()}
     main = next(iter(decoders.values()))
     for k in seen.fewer_repeats:
-        fewer = replace(main, name=f"repeats_{k}", repeats=k)
-        complete[fewer.name] = _read_voxels(fewer, seen)
+        shortened = replace(main, name=f"repeats_{k}", repeats=k)
+        complete[shortened.name] = _read_voxels(shortened, seen)
     if untrained and "network" in decoders:
         network = complete["network"]
         seed_everything(seed)
@@ -293,5 +293,5 @@ def list_inputs(run: Run, decoder: Decoder, seen: SeenImages) -> list[Any]:
     encoder_run = str(p["encoder_name"] or run.name)
     encoder = utils.HOME / "train_logs" / encoder_run / "encoder.safetensors"
     files = [*decoder.files, *([encoder] if p["selection"] == "brain" else [])]
-    written = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
-    return [decoder.name, p, written, seen.subject.identity]
+    changed = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
+    return [decoder.name, p, changed, seen.subject.identity]

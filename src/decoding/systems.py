@@ -76,8 +76,8 @@ class System:
 
     def count_samples(self, decoder: Decoder) -> int:
         """Samples of each image that are made: as many as are chosen among, or are looked at."""
-        asked = self.parameters["keep_samples"] if decoder.name == self.main.name else 1
-        return max(self.parameters["recons_per_sample"], asked)
+        n_kept = self.parameters["keep_samples"] if decoder.name == self.main.name else 1
+        return max(self.parameters["recons_per_sample"], n_kept)
 
     def count_images_at_once(self, decoder: Decoder) -> int:
         """Images whose samples fill one batch of the generator, at least 1."""

@@ -76,12 +76,12 @@ def fit_patch_converter(
         explains on validation images.
     """
     subject = open_all_sessions(subject.folder, subject.subj, subject)
-    read, written = (_cache_patch_tokens(encoder, subject) for encoder in (source, target))
+    from_tokens, to_tokens = (_cache_patch_tokens(encoder, subject) for encoder in (source, target))
     made_by = {"from": source.fingerprint()["model"], "to": target.fingerprint()["model"]}
     made_by["images"] = subject.identity["images"]
     converter, history = fit_converter(
-        TokenPairs(read, written, subject.image_ids("train")),
-        TokenPairs(read, written, subject.image_ids("val")),
+        TokenPairs(from_tokens, to_tokens, subject.image_ids("train")),
+        TokenPairs(from_tokens, to_tokens, subject.image_ids("val")),
         folder,
         made_by,
         Batching(epochs, batch_size=128, seed=seed),

@@ -120,13 +120,13 @@ def open_training_images(parameters: Parameters, device: str) -> tuple[Subject, 
     )
     if subject is all_trials:
         return subject, f"all training images are used, protocol {subject.protocol}"
-    kept = {
+    remaining = {
         part: f"{len(subject.image_ids(part))} of {len(all_trials.image_ids(part))}"
         for part in ("train", "val")
     }
     n_held_out = subject.in_excluded_clusters(subject.image_ids("test")).sum()
     return subject, (
-        f"images kept: {kept}; test images in held-out clusters: {n_held_out}, protocol"
+        f"images kept: {remaining}; test images in held-out clusters: {n_held_out}, protocol"
         f" {subject.protocol}"
     )
 

@@ -86,10 +86,10 @@ class Material:
 
     def describe(self) -> str:
         """Shapes of seen images and reconstructions, and the other conditions."""
-        others = ", ".join(list(self.conditions)[1:])
+        names = ", ".join(list(self.conditions)[1:])
         return (
             f"(test images, channels, height, width) = {tuple(self.seen.shape)} seen,"
-            f" {tuple(self.recons.shape)} reconstructed; other rows: {others}"
+            f" {tuple(self.recons.shape)} reconstructed; other rows: {names}"
         )
 
     def find_alarms(self) -> list[str]:

@@ -100,13 +100,13 @@ def draw_figures(
         records: of all scores.
     """
     folder, tensors = material.run.results / "figures", material.tensors
-    drawn = _choose_drawn(material, instruments, scores)
+    panels = _choose_drawn(material, instruments, scores)
     if "train_distance" in tensors and len(material.seen) >= 5:
-        figure = plot_score_by_distance(tensors["train_distance"], drawn)
+        figure = plot_score_by_distance(tensors["train_distance"], panels)
         save_figure(figure, folder / "train_distance.png")
     if "spread" in tensors:
         better = {metric.name: metric.better for metric in instruments.metrics}
-        figure = plot_abstention_curve(tensors["spread"], drawn, better)
+        figure = plot_abstention_curve(tensors["spread"], panels, better)
         save_figure(figure, folder / "abstain.png")
     save_figure(plot_score_dots(records), folder / "scores.png")
 
@@ -117,11 +117,11 @@ def _choose_drawn(
     """Scores of the system that a figure shows: the first few that there are."""
     prefix, mark = instruments.prefix, material.mark
     wished = ["mini:judge:kind", "pixcorr", f"{prefix}EffNet-B1", f"{prefix}SwAV"]
-    known = [prefix + name if METRICS[name].network else name for name in METRICS]
+    registered = [prefix + name if METRICS[name].network else name for name in METRICS]
     judged = [m.name.removesuffix(mark) for m in instruments.metrics if "judge" in m.name]
-    names = dict.fromkeys(name + mark for name in [*wished, *known, *judged])
-    there = [name for name in names if ("system", name) in scores]
-    return {name: scores["system", name] for name in there[:DRAWN]}
+    names = dict.fromkeys(name + mark for name in [*wished, *registered, *judged])
+    available = [name for name in names if ("system", name) in scores]
+    return {name: scores["system", name] for name in available[:DRAWN]}
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -181,13 +181,13 @@ def _score_refined(
         upper_bound: condition that is theirs.
     """
     conditions = {"system": material.conditions["refined"]}
-    own = score_table(material.seen, conditions, metrics, **material.score_options())
+    own_scores = score_table(material.seen, conditions, metrics, **material.score_options())
     baselines = table[table["row"].isin(SHARED_BASELINES)]
     best = table[table["row"] == upper_bound].assign(row="ceiling")
     reason = "" if len(best) else "the same was not made of the true latents"
-    joined = pd.concat([own, baselines, best], ignore_index=True)
-    asked = joined["metric"].isin([metric.name for metric in metrics])
-    return make_records(joined[asked], metrics, **material.labels, no_upper_bound=reason)
+    joined = pd.concat([own_scores, baselines, best], ignore_index=True)
+    is_asked = joined["metric"].isin([metric.name for metric in metrics])
+    return make_records(joined[is_asked], metrics, **material.labels, no_upper_bound=reason)
 
 
 def list_published_values(
@@ -226,16 +226,16 @@ def make_gallery(
     )
     retrieved = material.run.results / "retrieved.parquet"
     if subject is not None and retrieved.exists():
-        found = pd.read_parquet(retrieved).query("direction == 'image_from_brain'")
-        details["hit"] = found.set_index("image")["rank"].reindex(ids).to_numpy() == 1
+        ranking = pd.read_parquet(retrieved).query("direction == 'image_from_brain'")
+        details["hit"] = ranking.set_index("image")["rank"].reindex(ids).to_numpy() == 1
     if subject is not None and subject.captions is not None:
         first = subject.captions.groupby("image")["caption"].first()
         details["caption"] = first.reindex(ids).fillna("").to_numpy()
     if captions.scored and captions.captions is not None:
         table = captions.captions
         details["caption"] = [
-            f"{own} | from the brain: {brain} | of the image: {image}"
-            for own, brain, image in zip(
+            f"{first_caption} | from the brain: {brain} | of the image: {image}"
+            for first_caption, brain, image in zip(
                 details["caption"], table["brain"], table["git_image"], strict=True
             )
         ]

@@ -39,14 +39,14 @@ def make_tables(
         scores: of `split_by_condition`.
         records: of all scores, for their conditions beside baselines and upper bound.
     """
-    made = [
+    candidates = [
         _compare_repeats(material, metrics, scores),
         _compare_decoders(material, records),
         _compare_distances(material, metrics, scores),
         _compare_held_out(material, metrics, scores),
         _compare_votes(material, metrics, scores),
     ]
-    return [table for table in made if table is not None]
+    return [table for table in candidates if table is not None]
 
 
 def find_table(tables: Sequence[Table], title: str) -> Any:
