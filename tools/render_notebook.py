@@ -22,6 +22,7 @@ FIRST_RUNS = ["percept-mini-subj01", "mindeye-mini-subj01"]  # their notebooks a
 
 # Lines of progress bars and warnings.
 NOISE = re.compile(r"^.*(it/s|s/it|\?it|Warning:|warn\().*\n?", re.MULTILINE)
+TABLE_STYLE = ' border="1" class="dataframe"'  # of pandas; without it tables look like the others
 STYLE = re.compile(r"<style scoped>.*?</style>\n?", re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def is_rendered(output: Any) -> bool:
 
 def clean_text(body: str) -> str:
     """Leave out styles, progress bars and warnings, and shorten paths of this machine."""
-    body = NOISE.sub("", STYLE.sub("", body))
+    body = NOISE.sub("", STYLE.sub("", body)).replace(TABLE_STYLE, "")
     for folder in (ROOT, HOME):
         body = body.replace(f"{folder}/", "")
     return body
