@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from src.parameters import parse_parameters, read_parameters_cell
-from tools import build_docs
+from tools import build_docs, render_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_REPOSITORY = build_docs.Repository("")
@@ -125,7 +125,9 @@ def test_links_become_links_between_pages():
 
     assert convert("[log](../LOG.md)") == "[log](log.md)"
     assert convert("[how](metrics.md#files)") == "[how](metrics.md#files)"
-    assert convert("[01](../notebooks/01_train_encoder.py)") == "[01](tutorials/01_train_encoder.md)"
+    assert (
+        convert("[01](../notebooks/01_train_encoder.py)") == "[01](tutorials/01_train_encoder.md)"
+    )
     assert convert("[loop](../src/training/loop.py)") == "loop"
     named = build_docs.Repository("owner/name")
     address = "https://github.com/owner/name/blob/HEAD/src/losses.py"
@@ -149,3 +151,19 @@ def test_the_site_loads_nothing_from_other_hosts():
 def test_binder_installs_the_locked_core():
     assert "-r ../requirements.lock" in read("binder/requirements.txt").splitlines()
     assert (ROOT / "binder" / "postBuild").stat().st_mode & 0o111
+
+
+def test_outputs_are_cleaned_of_progress_bars_and_paths():
+    bars = "before\n  3%|#  | 1/30 [00:01<00:29, 1.01it/s]\n\n\n\nafter"
+    assert render_notebook.clean_text(bars) == "before\n\nafter"
+    path = f"written to {ROOT}/results/x"
+    assert render_notebook.clean_text(path) == "written to results/x"
+
+
+def test_an_executed_copy_is_taken_from_the_preferred_run(tmp_path):
+    assert render_notebook.find_executed("06_metrics", tmp_path) is None
+    for run in ("a-run", "mindeye-mini-subj01"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "06_metrics.ipynb").touch()
+    copy = render_notebook.find_executed("06_metrics", tmp_path)
+    assert copy == tmp_path / "mindeye-mini-subj01" / "06_metrics.ipynb"

@@ -22,6 +22,7 @@ FIRST_RUNS = ["percept-mini-subj01", "mindeye-mini-subj01"]  # their notebooks a
 
 # Lines of progress bars and warnings.
 NOISE = re.compile(r"^.*(it/s|s/it|\?it|Warning:|warn\().*\n?", re.MULTILINE)
+BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){3,}")  # as progress bars leave them
 TABLE_STYLE = ' border="1" class="dataframe"'  # of pandas; without it tables look like the others
 STYLE = re.compile(r"<style scoped>.*?</style>\n?", re.DOTALL)
 
@@ -54,7 +55,7 @@ def clean_text(body: str) -> str:
     body = NOISE.sub("", STYLE.sub("", body)).replace(TABLE_STYLE, "")
     for folder in (ROOT, HOME):
         body = body.replace(f"{folder}/", "")
-    return body
+    return BLANK_LINES.sub("\n\n", body)
 
 
 def reduce_colours(folder: Path) -> None:
