@@ -345,9 +345,10 @@ print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
 # ## Try this next
-# Each of these takes less than two minutes on the mini world (600 images, two epochs), after
-# `python run.py mindeye --mini --to 00 -p mini_images 600`. Give a `model_name` of your own, and
-# compare `val/image_from_brain` in `train_logs/<run>/high_level/history.csv`:
+# Short experiments on the mini world (600 images, two epochs: the stage took two and a half minutes
+# on one core of a busy machine), after `python run.py mindeye --mini --to 00 -p mini_images 600`.
+# Give a `model_name` of your own, and compare `val/image_from_brain` in
+# `train_logs/<run>/high_level/history.csv`:
 # - without the mixing of voxels: `python run.py mindeye --mini --from 01 --to 01 -p mini_images
 #   600 -p num_epochs 2 -p mixup_pct -1 -p model_name no_mix`;
 # - without the contrastive losses: the same with `-p v2c False`;

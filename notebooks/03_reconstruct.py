@@ -321,8 +321,8 @@ print(f"The reconstructions are {gain:+.3f} better than a lookup among the train
 # cannot do.
 #
 # ## Try this next
-# After `python run.py mindeye --mini`, each of these takes less than two minutes on the mini world
-# (`-p first_images 20` keeps it short):
+# Short experiments on the mini world, after `python run.py mindeye --mini` (with 40 images and all
+# decoders the stage took three and a half minutes on one core of a busy machine):
 # - the tokens alone, without the blurry image: `python run.py mindeye --mini --from 03 --to 03 -p
 #   img2img_strength 1.0 -p first_images 20`;
 # - four samples, of which one is chosen: the same with `-p recons_per_sample 4`;

@@ -292,7 +292,8 @@ print(
 # %% [markdown]
 # ## Try this next
 #
-# Change a line, then run the cells from there on. Each takes less than two minutes.
+# Change a line, then run the cells from there on. The whole notebook took less than two
+# minutes of one core.
 #
 # - Less noise or more: `X_test = subject.get_mean_betas("test", 1, normaliser)[0]` reads one trial
 #   of each test image instead of the mean of three.

@@ -2,6 +2,7 @@
 .py export.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -71,3 +72,23 @@ def test_export_is_the_notebook(path, tmp_path):
     assert (tmp_path / "out.py").read_text() == path.with_suffix(".py").read_text(), (
         "run `make notebooks`"
     )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_ends_with_what_was_seen_and_what_to_try(path):
+    sources = ["".join(cell["source"]) for cell in cells(path)]
+    heads = [i for i, source in enumerate(sources) if "## What we saw" in source]
+    assert len(heads) == 1 and "## Try this next" in sources[-1]
+    assert "print(" in sources[heads[0] + 1]  # computed, not written in advance
+
+
+@pytest.mark.parametrize(
+    "stem", ["quickstart", "01_train_high_level", "03_reconstruct", "06_metrics"]
+)
+def test_lessons_have_one_path(stem):
+    """At most eight branches, filters of comprehensions counted, and 30 imported names."""
+    nodes = list(ast.walk(ast.parse((parameters.NOTEBOOKS / f"{stem}.py").read_text())))
+    n_branches = sum(isinstance(node, ast.If | ast.IfExp) for node in nodes)
+    n_branches += sum(len(node.ifs) for node in nodes if isinstance(node, ast.comprehension))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert n_branches <= 8 and sum(len(node.names) for node in imports) <= 30
