@@ -2,7 +2,8 @@
 # Make .venv with what Percept needs. Safe to run again: it does nothing when nothing has changed.
 #
 #   bash setup.sh                 what every recipe needs (`make demo` calls this)
-#   bash setup.sh --extra NAME    and one extra: nsd, search, captions, attribution, tracking, scale
+#   bash setup.sh --extra NAME    and one extra: nsd, search, captions, attribution, tracking, docs,
+#                                 scale
 #   bash setup.sh --all           every extra but scale, and what tests need (`make test` calls this)
 #
 # Variables: PYTHON (the interpreter to use, 3.11 or newer; uv finds one by default).
@@ -19,10 +20,10 @@ while [ $# -gt 0 ]; do
         --all) level=all ;;
         --extra)
             [ $# -gt 1 ] ||
-                die "--extra takes a name: nsd, search, captions, attribution, tracking or scale."
+                die "--extra takes a name: nsd, search, captions, attribution, tracking, docs or scale."
             case "$2" in
-                nsd | search | captions | attribution | tracking | scale) extras+=("$2") ;;
-                *) die "there is no extra '$2': choose nsd, search, captions, attribution, tracking or scale." ;;
+                nsd | search | captions | attribution | tracking | docs | scale) extras+=("$2") ;;
+                *) die "there is no extra '$2': choose nsd, search, captions, attribution, tracking, docs or scale." ;;
             esac
             shift
             ;;

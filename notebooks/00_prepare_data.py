@@ -259,7 +259,26 @@ ax.set(xlabel="session", ylabel="mean beta", title="Level of a few voxels over t
 save_figure(fig, run.results / "figures" / "00_drift.png")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+n_images, n_voxels = len(subject.all_images), subject.betas.shape[1]
+print(f"{len(trials):,} trials, in which {n_images:,} images were shown; {n_voxels:,} voxels.")
+ceilings = voxels["noise_ceiling"].dropna()
+print(f"The noise ceiling of a trial is known of {len(ceilings):,} voxels:")
+print(f"median {ceilings.median():.2f}, best tenth above {ceilings.quantile(0.9):.2f}.")
+
+# %% [markdown]
 # Early areas should have higher noise ceilings than higher ones; a ceiling near zero everywhere
 # means that betas and images do not belong together. Repeats of an image should look alike in the
-# trials figure. Next: notebook 01 trains the high level.
+# trials figure.
+#
+# ## Try this next
+# Short experiments on the mini world:
+# - another person, whose simulated brain differs: `python run.py mindeye --mini --to 00 -p subj 2
+#   -p mini_images 600 -p dataset second`;
+# - the same world in another file format: `python run.py mindeye --mini --to 00 -p source_format
+#   bold5000 -p data_path data/bold/source -p mini_images 600 -p dataset bold`;
+# - shorter sessions, z-scored with less data each: the first with `-p trials_per_session 100`.
+#
+# Next: notebook 01 trains the high level.

@@ -154,6 +154,7 @@ from src.training import (
     check_precision,
     check_run,
     describe_closed_form,
+    describe_history,
     fit,
     fit_closed_form,
     gather,
@@ -594,7 +595,21 @@ for name in decoders:
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(describe_history(run.logs / "high_level"))
+
+# %% [markdown]
 # In the grids, "true embedding" is the best that the generator can do; samples from the brain of
-# training images may be better than those of validation images, which is overfitting. Next:
-# notebook 03 reconstructs the test images.
+# training images may be better than those of validation images, which is overfitting.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py combined --mini --to 00 -p mini_images
+# 600`:
+# - fewer passes, to see when retrieval begins to rise: `python run.py combined --mini --from 01
+#   --to 01 -p mini_images 600 -p num_epochs 2 -p model_name short`;
+# - a prior with fewer noise levels: the same with `-p timesteps 50`;
+# - the contrast weighed less: the same with `-p alpha 1.0`.
+#
+# Next: notebook 03 reconstructs the test images.

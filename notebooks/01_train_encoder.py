@@ -306,7 +306,22 @@ score_columns = [name for name in summary if name == "ceiling" or name.startswit
 summary[score_columns].round(3)
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for name, region in summary.iterrows():
+    print(f"{name}: R2 {region['r2 all']:.3f}", end="")
+    print(f" of at most {region.get('ceiling', float('nan')):.3f}")
+
+# %% [markdown]
 # The distance of `r2 all` from `ceiling` by region: it says which areas need better features
-# (`feature_spaces`) or a nonlinear `readout`. Compare models on validation images. Next: notebook
-# 02_train_percept lets this model measure images that nobody saw in a scanner.
+# (`feature_spaces`) or a nonlinear `readout`. Compare models on validation images.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py percept --mini --to 00 -p mini_images
+# 600`:
+# - CLIP's tokens alone: `python run.py percept --mini --from 01 --to 01 -p mini_images 600 -p
+#   feature_spaces tokens`;
+# - early visual areas alone: the same with `-p rois V1,V2,V3`.
+#
+# Next: notebook 02_train_percept lets this model measure images that nobody saw in a scanner.

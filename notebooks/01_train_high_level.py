@@ -90,56 +90,33 @@ run = configure(globals(), "01_train_high_level")
 run
 
 # %%
-import numpy as np
-import torch
 import torch.nn.functional as F
 
-from src.data import (
-    BrainDataset,
-    Normaliser,
-    cache_augmented_targets,
-    cache_targets,
-    open_subject,
-    select_training_split,
-)
-from src.decoding import DecoderSizes, PriorSampling, build_decoder_config, predict_tokens
-from src.figures import plot_embeddings, plot_image_grid, plot_training_curves, save_figure
-from src.losses import (
-    cosine_anneal,
-    cosine_similarity,
-    l2_normalize,
-    mixco,
-    mixco_nce,
-    soft_clip_loss,
-)
-from src.networks import build_decoder, load_laion_prior
-from src.parameters import list_decoders, parse_names
+from src import losses, models
+from src.data import Normaliser
+from src.decoding import TrainingFigures, compare_prior_with_backbone
+from src.figures import plot_training_curves, save_figure
+from src.parameters import list_closed_forms, list_decoders
 from src.pipeline.dryrun import plan_stage
+from src.pretrained import Clipper
+from src.prior import BrainDiffusionPrior
 
 # %%
-from src.pretrained import Clipper
-from src.readers import prepare_if_missing
 from src.training import (
-    CLOSED_FORMS,
-    Batching,
-    Checkpointing,
-    Execution,
-    Optimisation,
     Reporting,
-    apply_augmentation,
-    build_clip_augmentation,
-    check_precision,
     check_run,
     describe_closed_form,
+    describe_history,
+    finish_tracking,
     fit,
     fit_closed_form,
     gather,
-    iterate_batches,
+    high_level,
     open_tracker,
     record_training,
     select_local_rows,
 )
-from src.utils import PerceptError, peak_memory, resolve, seeded
+from src.utils import count_parameters, peak_memory, seeded
 
 # %% [markdown]
 # ## Data
@@ -154,59 +131,15 @@ from src.utils import PerceptError, peak_memory, resolve, seeded
 # test set (docs/sweeps.md): how long has someone to lie in the scanner?
 
 # %%
-published = parse_names(
-    faithful,
-    ("mixco_labels", "norm_decay", "batch_repeats", "resampled_epochs", "train_on_val"),
-    "faithful",
-)
-if not (prior or v2c):
-    raise PerceptError("Neither prior nor v2c is trained: leave at least one of them on.")
-if laion_prior and (hidden or not resolve(laion_prior).is_file()):
-    raise PerceptError(
-        f"laion_prior is '{laion_prior}': it must be a file, and begins the 1x768 model alone"
-        " (hidden False, norm_embs False)."
-    )
-if timesteps == 1:
-    raise PerceptError(
-        "timesteps is 1: a prior needs at least 2 noise levels, or 0 for the published number."
-    )
-decoders = list_decoders(decoder)
-if "network" in decoders:
-    check_precision(run.device, precision, step_in_backward)
-
-# %%
-prepare_if_missing("mindeye", data_path, dataset, subj)
-all_trials = open_subject(dataset, subj)
-subject = select_training_split(
-    all_trials,
-    split,
-    lambda: Clipper(weights, hidden=False, norm_embs=False, device=run.device),
-    n_clusters,
-    num_sessions,
-)
-if subject is not all_trials:
-    remaining = {
-        part: f"{len(subject.image_ids(part))} of {len(all_trials.image_ids(part))}"
-        for part in ("train", "val")
-    }
-    print(
-        f"images kept: {remaining}; test images in held-out clusters:"
-        f" {subject.in_excluded_clusters(subject.image_ids('test')).sum()}, protocol"
-        f" {subject.protocol}"
-    )
+published = high_level.check_parameters(run.parameters, run.device)
+subject, selection = high_level.open_training_images(run.parameters, run.device)
+print(selection)
 print(plan_stage(run.stage, run.parameters) or "No network is trained.")
+
+# %%
 normaliser = Normaliser.fit(subject, n_components=n_components, rois=rois)
-train_split = "train"
-
-# %%
-if "train_on_val" in published:
-    train_split = "train+val"
-
-# %%
-print(
-    f"(train images, {'components' if n_components else 'voxels'}) ="
-    f" ({len(subject.image_ids(train_split))}, {normaliser.n_features})"
-)
+n_voxels = normaliser.n_features
+print(f"(train images, voxels or components) = ({len(subject.image_ids('train'))}, {n_voxels})")
 
 # %% [markdown]
 # ## Targets
@@ -219,120 +152,94 @@ clipper = Clipper(
     weights, hidden=hidden, norm_embs=norm_embs, device=run.device, variant=clip_variant
 )
 n_tokens, dim = clipper.n_tokens, clipper.dim
-clip_tokens = cache_targets(
-    dataset,
-    "clip_tokens",
-    clipper.fingerprint(),
-    subject.all_images,
-    clipper.encode_pixels,
-    clipper.target_shape,
-)
-augment = build_clip_augmentation(clipper.size)
-
-
-def encode_view(images, view_seed):
-    """uint8 images (batch, height, width, 3), augmented -> CLIP tokens (batch, *target_shape)."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return clipper.embed_image(apply_augmentation(augment, x, view_seed)).float().cpu().numpy()
-
-
-# %%
-targets = {"tokens": clip_tokens}
-if use_image_aug and cached_views:
-    made_by = clipper.fingerprint() | {"augmentation": repr(augment)}
-    views = cache_augmented_targets(
-        dataset,
-        "clip_tokens",
-        made_by,
-        subject.image_ids(train_split),
-        encode_view,
-        clipper.target_shape,
-        cached_views,
-    )
-    targets = {"tokens": views}
-elif use_image_aug:
-    targets = {}
-repeats = "random"
-if "batch_repeats" in published:
-    repeats = "batch"
-train = BrainDataset(subject, train_split, targets, normaliser, repeats, seed, pixels=not targets)
-val = BrainDataset(subject, "val", {"tokens": clip_tokens}, normaliser, "mean", seed)
-print(
-    f"(tokens, dim) = ({n_tokens}, {dim})   targets:"
-    f" {'of augmented images, ' if use_image_aug else ''}"
-    f"{'cached' if targets else 'made at every step'}"
-)
+targets = high_level.ClipTargets.open(clipper, subject, run.parameters, published)
+train, val = targets.make_datasets(subject, normaliser, seed)
+print(targets.describe())
 
 # %% [markdown]
-# ## Model
-# `voxel2clip`: a residual MLP from voxels to all tokens, with a projector on which the contrastive
-# losses act, so that they and the prior do not pull on the same vector. The diffusion prior turns
-# the backbone's output into tokens as CLIP would give them.
+# ## The prior's network
+# It is given noisy tokens, how noisy they are, and what the brain says, and predicts the clean
+# tokens. For all 257 tokens it reads the brain's tokens beside the noisy ones; the network of the
+# one embedding (1x768) is that of DALL-E 2, where the brain takes the place of the text.
+# (It is built first so that a seed gives the same weights as in earlier versions.)
 
 # %%
-prior_weight = prior_mult or (30.0 if hidden else 0.03)
-recorded = (
-    "batch_size",
-    "num_epochs",
-    "mixup_pct",
-    "max_lr",
-    "prior",
-    "v2c",
-    "mse_mult",
-    "use_image_aug",
-    "cached_views",
-    "faithful",
-    "laion_prior",
-    "seed",
+size = {"dim": dim, "dim_head": prior_dim_head, "heads": prior_heads}
+if hidden:
+    n_levels, cond_drop_prob, published_weight = timesteps or 100, 0.2, 30.0
+    size |= {"depth": prior_depth or 6, "num_tokens": n_tokens}
+    net = models.VersatileDiffusionPriorNetwork(**size, learned_query_mode="pos_emb")
+else:
+    n_levels, cond_drop_prob, published_weight = timesteps or 1000, 0.0, 0.03
+    size |= {"depth": prior_depth or 12, "max_text_len": max_text_len}
+    net = models.DiffusionPriorNetwork(**size, num_timesteps=n_levels, normformer=True)
+print(f"{type(net).__name__}: {count_parameters(net):,} parameters")
+print(f"(batch, {n_tokens}, {dim}) noisy tokens, noise level, brain -> (batch, {n_tokens}, {dim})")
+
+# %% [markdown]
+# ## From voxels to tokens
+# `voxel2clip` is a residual MLP from voxels to all tokens, with a projector on which the
+# contrastive losses act, so that they and the prior do not pull on the same vector.
+
+# %%
+voxel2clip = models.BrainNetwork(
+    in_dim=n_voxels,
+    out_dim=n_tokens * dim,
+    clip_size=dim,
+    h=h,
+    n_blocks=n_blocks,
+    use_projector=use_projector,
+    projector_dim=projector_dim,
 )
-recorded += ("split", "n_clusters", "num_sessions", "n_components", "rois")
-sizes = DecoderSizes((normaliser.n_features,), n_tokens, dim)
+print(f"{type(voxel2clip).__name__}: {count_parameters(voxel2clip):,} parameters")
+print(f"(batch, {n_voxels}) -> (batch, {n_tokens}, {dim}) backbone, and the same projected")
+
+# %% [markdown]
+# ## The whole model
+# The diffusion prior turns the backbone's output into tokens as CLIP would give them. In training
+# the brain is hidden from its network now and then (`cond_drop_prob`), so that it also learns what
+# tokens look like at all. The checkpoint's config is read from the objects.
+
+# %%
+model = BrainDiffusionPrior(
+    net,
+    voxel2clip=voxel2clip,
+    image_embed_dim=dim,
+    timesteps=n_levels,
+    cond_drop_prob=cond_drop_prob,
+)
+print(f"{count_parameters(model):,} parameters; {high_level.start_from_laion(model, laion_prior)}")
+
+# %%
+prior_weight = prior_mult or published_weight
 config = {
-    "model": build_decoder_config(run.stage, run.parameters, sizes),
-    "training": {k: run.parameters[k] for k in recorded} | {"prior_mult": prior_weight},
+    "model": model.config,
+    "training": {k: run.parameters[k] for k in high_level.RECORDED} | {"prior_mult": prior_weight},
     "tokens": [n_tokens, dim],
     "clip": {"variant": clip_variant, "hidden": hidden, "norm_embs": norm_embs},
 }
 check_run(run.logs, config, [subject], resume_from_ckpt)
-model = build_decoder(config["model"])
-
-# %%
 begin = record_training(run, subject, normaliser)
-if laion_prior:
-    fresh = load_laion_prior(resolve(laion_prior), model)
-    print(
-        "the prior starts as LAION's; fresh are"
-        f" {', '.join(key for key in fresh if not key.startswith('voxel2clip.'))} and voxel2clip"
-    )
 
 # %% [markdown]
 # ## The step
 # BiMixCo for the first third of the epochs (voxels of two images are mixed and both are to be
 # found), SoftCLIP afterwards (the target is how similar the batch's images are to each other), and
 # the prior's loss throughout. `gather` brings in the samples of the other processes, so that one
-# process and several train alike.
+# process and several train alike. **To try another loss, change this cell.**
 
 # %%
 mix_epochs = int(mixup_pct * num_epochs)
-soft_temps = cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
+soft_temps = losses.cosine_anneal(0.004, 0.0075, num_epochs - mix_epochs)
 
 
 def contrast(brain, image, epoch, mix):
     """Contrastive loss of brain and image embeddings (batch, features) over all processes."""
-    brain, image = gather(l2_normalize(brain)), gather(l2_normalize(image))
+    brain, image = (gather(losses.l2_normalize(rows)) for rows in (brain, image))
     if mix:
-        return mixco_nce(brain, image, 0.006, *mix, faithful="mixco_labels" in published)
-    return soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
-
-
-def target_of(batch):
-    """CLIP tokens (batch, tokens, dim): from the cache, or of images that are augmented now."""
-    embeddings = (
-        batch["tokens"]
-        if "tokens" in batch
-        else clipper.embed_image(augment(batch["pixels"].float() / 255)).float()
-    )
-    return embeddings.view(len(embeddings), n_tokens, dim)
+        faithful_labels = "mixco_labels" in published
+        return losses.mixco_nce(brain, image, 0.006, *mix, faithful=faithful_labels)
+    return losses.soft_clip_loss(brain, image, soft_temps[epoch - mix_epochs])
 
 
 # %%
@@ -340,148 +247,35 @@ def step(model, batch, epoch):
     """Loss of one batch: voxels (batch, voxels), tokens (batch, tokens, dim) or pixels, seed
     (batch,).
     """
-    voxels, target, mix = batch["voxels"], target_of(batch), ()
+    voxels, target, mix = batch["voxels"], targets.get(batch), ()
     if v2c and epoch < mix_epochs:
         with seeded(int(gather(batch["seed"])[0])):
-            voxels, *mix = mixco(gather(voxels))
+            voxels, *mix = losses.mixco(gather(voxels))
         voxels = select_local_rows(voxels)
     backbone, projected = model.voxel2clip.predict_tokens(voxels)  # (batch, tokens, dim) each
-    losses = {}
+    terms = {}
     if v2c:
-        losses["nce"] = (1.0, contrast(projected, target, epoch, mix))
+        terms["nce"] = (1.0, contrast(projected, target, epoch, mix))
     if prior:
-        losses["prior"] = (
-            prior_weight,
-            model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[0],
-        )
+        loss, _ = model(text_embed=backbone, image_embed=target, seeds=batch["seed"])
+        terms["prior"] = (prior_weight, loss)
     if mse_mult:
-        losses["mse"] = (mse_mult, F.mse_loss(backbone, target * dim**0.5))  # in the prior's units
-    return sum(weight * loss for weight, loss in losses.values()), {
-        f"loss_{name}": loss.detach() for name, (_, loss) in losses.items()
-    }
+        terms["mse"] = (mse_mult, F.mse_loss(backbone, target * dim**0.5))  # in the prior's units
+    logs = {f"loss_{name}": loss.detach() for name, (_, loss) in terms.items()}
+    return sum(weight * loss for weight, loss in terms.values()), logs
 
 
 # %% [markdown]
+# ## Training
 # Validation looks at images of the validation split only, on averaged repeats: SoftCLIP at one
 # temperature throughout, so that epochs can be compared, the prior's loss, and how often the right
-# one is the nearest.
+# one is the nearest. Figures while training (`plot_umap`, `n_samples_save`) cost time and are off
+# by default.
 
 # %%
-def predicted(model):
-    """Of all validation images: projected and true tokens (images, tokens, dim), and the errors of
-    the prior and of the backbone (images,).
-    """
-    outputs = []
-    for batch in iterate_batches(
-        val, batch_size, next(model.parameters()).device
-    ):  # as large as in training, so that memory does not grow
-        target = target_of(batch)
-        backbone, projected = model.voxel2clip.predict_tokens(batch["voxels"])
-        direct = (backbone - target * dim**0.5).square().mean((1, 2))
-        guess = (
-            model(text_embed=backbone, image_embed=target, seeds=batch["seed"])[1]
-            if prior
-            else 0 * target
-        )
-        outputs.append(
-            (
-                projected,
-                target,
-                (guess - target * model.image_embed_scale).square().mean((1, 2)),
-                direct,
-            )
-        )
-    return [torch.cat(parts).float() for parts in zip(*outputs, strict=True)]
-
-
-# %%
-@torch.no_grad()
-def validate(model):
-    """Losses and retrieval over the whole validation split."""
-    projected, target, of_prior, of_backbone = predicted(model)
-    brain, image = l2_normalize(projected), l2_normalize(target)
-    right, similar = torch.arange(len(brain), device=brain.device), cosine_similarity(brain, image)
-    nce = soft_clip_loss(brain, image, 0.006) if v2c else brain.new_zeros(())
-    mse, direct = of_prior.mean() if prior else brain.new_zeros(()), of_backbone.mean()
-    values = {
-        "loss": nce + prior_weight * mse + mse_mult * direct,
-        "loss_nce": nce,
-        "loss_prior": mse,
-        "token_r2": 1 - direct / (target.var() * dim),
-        "cosine_sim": similar.diagonal().mean(),
-        "image_from_brain": (similar.argmax(1) == right).float().mean(),
-        "brain_from_image": (similar.argmax(0) == right).float().mean(),
-    }
-    return {f"val/{name}": value.item() for name, value in values.items()}
-
-
-# %% [markdown]
-# Figures while training, every `ckpt_interval` epochs: a UMAP of what is predicted and what is to
-# be predicted, and reconstructions of the first validation images. Both cost time and are off by
-# default.
-
-# %%
-if n_samples_save:
-    from src.decoding import generate_images, load_generator
-
-    diffusion = load_generator(n_tokens, weights, run.device)
-
-
-# %%
-def draw_umap(model):
-    """A UMAP of the validation images: projected tokens beside true ones."""
-    projected, target, *_ = predicted(model)
-    labels = ["image"] * len(val)
-    if umap_label:
-        labels = subject.categories(val.image_ids, umap_label)
-    return plot_embeddings(projected, target, labels, seed=seed)
-
-
-def draw_samples(model, epoch):
-    """The first validation images beside what is reconstructed of them."""
-    voxels, ids = subject.get_mean_betas("val", normaliser=normaliser)
-    voxels, ids = voxels[:n_samples_save], ids[:n_samples_save]
-    sampling = PriorSampling(use_prior=prior, seed=seed)
-    tokens, _ = predict_tokens(model, voxels, (n_tokens, dim), sampling, ids, device=run.device)
-    seen = torch.from_numpy(subject.images(ids)).permute(0, 3, 1, 2) / 255
-    images = generate_images(diffusion, tokens, ids, seed=seed)[:, 0]
-    return plot_image_grid({"seen": seen, f"epoch {epoch}": images}, n=len(ids))
-
-
-# %%
-def draw(model, epoch):
-    """Figures of an epoch by name."""
-    figures = {}
-    if plot_umap:
-        figures["umap"] = draw_umap(model)
-    if n_samples_save:
-        figures["samples"] = draw_samples(model, epoch)
-    for name, figure in figures.items():
-        save_figure(figure, run.results / "figures" / f"01_{name}_epoch{epoch:03d}.png")
-    return figures
-
-
-# %%
-batching = Batching(
-    num_epochs,
-    batch_size,
-    seed,
-    order="resampled" if "resampled_epochs" in published else "shuffled",
-)
-optimisation = Optimisation(
-    max_lr,
-    scheduler=lr_scheduler_type,
-    decay="published" if "norm_decay" in published else "no_norms",
-)
-checkpointing = Checkpointing(
-    resume=resume_from_ckpt,
-    checkpoints=ckpt_saving,
-    ckpt_interval=ckpt_interval,
-    save_at_end=save_at_end or "train_on_val" in published,
-)
-
-# %%
-if "network" in decoders:
+validate = high_level.Validation(val, targets, prior_weight, run.parameters)
+monitor = TrainingFigures(run, subject, normaliser, (n_tokens, dim), validate.predict)
+if "network" in list_decoders(decoder):
     logger = open_tracker(run, wandb_log, wandb_project)
     history = fit(
         model,
@@ -489,77 +283,76 @@ if "network" in decoders:
         train,
         folder=run.logs / "high_level",
         config=config,
-        batching=batching,
-        optimisation=optimisation,
-        execution=Execution(run.device, precision, step_in_backward=step_in_backward),
-        checkpointing=checkpointing,
+        **high_level.build_fit_options(run.parameters, run.device, published),
         validate=validate,
-        reporting=Reporting(logger, draw if plot_umap or n_samples_save else None),
+        reporting=Reporting(logger, monitor.draw),
         begin=begin,
     )
     figure = plot_training_curves(history)
     save_figure(figure, run.results / "figures" / "01_training.png")
-    if logger is not None:
-        logger({"training_curves": figure}, int(history["train/num_steps"].iloc[-1]))
-        logger.finish()
+    finish_tracking(logger, history, {"training_curves": figure})
 
 # %% [markdown]
+# The training loss jumps where BiMixCo gives way to SoftCLIP (they are different losses); the
+# validation loss, one measure throughout, should fall in both phases. `image_from_brain` and
+# `brain_from_image` are retrieval among the validation images.
+#
 # ## Does the prior earn its place?
 # Tokens of validation images from the backbone itself and from one sample of the prior, as the
-# share of the true tokens' variance. A faithful sample cannot win here: where the mean has R2 = r,
-# a draw from all that the brain leaves open has 2r - 1. What counts is what the generator makes of
-# either; on the mini world it makes more of the mean (docs/prior.md), and the mini recipe sets
-# `prior: false` in notebook 03.
+# share of the true tokens' variance (R2). A sample has a lower R2 than the mean by construction:
+# where the mean has R2 = r, a draw from all that the brain leaves open has 2r - 1. What counts is
+# what the generator makes of either; on the mini world it makes more of the mean (docs/prior.md),
+# and the mini recipe sets `prior: false` in notebook 03.
 
 # %%
-if "network" in decoders and prior:
-    x, ids = subject.get_mean_betas("val", normaliser=normaliser)
-    truth = torch.from_numpy(clip_tokens.rows(ids[:100]).astype(np.float32)).view(-1, n_tokens, dim)
-    for name, use in (("backbone", False), ("one sample of the prior", True)):
-        steps = min(20, model.noise_scheduler.num_timesteps)
-        tokens, _ = predict_tokens(
-            model.eval(),
-            x[:100],
-            (n_tokens, dim),
-            PriorSampling(use_prior=use, timesteps=steps, seed=seed),
-            device=run.device,
-        )
-        print(
-            f"validation token R2, {name}:"
-            f" {1 - ((tokens[:, 0] - truth) ** 2).mean() / truth.var():.3f}"
-        )
+token_r2 = {}
+if prior and "network" in list_decoders(decoder):
+    token_r2 = compare_prior_with_backbone(
+        model, subject, normaliser, targets.cached, (n_tokens, dim), seed, run.device
+    )
+for name, share in token_r2.items():
+    print(f"validation token R2, {name}: {share:.3f}")
 
 # %% [markdown]
 # ## Ridge and kernel
 # One linear map from the averaged voxels to the same tokens, its penalty chosen by
 # cross-validation within the training images. A network that is not better than this has learnt
-# nothing that needs a network.
-# The kernel decoder (`decoder` kernel or all) has a closed form too, and is nonlinear: it compares
-# the voxels, weighed by their reliability, with those of every training image (docs/kernel.md).
+# nothing that needs a network. The kernel decoder (`decoder` kernel or all) has a closed form too,
+# and is nonlinear: it compares the voxels, weighed by their reliability, with those of every
+# training image (docs/kernel.md).
 
 # %%
-for name in decoders:
-    if name not in CLOSED_FORMS:
-        continue
+for name in list_closed_forms(decoder):
     begin()
     solved = fit_closed_form(
         name,
         run.logs / f"high_level_{name}.safetensors",
         subject,
         normaliser,
-        clip_tokens,
+        targets.cached,
         config,
         run.parameters,
         (n_tokens, dim),
     )
     print(f"{name}: {describe_closed_form(solved)}")
 
+# %% [markdown]
+# ## What we saw
+
 # %%
+print(describe_history(run.logs / "high_level"))
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
-# The training loss jumps where BiMixCo gives way to SoftCLIP (they are different losses); the
-# validation loss, one measure throughout, should fall in both phases. `image_from_brain` and
-# `brain_from_image` are retrieval among the validation images. Next: notebook 02 trains the low
-# level.
+# ## Try this next
+# Short experiments on the mini world (600 images, two epochs: the stage took two and a half minutes
+# on one core of a busy machine), after `python run.py mindeye --mini --to 00 -p mini_images 600`.
+# Give a `model_name` of your own, and compare `val/image_from_brain` in
+# `train_logs/<run>/high_level/history.csv`:
+# - without the mixing of voxels: `python run.py mindeye --mini --from 01 --to 01 -p mini_images
+#   600 -p num_epochs 2 -p mixup_pct -1 -p model_name no_mix`;
+# - without the contrastive losses: the same with `-p v2c False`;
+# - a loss of your own: add a line to `terms` in the cell of the step, e.g. `terms["cosine"] =
+#   (1.0, 1 - F.cosine_similarity(backbone, target, dim=-1).mean())`.
+#
+# Next: notebook 02 trains the low level.

@@ -135,6 +135,7 @@ from src.training import (
     check_precision,
     check_run,
     describe_closed_form,
+    describe_history,
     fit,
     fit_closed_form,
     gather,
@@ -181,6 +182,7 @@ if "network" in decoders:
     check_precision(run.device, precision, step_in_backward)
 listed = [int(s) for s in subjects.split(",")]
 training_subjects = [s for s in listed if s != subj] if multi_subject else [subj]
+
 
 # %% [markdown]
 # ## Data
@@ -255,6 +257,7 @@ print(
     f"(tokens, dim) = {clip.target_shape}   (channels, height, width) of a blurry latent ="
     f" {autoencoder.latent_shape}"
 )
+
 
 # %%
 def views_of(name, network, augment, encode):
@@ -603,7 +606,22 @@ for name in decoders:
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(describe_history(run.logs / "high_level"))
+
+# %% [markdown]
 # `val/image_from_brain` should rise above chance within the first epochs, and jump where mixing
 # stops. With one session the validation loss of the prior turns early; compare with the same run
-# from a pretrained start. Next: notebook 03 reconstructs the test images.
+# from a pretrained start.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye2_small --mini --to 00 -p
+# mini_images 600`:
+# - two epochs, without the blurry branch: `python run.py mindeye2_small --mini --from 01 --to 01
+#   -p mini_images 600 -p num_epochs 2 -p blurry_recon False -p model_name no_blur`;
+# - without the prior: the same with `-p prior False`;
+# - a residual MLP in place of the mixer: the same with `-p backbone residual`.
+#
+# Next: notebook 03 reconstructs the test images.

@@ -101,6 +101,7 @@ from src.training import (
     build_teacher_augmentation,
     check_run,
     describe_closed_form,
+    describe_history,
     fit,
     fit_closed_form,
     gather,
@@ -417,6 +418,21 @@ save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png"
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(describe_history(run.logs / "low_level"))
+
+# %% [markdown]
 # Colours and the horizon should be right, objects soft: a mean over everything that the voxels
-# leave open is blurry by nature. Next: notebook 03 reconstructs images from both levels.
+# leave open is blurry by nature.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye --mini --to 00 -p mini_images
+# 600`:
+# - two epochs: `python run.py mindeye --mini --from 02 --to 02 -p mini_images 600 -p num_epochs 2
+#   -p model_name low`;
+# - early visual areas alone: the same with `-p rois V1,V2,V3`;
+# - ten components in place of all voxels: the same with `-p n_components 10`.
+#
+# Next: notebook 03 reconstructs images from both levels.

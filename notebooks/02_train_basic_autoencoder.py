@@ -93,6 +93,7 @@ from src.training import (
     Reporting,
     check_run,
     describe_closed_form,
+    describe_history,
     fit,
     fit_closed_form,
     iterate_batches,
@@ -353,7 +354,21 @@ if gallery_images:
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(describe_history(run.logs / "low_level"))
+
+# %% [markdown]
 # Blobs of the right colour in the right place are what an error of pixels leaves: their mean over
-# everything that the voxels leave open. Where the ridge is as good, depth adds nothing. Next:
-# notebook 03 makes the gallery of test images, and needs no generator for it; 06 scores.
+# everything that the voxels leave open. Where the ridge is as good, depth adds nothing.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py basic_ae --mini --to 00 -p mini_images
+# 600`:
+# - two epochs: `python run.py basic_ae --mini --from 02 --to 02 -p mini_images 600 -p num_epochs
+#   2 -p model_name short`;
+# - early visual areas alone: the same with `-p rois V1,V2,V3`;
+# - ten components in place of all voxels: the same with `-p n_components 10`.
+#
+# Next: notebook 03 makes the gallery of test images, and needs no generator for it; 06 scores.

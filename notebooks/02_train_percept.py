@@ -111,6 +111,7 @@ from src.training import (
     Optimisation,
     Reporting,
     check_run,
+    describe_history,
     describe_ridge,
     fit,
     fit_ridge_baseline,
@@ -425,7 +426,21 @@ if decoder != "ridge" and latent_components:
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(describe_history(run.logs / "high_level"))
+
+# %% [markdown]
 # `val/token_r2` against that of ridge, and whether it still rises at the end of the cycle: then a
-# longer training, or more images, pay. Next: notebook 03 reconstructs images from both outputs of
-# this one network.
+# longer training, or more images, pay.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py percept --mini --to 01 -p mini_images
+# 600`:
+# - one epoch: `python run.py percept --mini --from 02 --to 02 -p mini_images 600 -p num_epochs
+#   1`;
+# - no simulated measurements, only real trials: the same with `-p measured_share 1.0`;
+# - early visual areas alone: the same with `-p rois V1,V2,V3`.
+#
+# Next: notebook 03 reconstructs images from both outputs of this one network.

@@ -124,6 +124,7 @@ print(
     f" images   protocol {subject.protocol}"
 )
 
+
 # %%
 def prepare_voter(voter):
     """What one voter is trained with: its folder, the subject as its bag splits it, the normaliser
@@ -181,6 +182,7 @@ save_figure(
     plot_roi_sets(subject.voxels, {v.name: at[v.name][2].columns for v in all_voters}),
     run.results / "figures" / "02_regions.png",
 )
+
 
 # %% [markdown]
 # ## The step
@@ -318,6 +320,7 @@ for voter in all_voters if closed_forms else []:
         solved = fit_closed_form(name, path, bag, normaliser, latents, config, run.parameters)
         print(f"{voter.name}, {name}: {describe_closed_form(solved)}")
 
+
 # %% [markdown]
 # ## How well do they predict?
 # Mean absolute error of the latents, repeats averaged: on the images of the voter's own bag, on
@@ -378,8 +381,25 @@ save_figure(plot_image_grid(rows), run.results / "figures" / "02_validation.png"
 print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for line in table.sort_values("seen by none").itertuples(index=False):
+    print(f"voter {line[0]}, {line[1]}: mean absolute error of images that no voter saw", end=" ")
+    print(f"{line[4]:.4f}; the mean latent {line[5]:.4f}, a wrong image {line[6]:.4f}")
+
+# %% [markdown]
 # An error on its own images far below the others is what a voter has learnt by heart. Regions
 # whose voter is near "mean latent" say nothing about how an image looks. The published report
 # gives errors of about .65 on images that were not drawn, without saying what the mean latent
-# costs. Next: notebook 03_vote.
+# costs.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py roi_voting --mini --to 01 -p
+# mini_images 600`:
+# - two epochs: `python run.py roi_voting --mini --from 02 --to 02 -p mini_images 600 -p
+#   num_epochs 2`;
+# - another draw of training images for each voter: the same with `-p seed 7`;
+# - voters that are given half of the images: the same with `-p train_share 0.5`.
+#
+# Next: notebook 03_vote.

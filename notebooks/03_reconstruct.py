@@ -4,6 +4,9 @@
 # **Question.** What did the person see, as far as the brain activity, the decoder and the
 # generator together can tell?
 #
+# voxels → tokens → (prior) → generator → selection: each step is a cell below, first for a few
+# images, then for the whole test set.
+#
 # **Reads** the checkpoints of notebooks 01 and 02, or released ones: put MindEye's `last.pth`
 # under `train_logs/<model_name>/` and `epoch120.pth` of its autoencoder under
 # `train_logs/<autoencoder_name>/`. A run without a high level (FMRI2IMG's basic autoencoder) is
@@ -68,391 +71,173 @@ run
 
 # %%
 import shutil
+from functools import partial
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
-# %%
-from src.data import (
-    Normaliser,
-    cache_targets,
-    check_trained_on,
-    format_identity,
-    open_all_sessions,
-    open_training_split,
-)
+from src.data import open_training_split
 from src.decoding import (
-    PriorSampling,
+    SeenImages,
+    attach_voxels,
     compute_in_chunks,
     compute_repeat_agreement,
-    compute_sample_spread,
-    draw_latent_noise,
-    find_decoders,
-    generate_images,
-    load_condition,
-    load_decoder,
-    load_encoder,
-    load_generator,
-    predict_latents,
-    predict_tokens,
-    predicts_both_levels,
-    select_best,
+    list_inputs,
+    load_decoders,
+    make_lookup_baselines,
+    open_system,
+    predict_held_out_tokens,
+    write_reconstructions,
 )
 
 # %%
-from src.encoding import open_brain_agreement
+from src.encoding import open_brain_agreement, open_brain_selection
 from src.evaluation.likeness import MAX_IMAGES, HeldOutTokens
-from src.figures import plot_contact_sheet, save_figure
-from src.networks import build_decoder
-
-# %%
-from src.parameters import list_decoders
-from src.pretrained import LatentAutoencoder, PatchClip
+from src.figures import plot_contact_sheet, plot_image_grid, plot_tokens, save_figure
+from src.metrics import pixcorr
 from src.readers import prepare_if_missing
-from src.retrieval import find_nearest
-from src.training import Batching, Execution, TokenPairs, fit_converter
-from src.utils import HOME, PerceptError, atomic, seed_everything
+from src.training import fit_patch_converter
+from src.utils import HOME
 
 # %% [markdown]
-# ## Data: the test images, their repeats averaged
-# The released networks were trained on the betas as the shards hold them, ours on z-scores: each
-# is given what it was trained on.
+# ## The test images and the decoders
+# A *decoder* has a high level, which predicts CLIP tokens (what is seen), and a low level, which
+# predicts the latent of a blurry image (where things are). Beside the network there may be a ridge
+# or a kernel decoder. Test images are shown several times; their repeats are averaged.
 
 # %%
 prepare_if_missing("mindeye", data_path, dataset, subj)
 subject = open_training_split(dataset, subj, run.logs)
-low_logs = run.logs
-if autoencoder_name:
-    low_logs = HOME / "train_logs" / autoencoder_name
-    check_trained_on(low_logs, subject.key, subject.identity)
-files = find_decoders(run.logs, low_logs, checkpoint)
-names = list_decoders(decoder)
-main, keep = names[0], slice(0, first_images or None)
-image_ids = subject.image_ids("test")[keep]
-seen = torch.from_numpy(subject.images(image_ids)).permute(0, 3, 1, 2).float() / 255
-n_repeats = test_repeats or min(len(rows) for rows in subject.rows_by_image("test"))
-fewer_counts = sorted({k.strip() for k in fewer_repeats.split(",") if k.strip()})
-if any(not (k.isdigit() and 1 <= int(k) < n_repeats) for k in fewer_counts):
-    raise PerceptError(
-        f"fewer_repeats is '{fewer_repeats}', but {n_repeats} repeats are averaged: give numbers"
-        f" from 1 to {n_repeats - 1}, or leave it empty."
-    )
-starts = None
-
-# %%
-if start_run:
-    starts = load_condition(HOME / "results" / start_run, "retrieved", image_ids)
-
-# %%
-if start_run and untrained:
-    raise PerceptError(
-        "The untrained floor knows nothing of the brain, and pictures retrieved by what it says"
-        " would tell it: with start_run set untrained to False."
-    )
+trained = load_decoders(run, subject)
+seen = SeenImages.open(subject, run.parameters, trained)
 print(
-    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {n_repeats} repeats,"
+    f"(test images, voxels) = ({len(seen)}, {subject.betas.shape[1]})   {seen.n_repeats} repeats,"
     f" protocol {subject.protocol}, test set {subject.test_set}"
 )
 
-# %%
-def measured(path, repeats=0, one=None):
-    """Voxels (images, voxels) as the network in a file was trained on them: of some repeats
-    averaged (0: all that are asked for), or of `one` alone.
-    """
-    scale = Normaliser.for_checkpoint(path)
-    if one is not None:
-        return subject.average_rows(
-            [rows[one : one + 1] for rows in subject.rows_by_image("test")[keep]], scale
-        )
-    return subject.get_mean_betas(
-        "test", repeats=repeats or test_repeats or None, normaliser=scale
-    )[0][keep]
+# %% [markdown]
+# Each decoder gets the voxels that it was trained on: released networks read the betas as the
+# shards hold them, ours z-scores. With `fewer_repeats` the first decoder is also given fewer
+# repeats, with `untrained` the network is also used as it is before training.
 
+# %%
+decoders = attach_voxels(trained, seen, untrained, seed)
+main = decoders[next(iter(trained))]
+for decoder in decoders.values():
+    print(decoder.describe())
 
 # %% [markdown]
-# ## The models
-# What the checkpoint predicts decides the generator: all tokens go to Versatile Diffusion, one
-# embedding alone to Stable Diffusion image variations. Without a high level there is no generator:
-# the autoencoder's decoder makes the picture of the predicted latent. With `untrained` the same
-# networks are also used as they are before training, with `fewer_repeats` the first one is given
-# fewer repeats.
+# ## The frozen models
+# `open_system` loads what the main decoder's predictions are meant for. All tokens go to Versatile
+# Diffusion, one embedding alone to Stable Diffusion image variations, MindEye2's patch tokens to
+# unCLIP. A run without a high level has no generator: its decoded latent is the reconstruction.
+# These are the only differences between the systems, and `src/decoding/systems.py` holds them.
 
 # %%
-def loaded(path, needed):
-    """A trained decoder and its config, or nothing where there is none and none is needed."""
-    return load_decoder(path, run.device) if needed or path.exists() else (None, {})
-
-
-def with_voxels(name, repeats=0):
-    """High and low level of a decoder, and the voxels that each of them is given; nothing for a
-    level that is not there.
-    """
-    levels = high[name][0], low[name][0]
-    return (
-        *levels,
-        *(
-            level and measured(path, repeats)
-            for level, path in zip(levels, files[name], strict=True)
-        ),
-    )
-
-
-high = {name: loaded(files[name][0], img2img_strength > 0) for name in names}
-for name, (network, _) in high.items():  # of MindEye2 and Percept one network predicts both
-    if predicts_both_levels(network):
-        files[name] = (files[name][0], files[name][0])
-low = {name: loaded(files[name][1], img2img_strength < 1 and not start_run) for name in names}
-
-# %%
-judge, judge_files, brain_voxels = None, [], {}
+choose_by_brain = None
 if selection == "brain":
-    encoder_logs = HOME / "train_logs" / encoder_name if encoder_name else run.logs
-    judge_files = [encoder_logs / "encoder.safetensors"]
-    trained_with = next(iter(high.values()))[1].get("training")
-    judge = open_brain_agreement(encoder_logs, subject, weights, run.device, trained_with)
-    for k in (0, *map(int, fewer_counts)):
-        brain_voxels[k] = judge.measure(subject, "test", k or test_repeats)[keep]
-subject = subject.with_adjacent_trials(*next(iter(high.values()))[1].get("neighbours", (0, 0)))
+    encoder_logs = HOME / "train_logs" / (encoder_name or run.name)
+    agreement = open_brain_agreement(encoder_logs, subject, weights, run.device, main.training)
+    choose_by_brain = open_brain_selection(
+        agreement, subject, len(seen), test_repeats, seen.fewer_repeats
+    ).select
 
 # %%
-decoders = {name: with_voxels(name) for name in names}
-for k in map(int, fewer_counts):
-    decoders[f"repeats_{k}"] = with_voxels(main, k)
-if untrained and "network" in names:
-    seed_everything(seed)
-    configs = [high["network"][1], low["network"][1]]
-    fresh = [
-        (
-            build_decoder(config["model"]).to(run.device).eval().requires_grad_(False)
-            if config
-            else None
-        )
-        for config in configs
-    ]
-    decoders["untrained"] = (*fresh, *decoders["network"][2:])
-
-# %%
-config, has_tokens = high[main][1], high[main][0] is not None
-same = ("split", "n_clusters", "num_sessions", "n_components", "rois")
-selections = {
-    tuple(c["training"].get(k) or "" for k in same)
-    for _, c in (*high.values(), *low.values())
-    if "training" in c
-}
-if len(selections) > 1:
-    raise PerceptError(
-        "The networks were trained on different images or components"
-        f" {sorted(selections, key=str)}: train all of them with the same {', '.join(same)}."
-    )
+learn_converter = partial(
+    fit_patch_converter,
+    subject=subject,
+    folder=run.logs / "decoder_converter",
+    epochs=converter_epochs,
+    seed=seed,
+    device=run.device,
+)
+system = open_system(run, seen, main, learn_converter, choose_by_brain)
 run.record_parameters()
-
-# %%
-if has_tokens:
-    shape = tuple(config["tokens"])  # (tokens, dim)
-    clipper = load_encoder(config, weights, run.device)
-    diffusion = load_generator(shape[0], weights, run.device, clipper)
-    print(
-        f"(tokens, dim) = {shape}: {type(diffusion).__name__}, guidance"
-        f" {guidance_scale or diffusion.guidance}   decoders: {', '.join(decoders)}"
-    )
-else:
-    diffusion = LatentAutoencoder(weights, device=run.device, **low[main][1].get("autoencoder", {}))
-    print(
-        f"(channels, height, width) of a latent = {diffusion.latent_shape}: no generator  "
-        f" decoders: {', '.join(decoders)}"
-    )
+print(f"{system.describe()}   decoders: {', '.join(decoders)}")
 
 # %% [markdown]
-# MindEye2 is different in two things. Its blurry latents are of another autoencoder than the
-# generator's; and unCLIP reads all of bigG's patch tokens, so that a model of smaller ones
-# (ViT-B/32) needs a map from these to those, which is learnt here on training images, without a
-# brain.
+# ## One image at a time
+# Before the whole test set runs, we follow its first images through every step.
+#
+# **Step 1: voxels to tokens.** The backbone predicts the tokens that CLIP would give the image. In
+# the figure a row is a token and a column one of its numbers, less their mean over the images.
 
 # %%
-patches = has_tokens and isinstance(clipper, PatchClip)
-low_decoder = diffusion
-if patches:
-    low_decoder = LatentAutoencoder(
-        weights, "image_variation", 0 if weights == "mini" else 224, run.device
-    )
-read = None
-if patches:
-    read = PatchClip(weights, "bigG", run.device, clipper.squeezed)
-converter = None
-
-
-# %%
-def cache_patch_tokens(encoder, pictured):
-    """The patch tokens of all images of the data set, by one encoder."""
-    return cache_targets(
-        dataset,
-        "patch_tokens",
-        encoder.fingerprint(),
-        pictured.all_images,
-        encoder.encode_pixels,
-        encoder.target_shape,
-    )
-
-
-# %%
-if patches and read.target_shape != clipper.target_shape:
-    pictured = open_all_sessions(dataset, subj, subject)
-    pairs = [cache_patch_tokens(encoder, pictured) for encoder in (clipper, read)]
-    made_by = {"from": clipper.fingerprint()["model"], "to": read.fingerprint()["model"]}
-    made_by["images"] = pictured.identity["images"]
-    train_ids, val_ids = (pictured.image_ids(split) for split in ("train", "val"))
-    converter, history = fit_converter(
-        TokenPairs(*pairs, train_ids),
-        TokenPairs(*pairs, val_ids),
-        run.logs / "decoder_converter",
-        made_by,
-        Batching(converter_epochs, batch_size=128, seed=seed),
-        execution=Execution(run.device),
-    )
-    print(
-        f"{clipper.target_shape} -> {read.target_shape}: R2 of the decoder's tokens on"
-        f" {len(val_ids)} validation images {history['val/r2'].max():.3f}"
-    )
+few = slice(0, 4)
+backbone_tokens, projected = system.predict_tokens(main, few, use_prior=False)
+print(f"(images, samples, tokens, dim) = {tuple(backbone_tokens.shape)} of the backbone")
+print(f"(images, tokens, dim) = {tuple(projected.shape)} projected, for retrieval and selection")
 
 # %% [markdown]
-# ## The step
-# Voxels -> tokens (backbone, then the prior) and voxels -> latent; the latent with noise is where
-# the generator begins, the tokens are what it is told; of several samples the one nearest to the
-# tokens that the projector predicts is kept; or, with `selection` brain, the one that makes the
-# measured voxels most likely, as an encoding model sees it. The first sample is stored beside it:
-# notebook 06 shows with a paired interval whether choosing helps.
+# **Step 2: the prior.** A regression predicts a mean, and a mean is no image: the diffusion prior
+# draws tokens as CLIP would give them, as many samples as are asked for. With `prior` False the
+# backbone's tokens go on as they are.
 
 # %%
-options = {
-    "strength": img2img_strength,
-    "guidance_scale": guidance_scale,
-    "num_inference_steps": num_inference_steps,
-    "seed": seed,
-    "shared_noise": same_seed,
-}
-options["batch_size"] = generator_batch
+tokens, projected = system.predict_tokens(main, few)
+print(f"(images, samples, tokens, dim) = {tuple(tokens.shape)} for the generator")
+targets = system.cache_targets()
+if tokens.numel():
+    true_tokens = torch.from_numpy(targets.rows(seen.image_ids[few])).view(projected.shape)
+    maps = {"true": true_tokens, "backbone": backbone_tokens[:, 0], "to generator": tokens[:, 0]}
+    save_figure(plot_tokens(maps), run.results / "figures" / "03_tokens.png")
+
+# %% [markdown]
+# **Step 3: voxels to a blurry image.** The low level predicts a latent of the autoencoder. Decoded,
+# it shows where light and colour are.
+
+# %%
+latents = system.predict_latents(main, few)
+grid = {"seen": seen.pixels[few]}
+if latents is not None:
+    print(f"(images, channels, height, width) = {tuple(latents.shape)} of the latents")
+    grid["low level"] = system.decode_latents(latents)
+
+# %% [markdown]
+# **Step 4: the generator.** It begins at the latent with noise (`img2img_strength`), removes the
+# noise step by step, and is told by the tokens what to paint.
+
+# %%
+samples = system.paint(tokens, few, latents, system.count_samples(main))
+print(f"(images, samples, colours, height, width) = {tuple(samples.shape)}")
+grid |= {f"sample {k + 1}": samples[:, k] for k in range(min(4, samples.shape[1]))}
+
+# %% [markdown]
+# **Step 5: selection.** Of several samples the one is kept whose CLIP tokens are nearest to those
+# that the projector predicts from the brain; with `selection` brain, the one that makes the
+# measured voxels most likely, as an encoding model sees it. The image that was seen plays no
+# part.
+
+# %%
+grid["chosen"] = system.select(main, few, projected, samples)
+save_figure(plot_image_grid(grid), run.results / "figures" / "03_steps.png")
+
+
+# %% [markdown]
+# ## The whole test set
+# The same five steps for every decoder and every image. The first sample is stored beside the
+# chosen one: notebook 06 shows with a paired interval whether choosing helps.
+
+# %%
+def reconstruct(decoder, rows):
+    """What one decoder makes of some images: tensors (images, ...) by name."""
+    tokens, projected = system.predict_tokens(decoder, rows)
+    latents = system.predict_latents(decoder, rows)
+    samples = system.paint(tokens, rows, latents, system.count_samples(decoder))
+    chosen = system.select(decoder, rows, projected, samples)
+    stored = system.collect(decoder, tokens, projected, latents, samples)
+    return {decoder.name: chosen.half()} | stored
 
 
 # %%
-def paint(tokens, ids, latents, samples):
-    """Pictures (images, samples, 3, height, width) of tokens (images, samples, tokens, dim), begun
-    at latents (images, channels, h, w).
-    """
-    if patches:
-        latents = diffusion.encode(low_decoder.decode(latents)) if img2img_strength < 1 else None
-        tokens = (
-            tokens
-            if converter is None
-            else converter(tokens.to(run.device).flatten(0, 1)).unflatten(0, tokens.shape[:2]).cpu()
-        )
-    if latents is not None and faithful_img2img:
-        latents = diffusion.encode_published_start(
-            latents, draw_latent_noise(ids, diffusion.latent_shape, seed, samples, same_seed)
-        )
-    return generate_images(diffusion, tokens, ids, latents, n_samples=samples, **options)
-
-
-# %%
-def tokens_of(name, rows, voxels, samples, sampled):
-    """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim) of one
-    decoder.
-    """
-    sampling = PriorSampling(
-        samples,
-        use_prior=sampled,
-        timesteps=prior_steps,
-        seed=seed,
-        shared_noise=same_seed,
-        solver=prior_solver,
+tensors, unfinished = {}, run.results / ".reconstructing"
+for decoder in decoders.values():
+    tensors |= compute_in_chunks(
+        partial(reconstruct, decoder),
+        len(seen),
+        system.count_images_at_once(decoder),
+        unfinished,
+        list_inputs(run, decoder, seen),
     )
-    return predict_tokens(
-        decoders[name][0], voxels[rows], shape, sampling, image_ids[rows], device=run.device
-    )
-
-
-# %%
-def reconstruct_low_level(name, rows):
-    """The latents of one decoder, (images, ...); None where it has no low level."""
-    low_level, low_voxels = decoders[name][1], decoders[name][3]
-    if low_level is None:
-        return None
-    return predict_latents(low_level, low_voxels[rows], low_decoder.latent_shape, device=run.device)
-
-
-# %%
-def choose(name, rows, projected, samples):
-    """One of the samples (images, samples, 3, height, width) of each image. The untrained floor
-    knows nothing of the brain, and is not helped by it.
-    """
-    if judge is None or name == "untrained":
-        return select_best(clipper, projected, samples)[0]
-    repeats = int(name.removeprefix("repeats_")) if name.startswith("repeats_") else 0
-    return judge.select_best(brain_voxels[repeats][rows], samples)[0]
-
-
-def describe_samples(name, projected, pictures):
-    """Of the main decoder: how far its samples are spread, the first one, the one that its tokens
-    choose where the brain chooses, and samples to look at.
-    """
-    if name != main or pictures.shape[1] < 2:
-        return {}
-    outputs = {"spread": compute_sample_spread(clipper, pictures)}
-    if recons_per_sample > 1:
-        outputs["first_sample"] = pictures[:, 0].half()
-    if recons_per_sample > 1 and judge is not None:
-        samples = pictures[:, :recons_per_sample]
-        outputs["chosen_by_tokens"] = select_best(clipper, projected, samples)[0].half()
-    if keep_samples:
-        outputs["samples"] = pictures[:, :keep_samples].half()
-    return outputs
-
-
-# %%
-def reconstruct(name, rows):
-    """What one decoder makes of some images: reconstruction, low level alone, tokens of the first
-    sample and tokens for retrieval.
-    """
-    latents = reconstruct_low_level(name, rows)
-    if not has_tokens:
-        return {name: diffusion.decode(latents).cpu().half(), f"latents_{name}": latents.flatten(1)}
-    # samples beyond recons_per_sample take no part in the choice; a baseline is made as the system
-    samples = max(recons_per_sample, keep_samples if name == main else 1)
-    tokens, projected = tokens_of(name, rows, decoders[name][2], samples, prior)
-    start_latents = latents
-    if starts is not None:
-        start_latents = low_decoder.encode(starts[rows]).cpu()
-    pictures = paint(tokens, image_ids[rows], start_latents, samples)
-    outputs = {name: choose(name, rows, projected, pictures[:, :recons_per_sample]).half()}
-    if name in names:
-        outputs |= {f"tokens_{name}": tokens[:, 0], f"projected_{name}": projected}
-        if latents is not None:
-            outputs[f"low_level_{name}"] = low_decoder.decode(latents).cpu().half()
-    return outputs | describe_samples(name, projected, pictures)
-
-
-# %%
-rows, unfinished = {}, run.results / ".reconstructing"
-for name in decoders:
-    mark = [
-        name,
-        run.parameters,
-        [
-            (str(path), path.stat().st_mtime_ns)
-            for path in (*files.get(name, files[main]), *judge_files)
-            if path.exists()
-        ],
-        subject.identity,
-    ]
-    part = generator_batch // max(recons_per_sample, keep_samples if name == main else 1)
-    rows |= compute_in_chunks(
-        lambda at, name=name: reconstruct(name, at), len(seen), max(1, part), unfinished, mark
-    )
-predicted = {
-    key: rows.pop(key)
-    for key in list(rows)
-    if key.startswith(("tokens_", "projected_", "latents_", "spread", "samples"))
-}
 
 # %% [markdown]
 # ## How well could any decoder do?
@@ -462,184 +247,85 @@ predicted = {
 # random, the projected ones. Without tokens this is left out.
 
 # %%
-level = "latents"
-if has_tokens:
-    level = "projected" if prior and main == "network" else "tokens"
-compared = f"{level}_{main}"
-which = 0
-if level == "projected":
-    which = 1
-alone = range(n_repeats if has_tokens else 0)
-singles = [
-    tokens_of(main, slice(None), measured(files[main][0], one=k), 1, False)[which].half()
-    for k in alone
-]
-if len(singles) > 1:
-    predicted["repeat_agreement"] = compute_repeat_agreement(singles)
-    print(
-        "predictions from two single repeats correlate by"
-        f" {predicted['repeat_agreement'].mean():.3f}"
-    )
-del singles
+predictions = system.read_repeats()
+if len(predictions) > 1:
+    tensors["repeat_agreement"] = compute_repeat_agreement(predictions)
+    agreement_of_repeats = tensors["repeat_agreement"].mean()
+    print(f"predictions from two single repeats correlate by {agreement_of_repeats:.3f}")
+del predictions
 
 # %% [markdown]
-# ## Floors and ceiling
+# ## Baselines and upper bound
 # Each is scored in notebook 06 exactly as a reconstruction is.
-# - **mean image**: no brain data at all.
+# - **upper bound** ("ceiling"): the same generator, given the true tokens and the true latents;
+#   without one, what the autoencoder keeps of the image.
 # - **nearest training image**: the training image whose tokens (or latent) are nearest to those
 #   predicted: what a lookup would show.
-# - **ceiling**: the same generator, given the true tokens and the true latents; without one, what
-#   the autoencoder keeps of the image.
+# - **mean image**: no brain data at all.
 
 # %%
-train_ids = subject.image_ids("train")
-kind, frozen = (
-    ("patch_tokens" if patches else "clip_tokens", clipper)
-    if has_tokens
-    else ("vae_latents", diffusion)
-)
-frozen_targets = cache_targets(
-    dataset,
-    kind,
-    frozen.fingerprint(),
-    subject.all_images,
-    frozen.encode_pixels,
-    frozen.target_shape,
-)
-train_tokens = frozen_targets.rows(train_ids)
-
-# %%
-nearest_rows = find_nearest(
-    predicted[f"projected_{main}" if has_tokens else compared], train_tokens, k=1
-)[1][:, 0]
-lookup = subject.images(train_ids[np.asarray(nearest_rows)])
-rows["nearest_train"] = (torch.from_numpy(lookup).permute(0, 3, 1, 2).float() / 255).half()
-rows["mean_image"] = (
-    (torch.from_numpy(subject.mean_image("train")).permute(2, 0, 1) / 255)
-    .half()
-    .expand(len(seen), -1, -1, -1)
-    .contiguous()
-)
-
-# %% [markdown]
-# ## Held-out images for notebook 05
-# Measures of retrieval take their scale from images that nobody asks about: predictions for the
-# first validation images, their true tokens, and the mean tokens of the training images.
-
-# %%
-val_ids = subject.image_ids("val")[:MAX_IMAGES]
-if has_tokens and len(val_ids):
-    projected = {}
-    for name in names:
-        scale = Normaliser.for_checkpoint(files[name][0])
-        voxels = subject.get_mean_betas("val", normaliser=scale)[0][: len(val_ids)]
-        without_prior = PriorSampling(use_prior=False)
-        projected[name] = predict_tokens(
-            high[name][0], voxels, shape, without_prior, val_ids, device=run.device
-        )[1]
-    rows_of = torch.from_numpy(frozen_targets.rows(val_ids).astype(np.float32))
-    mean_tokens = torch.from_numpy(train_tokens.mean(0, dtype=np.float32)).view(shape)
-    held_out = HeldOutTokens(val_ids, projected, rows_of.view(-1, *shape), mean_tokens)
-    held_out.save(run.results)
-
-
-# %%
-def best_possible(part):
-    """What the generator makes of the true tokens and latents of some images, and what the
-    autoencoder keeps of them.
-    """
-    latents = low_decoder.encode(seen[part]).cpu()
-    if not has_tokens:
-        return {"ceiling": diffusion.decode(latents).cpu().half()}
-    tokens = clipper.embed_image(seen[part]).view(-1, 1, *shape).cpu()
-    pictures = paint(
-        tokens, image_ids[part], latents, recons_per_sample
-    )  # as many samples as the system has, the nearest to the true tokens chosen
-    outputs = {
-        "ceiling": select_best(clipper, tokens[:, 0], pictures)[0],
-        "autoencoder": low_decoder.decode(latents).cpu(),
-    }
-    return {name: pictures.half() for name, pictures in outputs.items()} | {
-        "true_tokens": tokens[:, 0]
-    }
-
-
-# %%
-rows |= compute_in_chunks(
-    best_possible,
+tensors |= compute_in_chunks(
+    system.paint_upper_bound,
     len(seen),
     max(1, generator_batch // recons_per_sample),
     unfinished,
     ["ceiling", run.parameters, subject.identity],
 )
-if has_tokens:
-    predicted["true_tokens"] = rows.pop("true_tokens")
-    predicted["train_distance"] = (
-        1 - find_nearest(predicted["true_tokens"], train_tokens, k=1)[0][:, 0]
-    )  # of each seen image to the training image most like it
+tensors |= make_lookup_baselines(system, targets, tensors)
 
 # %% [markdown]
-# Pictures are stored in half precision, which a screen's 256 steps do not show.
+# ## Into the results of the run
+# Measures of retrieval (notebook 05) take their scale from images that nobody asks about:
+# predictions for the first validation images, their true tokens, and the mean tokens of the
+# training images.
 
 # %%
-n_shown = test_repeats or max(len(trials) for trials in subject.rows_by_image("test"))
-about = {}
-if start_run:
-    about = {"begun": f"at the pictures that {start_run} retrieved"}
-about |= {"data": format_identity(subject.identity)}
-about |= {"main": main, "repeats": str(n_shown), "compared": compared, "protocol": subject.protocol}
-about |= {
-    "test_set": (
-        subject.test_set
-        if len(seen) == len(subject.image_ids("test"))
-        else f"{subject.test_set}-first{len(seen)}"
-    )
-}
-tensors = {
-    "seen": seen.half(),
-    **rows,
-    **predicted,
-    "image_ids": torch.from_numpy(image_ids.astype(np.int64)),
-    "held_out": torch.from_numpy(subject.in_excluded_clusters(image_ids)),
-}
-with atomic(run.results / "reconstructions.safetensors") as path:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=about)
-
-# %%
+held_out = predict_held_out_tokens(system, targets, trained, MAX_IMAGES)
+if held_out:
+    HeldOutTokens(**held_out).save(run.results)
+write_reconstructions(run, system, tensors)
 shutil.rmtree(unfinished, ignore_errors=True)
-published = {
-    "all_images.pt": seen,
-    f"{run.name}_recons_img2img{img2img_strength}_{recons_per_sample}samples.pt": (
-        rows[main].float()
-    ),
-}
-for name, tensor in published.items():
-    with atomic(run.results / name) as path:
-        torch.save(tensor, path)
-print({name: tuple(row.shape) for name, row in rows.items()})
+images = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 4}
+print({name: tuple(tensor.shape) for name, tensor in images.items()})
 
 # %% [markdown]
 # ## The contact sheet
 # The first test images in their own order; nothing is selected.
 
 # %%
-low_level = {}
-if f"low_level_{main}" in rows:
-    low_level = {"low level": rows[f"low_level_{main}"]}
-columns = (
-    {"seen": seen}
-    | low_level
-    | {
-        "reconstructed": rows[main],
-        "nearest training": rows["nearest_train"],
-        "ceiling": rows["ceiling"],
-    }
-)
-sheet = plot_contact_sheet(columns, n=32)
+titles = {
+    f"low_level_{main.name}": "low level",
+    main.name: "reconstructed",
+    "nearest_train": "nearest training",
+    "ceiling": "ceiling",
+}
+columns = {title: images[name] for name, title in titles.items() if name in images}
+sheet = plot_contact_sheet({"seen": seen.pixels} | columns, n=32)
 save_figure(sheet, run.results / "contact_sheet.png")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+correlations = {title: pixcorr(seen.pixels, images).mean() for title, images in columns.items()}
+print(f"Correlation of pixels with the {len(seen)} images that were seen:")
+for title, correlation in correlations.items():
+    print(f"- {title}: {correlation:.3f}")
+gain = correlations["reconstructed"] - correlations["nearest training"]
+print(f"The reconstructions are {gain:+.3f} better than a lookup among the training images.")
+
+# %% [markdown]
+# Pixels are one score of many, and no interval stands beside it yet: notebook 06 gives both.
 # Compare "reconstructed" with "nearest training": a generator that shows no more than the nearest
-# training image is a lookup. Compare it with the "ceiling" to see what the generator itself cannot
-# do. Next: notebook 05 asks how well the brain finds an image among others; 06 scores.
+# training image is a lookup. Compare it with the "ceiling" to see what the generator itself
+# cannot do.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye --mini` (with 40 images and all
+# decoders the stage took three and a half minutes on one core of a busy machine):
+# - the tokens alone, without the blurry image: `python run.py mindeye --mini --from 03 --to 03 -p
+#   img2img_strength 1.0 -p first_images 20`;
+# - four samples, of which one is chosen: the same with `-p recons_per_sample 4`;
+# - the prior in place of the backbone's tokens: the same with `-p prior True -p prior_steps 20`.
+#
+# Next: notebook 05 asks how well the brain finds an image among others; 06 scores.

@@ -96,6 +96,7 @@ from src.models import TokenMap
 from src.networks import build_decoder
 from src.files.ownership import replace_folder
 from src.parameters import list_decoders
+from src.metrics import pixcorr
 from src.pretrained import (
     Captioner,
     Clipper,
@@ -136,6 +137,7 @@ if len(made_by) > 1:
     )
 autoencoder = LatentAutoencoder(weights, device=run.device, **json.loads(made_by.pop()))
 shape, names = autoencoder.latent_shape, list(folders)
+
 
 # %%
 def measured(normaliser):
@@ -382,6 +384,7 @@ if pipeline:
     pipeline.set_progress_bar_config(disable=True)
     print(f"{int(num_inference_steps * strength)} of {num_inference_steps} steps are run")
 
+
 # %%
 def repaint(name, part):
     """What the generator makes of one row's blurry pictures of some images."""
@@ -403,6 +406,7 @@ def repaint(name, part):
     )
     return {name: repainted.half()}
 
+
 # %%
 for name in latents:
     rows |= compute_in_chunks(
@@ -412,6 +416,7 @@ for name in latents:
         unfinished,
         [name, mark, captions.get(name)],
     )
+
 
 # %% [markdown]
 # ## The vote
@@ -572,8 +577,28 @@ save_figure(
 )
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+correlations = {
+    title: pixcorr(seen, images).mean()
+    for title, images in {
+        "the vote": rows[main_row],
+        "the mean of the latents": low_level["latent_mean"],
+        "the nearest training image": rows["nearest_train"],
+    }.items()
+}
+print(f"Correlation of pixels with the {len(seen)} images that were seen:")
+for title, correlation in correlations.items():
+    print(f"- {title}: {correlation:.3f}")
+
+# %% [markdown]
 # A repainted picture is sharper than a blurry one, not truer: where the caption names the wrong
 # object, the generator paints the wrong object well. Whether choosing among voters is worth more
 # than the average voter, or than averaging their latents, is told by notebook 06, which scores
 # every row.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py roi_voting --mini`:
+# - another rule of choice: `python run.py roi_voting --mini --from 03 --to 03 -p vote medoid`;
+# - without repainting: the same with `-p strength 0.0`.

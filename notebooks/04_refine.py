@@ -78,7 +78,7 @@ from src.decoding import (
     refine_images,
 )
 from src.figures import plot_contact_sheet, plot_training_curves, save_figure
-from src.metrics import resize
+from src.metrics import pixcorr, resize
 from src.models import CaptionConverter
 from src.networks import load_published
 from src.pretrained import BrainCaptioner, PatchClip
@@ -150,7 +150,6 @@ if caption:
         f"{clip.target_shape} -> {encoder.target_shape}; {len(train_ids)} images to train on,"
         f" {len(val_ids)} to validate"
     )
-
 
 # %%
 if caption and caption_converter:
@@ -392,9 +391,25 @@ sheet = plot_contact_sheet(columns, n=sheet_images, captions=beneath)
 save_figure(sheet, run.results / "refined_sheet.png")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+correlation = pixcorr(seen, tensors[main]).mean()
+print(f"Correlation of pixels with the seen images, reconstructed: {correlation:.3f}")
+for name in sorted({"refined"} & set(tensors)):
+    print(f"{name}: {pixcorr(seen, tensors[name]).mean():.3f}")
+for sentence in captions.get("brain", [])[:3]:
+    print(f"from the brain: {sentence}")
+
+# %% [markdown]
 # A refined picture is cleaner than the reconstruction it began from. Where the caption names the
 # wrong object the refiner paints that object well, so look whether "refined" is also nearer to
 # "seen"; notebook 06 scores both rows. Compare the captions from the brain with those of the
-# image: the scene is often right where the object is not. Next: notebook 06 scores pictures and
-# captions.
+# image: the scene is often right where the object is not.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye2_small --mini`:
+# - refined by fewer steps: `python run.py mindeye2_small --mini --from 04 --to 04 -p refine_run 6
+#   -p sheet_images 10`.
+#
+# Next: notebook 06 scores pictures and captions.

@@ -287,13 +287,24 @@ drops = table[table["measure"].isin(["intact", "drop"])].pivot_table(
     index=["measure", "region"], columns="score", values="value", sort=False
 )
 print(drops.round(3).to_string())
-for sentence in attribution.describe_importance(table, shares):
-    print(sentence)
 shares.round(3)
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for sentence in attribution.describe_importance(table, shares):
+    print(sentence)
+
+# %% [markdown]
 # A region with a small drop may be redundant: compare the drops of single regions with those of
 # the groups below the dotted line, and with "only". Larger regions lose more: `per_100_voxels` in
 # the table. Gradients of a decoder are not a map of where information is encoded:
-# docs/attribution.md. Next: notebook 06 scores the reconstructions.
+# docs/attribution.md.
+#
+# ## Try this next
+# Short experiments on the mini world, with the command in docs/attribution.md:
+# - more permutations, and so narrower intervals: `--n_permutations 20`;
+# - other early areas: `--early V1,V2`.
+#
+# Next: notebook 06 scores the reconstructions.

@@ -433,7 +433,25 @@ if plot_umap:
     )
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for direction in sides:
+    ranks = retrieval.rank_each(main, clip, direction)
+    print(
+        f"{direction}: the right one came first in {(ranks == 1).mean():.1%} of {len(ranks)} cases"
+        f" (chance {1 / len(ranks):.1%}), its median rank was {np.median(ranks):.0f}"
+    )
+
+# %% [markdown]
 # Where the seen image is not first, do the first ones share its scene, colour or object? In the
 # UMAP, brain and image embeddings of one category should lie together; two separate clouds would
-# mean that the two spaces have not been joined. Next: notebook 06 scores the reconstructions.
+# mean that the two spaces have not been joined.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye --mini`:
+# - harder distractors: `python run.py mindeye --mini --from 05 --to 05 -p hard_negatives
+#   scene,kind,colour`;
+# - the ridge alone: the same with `-p decoder ridge`.
+#
+# Next: notebook 06 scores the reconstructions.

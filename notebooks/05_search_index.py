@@ -521,9 +521,23 @@ columns |= {"nearest there is": resize(rows["retrieved_ceiling"][:12].float(), s
 save_figure(plot_contact_sheet(columns, n=12), run.results / "figures" / "found.png")
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for record in records:
+    print(f"{record['description']}: {record['value']:.3f}", end=" ")
+    print(f"[{record['low']:.3f}, {record['high']:.3f}], chance {record['chance']:.4f}")
+
+# %% [markdown]
 # Does the nearest picture share the scene, or the object, of the seen one? Where "nearest there
 # is" does not resemble it either, the pool is too small, and not the brain at fault. A score of
 # retrieved pictures says nothing without the pool it came from: more pictures are nearer, whatever
-# the brain. Next: notebook 06 scores the retrieved pictures; notebook 03 can begin its pictures at
-# them (`start_run`).
+# the brain.
+#
+# ## Try this next
+# Short experiments on the mini world, after `python run.py mindeye_retrieval --mini`:
+# - a small pool, in which less can be like the seen image: `python run.py mindeye_retrieval
+#   --mini --from 05 --to 05 -p pool_images 400`.
+#
+# Next: notebook 06 scores the retrieved pictures; notebook 03 can begin its pictures at them
+# (`start_run`).

@@ -184,6 +184,7 @@ else:
         " `python run.py mindeye --mini -p num_sessions 1`"
     )
 
+
 # %%
 def name_curves(table):
     """What each row of a table of curves is called: the curve, or the baseline."""
@@ -260,6 +261,7 @@ names = added.assign(num_sessions=added["num_sessions"].replace(0, "all").astype
 # %%
 effects = []
 
+
 # %%
 def compare_held_out(held_out_run, its_row, plain, other_row, held_out):
     """What a score loses on held-out clusters beyond what it loses on other images."""
@@ -279,6 +281,7 @@ def draw_held_out(effect, held_out_run, its_row, plain):
     title = f"{held_out_run.name}{condition} against {plain.name}"
     file = f"held_out_{held_out_run.name.replace('/', '-')}_{its_row}.png"
     figures.save_figure(figures.plot_held_out_effect(effect, title), run.results / "figures" / file)
+
 
 # %%
 for held_out_run, its_row, plain, other_row in compare.held_out_pairs(scored):
@@ -303,6 +306,7 @@ else:
         " mindeye --mini -p split cluster-held-out`"
     )
 
+
 # %%
 def effect_row(part):
     """Changes as text, a line a metric."""
@@ -320,9 +324,22 @@ def effect_row(part):
 pd.concat([effect_row(part) for part in effects]) if effects else None
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+ranked = tidy[tidy["row"] == row].sort_values("value", ascending=False)
+for line in ranked.groupby("metric", sort=False).head(1).itertuples():
+    print(f"{line.metric}: {line.value:.3f} is the largest value, of {line.run}")
+print(f"{len(scored)} runs were compared, {len(alarms)} alarms.")
+
+# %% [markdown]
 # First whether a run is better than its floors at all, then the paired difference, then whether it
 # is large beside the distance between floor and ceiling. A run that was chosen because it came out
 # best on these test images has been chosen on them: say so, or choose on validation images. Where
 # ridge is as good as a network, depth adds nothing; where a few components are as good as all
 # voxels, neither does most of the brain.
+#
+# ## Try this next
+# Short experiments, after two recipes were run:
+# - against the upper bound of another row: `python run.py compare -p row ridge`;
+# - some runs alone: `python run.py compare -p runs mindeye*`.

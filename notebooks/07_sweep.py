@@ -100,6 +100,7 @@ if len(histories):
 else:
     print("No point left a history (closed-form decoders have none).")
 
+
 # %% [markdown]
 # ## Which level is best?
 # The verdict is on validation images, at the epoch that validation chose. The scores on test
@@ -355,9 +356,23 @@ else:
     )
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+print(f"{len(ledger['points'])} points were run; what varied: {', '.join(map(str, varied))}.")
+for metric, part in scores.groupby("metric", sort=False):
+    values = part["value"]
+    print(f"{metric}: from {values.min():.3f} to {values.max():.3f} between points")
+
+# %% [markdown]
 # First the bar of the seeds: a difference that is shorter is luck. Then whether the floor is far
 # below: where it is not, nothing was read from the brain that could differ. A level that won here
 # won on validation images; its test score is an estimate for it, but the best of the test scores
 # would not be. Last what a level costs: a difference that is no more than luck need not be paid
 # for.
+#
+# ## Try this next
+# Short experiments on the mini world:
+# - another grid: copy `launch/sweeps/roi_sets_mini.yaml`, change one value, and run `python
+#   run.py sweep` with it;
+# - its plan alone: the same with `--dry-run`.

@@ -254,9 +254,21 @@ if "pixels" in truth:
 print(write_report(run.results))
 
 # %% [markdown]
-# ## What to look at
+# ## What we saw
+
+# %%
+for line in summary.itertuples():
+    print(f"{line.split}, {line.metric}, {line.row}: {line.value:.3f}", end=" ")
+    print(f"[{line.low:.3f}, {line.high:.3f}]")
+
+# %% [markdown]
 # Compare differences with the baselines, not scores with zero: on the official split of digits69
 # the mean image alone correlates .65 with the test digits. SSIM rewards sharpness; the class mean,
 # which only knows six from nine, is a hard baseline for it. Read the folds first: an official
 # split of ten images is an easy or a hard one by chance. Digits69 was provided (in part) by the
 # Donders Institute for Brain, Cognition and Behaviour, Radboud University Nijmegen.
+#
+# ## Try this next
+# Short experiments, with the command in docs/small_data.md:
+# - one decoder: `--decoders ridge`;
+# - another seed of the folds: `--seed 7`.

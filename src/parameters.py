@@ -399,6 +399,11 @@ def list_decoders(decoder: str) -> list[str]:
     return list(DECODERS[decoder])
 
 
+def list_closed_forms(decoder: str) -> list[str]:
+    """Those of `list_decoders` that are solved and not trained: of ridge, kernel."""
+    return [name for name in list_decoders(decoder) if name != "network"]
+
+
 def find_recipe_files(recipe: str, stage: str) -> list[Path]:
     """Find the files of a recipe for a stage, in the order in which they apply.
 
@@ -480,7 +485,7 @@ def _find_own_dataset(recipe: str) -> str:
 
 
 def make_run_name(recipe: str, parameters: Mapping[str, Any]) -> str:
-    """Name of a run: `model_name`, by default <recipe>[-mini][-<dataset>]-subj01.
+    """Name of a run: `model_name`, by default `<recipe>[-mini][-<dataset>]-subj01`.
 
     The data set is part of it where it is not the recipe's own. The default is followed by
     -cluster-held-out, -4sessions and -pca30 where the training differs in these. The number of

@@ -8,14 +8,15 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from training_options import group_options
 
+from src import losses
 from src.decoding.configs import DecoderSizes, build_decoder_config
-from src.losses import cosine_anneal, l2_normalize, mixco, mixco_nce, soft_clip_loss
 from src.networks.rebuild import build_decoder
 from src.training.loop import fit
 from src.training.processes import gather, select_local_rows
@@ -154,13 +155,9 @@ def notebook_step():
         "prior": True,
         "prior_weight": 30.0,
         "mse_mult": 1.0,
-        "n_tokens": TOKENS,
         "dim": WIDTH,
-        "cosine_anneal": cosine_anneal,
-        "mixco": mixco,
-        "mixco_nce": mixco_nce,
-        "soft_clip_loss": soft_clip_loss,
-        "l2_normalize": l2_normalize,
+        "losses": losses,
+        "targets": SimpleNamespace(get=lambda batch: batch["tokens"]),
         "gather": gather,
         "select_local_rows": select_local_rows,
         "seeded": seeded,

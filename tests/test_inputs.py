@@ -62,7 +62,7 @@ def test_every_parameter_that_names_a_file_or_a_run_is_looked_at():
     """By their comments; the others name what the stage writes, or a cache."""
     own = {"model_name", "wandb_run_name", "runs", "reference_run", "multisubject_ckpt"}
     named = re.compile(r"^(run (of|whose|or)|weights of|checkpoint of|latents that|a released)")
-    for notebook in sorted(parameters.NOTEBOOKS.glob("*.ipynb")):
+    for notebook in sorted(parameters.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
         for parameter in recipes.read_declared_parameters(notebook.stem).values():
             if named.search(parameter.comment) and parameter.name not in own:
                 assert parameter.name in FILE_PARAMETERS + RUN_PARAMETERS, parameter.name

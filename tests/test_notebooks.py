@@ -2,6 +2,7 @@
 .py export.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from src import parameters
 
 NOTEBOOKS = sorted(parameters.NOTEBOOKS.glob("*.ipynb"))
+STAGES = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
 
 
 def cells(path: Path) -> list[dict]:
@@ -37,7 +39,7 @@ def test_cells_are_short_and_magics_absent(path):
             assert not any(line.lstrip().startswith(("%", "!")) for line in source.splitlines())
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", STAGES, ids=lambda p: p.stem)
 def test_parameters_cell_is_well_formed_and_configured(path):
     known = parameters.parse_parameters(parameters.read_parameters_cell(path), path.stem)
     assert {"recipe", "model_name"} <= set(known) and all(p.comment for p in known.values())
@@ -70,3 +72,23 @@ def test_export_is_the_notebook(path, tmp_path):
     assert (tmp_path / "out.py").read_text() == path.with_suffix(".py").read_text(), (
         "run `make notebooks`"
     )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_ends_with_what_was_seen_and_what_to_try(path):
+    sources = ["".join(cell["source"]) for cell in cells(path)]
+    heads = [i for i, source in enumerate(sources) if "## What we saw" in source]
+    assert len(heads) == 1 and "## Try this next" in sources[-1]
+    assert "print(" in sources[heads[0] + 1]  # computed, not written in advance
+
+
+@pytest.mark.parametrize(
+    "stem", ["quickstart", "01_train_high_level", "03_reconstruct", "06_metrics"]
+)
+def test_lessons_have_one_path(stem):
+    """At most eight branches, filters of comprehensions counted, and 30 imported names."""
+    nodes = list(ast.walk(ast.parse((parameters.NOTEBOOKS / f"{stem}.py").read_text())))
+    n_branches = sum(isinstance(node, ast.If | ast.IfExp) for node in nodes)
+    n_branches += sum(len(node.ifs) for node in nodes if isinstance(node, ast.comprehension))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert n_branches <= 8 and sum(len(node.names) for node in imports) <= 30

@@ -47,7 +47,7 @@ def test_locks_have_what_pyproject_asks_for_in_one_version():
     extras = project()["optional-dependencies"]
     wanted = names(project()["dependencies"])
     assert wanted <= names(core)
-    for extra in ("nsd", "search", "captions", "attribution", "tracking", "dev"):
+    for extra in ("nsd", "search", "captions", "attribution", "tracking", "docs", "dev"):
         wanted |= names(extras[extra])
     assert wanted - {"percept"} <= names(everything)
     assert core.items() <= everything.items()
@@ -77,14 +77,18 @@ def test_setup_knows_every_extra():
         assert f"{extra} " in text or f" {extra})" in text
 
 
-def test_readme_tree_and_links_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for module in (ROOT / "src").glob("[a-z]*.py"):
-        assert module.name in text, f"README's tree lacks src/{module.name}"
+def test_readme_has_every_folder_and_the_repository_page_every_notebook_and_module():
+    readme = (ROOT / "README.md").read_text()
+    tracked = subprocess.run(
+        ["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    for folder in (name for name in tracked if not name.startswith(".")):
+        assert f"\n{folder}/ " in readme, f"README's tree lacks {folder}/"
+    page = (ROOT / "docs" / "repository.md").read_text()
+    for module in (ROOT / "src").glob("[a-z]*"):
+        assert f"`{module.name}" in page, f"docs/repository.md lacks src/{module.name}"
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        assert notebook.stem in text, f"README's tree lacks {notebook.stem}"
+        assert f"`{notebook.stem}`" in page, f"docs/repository.md lacks {notebook.stem}"
 
 
 def test_no_page_has_a_gap_left_to_fill():
@@ -118,7 +122,7 @@ def test_make_targets():
             "test-slow",
             "lab",
             "lint",
-            "gallery",
+            "docs",
             "lock",
             "build",
             "push",

@@ -1,5 +1,6 @@
 """From checkpoints to tokens, latents, images and votes."""
 
+from src.decoding.baselines import make_lookup_baselines, predict_held_out_tokens
 from src.decoding.caption_targets import embed_captions
 from src.decoding.checkpoints import (
     find_decoder,
@@ -23,6 +24,8 @@ from src.decoding.generate import (
     repaint_images,
     set_sampler,
 )
+from src.decoding.levels import SeenImages, attach_voxels, list_inputs, load_decoders
+from src.decoding.monitoring import TrainingFigures, compare_prior_with_backbone
 from src.decoding.predict import (
     PriorSampling,
     compute_repeat_agreement,
@@ -37,6 +40,8 @@ from src.decoding.reconstructions import (
 )
 from src.decoding.refine import Refinement, refine_images
 from src.decoding.selection import compute_sample_spread, select_best
+from src.decoding.storing import write_reconstructions
+from src.decoding.systems import open_system
 from src.decoding.voting import (
     VOTES,
     SelectionInputs,
@@ -53,12 +58,16 @@ __all__ = [
     "DecoderSizes",
     "PriorSampling",
     "Refinement",
+    "SeenImages",
     "SelectionInputs",
     "VOTES",
+    "TrainingFigures",
     "Voter",
+    "attach_voxels",
     "build_decoder_config",
     "check_combined_parameters",
     "check_volumes",
+    "compare_prior_with_backbone",
     "compute_fid",
     "compute_in_chunks",
     "compute_repeat_agreement",
@@ -71,15 +80,20 @@ __all__ = [
     "find_voters",
     "generate_images",
     "generate_sample_grid",
+    "list_inputs",
     "load_condition",
     "load_decoder",
+    "load_decoders",
     "load_encoder",
     "load_generator",
     "load_reconstructions",
     "load_refiner",
+    "make_lookup_baselines",
+    "open_system",
     "open_voter",
     "oracle",
     "parse_voters",
+    "predict_held_out_tokens",
     "predict_latents",
     "predict_tokens",
     "predicts_both_levels",
@@ -89,4 +103,5 @@ __all__ = [
     "select_best",
     "set_sampler",
     "vote",
+    "write_reconstructions",
 ]

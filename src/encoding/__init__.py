@@ -12,7 +12,12 @@
   voxels most likely.
 """
 
-from src.encoding.agreement import BrainAgreement, open_brain_agreement
+from src.encoding.agreement import (
+    BrainAgreement,
+    BrainSelection,
+    open_brain_agreement,
+    open_brain_selection,
+)
 from src.encoding.banded_ridge import (
     EncodingFit,
     explained_variance,
@@ -46,6 +51,7 @@ from src.encoding.target_pca import TargetBasis, TargetSet, encode_rows, fit_tar
 
 __all__ = [
     "BrainAgreement",
+    "BrainSelection",
     "EncodingFit",
     "EncodingModel",
     "FEATURE_SPACES",
@@ -76,6 +82,7 @@ __all__ = [
     "load_encoder",
     "look_up_features",
     "open_brain_agreement",
+    "open_brain_selection",
     "open_pool",
     "open_run_encoder",
     "partition_variance",

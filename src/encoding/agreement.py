@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,43 @@ def _check_same_images(
                 f"The encoding model in {logs} was trained with {name} {before!r} and the decoder"
                 f" with {now!r}: train both on the same images."
             )
+
+
+@dataclass(frozen=True)
+class BrainSelection:
+    """Chooses among samples of test images the one that makes the measured voxels most likely.
+
+    Attributes:
+        agreement: the encoding model.
+        voxels: measured, (images, voxels) by number of repeats averaged, 0 for as many as are
+            asked for.
+    """
+
+    agreement: BrainAgreement
+    voxels: dict[int, np.ndarray]
+
+    def select(self, repeats: int, rows: slice, samples: Tensor) -> Tensor:
+        """Samples (images, samples, 3, height, width) of some test images -> one an image."""
+        return self.agreement.select_best(self.voxels[repeats][rows], samples)[0]
+
+
+def open_brain_selection(
+    agreement: BrainAgreement,
+    subject: Subject,
+    n_images: int,
+    repeats: int = 0,
+    fewer_repeats: Sequence[int] = (),
+) -> BrainSelection:
+    """What was measured of the first test images, for a choice among their samples.
+
+    Args:
+        agreement: from `open_brain_agreement`.
+        subject: whose test images are reconstructed.
+        n_images: the first so many of them.
+        repeats: number of repeats averaged, 0 for all.
+        fewer_repeats: smaller numbers of repeats that are reconstructed beside.
+    """
+    voxels = {
+        k: agreement.measure(subject, "test", k or repeats)[:n_images] for k in (0, *fewer_repeats)
+    }
+    return BrainSelection(agreement, voxels)

@@ -3,7 +3,7 @@
 from src.figures.base import COLOURS, CONTROL_MARKS, apply_style, save_figure
 from src.figures.brain import plot_glass_brain, plot_trials, plot_voxel_map
 from src.figures.comparisons import plot_comparison, plot_curves_over, plot_held_out_effect
-from src.figures.embeddings import plot_embeddings
+from src.figures.embeddings import plot_embeddings, plot_tokens
 from src.figures.encoding import (
     choose_regions,
     plot_prediction_accuracy,
@@ -52,6 +52,7 @@ __all__ = [
     "plot_spectra",
     "plot_sweep_curves",
     "plot_sweep_levels",
+    "plot_tokens",
     "plot_training_curves",
     "plot_trials",
     "plot_variance_partition",

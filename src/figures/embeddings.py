@@ -76,6 +76,34 @@ def plot_embeddings(
     return fig
 
 
+@draw_in_style
+def plot_tokens(rows: dict[str, Any], n: int = 3) -> Figure:
+    """Tokens of a few images as maps: a row a token, a column a number of it.
+
+    The mean over the images that were passed first is taken off, so that what differs between
+    images is seen.
+
+    Args:
+        rows: tokens (images, tokens, dim) by title, e.g. {"true": ..., "predicted": ...}.
+        n: images drawn, the first ones.
+    """
+    tokens = {title: torch.as_tensor(values).float() for title, values in rows.items()}
+    mean = next(iter(tokens.values())).mean(0)
+    n = min(n, *(len(values) for values in tokens.values()))
+    size = (3.2 * n + 0.6, 1.25 * len(tokens) + 0.3)
+    fig, axes = plt.subplots(len(tokens), n, figsize=size, squeeze=False, layout="constrained")
+    limit = float((next(iter(tokens.values()))[:n] - mean).abs().quantile(0.99))
+    for row, (title, values) in zip(axes, tokens.items(), strict=True):
+        for i, ax in enumerate(row):
+            look: Look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
+            ax.imshow((values[i] - mean).numpy(), interpolation="nearest", **look)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(title, fontsize=9)
+    for i, ax in enumerate(axes[0]):
+        ax.set_title(f"image {i + 1}", fontsize=9)
+    return fig
+
+
 def _fit_umap(
     brain: Any,
     clip: Any,

@@ -18,6 +18,7 @@ from src.miniworld.images import (
     render_image,
     write_captions,
 )
+from src.miniworld.subject import open_mini_subject
 
 __all__ = [
     "CATEGORIES",
@@ -36,6 +37,7 @@ __all__ = [
     "generate_pool",
     "make_label_row",
     "make_tables",
+    "open_mini_subject",
     "render_blocks",
     "render_image",
     "simulate",

@@ -195,7 +195,7 @@ def compress(x: Tensor) -> Tensor:
 class GNetReadout(nn.Module):
     """One subject's voxels from the feature maps: a feature-weighted receptive field.
 
-    Its keys are those of best_params["fwrfs"][subject]. For voxel v and map k, with p(x) =
+    Its keys are those of `best_params["fwrfs"][subject]`. For voxel v and map k, with p(x) =
     `compress`:
 
         g_k      = softmax over locations of rf_k[v]

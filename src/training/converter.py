@@ -12,8 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from src.data.targets import TargetCache
+from src.data.splits import open_all_sessions
+from src.data.subject import Subject
+from src.data.targets import TargetCache, cache_targets
 from src.networks.linear import CaptionConverter
+from src.pretrained.clip import PatchClip
 from src.training.batches import iterate_batches
 from src.training.loop import fit, load_best
 from src.training.options import Batching, Checkpointing, Execution, Optimisation
@@ -46,6 +49,57 @@ class TokenPairs:
             "source": torch.from_numpy(self.source.rows(ids)).float(),
             "target": torch.from_numpy(self.target.rows(ids)).float(),
         }
+
+
+def fit_patch_converter(
+    source: PatchClip,
+    target: PatchClip,
+    subject: Subject,
+    folder: str | Path,
+    epochs: int,
+    seed: int = 42,
+    device: str = "cpu",
+) -> tuple[CaptionConverter, float]:
+    """Teach the map from the patch tokens of one CLIP to those of another, on training images.
+
+    Args:
+        source: CLIP whose tokens a decoder predicts.
+        target: CLIP whose tokens a generator reads.
+        subject: whose images are used, those of all sessions.
+        folder: for checkpoints, as `fit`.
+        epochs: passes over the training images.
+        seed: of the order of the images.
+        device: torch device.
+
+    Returns:
+        The converter of the best epoch, and the share of the variance of the target tokens that it
+        explains on validation images.
+    """
+    subject = open_all_sessions(subject.folder, subject.subj, subject)
+    from_tokens, to_tokens = (_cache_patch_tokens(encoder, subject) for encoder in (source, target))
+    made_by = {"from": source.fingerprint()["model"], "to": target.fingerprint()["model"]}
+    made_by["images"] = subject.identity["images"]
+    converter, history = fit_converter(
+        TokenPairs(from_tokens, to_tokens, subject.image_ids("train")),
+        TokenPairs(from_tokens, to_tokens, subject.image_ids("val")),
+        folder,
+        made_by,
+        Batching(epochs, batch_size=128, seed=seed),
+        execution=Execution(device),
+    )
+    return converter, float(history["val/r2"].max())
+
+
+def _cache_patch_tokens(encoder: PatchClip, subject: Subject) -> TargetCache:
+    """The patch tokens of all images of a subject."""
+    return cache_targets(
+        subject.folder,
+        "patch_tokens",
+        encoder.fingerprint(),
+        subject.all_images,
+        encoder.encode_pixels,
+        encoder.target_shape,
+    )
 
 
 def _step(model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from src.data.identity import check_trained_on, list_checkpoints, read_stored_config
 from src.data.normaliser import FILE_NAME, Normaliser
 from src.data.splits import record_training_split
@@ -62,6 +64,28 @@ def check_run(
                 )
     for subject in subjects:
         check_trained_on(logs, subject.key, subject.identity)
+
+
+def describe_history(folder: str | Path) -> str:
+    """What the history of a training says, in sentences; also where there is none.
+
+    Args:
+        folder: of its checkpoints, in which `fit` wrote history.csv.
+    """
+    path = Path(folder) / "history.csv"
+    if not path.exists():
+        return "No network was trained."
+    history = pd.read_csv(path)
+    sentences = [f"The history holds {len(history)} epochs of training."]
+    for name in [str(column) for column in history if str(column).startswith("val/")]:
+        values = history[name].dropna()
+        if len(values):
+            best = int(values.argmin() if name.startswith("val/loss") else values.argmax())
+            sentences.append(
+                f"- {name}: {values.iloc[0]:.3f} after the first epoch, {values.iloc[-1]:.3f} after"
+                f" the last, best {values.iloc[best]:.3f} after epoch {best + 1}"
+            )
+    return "\n".join(sentences)
 
 
 def record_training(run: Run, subject: Subject, normaliser: Normaliser) -> Callable[[], None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pandas as pd
+
 from src.parameters import Run
 
 
@@ -59,6 +61,15 @@ class Tracker:
         """Send what is left."""
         if self._connection is not None:
             self._connection.finish()
+
+
+def finish_tracking(
+    tracker: Tracker | None, history: pd.DataFrame, figures: dict[str, Any]
+) -> None:
+    """Log the last figures of a training and send what is left; nothing without a tracker."""
+    if tracker is not None:
+        tracker(figures, int(history["train/num_steps"].iloc[-1]))
+        tracker.finish()
 
 
 def open_tracker(run: Run, wandb_log: bool, project: str, **options: str) -> Tracker | None:
