@@ -247,6 +247,7 @@ def test_images_take_the_disk_that_is_told(tmp_path):
         "decoder": "both",
         "first_images": 0,
         "img2img_strength": 0.85,
+        "recons_per_sample": 1,
     }
     settings |= {"untrained": False, "fewer_repeats": "", "keep_samples": 0}
     disk = dryrun.plan_stage("03_reconstruct", settings).disk
