@@ -33,9 +33,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def ordinary_kernels(request, monkeypatch):
-    """Fast tests run stages that import little: a server with all libraries would cost more."""
+    """Fast tests, and those of sweeps, run stages that import little: a server with all libraries
+    would cost more.
+    """
+    file = request.path.name
     is_slow = request.node.get_closest_marker("slow") is not None
-    if not is_slow and request.path.name != "test_warm.py":
+    if file == "test_sweep.py" or (not is_slow and file != "test_warm.py"):
         monkeypatch.setenv("PERCEPT_FORK_SERVER", "0")
 
 

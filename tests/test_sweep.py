@@ -106,6 +106,7 @@ def tiny(repository, tmp_path, monkeypatch):
     monkeypatch.setattr(parameters, "NOTEBOOKS", repository / "notebooks")
     monkeypatch.setattr(parameters, "RECIPES", repository / "recipes")
     monkeypatch.setattr(utils, "HOME", tmp_path / "home")
+    monkeypatch.setenv("PERCEPT_HOME", str(tmp_path / "home"))  # for kernels of this process
     (tmp_path / "home").mkdir()
     return tmp_path / "tiny.yaml"
 
