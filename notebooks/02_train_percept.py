@@ -177,8 +177,8 @@ print(f"pool '{pool}': {len(image_pool)} images")
 # %% [markdown]
 # ## Targets
 # CLIP's tokens and the autoencoder's latents, of training, validation and pool images, computed
-# once. The network predicts their principal components about the mean of the training images: what
-# is beyond them is noise to any decoder.
+# once. The network predicts their principal components about the mean of the training images. What
+# the components leave out is lost, but on the mini world no decoder could read it from voxels.
 
 # %%
 def cache(folder, ids, name, frozen):
@@ -432,8 +432,9 @@ print(f"peak memory {peak_memory() / 1e9:.2f} GB")
 print(describe_history(run.logs / "high_level"))
 
 # %% [markdown]
-# `val/token_r2` against that of ridge, and whether it still rises at the end of the cycle: then a
-# longer training, or more images, pay.
+# Look whether `val/token_r2` still rises in the last epochs: then a longer training, or more
+# images, pay. With `decoder` both, compare it with the ridge regression above. It is the share of
+# the variance about one number, the mean of all entries, so that the mean image alone is above 0.
 #
 # ## Try this next
 # Short experiments on the mini world, after `python run.py percept --mini --to 01 -p mini_images

@@ -194,10 +194,10 @@ if latents is not None:
 
 # %% [markdown]
 # **Step 4: the generator.** It begins at the latent with noise (`img2img_strength`), removes the
-# noise step by step, and is told by the tokens what to paint.
+# noise step by step, and the tokens say what the image should show.
 
 # %%
-samples = system.paint(tokens, few, latents, system.count_samples(main))
+samples = system.generate(tokens, few, latents, system.count_samples(main))
 print(f"(images, samples, colours, height, width) = {tuple(samples.shape)}")
 grid |= {f"sample {k + 1}": samples[:, k] for k in range(min(4, samples.shape[1]))}
 
@@ -222,7 +222,7 @@ def reconstruct(decoder, rows):
     """What one decoder makes of some images: tensors (images, ...) by name."""
     tokens, projected = system.predict_tokens(decoder, rows)
     latents = system.predict_latents(decoder, rows)
-    samples = system.paint(tokens, rows, latents, system.count_samples(decoder))
+    samples = system.generate(tokens, rows, latents, system.count_samples(decoder))
     chosen = system.select(decoder, rows, projected, samples)
     stored = system.collect(decoder, tokens, projected, latents, samples)
     return {decoder.name: chosen.half()} | stored
@@ -265,7 +265,7 @@ del predictions
 
 # %%
 tensors |= compute_in_chunks(
-    system.paint_upper_bound,
+    system.generate_upper_bound,
     len(seen),
     max(1, generator_batch // recons_per_sample),
     unfinished,

@@ -2,7 +2,7 @@
 # # Quickstart · From brain activity to an image, in ten minutes
 #
 # **Question.** Someone looks at an image while a scanner measures their brain. Can we tell from the
-# measurement which image it was, and paint something like it?
+# measurement which image it was, and make an image like it?
 #
 # **Reads** nothing: the subject is simulated. **Writes** the simulated subject to
 # `data/quickstart/`, a few megabytes.
@@ -13,7 +13,7 @@
 # 1. a frozen network, CLIP, describes each image by a table of numbers (its *tokens*);
 # 2. a linear map (*ridge regression*) learns to predict these tokens from brain activity;
 # 3. the predicted tokens are compared with those of candidate images (*retrieval*), or given to a
-#    frozen image generator that paints what they describe (*reconstruction*).
+#    frozen image generator that makes an image of what they describe (*reconstruction*).
 #
 # Everything runs on the **mini world**, because neither brain scans nor large models can be shipped
 # with a repository. Its images are drawn by a program, its brain is simulated, and its CLIP and its
@@ -174,10 +174,11 @@ plot_hits_and_misses(seen, seen, candidates, np.arange(len(seen)), ranks, n=3)
 # the right one framed. Look at the misses: the wrong images usually show the same kind of thing,
 # or have the same scene or colour.
 #
-# ## 6. Reconstruction: paint what the tokens describe
+# ## 6. Reconstruction: generate what the tokens describe
 #
-# A diffusion model begins with noise and removes it step by step. At each step it is told what to
-# paint by tokens. It was trained with the tokens of true images; we give it the predicted ones. It
+# A diffusion model begins with noise and removes it step by step. At each step the tokens
+# say what the image should show. It was trained with the tokens of true images; we give it the
+# predicted ones. It
 # never saw a brain.
 
 # %%
@@ -185,15 +186,15 @@ generator = VersatileDiffusion("mini")
 n_scored = 60
 
 
-def paint(tokens):
+def generate(tokens):
     """Images (images, 3, height, width) of tokens (images, tokens, dim)."""
     return generate_images(
         generator, tokens[:, None], test_ids[: len(tokens)], num_inference_steps=10
     )[:, 0]
 
 
-reconstructed = paint(predicted[:n_scored])
-upper_bound = paint(test_tokens[:n_scored])
+reconstructed = generate(predicted[:n_scored])
+upper_bound = generate(test_tokens[:n_scored])
 print(f"(images, colours, height, width) = {tuple(reconstructed.shape)}")
 
 # %% [markdown]
@@ -202,7 +203,7 @@ print(f"(images, colours, height, width) = {tuple(reconstructed.shape)}")
 # - **nearest training image**: the training image whose tokens are most similar to the predicted
 #   ones. It is a real image, so it looks sharp. A generator that is not better is only a lookup.
 # - **mean image**: the average of the training images, the same for every brain.
-# - **upper bound**: what the generator paints from the *true* tokens. A perfect decoder could not
+# - **upper bound**: what the generator makes from the *true* tokens. A perfect decoder could not
 #   do better with this generator.
 
 # %%
@@ -231,8 +232,8 @@ plot_contact_sheet({"seen": seen[:n_scored]} | conditions, n=5, blocks=1)
 # - **kind named**: does a separate classifier, which nothing was trained towards, recognise in
 #   the reconstruction the kind of object that was seen? One of 20 kinds is right by chance.
 #
-# *Shuffled* pairs each reconstruction with the image of another trial. It shows what one gets with
-# good images and no information about the brain.
+# *Shuffled* compares each seen image with the reconstruction of another one. It shows what one gets
+# with good images and no information about the brain.
 
 # %%
 judge = CategoryClassifier("mini")
@@ -297,10 +298,10 @@ print(
 #
 # - Less noise or more: `X_test = subject.get_mean_betas("test", 1, normaliser)[0]` reads one trial
 #   of each test image instead of the mean of three.
-# - A part of the brain: `normaliser = Normaliser.fit(subject, rois="V1,V2,V3")` leaves only early
-#   visual areas. Which of the three scores suffers most?
+# - A part of the brain: put `normaliser = Normaliser.fit(subject, rois="V1,V2,V3")` before the line
+#   that makes `X`. Only early visual areas are left. Which of the three scores suffers most?
 # - Another penalty: `alpha = 30.0`, or `alpha = 300000.0`. Choose it on `val`, not on `test`.
 #
-# Then open notebook `00_prepare_data`, and the stages that follow it. They do the same with a
-# deep network in place of the ridge, with a diffusion prior, with a second decoder for the blurry
-# layout, and with real data: `make demo` runs all of them on the mini world.
+# Then open notebook `00_prepare_data` and the stages that follow it. They do the same with networks
+# in place of the ridge, which also predict the blurry layout, and they read real data. `make demo`
+# runs those of the recipe `percept` on the mini world; `mindeye` adds a diffusion prior.

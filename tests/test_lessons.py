@@ -122,7 +122,7 @@ def test_without_tokens_the_decoded_latent_is_the_reconstruction():
     assert (system.count_samples(decoder), system.count_images_at_once(decoder)) == (4, 2)
     latents = torch.ones(2, 3, 2, 2)
     tokens, projected = system.predict_tokens(decoder, slice(None))
-    samples = system.paint(tokens, slice(None), latents, 4)
+    samples = system.generate(tokens, slice(None), latents, 4)
     chosen = system.select(decoder, slice(None), projected, samples)
     assert samples.shape == (2, 1, 3, 2, 2) and torch.equal(chosen, latents / 2)
     stored = system.collect(decoder, tokens, projected, latents, samples)

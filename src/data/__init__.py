@@ -45,6 +45,7 @@ from src.data.targets import (
     LatentFile,
     TargetCache,
     cache_augmented_targets,
+    cache_encoder_targets,
     cache_targets,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "TRIAL_COLUMNS",
     "TargetCache",
     "cache_augmented_targets",
+    "cache_encoder_targets",
     "cache_targets",
     "check_made_from",
     "check_space",

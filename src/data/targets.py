@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -306,6 +306,41 @@ def cache_targets(
             _add_part(folder, store, missing, encoder)
             targets = TargetCache(folder, store)
     return targets
+
+
+class ImageEncoder(Protocol):
+    """What the cache asks of a frozen model; `src.pretrained.base.FrozenModel` has it."""
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one target."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the targets depend on."""
+
+    def encode_pixels(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images (batch, height, width, 3) -> (batch, *target_shape)."""
+
+
+def cache_encoder_targets(
+    dataset: str | Path, name: str, encoder: ImageEncoder, image_ids: Ids
+) -> TargetCache:
+    """`cache_targets` of what a frozen model makes of images as they are, not augmented.
+
+    Args:
+        dataset: as for `open_subject`.
+        name: what the targets are, e.g. clip_tokens.
+        encoder: the frozen model.
+        image_ids: (n,) images whose targets are needed.
+    """
+    return cache_targets(
+        dataset,
+        name,
+        encoder.fingerprint(),
+        image_ids,
+        encoder.encode_pixels,
+        encoder.target_shape,
+    )
 
 
 def _open_complete(

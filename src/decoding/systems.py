@@ -3,13 +3,13 @@
 `open_system` is the one place that asks which kind a run is of:
 
 - `TokenSystem`: tokens go to a generator that reads them as they are predicted (Versatile
-  Diffusion, or Stable Diffusion image variations), which begins at the low-level image.
+  Diffusion, or Stable Diffusion image variations), which starts from the low-level image.
 - `UnclipSystem`: MindEye2. Its blurry latents are of another autoencoder than the generator's, and
   unCLIP reads all of bigG's patch tokens, so that those of a smaller CLIP are converted first.
 - `LatentSystem`: FMRI2IMG's basic autoencoder. There are no tokens and there is no generator: the
   decoded latent is the reconstruction.
 
-All of them have the same steps: predict_tokens, predict_latents, paint, select.
+All of them have the same steps: predict_tokens, predict_latents, generate, select.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from src import utils
-from src.data.targets import TargetCache, cache_targets
+from src.data.targets import TargetCache, cache_encoder_targets
 from src.decoding.generate import draw_latent_noise, generate_images, load_encoder, load_generator
 from src.decoding.levels import Decoder, Level, SeenImages
 from src.decoding.predict import PriorSampling, predict_latents, predict_tokens
@@ -98,14 +98,8 @@ class System:
     def cache_targets(self) -> TargetCache:
         """The frozen targets of all images of the data set."""
         subject = self.seen.subject
-        return cache_targets(
-            subject.folder,
-            self.target_name,
-            self.encoder.fingerprint(),
-            subject.all_images,
-            self.encoder.encode_pixels,
-            self.encoder.target_shape,
-        )
+        folder, ids = subject.folder, subject.all_images
+        return cache_encoder_targets(folder, self.target_name, self.encoder, ids)
 
     def describe(self) -> str:
         """Sizes of what is predicted, and the generator."""
@@ -117,8 +111,10 @@ class System:
         """Tokens (images, samples, tokens, dim) and projected tokens (images, tokens, dim)."""
         raise NotImplementedError
 
-    def paint(self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int) -> Tensor:
-        """Samples (images, n_samples, 3, height, width) of tokens, begun at latents."""
+    def generate(
+        self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int
+    ) -> Tensor:
+        """Samples (images, n_samples, 3, height, width) of tokens, starting from latents."""
         raise NotImplementedError
 
     def select(self, decoder: Decoder, rows: slice, projected: Tensor, samples: Tensor) -> Tensor:
@@ -137,7 +133,7 @@ class System:
         """
         return []
 
-    def paint_upper_bound(self, rows: slice) -> dict[str, Tensor]:
+    def generate_upper_bound(self, rows: slice) -> dict[str, Tensor]:
         """What the generator makes of the true targets of some images, and the true targets."""
         raise NotImplementedError
 
@@ -147,7 +143,7 @@ class System:
 
 
 class TokenSystem(System):
-    """Predicted CLIP tokens tell a generator what to paint."""
+    """Predicted CLIP tokens condition a generator."""
 
     target_name = "clip_tokens"
 
@@ -201,9 +197,11 @@ class TokenSystem(System):
             return latents
         return self.autoencoder.encode(self.start_images[rows]).cpu()
 
-    def paint(self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int) -> Tensor:
+    def generate(
+        self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int
+    ) -> Tensor:
         """Samples (images, n_samples, 3, height, width) of tokens (images, 1 or n_samples, tokens,
-        dim), begun at latents (images, channels, h, w) where img2img_strength is below 1.
+        dim), starting from latents (images, channels, h, w) where img2img_strength is below 1.
         """
         return self._generate(tokens, rows, self._find_start(rows, latents), n_samples)
 
@@ -299,7 +297,7 @@ class TokenSystem(System):
         network = decoder.high.network
         return predict_tokens(network, voxels, self.shape, sampling, ids, device=self.device)[1]
 
-    def paint_upper_bound(self, rows: slice) -> dict[str, Tensor]:
+    def generate_upper_bound(self, rows: slice) -> dict[str, Tensor]:
         """The generator on the true tokens and the true latents, as many samples as the system has,
         the nearest to the true tokens chosen; and what the autoencoder keeps of the images.
         """
@@ -370,7 +368,9 @@ class LatentSystem(System):
         n = len(self.seen.image_ids[rows])
         return torch.empty(n, 1, 0, 0), torch.empty(n, 0, 0)
 
-    def paint(self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int) -> Tensor:
+    def generate(
+        self, tokens: Tensor, rows: slice, latents: Tensor | None, n_samples: int
+    ) -> Tensor:
         """The decoded latents as one sample of each image (images, 1, 3, height, width)."""
         assert latents is not None
         return self.decode_latents(latents)[:, None]
@@ -385,7 +385,7 @@ class LatentSystem(System):
         """The latents (images, features)."""
         return {f"latents_{decoder.name}": latents.flatten(1)}
 
-    def paint_upper_bound(self, rows: slice) -> dict[str, Tensor]:
+    def generate_upper_bound(self, rows: slice) -> dict[str, Tensor]:
         """What the autoencoder keeps of the images."""
         latents = self.autoencoder.encode(self.seen.pixels[rows]).cpu()
         return {"ceiling": self.decode_latents(latents).half()}

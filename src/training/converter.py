@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src.data.splits import open_all_sessions
 from src.data.subject import Subject
-from src.data.targets import TargetCache, cache_targets
+from src.data.targets import TargetCache, cache_encoder_targets
 from src.networks.linear import CaptionConverter
 from src.pretrained.clip import PatchClip
 from src.training.batches import iterate_batches
@@ -76,7 +76,10 @@ def fit_patch_converter(
         explains on validation images.
     """
     subject = open_all_sessions(subject.folder, subject.subj, subject)
-    from_tokens, to_tokens = (_cache_patch_tokens(encoder, subject) for encoder in (source, target))
+    from_tokens, to_tokens = (
+        cache_encoder_targets(subject.folder, "patch_tokens", encoder, subject.all_images)
+        for encoder in (source, target)
+    )
     made_by = {"from": source.fingerprint()["model"], "to": target.fingerprint()["model"]}
     made_by["images"] = subject.identity["images"]
     converter, history = fit_converter(
@@ -88,18 +91,6 @@ def fit_patch_converter(
         execution=Execution(device),
     )
     return converter, float(history["val/r2"].max())
-
-
-def _cache_patch_tokens(encoder: PatchClip, subject: Subject) -> TargetCache:
-    """The patch tokens of all images of a subject."""
-    return cache_targets(
-        subject.folder,
-        "patch_tokens",
-        encoder.fingerprint(),
-        subject.all_images,
-        encoder.encode_pixels,
-        encoder.target_shape,
-    )
 
 
 def _step(model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Any]]:

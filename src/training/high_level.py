@@ -16,7 +16,7 @@ from src.data.batches import BrainDataset
 from src.data.normaliser import Normaliser
 from src.data.splits import select_training_split
 from src.data.subject import Subject, open_subject
-from src.data.targets import TargetCache, cache_augmented_targets, cache_targets
+from src.data.targets import TargetCache, cache_augmented_targets, cache_encoder_targets
 from src.losses import cosine_similarity, l2_normalize, soft_clip_loss
 from src.networks.released import load_laion_prior
 from src.parameters import list_decoders, parse_names
@@ -167,15 +167,7 @@ class ClipTargets:
         cls, clipper: Clipper, subject: Subject, parameters: Parameters, published: set[str]
     ) -> ClipTargets:
         """Compute the tokens that are not cached yet."""
-        fingerprint, shape = clipper.fingerprint(), clipper.target_shape
-        cached = cache_targets(
-            subject.folder,
-            "clip_tokens",
-            fingerprint,
-            subject.all_images,
-            clipper.encode_pixels,
-            shape,
-        )
+        cached = cache_encoder_targets(subject.folder, "clip_tokens", clipper, subject.all_images)
         split = "train+val" if "train_on_val" in published else "train"
         repeats = "batch" if "batch_repeats" in published else "random"
         augment = build_clip_augmentation(clipper.size)
